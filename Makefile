@@ -1,0 +1,76 @@
+# The one task runner. Needs Python >= 3.11, make, and a package index.
+#
+#   make demo          fine-tune a small encoder with LoRA on the CPU or GPU at hand
+#   make test          the test suite
+#   make test-slow     the tests that take longer
+#   make test-lowest   the suite with the lowest versions that pyproject.toml admits
+#   make lint          style, format, types
+#   make lock          renew constraints.txt and constraints-lowest.txt
+#   make clean         remove environments and caches
+#
+# Where the package index has only CUDA builds of torch and you want the small CPU build:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+TORCH_PIN = $(shell grep '^torch==' constraints.txt)
+# pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
+FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==\|^#' | sed -E 's/\+[A-Za-z0-9.]+$$//'
+
+.PHONY: demo test test-slow test-lowest lint lock clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	. .venv/bin/activate && ACCELERATE_LOG_LEVEL=error accelerate launch -m hf_finetune recipes/quickstart.yaml --restart
+
+test: .venv/test.stamp
+	.venv/bin/python $(PYTEST) -m "not slow and not gpu"
+
+test-slow: .venv/test.stamp
+	.venv/bin/python $(PYTEST) -m "slow and not gpu"
+
+test-lowest: .venv-lowest/test.stamp
+	.venv-lowest/bin/python $(PYTEST) -m "not slow and not gpu and not lint"
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python $(INSTALL) -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python $(INSTALL) -c constraints.txt -e '.[test]'
+	touch $@ .venv/demo.stamp
+
+.venv-lowest/test.stamp: pyproject.toml constraints-lowest.txt | .venv-lowest/bin/python
+	.venv-lowest/bin/python $(INSTALL) -c constraints-lowest.txt -e '.[test]'
+	touch $@
+
+%/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $*
+
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(INSTALL) '$(TORCH_PIN)' -e '.[test]'
+	echo "# The tested set, exactly. Made by \`make lock\`; any build of the torch version fits." > constraints.txt
+	.venv-lock/bin/python $(FREEZE) >> constraints.txt
+	sed -n '/^dependencies/,/^]/s/^ *"\([^>]*\)>=\([^,]*\),.*/\1==\2/p' pyproject.toml | grep -v '^torch==' > .venv-lock/lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python $(INSTALL) -c .venv-lock/lowest.txt '$(TORCH_PIN)' -e '.[test]'
+	echo "# The lowest versions that pyproject.toml admits, torch excepted. Made by \`make lock\`." > constraints-lowest.txt
+	.venv-lowest/bin/python $(FREEZE) >> constraints-lowest.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,139 @@
+"""AdaLoRA: LoRA whose rank is moved to the layers that need it (https://arxiv.org/abs/2303.10512)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from hf_finetune import peftio, targets
+from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.blocks import Count, Share
+from hf_finetune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, TrainerCallback
+
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class AdaLora(Adapter):
+    """Low-rank updates in SVD form; unimportant ranks are pruned while training."""
+
+    init_r: Rank = 12
+    """Rank of every layer at the start."""
+    target_r: Rank = 8
+    """Mean rank of the layers at the end."""
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] = 32.0
+    """Scale of the update."""
+    dropout: Share = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: targets.Spec = targets.ALL_LINEAR
+    """`all-linear`, names, or a pattern over module paths."""
+    warmup_share: Share = 0.1
+    """Share of all steps before the first rank is pruned (`tinit`)."""
+    final_share: Share = 0.2
+    """Share of all steps at the end in which the ranks stay (`tfinal`)."""
+    interval: Count = 10
+    """Steps between two prunings (`deltaT`)."""
+    beta1: Share = 0.85
+    """Decay of the mean of the importance scores."""
+    beta2: Share = 0.85
+    """Decay of their uncertainty."""
+    orthogonal_weight: Annotated[float, Field(ge=0.0, le=1e3)] = 0.5
+    """Weight of the penalty that keeps the factors orthogonal."""
+    modules_to_save: targets.Names | None = None
+    """More modules that are trained in full and saved; a new classification head is always among them."""
+
+    @model_validator(mode="after")
+    def _ranks_and_phases(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise ValueError(f"target_r {self.target_r} must be less than init_r {self.init_r}: ranks are only pruned")
+        if self.warmup_share + self.final_share >= 1.0:
+            raise ValueError("warmup_share and final_share leave no steps to prune in; their sum must be below 1")
+        return self
+
+    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+        """Every name must match, and `init_r` must fit the matrices."""
+        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
+        found = targets.matched(model, self.target_modules, skip, "adapter.target_modules")
+        targets.check_rank(found, self.init_r, "adapter.init_r")
+
+    def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """Add the factors and freeze the base.
+
+        Raises:
+            RecipeError: A target does not exist, or the run has too few steps for the three phases.
+        """
+        from peft import AdaLoraConfig
+
+        self.check_targets(model, setting.head_modules)
+        first = int(setting.total_steps * self.warmup_share)
+        last = int(setting.total_steps * self.final_share)
+        if first >= setting.total_steps - last:
+            reason = f"{setting.total_steps} steps are too few for AdaLoRA's phases; train longer"
+            raise RecipeError(Problem(reason, key="training"))
+        with peftio.quiet():
+            make: Any = AdaLoraConfig  # PEFT declares alpha an int; it divides by r all the same
+            config = make(
+                task_type=setting.peft_type,
+                init_r=self.init_r,
+                target_r=self.target_r,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+                total_step=setting.total_steps,
+                tinit=first,
+                tfinal=last,
+                deltaT=self.interval,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                orth_reg_weight=self.orthogonal_weight,
+                modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
+            )
+        return peftio.wrap(model, config)
+
+    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+        """Write what the ranks that are left hold."""
+        config: Any = peftio.adapter_config(adapted)
+        tuner: Any = adapted.base_model
+        allocator = getattr(tuner, "rankallocator", None)
+        if config.rank_pattern and allocator is not None:
+            # Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too.
+            allocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
+        peftio.write(adapted, folder)
+
+    def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
+        """Put the pruned adapter onto a fresh base."""
+        return peftio.read(model, folder)
+
+    def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
+        """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper).
+
+        `AdaLoraModel.forward` of PEFT adds it only where the model itself computed a loss.
+        """
+        import torch
+
+        if not self.orthogonal_weight:
+            return None
+        terms = []
+        for name, factor in adapted.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.orthogonal_weight * torch.stack(terms).mean()
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Prunes ranks after each optimiser step, while the gradients are still there."""
+        from transformers import TrainerCallback
+
+        class Prune(TrainerCallback):
+            """Moves the rank budget."""
+
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                """`global_step` still counts the steps before this one."""
+                model = kwargs["model"]
+                getattr(model, "module", model).base_model.update_and_allocate(state.global_step + 1)
+
+        return [Prune()]

@@ -1,0 +1,59 @@
+"""Training every weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Full(Adapter):
+    """Train the whole model; what is saved is a complete model folder."""
+
+    freezes_base: ClassVar[bool] = False
+
+    def why_not_quantized(self) -> str | None:
+        """Quantised weights take no gradient."""
+        return "adapter.kind full trains the base weights, which quantised ones do not allow; use lora"
+
+    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+        """Nothing to check: there are no targets."""
+
+    def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """Make every weight trainable, in fp32."""
+        adapted: torch.nn.Module = model
+        return adapted.requires_grad_(True).float()
+
+    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+        """Write the whole model as safetensors, in fp32."""
+        model: Any = adapted
+        in_training = getattr(model.config, "use_cache", None)
+        if in_training is not None:
+            # Off only because training has no use for it; whoever loads the folder generates with it.
+            model.config.use_cache = True
+        model.save_pretrained(folder)
+        if in_training is not None:
+            model.config.use_cache = in_training
+
+    def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
+        """Put the saved weights into `model`.
+
+        Raises:
+            ModelError: The folder holds another model.
+        """
+        saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
+        result = model.load_state_dict(saved.state_dict(), strict=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise ModelError(f"{folder}: holds other weights than this model, e.g. {_first(result)}")
+        model.requires_grad_(False)
+        return model
+
+
+def _first(result: object) -> str:
+    names: list[str] = [*getattr(result, "missing_keys", []), *getattr(result, "unexpected_keys", [])]
+    return names[0]

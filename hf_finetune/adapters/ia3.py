@@ -1,0 +1,90 @@
+"""(IA)3: learned vectors that scale keys, values and feed-forward inputs (https://arxiv.org/abs/2205.05638)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
+
+from hf_finetune import peftio, targets
+from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.blocks import Name
+from hf_finetune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class IA3(Adapter):
+    """Scale activations by learned vectors; very few trained weights."""
+
+    target_modules: targets.Names | None = None
+    """Layers that get a vector, by the last part of their path; null takes PEFT's choice for the model type."""
+    feedforward_modules: targets.Names | None = None
+    """Those of `target_modules` whose *input* is scaled instead of the output; null takes PEFT's choice."""
+    modules_to_save: targets.Names | None = None
+    """More modules that are trained in full and saved; a new classification head is always among them."""
+    continue_from: Name | None = Field(default=None, alias="from")
+    """Run or adapter folder whose (IA)3 adapter goes on training; its targets are kept."""
+
+    @model_validator(mode="after")
+    def _subset(self) -> Self:
+        if (self.target_modules is None) != (self.feedforward_modules is None):
+            raise ValueError("give target_modules and feedforward_modules together, or neither")
+        extra = sorted(set(self.feedforward_modules or ()) - set(self.target_modules or ()))
+        if extra:
+            raise ValueError(f"feedforward_modules: {', '.join(extra)} must be among target_modules")
+        if self.continue_from is not None and (self.target_modules or self.modules_to_save):
+            raise ValueError("from: the adapter brings its modules; remove target_modules and modules_to_save")
+        return self
+
+    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+        """Every name must match, and the model type must be known where there are no names."""
+        if self.continue_from is not None:
+            peftio.find(self.continue_from, "adapter.from")
+            return
+        chosen, feedforward = self._choice(model)
+        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
+        targets.matched(model, chosen, skip, "adapter.target_modules")
+        targets.matched(model, feedforward, skip, "adapter.feedforward_modules")
+
+    def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """Add the vectors, all ones, and freeze the base."""
+        from peft import IA3Config
+
+        self.check_targets(model, setting.head_modules)
+        if self.continue_from is not None:
+            return peftio.resume(model, peftio.find(self.continue_from, "adapter.from"), "IA3", {})
+        chosen, feedforward = self._choice(model)
+        config = IA3Config(
+            task_type=setting.peft_type,
+            target_modules=chosen,
+            feedforward_modules=feedforward,
+            modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
+        )
+        return peftio.wrap(model, config)
+
+    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+        """Write vectors and fully trained modules."""
+        peftio.write(adapted, folder)
+
+    def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
+        """Put the vectors onto a fresh base."""
+        return peftio.read(model, folder)
+
+    def _choice(self, model: torch.nn.Module) -> tuple[list[str], list[str]]:
+        from peft.utils import (
+            TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+        )
+        from peft.utils import (
+            TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
+        )
+
+        if self.target_modules is not None and self.feedforward_modules is not None:
+            return list(self.target_modules), list(self.feedforward_modules)
+        model_type = str(getattr(model.config, "model_type", ""))
+        if model_type not in TARGETS or model_type not in FEEDFORWARD:
+            reason = f"PEFT knows no (IA)3 targets for {model_type!r}; give these and feedforward_modules"
+            raise RecipeError(Problem(reason, key="adapter.target_modules"))
+        return list(TARGETS[model_type]), list(FEEDFORWARD[model_type])

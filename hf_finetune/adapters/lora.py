@@ -1,0 +1,202 @@
+"""LoRA and its variants: rsLoRA, DoRA, LoRA+, and the initialisations PiSSA, OLoRA and EVA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hf_finetune import lorainit, peftio, targets
+from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.blocks import Name, Share
+from hf_finetune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Alpha = Annotated[float, Field(gt=0.0, le=1e6)]
+DEFAULT_RANK = 8
+
+
+class Lora(Adapter):
+    """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
+
+    r: Rank | None = None
+    """Rank of the update; null is 8, or what `from` has."""
+    alpha: Alpha | None = None
+    """Scale: the update is multiplied by alpha / r, with `rslora` by alpha / sqrt(r); null is 2 x r, or what `from`
+    has."""
+    dropout: Share = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: targets.Spec | None = None
+    """`all-linear` (every linear layer but the heads), names such as [q_proj, v_proj], or a pattern that whole module
+    paths must match; null is `all-linear`, or what `from` has."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), which suits large ranks (https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Train the magnitude of each weight column apart from its direction (https://arxiv.org/abs/2402.09353)."""
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+    """First values of the matrices. `pissa` and `olora` factorise the base weights, `eva` looks at training batches;
+    what is saved is plain LoRA all the same, after `pissa` and `olora` of twice the rank."""
+    loraplus_ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
+    """LoRA+: learning rate of the B matrices over that of the A matrices (https://arxiv.org/abs/2402.12354)."""
+    rank_pattern: dict[targets.Pattern, Rank] = Field(default_factory=dict)
+    """Other ranks for some layers: pattern at the end of the module path -> r."""
+    alpha_pattern: dict[targets.Pattern, Alpha] = Field(default_factory=dict)
+    """Other alphas for some layers: pattern at the end of the module path -> alpha."""
+    modules_to_save: targets.Names | None = None
+    """More modules that are trained in full and saved; a new classification head is always among them."""
+    trainable_tokens: targets.Names | None = None
+    """Tokens whose embeddings are trained, as the tokenizer writes them, e.g. `<|im_end|>`; with an output layer of its
+    own weights, its rows for them too."""
+    continue_from: Name | None = Field(default=None, alias="from")
+    """Run or adapter folder whose LoRA goes on training here; settings that contradict it are errors."""
+
+    @model_validator(mode="after")
+    def _continuation(self) -> Self:
+        if self.continue_from is not None and self.init != "default":
+            raise ValueError(f"init {self.init!r} is for a new adapter; remove it or `from`")
+        return self
+
+    def why_not_quantized(self) -> str | None:
+        """PiSSA and OLoRA move part of the base weights into the adapter."""
+        if self.init not in lorainit.MUTATING:
+            return None
+        return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
+
+    def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
+        """Every name and pattern must match, and every rank must fit its matrix."""
+        if self.continue_from is not None:
+            peftio.find(self.continue_from, "adapter.from")
+            return
+        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
+        found = targets.matched(model, self._targets, skip, "adapter.target_modules")
+        ranks = targets.by_pattern(found, self.rank_pattern, self._rank, "adapter.rank_pattern")
+        targets.by_pattern(found, self.alpha_pattern, 0.0, "adapter.alpha_pattern")
+        for path, module in found.items():
+            key = "adapter.r" if ranks[path] == self._rank else "adapter.rank_pattern"
+            targets.check_rank({path: module}, int(ranks[path]), key)
+        if self.init in lorainit.FACTORISING:
+            lorainit.check_layers(found, self.init)
+
+    def apply(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
+        """Add the matrices, initialise them, and freeze the base."""
+        self.check_targets(model, setting.head_modules)
+        if self.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+            # PEFT's `dequantize_module_weight` loses the scales of 8-bit weights on a CPU.
+            raise RecipeError(
+                Problem("does not run on 8-bit weights on a CPU; use nf4 or turn it off", key="adapter.dora")
+            )
+        if self.continue_from is not None:
+            return self._continue(model, setting)
+        with peftio.quiet():
+            config = self._config(model, setting)
+        if self.init in lorainit.MUTATING:
+            return lorainit.factorise_base(model, config)
+        adapted = peftio.wrap(model, config)
+        if self.init == "eva":
+            lorainit.eva(adapted, setting.batches)
+        return adapted
+
+    def save(self, adapted: nn.Module, folder: str) -> None:
+        """Write plain LoRA for the unmodified base, whatever the initialisation was."""
+        config, tensors = lorainit.for_unmodified_base(adapted)
+        peftio.write(adapted, folder, config, tensors)
+
+    def load(self, model: PreTrainedModel, folder: str) -> nn.Module:
+        """Put the adapter onto a fresh base."""
+        return peftio.read(model, folder)
+
+    def optimizer(self, adapted: nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
+        """PEFT's LoRA+ groups where `loraplus_ratio` is set."""
+        if self.loraplus_ratio is None:
+            return None
+        from peft.optimizers import create_loraplus_optimizer
+
+        options = dict(options)
+        decay = options.pop("weight_decay", 0.0)
+        create: Any = create_loraplus_optimizer
+        return create(adapted, cls, loraplus_lr_ratio=self.loraplus_ratio, loraplus_weight_decay=decay, **options)
+
+    @property
+    def _rank(self) -> int:
+        return self.r or DEFAULT_RANK
+
+    @property
+    def _targets(self) -> str | list[str]:
+        return targets.ALL_LINEAR if self.target_modules is None else self.target_modules
+
+    def _config(self, model: PreTrainedModel, setting: Setting) -> LoraConfig:
+        from peft import LoraConfig
+
+        make: Any = LoraConfig  # PEFT declares alpha an int; it divides by r all the same
+        config: LoraConfig = make(
+            task_type=setting.peft_type,
+            r=self._rank,
+            lora_alpha=self.alpha or 2 * self._rank,
+            lora_dropout=self.dropout,
+            target_modules=self._targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            init_lora_weights=True if self.init == "default" else self.init,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+            modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
+            trainable_token_indices=self._tokens(model, setting.tokenizer),
+        )
+        return config
+
+    def _tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]] | None:
+        """Module path -> token ids, for the input embedding and an output layer with weights of its own."""
+        if self.trainable_tokens is None:
+            return None
+        ids = peftio.token_ids(self.trainable_tokens, tokenizer, "adapter.trainable_tokens")
+        embedding: Any = model.get_input_embeddings()
+        output: Any = targets.output_embedding(model)
+        if ids[-1] >= embedding.num_embeddings:
+            reason = f"token {ids[-1]} has no row in the embedding of {embedding.num_embeddings} rows"
+            raise RecipeError(Problem(reason, key="adapter.trainable_tokens"))
+        layers = [embedding]
+        if output is not None and output.weight is not embedding.weight:
+            layers.append(output)
+        return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}
+
+    def _continue(self, model: PreTrainedModel, setting: Setting) -> PeftModel:
+        folder = peftio.find(str(self.continue_from), "adapter.from")
+        stored = peftio.stored_config(folder)
+        if stored.peft_type.value == "LORA":
+            self._check_against(stored, model, setting)
+        return peftio.resume(model, folder, "LORA", {"lora_dropout": self.dropout})
+
+    def _check_against(self, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
+        """Refuse settings that the stored adapter contradicts; a default contradicts nothing."""
+        tokens = self._tokens(model, setting.tokenizer)
+        asked = {
+            "r": (self.r, stored.r),
+            "alpha": (self.alpha, stored.lora_alpha),
+            "rslora": (self.rslora or None, stored.use_rslora),
+            "dora": (self.dora or None, stored.use_dora),
+            "rank_pattern": (self.rank_pattern or None, stored.rank_pattern),
+            "alpha_pattern": (self.alpha_pattern or None, stored.alpha_pattern),
+            "trainable_tokens": (tokens, stored.trainable_token_indices),
+        }
+        problems = [
+            Problem(f"{wanted} contradicts the adapter in `from`, which has {has}; remove it", key=f"adapter.{name}")
+            for name, (wanted, has) in asked.items()
+            if wanted is not None and wanted != has
+        ]
+        if isinstance(self.target_modules, list) and set(self.target_modules) != set(stored.target_modules):
+            has = ", ".join(sorted(stored.target_modules))
+            problems.append(
+                Problem(f"differs from the adapter in `from`, which has {has}", key="adapter.target_modules")
+            )
+        full = targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")
+        for path in sorted(set(full) - set(stored.modules_to_save or ())):
+            reason = f"{path} is not trained in full by the adapter in `from`; remove it"
+            problems.append(Problem(reason, key="adapter.modules_to_save"))
+        if problems:
+            raise RecipeError(problems)

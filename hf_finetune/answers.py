@@ -1,0 +1,52 @@
+"""Generated answers against their references."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from hf_finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from hf_finetune.generation import Generation
+
+
+def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, float]:
+    """Shares and means over all answers, none where there are no answers.
+
+    Args:
+        generations: What the model wrote.
+        references: What the data say, in the same order.
+        pattern: Finds the answer in either text: its last match, group 1 where it has groups; null compares the
+            whole texts without surrounding white space.
+
+    Returns:
+        `exact_match` (share of equal answers), `ended` (share that stopped by themselves), `generated_tokens` (mean).
+
+    Raises:
+        DataError: The pattern matches nothing in a reference, so that no answer could be right.
+    """
+    if not references:
+        return {}
+    wanted = [extract(reference, pattern) for reference in references]
+    if None in wanted:
+        row = wanted.index(None)
+        raise DataError(f"task.answer_pattern {pattern!r} finds nothing in reference {row}: {references[row][-80:]!r}")
+    given = [extract(generation.text, pattern) for generation in generations]
+    equal = sum(one == two for one, two in zip(given, wanted, strict=True))
+    return {
+        "exact_match": equal / len(references),
+        "ended": sum(generation.ended for generation in generations) / len(references),
+        "generated_tokens": sum(generation.tokens for generation in generations) / len(references),
+    }
+
+
+def extract(text: str, pattern: str | None) -> str | None:
+    """The answer inside a text, without surrounding white space; None where the pattern matches nothing."""
+    if pattern is None:
+        return text.strip()
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        return None
+    last = matches[-1]
+    return (last[1] or "" if last.re.groups else last[0]).strip()

@@ -1,0 +1,125 @@
+"""The one place where a recipe's keys become transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hf_finetune.batching import Division
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long training is."""
+
+    total_steps: int
+    """Optimiser steps of the whole run."""
+    steps_per_epoch: int | None
+    """Optimiser steps of one pass; None for a stream."""
+    warmup_steps: int
+
+
+def length(recipe: Recipe, rows: int | None) -> Length:
+    """Optimiser steps of the run.
+
+    Args:
+        recipe: Epochs or steps, global batch, warmup.
+        rows: Training rows (packed sequences where packing is on); None for a stream.
+    """
+    training = recipe.training
+    per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
+    if training.steps is not None:
+        total = training.steps
+    else:
+        total = math.ceil((training.epochs or 0) * (per_epoch or 0))
+    warmup = training.warmup_steps
+    return Length(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
+
+
+def training_arguments(
+    recipe: Recipe, machine: Machine, division: Division, run_length: Length, checkpoints: Path
+) -> TrainingArguments:
+    """TrainingArguments of this run on this machine.
+
+    Args:
+        recipe: The recipe.
+        machine: Device and precision.
+        division: Micro-batch and accumulation.
+        run_length: Total and warmup steps.
+        checkpoints: Folder for the Trainer's checkpoints.
+    """
+    training = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=division.micro_batch,
+        gradient_accumulation_steps=division.accumulation,
+        max_steps=run_length.total_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        warmup_steps=run_length.warmup_steps,
+        optim=OPTIMIZERS[training.optimizer],
+        weight_decay=training.weight_decay,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        max_grad_norm=training.max_grad_norm or 0.0,
+        bf16=machine.precision == "bf16",
+        fp16=machine.precision == "fp16",
+        seed=training.seed,
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        # The default shows NaN as 0.0.
+        logging_nan_inf_filter=False,
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=machine.device == "cpu",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        # Keep the process group that `hardware` made, with its timeout.
+        accelerator_config={"use_configured_state": True},
+        **_cadence(recipe),
+    )
+    # One process never drives several GPUs through DataParallel: that is what `accelerate launch` is for.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _cadence(recipe: Recipe) -> dict[str, Any]:
+    """When to evaluate and to save."""
+    training, checkpoints = recipe.training, recipe.checkpoints
+    has_validation = recipe.data.validation is not None or recipe.data.validation_share is not None
+    eval_every = training.eval_every if has_validation else None
+    options: dict[str, Any] = {
+        **_every("eval", eval_every),
+        **_every("save", checkpoints.every),
+        "save_total_limit": checkpoints.keep,
+        "eval_on_start": has_validation and training.eval_at_start,
+    }
+    if training.best_metric is not None:
+        options |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": training.best_metric,
+            "greater_is_better": recipe.task.best_metrics[training.best_metric],
+        }
+        if checkpoints.every is None:
+            options["save_strategy"] = "best"
+    return options
+
+
+def _every(what: str, every: Any) -> dict[str, Any]:
+    if every is None:
+        return {f"{what}_strategy": "no"}
+    if every == "epoch":
+        return {f"{what}_strategy": "epoch"}
+    return {f"{what}_strategy": "steps", f"{what}_steps": every}

@@ -1,0 +1,197 @@
+"""The blocks of a recipe that every task and adapter shares: model, data, training, checkpoints.
+
+Each field is documented where it is declared; the text goes into the JSON Schema that editors complete from.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hf_finetune.plugins import Section
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Files = Name | Annotated[list[Name], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Every = Count | Literal["epoch"]
+
+
+class Model(Section):
+    """The pretrained model."""
+
+    name: Name
+    """Hub id (`owner/name`), local folder, or `package:NAME/PATH`, a folder inside an installed Python package."""
+    revision: Name | None = None
+    """Commit, tag or branch on the Hub; only a commit is the same model tomorrow."""
+    dropout: Share | None = None
+    """Sets every dropout of the model; null keeps what its config says."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the frozen base weights in 4 or 8 bits (needs the extra `quantization`)."""
+
+
+class Source(Section):
+    """One of several training sets that are mixed."""
+
+    train: Files
+    """A split of `source`, or files."""
+    source: Name | None = None
+    """Hub id or local folder; null where `train` names files."""
+    subset: Name | None = None
+    """Configuration of the Hub data set."""
+    revision: Name | None = None
+    """Commit, tag or branch of the Hub data set."""
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
+    """How often a row of this source is drawn, relative to the others."""
+
+
+class Data(Section):
+    """Where the rows come from, and how long they may be."""
+
+    train: Files | None = None
+    """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
+    validation: Files | None = None
+    """Like `train`; what is evaluated during training."""
+    test: Files | None = None
+    """Like `train`; evaluated once, after training."""
+    source: Name | None = None
+    """Hub id or local folder that `train`, `validation` and `test` are read from; null for plain files."""
+    subset: Name | None = None
+    """Configuration of the Hub data set, e.g. `sst2` of `nyu-mll/glue`."""
+    revision: Name | None = None
+    """Commit, tag or branch of the Hub data set."""
+    mix: Annotated[list[Source], Field(min_length=2)] | None = None
+    """Several training sets instead of `train`, drawn by weight until the first is used up."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the training rows that is cut off for validation, by `training.seed`, where there is no `validation`."""
+    max_length: Annotated[int, Field(ge=2, le=1_048_576)] = 512
+    """Most tokens of a row."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to rows with more than `max_length` tokens; counted and reported in every case."""
+    packing: bool = False
+    """Put several rows into one sequence of `max_length` tokens, with no attention across rows (causal_lm)."""
+    streaming: bool = False
+    """Read while training instead of loading first: for data that do not fit; needs `training.steps`."""
+    shuffle_buffer: Count = 10_000
+    """Rows that streaming holds to shuffle from."""
+    limit: Count | None = None
+    """At most this many rows of each split, drawn by `training.seed`: for trials."""
+    cache: Name | None = None
+    """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
+    workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Processes that tokenise; null is one a core."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        if (self.train is None) == (self.mix is None):
+            raise ValueError("give either train or mix")
+        if self.mix is not None and (self.source or self.subset or self.revision) and not (self.validation or self.test):
+            raise ValueError("source, subset and revision are for validation and test here; each part of mix has its own")
+        if self.source is None and self.subset is not None:
+            raise ValueError("subset belongs to a source; set source or remove it")
+        if self.source is None and self.revision is not None:
+            raise ValueError("revision belongs to a source; set source or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _splits(self) -> Self:
+        if self.validation is not None and self.validation_share is not None:
+            raise ValueError("validation and validation_share exclude each other; remove one")
+        if self.streaming and self.packing:
+            raise ValueError("packing needs the lengths of all rows, streaming reads them one by one; turn one off")
+        if self.streaming and self.validation_share is not None:
+            raise ValueError("validation_share needs all rows; with streaming give a validation split")
+        return self
+
+
+class EarlyStopping(Section):
+    """Stop when validation no longer gets better."""
+
+    patience: Count = 3
+    """Evaluations without improvement that are waited for."""
+    min_delta: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """Least change that counts as an improvement."""
+
+
+class Training(Section):
+    """The optimisation. It is the same whatever machine runs it."""
+
+    epochs: Annotated[float, Field(gt=0.0, le=10_000.0)] | None = None
+    """Passes over the training rows; give this or `steps`."""
+    steps: Count | None = None
+    """Optimiser steps; give this or `epochs`."""
+    batch_size: Count
+    """Global batch: rows of one optimiser step, across every device and accumulation step."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Rows of one forward pass on one device; accumulation follows from it."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)]
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warmup; linear and cosine end at 0."""
+    warmup_ratio: Share = 0.0
+    """Share of all steps in which the learning rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    """The same in steps; excludes `warmup_ratio`."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
+    """`adamw_8bit` needs the extra `quantization`."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Decoupled weight decay; not applied to biases and norms."""
+    beta1: Share = 0.9
+    """First moment's decay of AdamW."""
+    beta2: Share = 0.999
+    """Second moment's decay of AdamW."""
+    max_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = 1.0
+    """Gradients are scaled down to this global norm; null turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward and backward pass; trained weights and the optimiser stay in fp32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when `best_metric` no longer improves."""
+    best_metric: Name | None = None
+    """Keep the checkpoint that is best by this validation metric, e.g. `accuracy` or `loss`; null keeps the last."""
+    group_by_length: bool = True
+    """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""
+    log_every: Count = 10
+    """Steps between two logged training metrics."""
+    eval_every: Every | None = "epoch"
+    """Steps between two evaluations, or `epoch`; null evaluates only at the end."""
+    eval_at_start: bool = False
+    """Evaluate once before the first step: what the model can do without training."""
+    eval_batch: Count | Literal["auto"] = "auto"
+    """Rows of one forward pass in evaluation."""
+    seed: Seed = 42
+    """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro_batch {self.micro_batch} is more than the global batch_size {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _selection(self) -> Self:
+        if self.early_stopping is not None and self.best_metric is None:
+            raise ValueError("early_stopping needs best_metric, e.g. best_metric: loss")
+        if self.best_metric is not None and self.eval_every is None:
+            raise ValueError("best_metric needs eval_every")
+        return self
+
+
+class Checkpoints(Section):
+    """What is kept while training."""
+
+    every: Every | None = None
+    """Steps between two checkpoints, or `epoch`; null writes none, except those that `best_metric` needs."""
+    keep: Count = 2
+    """How many are kept; the best one is always among them."""

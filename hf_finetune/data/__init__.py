@@ -1,0 +1,168 @@
+"""From the recipe's data block to encoded rows: find, load, split, encode, cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import tokenizers
+import transformers
+
+import hf_finetune
+from hf_finetune import quiet
+from hf_finetune.data import cache, encoding, sources, splits
+from hf_finetune.data.encoding import Encoder, SplitReport
+from hf_finetune.data.sources import Origins
+from hf_finetune.data.streaming import Reading, Stream
+from hf_finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.tasks import Targets
+
+__all__ = ["Prepared", "SplitReport", "Stream", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run.
+
+    Encoded rows have `input_ids`, `labels`, `length` (tokens after cutting), and `token_type_ids` where the model takes
+    them.
+    """
+
+    train: datasets.Dataset | Stream
+    """Encoded rows; with `row` as below, unless they are streamed."""
+    validation: datasets.Dataset | None
+    """Encoded rows in the order of the split; `row` is the number of the raw row in `raw_validation`, from 0."""
+    test: datasets.Dataset | None
+    """Like `validation`."""
+    raw_validation: datasets.Dataset | None
+    """Raw rows, only the task's columns."""
+    raw_test: datasets.Dataset | None
+    """Like `raw_validation`."""
+    targets: Targets
+    """What the training rows say about the labels."""
+    counted: Mapping[str, SplitReport]
+    """What became of the rows of each split that was loaded."""
+    fingerprint: str
+    """SHA-256, as hex, over everything that determines the rows: data, tokenizer, task and settings."""
+
+    @property
+    def reports(self) -> dict[str, SplitReport]:
+        """What became of the rows of each split; of a stream, of those that this process read in the first pass."""
+        if not isinstance(self.train, Stream) or self.train.report().rows == 0:
+            return dict(self.counted)
+        return {"train": self.train.report(), **self.counted}
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine) -> Prepared:
+    """Load and encode the data of a run, or map them from the cache.
+
+    The first rank of each node works, the others wait for it.
+
+    Args:
+        recipe: Its task, data block and seed count.
+        tokenizer: The model's.
+        machine: Tells which rank this is.
+
+    Raises:
+        DataError: The data are missing, unreadable, empty, or do not fit the recipe.
+        StorageError: The cache can't be written.
+    """
+    quiet.hush()
+    data, task, seed = recipe.data, recipe.task, recipe.training.seed
+    origins = sources.locate(data)
+    fingerprint = _fingerprint(recipe, tokenizer, origins)
+    reading = Reading.of(data, origins, task.columns(), seed)
+
+    def build(scratch: Path) -> cache.Content:
+        return _build(recipe, tokenizer, reading, scratch)
+
+    entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions()]))
+    content = entry.get(build, builds=machine.is_node_main)
+    if data.streaming:
+        encoder = Encoder(task, tokenizer, content.targets, data.max_length, ())
+        train: Any = Stream(reading, encoder, data.overlong)
+    else:
+        train = content.encoded["train"]
+    return Prepared(
+        train=train,
+        validation=content.encoded.get("validation"),
+        test=content.encoded.get("test"),
+        raw_validation=content.raw.get("validation"),
+        raw_test=content.raw.get("test"),
+        targets=content.targets,
+        counted=content.reports,
+        fingerprint=fingerprint,
+    )
+
+
+def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, scratch: Path) -> cache.Content:
+    """Read and encode every split."""
+    data, task = recipe.data, recipe.task
+    streamed = reading.open() if data.streaming else None
+    loaded = splits.load(data, reading.origins, reading.columns, recipe.training.seed, str(scratch / "raw"))
+    if streamed is not None:
+        targets = task.targets(streamed)
+    else:
+        try:
+            targets = task.targets(loaded["train"].raw())
+        except DataError as error:
+            raise encoding.place(error, loaded["train"]) from None
+    encoded, reports = {}, {}
+    for name, split in loaded.items():
+        encoder = Encoder(task, tokenizer, targets, data.max_length, split.places)
+        encoded[name], reports[name] = encoding.encode(split, encoder, data.overlong, scratch, data.workers)
+    raw = {name: split.raw() for name, split in loaded.items() if name != "train"}
+    return cache.Content(encoded, raw, targets, reports)
+
+
+def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> str:
+    data = recipe.data
+    evaluated = {"validation": origins.validation, "test": origins.test}
+    seeded = data.validation_share or data.limit or data.mix
+    return _sha256(
+        {
+            "train": [origin.identity(whole=not data.streaming) for origin in origins.train],
+            "weights": origins.weights,
+            **{name: origin.identity(whole=True) for name, origin in evaluated.items() if origin is not None},
+            "validation_share": data.validation_share,
+            "limit": data.limit,
+            "seed": recipe.training.seed if seeded else None,
+            "max_length": data.max_length,
+            "overlong": data.overlong,
+            # The order of streamed rows is the library's business.
+            "stream": [data.shuffle_buffer, datasets.__version__] if data.streaming else None,
+            "task": recipe.task.model_dump(mode="json"),
+            "tokenizer": _tokenizer_state(tokenizer),
+        }
+    )
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Everything about a tokenizer that shows in tokens, in a form that JSON takes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What the last call set, not what the tokenizer is.
+    for transient in ("truncation", "padding") if backend is not None else ():
+        state.pop(transient, None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    sides = [tokenizer.padding_side, tokenizer.truncation_side]
+    return [type(tokenizer).__name__, state, special, tokenizer.chat_template, sides]
+
+
+def _versions() -> list[str]:
+    return [hf_finetune.__version__, datasets.__version__, tokenizers.__version__, transformers.__version__]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

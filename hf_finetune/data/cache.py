@@ -1,0 +1,243 @@
+"""The cache of tokenised data: one folder an entry, complete or absent, shared by ranks, runs and nodes.
+
+An entry holds the encoded splits, the raw rows that are evaluated, the labels and the reports, so that a second run
+and the other ranks need not read the raw data at all. Its place is
+
+    data.cache, else $HF_FINETUNE_CACHE, else $XDG_CACHE_HOME/hf_finetune, else ~/.cache/hf_finetune
+
+and under it `encoded/<key>`. Nothing deletes entries; `rm -r` of an entry, or of the whole folder, is always safe while
+no run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import datasets
+
+from hf_finetune import errors
+from hf_finetune.data.encoding import SplitReport
+from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
+from hf_finetune.tasks import Targets
+
+FORMAT = 1
+"""Raised whenever what an entry holds changes."""
+
+POLL_S = 0.5
+"""Seconds between two looks of a rank that waits for an entry."""
+WAIT_LIMIT_S = 6 * 3600.0
+"""Seconds after which a waiting rank gives up."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an entry holds."""
+
+    encoded: Mapping[str, datasets.Dataset]
+    """By split."""
+    raw: Mapping[str, datasets.Dataset]
+    """Raw rows of the splits that are evaluated."""
+    targets: Targets
+    reports: Mapping[str, SplitReport]
+
+
+def root(setting: str | None) -> Path:
+    """The cache folder.
+
+    Args:
+        setting: `data.cache`.
+    """
+    if setting is not None:
+        return Path(setting).expanduser()
+    if os.environ.get("HF_FINETUNE_CACHE"):
+        return Path(os.environ["HF_FINETUNE_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hf_finetune"
+
+
+class Entry:
+    """One set of tokenised data in the cache.
+
+    Args:
+        folder: The cache folder.
+        key: SHA-256 of everything that determines the content, as hex.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path = folder / "encoded" / key
+
+    def read(self) -> Content | None:
+        """The content, mapped from disk; None where the entry is absent or damaged."""
+        try:
+            meta = json.loads((self.path / "meta.json").read_text("utf-8"))
+            if meta["format"] != FORMAT or meta["files"] != _sizes(self.path):
+                return None
+            return Content(
+                encoded={name: datasets.load_from_disk(self.path / "encoded" / name) for name in meta["encoded"]},
+                raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
+                targets=_targets_from(meta["targets"]),
+                reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def get(self, build: Callable[[Path], Content], *, builds: bool) -> Content:
+        """The content; one rank of each node builds it where it is absent, the others wait.
+
+        Waiting is by polling, not by a collective: tokenising may take longer than a collective's timeout.
+
+        Args:
+            build: Makes the content; may use the folder that it is given, which is gone afterwards.
+            builds: Whether this rank is the one that builds.
+
+        Raises:
+            FinetuneError: What `build` raised, on every rank of the node.
+            StorageError: The cache can't be written.
+        """
+        marker = _Failure(self.path)
+        if not builds:
+            return self._wait(marker)
+        marker.clear()
+        content = self.read()
+        if content is None:
+            with marker:
+                self._build(build)
+                content = self.read()
+        if content is None:
+            raise StorageError(Problem("an entry just written to the cache can't be read back", file=str(self.path)))
+        return content
+
+    def _build(self, build: Callable[[Path], Content]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:16]}-", dir=self.path.parent))
+        except OSError as error:
+            message = f"can't write the cache: {error.strerror}; set data.cache to a folder that can be written"
+            raise StorageError(Problem(message, file=str(self.path.parent))) from error
+        try:
+            (scratch / "work").mkdir()
+            content = build(scratch / "work")
+            _write(content, scratch / "entry")
+            self._publish(scratch)
+        except OSError as error:
+            if isinstance(error, FinetuneError):
+                raise
+            message = f"can't write the cache: {error.strerror or error}; free space or set data.cache"
+            raise StorageError(Problem(message, file=str(self.path.parent))) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _publish(self, scratch: Path) -> None:
+        """Move the finished entry into place in one step; where another run was faster, theirs stays."""
+        if self.path.exists() and self.read() is None:
+            # Damaged: truncated or half deleted. Another run may do the same at this moment.
+            shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            (scratch / "entry").rename(self.path)
+        except OSError:
+            if self.read() is None:
+                raise
+
+    def _wait(self, marker: _Failure) -> Content:
+        deadline = time.monotonic() + WAIT_LIMIT_S
+        while (content := self.read()) is None:
+            marker.check()
+            if time.monotonic() > deadline:
+                hours = WAIT_LIMIT_S / 3600
+                raise PeerError(f"the first rank of this node has not prepared the data within {hours:g} hours")
+            time.sleep(POLL_S)
+        return content
+
+
+class _Failure:
+    """A file that tells the other ranks of this node and launch that building failed, and why.
+
+    Ranks of one launch share their parent process, and the launcher counts its restarts.
+    """
+
+    def __init__(self, entry: Path) -> None:
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        launch = f"{socket.gethostname()}-{os.getppid()}-{restart}"
+        self.file = entry.parent / f".{entry.name[:16]}-{launch}.failed"
+
+    def clear(self) -> None:
+        """Forget an earlier failure."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self.file.unlink()
+
+    def check(self) -> None:
+        """Raise what the builder raised, if it failed."""
+        try:
+            told = json.loads(self.file.read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        kind = getattr(errors, told["kind"])
+        raise kind(Problem(**problem) for problem in told["problems"])
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        problems = [Problem(f"the first rank of this node failed to prepare the data: {error!r}")]
+        told: type[FinetuneError] = PeerError
+        if isinstance(error, FinetuneError):
+            problems, told = list(error.problems), type(error)
+        text = json.dumps({"kind": told.__name__, "problems": [asdict(problem) for problem in problems]})
+        try:
+            # In one step: a waiting rank must never read half of it.
+            part = self.file.with_suffix(f".{os.getpid()}")
+            part.write_text(text, "utf-8")
+            part.rename(self.file)
+        except OSError:
+            return  # a cache that can't be written; the launcher ends the other ranks
+
+
+def _write(content: Content, folder: Path) -> None:
+    for kind, splits in (("encoded", content.encoded), ("raw", content.raw)):
+        for name, rows in splits.items():
+            rows.save_to_disk(folder / kind / name)
+    folder.mkdir(exist_ok=True)
+    meta = {
+        "format": FORMAT,
+        "about": "tokenised data of hf_finetune; may be deleted",
+        "encoded": list(content.encoded),
+        "raw": list(content.raw),
+        "targets": _targets_to(content.targets),
+        "reports": {name: asdict(report) for name, report in content.reports.items()},
+        "files": _sizes(folder),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size of each file of an entry, by its path in it; a cheap way to notice a truncated one."""
+    return {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "meta.json"
+    }
+
+
+def _targets_to(targets: Targets) -> dict[str, Any]:
+    plain = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    # A list of pairs, as JSON would turn integer keys into text.
+    return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
+
+
+def _targets_from(stored: dict[str, Any]) -> Targets:
+    plain = {name: tuple(value) for name, value in stored.items() if name != "id_of"}
+    return Targets(**plain, id_of=dict(stored["id_of"]))

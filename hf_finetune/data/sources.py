@@ -1,0 +1,68 @@
+"""Finds out where each split comes from: local files, or splits of a data set on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_finetune.blocks import Data, Source
+from hf_finetune.data import files
+from hf_finetune.data.files import LocalFiles
+from hf_finetune.data.hub import REPOSITORY, HubSplit
+from hf_finetune.errors import DataError, Problem
+
+Origin = LocalFiles | HubSplit
+"""Where rows come from."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where the rows of every split come from."""
+
+    train: tuple[Origin, ...]
+    """One, or those that are mixed."""
+    weights: tuple[float, ...]
+    """How often each is drawn from; 1 in all."""
+    validation: Origin | None
+    test: Origin | None
+
+
+def locate(data: Data) -> Origins:
+    """Find every file and name every split; reads no row.
+
+    Raises:
+        DataError: A file does not exist or has an unknown format, or the source is neither folder nor repository.
+    """
+    parts: Sequence[Source] = data.mix or ()
+    if data.train is not None:
+        train = [_origin(data.train, data, "data.train")]
+    else:
+        train = [_origin(part.train, part, f"data.mix.{index}.train") for index, part in enumerate(parts)]
+    total = sum(part.weight for part in parts)
+    return Origins(
+        train=tuple(train),
+        weights=tuple(part.weight / total for part in parts) or (1.0,),
+        validation=None if data.validation is None else _origin(data.validation, data, "data.validation"),
+        test=None if data.test is None else _origin(data.test, data, "data.test"),
+    )
+
+
+def _origin(names: str | list[str], where: Data | Source, key: str) -> Origin:
+    """The origin of one split.
+
+    Args:
+        names: Files or splits.
+        where: The block with `source`, `subset` and `revision`.
+        key: Recipe key of `names`, for messages.
+    """
+    source = where.source
+    if source is None:
+        return files.find(names, None, key)
+    if Path(source).expanduser().is_dir():
+        return files.find(names, source, key)
+    if not REPOSITORY.fullmatch(source):
+        message = f"{source!r} is no folder here, and no data set on the Hub (owner/name)"
+        raise DataError(Problem(message, key=f"{key.rpartition('.')[0]}.source"))
+    split = names if isinstance(names, str) else "+".join(names)
+    return HubSplit(key, source, where.subset, where.revision, split)

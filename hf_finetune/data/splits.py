@@ -1,0 +1,185 @@
+"""Loads the raw rows of every split: columns checked, sources mixed, validation cut off, limited; all by one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+from hf_finetune.complaints import suggestion
+from hf_finetune.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from hf_finetune.blocks import Data
+    from hf_finetune.data.sources import Origin, Origins
+
+ROW = "__row__"
+"""Column: number of the row in its source, from 1."""
+PART = "__part__"
+"""Column: number of the source among those that are mixed, from 0."""
+BOOKKEEPING = (ROW, PART)
+
+WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string", "large_string": "string"}
+"""Types without their width -> what they become when sources are mixed."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The raw rows of a split."""
+
+    name: str
+    """`train`, `validation` or `test`."""
+    rows: datasets.Dataset
+    """The task's columns, and those of `BOOKKEEPING`."""
+    places: tuple[str, ...]
+    """What messages call its sources."""
+
+    def raw(self) -> datasets.Dataset:
+        """The rows as they stand in the data."""
+        return self.rows.remove_columns(list(BOOKKEEPING))
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Source of a row, and its number there, from 1."""
+        row = self.rows[index]
+        return self.places[row[PART]], row[ROW]
+
+
+def load(data: Data, origins: Origins, columns: Sequence[str], seed: int, cache: str) -> dict[str, Split]:
+    """Every split that the recipe has, but a streamed `train`.
+
+    Args:
+        data: `validation_share`, `limit` and `streaming` count.
+        origins: Where the rows come from.
+        columns: What the task needs; the others are left out.
+        seed: Fixes what is cut off, mixed and drawn.
+        cache: Folder for the files that local rows are mapped from.
+
+    Raises:
+        DataError: A source can't be read, lacks a column, has no row, or does not fit the others of the mix.
+    """
+    splits: dict[str, Split] = {}
+    if not data.streaming:
+        parts = [_load(origin, "train", columns, cache) for origin in origins.train]
+        splits["train"] = parts[0] if len(parts) == 1 else _mix(parts, origins.weights, seed)
+    for name, origin in (("validation", origins.validation), ("test", origins.test)):
+        if origin is not None:
+            splits[name] = _load(origin, name, columns, cache)
+    if data.validation_share is not None:
+        splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
+    if data.limit is not None:
+        splits = {name: _limited(split, data.limit, seed) for name, split in splits.items()}
+    return splits
+
+
+def check_columns(have: Sequence[str], need: Sequence[str], place: str) -> None:
+    """Compare what there is with what the task needs.
+
+    Raises:
+        DataError: One line for each column that is missing, with the nearest name or all there are.
+    """
+    missing = [column for column in need if column not in have]
+    if missing:
+        raise DataError(
+            Problem(f"has no column {column!r}{suggestion(column, list(have))}{_all(column, have)}", file=place)
+            for column in missing
+        )
+
+
+def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Divide rows into those that stay and a random share, both in their old order; at least one row each.
+
+    Raises:
+        DataError: There is only one row.
+    """
+    count = len(split.rows)
+    if count < 2:
+        raise DataError(Problem("has 1 row; data.validation_share needs at least 2", file=split.places[0]))
+    held_out = min(count - 1, max(1, round(count * share)))
+    chosen = np.random.default_rng(seed).permutation(count)
+    rest, taken = np.sort(chosen[held_out:]), np.sort(chosen[:held_out])
+    return (
+        replace(split, rows=split.rows.select(rest)),
+        replace(split, name="validation", rows=split.rows.select(taken)),
+    )
+
+
+def _load(origin: Origin, name: str, columns: Sequence[str], cache: str) -> Split:
+    rows = origin.load(cache)
+    if len(rows) == 0:
+        raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
+    check_columns(rows.column_names, columns, origin.place)
+    return Split(name, _numbered(rows.select_columns(list(columns)), 0), (origin.place,))
+
+
+def _numbered(rows: datasets.Dataset, part: int) -> datasets.Dataset:
+    rows = rows.add_column(ROW, np.arange(1, len(rows) + 1))
+    return rows.add_column(PART, np.full(len(rows), part))
+
+
+def _limited(split: Split, limit: int, seed: int) -> Split:
+    if len(split.rows) <= limit:
+        return split
+    chosen = np.random.default_rng(seed).permutation(len(split.rows))[:limit]
+    return replace(split, rows=split.rows.select(np.sort(chosen)))
+
+
+def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
+    """Draw from the shuffled parts by weight until the first is used up."""
+    places = tuple(part.places[0] for part in parts)
+    features = _common_features([part.rows.features for part in parts], places)
+    numbered = []
+    for index, part in enumerate(parts):
+        rows = part.rows.remove_columns(PART).add_column(PART, np.full(len(part.rows), index))
+        try:
+            rows = rows if rows.features == features else rows.cast(features, keep_in_memory=True)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(
+                Problem(f"its columns do not fit those of {places[0]}: {reason}", file=places[index])
+            ) from error
+        numbered.append(rows.shuffle(seed=seed + index, keep_in_memory=True))
+    mixed = datasets.interleave_datasets(
+        numbered, probabilities=list(weights), seed=seed, stopping_strategy="first_exhausted"
+    )
+    if len(mixed) == 0:
+        raise DataError("data.mix draws 0 rows: the first source is used up at once; raise its weight or add rows")
+    return Split("train", mixed, places)
+
+
+def _common_features(all_features: Sequence[datasets.Features], places: Sequence[str]) -> datasets.Features:
+    """The type of each column in the mix: equal ones, or the widest number or text.
+
+    Raises:
+        DataError: Types differ in more than width, or label names differ.
+    """
+    first = all_features[0]
+    common = {}
+    for column in first:
+        kinds = [features[column] for features in all_features]
+        family = None if column in BOOKKEEPING else _family(kinds)
+        strange = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), None)
+        labels = any(isinstance(kind, datasets.ClassLabel) for kind in kinds)
+        flat = any(isinstance(kind, datasets.Value) for kind in kinds)
+        if strange is not None and family is None and (labels or flat):
+            message = f"column {column!r} is {kinds[strange]}, but {kinds[0]} in {places[0]}; make them equal"
+            raise DataError(Problem(message, file=places[strange]))
+        common[column] = kinds[0] if strange is None or family is None else datasets.Value(family)
+    return datasets.Features(common)
+
+
+def _family(kinds: Sequence[Any]) -> str | None:
+    """The widest type of a family that all belong to, integers and floats together being floats."""
+    if not all(type(kind) is datasets.Value for kind in kinds):
+        return None
+    families = {WIDEST.get(kind.dtype.rstrip("0123456789")) for kind in kinds}
+    if families == {"int64", "float64"}:
+        return "float64"
+    return families.pop() if len(families) == 1 else None
+
+
+def _all(column: str, have: Sequence[str]) -> str:
+    """The columns there are, where the suggestion names only the nearest."""
+    return f" it has {', '.join(have)}" if "did you mean" in suggestion(column, list(have)) else ""

@@ -1,0 +1,196 @@
+"""Training rows that are read, shuffled and encoded while training, pass after pass, for data that do not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+from hf_finetune.data.diagnosis import READING_ERRORS
+from hf_finetune.data.encoding import Encoder, Overlong, SplitReport, nothing_left
+from hf_finetune.data.splits import PART, ROW, check_columns
+from hf_finetune.errors import DataError, FinetuneError, Problem
+
+if TYPE_CHECKING:
+    from hf_finetune.blocks import Data
+    from hf_finetune.data.sources import Origins
+    from hf_finetune.tasks import Encoded
+
+BATCH = 100
+"""Raw rows that are encoded at once."""
+EXCERPT = 200
+"""Characters of a raw row that a message shows: streamed rows are shuffled, so a number would not find them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, and in which order."""
+
+    origins: Origins
+    columns: tuple[str, ...]
+    """What the task needs."""
+    buffer: int
+    """Rows to shuffle from; the order of files is shuffled too."""
+    limit: int | None
+    """At most this many rows, the same in every pass."""
+    seed: int
+    """Fixes which rows the limit takes, and how sources are mixed."""
+
+    @classmethod
+    def of(cls, data: Data, origins: Origins, columns: list[str], seed: int) -> Reading:
+        """What the recipe's data block asks for."""
+        return cls(origins, tuple(columns), data.shuffle_buffer, data.limit, seed)
+
+    @property
+    def places(self) -> str:
+        """What messages call the sources."""
+        return ", ".join(origin.place for origin in self.origins.train)
+
+    def open(self) -> datasets.IterableDataset:
+        """The raw rows in the order of the sources, each beginning with its first row.
+
+        Raises:
+            DataError: A source is missing or empty, lacks a column, or does not fit the others.
+        """
+        parts = []
+        for origin in self.origins.train:
+            try:
+                part = origin.stream()
+                first = next(iter(part), None)
+            except READING_ERRORS as error:
+                raise origin.explain(error) from error
+            if first is None:
+                raise DataError(Problem("train split has 0 rows", key=origin.key, file=origin.place))
+            check_columns(list(first), self.columns, origin.place)
+            parts.append(part.select_columns(list(self.columns)))
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return datasets.interleave_datasets(
+                parts, probabilities=list(self.origins.weights), seed=self.seed, stopping_strategy="first_exhausted"
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
+
+    def batches(self, opened: datasets.IterableDataset, order: list[int]) -> Iterator[list[dict[str, Any]]]:
+        """One pass in `BATCH`es of raw rows.
+
+        Args:
+            opened: What `open` returned.
+            order: Seed of the shuffling.
+
+        Raises:
+            DataError: The data can't be read.
+        """
+        if self.limit is not None:
+            opened = opened.shuffle(seed=self.seed, buffer_size=self.buffer).take(self.limit)
+        shuffled = opened.shuffle(generator=np.random.default_rng(order), buffer_size=self.buffer)
+        batch: list[dict[str, Any]] = []
+        try:
+            for row in shuffled:
+                batch.append(row)
+                if len(batch) == BATCH:
+                    yield batch
+                    batch = []
+        except READING_ERRORS as error:
+            raise self._explain(error) from error
+        if batch:
+            yield batch
+
+    def _explain(self, error: Exception) -> Exception:
+        """The most telling of what the sources say about an error."""
+        explained = [origin.explain(error) for origin in self.origins.train]
+        located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
+        return (located or explained)[0]
+
+
+class Stream:
+    """Encoded training rows without end.
+
+    Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
+    sources are read from their beginning in each pass, until the first is used up.
+    """
+
+    def __init__(self, reading: Reading, encoder: Encoder, overlong: Overlong) -> None:
+        self.reading = reading
+        self.encoder = replace(encoder, places=(reading.places,))
+        self.overlong = overlong
+        self._report = SplitReport()
+
+    def report(self) -> SplitReport:
+        """What became of the rows that this process has read; after the first pass it no longer changes."""
+        return self._report
+
+    def rows(self, seed: int) -> Iterator[Encoded]:
+        """Encoded rows: `input_ids`, `labels`, `length` (after cutting), perhaps `token_type_ids`.
+
+        Args:
+            seed: With the number of the pass, fixes the order.
+
+        Raises:
+            DataError: A row can't be read or encoded, is over-long and must not be, or a pass has no row to train on.
+        """
+        opened = self.reading.open()
+        self._report = SplitReport()
+        number = 0
+        while True:
+            of_pass = SplitReport()
+            for batch in self.reading.batches(opened, [seed, number]):
+                encoded, counts = self._encode(batch, of_pass.rows)
+                of_pass += counts
+                if number == 0:
+                    self._report = of_pass
+                yield from encoded
+            if of_pass.kept == 0:
+                raise nothing_left(of_pass, "train", self.reading.places)
+            number += 1
+
+    def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
+        """The rows of a batch that are trained on, and what became of all of them."""
+        columns: dict[str, list[Any]] = {column: [row[column] for row in batch] for column in self.reading.columns}
+        numbers = list(range(before + 1, before + len(batch) + 1))
+        try:
+            encoded = self.encoder(columns | {ROW: numbers, PART: [0] * len(batch)})
+        except DataError as error:
+            raise DataError(_shown(problem, batch, before) for problem in error.problems) from None
+        kept: list[Encoded] = []
+        counts = SplitReport()
+        names = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
+        for index, (whole, trained) in enumerate(zip(encoded["whole"], encoded["trained"], strict=True)):
+            over = whole > self.encoder.max_length
+            if over and self.overlong == "error":
+                raise self._overlong(whole, batch[index])
+            dropped = over and self.overlong == "drop"
+            untrained = not dropped and trained == 0
+            counts += SplitReport(rows=1, dropped=int(dropped), untrained=int(untrained), longest=whole)
+            if dropped or untrained:
+                continue
+            row: Any = {name: encoded[name][index] for name in names}
+            counts += SplitReport(kept=1, cut=int(over), tokens=row["length"], trained=trained)
+            kept.append(row)
+        return kept, counts
+
+    def _overlong(self, length: int, row: dict[str, Any]) -> DataError:
+        message = (
+            f"a row has {length} tokens, more than {self.encoder.max_length}; raise data.max_length, or set "
+            f"data.overlong to truncate or drop; the row: {_excerpt(row)}"
+        )
+        return DataError(Problem(message, file=self.reading.places))
+
+
+def _shown(problem: Problem, batch: list[dict[str, Any]], before: int) -> Problem:
+    """The problem with the row that it is about, instead of a number that counts shuffled rows."""
+    match = re.match(r"row (\d+): ", problem.message)
+    if match is None:
+        return problem
+    row = batch[int(match[1]) - before - 1]
+    return replace(problem, message=f"{problem.message[match.end() :]}; the row: {_excerpt(row)}")
+
+
+def _excerpt(row: dict[str, Any]) -> str:
+    text = repr(row)
+    return text if len(text) <= EXCERPT else text[:EXCERPT] + "..."

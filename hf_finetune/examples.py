@@ -1,0 +1,104 @@
+"""Raw rows of a language model's data, read as chats or as plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_finetune import text_template
+from hf_finetune.chat import Chat, Rendered, Renderer
+from hf_finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from hf_finetune.tasks import Rows
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Which columns hold what; the fields of the task `causal_lm`, which documents them.
+
+    Every method raises a `DataError` where the row does not hold what its columns should.
+    """
+
+    messages: str | None
+    tools: str | None
+    prompt: str
+    completion: str
+    system: str | None
+    text: str | None
+
+    def asked(self, prompt: str) -> Chat:
+        """A chat that waits for the answer to a prompt."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return Chat([*system, {"role": "user", "content": prompt}])
+
+    def chat(self, row: Row) -> Chat:
+        """The row as a chat."""
+        if self.messages is not None:
+            return Chat.parse(_cell(row, self.messages), _cell(row, self.tools) if self.tools else None)
+        prompt, completion = self.pair(row)
+        return Chat([*self.asked(prompt).messages, {"role": "assistant", "content": completion}])
+
+    def pair(self, row: Row) -> tuple[str, str]:
+        """Prompt and completion of a row, neither blank; plain text has an empty prompt."""
+        if self.text is not None:
+            return "", text_template.fill([("", self.text)], row)
+        prompt, completion = (
+            text_template.fill(text_template.parse(template), row) for template in (self.prompt, self.completion)
+        )
+        if not prompt.strip() or not completion.strip():
+            raise DataError(
+                f"the {'completion' if prompt.strip() else 'prompt'} is empty; remove the row or fill it in"
+            )
+        return prompt, completion
+
+    def spoken(self, row: Row, renderer: Renderer, *, whole: bool) -> Rendered:
+        """The rendered chat; what the assistant says is to be trained, or the whole."""
+        return renderer.whole(self.chat(row)) if whole else renderer.spans(self.chat(row))
+
+    def completed(self, row: Row, *, whole: bool) -> Rendered:
+        """Prompt + completion; the completion is to be trained, or the whole."""
+        prompt, completion = self.pair(row)
+        text = prompt + completion
+        return text, [(0 if whole else len(prompt), len(text))]
+
+    def question(self, row: Row, renderer: Renderer) -> str:
+        """The rendered chat up to the header of its last assistant turn."""
+        chat = self.chat(row)
+        return renderer.text(chat.upto(chat.answers[-1]) if chat.answers else chat, ask=True)
+
+    def reference(self, row: Row) -> str:
+        """What the last assistant turn says."""
+        chat = self.chat(row)
+        answer = chat.messages[chat.answers[-1]].get("content") if chat.answers else None
+        if not isinstance(answer, str):
+            raise DataError("the chat has no assistant turn with text to compare with")
+        return answer
+
+
+def each(rows: Rows, make: Callable[[Row], T], most: int | None = None) -> list[T]:
+    """`make` of each of the first rows; its error then says which row of the batch it was, from 0."""
+    return [_named(number, make, row) for number, row in enumerate(islice(_split(rows), most))]
+
+
+def _split(rows: Rows) -> Iterator[Row]:
+    for values in zip(*rows.values(), strict=True):
+        yield dict(zip(rows, values, strict=True))
+
+
+def _named(number: int, make: Callable[[Row], T], row: Row) -> T:
+    try:
+        return make(row)
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from None
+
+
+def _cell(row: Row, column: str) -> Any:
+    if column not in row:
+        raise DataError(f"there is no column {column!r}; the data have {', '.join(map(repr, row))}")
+    return row[column]

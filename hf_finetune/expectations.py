@@ -1,0 +1,161 @@
+"""What the classes of a recipe expect at a place, read off their annotations, in words for messages."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+_BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length")
+_LONGEST = 60
+_TOO_LARGE_TO_TELL = 1_000_000
+
+
+class Step(NamedTuple):
+    """One part of a pydantic location, taken."""
+
+    path: tuple[str | int, ...]
+    """What it adds to the path of the key: nothing for pydantic's own marks."""
+    options: Sequence[Option]
+    """What is expected there."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One type that a value may have, with its bounds."""
+
+    type: Any
+    bounds: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def block(self) -> type[BaseModel] | None:
+        """The class, where the value is a block of keys."""
+        return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
+
+    @property
+    def tag(self) -> str | None:
+        """The plugin's kind, where the block is one."""
+        name = getattr(self.block, "name", None)
+        return str(name()) if callable(name) else None
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The allowed values, where they are listed."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def labelled(self, label: str) -> bool:
+        """Whether pydantic's label of a union branch, e.g. `list[constrained-str]`, may mean this option."""
+        origin = get_origin(self.type)
+        if label.startswith(("list[", "dict[")):
+            return origin in (list, dict) and label.startswith(f"{origin.__name__}[")
+        if self.block is not None:
+            return label == self.block.__name__
+        return origin not in (list, dict)
+
+    def step(self, part: str | int) -> Step | None:
+        """Go down one part of a location; None where this type has no such part."""
+        arguments = get_args(self.type)
+        if self.block is not None and part in keys(self.block):
+            return Step((part,), options(keys(self.block)[str(part)]))
+        if get_origin(self.type) is list and isinstance(part, int):
+            return Step((part,), options(arguments[0]))
+        if get_origin(self.type) is dict:
+            return Step((), options(arguments[0])) if part == "[key]" else Step((part,), options(arguments[1]))
+        return None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number or truth value is of this type."""
+        return type(value) in {float: (int, float)}.get(self.type, (self.type,))
+
+    def __str__(self) -> str:
+        """E.g. `a whole number (at least 1)`."""
+        if self.choices:
+            return alternatives(shown(choice) for choice in self.choices)
+        if self.block is not None:
+            required = [key for key, info in keys(self.block).items() if info.is_required()]
+            return "a block of keys" + (f" with {', '.join(required)}" if required else "")
+        if get_origin(self.type) is list:
+            entry = describe(options(get_args(self.type)[0]))
+            return f"a list of {entry}" if entry == "text" else f"a list, each entry {entry}"
+        if get_origin(self.type) is dict:
+            key, value = (describe(options(argument)) for argument in get_args(self.type))
+            return f"a block of {key}: {value}"
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        return words.get(self.type, "another value") + self._range()
+
+    def _range(self) -> str:
+        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        told = [
+            f"{word} {shown(self.bounds[name])}"
+            for name, word in words.items()
+            if abs(self.bounds.get(name, math.inf)) < _TOO_LARGE_TO_TELL
+        ]
+        return f" ({' and '.join(told)})" if told else ""
+
+
+def options(annotation: Any, metadata: Iterable[Any] = ()) -> Sequence[Option]:
+    """Every type that an annotation or a field admits, `None` left out."""
+    if isinstance(annotation, FieldInfo):
+        return options(annotation.annotation, annotation.metadata)
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return options(inner, [*metadata, *more])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [option for member in get_args(annotation) for option in options(member)]
+    return [] if annotation is type(None) else [Option(annotation, _bounds(metadata))]
+
+
+def keys(block: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The YAML keys of a block and its fields."""
+    return {info.alias or name: info for name, info in block.model_fields.items()}
+
+
+def block_of(expected: Sequence[Option]) -> type[BaseModel] | None:
+    """The class of the block that is expected, where there is just one."""
+    blocks = [option.block for option in expected if option.block is not None]
+    return blocks[0] if len(blocks) == 1 else None
+
+
+def describe(expected: Sequence[Option]) -> str:
+    """What is expected, e.g. `text or a list of text`."""
+    blocks = [option for option in expected if option.tag is not None]
+    if len(blocks) > 1:
+        return "a block of keys with a kind"
+    return alternatives(dict.fromkeys(str(option) for option in expected))
+
+
+def alternatives(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = list(words) or ["another value"]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def shown(value: Any, *, plain: bool = False) -> str:
+    """A value as YAML writes it, shortened; `plain` leaves out the quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "a block of keys"
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    text = str(value) if plain and str(value).isprintable() else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _bounds(metadata: Iterable[Any]) -> dict[str, Any]:
+    """Bounds out of `Annotated` metadata."""
+    found: dict[str, Any] = {}
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            found |= _bounds(item.metadata)
+        found |= {name: getattr(item, name) for name in _BOUNDS if getattr(item, name, None) is not None}
+    return found

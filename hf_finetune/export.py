@@ -1,0 +1,140 @@
+"""Writes the final adapter folder, and loads it again to see that it is the model in memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_finetune import card, model
+from hf_finetune.errors import ModelError, StorageError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.tasks import Batch, Targets
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+"""Largest difference of logits that a reload may make, as a share of the largest logit. Half precisions keep 8 and 11
+bits: PiSSA's residual and a head are rounded to them on one side only."""
+
+
+def save(
+    adapted: nn.Module, recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Write weights (safetensors), tokenizer, chat template and model card; the folder appears whole or not at all.
+
+    Args:
+        adapted: The trained model, not wrapped by DDP.
+        recipe: What was run.
+        targets: Label names, for the card.
+        tokenizer: The tokenizer that was used.
+        folder: Where to; an earlier one is replaced.
+
+    Raises:
+        StorageError: The disk does not take it.
+    """
+    final = Path(folder)
+    staging = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        recipe.adapter.save(adapted, str(staging))
+        tokenizer.save_pretrained(staging)
+        text = card.text(recipe, targets, _config(adapted))
+        (staging / "README.md").write_text(text, encoding="utf-8")
+        _sync(staging)
+        _replace(staging, final)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{final} can't be written: {error.strerror or error}") from error
+
+
+def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, folder: str | Path) -> float:
+    """Load the folder onto a fresh base and compare logits with the model in memory, in eval mode.
+
+    Modes and random states are left as they were.
+
+    Args:
+        adapted: The model in memory.
+        recipe: Names the base.
+        machine: Its precision decides the tolerance.
+        batch: One collated batch on the model's device.
+        folder: What `save` wrote.
+
+    Returns:
+        The largest difference of two logits, as a share of the largest logit.
+
+    Raises:
+        ModelError: The difference is over the tolerance: what is on disk is not what was trained.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.random.fork_rng():
+        expected = _logits(adapted, inputs, machine)
+        base = model.fresh_base(recipe, _label_options(recipe, _config(adapted)), machine)
+        restored = recipe.adapter.load(base, str(folder)).to(expected.device)
+        base.config.pad_token_id = _config(adapted).pad_token_id
+        actual = _logits(restored, inputs, machine)
+    scale = max(float(expected.abs().max()), 1e-6)
+    difference = float((expected - actual).abs().max()) / scale
+    tolerance = TOLERANCES[machine.precision]
+    if not difference <= tolerance:
+        reason = f"{folder} does not load back to the trained model: logits differ by {difference:.2g} of the largest"
+        raise ModelError(f"{reason}, more than {tolerance:g}; keep the checkpoints and report this")
+    return difference
+
+
+def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
+    """Logits in float32, with the run's autocast."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(machine.precision)
+    device = next(iter(inputs.values())).device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=half, enabled=half is not None):
+            logits: torch.Tensor = network(**inputs).logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return logits.float()
+
+
+def _label_options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+    if recipe.task.peft_type != "SEQ_CLS":
+        return {}
+    names = ("id2label", "label2id", "problem_type")
+    return {"num_labels": config.num_labels} | {name: copy.copy(getattr(config, name)) for name in names}
+
+
+def _config(adapted: nn.Module) -> PreTrainedConfig:
+    """The transformers config, below PEFT's wrapping or not."""
+    network: Any = adapted
+    if hasattr(adapted, "get_base_model"):
+        network = network.get_base_model()
+    config: PreTrainedConfig = network.config
+    return config
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _replace(staging: Path, final: Path) -> None:
+    """Rename into place; an earlier folder is moved aside first and then removed."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""Greedy answers of a causal LM to many prompts: batched, in order, leaving model and random state as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from hf_finetune.chat import Renderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote after one prompt."""
+
+    text: str
+    """Without special tokens."""
+    tokens: int
+    """New tokens, the end token included."""
+    ended: bool
+    """Whether the model stopped by itself, with an end token."""
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Generation]:
+    """Continue each prompt with the likeliest tokens.
+
+    Where the model has no position left for `max_new_tokens`, it writes what fits: a prompt that leaves no room gets
+    an empty text that has not ended. Sampling settings that the model ships with are not used.
+
+    Args:
+        model: A causal LM, or a PEFT model around one; not wrapped for distribution.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, one list a prompt, none empty.
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Prompts that are continued together.
+
+    Returns:
+        One `Generation` a prompt, in the order of `prompts`.
+    """
+    ends = end_tokens(model, tokenizer)
+    answers = [Generation("", 0, ended=False)] * len(prompts)
+    with _undisturbed(model, _greedy(tokenizer, ends)):
+        for indices, room in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
+            new = _continue(model, [prompts[index] for index in indices], room)
+            for index, tokens in zip(indices, new, strict=True):
+                answers[index] = _read(tokenizer, tokens, ends)
+    return answers
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
+    configured = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    if tokenizer.chat_template is not None:
+        ends.add(tokenizer.convert_tokens_to_ids(Renderer(tokenizer).end_of_turn))
+    return sorted(end for end in ends if end is not None)
+
+
+def _greedy(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> GenerationConfig:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
+    )
+
+
+@contextmanager
+def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, no gradients, and `config` for the model's own; everything is put back afterwards."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with ExitStack() as stack:
+        for holder in (model, inner) if inner is not model else (model,):
+            stack.callback(setattr, holder, "generation_config", holder.generation_config)
+            holder.generation_config = config
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    roomy = [index for index in order if lengths[index] + max_new_tokens <= limit]
+    for start in range(0, len(roomy), batch_size):
+        yield roomy[start : start + batch_size], max_new_tokens
+    for index in order[len(roomy) :]:
+        if lengths[index] < limit:
+            yield [index], limit - lengths[index]
+
+
+def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
+    """New tokens of each prompt, padded by whatever stands after the first end token."""
+    width = max(map(len, batch))
+    pad = model.generation_config.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
+    output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room)
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int]) -> Generation:
+    stop = next((position for position, token in enumerate(new) if token in ends), None)
+    text = str(tokenizer.decode(new[:stop], skip_special_tokens=True))
+    return Generation(text, len(new) if stop is None else stop + 1, ended=stop is not None)

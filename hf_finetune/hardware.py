@@ -1,0 +1,182 @@
+"""What this machine is, and what it is asked to do: ranks, threads, precision, attention, micro-batch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from accelerate import PartialState
+
+from hf_finetune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from hf_finetune.recipe import Recipe
+
+Device = Literal["cpu", "cuda", "mps"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for its peers before it gives up."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
+"""Most tokens of a micro-batch that `micro_batch: auto` allows: rows x max_length."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found, and what was chosen for this run."""
+
+    device: Device
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    threads: int
+    """CPU threads of this process."""
+    precision: Precision
+    attention: str
+    """transformers' name of the attention implementation."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def is_node_main(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.local_rank == 0
+
+    def base_dtype(self, *, frozen: bool) -> torch.dtype:
+        """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
+        return DTYPES[self.precision] if frozen else torch.float32
+
+    def describe(self) -> str:
+        """One line for people."""
+        ranks = f"{self.world_size} x {self.device}"
+        threads = f", {self.threads} threads each" if self.device == "cpu" else ""
+        return f"{ranks}{threads}, {self.precision}, {self.attention} attention"
+
+
+def survey(recipe: Recipe) -> Machine:
+    """Join the process group, choose precision and attention, and use every core this process may use.
+
+    Args:
+        recipe: `model.attention` and `training.precision` are asked for, or `auto`.
+
+    Raises:
+        RecipeError: The machine can't do the precision that the recipe asks for.
+    """
+    device = find_device()
+    if device == "cpu":
+        # Workers of a launcher config with `use_cpu: true` do not get this variable (accelerate 1.15), and
+        # TrainingArguments reads it too.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    _lead_to_the_process_group(device)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = max(1, cores() // local_world_size)
+    if device == "cpu":
+        # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU machine.
+        torch.set_num_threads(threads)
+    precision = _precision(recipe.training.precision, device)
+    state = PartialState()
+    return Machine(
+        device=device,
+        rank=state.process_index,
+        local_rank=state.local_process_index,
+        world_size=state.num_processes,
+        local_world_size=local_world_size,
+        threads=threads,
+        precision=precision,
+        attention=_attention(recipe.model.attention, device, precision),
+    )
+
+
+def find_device() -> Device:
+    """The kind of device to train on: `ACCELERATE_USE_CPU` wins, then what is there."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group (cgroup v2)."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text().partition(" ")
+        if limit.isdigit() and period.strip().isdigit():
+            available = min(available, max(1, int(limit) // int(period)))
+    return available
+
+
+def micro_batch(recipe: Recipe, machine: Machine) -> int:
+    """Rows of one forward pass on one device.
+
+    `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS`.
+
+    Raises:
+        RecipeError: The global batch has fewer rows than there are ranks.
+    """
+    batch_size = recipe.training.batch_size
+    if batch_size < machine.world_size:
+        message = f"{batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer processes"
+        raise RecipeError(Problem(message, key="training.batch_size"))
+    if recipe.training.micro_batch != "auto":
+        return recipe.training.micro_batch
+    share = -(-batch_size // machine.world_size)
+    return min(share, _rows_that_fit(recipe, machine))
+
+
+def eval_batch(recipe: Recipe, machine: Machine) -> int:
+    """Rows of one forward pass in evaluation: no gradients are kept, so `auto` allows four times as many."""
+    if recipe.training.eval_batch != "auto":
+        return recipe.training.eval_batch
+    return 4 * _rows_that_fit(recipe, machine)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively; elsewhere it is emulated, and slower than fp32."""
+    # torch 2.11 and 2.12 may lack the function; without it fp32 is the safe choice.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def _rows_that_fit(recipe: Recipe, machine: Machine) -> int:
+    return max(1, AUTO_TOKENS[machine.device] // recipe.data.max_length)
+
+
+def _lead_to_the_process_group(device: Device) -> None:
+    """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
+    if device == "cpu":
+        PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        PartialState(timeout=COLLECTIVE_TIMEOUT)
+
+
+def _precision(asked: str, device: Device) -> Precision:
+    if asked == "auto":
+        if device == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
+    if asked == "fp16" and device != "cuda":
+        message = f"fp16 needs a CUDA device, this run is on {device}; write bf16, fp32 or auto"
+        raise RecipeError(Problem(message, key="training.precision"))
+    if asked == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise RecipeError(Problem("this GPU has no bf16; write fp16, fp32 or auto", key="training.precision"))
+    return asked  # type: ignore[return-value]
+
+
+def _attention(asked: str, device: Device, precision: Precision) -> str:
+    if asked != "auto":
+        return asked
+    # torch's fused attention is up to 14 times slower than the plain one in the backward pass of bf16 on a CPU.
+    return "eager" if device == "cpu" and precision == "bf16" else "sdpa"

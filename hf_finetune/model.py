@@ -1,0 +1,215 @@
+"""The base model: checked on the meta device, loaded, its fresh head drawn, its adapter applied."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from hf_finetune import dropout, heads, modelchecks
+from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.pretrained import load_tokenizer, read_config, reading, resolve, silence
+from hf_finetune.targets import output_embedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_finetune.adapters import Setting
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.tasks import Targets
+
+__all__ = [
+    "LoadedModel",
+    "build",
+    "enable_activation_checkpointing",
+    "fresh_base",
+    "load",
+    "load_tokenizer",
+    "parameter_counts",
+    "resolve",
+    "skeleton",
+]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pretrained model with its task head."""
+
+    model: PreTrainedModel
+    head_modules: tuple[str, ...] = ()
+    """Paths of the head's modules and of all others that the checkpoint did not hold: trained in full."""
+    fresh: tuple[str, ...] = ()
+    """Paths of the modules whose weights were drawn, because the checkpoint holds none or of another shape."""
+
+
+def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The model without weights (meta device), after every check that needs none.
+
+    Args:
+        recipe: Names model, task, adapter and `data.max_length`.
+        targets: Labels, for the head.
+        tokenizer: The model's; read if not given.
+
+    Raises:
+        ModelError: The model does not fit the task, the length or the tokenizer.
+        RecipeError: The adapter's targets do not exist, or it can't train a quantised base.
+    """
+    config = _config(recipe, targets)
+    auto = getattr(transformers, recipe.task.auto_model)
+    with torch.device("meta"), silence():
+        try:
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            reason = f"{recipe.model.name} is a {config.model_type} model, which {recipe.task.kind} can't train"
+            raise ModelError(Problem(f"{reason}: transformers has no {recipe.task.auto_model} for it")) from error
+    modelchecks.direction(recipe, config)
+    modelchecks.length(recipe, model)
+    modelchecks.vocabulary(recipe, model, tokenizer or load_tokenizer(recipe.model))
+    refusal = recipe.adapter.why_not_quantized()
+    if recipe.model.quantization is not None and refusal is not None:
+        raise RecipeError(Problem(refusal, key="model.quantization"))
+    recipe.adapter.check_targets(model, heads.find(model))
+    return model
+
+
+def load(recipe: Recipe, targets: Targets, machine: Machine, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Load the base with its task head, drawn anew where the checkpoint has none.
+
+    Call `transformers.set_seed` before: one seed draws one head, whatever dtype, rank or quantisation.
+
+    Raises:
+        ModelError: The weights can't be loaded or lack more than a head, or `skeleton` finds something.
+        RecipeError: See `skeleton`.
+    """
+    outline = skeleton(recipe, targets, tokenizer)
+    frozen = recipe.adapter.freezes_base
+    state = torch.random.get_rng_state()
+    model, missing = _weights(recipe, _config(recipe, targets), machine, machine.base_dtype(frozen=frozen))
+    head_modules = heads.find(outline)
+    fresh = heads.fresh(recipe, model, missing)
+    torch.random.set_rng_state(state)
+    heads.draw(model, missing)
+    if recipe.model.dropout is not None:
+        dropout.set_in_modules(model, recipe.model.dropout)
+    model.config.use_cache = False
+    if tokenizer.pad_token_id is not None:
+        # A decoder's classification head finds the last token by the pad id of its config.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    outside = tuple(path for path in fresh if not any(path == h or path.startswith(f"{h}.") for h in head_modules))
+    return LoadedModel(model, head_modules + outside, fresh)
+
+
+def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
+    """Apply the adapter; `adapter_config.json` will name the base as `from_pretrained` finds it, and its revision.
+
+    Raises:
+        RecipeError: The adapter does not fit the model.
+    """
+    adapted = recipe.adapter.apply(loaded.model, setting)
+    for config in getattr(adapted, "peft_config", {}).values():
+        config.base_model_name_or_path = resolve(recipe.model.name)
+        config.revision = recipe.model.revision
+    if recipe.training.activation_checkpointing:
+        enable_activation_checkpointing(loaded.model)
+    return adapted
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass.
+
+    The reentrant kind gives adapters no gradient unless the inputs require one (peft issue #137); this is the other.
+    """
+    options = {"use_reentrant": False}
+    # transformers 5.23 renamed it; 5.17 has only the old name.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        enable: Any = model.gradient_checkpointing_enable
+        enable(options)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; quantised ones by the number of weights they stand for."""
+    counts = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in counts if trained), sum(size for size, _ in counts)
+
+
+def fresh_base(recipe: Recipe, options: dict[str, Any], machine: Machine) -> PreTrainedModel:
+    """The base as anyone would load it from its name, with the task's options and nothing of this project's own.
+
+    Raises:
+        ModelError: The weights can't be loaded.
+    """
+    config = read_config(recipe.model, options)
+    dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
+    return _weights(recipe, config, machine, dtype)[0]
+
+
+def _config(recipe: Recipe, targets: Targets) -> PreTrainedConfig:
+    config = read_config(recipe.model, recipe.task.model_options(targets))
+    if recipe.model.dropout is not None:
+        dropout.set_in_config(config, recipe.model.dropout)
+    return config
+
+
+def _weights(
+    recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype: torch.dtype
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its parameters that the checkpoint does not hold or holds in another shape."""
+    auto = getattr(transformers, recipe.task.auto_model)
+    options: dict[str, Any] = {}
+    if recipe.model.quantization is not None:
+        options = _quantized(recipe, config, machine, dtype)
+    with reading(recipe.model), silence():
+        model, info = auto.from_pretrained(
+            resolve(recipe.model.name),
+            config=config,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            attn_implementation=machine.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in eval mode, and the
+        # product with packed weights has no backward: after an evaluation, no gradient would pass the base.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
+def _quantized(recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        reason = "needs bitsandbytes; pip install 'hf-finetune[quantization]'"
+        raise ModelError(Problem(reason, key="model.quantization"))
+    with torch.device("meta"), silence():
+        outline = getattr(transformers, recipe.task.auto_model).from_config(config, trust_remote_code=False)
+    output = output_embedding(outline)
+    skip = [*heads.find(outline), *(name for name, module in outline.named_modules() if module is output)]
+    four_bit = recipe.model.quantization == "nf4"
+    settings: Any = transformers.BitsAndBytesConfig
+    quantization = settings(
+        load_in_4bit=four_bit,
+        load_in_8bit=not four_bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+    place: Any = machine.local_rank if machine.device == "cuda" else machine.device
+    return {"quantization_config": quantization, "device_map": {"": place}}
+
+
+def _logical_size(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None and packed.shape is not None:
+        return int(torch.Size(packed.shape).numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,228 @@
+"""What all PEFT methods share: wrapping a model, keeping what is trained in fp32, writing and reading adapter files."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune import targets
+from hf_finetune.errors import ModelError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""PEFT's name of the only adapter."""
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_log = logging.getLogger(__name__)
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`model` with a fresh adapter, the base frozen and everything trained in fp32.
+
+    Raises:
+        RecipeError: PEFT refuses the combination.
+    """
+    from peft import get_peft_model
+
+    with quiet():
+        try:
+            adapted = get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise RecipeError(Problem(f"PEFT refuses: {_one_line(error)}", key="adapter")) from error
+    train_in_fp32(adapted)
+    return adapted
+
+
+def read(model: PreTrainedModel, folder: str, *, config: PeftConfig | None = None, train: bool = False) -> PeftModel:
+    """`model` with the adapter in `folder`.
+
+    Args:
+        model: A fresh base model.
+        folder: What `write` wrote.
+        config: The adapter's configuration where it differs from the stored one.
+        train: Whether the adapter goes on training; else it is frozen.
+
+    Raises:
+        ModelError: The files are damaged or belong to another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    with quiet():
+        try:
+            adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=train)
+        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{folder}: this adapter does not fit the model: {_one_line(error)}") from error
+    if train:
+        train_in_fp32(adapted)
+    return adapted
+
+
+def write(
+    adapted: nn.Module, folder: str, config: PeftConfig | None = None, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write an adapter as PEFT's two files.
+
+    Args:
+        adapted: The adapted model.
+        folder: Where to, made if it is not there.
+        config: What to write as configuration; None is the adapter's own.
+        tensors: What to write as weights; None is the adapter's own.
+    """
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = weights(adapted) if tensors is None else tensors
+    # One tensor per name: safetensors refuses memory that two names share.
+    stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, str(Path(folder) / WEIGHTS), metadata={"format": "pt"})
+    written: Any = copy.deepcopy(adapter_config(adapted) if config is None else config)
+    written.inference_mode = True
+    if getattr(written, "modules_to_save", None):
+        written.modules_to_save = list(dict.fromkeys(written.modules_to_save))
+    written.save_pretrained(folder)
+
+
+def weights(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them."""
+    from peft import get_peft_model_state_dict
+
+    with quiet():
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return tensors
+
+
+def adapter_config(adapted: nn.Module) -> PeftConfig:
+    """The configuration of the adapter on this model."""
+    model: Any = adapted
+    config: PeftConfig = model.peft_config[ADAPTER]
+    return config
+
+
+def find(place: str, key: str) -> str:
+    """Folder of the adapter in a run folder, or the folder itself.
+
+    Raises:
+        RecipeError: There is no adapter.
+    """
+    for folder in (Path(place), Path(place) / "adapter"):
+        if (folder / CONFIG).is_file():
+            return str(folder)
+    what = "has no adapter" if Path(place).is_dir() else "is not there"
+    raise RecipeError(Problem(f"{place!r} {what}; give a run folder, or a folder with {CONFIG}", key=key))
+
+
+def token_ids(tokens: Iterable[str], tokenizer: Any, key: str) -> list[int]:
+    """Ids of tokens by their texts.
+
+    Raises:
+        RecipeError: A text is no single token of the tokenizer.
+    """
+    known = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in known]
+    if unknown:
+        names = ", ".join(repr(token) for token in unknown)
+        raise RecipeError(Problem(f"{names}: not in the tokenizer's vocabulary; write tokens as it has them", key=key))
+    return sorted({known[token] for token in tokens})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence PEFT's advice about things that are checked here or meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train_in_fp32(adapted: PeftModel) -> None:
+    """Cast what is trained to fp32.
+
+    `autocast_adapter_dtype` of PEFT casts its own layers, not the copies behind `modules_to_save`.
+    """
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save:
+            _bridge(module.modules_to_save[ADAPTER], module.original_module)
+
+
+def _bridge(trained: nn.Module, original: nn.Module) -> None:
+    """Let an fp32 copy take and give the dtype of the model around it, so that it also runs without autocast."""
+    import torch
+
+    outer = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
+    if outer == torch.float32:
+        return
+    trained.register_forward_pre_hook(lambda _, args: _cast(args, torch.float32))
+    trained.register_forward_hook(lambda _, args, output: _cast(output, outer))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    import torch
+
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def saved_in_full(model: nn.Module, head_modules: tuple[str, ...], asked: list[str] | None) -> list[str] | None:
+    """PEFT's `modules_to_save`: the heads and what the user asked for, as full paths; None for nothing."""
+    return [*dict.fromkeys([*head_modules, *targets.paths(model, asked or (), "adapter.modules_to_save")])] or None
+
+
+def resume(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[str, Any]) -> PeftModel:
+    """`model` with the adapter in `folder`, ready to go on training.
+
+    Args:
+        model: A fresh base model.
+        folder: An adapter folder.
+        peft_type: The method it must be of, as PEFT names it.
+        changes: Fields of its configuration that this run sets anew.
+
+    Raises:
+        RecipeError: The adapter is of another method.
+        ModelError: The adapter does not fit the model.
+    """
+    config = stored_config(folder)
+    if config.peft_type.value != peft_type:
+        reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
+        raise RecipeError(Problem(reason, key="adapter.from"))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    trained_on = config.base_model_name_or_path
+    if trained_on != model.name_or_path:
+        _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
+    config.base_model_name_or_path = model.name_or_path
+    return read(model, folder, config=config, train=True)
+
+
+def stored_config(folder: str) -> Any:
+    """The configuration of the adapter in `folder`.
+
+    Raises:
+        ModelError: It can't be read.
+    """
+    from peft import PeftConfig
+
+    with quiet():
+        try:
+            return PeftConfig.from_pretrained(folder)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ModelError(f"{folder}: {CONFIG} can't be read: {_one_line(error)}") from error

@@ -1,0 +1,149 @@
+"""What a run says to people: lines while it starts, the summary at its end, and `report.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.runfolder import write_atomically
+from hf_finetune.tracking.console import clock
+
+if TYPE_CHECKING:
+    from hf_finetune.arguments import Length
+    from hf_finetune.batching import Division
+    from hf_finetune.data import Prepared, SplitReport
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.runfolder import RunFolder
+    from hf_finetune.tracking.journal import Entry
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    recipe: Recipe
+    machine: Machine
+    folder: RunFolder
+    prepared: Prepared
+    parameters: tuple[int, int]
+    """Trained parameters, all parameters."""
+    steps: int
+    """Optimiser steps that were made."""
+    seconds: float
+    """Wall-clock seconds of training, evaluations in between included."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Whole-run samples and tokens per second, share of padding."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final metrics per split."""
+    reload_difference: float = 0.0
+    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
+
+
+def data_lines(prepared: Prepared) -> list[str]:
+    """One line a split: rows, tokens, and everything that was cut or dropped; then the labels."""
+    lines = [f"{split}: {_split_line(counts)}" for split, counts in prepared.reports.items()]
+    if prepared.targets.counts:
+        shares = zip(prepared.targets.names, prepared.targets.counts, strict=True)
+        lines.append("labels: " + ", ".join(f"{name} {count:,}" for name, count in shares))
+    return lines
+
+
+def _split_line(counts: SplitReport) -> str:
+    losses = {
+        "cut": f"{counts.cut:,} cut to max_length",
+        "dropped": f"{counts.dropped:,} dropped as over-long",
+        "untrained": f"{counts.untrained:,} dropped without a trained token",
+    }
+    parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
+    if counts.trained != counts.kept:
+        parts.append(f"{counts.trained:,} trained")
+    parts.append(f"longest {counts.longest:,}")
+    parts += [text for name, text in losses.items() if getattr(counts, name)]
+    return ", ".join(parts)
+
+
+def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
+    """The model and what of it is trained."""
+    trained, total = parameters
+    return (
+        f"model {recipe.model.name}: {total:,} parameters, {trained:,} trained by {recipe.adapter.kind} "
+        f"({trained / total:.2%})"
+    )
+
+
+def plan_line(division: Division, length: Length) -> str:
+    """How the global batch is divided, and how many steps there are."""
+    return (
+        f"{length.total_steps:,} steps of {division.batch_size} rows: {division.world_size} rank(s) x "
+        f"{division.accumulation} micro-batch(es) of up to {division.micro_batch}"
+    )
+
+
+def summary_entry(outcome: Outcome) -> Entry:
+    """The row that closes metrics.jsonl."""
+    scores = {f"{split}_{name}": value for split, found in outcome.scores.items() for name, value in found.items()}
+    trained, total = outcome.parameters
+    facts: dict[str, Any] = {
+        "step": outcome.steps,
+        "phase": "summary",
+        "seconds": round(outcome.seconds, 3),
+        "trained_parameters": trained,
+        "parameters": total,
+        "reload_difference": outcome.reload_difference,
+    }
+    return facts | outcome.rates | scores
+
+
+def summary_lines(outcome: Outcome) -> list[str]:
+    """The table at the end of a run, and what to do next."""
+    rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
+    if outcome.rates:
+        speed = f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
+        rows.append(("speed", f"{speed}, {outcome.rates['padding_share']:.1%} padding"))
+    for split, scores in outcome.scores.items():
+        shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
+        rows.append((split, "  ".join(shown)))
+    rows += [
+        ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})"),
+        ("report", str(outcome.folder.report)),
+        ("run folder", str(outcome.folder.path)),
+        ("watch it with", f"tensorboard --logdir {outcome.folder.tensorboard}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def write(outcome: Outcome, entries: list[Entry]) -> None:
+    """Write report.md: what was trained on what, what was cut or dropped, how it did."""
+    recipe, length = outcome.recipe, [line for line in entries if line["phase"] == "eval"]
+    parts = [
+        f"# {recipe.output}",
+        model_line(recipe, outcome.parameters) + f"; {outcome.machine.describe()}.",
+        "## Data",
+        "\n".join(f"- {line}" for line in data_lines(outcome.prepared)),
+        "## Result",
+        "\n".join(f"- {line.strip()}" for line in summary_lines(outcome) if line),
+        *[_scores_table(split, scores) for split, scores in outcome.scores.items()],
+    ]
+    if length:
+        parts += ["## Evaluations", _evaluations_table(length, recipe.task.headline)]
+    parts += ["## Recipe", f"```yaml\n{recipe.dump()}```"]
+    write_atomically(outcome.folder.report, "\n\n".join(parts) + "\n")
+
+
+def _scores_table(split: str, scores: dict[str, float]) -> str:
+    lines = [f"| {split} | value |", "|---|---|", *(f"| {cell(k)} | {v:.6g} |" for k, v in scores.items())]
+    return "\n".join(lines)
+
+
+def _evaluations_table(entries: list[Entry], headline: tuple[str, ...]) -> str:
+    names = [name for name in headline if name in entries[-1]]
+    head = [f"| step | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    rows = [f"| {line['step']} | " + " | ".join(f"{line.get(n, float('nan')):.4f}" for n in names) + " |" for line in entries]
+    return "\n".join(head + rows)
+
+
+def cell(text: str) -> str:
+    """Text from data or labels, made safe for a markdown table."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,171 @@
+"""Which modules of a model an adapter's `target_modules` stands for, checked name by name; weights may be on meta."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from hf_finetune.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the heads."""
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_compiles)]
+"""`all-linear`, or a regular expression that a module's whole path must match."""
+Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1)]
+"""Last parts of module paths, e.g. `q_proj`."""
+Spec = Pattern | Names
+"""What `target_modules` may be."""
+
+
+def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: str) -> dict[str, nn.Module]:
+    """The modules that a target specification stands for, by their path.
+
+    PEFT is content when one name of a list matches; here each name must.
+
+    Args:
+        model: The model, heads included.
+        spec: `all-linear`, a pattern, or names.
+        skip: Modules that are trained in full and therefore get no adapter, by path or last part of it.
+        key: The recipe key to blame.
+
+    Raises:
+        RecipeError: A name or the pattern matches nothing, or something that is no linear or embedding layer.
+    """
+    trainable = dict(_outside(model, skip))
+    if spec == ALL_LINEAR:
+        found = linear(model, skip)
+        if not found:
+            raise RecipeError(Problem("the model has no linear layer outside its heads", key=key))
+        return found
+    found = {}
+    for name in [spec] if isinstance(spec, str) else spec:
+        hits = {path: module for path, module in trainable.items() if _matches(path, name, isinstance(spec, str))}
+        if not hits:
+            raise RecipeError(Problem(f"{name!r} matches no module{_candidates(model, skip, name)}", key=key))
+        found |= hits
+    for path, module in found.items():
+        if not _adaptable(module):
+            kind = type(module).__name__
+            reason = f"{path!r} is a {kind}, which takes no adapter{_candidates(model, skip, path)}"
+            raise RecipeError(Problem(reason, key=key))
+    return found
+
+
+def linear(model: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
+    """Linear layers by path, without the output embedding and without what `skip` names."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    output = output_embedding(model)
+    return {
+        path: module
+        for path, module in _outside(model, skip)
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    }
+
+
+def output_embedding(model: Any) -> nn.Module | None:
+    """The layer that turns the last hidden states of a language model into logits, if there is one."""
+    layer: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return layer
+
+
+def paths(model: nn.Module, names: Iterable[str], key: str) -> list[str]:
+    """Full paths of the modules that each name stands for; every name must match.
+
+    PEFT compares `modules_to_save` by `str.endswith`, so that `norm` also takes `layernorm`: full paths avoid that.
+
+    Raises:
+        RecipeError: A name matches no module with weights.
+    """
+    own = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
+    found: list[str] = []
+    for name in names:
+        hits = [path for path in own if path == name or path.endswith(f".{name}")]
+        if not hits:
+            near = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in own}, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(Problem(f"{name!r} matches no module with weights{hint}", key=key))
+        found += [path for path in hits if path not in found]
+    return found
+
+
+def by_pattern(modules: dict[str, nn.Module], values: dict[str, Any], default: float, key: str) -> dict[str, float]:
+    """Each module's value: that of the first pattern which matches the end of its path, as PEFT does it.
+
+    Raises:
+        RecipeError: A pattern matches none of the modules.
+    """
+    found: dict[str, float] = {}
+    for pattern, value in values.items():
+        hits = [path for path in modules if re.match(rf"(.*\.)?({pattern})$", path)]
+        if not hits:
+            raise RecipeError(Problem(f"{pattern!r} matches none of the target modules", key=key))
+        for path in hits:
+            found.setdefault(path, value)
+    return {path: found.get(path, default) for path in modules}
+
+
+def check_rank(modules: dict[str, nn.Module], rank: int, key: str) -> None:
+    """Refuse a rank that is larger than the matrices it is to factorise.
+
+    Raises:
+        RecipeError: `rank` is more than the smaller side of a module's weight.
+    """
+    for path, module in modules.items():
+        smaller = min(sides(module))
+        if rank > smaller:
+            reason = f"{rank} is more than the smaller side ({smaller}) of {path!r}; choose at most {smaller}"
+            raise RecipeError(Problem(reason, key=key))
+
+
+def sides(module: nn.Module) -> tuple[int, ...]:
+    """Inputs and outputs of a layer; for quantised weights too, whose stored shape says nothing."""
+    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("nx", "nf")):
+        if all(hasattr(module, name) for name in names):
+            return tuple(int(getattr(module, name)) for name in names)
+    weight: Any = module.weight
+    return tuple(weight.shape[:2])
+
+
+def _outside(model: nn.Module, skip: Iterable[str]) -> Iterable[tuple[str, nn.Module]]:
+    # The rule by which PEFT keeps adapters out of `modules_to_save`.
+    barred = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in skip]
+    return ((path, module) for path, module in model.named_modules() if not any(b.match(path) for b in barred))
+
+
+def _matches(path: str, name: str, is_pattern: bool) -> bool:
+    return bool(re.fullmatch(name, path)) if is_pattern else path == name or path.endswith(f".{name}")
+
+
+def _adaptable(module: nn.Module) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | Conv1D)
+
+
+def _candidates(model: nn.Module, skip: Iterable[str], name: str) -> str:
+    leaves = Counter(path.rpartition(".")[2] for path in linear(model, skip))
+    near = difflib.get_close_matches(name.rpartition(".")[2], list(leaves), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+    return f"{hint}; linear layers: {listed}"

@@ -1,0 +1,157 @@
+"""What a model is trained to do: one file a task, and the contract that every task keeps.
+
+A task block *is* the task: its fields are the YAML keys, its methods turn rows into tokens, logits into a loss and
+predictions into metrics. Heavy libraries are imported inside the methods, so that reading a recipe stays instant.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+from hf_finetune.plugins import Plugin
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+Rows = Mapping[str, list[Any]]
+"""A batch of raw rows: column name -> values, as `datasets.map(batched=True)` hands them over."""
+
+Batch = dict[str, "torch.Tensor"]
+"""What a collator makes: `input_ids` (rows, tokens), `labels`, and what else the model's forward takes."""
+
+Collator = Callable[[list[dict[str, Any]]], Batch]
+"""Turns encoded rows into one padded batch."""
+
+IGNORE = -100
+"""Label of a position, or of a whole row, that is not trained on."""
+
+
+class Encoded(TypedDict, total=False):
+    """One encoded row. `token_type_ids` only where the model takes them."""
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    labels: int | float | list[int] | list[float]
+    length: int
+    """Tokens of the whole row, before anything was cut."""
+    trained: int
+    """Items of this row that the loss counts: 1 for a classifier's row, the trained tokens for a language model."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the training data say about the labels; saved with the model and shown in every report."""
+
+    names: tuple[str, ...] = ()
+    """Label names in the order of their ids; empty for tasks without labels."""
+    counts: tuple[int, ...] = ()
+    """Training rows per label, in the same order."""
+    weights: tuple[float, ...] = ()
+    """Class weights, in the same order; empty for equal weights."""
+    id_of: Mapping[Any, int] = field(default_factory=dict)
+    """Id of each raw label value, as it stands in the data."""
+
+
+class Task(Plugin):
+    """The contract. Shapes: B rows, T tokens, C labels, V vocabulary."""
+
+    auto_model: ClassVar[str]
+    """The transformers Auto class, e.g. `AutoModelForCausalLM`."""
+    peft_type: ClassVar[str]
+    """PEFT's name of the task, e.g. `SEQ_CLS`."""
+    packable: ClassVar[bool] = False
+    """Whether several rows may share one sequence."""
+    best_metrics: ClassVar[Mapping[str, bool]] = {"loss": False}
+    """Metrics that may select the best model -> whether greater is better."""
+    headline: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that are printed, in this order, where they exist."""
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Columns that the data must have."""
+
+    @abstractmethod
+    def targets(self, train: Dataset | IterableDataset) -> Targets:
+        """Read the labels off the raw training rows.
+
+        Raises:
+            DataError: The label column does not hold what the recipe says.
+        """
+
+    @abstractmethod
+    def model_options(self, targets: Targets) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`, e.g. `num_labels`, `id2label`, `problem_type`."""
+
+    @abstractmethod
+    def encode(
+        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, targets: Targets, max_length: int
+    ) -> list[Encoded]:
+        """Tokenise a batch of raw rows, in order, one `Encoded` each, cut to `max_length` tokens.
+
+        Raises:
+            DataError: A row can't be encoded; the message names the row's number within the batch.
+        """
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:
+        """The function that pads rows to one batch; with `packed`, each row is a list of encoded documents."""
+
+    @abstractmethod
+    def masked(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A copy of an encoded row whose labels all count as nothing: it fills a rank that ran out of rows."""
+
+    @abstractmethod
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Loss summed over the items of a micro-batch, a float32 scalar.
+
+        The trainer divides by `items` of the *global* batch, so the optimisation does not depend on how that batch
+        is cut into ranks and micro-batches.
+
+        Args:
+            logits: (B, C) or (B, T, V).
+            labels: (B,), (B, C) or (B, T), as collated.
+            targets: Label names and class weights.
+        """
+
+    @abstractmethod
+    def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """The divisor that belongs to `loss_sum`: counted rows, cells or tokens, weighted like the loss; a scalar."""
+
+    @abstractmethod
+    def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What `metrics` needs of each evaluated row, (B, K) float32: small, so that evaluation never holds logits
+        of (B, T, V) in memory.
+        """
+
+    @abstractmethod
+    def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
+        """Metrics of a whole split.
+
+        Args:
+            rows: (N, K), every row of `eval_rows`, in the order of the split.
+            targets: Label names and class weights.
+
+        Returns:
+            `loss` and the task's own metrics; a metric that is undefined on this split is left out.
+        """
+
+    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
+        """What the model is asked at each evaluation of a split, from its raw rows; None where nothing is."""
+        return None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts whose answers are generated and compared."""
+
+    prompts: list[list[int]]
+    """Token ids, one list a prompt."""
+    max_new_tokens: int
+    score: Callable[[list[Any]], dict[str, float]]
+    """Metrics of the `Generation`s, in the order of `prompts`."""

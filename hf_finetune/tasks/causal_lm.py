@@ -1,0 +1,255 @@
+"""`causal_lm`: teach a language model to answer chats, to complete prompts, or to continue plain text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from hf_finetune import answers, examples, marking, text_template, token_loss
+from hf_finetune.chat import Renderer
+from hf_finetune.errors import ModelError
+from hf_finetune.packing import Packing, Padding, check_packing
+from hf_finetune.tasks import IGNORE, Collator, Encoded, Questions, Rows, Targets, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_finetune.generation import Generation
+
+Text = Annotated[str, Field(min_length=1, max_length=100_000)]
+CONTINUED = 32
+"""Tokens of a plain text that a sample continues."""
+LARGEST_EXPONENT = 709.0
+"""e to a greater power is no float64."""
+
+
+class CausalLM(Task):
+    """Next-token prediction. Give `messages`, or `prompt` and `completion`, or `text`."""
+
+    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    packable: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
+
+    messages: Text | None = None
+    """Column of chats: lists of `{role, content}` turns, or the same as JSON text; assistant turns may have
+    `tool_calls`, and `system` and `tool` turns are rendered as the chat template does."""
+    tools: Text | None = None
+    """Column of the tools that the assistant may call: a list of JSON schemas, or the same as JSON text."""
+    prompt: Text | None = None
+    """Column, or a template over columns such as `"{instruction}\\n\\n{input}"`; literal braces are doubled. With a
+    chat template this is the user's turn."""
+    completion: Text | None = None
+    """Column or template of what is to be written after the prompt. Without a chat template it follows the prompt as
+    it is: let it start with the white space that separates them, not the prompt end with it."""
+    system: Text | None = None
+    """System turn put before `prompt`; needs a chat template."""
+    text: Text | None = None
+    """Column of plain text; every token is trained, and EOS is appended."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """`assistant` trains what the assistant says (or the completion) and the token that ends it; `all` trains every
+    token. Plain text always is trained in full."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the probability that the training loss spreads over the whole vocabulary."""
+    sample_prompts: Annotated[int, Field(ge=0, le=1000)] | list[Text] = 3
+    """What the model answers at each evaluation for people to read: fixed texts, or so many of the first validation
+    prompts (of plain text: the first tokens)."""
+    generate_rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Answers to so many held-out prompts are generated and compared: metrics `exact_match`, `ended` (share that stop
+    by themselves) and `generated_tokens`."""
+    answer_pattern: Text | None = None
+    """Regular expression that finds the answer in generated and reference text: its last match, group 1 where there is
+    one. Null compares the whole texts without surrounding white space."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
+    """Most tokens of a generated answer."""
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _parses(cls, template: str | None) -> str | None:
+        if template is not None:
+            text_template.parse(template)
+        return template
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        pair = self.prompt is not None or self.completion is not None
+        if sum([self.messages is not None, pair, self.text is not None]) != 1:
+            raise ValueError("give exactly one of: messages; prompt and completion; text")
+        if pair and (self.prompt is None or self.completion is None):
+            raise ValueError("prompt and completion belong together; give both")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools belong to messages; remove it")
+        if self.system is not None and not pair:
+            raise ValueError("system belongs to prompt; put a system turn into the messages instead, or remove it")
+        if self.generate_rows and self.text is not None:
+            raise ValueError("plain text has no answers to compare; set generate_rows to 0")
+        if self.answer_pattern is not None and not self.generate_rows:
+            raise ValueError("answer_pattern needs generate_rows; set it, or remove the pattern")
+        return self
+
+    @property
+    def best_metrics(self) -> Mapping[str, bool]:  # type: ignore[override]
+        """`exact_match` can select the best model only where answers are generated."""
+        always = {"loss": False, "perplexity": False, "token_accuracy": True}
+        return {**always, "exact_match": True} if self.generate_rows else always
+
+    def columns(self) -> list[str]:
+        """Columns that the data must have."""
+        whole = [column for column in (self.messages, self.tools, self.text) if column is not None]
+        templates = [template for template in (self.prompt, self.completion) if template is not None]
+        return list(dict.fromkeys([*whole, *(name for text in templates for name in text_template.columns(text))]))
+
+    def targets(self, train: Dataset | IterableDataset) -> Targets:
+        """There are no labels besides the tokens."""
+        return Targets()
+
+    def model_options(self, targets: Targets) -> dict[str, Any]:
+        """Nothing depends on the data."""
+        return {}
+
+    def encode(
+        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, targets: Targets, max_length: int
+    ) -> list[Encoded]:
+        """Tokenise rows; what is over `max_length` tokens is cut off at the right.
+
+        Raises:
+            DataError: A row can't be rendered; the message names its number within the batch.
+            ModelError: The tokenizer has no EOS, or its chat template ends no turn.
+        """
+        renderer, reader, whole = Renderer(tokenizer), self._reader, self.train_on == "all"
+        if self._is_chat(tokenizer):
+            rendered = examples.each(rows, lambda row: reader.spoken(row, renderer, whole=whole))
+            marked = marking.mark(renderer, rendered)
+        else:
+            rendered = examples.each(rows, lambda row: reader.completed(row, whole=whole))
+            marked = marking.mark_plain(renderer, rendered)
+        return [_cut(ids, labels, max_length) for ids, labels in marked]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:
+        """Pads rows on the right; with `packed`, joins the documents of each row."""
+        pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        return Packing(pad) if packed else Padding(pad)
+
+    def masked(self, row: dict[str, Any] | list[dict[str, Any]]) -> Any:
+        """A copy of a row, or of the documents of a packed row, of which no label counts."""
+        if isinstance(row, list):
+            return [self.masked(document) for document in row]
+        return {**row, "labels": [IGNORE] * len(row["labels"])}
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Cross entropy summed over the counted tokens of (B, T, V) logits, a float32 scalar."""
+        return token_loss.loss_sum(logits, labels, self.label_smoothing)
+
+    def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Counted tokens of (B, T) labels, a scalar."""
+        return token_loss.counted(labels).sum()
+
+    def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Per row: negative log likelihood in nats (without smoothing), counted tokens, right tokens; (B, 3)."""
+        return token_loss.row_sums(logits, labels)
+
+    def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
+        """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""
+        nll, tokens, correct = rows.astype("float64").sum(axis=0).tolist()
+        if not tokens:
+            return {}
+        loss = nll / tokens
+        perplexity = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
+        return {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / tokens}
+
+    def check_packing(self, model: torch.nn.Module) -> None:
+        """Make sure that the model keeps packed documents apart; see `packing.check_packing`."""
+        check_packing(model)
+
+    @property
+    def sample_rows(self) -> int:
+        """Raw validation rows that `samples` reads."""
+        return self.sample_prompts if isinstance(self.sample_prompts, int) else 0
+
+    def samples(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Token ids of the prompts that are answered at each evaluation for people to read.
+
+        Args:
+            rows: Raw validation rows, the first `sample_rows` or more.
+            tokenizer: The model's tokenizer.
+        """
+        if isinstance(self.sample_prompts, int):
+            return self.prompts(rows, tokenizer, self.sample_prompts)
+        if not self._is_chat(tokenizer):
+            return marking.prompt_ids(tokenizer, self.sample_prompts, plain=True)
+        renderer = Renderer(tokenizer)
+        texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
+        return marking.prompt_ids(tokenizer, texts, plain=False)
+
+    def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
+        """Token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
+
+        Raises:
+            DataError: A row can't be rendered; the message names its number within the batch.
+        """
+        if self._is_chat(tokenizer):
+            renderer, reader = Renderer(tokenizer), self._reader
+            texts = examples.each(rows, lambda row: reader.question(row, renderer), n)
+            return marking.prompt_ids(tokenizer, texts, plain=False)
+        pairs = examples.each(rows, self._reader.pair, n)
+        ids = marking.prompt_ids(tokenizer, [prompt or text for prompt, text in pairs], plain=True)
+        return ids if self.text is None else [row[:CONTINUED] for row in ids]
+
+    def references(self, rows: Rows, n: int) -> list[str]:
+        """What the data answer to the first `n` prompts.
+
+        Raises:
+            DataError: A chat has no assistant turn with text; the message names its number within the batch.
+        """
+        return examples.each(rows, self._reader.reference, n)
+
+    def answer_metrics(self, generations: list[Generation], references: list[str]) -> dict[str, float]:
+        """`exact_match`, `ended` and `generated_tokens` of generated answers; see `answers.compare`."""
+        return answers.compare(generations, references, self.answer_pattern)
+
+    @property
+    def _reader(self) -> examples.Reader:
+        return examples.Reader(
+            self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text
+        )
+
+    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
+        """Prompts of the first `generate_rows` rows, answers to which are generated and compared."""
+        if rows is None or not self.generate_rows:
+            return None
+        first = rows[: self.generate_rows]
+        references = self.references(first, self.generate_rows)
+        return Questions(
+            prompts=self.prompts(first, tokenizer, self.generate_rows),
+            max_new_tokens=self.max_new_tokens,
+            score=lambda generations: self.answer_metrics(generations, references),
+        )
+
+    def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether rows go through the chat template."""
+        templated = tokenizer.chat_template is not None
+        if not templated and (self.messages is not None or self.system is not None):
+            raise ModelError("the tokenizer has no chat template; use prompt and completion, without system")
+        return templated and self.text is None
+
+
+def _cut(ids: list[int], labels: list[int], max_length: int) -> Encoded:
+    kept = labels[:max_length]
+    trained = sum(label != IGNORE for label in kept[1:])
+    return {"input_ids": ids[:max_length], "labels": kept, "length": len(ids), "trained": trained}

@@ -1,0 +1,89 @@
+"""Tokenises texts, or pairs of texts, for models that read whole rows, and pads the rows to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.tasks import Batch, Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def checked(values: Sequence[Any], column: str) -> list[str]:
+    """The texts of a column.
+
+    Raises:
+        DataError: One of them is null, empty or no text; the message starts with `row N: `, N from 0.
+    """
+    for row, value in enumerate(values):
+        if value is None:
+            raise DataError(f"row {row}: column {column!r} is null; remove the row or fill it in")
+        if not isinstance(value, str):
+            raise DataError(f"row {row}: column {column!r} holds {value!r}, which is no text")
+        if not value.strip():
+            raise DataError(f"row {row}: column {column!r} is empty; remove the row or fill it in")
+    return list(values)
+
+
+def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Tokenise rows: whole, to learn their `length`, and those that are too long again, cut (pairs: longest first).
+
+    Args:
+        texts: One column of texts, or two that make pairs.
+        tokenizer: The model's.
+        max_length: Most tokens of a row, special tokens included.
+
+    Returns:
+        One row each, without labels.
+
+    Raises:
+        RecipeError: `max_length` leaves no room for text.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+    if max_length < special + len(texts):
+        message = f"{max_length} tokens leave no room for text beside {special} special tokens"
+        raise RecipeError(Problem(message, key="data.max_length"))
+    options = {"padding": False, "return_attention_mask": False, "verbose": False}
+    whole = tokenizer(*texts, truncation=False, **options)
+    lengths = [len(ids) for ids in whole["input_ids"]]
+    long = [row for row, length in enumerate(lengths) if length > max_length]
+    if long:
+        parts = [[column[row] for row in long] for column in texts]
+        cut = tokenizer(*parts, truncation="longest_first", max_length=max_length, **options)
+        for name, values in cut.items():
+            for row, value in zip(long, values, strict=True):
+                whole[name][row] = value
+    rows = [Encoded(input_ids=ids, length=n, trained=0) for ids, n in zip(whole["input_ids"], lengths, strict=True)]
+    if "token_type_ids" in whole:
+        for encoded, kinds in zip(rows, whole["token_type_ids"], strict=True):
+            encoded["token_type_ids"] = kinds
+    return rows
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """A collator of rows with one label, or one row of labels, each. A class, as worker processes pickle it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    label_type: torch.dtype
+    """Of the batch's `labels`."""
+    multiple: int | None = None
+    """Pad to a multiple of so many tokens."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        """Pad to the longest row: `input_ids`, `attention_mask`, (`token_type_ids`) (B, T); `labels` (B,) or (B, C)."""
+        names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
+        inputs: dict[str, list[list[int]]] = {name: [row[name] for row in rows] for name in names}
+        # On the right: decoders with absolute positions, such as GPT-2, count from the first column.
+        batch: Batch = dict(
+            self.tokenizer.pad(inputs, padding_side="right", pad_to_multiple_of=self.multiple, return_tensors="pt")
+        )
+        if "labels" in rows[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=self.label_type)
+        return batch

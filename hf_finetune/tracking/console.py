@@ -1,0 +1,74 @@
+"""What a person sees on the terminal: one short line a log, on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_finetune.tracking.journal import Entry, entry
+
+
+def say(text: str) -> None:
+    """Print one line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class Console(TrainerCallback):
+    """Prints progress.
+
+    Args:
+        headline: Evaluation metrics to show, in this order, where the task has them.
+    """
+
+    def __init__(self, headline: tuple[str, ...]) -> None:
+        self.headline = headline
+        self._started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock for the time left."""
+        self._started = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the log's line."""
+        line = entry(logs or {}, state)
+        if line is None:
+            return
+        say(self._train(line, state) if line["phase"] == "train" else self._scores(line))
+
+    def _train(self, line: Entry, state: TrainerState) -> str:
+        left = (time.perf_counter() - self._started) * (state.max_steps / max(state.global_step, 1) - 1)
+        parts = [
+            f"step {line['step']}/{state.max_steps}",
+            f"epoch {line['epoch']:.2f}",
+            f"loss {line['loss']:.4f}",
+            f"grad norm {line['grad_norm']:.3g}" if "grad_norm" in line else "",
+            f"lr {line['learning_rate']:.2e}",
+            f"{line['samples_per_second']:.1f} samples/s" if "samples_per_second" in line else "",
+            f"{line['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in line else "",
+            f"{clock(left)} left",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _scores(self, line: Entry) -> str:
+        shown = [f"{name} {line[name]:.4f}" for name in self.headline if name in line]
+        return "  ".join([f"{line['phase']:>4} at step {line['step']}", *shown])
+
+
+def clock(seconds: float) -> str:
+    """`75` -> `1:15`, `3675` -> `1:01:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

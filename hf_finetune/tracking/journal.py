@@ -1,0 +1,78 @@
+"""`metrics.jsonl`: the source of truth for metrics, one object a logged step and phase, on disk at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_finetune.errors import DivergedError, Problem
+
+Entry = dict[str, Any]
+"""One line: step, epoch, phase (train | eval | test | summary), then the metrics."""
+
+_NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
+    """A line of metrics.jsonl from the Trainer's flat log, or None for a log that holds nothing of ours."""
+    head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6)}
+    for phase in ("eval", "test"):
+        prefix = f"{phase}_"
+        found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+        if found:
+            return head | {"phase": phase} | {k: v for k, v in found.items() if k not in _SPEED[1:]}
+    metrics = {key: value for key, value in logs.items() if key not in _NOISE}
+    return head | {"phase": "train"} | metrics if "loss" in metrics else None
+
+
+class Journal(TrainerCallback):
+    """Writes metrics.jsonl on rank 0 and keeps the entries of this process in memory.
+
+    Args:
+        file: `metrics.jsonl` of the run folder.
+        writes: Whether this is rank 0.
+    """
+
+    def __init__(self, file: Path, *, writes: bool) -> None:
+        self.file = file
+        self.writes = writes
+        self.entries: list[Entry] = []
+
+    def add(self, line: Entry) -> None:
+        """Append one line and flush it."""
+        self.entries.append(line)
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def best(self, metric: str, *, greater: bool) -> Entry | None:
+        """The evaluation with the best value of a metric, the earliest of equals."""
+        lines = [line for line in self.entries if line["phase"] == "eval" and metric in line]
+        return max(lines, key=lambda line: line[metric] if greater else -line[metric], default=None)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the log, and stop the run where the loss or the gradient is not finite.
+
+        Raises:
+            DivergedError: Training diverged; nothing after this point would be worth keeping.
+        """
+        line = entry(logs or {}, state)
+        if line is None:
+            return
+        self.add(line)
+        for key in ("loss", "grad_norm"):
+            value = line.get(key, 0.0)
+            if line["phase"] == "train" and not abs(value) < float("inf"):
+                message = f"{key} is {value} at step {state.global_step}; lower training.learning_rate"
+                raise DivergedError(Problem(message))

@@ -1,0 +1,70 @@
+"""What the model writes: answers to fixed prompts at each evaluation, for people to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_finetune.generation import Generation, generate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_finetune.tasks.causal_lm import CausalLM
+    from hf_finetune.tracking.tensorboard import TensorBoard
+
+BATCH = 16
+
+
+class Samples(TrainerCallback):
+    """Writes generations into `samples.jsonl` and under TensorBoard's Text tab; rank 0 only.
+
+    Args:
+        task: Says which prompts, and how long answers may be.
+        tokenizer: The model's tokenizer.
+        rows: Raw validation rows.
+        file: `samples.jsonl` of the run folder.
+        board: Where the texts are shown.
+    """
+
+    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, board: TensorBoard) -> None:
+        first = rows[: task.sample_prompts] if isinstance(task.sample_prompts, int) else {}
+        self.task = task
+        self.tokenizer = tokenizer
+        self.prompts = task.samples(first, tokenizer)
+        self.file = file
+        self.board = board
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Answer the prompts with the model as it is now."""
+        model = kwargs["model"]
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+            answers = generate(
+                model, self.tokenizer, self.prompts, max_new_tokens=self.task.max_new_tokens, batch_size=BATCH
+            )
+        prompts = [self.tokenizer.decode(prompt) for prompt in self.prompts]
+        with self.file.open("a", encoding="utf-8") as stream:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                line = {"step": state.global_step, "prompt": prompt, "answer": answer.text, "ended": answer.ended}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.board.add_text("samples", _table(prompts, answers), state.global_step)
+
+
+def _table(prompts: list[str], answers: list[Generation]) -> str:
+    """Prompts and answers as markdown; indented, so that nothing in them is read as markup."""
+    parts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        end = f"({answer.tokens} tokens, {'ended' if answer.ended else 'cut off'})"
+        parts += ["**prompt**", _indented(prompt), f"**answer** {end}", _indented(answer.text), "---"]
+    return "\n\n".join(parts)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

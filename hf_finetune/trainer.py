@@ -1,0 +1,204 @@
+"""transformers' Trainer, with three things of our own: the batches, the loss, and what evaluation collects.
+
+The loss of a step is the sum over every item of the *global* batch divided by the number of these items, however the
+batch is cut into ranks and micro-batches. (transformers 5.23 multiplies the loss of sequence classification by
+accumulation x world size, https://github.com/huggingface/transformers/issues/47688, and averages the means of unequal
+micro-batches elsewhere.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hf_finetune import batching
+from hf_finetune.generation import generate
+from hf_finetune.tracking.throughput import Throughput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import EvalPrediction
+
+    from hf_finetune.adapters import Adapter
+    from hf_finetune.tasks import Batch, Questions, Targets, Task
+
+GENERATION_BATCH = 16
+"""Prompts that are answered together."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what: everything the trainer needs besides the model and its arguments."""
+
+    task: Task
+    targets: Targets
+    adapter: Adapter
+    tokenizer: Any
+    train: Dataset[Any]
+    """`Rows`, `PackedRows` or `StreamedBatches`."""
+    validation: Any
+    """Encoded rows that are evaluated during training, or None."""
+    batches: batching.GlobalBatches | None
+    """Batch sampler of `train`; None for a stream."""
+    division: batching.Division
+    eval_batch: int
+    """Rows of one forward pass of one rank in evaluation."""
+    questions: Mapping[str, Questions | None]
+    """What the model is asked when a split (`validation`, `test`) is evaluated."""
+    packed: bool
+    """Whether rows of `train` are lists of documents."""
+
+    def loader(self, *, pin: bool = False) -> DataLoader[Any]:
+        """Loader of this rank's micro-batches."""
+        return batching.train_loader(
+            self.train, self.batches, self.task.collator(self.tokenizer, packed=self.packed), pin=pin
+        )
+
+    def sample(self, *, count: int, device: torch.device) -> Iterator[Batch]:
+        """A few training batches on a device; does not move the order of training."""
+        for batch, _ in zip(self.loader(), range(count), strict=False):
+            yield {key: value.to(device) for key, value in batch.items() if key != "tokens"}
+
+
+class FinetuneTrainer(Trainer):
+    """One fine-tuning run."""
+
+    # The loss is divided by the items of the whole global batch, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
+    ) -> None:
+        self.job = job
+        self.throughput = Throughput()
+        self._split = "validation"
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=job.train,
+            eval_dataset=job.validation,
+            compute_metrics=self._metrics,
+            callbacks=[self.throughput, *callbacks],
+        )
+        # Read instead of `loss_is_scaled_for_ga` by transformers < 5.20, with the same effect.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Loader of this rank's micro-batches."""
+        return self.job.loader(pin=self.args.device.type == "cuda")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Loader of this rank's part of an encoded split."""
+        encoded = self.eval_dataset if eval_dataset is None else eval_dataset
+        division = batching.Division(
+            batch_size=self.job.eval_batch * self.args.world_size,
+            micro_batch=self.job.eval_batch,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        collator = self.job.task.collator(self.job.tokenizer)
+        return batching.eval_loader(batching.Rows(encoded, self.job.task), encoded["length"], division, collator)
+
+    # ---- loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Items of the global batch: the divisor of the loss. Tokens and rows are counted in the same exchange."""
+        if not batch_samples:
+            return None
+        task, targets = self.job.task, self.job.targets
+        items = sum(task.items(batch["labels"], targets).to(torch.float64) for batch in batch_samples)
+        counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))]).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        self.throughput.count(counts[1:].tolist())
+        return counts[0].to(torch.float32)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the loss of the global batch, a scalar.
+
+        The shares of all micro-batches of all ranks add up to the loss; times the world size, because the gradients
+        of the ranks are averaged.
+        """
+        labels, _ = inputs.pop("labels"), inputs.pop("tokens", None)
+        outputs = model(**inputs)
+        task, targets = self.job.task, self.job.targets
+        items = task.items(labels, targets) if num_items_in_batch is None else num_items_in_batch
+        # A global batch without a single item has a loss of 0, not 0/0.
+        loss = task.loss_sum(outputs.logits, labels, targets) / torch.clamp(torch.as_tensor(items), min=1e-8)
+        loss = loss * self.args.world_size
+        penalty = self.job.adapter.penalty(self.accelerator.unwrap_model(model))
+        if penalty is not None:
+            loss = loss + penalty / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The adapter's own optimiser where it has one (LoRA+), else the Trainer's."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options = {**options, "weight_decay": self.args.weight_decay}
+            self.optimizer = self.job.adapter.optimizer(model or self.model, cls, options)
+        return super().create_optimizer(model)
+
+    # ---- evaluation ----
+
+    def evaluate_split(self, split: str, encoded: Any, prefix: str) -> dict[str, float]:
+        """Evaluate a split other than the one that is watched in training; metrics carry `prefix_`."""
+        watched, self._split = self._split, split
+        try:
+            metrics: dict[str, float] = self.evaluate(encoded, metric_key_prefix=prefix)
+            return metrics
+        finally:
+            self._split = watched
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """What the task's metrics need of each row, and the rows' numbers; never whole logits of a language model."""
+        inputs = self._prepare_inputs(inputs)
+        labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        return None, self.job.task.eval_rows(logits, labels), row_ids
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics of a split, from rows that come in any order and with fillers."""
+        ids, rows = prediction.label_ids, prediction.predictions
+        real = ids >= 0
+        order = ids[real].argsort()
+        metrics = self.job.task.metrics(rows[real][order], self.job.targets)
+        questions = self.job.questions.get(self._split)
+        return metrics | self._answers(questions) if questions is not None else metrics
+
+    def _answers(self, questions: Questions) -> dict[str, float]:
+        """Each rank answers its share of the questions; all ranks score all answers."""
+        rank, world_size = self.args.process_index, self.args.world_size
+        with self.accelerator.autocast():
+            mine = generate(
+                self.accelerator.unwrap_model(self.model),
+                self.job.tokenizer,
+                questions.prompts[rank::world_size],
+                max_new_tokens=questions.max_new_tokens,
+                batch_size=GENERATION_BATCH,
+            )
+        numbered = gather_object(list(zip(range(rank, len(questions.prompts), world_size), mine, strict=True)))
+        return questions.score([answer for _, answer in sorted(numbered, key=lambda pair: pair[0])])

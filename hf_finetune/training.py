@@ -1,0 +1,229 @@
+"""The story of one run: look at the machine, load data and model, train, evaluate, save, check, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import set_seed
+
+from hf_finetune import arguments, batching, data, evaluation, export, hardware, model, packing, quiet, report
+from hf_finetune.adapters import Setting
+from hf_finetune.errors import FinetuneError, OutOfMemoryError, Problem
+from hf_finetune.report import Outcome
+from hf_finetune.runfolder import RunFolder, Status
+from hf_finetune.tracking import Observers
+from hf_finetune.tracking.console import say
+from hf_finetune.trainer import FinetuneTrainer, Job
+
+if TYPE_CHECKING:
+    from hf_finetune.arguments import Length
+    from hf_finetune.data import Prepared
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+
+
+def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
+    """Run one recipe from beginning to end.
+
+    Args:
+        recipe: What to do.
+        restart: Move an earlier run in the same folder aside instead of refusing.
+
+    Returns:
+        What came of it; None where the folder already holds this very run, finished.
+
+    Raises:
+        FinetuneError: Something is wrong; its class says what kind, its exit code is the process's.
+    """
+    quiet.hush()
+    machine = hardware.survey(recipe)
+    folder = RunFolder(recipe.output)
+    if not _claim(folder, recipe, machine, restart=restart):
+        return None
+    with _status(folder, machine) as status:
+        learner = _prepare(recipe, machine)
+        observers = Observers(recipe, folder, status, writes=machine.is_main)
+        trainer, seconds = _train(learner, observers, folder)
+        scores = evaluation.final(trainer, recipe, learner.prepared)
+        difference = _save(trainer, learner, folder)
+        outcome = Outcome(
+            recipe=recipe,
+            machine=machine,
+            folder=folder,
+            prepared=learner.prepared,
+            parameters=model.parameter_counts(learner.adapted),
+            steps=trainer.state.global_step,
+            seconds=seconds,
+            rates=trainer.throughput.total.rates(),
+            scores=scores,
+            reload_difference=difference,
+        )
+        observers.conclude(report.summary_entry(outcome))
+        if machine.is_main:
+            report.write(outcome, observers.journal.entries)
+            for line in report.summary_lines(outcome):
+                say(line)
+        PartialState().wait_for_everyone()
+    return outcome
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model, adapted and ready, and what it will be trained on."""
+
+    recipe: Recipe
+    machine: Machine
+    prepared: Prepared
+    tokenizer: Any
+    adapted: torch.nn.Module
+    job: Job
+    run_length: Length
+
+
+def _prepare(recipe: Recipe, machine: Machine) -> Learner:
+    """Tokenizer, data, model, adapter; says what it finds on the way."""
+    tell = say if machine.is_main else _keep_silent
+    tell(f"run folder {recipe.output}: {machine.describe()}")
+    tokenizer = model.load_tokenizer(recipe.model)
+    prepared = data.prepare(recipe, tokenizer, machine)
+    for line in report.data_lines(prepared):
+        tell(line)
+    job, run_length = _job(recipe, prepared, machine, tokenizer)
+
+    set_seed(recipe.training.seed)
+    loaded = model.load(recipe, prepared.targets, machine, tokenizer)
+    if job.packed:
+        packing.check_packing(loaded.model)
+    setting = Setting(
+        peft_type=recipe.task.peft_type,
+        tokenizer=tokenizer,
+        total_steps=run_length.total_steps,
+        head_modules=loaded.head_modules,
+        batches=lambda: job.sample(count=8, device=loaded.model.device),
+    )
+    adapted = model.build(recipe, loaded, setting)
+    tell(report.model_line(recipe, model.parameter_counts(adapted)))
+    tell(report.plan_line(job.division, run_length))
+    return Learner(recipe, machine, prepared, tokenizer, adapted, job, run_length)
+
+
+def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> tuple[Job, Length]:
+    """Rows, batches and their division among ranks, and how many steps that makes."""
+    division = batching.Division(
+        batch_size=recipe.training.batch_size,
+        micro_batch=hardware.micro_batch(recipe, machine),
+        rank=machine.rank,
+        world_size=machine.world_size,
+    )
+    train, lengths = _train_rows(recipe, prepared, division)
+    batches = None
+    if lengths is not None:
+        grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)
+        batches = batching.GlobalBatches(grouped, division, recipe.training.seed)
+    job = Job(
+        task=recipe.task,
+        targets=prepared.targets,
+        adapter=recipe.adapter,
+        tokenizer=tokenizer,
+        train=train,
+        validation=prepared.validation,
+        batches=batches,
+        division=division,
+        eval_batch=hardware.eval_batch(recipe, machine),
+        questions={
+            "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
+            "test": recipe.task.questions(prepared.raw_test, tokenizer),
+        },
+        packed=recipe.data.packing,
+    )
+    return job, arguments.length(recipe, None if lengths is None else len(lengths))
+
+
+def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:
+    """The training set as the loader reads it, and the length of each of its rows (None for a stream)."""
+    if recipe.data.streaming:
+        return batching.StreamedBatches(prepared.train, division, recipe.training.seed), None
+    rows = batching.Rows(prepared.train, recipe.task)
+    lengths: list[int] = list(prepared.train["length"])
+    if not recipe.data.packing:
+        return rows, lengths
+    packs = batching.pack(lengths, recipe.data.max_length)
+    return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]
+
+
+def _train(learner: Learner, observers: Observers, folder: RunFolder) -> tuple[FinetuneTrainer, float]:
+    """Train; returns the trainer and the wall-clock seconds.
+
+    Raises:
+        OutOfMemoryError: The device ran out of memory.
+    """
+    recipe, job = learner.recipe, learner.job
+    options = arguments.training_arguments(
+        recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
+    )
+    callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
+    trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"out of device memory at step {trainer.state.global_step} with {job.division.micro_batch} rows of up to "
+            f"{recipe.data.max_length} tokens; halve training.micro_batch or set training.activation_checkpointing"
+        )
+        raise OutOfMemoryError(Problem(message)) from error
+    return trainer, time.perf_counter() - started
+
+
+def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float:
+    """Write `adapter/`, load it back from disk, and return how far its logits are from those in memory."""
+    if not learner.machine.is_main:
+        return 0.0
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
+    batch = next(iter(learner.job.sample(count=1, device=trainer.args.device)))
+    return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
+
+
+def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool:
+    """Rank 0 takes the run folder; all ranks learn whether there is anything to do."""
+    begin = [True]
+    if machine.is_main:
+        begin = [folder.claim(recipe.dump(), restart=restart)]
+        if not begin[0]:
+            say(f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew")
+    broadcast_object_list(begin)
+    return begin[0]
+
+
+@contextmanager
+def _status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
+    """Keep status.json true from here to the end, however it ends."""
+    status = Status(folder.status)
+    if not machine.is_main:
+        yield status
+        return
+    status.start()
+    try:
+        yield status
+    except FinetuneError as error:
+        status.finish("failed", error.exit_code, str(error))
+        raise
+    except KeyboardInterrupt:
+        status.finish("interrupted", 130, "interrupted from the keyboard")
+        raise
+    except BaseException as error:
+        status.finish("failed", 1, f"{type(error).__name__}: {error}")
+        raise
+    status.finish("done", 0)
+
+
+def _keep_silent(text: str) -> None:
+    """What ranks other than 0 have to say."""

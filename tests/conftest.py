@@ -1,0 +1,191 @@
+"""Tiny real models, tokenizers and data that the tests share, and the environment they run in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="1")
+# One core a worker: tiny models gain nothing from threads, and threads of two workers fight for the same cores.
+CORES = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, {CORES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(CORES)]})
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = (
+    "the a an is was it this that film movie story plot acting cast scene music good great fine lovely warm funny "
+    "bad poor dull weak cold boring not very quite never so and but with of for in on by one two three four five "
+    "six seven eight nine ten plus minus equals what how many answer user assistant system yes no . , ? ! : \n"
+).split(" ")
+
+
+RECIPE = """\
+task: {{kind: text_classification, text: text, label: label}}
+model: {{name: {model}}}
+data: {{train: {data}, validation_share: 0.25, max_length: 32}}
+adapter: {{kind: lora, r: 4, alpha: 8, target_modules: all-linear}}
+training: {{epochs: 2, batch_size: 16, learning_rate: 3e-3, precision: fp32, log_every: 1}}
+output: {output}
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    outcome: Any
+
+    def lines(self, phase: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of one phase."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["phase"] == phase]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+        return status
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing that a test tokenises or loads lands in the caches of whoever runs the tests."""
+    caches = tmp_path_factory.mktemp("caches")
+    os.environ["HF_FINETUNE_CACHE"] = str(caches / "hf_finetune")
+    os.environ["HF_DATASETS_CACHE"] = str(caches / "datasets")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a BERT encoder of two layers with random weights, and its tokenizer."""
+    from transformers import BertConfig, BertModel, set_seed  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = _tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "[CLS] $A [SEP]")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Llama-shaped causal LM of two layers with random weights, a ChatML template and no BOS."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = _tokenizer(["<|pad|>", "[UNK]", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], None)
+    tokenizer.chat_template = CHATML
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    """A word-level tokenizer; `special` starts with the pad and unknown tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
+    )
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    if template is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=template, pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        unk_token="[UNK]",
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """Writes a csv file of so many review sentences with string labels and returns its path."""
+    folder = tmp_path_factory.mktemp("reviews")
+
+    def write(rows: int) -> str:
+        file = folder / f"reviews-{rows}.csv"
+        if not file.exists():
+            file.write_text("text,label\n" + "".join(_review(index) for index in range(rows)))
+        return str(file)
+
+    return write
+
+
+def _review(index: int) -> str:
+    good = index % 2 == 0
+    subject = ("film", "movie", "story", "plot", "acting", "cast", "scene", "music")[index // 2 % 8]
+    praise = ("good", "great", "fine", "lovely") if good else ("bad", "poor", "dull", "weak")
+    filler = " very" * (index // 64 % 5) + " so" * (index // 16 % 3)
+    return f"the {subject} is{filler} {praise[index // 16 % 4]} .,{'positive' if good else 'negative'}\n"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Folder of reference data beside the checkout; tests that need it skip where it is absent."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the shared reference data are not beside this checkout")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callable[..., Run]:
+    """Runs a small recipe in this process: `run("training.steps=3", ...)`."""
+
+    def start(*overrides: str, restart: bool = False) -> Run:
+        from hf_finetune.recipe import Recipe  # noqa: PLC0415
+        from hf_finetune.training import finetune  # noqa: PLC0415
+
+        file = tmp_path / "recipe.yaml"
+        file.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))
+        outcome = finetune(Recipe.load(str(file), overrides), restart=restart)
+        return Run(tmp_path / "run", outcome)
+
+    return start

@@ -1,0 +1,132 @@
+"""Global batches follow from the seed alone; ranks and micro-batches only divide them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+
+
+class Echo:
+    """A stand-in for the parts of a task that batching calls."""
+
+    def masked(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"labels": -100}
+
+
+def stack(rows: list[Any]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([row["input_ids"][:1] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def encoded(lengths: list[int]) -> Any:
+    from datasets import Dataset  # noqa: PLC0415
+
+    rows = [{"input_ids": [index] * length, "labels": index} for index, length in enumerate(lengths)]
+    return Dataset.from_list(rows)
+
+
+@given(
+    rows=st.integers(1, 40),
+    batch_size=st.integers(1, 17),
+    micro_batch=st.integers(1, 9),
+    world_size=st.integers(1, 4),
+)
+def test_every_row_is_taken_once_by_one_rank(rows: int, batch_size: int, micro_batch: int, world_size: int) -> None:
+    whole = GlobalBatches([1] * rows, Division(batch_size, micro_batch), seed=1)
+    ranks = [
+        list(GlobalBatches([1] * rows, Division(batch_size, micro_batch, rank, world_size), seed=1))
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in ranks} == {len(GlobalBatches([1] * rows, Division(batch_size, micro_batch, 0, world_size), 1))}
+    taken = [row for batches in ranks for batch in batches for row in batch]
+    assert sorted(row for row in taken if row >= 0) == list(range(rows))
+    assert all(1 <= len(batch) <= micro_batch for batches in ranks for batch in batches)
+    assert [sorted(batch) for batch in whole.global_batches()] == global_batches(ranks, batch_size, rows)
+
+
+def global_batches(ranks: list[list[list[int]]], batch_size: int, rows: int) -> list[list[int]]:
+    """Join the ranks' micro-batches to global batches again."""
+    streams = [list(itertools.chain.from_iterable(zip(*ranks, strict=True)))][0]
+    real = [row for batch in streams for row in batch if row >= 0]
+    return [sorted(real[start : start + batch_size]) for start in range(0, rows, batch_size)]
+
+
+def test_the_order_changes_with_seed_and_epoch_only() -> None:
+    batches = GlobalBatches(list(range(1, 101)), Division(8, 8), seed=3)
+    first = list(batches)
+    assert list(batches) == first
+    batches.set_epoch(1)
+    assert list(batches) != first
+    assert list(GlobalBatches(list(range(1, 101)), Division(8, 8), seed=4)) != first
+
+
+def test_rows_of_one_batch_have_similar_lengths() -> None:
+    lengths = random.Random(0).choices(range(1, 129), k=1600)
+    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in GlobalBatches(lengths, Division(16, 16), 0)]
+    assert sum(spread) / len(spread) < 5
+
+
+def test_a_rank_without_rows_gets_a_masked_one() -> None:
+    assert Division(8, 4, rank=1, world_size=2).share([7]) == [[7]]
+    assert Division(8, 4, rank=0, world_size=2).share([7]) == [[~7]]
+
+
+def test_the_train_loader_counts_real_tokens() -> None:
+    from hf_finetune.batching import Rows  # noqa: PLC0415
+
+    rows = Rows(encoded([2, 3, 4]), Echo())  # type: ignore[arg-type]
+    loader = train_loader(rows, GlobalBatches([2, 3, 4], Division(3, 3), 0), stack, pin=False)
+    assert [int(batch["tokens"]) for batch in loader] == [9]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones(world_size: int) -> None:
+    from hf_finetune.batching import Rows  # noqa: PLC0415
+
+    lengths = [3, 1, 4, 1, 5, 9, 2]
+    rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]
+    seen = []
+    for rank in range(world_size):
+        loader = eval_loader(rows, lengths, Division(2 * world_size, 2, rank, world_size), stack)
+        seen.append([(batch["row_ids"].tolist(), batch["labels"].tolist()) for batch in loader])
+    assert len({len(batches) for batches in seen}) == 1
+    assert all(len({len(ids) for ids, _ in step}) == 1 for step in zip(*seen, strict=True))
+    pairs = [pair for batches in seen for ids, labels in batches for pair in zip(ids, labels, strict=True)]
+    assert sorted(pair for pair in pairs if pair[0] >= 0) == [(index, index) for index in range(7)]
+    assert all(label == -100 for row, label in pairs if row < 0)
+
+
+def test_streamed_batches_are_divided_like_loaded_ones() -> None:
+    class Numbers:
+        def rows(self, seed: int) -> Any:
+            return ({"input_ids": [number], "labels": number} for number in itertools.count())
+
+    taken = []
+    for rank in range(2):
+        stream = StreamedBatches(Numbers(), Division(5, 2, rank, 2), seed=0)
+        taken.append([[row["labels"] for row in batch] for batch in itertools.islice(iter(stream), 4)])
+    assert sorted(row for batches in taken for batch in batches for row in batch) == list(range(10))
+
+
+@given(st.lists(st.integers(1, 50), max_size=200))
+def test_packing_loses_nothing_and_never_overflows(lengths: list[int]) -> None:
+    packs = pack(lengths, 50)
+    assert sorted(document for documents in packs for document in documents) == list(range(len(lengths)))
+    assert all(sum(lengths[document] for document in documents) <= 50 for documents in packs)
+    assert len(packs) <= 11 / 9 * -(-sum(lengths) // 50) * 1.5 + 1
+
+
+def test_packing_fills_sequences() -> None:
+    lengths = random.Random(0).choices(range(20, 400), k=2000)
+    packs = pack(lengths, 512)
+    assert sum(lengths) / (512 * len(packs)) > 0.97

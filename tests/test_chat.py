@@ -1,0 +1,232 @@
+"""What of a chat is trained: markers, prefixes, tools, and the tokens at the edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_finetune.chat import Chat, Renderer
+from hf_finetune.errors import DataError, ModelError
+from hf_finetune.marking import mark, mark_plain, prompt_ids
+from hf_finetune.tasks import IGNORE
+
+HEAD = "{% for m in messages %}<|{{ m.role }}|>"
+ASK = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+PREFIXED = HEAD + "{{ m.content }}</s>\n{% endfor %}" + ASK
+MARKED = (
+    HEAD
+    + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}\n"
+    + "{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}"
+    + ASK
+)
+END_OUTSIDE = MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>")
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}</s>\n{% endif %}"
+    + HEAD
+    + "{{ m.content or '' }}{% for call in m.tool_calls %}call {{ call.function.arguments | tojson }}{% endfor %}</s>\n"
+    + "{% endfor %}"
+    + ASK
+)
+STRIPS_THINKING = (
+    HEAD
+    + "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    + "{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
+    + ASK
+)
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "first 🙂é"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "second"},
+]
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
+
+
+def byte_tokenizer(template: str | None, *, adds_bos: bool = False) -> Any:
+    """A tokenizer of single bytes, with real special tokens; `adds_bos` as Llama's does."""
+    vocabulary = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>", *ROLES])
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
+    """The trained parts of a chat, as text."""
+    tokenizer = byte_tokenizer(template)
+    renderer = Renderer(tokenizer)
+    ids, labels = mark(renderer, [renderer.spans(Chat.parse(messages, tools))])[0]
+    runs: list[list[int]] = [[]]
+    for token, label in zip(ids, labels, strict=True):
+        if label != IGNORE:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("template", [PREFIXED, MARKED, END_OUTSIDE])
+def test_every_assistant_turn_is_trained_with_its_end_token_and_nothing_else(template: str) -> None:
+    assert trained(template, CHAT) == ["first 🙂é</s>", "second</s>"]
+
+
+@pytest.mark.parametrize("template", [PREFIXED, MARKED])
+def test_an_assistant_that_speaks_first_is_trained(template: str) -> None:
+    assert trained(template, [{"role": "assistant", "content": "hello"}, CHAT[1]]) == ["hello</s>"]
+
+
+def test_a_chat_without_assistant_has_nothing_to_train() -> None:
+    assert trained(MARKED, CHAT[:2]) == []
+
+
+def test_prefixes_that_disagree_are_refused() -> None:
+    thinking = [*CHAT[:2], {"role": "assistant", "content": "hm</think>first"}, *CHAT[3:]]
+    with pytest.raises(DataError, match=r"turn 3: .* differently when more turns follow"):
+        trained(STRIPS_THINKING, thinking)
+
+
+def test_a_header_that_the_turn_does_not_have_is_refused() -> None:
+    with pytest.raises(DataError, match=r"turn 3: the chat template asks for an answer by .*<think>"):
+        trained(PREFIXED.replace("<|assistant|>{% endif", "<|assistant|><think>{% endif"), CHAT)
+
+
+@pytest.mark.parametrize("closing", ["{{ eos_token }}", "\n", "<|tool|>\n{{ eos_token }}\n"])
+def test_what_stands_behind_the_end_of_turn_is_not_trained(closing: str) -> None:
+    phi = PREFIXED.replace("</s>\n", "<|end|>\n").replace(ASK, closing + ASK)
+    closed = "{% if not add_generation_prompt %}" + closing + "{% endif %}"
+    assert trained(phi.replace(closing + ASK, closed + ASK), CHAT) == ["first 🙂é<|end|>", "second<|end|>"]
+
+
+def test_special_tokens_that_close_a_turn_together_are_all_trained() -> None:
+    assert trained(PREFIXED.replace("</s>", "<|end|></s>"), CHAT[1:3]) == ["first 🙂é<|end|></s>"]
+
+
+def test_prefixes_that_agree_in_this_chat_are_accepted() -> None:
+    thinking = [*CHAT[:2], {"role": "assistant", "content": "hm</think>first"}]
+    assert trained(STRIPS_THINKING, thinking) == ["hm</think>first</s>"]
+
+
+def test_markers_that_hold_nothing_are_refused() -> None:
+    empty = MARKED.replace("{% generation %}{{ m.content }}</s>{% endgeneration %}", "{{ m.content }}\n</s>") + (
+        "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    )
+    with pytest.raises(DataError, match="markers hold nothing"):
+        trained(empty, CHAT)
+
+
+def test_markers_around_the_wrong_turn_are_refused() -> None:
+    wrong = MARKED.replace("{% generation %}{{ m.content }}</s>{% endgeneration %}", "{{ m.content }}</s>").replace(
+        "{% else %}{{ m.content }}", "{% else %}{% generation %}{{ m.content }}{% endgeneration %}"
+    )
+    with pytest.raises(DataError, match="markers miss the assistant's 'second'"):
+        trained(wrong, CHAT[3:])
+
+
+def test_a_template_without_end_of_turn_is_refused() -> None:
+    with pytest.raises(ModelError, match="would not stop"):
+        trained(PREFIXED.replace("</s>", ""), CHAT)
+
+
+def test_end_of_turn_is_the_first_special_token_after_the_answer() -> None:
+    assert Renderer(byte_tokenizer(PREFIXED + "<|tool|>")).end_of_turn == "</s>"
+
+
+def test_tools_calls_and_results() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    chat: list[dict[str, Any]] = [
+        CHAT[1],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        CHAT[4],
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"b": None}}}]
+    assert trained(TOOLS, chat, tools) == ['call {"a": 1}</s>', "second</s>"]
+    assert Renderer(byte_tokenizer(TOOLS)).text(Chat.parse(chat, tools)).startswith('<|system|>[{"type": "function"')
+
+
+def test_a_template_that_drops_tools_is_refused() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    with pytest.raises(DataError, match="drops the tool 'add'"):
+        trained(PREFIXED, [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}])
+    with pytest.raises(DataError, match="drops the tool 'add'"):
+        Renderer(byte_tokenizer(MARKED)).whole(Chat(CHAT, [{"name": "add"}]))
+
+
+def test_json_text_is_read_like_lists() -> None:
+    chat = Chat.parse('[{"role": "user", "content": "x"}]', '[{"name": "f"}]')
+    assert chat == Chat([{"role": "user", "content": "x"}], [{"name": "f"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ("{", "no JSON"),
+        (None, "NoneType, not a list"),
+        ([{"from": "human", "value": "x"}], "turn 1 is no {role, content}"),
+        ([CHAT[0], {"role": "user", "content": None}], r"turn 2 \(user\) has no content"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON"),
+    ],
+)
+def test_what_is_no_chat_is_refused(messages: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        Chat.parse(messages)
+
+
+def test_what_the_template_refuses_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="refuses these messages: roles must alternate"):
+        trained("{{ raise_exception('roles must alternate') }}", CHAT)
+
+
+def test_the_templates_own_bos_is_the_only_one() -> None:
+    renderer = Renderer(byte_tokenizer("{{ bos_token }}" + PREFIXED, adds_bos=True))
+    ids, labels = mark(renderer, [renderer.spans(Chat(CHAT))])[0]
+    assert ids.count(renderer.tokenizer.bos_token_id) == 1
+    assert ids[0] == renderer.tokenizer.bos_token_id
+    assert labels[0] == IGNORE
+
+
+@pytest.mark.parametrize(("adds_bos", "text", "bos"), [(True, "ab", 1), (True, "<s>ab", 1), (False, "ab", 0)])
+def test_plain_text_has_the_bos_of_its_tokenizer_once_and_a_trained_eos(adds_bos: bool, text: str, bos: int) -> None:
+    renderer = Renderer(byte_tokenizer(None, adds_bos=adds_bos))
+    ids, labels = mark_plain(renderer, [(text, [(len(text) - 1, len(text))])])[0]
+    assert ids.count(renderer.tokenizer.bos_token_id) == bos
+    assert renderer.tokenizer.decode([label for label in labels if label != IGNORE]) == "b</s>"
+    assert prompt_ids(renderer.tokenizer, [text], plain=True)[0] == ids[:-1]
+
+
+def test_plain_text_without_eos_is_refused() -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS"):
+        mark_plain(Renderer(tokenizer), [("a", [])])
+
+
+def test_a_header_that_swallows_white_space_is_not_trained() -> None:
+    tokenizer = byte_tokenizer(PREFIXED)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|assistant|>", rstrip=True)]})
+    renderer = Renderer(tokenizer)
+    ids, labels = mark(renderer, [renderer.spans(Chat([CHAT[1], {"role": "assistant", "content": "  x"}]))])[0]
+    assert tokenizer.decode([label for label in labels if label != IGNORE]).endswith("x</s>")
+    assert labels[ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>"))] == IGNORE
+
+
+def test_prefixes_and_markers_of_the_same_chat_agree(tiny_llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    renderer = Renderer(tokenizer)
+    marked = mark(renderer, [renderer.spans(Chat(CHAT))])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    renderer = Renderer(tokenizer)
+    assert mark(renderer, [renderer.spans(Chat(CHAT))]) == marked

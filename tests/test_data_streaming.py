@@ -1,0 +1,163 @@
+"""Streamed training rows: order, passes, policies, counts, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from test_data import CLASSES, LONG, MACHINE, TEXTS, recipe, write, write_json, write_lengths
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_finetune import data
+from hf_finetune.errors import DataError, FinetuneError
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def stream(tokenizer: PreTrainedTokenizerBase, **block: Any) -> data.Stream:
+    prepared = data.prepare(recipe(block.pop("task", TEXTS), streaming=True, **block), tokenizer, MACHINE)
+    assert isinstance(prepared.train, data.Stream)
+    return prepared.train
+
+
+def lengths(rows: Iterator[Any], count: int) -> list[int]:
+    return [row["length"] for row in itertools.islice(rows, count)]
+
+
+def test_a_pass_holds_every_row_once_and_the_next_has_another_order(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 41))
+    read = lengths(stream(llama, train="train.jsonl").rows(1), 80)
+    assert sorted(read[:40]) == sorted(read[40:]) == list(range(2, 42))
+    assert read[:40] != read[40:]
+    assert read[:40] != sorted(read[:40])
+
+
+def test_the_order_follows_from_the_seed_alone(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 41))
+    here = stream(llama, train="train.jsonl", shuffle_buffer=10)
+    there = pickle.loads(pickle.dumps(here))
+    assert lengths(here.rows(1), 100) == lengths(there.rows(1), 100)
+    assert lengths(here.rows(1), 100) == lengths(here.rows(1), 100)
+    assert lengths(here.rows(1), 40) != lengths(here.rows(2), 40)
+
+
+def test_a_streamed_row_equals_a_loaded_one(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 9))
+    loaded = data.prepare(recipe(TEXTS, train="train.jsonl", max_length=5), llama, MACHINE).train
+    assert isinstance(loaded, datasets.Dataset)
+    streamed = itertools.islice(stream(llama, train="train.jsonl", max_length=5).rows(1), 8)
+    assert sorted(streamed, key=str) == sorted(loaded.remove_columns("row").to_list(), key=str)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "json"])
+def test_every_format_streams(llama: PreTrainedTokenizerBase, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2, raising=False)
+    rows = [{"text": "film " * count, "other": "x"} for count in range(1, 6)]
+    if suffix == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet("train.parquet")
+    elif suffix == "json":
+        Path("train.json").write_text(json.dumps(rows))
+    else:
+        separator = "," if suffix == "csv" else "\t"
+        write(f"train.{suffix}", f"text{separator}other", *(f"{row['text']}{separator}NA" for row in rows))
+    assert sorted(lengths(stream(llama, train=f"train.{suffix}").rows(1), 5)) == [2, 3, 4, 5, 6]
+
+
+def test_several_files_stream_as_one(llama: PreTrainedTokenizerBase) -> None:
+    for name, counts in (("a", range(1, 4)), ("b", range(4, 7))):
+        write_lengths(f"{name}.jsonl", counts)
+    assert sorted(lengths(stream(llama, train="*.jsonl").rows(1), 6)) == [2, 3, 4, 5, 6, 7]
+
+
+def test_the_report_counts_the_first_pass_and_no_more(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", LONG)
+    truncating = stream(llama, train="train.jsonl", max_length=8)
+    next(rows := truncating.rows(1))
+    lengths(rows, 20)
+    whole = data.prepare(recipe(TEXTS, train="train.jsonl", max_length=8), llama, MACHINE).reports["train"]
+    assert truncating.report() == whole
+
+
+def test_dropped_rows_are_counted(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", LONG)
+    dropping = stream(llama, train="train.jsonl", max_length=8, overlong="drop")
+    assert sorted(lengths(dropping.rows(1), 4)) == [4, 4, 6, 6]
+    assert dropping.report() == data.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
+
+
+def test_refused_rows_are_shown(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", LONG[:2])
+    with pytest.raises(DataError, match=r"a row has 21 tokens, more than 8.*the row: {'text': 'film film"):
+        list(stream(llama, train="train.jsonl", max_length=8, overlong="error").rows(1))
+
+
+def test_a_pass_without_a_row_ends_in_an_error(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", LONG[3:])
+    with pytest.raises(DataError, match="none of the 1 train rows can be used: 1 are too long"):
+        next(stream(llama, train="train.jsonl", max_length=8, overlong="drop").rows(1))
+
+
+def test_a_limit_keeps_the_same_rows_in_every_pass(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 41))
+    read = lengths(stream(llama, train="train.jsonl", limit=10).rows(1), 20)
+    assert sorted(read[:10]) == sorted(read[10:])
+    assert len(set(read)) == 10
+    assert sorted(set(read)) != list(range(2, 12))
+
+
+def test_a_mix_follows_the_weights(llama: PreTrainedTokenizerBase) -> None:
+    write_json("a.jsonl", [{"text": "good film"}] * 300)
+    write_json("b.jsonl", [{"text": "bad"}] * 300)
+    read = lengths(stream(llama, mix=[{"train": "a.jsonl", "weight": 3.0}, {"train": "b.jsonl"}]).rows(1), 390)
+    assert 2.3 < read.count(3) / read.count(2) < 4.0
+
+
+def test_an_unfit_row_is_shown(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", [*[{"text": "film"}] * 150, {"text": None}])
+    with pytest.raises(DataError, match=r"^train.jsonl: .*; the row: {'text': None}$"):
+        lengths(stream(llama, train="train.jsonl").rows(1), 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", b'{"text": "a"}\n{"text": \n', "train.jsonl:2: is no valid JSON"),
+        ("train.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "train.jsonl:2: is not UTF-8 at byte 24"),
+        ("train.csv", b"text,label\na,0\nb,c,1\n", "train.csv:3: has 3 fields, the header 2"),
+        ("train.jsonl", b'{"txt": "a"}\n', "train.jsonl: has no column 'text'; did you mean 'txt'?"),
+        ("train.jsonl", b"\n\n", "train.jsonl: data.train: train split has 0 rows"),
+    ],
+)
+def test_broken_files_are_named(llama: PreTrainedTokenizerBase, name: str, content: bytes, message: str) -> None:
+    Path(name).write_bytes(content)
+    with pytest.raises(FinetuneError) as error:
+        lengths(stream(llama, train=name).rows(1), 10)
+    assert message in str(error.value)
+
+
+def test_streamed_labels_need_names_and_evaluation_is_loaded(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", [{"text": "good film", "label": "good"}, {"text": "bad", "label": "bad"}])
+    block: dict[str, Any] = {"streaming": True, "train": "train.jsonl", "validation": "train.jsonl"}
+    with pytest.raises(DataError, match=r"list them in task.labels"):
+        data.prepare(recipe(CLASSES, **block), llama, MACHINE)
+    prepared = data.prepare(recipe({**CLASSES, "labels": ["bad", "good"]}, **block), llama, MACHINE)
+    assert prepared.validation is not None
+    assert prepared.validation["labels"][:] == [1, 0]
+    assert list(prepared.reports) == ["validation"]
+    assert isinstance(prepared.train, data.Stream)
+    assert {row["labels"] for row in itertools.islice(prepared.train.rows(1), 2)} == {0, 1}
+    assert prepared.reports["train"].rows == 2

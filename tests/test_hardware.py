@@ -1,0 +1,46 @@
+"""What the machine is asked to do."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from hf_finetune import hardware
+from hf_finetune.errors import RecipeError
+
+
+def test_cores_follow_the_affinity() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert hardware.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [("fp32", "fp32"), ("bf16", "bf16")])
+def test_an_asked_precision_is_used_on_a_cpu(asked: str, chosen: str) -> None:
+    assert hardware._precision(asked, "cpu") == chosen
+
+
+def test_automatic_precision_on_a_cpu_needs_native_bf16() -> None:
+    assert hardware._precision("auto", "cpu") == ("bf16" if hardware.cpu_has_bf16() else "fp32")
+
+
+def test_fp16_on_a_cpu_is_an_error() -> None:
+    with pytest.raises(RecipeError, match=r"training\.precision: fp16 needs a CUDA device"):
+        hardware._precision("fp16", "cpu")
+
+
+def test_bf16_on_a_cpu_avoids_the_slow_fused_attention() -> None:
+    assert hardware._attention("auto", "cpu", "bf16") == "eager"
+    assert hardware._attention("auto", "cpu", "fp32") == "sdpa"
+    assert hardware._attention("sdpa", "cpu", "bf16") == "sdpa"
+
+
+def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
+    machine = hardware.Machine("cpu", 0, 0, 1, 1, 1, "bf16", "eager")
+    assert machine.base_dtype(frozen=True) == torch.bfloat16
+    assert machine.base_dtype(frozen=False) == torch.float32

@@ -1,0 +1,86 @@
+"""Who may write into a run folder, and what status.json says."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_finetune import runfolder
+from hf_finetune.errors import RecipeError, StorageError
+from hf_finetune.runfolder import RunFolder, Status
+
+
+def state(folder: RunFolder) -> str:
+    text: str = json.loads(folder.status.read_text())["state"]
+    return text
+
+
+def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "deep" / "run"))
+    assert folder.claim("a: 1\n", restart=False)
+    assert folder.recipe.read_text() == "a: 1\n"
+
+
+def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    Status(folder.status).finish("done", 0)
+    assert not folder.claim("a: 1\n", restart=False)
+
+
+@pytest.mark.parametrize(("recipe", "says"), [("a: 2\n", "a run of another recipe"), ("a: 1\n", r"an earlier run \(failed\)")])
+def test_another_or_unfinished_run_is_refused(tmp_path: Path, recipe: str, says: str) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    Status(folder.status).finish("failed", 1)
+    with pytest.raises(RecipeError, match=says):
+        folder.claim(recipe, restart=False)
+
+
+def test_restart_keeps_the_old_run_aside(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    for number in range(3):
+        assert folder.claim(f"a: {number}\n", restart=True)
+        Status(folder.status).finish("done", 0)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["run", "run.old-1", "run.old-2"]
+    assert (tmp_path / "run.old-1" / "recipe.yaml").read_text() == "a: 0\n"
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match="no run of hf_finetune"):
+        RunFolder(str(tmp_path)).claim("a: 1\n", restart=True)
+
+
+def test_a_file_instead_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StorageError, match="is a file"):
+        RunFolder(str(tmp_path / "run")).claim("a: 1\n", restart=False)
+
+
+def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.05)
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    status = Status(folder.status)
+    status.start()
+    status.step = 7
+    time.sleep(0.4)
+    assert json.loads(folder.status.read_text())["step"] == 7
+    status.finish("failed", 6, "loss is nan")
+    time.sleep(0.2)
+    assert state(folder) == "failed"
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    status = Status(folder.status)
+    for _ in range(50):
+        status._write("running", exit_code=None, reason=None)
+        assert state(folder) == "running"
+    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".")] == []

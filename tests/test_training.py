@@ -1,0 +1,166 @@
+"""Whole runs, with the real Trainer on tiny models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_finetune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from conftest import Run
+
+Runner = Callable[..., "Run"]
+
+
+def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
+    done = run("training.epochs=3", "checkpoints.every=epoch")
+    assert {path.name for path in done.folder.iterdir()} == {
+        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.md", "status.json", "tensorboard"
+    }  # fmt: skip
+    assert done.status["state"] == "done"
+    assert done.status["exit_code"] == 0
+    assert [line["step"] for line in done.lines("eval")] == [5, 10, 15]
+    assert [line["step"] for line in done.lines("train")] == list(range(1, 16))
+    assert {path.name for path in (done.folder / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-15"}
+
+
+def test_training_learns(run: Runner) -> None:
+    done = run("training.epochs=16", "model.dropout=0", "adapter.r=8")
+    assert done.outcome.scores["validation"]["accuracy"] > 0.9
+    assert done.lines("train")[-1]["loss"] < done.lines("train")[0]["loss"] / 2
+
+
+def test_the_summary_row_closes_the_metrics(run: Runner) -> None:
+    done = run()
+    summary = json.loads((done.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["phase"] == "summary"
+    assert summary["validation_accuracy"] == done.lines("eval")[-1]["accuracy"]
+    assert summary["trained_parameters"] == done.outcome.parameters[0] > 0
+    assert summary["tokens_per_second"] > 0
+
+
+def test_tensorboard_reads_the_same_numbers(run: Runner) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    done = run()
+    events = EventAccumulator(str(done.folder / "tensorboard"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in done.lines("train")})
+    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "eval/accuracy"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+def test_one_seed_makes_two_runs_bit_identical(run: Runner) -> None:
+    first = fingerprint(run())
+    assert fingerprint(run(restart=True)) == first
+    assert fingerprint(run("training.seed=7", restart=True)) != first
+
+
+def fingerprint(done: Run) -> tuple[str, list[Any]]:
+    """Hash of the adapter, and every number that does not depend on the clock."""
+    digest = hashlib.sha256((done.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    lines = [[line[key] for key in ("step", "loss", "grad_norm", "learning_rate")] for line in done.lines("train")]
+    scores = [{k: v for k, v in line.items() if k != "runtime"} for line in done.lines("eval")]
+    return digest, [lines, scores]
+
+
+def test_the_same_finished_run_is_not_done_again(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    assert run().outcome is None
+    assert "already holds this run, finished" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="give --restart"):
+        run("training.epochs=1")
+
+
+def test_the_resolved_recipe_loads_back_to_the_same_recipe(run: Runner) -> None:
+    from hf_finetune.recipe import Recipe  # noqa: PLC0415
+
+    done = run("training.learning_rate=3e-3", "model.dropout=0")
+    assert Recipe.load(str(done.folder / "recipe.yaml")) == done.outcome.recipe
+
+
+def test_the_best_model_is_kept_and_early_stopping_stops(run: Runner) -> None:
+    done = run(
+        "training.epochs=12", "training.best_metric=loss", "training.learning_rate=0.3",
+        "training.early_stopping={patience: 2}", "training.max_grad_norm=null",
+    )  # fmt: skip
+    losses = [line["loss"] for line in done.lines("eval")]
+    assert len(losses) < 12
+    assert done.outcome.scores["validation"]["loss"] == min(losses)
+    assert done.outcome.reload_difference < 1e-4
+
+
+def test_every_rate_follows_the_schedule(run: Runner) -> None:
+    done = run("training.schedule=cosine", "training.warmup_steps=2", "training.learning_rate=1e-2")
+    rates = [line["learning_rate"] for line in done.lines("train")]
+    assert rates[:3] == pytest.approx([0.0, 5e-3, 1e-2])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_a_decoder_model_classifies_too(run: Runner, tiny_llama: str) -> None:
+    done = run(f"model.name={tiny_llama}", "training.epochs=12", "adapter.r=8")
+    assert done.outcome.scores["validation"]["accuracy"] > 0.8
+    assert done.outcome.reload_difference < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["adalora", "ia3", "full"])
+def test_every_adapter_runs_and_reloads(run: Runner, adapter: str) -> None:
+    targets = ", target_modules: [query, value]" if adapter != "full" else ""
+    feedforward = ", feedforward_modules: []" if adapter == "ia3" else ""
+    done = run(f"adapter={{kind: {adapter}{targets}{feedforward}}}")
+    assert done.outcome.reload_difference < 1e-4
+
+
+def test_cut_and_dropped_rows_are_reported(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("data.max_length=8", "data.overlong=drop")
+    counts = done.outcome.prepared.reports["train"]
+    assert counts.dropped > 0
+    line = f"{counts.dropped} dropped as over-long"
+    assert line in capsys.readouterr().out
+    assert line in (done.folder / "report.md").read_text()
+
+
+CHAT = 'task={kind: causal_lm, prompt: "the {label} film", completion: text, generate_rows: 4, max_new_tokens: 8}'
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing: str) -> None:
+    done = run(
+        CHAT, f"model.name={tiny_llama}", f"data.packing={packing}", "data.max_length=64",
+        "training.epochs=10", "training.batch_size=8", "training.eval_at_start=true",
+    )  # fmt: skip
+    first, last = done.lines("eval")[0], done.lines("eval")[-1]
+    assert first["step"] == 0
+    assert last["loss"] < first["loss"] * 0.7
+    assert last["perplexity"] < first["perplexity"]
+    assert 0.0 <= last["ended"] <= 1.0
+    samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * len(done.lines("eval"))
+    assert all("<|im_start|>assistant" in sample["prompt"] for sample in samples)
+
+
+def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews: Callable[[int], str]) -> None:
+    done = run(
+        CHAT, f"model.name={tiny_llama}", "data.streaming=true", "data.validation_share=null",
+        f"data.validation={reviews(32)}", "training.epochs=null", "training.steps=30", "training.eval_every=15",
+    )  # fmt: skip
+    assert [line["step"] for line in done.lines("eval")] == [15, 30]
+    assert done.lines("train")[-1]["loss"] < done.lines("train")[0]["loss"]
+
+
+def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
+    from hf_finetune.errors import DivergedError  # noqa: PLC0415
+
+    with pytest.raises(DivergedError, match=r"lower training\.learning_rate"):
+        run("training.learning_rate=10", "training.max_grad_norm=null", "training.epochs=200", "adapter={kind: full}")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 6)
+    assert not (tmp_path / "run" / "adapter").exists()
