@@ -54,7 +54,7 @@ class Option:
         if label.startswith(("list[", "dict[")):
             return origin in (list, dict) and label.startswith(f"{origin.__name__}[")
         if self.block is not None:
-            return label == self.block.__name__
+            return bool(label == self.block.__name__)
         return origin not in (list, dict)
 
     def step(self, part: str | int) -> Step | None:
@@ -70,7 +70,7 @@ class Option:
 
     def holds(self, value: Any) -> bool:
         """Whether a number or truth value is of this type."""
-        return type(value) in {float: (int, float)}.get(self.type, (self.type,))
+        return type(value) is self.type or (self.type is float and type(value) is int)
 
     def __str__(self) -> str:
         """E.g. `a whole number (at least 1)`."""

@@ -67,7 +67,7 @@ class Recipe(Section):
         tree, origin = document.value, complaints.Origin(path, document.lines)
         found = [*document.problems, *_apply(overrides, tree, origin)]
         try:
-            recipe = cls.model_validate(tree)
+            recipe = cls.model_validate(tree, by_alias=True, by_name=False)
         except ValidationError as error:
             found += complaints.problems(error, cls, tree, origin)
         if found:

@@ -66,6 +66,14 @@ class Job:
         for batch, _ in zip(self.loader(), range(count), strict=False):
             yield {key: value.to(device) for key, value in batch.items() if key != "tokens"}
 
+    def probe(self, device: torch.device) -> Batch:
+        """A few training rows as one plain batch, never packed: what any user of the saved model would feed it."""
+        if not isinstance(self.train, batching.Rows | batching.PackedRows):
+            return next(iter(self.sample(count=1, device=device)))
+        rows = self.train if isinstance(self.train, batching.Rows) else self.train.rows
+        batch = self.task.collator(self.tokenizer)([rows[index] for index in range(min(8, len(rows)))])
+        return {key: value.to(device) for key, value in batch.items()}
+
 
 class FinetuneTrainer(Trainer):
     """One fine-tuning run."""

@@ -188,7 +188,7 @@ def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> floa
         return 0.0
     trained = trainer.accelerator.unwrap_model(trainer.model)
     export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
-    batch = next(iter(learner.job.sample(count=1, device=trainer.args.device)))
+    batch = learner.job.probe(trainer.args.device)
     return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
 
 

@@ -120,8 +120,9 @@ def test_models_that_ignore_position_ids_are_refused(config: Any) -> None:
         check_packing(build(config, "eager"))
 
 
-def test_a_model_that_sees_no_documents_is_refused() -> None:
-    model = build(CONFIGS["llama"](), "sdpa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_sees_no_documents_is_refused(dtype: torch.dtype) -> None:
+    model = build(CONFIGS["llama"](), "sdpa").to(dtype)
     forward = model.forward
     model.forward = lambda input_ids, position_ids: forward(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids

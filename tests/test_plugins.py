@@ -81,7 +81,7 @@ def test_a_whole_number_is_a_number() -> None:
 
 def test_sections_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Strict().count = 2
+        Strict().count = 2  # type: ignore[misc]
 
 
 def test_a_file_is_a_kind(package: Callable[..., str]) -> None:

@@ -106,16 +106,15 @@ def test_every_rate_follows_the_schedule(run: Runner) -> None:
 
 
 def test_a_decoder_model_classifies_too(run: Runner, tiny_llama: str) -> None:
-    done = run(f"model.name={tiny_llama}", "training.epochs=12", "adapter.r=8")
+    done = run(f"model.name={tiny_llama}", "training.epochs=24", "adapter.r=8")
     assert done.outcome.scores["validation"]["accuracy"] > 0.8
     assert done.outcome.reload_difference < 1e-4
 
 
 @pytest.mark.parametrize("adapter", ["adalora", "ia3", "full"])
 def test_every_adapter_runs_and_reloads(run: Runner, adapter: str) -> None:
-    targets = ", target_modules: [query, value]" if adapter != "full" else ""
-    feedforward = ", feedforward_modules: []" if adapter == "ia3" else ""
-    done = run(f"adapter={{kind: {adapter}{targets}{feedforward}}}")
+    targets = ", target_modules: [query, value], feedforward_modules: [value]" if adapter == "ia3" else ""
+    done = run(f"adapter={{kind: {adapter}{targets}}}")
     assert done.outcome.reload_difference < 1e-4
 
 
@@ -144,7 +143,7 @@ def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing
     assert 0.0 <= last["ended"] <= 1.0
     samples = [json.loads(line) for line in (done.folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 * len(done.lines("eval"))
-    assert all("<|im_start|>assistant" in sample["prompt"] for sample in samples)
+    assert all(sample["prompt"].rstrip().endswith("assistant") for sample in samples)
 
 
 def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews: Callable[[int], str]) -> None:
@@ -159,8 +158,10 @@ def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews:
 def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
     from hf_finetune.errors import DivergedError  # noqa: PLC0415
 
-    with pytest.raises(DivergedError, match=r"lower training\.learning_rate"):
-        run("training.learning_rate=10", "training.max_grad_norm=null", "training.epochs=200", "adapter={kind: full}")
+    rows = tmp_path / "scores.jsonl"
+    rows.write_text("".join(json.dumps({"text": "the film", "label": index * 1e30}) + "\n" for index in range(16)))
+    with pytest.raises(DivergedError, match="loss is inf at step 1"):
+        run(f"data.train={rows}", "data.validation_share=null", "task.problem=regression")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 6)
     assert not (tmp_path / "run" / "adapter").exists()

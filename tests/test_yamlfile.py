@@ -135,9 +135,10 @@ def test_byte_order_mark_is_no_content(tmp_path: Path) -> None:
 
 @given(st.text(alphabet=st.sampled_from("ab:-[]{}'\"#&*!|>%@`,? \n\t\0\x85\ufeff\ud800~.0123eE+é"), max_size=60))
 def test_any_text_reads_or_is_refused(text: str) -> None:
+    read, message = True, ""
     try:
-        document = yamlfile.parse(text, "x.yaml")
+        yamlfile.parse(text, "x.yaml")
     except RecipeError as error:
-        assert all("\n" not in str(problem) for problem in error.problems)
-    else:
-        assert isinstance(document.lines, dict)
+        read, message = False, error.problems[0].message
+    assert read == (not message)
+    assert "\n" not in message
