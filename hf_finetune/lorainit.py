@@ -67,6 +67,11 @@ def factorise_base(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return result
 
 
+def changed_base(adapted: nn.Module) -> bool:
+    """Whether part of this model's base weights was moved into its adapter."""
+    return hasattr(adapted, "first_matrices")
+
+
 def eva(adapted: PeftModel, batches: Callable[[], Iterable[dict[str, Any]]]) -> None:
     """Set the A matrices to the principal directions of the layers' inputs (https://arxiv.org/abs/2410.07170).
 

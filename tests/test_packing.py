@@ -123,6 +123,8 @@ def test_models_that_ignore_position_ids_are_refused(config: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_sees_no_documents_is_refused(dtype: torch.dtype) -> None:
     model = build(CONFIGS["llama"](), "sdpa").to(dtype)
+    for layer in model.model.layers:  # so little is seen that in bf16 it could pass for rounding
+        layer.self_attn.o_proj.weight.data.mul_(0.1)
     forward = model.forward
     model.forward = lambda input_ids, position_ids: forward(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids

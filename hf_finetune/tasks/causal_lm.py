@@ -177,16 +177,11 @@ class CausalLM(Task):
         """Make sure that the model keeps packed documents apart; see `packing.check_packing`."""
         check_packing(model)
 
-    @property
-    def sample_rows(self) -> int:
-        """Raw validation rows that `samples` reads."""
-        return self.sample_prompts if isinstance(self.sample_prompts, int) else 0
-
     def samples(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Token ids of the prompts that are answered at each evaluation for people to read.
 
         Args:
-            rows: Raw validation rows, the first `sample_rows` or more.
+            rows: Raw validation rows, at least the first `sample_prompts` where that is a number.
             tokenizer: The model's tokenizer.
         """
         if isinstance(self.sample_prompts, int):
