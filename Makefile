@@ -20,7 +20,7 @@ INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
-FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==\|^#' | sed -E 's/\+[A-Za-z0-9.]+$$//'
+FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
 .PHONY: demo test test-slow test-lowest lint lock clean
 .DELETE_ON_ERROR:

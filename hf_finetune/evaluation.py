@@ -6,39 +6,38 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
-    from hf_finetune.recipe import Recipe
     from hf_finetune.trainer import FinetuneTrainer
 
 
-def final(trainer: FinetuneTrainer, recipe: Recipe, prepared: Prepared) -> dict[str, dict[str, float]]:
+def final(trainer: FinetuneTrainer, prepared: Prepared) -> dict[str, dict[str, float]]:
     """Evaluate the model as it will be saved.
 
-    The validation split is not evaluated again where the last evaluation already saw these very weights.
+    The validation split is not evaluated again where the last evaluation already saw these very weights; a best
+    checkpoint that was loaded back is.
 
     Returns:
         Split -> metrics; a split that the recipe does not have is left out.
     """
     scores = {}
     if prepared.validation is not None:
-        scores["validation"] = _last(trainer, recipe) or _evaluate(trainer, "validation", prepared)
+        scores["validation"] = _last(trainer) or _evaluate(trainer, "validation", prepared)
     if prepared.test is not None:
         scores["test"] = _evaluate(trainer, "test", prepared)
     return scores
 
 
-def _last(trainer: FinetuneTrainer, recipe: Recipe) -> dict[str, float] | None:
-    """Metrics of the evaluation after which the weights have not changed: the best one's, or the last step's."""
-    last_step = trainer.state.global_step
-    if recipe.training.best_metric is not None and trainer.state.best_model_checkpoint is not None:
-        last_step = trainer.state.best_global_step
+def _last(trainer: FinetuneTrainer) -> dict[str, float] | None:
+    """Metrics of an evaluation after the last step, unless the weights were changed since."""
+    if trainer.state.best_model_checkpoint is not None:
+        return None
     for logs in reversed(trainer.state.log_history):
-        if logs["step"] == last_step and "eval_loss" in logs:
+        if logs["step"] == trainer.state.global_step and "eval_loss" in logs:
             return _named(logs, "eval_")
     return None
 
 
 def _evaluate(trainer: FinetuneTrainer, split: str, prepared: Prepared) -> dict[str, float]:
-    prefix = "eval" if split == "validation" else split
+    prefix = "final" if split == "validation" else split
     return _named(trainer.evaluate_split(split, getattr(prepared, split), prefix), f"{prefix}_")
 
 

@@ -163,6 +163,12 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self.job.adapter.optimizer(model or self.model, cls, options)
         return super().create_optimizer(model)
 
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights; the adapter's own way first."""
+        best = self.state.best_model_checkpoint
+        if best is None or not self.job.adapter.restore(self.accelerator.unwrap_model(self.model), best):
+            super()._load_best_model()
+
     # ---- evaluation ----
 
     def evaluate_split(self, split: str, encoded: Any, prefix: str) -> dict[str, float]:

@@ -51,7 +51,7 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
         learner = _prepare(recipe, machine)
         observers = Observers(recipe, folder, status, writes=machine.is_main)
         trainer, seconds = _train(learner, observers, folder)
-        scores = evaluation.final(trainer, recipe, learner.prepared)
+        scores = evaluation.final(trainer, learner.prepared)
         difference = _save(trainer, learner, folder)
         outcome = Outcome(
             recipe=recipe,

@@ -94,7 +94,7 @@ def test_the_best_model_is_kept_and_early_stopping_stops(run: Runner) -> None:
     )  # fmt: skip
     losses = [line["loss"] for line in done.lines("eval")]
     assert len(losses) < 12
-    assert done.outcome.scores["validation"]["loss"] == min(losses)
+    assert done.outcome.scores["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)
     assert done.outcome.reload_difference < 1e-4
 
 
@@ -165,3 +165,16 @@ def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 6)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("adapter", ["lora, r: 4, init: pissa", "lora, r: 4, init: olora", "lora, r: 4, init: eva", "adalora", "full"])
+def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter: str) -> None:
+    done = run(
+        f"adapter={{kind: {adapter}}}", "training.epochs=6", "training.best_metric=loss",
+        "training.learning_rate=0.5", "training.warmup_ratio=0.99", "training.max_grad_norm=null",  # worse and worse
+        "checkpoints.every=epoch", "checkpoints.keep=1",
+    )  # fmt: skip
+    losses = [line["loss"] for line in done.lines("eval")]
+    assert losses[-1] > min(losses)
+    assert done.lines("final")[0]["loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert done.outcome.reload_difference < 1e-4

@@ -69,6 +69,10 @@ class Adapter(Plugin):
         """An optimiser with this method's own parameter groups, or None for the trainer's."""
         return None
 
+    def restore(self, adapted: torch.nn.Module, folder: str) -> bool:
+        """Bring back the weights of a checkpoint of this run; False leaves it to the Trainer."""
+        return False
+
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """A regularisation term that this method adds to the loss of every step, or None."""
         return None

@@ -108,6 +108,34 @@ class AdaLora(Adapter):
         """Put the pruned adapter onto a fresh base."""
         return peftio.read(model, folder)
 
+    def restore(self, adapted: torch.nn.Module, folder: str) -> bool:
+        """Put a checkpoint's pruned factors back where they were among the `init_r` ranks.
+
+        PEFT 0.21 cuts the model in memory by its own, later pattern and then finds other shapes in the file.
+        """
+        import torch
+        from peft import AdaLoraConfig
+        from safetensors.torch import load_file
+
+        config: Any = peftio.adapter_config(adapted)
+        config.rank_pattern = AdaLoraConfig.from_pretrained(folder).rank_pattern
+        kept = {name.partition(".lora_E")[0]: ranks for name, ranks in (config.rank_pattern or {}).items()}
+        weights = load_file(f"{folder}/adapter_model.safetensors")
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                key = name.replace(".modules_to_save.default", "").replace(".default", "")
+                if key not in weights:
+                    continue
+                layer, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
+                if layer not in kept or not factor:
+                    parameter.copy_(weights[key])
+                    continue
+                parameter.zero_()
+                ranks = torch.tensor(kept[layer], device=parameter.device).flatten()
+                view = parameter.T if factor == "B" else parameter
+                view[ranks] = (weights[key].T if factor == "B" else weights[key]).to(parameter.device)
+        return True
+
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper).
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_finetune.errors import DivergedError, Problem
 
 Entry = dict[str, Any]
-"""One line: step, epoch, phase (train | eval | test | summary), then the metrics."""
+"""One line: step, epoch, phase (train | eval | final | test | summary), then the metrics."""
 
 _NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -20,7 +20,7 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
     """A line of metrics.jsonl from the Trainer's flat log, or None for a log that holds nothing of ours."""
     head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6)}
-    for phase in ("eval", "test"):
+    for phase in ("eval", "final", "test"):
         prefix = f"{phase}_"
         found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
         if found:
@@ -48,11 +48,6 @@ class Journal(TrainerCallback):
         if self.writes:
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def best(self, metric: str, *, greater: bool) -> Entry | None:
-        """The evaluation with the best value of a metric, the earliest of equals."""
-        lines = [line for line in self.entries if line["phase"] == "eval" and metric in line]
-        return max(lines, key=lambda line: line[metric] if greater else -line[metric], default=None)
 
     def on_log(
         self,
