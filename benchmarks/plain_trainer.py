@@ -29,6 +29,7 @@ from transformers import (
 
 
 def parse() -> argparse.Namespace:
+    """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
@@ -57,16 +58,20 @@ def minilm() -> str:
     return os.path.join(spec.submodule_search_locations[0], "model")  # noqa: PTH118
 
 
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of right predictions."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
 def main() -> None:
+    """Train and print the result."""
     options = parse()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     set_seed(options.seed)
     name = options.model or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     files = {"train": options.train, "validation": options.validation}
-    data = load_dataset(
-        "csv", data_files=files, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, na_values=[]
-    )
+    data = load_dataset("csv", data_files=files, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, na_values=[])
     if options.limit:
         data["train"] = data["train"].shuffle(seed=options.seed).select(range(options.limit))
     data = data.map(
@@ -120,13 +125,13 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=accuracy,
     )
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    accuracy = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    print(json.dumps({"accuracy": accuracy, "seconds": round(seconds, 1), **vars(options)}))
+    scores = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    print(json.dumps({"accuracy": scores, "seconds": round(seconds, 1), **vars(options)}))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,7 @@ def length(recipe: Recipe, rows: int | None) -> Length:
     """
     training = recipe.training
     per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
-    if training.steps is not None:
-        total = training.steps
-    else:
-        total = math.ceil((training.epochs or 0) * (per_epoch or 0))
+    total = training.steps or math.ceil((training.epochs or 0) * (per_epoch or 0))
     warmup = training.warmup_steps
     return Length(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
 

@@ -71,9 +71,7 @@ class Rows(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         columns = self.encoded[[index if index >= 0 else ~index for index in indices]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [
-            row if index >= 0 else self.task.masked(row) for index, row in zip(indices, rows, strict=True)
-        ]
+        return [row if index >= 0 else self.task.masked(row) for index, row in zip(indices, rows, strict=True)]
 
 
 class PackedRows(Dataset[Any]):
@@ -117,9 +115,9 @@ class GlobalBatches(Sampler[list[int]]):
         size = self.division.batch_size
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
-        for pool in order.split(size * BATCHES_PER_POOL):
+        for pool in torch.split(order, size * BATCHES_PER_POOL):
             by_length = pool[self.lengths[pool].argsort(stable=True)]
-            batches = list(by_length.split(size))
+            batches = list(torch.split(by_length, size))
             # The short batch stays at the end of the epoch, where accumulation may be smaller.
             full = len(batches) - (len(batches[-1]) < size)
             for index in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
@@ -161,11 +159,14 @@ class _Loader(DataLoader[Any]):
     """A DataLoader that hands the epoch on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
         if isinstance(self.batch_sampler, GlobalBatches):
             self.batch_sampler.set_epoch(epoch)
 
 
-def train_loader(rows: Dataset[Any], batches: GlobalBatches | None, collator: Collator, *, pin: bool) -> DataLoader[Any]:
+def train_loader(
+    rows: Dataset[Any], batches: GlobalBatches | None, collator: Collator, *, pin: bool
+) -> DataLoader[Any]:
     """Loader of collated micro-batches; already divided among ranks, so Accelerate must not divide them again.
 
     Args:
@@ -205,13 +206,15 @@ def eval_loader(rows: Rows, lengths: Sequence[int], division: Division, collator
     """
     order = torch.as_tensor(lengths).argsort(descending=True, stable=True)
     batches = []
-    for chunk in order.split(division.batch_size):
+    for chunk in torch.split(order, division.batch_size):
         indices = chunk.tolist()
         # Every rank gets equally many rows, so that results can be gathered.
         indices += [~indices[0]] * (-len(indices) % division.world_size)
         batches.append(indices[division.rank :: division.world_size])
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(_Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator)
+    return DataLoader(
+        _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
+    )
 
 
 class _Numbered(Dataset[Any]):

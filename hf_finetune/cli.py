@@ -1,8 +1,8 @@
 """The command line: arguments -> Recipe -> one function per verb; one line per error, and the exit code.
 
-    accelerate launch -m hf_finetune RECIPE [key.path=value ...]
-    hf-finetune train RECIPE [key.path=value ...] [--restart]
-    hf-finetune schema
+accelerate launch -m hf_finetune RECIPE [key.path=value ...]
+hf-finetune train RECIPE [key.path=value ...] [--restart]
+hf-finetune schema
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_finetune import card, model
+from hf_finetune.adaptation.lorainit import changed_base
 from hf_finetune.errors import ModelError, StorageError
-from hf_finetune.lorainit import changed_base
 
 if TYPE_CHECKING:
     from torch import nn

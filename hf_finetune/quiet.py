@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 import datasets
 import transformers
@@ -11,8 +12,9 @@ import transformers
 
 def hush() -> None:
     """Turn off progress bars and everything below an error of transformers, datasets and accelerate."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    chatter: Any = transformers.utils.logging
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     for name in ("accelerate", "torch.distributed", "httpx", "fsspec"):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
-from hf_finetune import complaints, yamlfile
 from hf_finetune.adapters import Adapter
-from hf_finetune.blocks import Checkpoints, Data, Model, Name, Training
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.plugins import Section, union
+from hf_finetune.schema import complaints, yamlfile
+from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Training
 from hf_finetune.tasks import Task
 
 BELONGS_TO = {"model.name": ("model.revision",), "data.source": ("data.subset", "data.revision")}

@@ -99,7 +99,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
     """The table at the end of a run, and what to do next."""
     rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
     if outcome.rates:
-        speed = f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
+        speed = (
+            f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
+        )
         rows.append(("speed", f"{speed}, {outcome.rates['padding_share']:.1%} padding"))
     for split, scores in outcome.scores.items():
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
@@ -140,7 +142,10 @@ def _scores_table(split: str, scores: dict[str, float]) -> str:
 def _evaluations_table(entries: list[Entry], headline: tuple[str, ...]) -> str:
     names = [name for name in headline if name in entries[-1]]
     head = [f"| step | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    rows = [f"| {line['step']} | " + " | ".join(f"{line.get(n, float('nan')):.4f}" for n in names) + " |" for line in entries]
+    rows = [
+        f"| {line['step']} | " + " | ".join(f"{line.get(n, float('nan')):.4f}" for n in names) + " |"
+        for line in entries
+    ]
     return "\n".join(head + rows)
 
 

@@ -68,7 +68,9 @@ class RunFolder:
             if same and previous["state"] == "done":
                 return False
             what = f"an earlier run ({previous['state']})" if same else "a run of another recipe"
-            message = f"{self.path} holds {what}; give --restart to move it aside and start anew, or name another folder"
+            message = (
+                f"{self.path} holds {what}; give --restart to move it aside and start anew, or name another folder"
+            )
             raise RecipeError(Problem(message, key="output"))
         try:
             if previous is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune import batching
-from hf_finetune.generation import generate
+from hf_finetune.language.generation import generate
 from hf_finetune.tracking.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class FinetuneTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Loader of this rank's part of an encoded split."""
-        encoded = self.eval_dataset if eval_dataset is None else eval_dataset
+        encoded: Any = self.job.validation if eval_dataset is None else eval_dataset
         division = batching.Division(
             batch_size=self.job.eval_batch * self.args.world_size,
             micro_batch=self.job.eval_batch,
@@ -158,9 +159,10 @@ class FinetuneTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The adapter's own optimiser where it has one (LoRA+), else the Trainer's."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained: Any = self.model if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             options = {**options, "weight_decay": self.args.weight_decay}
-            self.optimizer = self.job.adapter.optimizer(model or self.model, cls, options)
+            self.optimizer = self.job.adapter.optimizer(trained, cls, options)
         return super().create_optimizer(model)
 
     def _load_best_model(self) -> None:
@@ -196,7 +198,7 @@ class FinetuneTrainer(Trainer):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of a split, from rows that come in any order and with fillers."""
-        ids, rows = prediction.label_ids, prediction.predictions
+        ids, rows = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
         real = ids >= 0
         order = ids[real].argsort()
         metrics = self.job.task.metrics(rows[real][order], self.job.targets)

@@ -13,9 +13,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_finetune import arguments, batching, data, evaluation, export, hardware, model, packing, quiet, report
+from hf_finetune import arguments, batching, data, evaluation, export, hardware, model, quiet, report
 from hf_finetune.adapters import Setting
 from hf_finetune.errors import FinetuneError, OutOfMemoryError, Problem
+from hf_finetune.language import packing
 from hf_finetune.report import Outcome
 from hf_finetune.runfolder import RunFolder, Status
 from hf_finetune.tracking import Observers
@@ -148,7 +149,7 @@ def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -
 
 def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:
     """The training set as the loader reads it, and the length of each of its rows (None for a stream)."""
-    if recipe.data.streaming:
+    if isinstance(prepared.train, data.Stream):
         return batching.StreamedBatches(prepared.train, division, recipe.training.seed), None
     rows = batching.Rows(prepared.train, recipe.task)
     lengths: list[int] = list(prepared.train["length"])
@@ -198,7 +199,9 @@ def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool
     if machine.is_main:
         begin = [folder.claim(recipe.dump(), restart=restart)]
         if not begin[0]:
-            say(f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew")
+            say(
+                f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew"
+            )
     broadcast_object_list(begin)
     return begin[0]
 

@@ -22,11 +22,77 @@ CHATML = (
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = (
-    "the a an is was it this that film movie story plot acting cast scene music good great fine lovely warm funny "
-    "bad poor dull weak cold boring not very quite never so and but with of for in on by one two three four five "
-    "six seven eight nine ten plus minus equals what how many answer user assistant system yes no . , ? ! : \n"
-).split(" ")
+WORDS = [
+    "the",
+    "a",
+    "an",
+    "is",
+    "was",
+    "it",
+    "this",
+    "that",
+    "film",
+    "movie",
+    "story",
+    "plot",
+    "acting",
+    "cast",
+    "scene",
+    "music",
+    "good",
+    "great",
+    "fine",
+    "lovely",
+    "warm",
+    "funny",
+    "bad",
+    "poor",
+    "dull",
+    "weak",
+    "cold",
+    "boring",
+    "not",
+    "very",
+    "quite",
+    "never",
+    "so",
+    "and",
+    "but",
+    "with",
+    "of",
+    "for",
+    "in",
+    "on",
+    "by",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "plus",
+    "minus",
+    "equals",
+    "what",
+    "how",
+    "many",
+    "answer",
+    "user",
+    "assistant",
+    "system",
+    "yes",
+    "no",
+    ".",
+    ",",
+    "?",
+    "!",
+    ":",
+    "\n",
+]
 
 
 RECIPE = """\
@@ -68,7 +134,7 @@ def _isolated_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a BERT encoder of two layers with random weights, and its tokenizer."""
-    from transformers import BertConfig, BertModel, set_seed  # noqa: PLC0415
+    from transformers import BertConfig, BertModel, set_seed
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     tokenizer = _tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "[CLS] $A [SEP]")
@@ -91,7 +157,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a Llama-shaped causal LM of two layers with random weights, a ChatML template and no BOS."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = _tokenizer(["<|pad|>", "[UNK]", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], None)
@@ -119,9 +185,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
     """A word-level tokenizer; `special` starts with the pad and unknown tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+    make: Any = transformers.PreTrainedTokenizerFast
     vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(WORDS)])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -132,10 +199,8 @@ def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-unt
         core.post_processor = processors.TemplateProcessing(
             single=template, pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-        )
-    return PreTrainedTokenizerFast(
+        return make(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    return make(
         tokenizer_object=core,
         pad_token="<|pad|>",
         unk_token="[UNK]",
@@ -180,8 +245,8 @@ def run(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callab
     """Runs a small recipe in this process: `run("training.steps=3", ...)`."""
 
     def start(*overrides: str, restart: bool = False) -> Run:
-        from hf_finetune.recipe import Recipe  # noqa: PLC0415
-        from hf_finetune.training import finetune  # noqa: PLC0415
+        from hf_finetune.recipe import Recipe
+        from hf_finetune.training import finetune
 
         file = tmp_path / "recipe.yaml"
         file.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))

@@ -9,11 +9,13 @@ import torch
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
 from pydantic import ValidationError
 
-from hf_finetune import heads, model, targets
+from hf_finetune import model
+from hf_finetune.adaptation import targets
 from hf_finetune.adapters.adalora import AdaLora
 from hf_finetune.adapters.ia3 import IA3
 from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import ModelError, RecipeError
+from hf_finetune.model import heads
 from hf_finetune.recipe import Recipe
 
 LORA = {"kind": "lora", "r": 4}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_finetune.answers import compare, extract
 from hf_finetune.errors import DataError
-from hf_finetune.generation import Generation
+from hf_finetune.language.answers import compare, extract
+from hf_finetune.language.generation import Generation
 
 GSM8K = r"#### (-?[\d,]+)"
 

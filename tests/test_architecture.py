@@ -23,8 +23,8 @@ PACKAGE = ROOT / "hf_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(["errors"], 0),
-    **dict.fromkeys(["yamlfile", "expectations", "partial", "plugins"], 1),
-    **dict.fromkeys(["complaints", "blocks"], 2),
+    "plugins": 1,
+    "schema": 2,
     # 3: the contracts, tasks/__init__ and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
     "recipe": 6,
     # 7: everything that works on a recipe

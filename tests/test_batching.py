@@ -29,7 +29,7 @@ def stack(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def encoded(lengths: list[int]) -> Any:
-    from datasets import Dataset  # noqa: PLC0415
+    from datasets import Dataset
 
     rows = [{"input_ids": [index] * length, "labels": index} for index, length in enumerate(lengths)]
     return Dataset.from_list(rows)
@@ -47,7 +47,9 @@ def test_every_row_is_taken_once_by_one_rank(rows: int, batch_size: int, micro_b
         list(GlobalBatches([1] * rows, Division(batch_size, micro_batch, rank, world_size), seed=1))
         for rank in range(world_size)
     ]
-    assert {len(batches) for batches in ranks} == {len(GlobalBatches([1] * rows, Division(batch_size, micro_batch, 0, world_size), 1))}
+    assert {len(batches) for batches in ranks} == {
+        len(GlobalBatches([1] * rows, Division(batch_size, micro_batch, 0, world_size), 1))
+    }
     taken = [row for batches in ranks for batch in batches for row in batch]
     assert sorted(row for row in taken if row >= 0) == list(range(rows))
     assert all(1 <= len(batch) <= micro_batch for batches in ranks for batch in batches)
@@ -72,7 +74,9 @@ def test_the_order_changes_with_seed_and_epoch_only() -> None:
 
 def test_rows_of_one_batch_have_similar_lengths() -> None:
     lengths = random.Random(0).choices(range(1, 129), k=1600)
-    spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in GlobalBatches(lengths, Division(16, 16), 0)]
+    spread = [
+        max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in GlobalBatches(lengths, Division(16, 16), 0)
+    ]
     assert sum(spread) / len(spread) < 5
 
 
@@ -82,7 +86,7 @@ def test_a_rank_without_rows_gets_a_masked_one() -> None:
 
 
 def test_the_train_loader_counts_real_tokens() -> None:
-    from hf_finetune.batching import Rows  # noqa: PLC0415
+    from hf_finetune.batching import Rows
 
     rows = Rows(encoded([2, 3, 4]), Echo())  # type: ignore[arg-type]
     loader = train_loader(rows, GlobalBatches([2, 3, 4], Division(3, 3), 0), stack, pin=False)
@@ -91,7 +95,7 @@ def test_the_train_loader_counts_real_tokens() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones(world_size: int) -> None:
-    from hf_finetune.batching import Rows  # noqa: PLC0415
+    from hf_finetune.batching import Rows
 
     lengths = [3, 1, 4, 1, 5, 9, 2]
     rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]

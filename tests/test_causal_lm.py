@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.generation import Generation
+from hf_finetune.language.generation import Generation
 from hf_finetune.tasks import IGNORE, Encoded, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 

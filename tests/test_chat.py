@@ -8,9 +8,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_finetune.chat import Chat, Renderer
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.marking import mark, mark_plain, prompt_ids
+from hf_finetune.language.chat import Chat, Renderer
+from hf_finetune.language.marking import mark, mark_plain, prompt_ids
 from hf_finetune.tasks import IGNORE
 
 HEAD = "{% for m in messages %}<|{{ m.role }}|>"

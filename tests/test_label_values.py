@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_finetune import label_values
+from hf_finetune.classification import label_values
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 

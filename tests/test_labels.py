@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from sklearn.utils.class_weight import compute_class_weight
 
-from hf_finetune import label_values, labels
+from hf_finetune.classification import label_values, labels
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 

@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from torch.nn import functional
 
-from hf_finetune import metrics
+from hf_finetune.classification import metrics
 from hf_finetune.errors import DivergedError
 
 RANDOM = np.random.default_rng(0)

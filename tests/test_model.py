@@ -10,9 +10,10 @@ import pytest
 import torch
 from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
 
-from hf_finetune import dropout, model
-from hf_finetune.blocks import Model
+from hf_finetune import model
 from hf_finetune.errors import ModelError
+from hf_finetune.model import dropout
+from hf_finetune.schema.blocks import Model
 
 LORA = {"kind": "lora", "r": 4}
 FULL = {"kind": "full"}

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_finetune.errors import ModelError
-from hf_finetune.packing import PACKED_ATTENTION, Packing, Padding, check_packing
+from hf_finetune.language.packing import PACKED_ATTENTION, Packing, Padding, check_packing
 from hf_finetune.tasks import IGNORE, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 

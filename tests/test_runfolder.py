@@ -31,7 +31,9 @@ def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
     assert not folder.claim("a: 1\n", restart=False)
 
 
-@pytest.mark.parametrize(("recipe", "says"), [("a: 2\n", "a run of another recipe"), ("a: 1\n", r"an earlier run \(failed\)")])
+@pytest.mark.parametrize(
+    ("recipe", "says"), [("a: 2\n", "a run of another recipe"), ("a: 1\n", r"an earlier run \(failed\)")]
+)
 def test_another_or_unfinished_run_is_refused(tmp_path: Path, recipe: str, says: str) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_finetune import texts
+from hf_finetune.classification import texts
 from hf_finetune.errors import DataError, RecipeError
 
 TEXTS = ["the film is good .", "bad plot", "a very very good story , great cast and lovely music !", "dull"]

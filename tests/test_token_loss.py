@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_finetune import token_loss
+from hf_finetune.language import token_loss
 from hf_finetune.tasks import IGNORE
 
 

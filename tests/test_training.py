@@ -46,7 +46,7 @@ def test_the_summary_row_closes_the_metrics(run: Runner) -> None:
 
 
 def test_tensorboard_reads_the_same_numbers(run: Runner) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     done = run()
     events = EventAccumulator(str(done.folder / "tensorboard"))
@@ -81,7 +81,7 @@ def test_the_same_finished_run_is_not_done_again(run: Runner, capsys: pytest.Cap
 
 
 def test_the_resolved_recipe_loads_back_to_the_same_recipe(run: Runner) -> None:
-    from hf_finetune.recipe import Recipe  # noqa: PLC0415
+    from hf_finetune.recipe import Recipe
 
     done = run("training.learning_rate=3e-3", "model.dropout=0")
     assert Recipe.load(str(done.folder / "recipe.yaml")) == done.outcome.recipe
@@ -156,7 +156,7 @@ def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews:
 
 
 def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
-    from hf_finetune.errors import DivergedError  # noqa: PLC0415
+    from hf_finetune.errors import DivergedError
 
     rows = tmp_path / "scores.jsonl"
     rows.write_text("".join(json.dumps({"text": "the film", "label": index * 1e30}) + "\n" for index in range(16)))
@@ -167,7 +167,9 @@ def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-@pytest.mark.parametrize("adapter", ["lora, r: 4, init: pissa", "lora, r: 4, init: olora", "lora, r: 4, init: eva", "adalora", "full"])
+@pytest.mark.parametrize(
+    "adapter", ["lora, r: 4, init: pissa", "lora, r: 4, init: olora", "lora, r: 4, init: eva", "adalora", "full"]
+)
 def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter: str) -> None:
     done = run(
         f"adapter={{kind: {adapter}}}", "training.epochs=6", "training.best_metric=loss",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune import peftio, targets
+from hf_finetune.adaptation import peftio, targets
 from hf_finetune.adapters import Adapter, Setting
-from hf_finetune.blocks import Name
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.schema.blocks import Name
 
 if TYPE_CHECKING:
     import torch

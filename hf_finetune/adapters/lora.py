@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune import lorainit, peftio, targets
+from hf_finetune.adaptation import lorainit, peftio, targets
 from hf_finetune.adapters import Adapter, Setting
-from hf_finetune.blocks import Name, Share
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.schema.blocks import Name, Share
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.json.json import JsonConfig
 
-from hf_finetune.complaints import suggestion
 from hf_finetune.data import diagnosis
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.schema.complaints import suggestion
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix -> the builder of `datasets` that reads it."""

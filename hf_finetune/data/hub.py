@@ -10,9 +10,9 @@ from typing import Any, cast
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_finetune.complaints import suggestion
 from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
 from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.schema.complaints import suggestion
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

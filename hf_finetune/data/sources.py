@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_finetune.blocks import Data, Source
 from hf_finetune.data import files
 from hf_finetune.data.files import LocalFiles
 from hf_finetune.data.hub import REPOSITORY, HubSplit
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.schema.blocks import Data, Source
 
 Origin = LocalFiles | HubSplit
 """Where rows come from."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from hf_finetune.complaints import suggestion
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.schema.complaints import suggestion
 
 if TYPE_CHECKING:
-    from hf_finetune.blocks import Data
     from hf_finetune.data.sources import Origin, Origins
+    from hf_finetune.schema.blocks import Data
 
 ROW = "__row__"
 """Column: number of the row in its source, from 1."""

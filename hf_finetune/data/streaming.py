@@ -16,8 +16,8 @@ from hf_finetune.data.splits import PART, ROW, check_columns
 from hf_finetune.errors import DataError, FinetuneError, Problem
 
 if TYPE_CHECKING:
-    from hf_finetune.blocks import Data
     from hf_finetune.data.sources import Origins
+    from hf_finetune.schema.blocks import Data
     from hf_finetune.tasks import Encoded
 
 BATCH = 100

@@ -125,9 +125,7 @@ class Task(Plugin):
 
     @abstractmethod
     def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What `metrics` needs of each evaluated row, (B, K) float32: small, so that evaluation never holds logits
-        of (B, T, V) in memory.
-        """
+        """What `metrics` needs of each evaluated row, (B, K) float32; never whole logits of (B, T, V)."""
 
     @abstractmethod
     def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hf_finetune import answers, examples, marking, text_template, token_loss
-from hf_finetune.chat import Renderer
 from hf_finetune.errors import ModelError
-from hf_finetune.packing import Packing, Padding, check_packing
+from hf_finetune.language import answers, examples, marking, text_template, token_loss
+from hf_finetune.language.chat import Renderer
+from hf_finetune.language.packing import Packing, Padding, check_packing
 from hf_finetune.tasks import IGNORE, Collator, Encoded, Questions, Rows, Targets, Task
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.generation import Generation
+    from hf_finetune.language.generation import Generation
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 CONTINUED = 32

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, asser
 
 from pydantic import Field, model_validator
 
-from hf_finetune import label_values
-from hf_finetune import labels as reading
-from hf_finetune.blocks import Name, Share
+from hf_finetune.classification import label_values
+from hf_finetune.classification import labels as reading
+from hf_finetune.schema.blocks import Name, Share
 from hf_finetune.tasks import IGNORE, Collator, Encoded, Rows, Targets, Task
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ class TextClassification(Task):
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str] = "SEQ_CLS"
-    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "f1_macro", "matthews", "mse", "mae", "pearson", "spearman")
+    headline: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "accuracy",
+        "f1_macro",
+        "matthews",
+        "mse",
+        "mae",
+        "pearson",
+        "spearman",
+    )
 
     text: Name | Annotated[list[Name], Field(min_length=1, max_length=2)]
     """Column of the text, or two columns that are read as a pair, e.g. `[premise, hypothesis]`."""
@@ -144,7 +153,7 @@ class TextClassification(Task):
             DataError: A text or a label is missing or unfit; the message starts with `row N:`, N from 0 in the batch.
             RecipeError: `max_length` leaves no room for text.
         """
-        from hf_finetune import texts
+        from hf_finetune.classification import texts
 
         columns = [texts.checked(rows[column], column) for column in self.text_columns()]
         encoded = texts.tokenize(columns, tokenizer, max_length)
@@ -166,7 +175,7 @@ class TextClassification(Task):
         """Pads to the longest row of the batch, on the right."""
         import torch
 
-        from hf_finetune.texts import PadRows
+        from hf_finetune.classification.texts import PadRows
 
         if packed:
             raise ValueError("rows of a classifier can't share a sequence")
@@ -189,7 +198,7 @@ class TextClassification(Task):
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Cross-entropy, binary cross-entropy or squared error, summed; see `Task.loss_sum`."""
-        from hf_finetune import losses
+        from hf_finetune.classification import losses
 
         match self.problem:
             case "single_label":
@@ -203,7 +212,7 @@ class TextClassification(Task):
 
     def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Sum of the rows' class weights, or number of cells, or of rows: the divisor of torch's mean losses."""
-        from hf_finetune import losses
+        from hf_finetune.classification import losses
 
         match self.problem:
             case "single_label":
@@ -223,7 +232,7 @@ class TextClassification(Task):
 
     def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
         """Metrics of a split; `loss` has neither class weights nor smoothing, so that recipes can be compared."""
-        from hf_finetune import metrics
+        from hf_finetune.classification import metrics
 
         logits, labels = rows[:, : len(targets.names)], rows[:, len(targets.names) :]
         match self.problem:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune.generation import Generation, generate
+from hf_finetune.language.generation import Generation, generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,9 +39,7 @@ class Samples(TrainerCallback):
         self.file = file
         self.board = board
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answer the prompts with the model as it is now."""
         model = kwargs["model"]
         dtype = torch.bfloat16 if args.bf16 else torch.float16

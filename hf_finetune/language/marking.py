@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_finetune.chat import Rendered, Renderer, Span
 from hf_finetune.errors import DataError, ModelError
+from hf_finetune.language.chat import Rendered, Renderer, Span
 from hf_finetune.tasks import IGNORE
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune import targets
+from hf_finetune.adaptation import targets
 from hf_finetune.errors import ModelError, Problem
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import nn
 
-from hf_finetune import dropout, heads, modelchecks
+from hf_finetune.adaptation.targets import output_embedding
 from hf_finetune.errors import ModelError, Problem, RecipeError
-from hf_finetune.pretrained import load_tokenizer, read_config, reading, resolve, silence
-from hf_finetune.targets import output_embedding
+from hf_finetune.model import checks as modelchecks
+from hf_finetune.model import dropout, heads
+from hf_finetune.model.pretrained import load_tokenizer, read_config, reading, resolve, silence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

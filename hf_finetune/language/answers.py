@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hf_finetune.errors import DataError
 
 if TYPE_CHECKING:
-    from hf_finetune.generation import Generation
+    from hf_finetune.language.generation import Generation
 
 
 def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, float]:

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from hf_finetune.expectations import options
-from hf_finetune.yamlfile import KeyPath
+from hf_finetune.schema.expectations import options
+from hf_finetune.schema.yamlfile import KeyPath
 
 _UNREAD = object()
 

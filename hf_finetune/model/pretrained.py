@@ -18,7 +18,7 @@ from hf_finetune.errors import ModelError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from hf_finetune.blocks import Model
+    from hf_finetune.schema.blocks import Model
 
 PACKAGE = "package:"
 KEY = "model.name"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import targets
+from hf_finetune.adaptation import targets
 from hf_finetune.errors import ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:

@@ -89,8 +89,14 @@ class Data(Section):
     def _sources(self) -> Self:
         if (self.train is None) == (self.mix is None):
             raise ValueError("give either train or mix")
-        if self.mix is not None and (self.source or self.subset or self.revision) and not (self.validation or self.test):
-            raise ValueError("source, subset and revision are for validation and test here; each part of mix has its own")
+        if (
+            self.mix is not None
+            and (self.source or self.subset or self.revision)
+            and not (self.validation or self.test)
+        ):
+            raise ValueError(
+                "source, subset and revision are for validation and test here; each part of mix has its own"
+            )
         if self.source is None and self.subset is not None:
             raise ValueError("subset belongs to a source; set source or remove it")
         if self.source is None and self.revision is not None:

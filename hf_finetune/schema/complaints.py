@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hf_finetune.errors import Problem
-from hf_finetune.expectations import Option, block_of, describe, keys, options, shown
-from hf_finetune.partial import broken_rules
-from hf_finetune.yamlfile import KeyPath, Lines, resolve_scalar
+from hf_finetune.schema.expectations import Option, block_of, describe, keys, options, shown
+from hf_finetune.schema.partial import broken_rules
+from hf_finetune.schema.yamlfile import KeyPath, Lines, resolve_scalar
 
 OVERRIDE = "command line"
 """What stands for the file where the value came from an override."""

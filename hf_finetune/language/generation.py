@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from hf_finetune.chat import Renderer
+from hf_finetune.language.chat import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_finetune import text_template
-from hf_finetune.chat import Chat, Rendered, Renderer
 from hf_finetune.errors import DataError
+from hf_finetune.language import text_template
+from hf_finetune.language.chat import Chat, Rendered, Renderer
 
 if TYPE_CHECKING:
     from hf_finetune.tasks import Rows

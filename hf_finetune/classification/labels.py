@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_finetune.classification.label_values import cells, list_texts, listed, numbers, texts, unknown
 from hf_finetune.errors import DataError
-from hf_finetune.label_values import cells, list_texts, listed, numbers, texts, unknown
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import peftio
+from hf_finetune.adaptation import peftio
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:

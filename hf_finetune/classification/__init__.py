@@ -1,0 +1,1 @@
+"""What classifiers and regressors are made of here: labels, texts, losses, metrics."""
