@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hf_finetune import __version__
 from hf_finetune.errors import DataError, FinetuneError, ModelError, RecipeError, StorageError
@@ -49,6 +51,22 @@ def _with_verb(argv: list[str]) -> list[str]:
     return ["train", *argv] if first.endswith((".yaml", ".yml")) else argv
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """Takes flags and `key.path=value` in any order; argparse alone stops taking values at the first flag."""
+
+    _is_nested = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse intermixed; that calls this method again."""
+        if self._is_nested:
+            return super().parse_known_args(args, namespace)
+        self._is_nested = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_nested = False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf_finetune",
@@ -59,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_VerbParser)
 
     train = verbs.add_parser("train", parents=[shared], help="fine-tune", allow_abbrev=False)
     train.add_argument("recipe", metavar="RECIPE", help="YAML file")
@@ -77,6 +95,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     # Imported after the recipe is known to be right: this takes seconds.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.training import finetune
 
     finetune(recipe, restart=arguments.restart)

@@ -1,0 +1,127 @@
+"""The command line as a person meets it: real processes, exit codes, one line an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE
+
+Done = subprocess.CompletedProcess[str]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> str:
+    """A small recipe that runs."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(model=tiny_bert, data=reviews(32), output=tmp_path / "run"))
+    return str(file)
+
+
+def hf_finetune(*arguments: str, launcher: tuple[str, ...] = ("-m", "hf_finetune")) -> Done:
+    """Run a command in a process of its own."""
+    command = [sys.executable, *launcher, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=250)
+
+
+def test_a_recipe_alone_means_train(recipe: str, tmp_path: Path) -> None:
+    done = hf_finetune(recipe, "training.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "watch it with       tensorboard --logdir" in done.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+    assert [line for line in done.stderr.splitlines() if line.strip()] == []
+
+
+def test_every_mistake_is_told_once_with_its_line(recipe: str) -> None:
+    text = Path(recipe).read_text().replace("r: 4", "ranks: 4").replace("5e-3", "fast").replace("3e-3", "fast")
+    Path(recipe).write_text(text)
+    done = hf_finetune(recipe, "training.epochs=-1", "data.overlong=truncat")
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert len(errors) == 4
+    assert all(line.startswith("hf_finetune: error: ") for line in errors)
+    assert any(f"{recipe}:4: adapter.ranks: " in line for line in errors)
+    assert any(f"{recipe}:5: training.learning_rate: " in line for line in errors)
+    assert any("did you mean 'truncate'" in line for line in errors)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("data.train=nowhere.csv", 3, "nowhere.csv"),
+        ("task.label=lable", 3, "did you mean 'label'"),
+        ("model.name=./no/such/model", 4, "no/such/model"),
+        ("model.name=package:no_such_package/model", 4, "no_such_package"),
+        ("adapter.target_modules=[qery]", 2, "query"),
+        ("data.max_length=512", 4, "64"),
+        ("output=/proc/none", 5, "/proc/none"),
+    ],
+)
+def test_what_is_wrong_decides_the_exit_code(recipe: str, override: str, code: int, says: str) -> None:
+    done = hf_finetune(recipe, override)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_of_a_recipe_are_told_without_loading_torch(recipe: str) -> None:
+    code = (
+        "import sys; from hf_finetune.cli import main\n"
+        "try: main([sys.argv[1], 'training.epochs=0'])\n"
+        "except SystemExit as end: sys.exit(10 + end.code if 'torch' in sys.modules else end.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, recipe], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+
+
+def test_a_missing_recipe_and_an_unknown_verb() -> None:
+    assert "no such file" in hf_finetune("nothing.yaml").stderr
+    assert hf_finetune("nothing.yaml").returncode == 2
+    assert hf_finetune("trian").returncode == 2
+
+
+def test_the_schema_is_printed() -> None:
+    done = hf_finetune("schema")
+    assert set(json.loads(done.stdout)["properties"]) >= {"task", "model", "data", "adapter", "training"}
+
+
+def test_two_processes_print_once_and_both_end(recipe: str, tmp_path: Path) -> None:
+    config = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        "0",
+        "-m",
+        "hf_finetune",
+    )
+    done = hf_finetune(recipe, "--restart", "training.epochs=1", launcher=launch)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("watch it with") == 1
+    assert "2 x cpu" in done.stdout
+    failed = hf_finetune(recipe, "output=" + str(tmp_path / "other"), "task.label=lable", launcher=launch)
+    assert failed.returncode == 1
+    assert failed.stderr.count("did you mean 'label'") == 1
+    status = json.loads((tmp_path / "other" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_accelerate_launch_uses_every_core(recipe: str) -> None:
+    code = (
+        "import os, sys, runpy; os.sched_setaffinity(0, range(os.cpu_count()))\n"
+        "sys.argv = ['accelerate', '-m', 'hf_finetune', *sys.argv[1:]]\n"
+        "runpy.run_module('accelerate.commands.launch', run_name='__main__')"
+    )
+    done = hf_finetune(recipe, "training.epochs=1", launcher=("-c", code))
+    assert done.returncode == 0, done.stderr
+    assert f"{os.cpu_count()} threads each" in done.stdout
