@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    shared = _VerbParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_VerbParser)
 

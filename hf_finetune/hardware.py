@@ -42,6 +42,8 @@ class Machine:
     precision: Precision
     attention: str
     """transformers' name of the attention implementation."""
+    is_sharded: bool = False
+    """Whether no rank holds all weights (FSDP, DeepSpeed ZeRO-3)."""
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +87,10 @@ def survey(recipe: Recipe) -> Machine:
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU machine.
         torch.set_num_threads(threads)
     precision = _precision(recipe.training.precision, device)
+    is_sharded = _is_sharded()
+    if is_sharded and device == "cpu":
+        # accelerate 1.15 would run plain DDP and say nothing.
+        raise RecipeError(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
     state = PartialState()
     return Machine(
         device=device,
@@ -95,6 +101,7 @@ def survey(recipe: Recipe) -> Machine:
         threads=threads,
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
+        is_sharded=is_sharded,
     )
 
 
@@ -105,6 +112,14 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _is_sharded() -> bool:
+    """What `accelerate launch` was told, by its environment variables."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return True
+    has_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return has_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def cores() -> int:

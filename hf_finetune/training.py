@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from hf_finetune import arguments, batching, data, evaluation, export, hardware, model, quiet, report
 from hf_finetune.adapters import Setting
-from hf_finetune.errors import FinetuneError, OutOfMemoryError, Problem
+from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem, RecipeError
 from hf_finetune.language import packing
 from hf_finetune.report import Outcome
 from hf_finetune.runfolder import RunFolder, Status
@@ -50,7 +50,7 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
         return None
     with _status(folder, machine) as status:
         learner = _prepare(recipe, machine)
-        observers = Observers(recipe, folder, status, writes=machine.is_main)
+        observers = Observers(recipe, folder, status, machine)
         trainer, seconds = _train(learner, observers, folder)
         scores = evaluation.final(trainer, learner.prepared)
         difference = _save(trainer, learner, folder)
@@ -84,6 +84,7 @@ class Learner:
     prepared: Prepared
     tokenizer: Any
     adapted: torch.nn.Module
+    setting: Setting
     job: Job
     run_length: Length
 
@@ -97,6 +98,9 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
     for line in report.data_lines(prepared):
         tell(line)
     job, run_length = _job(recipe, prepared, machine, tokenizer)
+    if machine.is_sharded and any(job.questions.values()):
+        message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
+        raise RecipeError(Problem(message, key="task.generate_rows"))
 
     set_seed(recipe.training.seed)
     loaded = model.load(recipe, prepared.targets, machine, tokenizer)
@@ -112,7 +116,7 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
     adapted = model.build(recipe, loaded, setting)
     tell(report.model_line(recipe, model.parameter_counts(adapted)))
     tell(report.plan_line(job.division, run_length))
-    return Learner(recipe, machine, prepared, tokenizer, adapted, job, run_length)
+    return Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length)
 
 
 def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> tuple[Job, Length]:
@@ -171,6 +175,8 @@ def _train(learner: Learner, observers: Observers, folder: RunFolder) -> tuple[F
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
     trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    # Ranks see different rows, so they should drop different units too.
+    set_seed(recipe.training.seed + learner.machine.rank)
     started = time.perf_counter()
     try:
         trainer.train()
@@ -185,12 +191,29 @@ def _train(learner: Learner, observers: Observers, folder: RunFolder) -> tuple[F
 
 def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float:
     """Write `adapter/`, load it back from disk, and return how far its logits are from those in memory."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if learner.machine.is_sharded else None
     if not learner.machine.is_main:
         return 0.0
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained = trainer.accelerator.unwrap_model(trainer.model) if state is None else _whole(learner, state)
     export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
-    batch = learner.job.probe(trainer.args.device)
+    batch = learner.job.probe(next(trained.parameters()).device)
     return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
+
+
+def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The trained model in one piece on the CPU, from the gathered weights of a sharded one.
+
+    Raises:
+        ModelError: A trained weight was not gathered.
+    """
+    set_seed(learner.recipe.training.seed)
+    loaded = model.load(learner.recipe, learner.prepared.targets, learner.machine, learner.tokenizer)
+    whole = model.build(learner.recipe, loaded, learner.setting)
+    missing = {name for name, parameter in whole.named_parameters() if parameter.requires_grad} - state.keys()
+    if missing:
+        raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
+    whole.load_state_dict(state, strict=False)
+    return whole
 
 
 def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool:

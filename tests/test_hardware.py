@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from hf_finetune import hardware
 from hf_finetune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from conftest import Run
 
 
 def test_cores_follow_the_affinity() -> None:
@@ -44,3 +49,16 @@ def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
     machine = hardware.Machine("cpu", 0, 0, 1, 1, 1, "bf16", "eager")
     assert machine.base_dtype(frozen=True) == torch.bfloat16
     assert machine.base_dtype(frozen=False) == torch.float32
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}],
+)
+def test_sharding_without_gpus_is_refused(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="need GPUs"):
+        run()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from hf_finetune.errors import RecipeError
+from hf_finetune.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -180,3 +181,28 @@ def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter:
     assert losses[-1] > min(losses)
     assert done.lines("final")[0]["loss"] == pytest.approx(min(losses), rel=1e-5)
     assert done.outcome.reload_difference < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["lora, r: 4", "lora, r: 4, init: pissa", "full"])
+def test_a_sharded_model_is_put_together_again(run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
+    from hf_finetune import training
+
+    kept: dict[str, Any] = {}
+    save = training._save
+
+    def catch(trainer: Any, learner: Any, folder: Any) -> float:
+        kept.update(trainer=trainer, learner=learner)
+        return save(trainer, learner, folder)
+
+    monkeypatch.setattr(training, "_save", catch)
+    run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
+    trained = kept["trainer"].model
+    whole = training._whole(kept["learner"], trained.state_dict())
+    batch = kept["learner"].job.probe(torch.device("cpu"))
+    labels = batch.pop("labels")
+    assert len(labels) > 0
+    with torch.no_grad():
+        assert torch.allclose(whole(**batch).logits, trained(**batch).logits, atol=1e-5)
+    incomplete = {name: tensor for name, tensor in trained.state_dict().items() if "classifier" not in name}
+    with pytest.raises(ModelError, match="did not give back"):
+        training._whole(kept["learner"], incomplete)

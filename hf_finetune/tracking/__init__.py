@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_finetune.tasks.causal_lm import CausalLM
-from hf_finetune.tracking.console import Console
+from hf_finetune.tracking.console import Console, say
 from hf_finetune.tracking.journal import Entry, Journal
 from hf_finetune.tracking.progress import Progress
 from hf_finetune.tracking.samples import Samples
@@ -15,6 +15,7 @@ from hf_finetune.tracking.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
+    from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
     from hf_finetune.runfolder import RunFolder, Status
 
@@ -26,16 +27,18 @@ class Observers:
         recipe: Shown under TensorBoard's Text tab.
         folder: Where metrics and events go.
         status: Learns the current step.
-        writes: Whether this is rank 0, the only one that writes.
+        machine: Only rank 0 writes.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, status: Status, *, writes: bool) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, status: Status, machine: Machine) -> None:
         self.recipe = recipe
         self.folder = folder
         self.status = status
-        self.writes = writes
-        self.journal = Journal(folder.metrics, writes=writes)
-        self.board = TensorBoard(folder.tensorboard, {"recipe": f"```yaml\n{recipe.dump()}```"}) if writes else None
+        self.machine = machine
+        self.journal = Journal(folder.metrics, writes=machine.is_main)
+        self.board = (
+            TensorBoard(folder.tensorboard, {"recipe": f"```yaml\n{recipe.dump()}```"}) if machine.is_main else None
+        )
 
     def callbacks(self, prepared: Prepared, tokenizer: Any) -> list[TrainerCallback]:
         """Callbacks for the Trainer, in the order in which they must hear of a log."""
@@ -45,10 +48,17 @@ class Observers:
             callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
         if self.board is not None:
             callbacks += [self.board, Console(self.recipe.task.headline), Progress(self.status)]
-            raw, samples = prepared.raw_validation, self.folder.path / "samples.jsonl"
-            if isinstance(self.recipe.task, CausalLM) and raw is not None and self.recipe.task.sample_prompts:
-                callbacks.append(Samples(self.recipe.task, tokenizer, raw, samples, self.board))
+            callbacks += self._samples(prepared, tokenizer, self.board)
         return callbacks
+
+    def _samples(self, prepared: Prepared, tokenizer: Any, board: TensorBoard) -> list[TrainerCallback]:
+        task, raw = self.recipe.task, prepared.raw_validation
+        if not isinstance(task, CausalLM) or not task.sample_prompts or raw is None:
+            return []
+        if self.machine.is_sharded:
+            say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
+            return []
+        return [Samples(task, tokenizer, raw, self.folder.path / "samples.jsonl", board)]
 
     def conclude(self, summary: Entry) -> None:
         """Write the summary row and close the event file."""
