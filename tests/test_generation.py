@@ -66,7 +66,18 @@ def test_an_answer_stops_at_an_end_token(model: Any, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [2, plain[3]]
     stop = plain.index(plain[3])
     answer = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=6, batch_size=1)[0]
-    assert answer == Generation(tokenizer.decode(plain[:stop], skip_special_tokens=True), stop + 1, ended=True)
+    assert answer == Generation(tokenizer.decode(plain[:stop], skip_special_tokens=True), stop + 1, ended=False)
+
+
+def test_only_the_token_that_ends_a_turn_counts_as_an_end(model: Any, tokenizer: Any) -> None:
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():  # whatever is asked, the answer is over at once
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, logits: logits.index_fill_(2, torch.tensor(end), 99.0)
+        )
+    answer = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=6, batch_size=1)[0]
+    assert answer == Generation("", 1, ended=True)
 
 
 def test_an_answer_that_is_cut_off_has_not_ended(model: Any, tokenizer: Any) -> None:

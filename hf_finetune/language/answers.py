@@ -21,7 +21,8 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
             whole texts without surrounding white space.
 
     Returns:
-        `exact_match` (share of equal answers), `ended` (share that stopped by themselves), `generated_tokens` (mean).
+        `exact_match` (share of equal answers), `ended` (share that stopped with the token that ends a turn),
+        `generated_tokens` (mean).
 
     Raises:
         DataError: The pattern matches nothing in a reference, so that no answer could be right.

@@ -26,7 +26,7 @@ class Generation:
     tokens: int
     """New tokens, the end token included."""
     ended: bool
-    """Whether the model stopped by itself, with an end token."""
+    """Whether the model stopped by itself with the token that ends a turn (without a chat template: EOS)."""
 
 
 def generate(
@@ -52,23 +52,29 @@ def generate(
     Returns:
         One `Generation` a prompt, in the order of `prompts`.
     """
-    ends = end_tokens(model, tokenizer)
+    ends, turn_end = end_tokens(model, tokenizer), _turn_end(tokenizer)
     answers = [Generation("", 0, ended=False)] * len(prompts)
     with _undisturbed(model, _greedy(tokenizer, ends)):
         for indices, room in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
             for index, tokens in zip(indices, new, strict=True):
-                answers[index] = _read(tokenizer, tokens, ends)
+                answers[index] = _read(tokenizer, tokens, ends, turn_end)
     return answers
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
     configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    if tokenizer.chat_template is not None:
-        ends.add(tokenizer.convert_tokens_to_ids(Renderer(tokenizer).end_of_turn))
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = {tokenizer.eos_token_id, _turn_end(tokenizer), *configured}
     return sorted(end for end in ends if end is not None)
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What training teaches the model to end an answer with."""
+    token: Any = tokenizer.eos_token if tokenizer.chat_template is None else Renderer(tokenizer).end_of_turn
+    end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return int(end) if end is not None else None
 
 
 def _greedy(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> GenerationConfig:
@@ -121,7 +127,9 @@ def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
     return new
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int]) -> Generation:
+def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int], turn_end: int | None) -> Generation:
     stop = next((position for position, token in enumerate(new) if token in ends), None)
     text = str(tokenizer.decode(new[:stop], skip_special_tokens=True))
-    return Generation(text, len(new) if stop is None else stop + 1, ended=stop is not None)
+    if stop is None:
+        return Generation(text, len(new), ended=False)
+    return Generation(text, stop + 1, ended=new[stop] == turn_end)

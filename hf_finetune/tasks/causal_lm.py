@@ -63,7 +63,7 @@ class CausalLM(Task):
     prompts (of plain text: the first tokens)."""
     generate_rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Answers to so many held-out prompts are generated and compared: metrics `exact_match`, `ended` (share that stop
-    by themselves) and `generated_tokens`."""
+    by themselves, with the token that ends a turn) and `generated_tokens`."""
     answer_pattern: Text | None = None
     """Regular expression that finds the answer in generated and reference text: its last match, group 1 where there is
     one. Null compares the whole texts without surrounding white space."""

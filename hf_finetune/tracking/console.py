@@ -28,11 +28,11 @@ class Console(TrainerCallback):
         self.headline = headline
         self._started = 0.0
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock for the time left."""
-        self._started = time.perf_counter()
+        """Start the clock for the time left; an evaluation before the first step does not count."""
+        self._started = self._started or time.perf_counter()
 
     def on_log(
         self,
