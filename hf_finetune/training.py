@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,8 +92,9 @@ class Learner:
 def _prepare(recipe: Recipe, machine: Machine) -> Learner:
     """Tokenizer, data, model, adapter; says what it finds on the way."""
     tell = say if machine.is_main else _keep_silent
-    tell(f"run folder {recipe.output}: {machine.describe()}")
     tokenizer = model.load_tokenizer(recipe.model)
+    machine = replace(machine, attention=model.attention(recipe, machine))
+    tell(f"run folder {recipe.output}: {machine.describe()}")
     prepared = data.prepare(recipe, tokenizer, machine)
     for line in report.data_lines(prepared):
         tell(line)

@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
+from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 
 from hf_finetune import model
 from hf_finetune.errors import ModelError
+from hf_finetune.hardware import Machine
 from hf_finetune.model import dropout
 from hf_finetune.schema.blocks import Model
 
@@ -311,3 +313,26 @@ def test_quantisation_without_its_extra_names_it(tiny_llama: str, monkeypatch: A
     monkeypatch.setattr("hf_finetune.model.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"hf-finetune\[quantization\]"):
         loaded(made)
+
+
+def sdpa_machine() -> Machine:
+    return replace(machine(), attention="sdpa")
+
+
+@pytest.fixture
+def gemma2(tmp_path: Path) -> str:
+    """Folder with the config of a model that transformers has no sdpa attention for."""
+    from transformers import Gemma2Config
+
+    Gemma2Config().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_model_without_sdpa_gets_plain_attention(gemma2: str, tiny_llama: str) -> None:
+    assert model.attention(recipe(gemma2, LORA, LANGUAGE_MODEL), sdpa_machine()) == "eager"
+    assert model.attention(recipe(tiny_llama, LORA, LANGUAGE_MODEL), sdpa_machine()) == "sdpa"
+
+
+def test_asking_for_sdpa_where_there_is_none_is_an_error(gemma2: str) -> None:
+    with pytest.raises(ModelError, match=r"model\.attention: gemma2 models have no sdpa"):
+        model.attention(recipe(gemma2, LORA, LANGUAGE_MODEL, attention="sdpa"), sdpa_machine())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
+    "attention",
     "build",
     "enable_activation_checkpointing",
     "fresh_base",
@@ -138,6 +139,22 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; quantised ones by the number of weights they stand for."""
     counts = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in counts if trained), sum(size for size, _ in counts)
+
+
+def attention(recipe: Recipe, machine: Machine) -> str:
+    """The attention implementation for this model: what the machine prefers, or `eager` where the model lacks it.
+
+    Raises:
+        ModelError: The recipe asks for one that the model does not have.
+    """
+    config = read_config(recipe.model)
+    mapping = getattr(transformers, recipe.task.auto_model)._model_mapping
+    if machine.attention != "sdpa" or type(config) not in mapping or mapping[type(config)]._supports_sdpa:
+        return machine.attention
+    if recipe.model.attention == "auto":
+        return "eager"
+    reason = f"{config.model_type} models have no sdpa attention in transformers; write eager or auto"
+    raise ModelError(Problem(reason, key="model.attention"))
 
 
 def fresh_base(recipe: Recipe, options: dict[str, Any], machine: Machine) -> PreTrainedModel:
