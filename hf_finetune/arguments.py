@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from hf_finetune.errors import Problem, RecipeError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -36,11 +38,23 @@ def length(recipe: Recipe, rows: int | None) -> Length:
     Args:
         recipe: Epochs or steps, global batch, warmup.
         rows: Training rows (packed sequences where packing is on); None for a stream.
+
+    Raises:
+        RecipeError: Warmup is longer than training, or early stopping could never act.
     """
     training = recipe.training
     per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
     total = training.steps or math.ceil((training.epochs or 0) * (per_epoch or 0))
     warmup = training.warmup_steps
+    if warmup is not None and warmup > total:
+        message = f"{warmup} is more than all {total} steps of this run; lower it, or use warmup_ratio"
+        raise RecipeError(Problem(message, key="training.warmup_steps"))
+    stopping = training.early_stopping
+    every = per_epoch if training.eval_every == "epoch" else training.eval_every
+    evaluations = total // every if isinstance(every, int) else 0
+    if stopping is not None and evaluations <= stopping.patience:
+        message = f"patience {stopping.patience} is never used up in {evaluations} evaluations; lower eval_every"
+        raise RecipeError(Problem(message, key="training.early_stopping"))
     return Length(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
 
 
@@ -87,6 +101,9 @@ def training_arguments(
         accelerator_config={"use_configured_state": True},
         **_cadence(recipe),
     )
+    # Only here: on its way in, transformers demands equal intervals of saving and evaluating; `FinetuneTrainer` saves
+    # at every new best evaluation instead.
+    arguments.load_best_model_at_end = training.best_metric is not None
     # One process never drives several GPUs through DataParallel: that is what `accelerate launch` is for.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
@@ -105,7 +122,6 @@ def _cadence(recipe: Recipe) -> dict[str, Any]:
     }
     if training.best_metric is not None:
         options |= {
-            "load_best_model_at_end": True,
             "metric_for_best_model": training.best_metric,
             "greater_is_better": recipe.task.best_metrics[training.best_metric],
         }

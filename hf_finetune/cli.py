@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_finetune import __version__
-from hf_finetune.errors import DataError, FinetuneError, ModelError, RecipeError, StorageError
+from hf_finetune.errors import DataError, DivergedError, FinetuneError, ModelError, RecipeError, StorageError
 
-SAID_BY_RANK_0 = (RecipeError, DataError, ModelError, StorageError)
-"""Every rank finds these; rank 0 says them."""
+SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError)
+"""Every rank of a node finds these; its first one says them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except FinetuneError as error:
         if arguments.debug:
             raise
-        if _rank() == 0 or not isinstance(error, SAID_BY_RANK_0):
+        if _local_rank() == 0 or not isinstance(error, SAID_ONCE):
+            rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
             for problem in error.problems:
-                sys.stderr.write(f"hf_finetune: error: {problem}\n")
+                sys.stderr.write(f"hf_finetune: error: {rank}{problem}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if arguments.debug:
@@ -107,5 +108,5 @@ def _schema(arguments: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

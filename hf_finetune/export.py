@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_finetune import card, model
+from hf_finetune.adaptation import labelfile
 from hf_finetune.adaptation.lorainit import changed_base
 from hf_finetune.errors import ModelError, StorageError
 
@@ -32,12 +33,12 @@ CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 def save(
     adapted: nn.Module, recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
-    """Write weights (safetensors), tokenizer, chat template and model card; the folder appears whole or not at all.
+    """Write weights (safetensors), tokenizer, chat template, labels and model card; the folder appears whole or not at all.
 
     Args:
         adapted: The trained model, not wrapped by DDP.
         recipe: What was run.
-        targets: Label names, for the card.
+        targets: Label names, for `labels.json` and the card.
         tokenizer: The tokenizer that was used.
         folder: Where to; an earlier one is replaced.
 
@@ -51,6 +52,7 @@ def save(
         staging.mkdir(parents=True)
         recipe.adapter.save(adapted, str(staging))
         tokenizer.save_pretrained(staging)
+        labelfile.write(staging, recipe.task.model_options(targets))
         text = card.text(recipe, targets, _config(adapted))
         (staging / "README.md").write_text(text, encoding="utf-8")
         _sync(staging)
@@ -64,7 +66,8 @@ def save(
 def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, folder: str | Path) -> float:
     """Load the folder onto a fresh base and compare logits with the model in memory, in eval mode.
 
-    Modes and random states are left as they were.
+    Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device never
+    holds two bases; a quantised one can't move and stays.
 
     Args:
         adapted: The model in memory.
@@ -81,11 +84,14 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.random.fork_rng():
-        expected = _logits(adapted, inputs, machine)
+        expected = _logits(adapted, inputs, machine).cpu()
+        device = next(iter(inputs.values())).device
+        if recipe.model.quantization is None:
+            _leave(adapted, device)
         base = model.fresh_base(recipe, _label_options(recipe, _config(adapted)), machine)
-        restored = recipe.adapter.load(base, str(folder)).to(expected.device)
+        restored = recipe.adapter.load(base, str(folder)).to(device)
         base.config.pad_token_id = _config(adapted).pad_token_id
-        actual = _logits(restored, inputs, machine)
+        actual = _logits(restored, inputs, machine).cpu()
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - actual).abs().max()) / scale
     tolerance = (CHANGED_BASE if changed_base(adapted) else TOLERANCES)[machine.precision]
@@ -108,6 +114,14 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
         for module, training in modes.items():
             module.training = training
     return logits.float()
+
+
+def _leave(network: nn.Module, device: torch.device) -> None:
+    """Free the device of a model; the fresh base would not fit next to it where the model fills half of it."""
+    if device.type == "cpu":
+        return
+    network.to("cpu")
+    torch.get_device_module(device).empty_cache()
 
 
 def _label_options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -26,6 +26,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
 """Most tokens of a micro-batch that `micro_batch: auto` allows: rows x max_length."""
+
+AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
+"""Most logits of a language model's micro-batch that `auto` allows: rows x max_length x vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def survey(recipe: Recipe) -> Machine:
     _lead_to_the_process_group(device)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, cores() // local_world_size)
+    if device == "cuda" and recipe.training.deterministic:
+        _make_deterministic()
     if device == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU machine.
         torch.set_num_threads(threads)
@@ -114,6 +119,16 @@ def find_device() -> Device:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _make_deterministic() -> None:
+    """Choose deterministic CUDA kernels; an operation that has none warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    # On by default with the above, and slow: fills every new tensor.
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False
+
+
 def _is_sharded() -> bool:
     """What `accelerate launch` was told, by its environment variables."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -133,10 +148,15 @@ def cores() -> int:
     return available
 
 
-def micro_batch(recipe: Recipe, machine: Machine) -> int:
+def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
     """Rows of one forward pass on one device.
 
-    `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS`.
+    `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS` and `AUTO_LOGITS`.
+
+    Args:
+        recipe: Global batch, `training.micro_batch`, `data.max_length`.
+        machine: Its ranks.
+        vocabulary: Logits of a token; 0 for a classifier.
 
     Raises:
         RecipeError: The global batch has fewer rows than there are ranks.
@@ -148,14 +168,14 @@ def micro_batch(recipe: Recipe, machine: Machine) -> int:
     if recipe.training.micro_batch != "auto":
         return recipe.training.micro_batch
     share = -(-batch_size // machine.world_size)
-    return min(share, _rows_that_fit(recipe, machine))
+    return min(share, _rows_that_fit(recipe, machine, vocabulary))
 
 
-def eval_batch(recipe: Recipe, machine: Machine) -> int:
-    """Rows of one forward pass in evaluation: no gradients are kept, so `auto` allows four times as many."""
+def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
+    """Rows of one forward pass in evaluation: for a classifier, which keeps nothing, four times as many."""
     if recipe.training.eval_batch != "auto":
         return recipe.training.eval_batch
-    return 4 * _rows_that_fit(recipe, machine)
+    return _rows_that_fit(recipe, machine, vocabulary) * (1 if vocabulary else 4)
 
 
 def cpu_has_bf16() -> bool:
@@ -165,8 +185,9 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
 
 
-def _rows_that_fit(recipe: Recipe, machine: Machine) -> int:
-    return max(1, AUTO_TOKENS[machine.device] // recipe.data.max_length)
+def _rows_that_fit(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
+    tokens = min(AUTO_TOKENS[machine.device], AUTO_LOGITS[machine.device] // max(vocabulary, 1))
+    return max(1, tokens // recipe.data.max_length)
 
 
 def _lead_to_the_process_group(device: Device) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import RecipeError
+from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, yamlfile
-from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Training
+from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Training, changed
+from hf_finetune.schema.overrides import apply, drop
 from hf_finetune.tasks import Task
-
-BELONGS_TO = {"model.name": ("model.revision",), "data.source": ("data.subset", "data.revision")}
-"""Overriding the key on the left drops those on the right, unless they are overridden too: a commit of another
-repository means nothing."""
 
 _UNFOLDED = 1 << 20
 
@@ -65,7 +63,8 @@ class Recipe(Section):
         """
         document = yamlfile.read(path)
         tree, origin = document.value, complaints.Origin(path, document.lines)
-        found = [*document.problems, *_apply(overrides, tree, origin)]
+        found = [*document.problems, *apply(overrides, tree, origin)]
+        drop(overrides, tree)
         try:
             recipe = cls.model_validate(tree, by_alias=True, by_name=False)
         except ValidationError as error:
@@ -95,7 +94,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _selection_has_validation(self) -> Self:
-        if self.training.best_metric and self.data.validation is None and self.data.validation_share is None:
+        if self.training.best_metric and not self.data.has_validation:
             raise ValueError("training.best_metric: there is no validation split; set data.validation")
         return self
 
@@ -106,6 +105,72 @@ class Recipe(Section):
             known = complaints.suggestion(best, list(self.task.best_metrics))
             raise ValueError(f"training.best_metric: {self.task.kind} has no metric {best!r}{known}")
         return self
+
+    @model_validator(mode="after")
+    def _packing_fits_attention(self) -> Self:
+        attention = self.model.attention
+        if self.data.packing and attention not in ("auto", *PACKED_ATTENTION):
+            offered = " and ".join(PACKED_ATTENTION)
+            raise ValueError(f"model.attention: packing is offered for {offered}; set one of them or auto")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits_quantization(self) -> Self:
+        refusal = self.adapter.why_not_quantized() if self.model.quantization is not None else None
+        if refusal is not None:
+            raise ValueError(f"model.quantization: {refusal}")
+        return self
+
+    @model_validator(mode="after")
+    def _start_is_evaluated(self) -> Self:
+        if self.training.eval_at_start and not self.data.has_validation:
+            raise ValueError("training.eval_at_start: there is no validation split; set data.validation or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_evaluated(self) -> Self:
+        # null asks for no evaluation, and gets none.
+        if changed(self.training, "eval_every") and self.training.eval_every and not self.data.has_validation:
+            raise ValueError("training.eval_every: there is no validation split; set data.validation or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> Self:
+        if changed(self.training, "eval_batch") and not self.data.has_validation and self.data.test is None:
+            raise ValueError("training.eval_batch: there is no validation or test split; set one or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _task_is_not_ignored(self) -> Self:
+        ignored = self.task.ignored(validation=self.data.has_validation, test=self.data.test is not None)
+        if ignored is not None:
+            raise ValueError(f"task.{ignored}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> Self:
+        nothing = self.checkpoints.every is None and self.training.best_metric is None
+        if nothing and changed(self.checkpoints, "keep"):
+            raise ValueError("checkpoints.keep: no checkpoints are written; set checkpoints.every or remove it")
+        return self
+
+
+def dropped(path: str, overrides: Sequence[str]) -> list[str]:
+    """Keys of a recipe file that `Recipe.load` leaves out because the value they belong to is overridden.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `key.path=value`; `model.name=...` drops `model.revision`.
+
+    Returns:
+        Those that the file gives and that are not null.
+
+    Raises:
+        RecipeError: The file can't be read.
+    """
+    document = yamlfile.read(path)
+    apply(overrides, document.value, complaints.Origin(path, document.lines))
+    return drop(overrides, document.value)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -118,61 +183,3 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def _apply(overrides: Sequence[str], tree: dict[str, Any], origin: complaints.Origin) -> list[Problem]:
-    """Set every `key.path=value` in the tree, the last one of a key last; returns those that can't be set."""
-    found: list[Problem] = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not all(key.split(".")):
-            message = f"{override!r} is no override; write key.path=value"
-            found.append(Problem(message, file=complaints.OVERRIDE))
-            continue
-        try:
-            document = yamlfile.parse(text, complaints.OVERRIDE)
-            _set(tree, key, document.value, origin)
-        except RecipeError as error:
-            found += (Problem(problem.message, key=key, file=complaints.OVERRIDE) for problem in error.problems)
-        else:
-            found += (Problem(p.message, key=f"{key}.{p.key}", file=p.file) for p in document.problems)
-    given = {override.partition("=")[0] for override in overrides}
-    for owner, keys in BELONGS_TO.items():
-        for key in keys:
-            if owner in given and key not in given:
-                _remove(tree, key.split("."))
-    return found
-
-
-def _set(tree: dict[str, Any], key: str, value: Any, origin: complaints.Origin) -> None:
-    """Set one key; blocks on the way are made where there are none."""
-    *way, last = key.split(".")
-    node: Any = tree
-    path: yamlfile.KeyPath = ()
-    for part in way:
-        index = _index(node, part)
-        child = node.get(index) if isinstance(node, dict) else node[index]
-        if not isinstance(child, dict | list):
-            child = node[index] = {}
-        node, path = child, (*path, index)
-    index = _index(node, last)
-    node[index] = value
-    origin.overridden.add((*path, index))
-
-
-def _index(node: dict[str, Any] | list[Any], part: str) -> str | int:
-    """The part of a key as an index of its block or list."""
-    if isinstance(node, dict):
-        return part
-    if part.isdecimal() and len(part) < 10 and int(part) < len(node):
-        return int(part)
-    raise RecipeError(f"the list has {len(node)} entries, counted from 0; there is no entry {part!r}")
-
-
-def _remove(tree: dict[str, Any], path: list[str]) -> None:
-    for part in path[:-1]:
-        child = tree.get(part)
-        if not isinstance(child, dict):
-            return
-        tree = child
-    tree.pop(path[-1], None)

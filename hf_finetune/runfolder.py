@@ -38,6 +38,8 @@ class RunFolder:
         try:
             if not self.path.exists() or not any(self.path.iterdir()):
                 return None
+            if not self.status.exists() and self.recipe.exists():
+                return {"state": "failed", "reason": "it was killed while it started"}
             status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
         except NotADirectoryError:
             raise StorageError(Problem(f"{self.path} is a file; name a folder", key="output")) from None
@@ -63,6 +65,9 @@ class RunFolder:
             StorageError: The folder can't be written.
         """
         previous = self.previous()
+        if previous is not None and _is_alive(previous):
+            message = f"{self.path} belongs to a run that is going on; stop it, or name another folder"
+            raise RecipeError(Problem(message, key="output"))
         if previous is not None and not restart:
             same = self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == recipe_yaml
             if same and previous["state"] == "done":
@@ -87,6 +92,14 @@ class RunFolder:
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(target)
+
+
+def _is_alive(status: dict[str, Any]) -> bool:
+    """Whether the heart of a run beat a moment ago."""
+    if status.get("state") != "running" or "heartbeat" not in status:
+        return False
+    age = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
+    return age.total_seconds() < 4 * HEARTBEAT_SECONDS
 
 
 def write_atomically(file: Path, text: str) -> None:

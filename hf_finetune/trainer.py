@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune import batching
-from hf_finetune.language.generation import generate
+from hf_finetune.errors import DataError, DivergedError, Problem
+from hf_finetune.language.generation import answer_together
 from hf_finetune.tracking.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hf_finetune.adapters import Adapter
     from hf_finetune.tasks import Batch, Questions, Targets, Task
 
-GENERATION_BATCH = 16
-"""Prompts that are answered together."""
+SAMPLE_ROWS = 8
+"""Rows of a batch that is looked at besides training."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,25 @@ class Job:
             self.train, self.batches, self.task.collator(self.tokenizer, packed=self.packed), pin=pin
         )
 
-    def sample(self, *, count: int, device: torch.device) -> Iterator[Batch]:
-        """A few training batches on a device; does not move the order of training."""
-        for batch, _ in zip(self.loader(), range(count), strict=False):
+    def sample(self, device: torch.device) -> Iterator[Batch]:
+        """Training batches on a device: the same on every rank, whatever the micro-batch."""
+        division = batching.Division(SAMPLE_ROWS, SAMPLE_ROWS)
+        batches = (
+            None if self.batches is None else batching.GlobalBatches(self.batches.lengths.tolist(), division, seed=0)
+        )
+        train = self.train
+        if isinstance(train, batching.StreamedBatches):
+            train = batching.StreamedBatches(train.stream, division, train.seed)
+        collator = self.task.collator(self.tokenizer, packed=self.packed)
+        for batch in batching.train_loader(train, batches, collator, pin=False):
             yield {key: value.to(device) for key, value in batch.items() if key != "tokens"}
 
     def probe(self, device: torch.device) -> Batch:
         """A few training rows as one plain batch, never packed: what any user of the saved model would feed it."""
         if not isinstance(self.train, batching.Rows | batching.PackedRows):
-            return next(iter(self.sample(count=1, device=device)))
+            return next(self.sample(device))
         rows = self.train if isinstance(self.train, batching.Rows) else self.train.rows
-        batch = self.task.collator(self.tokenizer)([rows[index] for index in range(min(8, len(rows)))])
+        batch = self.task.collator(self.tokenizer)([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
         return {key: value.to(device) for key, value in batch.items()}
 
 
@@ -88,6 +96,7 @@ class FinetuneTrainer(Trainer):
         self.job = job
         self.throughput = Throughput()
         self._split = "validation"
+        self._not_finite: torch.Tensor | int = 0
         super().__init__(
             model=model,
             args=args,
@@ -126,11 +135,11 @@ class FinetuneTrainer(Trainer):
             return None
         task, targets = self.job.task, self.job.targets
         items = sum(task.items(batch["labels"], targets).to(torch.float64) for batch in batch_samples)
-        counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))]).to(device)
+        counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0)
+            counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
         self.throughput.count(counts[1:].tolist())
-        return counts[0].to(torch.float32)
+        return counts[0].to(torch.float32).to(device)
 
     def compute_loss(
         self,
@@ -155,6 +164,47 @@ class FinetuneTrainer(Trainer):
         if penalty is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """One micro-batch; notes on the device whether its loss is finite, and waits for nothing."""
+        loss: torch.Tensor = super().training_step(*arguments, **options)
+        self._not_finite = self._not_finite + (~torch.isfinite(loss)).any()
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **options: Any) -> Any:
+        """Gradient norm; fp16 alone may overflow, its scaler skips such steps."""
+        trainer: Any = super()
+        norm = trainer._get_grad_norm(*arguments, **options)
+        if not self.args.fp16:
+            self._not_finite = self._not_finite + (~torch.isfinite(torch.as_tensor(norm))).any()
+        return norm
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Log, evaluate and save, unless training has diverged.
+
+        Raises:
+            DivergedError: A loss or a gradient since the last look is not finite: nothing after it is worth keeping.
+        """
+        control = self.control
+        is_last = self.state.global_step >= self.state.max_steps
+        if (control.should_log or control.should_save or control.should_evaluate or is_last) and self._not_finite:
+            message = f"loss or gradient is not finite at step {self.state.global_step}; lower training.learning_rate"
+            raise DivergedError(Problem(message))
+        super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save whenever the model is the best so far, whatever `checkpoints.every` says.
+
+        Raises:
+            DataError: The metric is undefined on this validation split.
+        """
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name}" not in metrics:
+            message = f"{name} is undefined on this validation split; choose another metric, or more varied rows"
+            raise DataError(Problem(message, key="training.best_metric"))
+        is_best: bool = super()._determine_best_metric(metrics, trial)
+        self.control.should_save = self.control.should_save or is_best
+        return is_best
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The adapter's own optimiser where it has one (LoRA+), else the Trainer's."""
@@ -202,19 +252,17 @@ class FinetuneTrainer(Trainer):
         real = ids >= 0
         order = ids[real].argsort()
         metrics = self.job.task.metrics(rows[real][order], self.job.targets)
+        if not np.isfinite(metrics.get("loss", 0.0)):
+            message = f"the loss on the {self._split} split is {metrics['loss']} at step {self.state.global_step}"
+            raise DivergedError(Problem(f"{message}; lower training.learning_rate"))
         questions = self.job.questions.get(self._split)
         return metrics | self._answers(questions) if questions is not None else metrics
 
     def _answers(self, questions: Questions) -> dict[str, float]:
-        """Each rank answers its share of the questions; all ranks score all answers."""
-        rank, world_size = self.args.process_index, self.args.world_size
+        """Generate and score answers to the split's questions."""
+        model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
-            mine = generate(
-                self.accelerator.unwrap_model(self.model),
-                self.job.tokenizer,
-                questions.prompts[rank::world_size],
-                max_new_tokens=questions.max_new_tokens,
-                batch_size=GENERATION_BATCH,
+            answers = answer_together(
+                model, self.job.tokenizer, questions.prompts, max_new_tokens=questions.max_new_tokens
             )
-        numbered = gather_object(list(zip(range(rank, len(questions.prompts), world_size), mine, strict=True)))
-        return questions.score([answer for _, answer in sorted(numbered, key=lambda pair: pair[0])])
+        return questions.score(answers)

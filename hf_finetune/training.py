@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,11 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
     with _status(folder, machine) as status:
         learner = _prepare(recipe, machine)
         observers = Observers(recipe, folder, status, machine)
-        trainer, seconds = _train(learner, observers, folder)
-        scores = evaluation.final(trainer, learner.prepared)
-        difference = _save(trainer, learner, folder)
+        trainer = _trainer(learner, observers, folder)
+        with _out_of_memory(trainer, learner):
+            seconds = _train(trainer, learner)
+            scores = evaluation.final(trainer, learner.prepared)
+            difference = _save(trainer, learner, folder)
         outcome = Outcome(
             recipe=recipe,
             machine=machine,
@@ -112,7 +115,7 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
         tokenizer=tokenizer,
         total_steps=run_length.total_steps,
         head_modules=loaded.head_modules,
-        batches=lambda: job.sample(count=8, device=loaded.model.device),
+        batches=lambda: job.sample(loaded.model.device),
     )
     adapted = model.build(recipe, loaded, setting)
     tell(report.model_line(recipe, model.parameter_counts(adapted)))
@@ -122,9 +125,10 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
 
 def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> tuple[Job, Length]:
     """Rows, batches and their division among ranks, and how many steps that makes."""
+    vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
     division = batching.Division(
         batch_size=recipe.training.batch_size,
-        micro_batch=hardware.micro_batch(recipe, machine),
+        micro_batch=hardware.micro_batch(recipe, machine, vocabulary),
         rank=machine.rank,
         world_size=machine.world_size,
     )
@@ -142,7 +146,7 @@ def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -
         validation=prepared.validation,
         batches=batches,
         division=division,
-        eval_batch=hardware.eval_batch(recipe, machine),
+        eval_batch=hardware.eval_batch(recipe, machine, vocabulary),
         questions={
             "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
             "test": recipe.task.questions(prepared.raw_test, tokenizer),
@@ -164,30 +168,44 @@ def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division)
     return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]
 
 
-def _train(learner: Learner, observers: Observers, folder: RunFolder) -> tuple[FinetuneTrainer, float]:
-    """Train; returns the trainer and the wall-clock seconds.
-
-    Raises:
-        OutOfMemoryError: The device ran out of memory.
-    """
+def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:
+    """The Trainer with everyone who watches it."""
     recipe, job = learner.recipe, learner.job
     options = arguments.training_arguments(
         recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
-    trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    return FinetuneTrainer(learner.adapted, options, job, callbacks)
+
+
+def _train(trainer: FinetuneTrainer, learner: Learner) -> float:
+    """Train; returns the wall-clock seconds."""
     # Ranks see different rows, so they should drop different units too.
-    set_seed(recipe.training.seed + learner.machine.rank)
+    set_seed(learner.recipe.training.seed + learner.machine.rank)
     started = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]:
+    """Say what was going on when the device ran out of memory, and what would help.
+
+    Raises:
+        OutOfMemoryError: Instead of torch's own.
+    """
     try:
-        trainer.train()
+        yield
     except torch.OutOfMemoryError as error:
-        message = (
-            f"out of device memory at step {trainer.state.global_step} with {job.division.micro_batch} rows of up to "
-            f"{recipe.data.max_length} tokens; halve training.micro_batch or set training.activation_checkpointing"
-        )
+        job, length = learner.job, learner.recipe.data.max_length
+        if trainer.is_in_train and learner.adapted.training:
+            what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
+            hint = "halve training.micro_batch or set training.activation_checkpointing"
+        else:
+            what = f"evaluating with {job.eval_batch} rows of up to {length} tokens"
+            hint = "halve training.eval_batch"
+        message = f"out of device memory at step {trainer.state.global_step}, {what}; {hint}"
         raise OutOfMemoryError(Problem(message)) from error
-    return trainer, time.perf_counter() - started
 
 
 def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float:
@@ -219,14 +237,20 @@ def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool:
     """Rank 0 takes the run folder; all ranks learn whether there is anything to do."""
-    begin = [True]
+    begin: list[bool | FinetuneError] = [True]
     if machine.is_main:
-        begin = [folder.claim(recipe.dump(), restart=restart)]
-        if not begin[0]:
+        try:
+            begin = [folder.claim(recipe.dump(), restart=restart)]
+        except FinetuneError as error:
+            # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
+            begin = [error]
+        if begin[0] is False:
             say(
                 f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew"
             )
     broadcast_object_list(begin)
+    if isinstance(begin[0], FinetuneError):
+        raise begin[0]
     return begin[0]
 
 
@@ -238,6 +262,8 @@ def _status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
         yield status
         return
     status.start()
+    # The default would end the process at once and leave `running` behind.
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield status
     except FinetuneError as error:
@@ -246,10 +272,20 @@ def _status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
     except KeyboardInterrupt:
         status.finish("interrupted", 130, "interrupted from the keyboard")
         raise
+    except SystemExit as stop:
+        status.finish("preempted", int(stop.code or 0), "ended by SIGTERM")
+        raise
     except BaseException as error:
         status.finish("failed", 1, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     status.finish("done", 0)
+
+
+def _stop(number: int, frame: object) -> None:
+    """End by SIGTERM, but through every `finally` on the way."""
+    raise SystemExit(128 + number)
 
 
 def _keep_silent(text: str) -> None:

@@ -65,6 +65,7 @@ def build(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32", s
         tokenizer=tokenizer,
         total_steps=steps,
         head_modules=base.head_modules,
+        labels=targets.names,
         batches=lambda: [batch(tokenizer, 8)],
     )
     return model.build(made, base, setting)

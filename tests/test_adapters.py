@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
 from pydantic import ValidationError
 
-from hf_finetune import model
+from hf_finetune import export, model
 from hf_finetune.adaptation import targets
 from hf_finetune.adapters.adalora import AdaLora
 from hf_finetune.adapters.ia3 import IA3
@@ -17,6 +19,7 @@ from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.model import heads
 from hf_finetune.recipe import Recipe
+from hf_finetune.tasks import Targets
 
 LORA = {"kind": "lora", "r": 4}
 PISSA = {"kind": "lora", "r": 4, "init": "pissa"}
@@ -198,6 +201,7 @@ def test_an_adapter_continues_where_it_stopped(first: str, tiny_bert: str, tmp_p
         ({"alpha": 1.0}, "adapter.alpha"),
         ({"dora": True}, "adapter.dora"),
         ({"target_modules": ["query"]}, "adapter.target_modules"),
+        ({"target_modules": ".*query"}, "adapter.target_modules"),
         ({"modules_to_save": ["pooler"]}, "adapter.modules_to_save"),
         ({"trainable_tokens": ["film"]}, "adapter.trainable_tokens"),
     ],
@@ -210,6 +214,69 @@ def test_settings_that_contradict_the_continued_adapter_are_refused(
     with pytest.raises(RecipeError) as caught:
         build(recipe(tiny_bert, {"kind": "lora", "from": str(tmp_path), **wanted}))
     assert [problem.key for problem in caught.value.problems] == [key]
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "fits"),
+    [
+        (["query"], "all-linear", False),
+        (["query"], ["query", "value"], False),
+        (["query"], r".*layer\.0.*query", False),
+        (["query"], ".*query", True),
+        (".*query", ["query"], True),
+        (["query", "word_embeddings"], ".*(query|word_embeddings)", True),
+        ("all-linear", "all-linear", True),
+    ],
+)
+def test_targets_of_a_continued_adapter_are_compared_by_module(
+    first: Any, again: Any, fits: bool, tiny_bert: str, tmp_path: Path
+) -> None:
+    made = recipe(tiny_bert, LORA | {"target_modules": first})
+    made.adapter.save(build(made), str(tmp_path))
+    later = recipe(tiny_bert, {"kind": "lora", "from": str(tmp_path), "target_modules": again})
+    if fits:
+        build(later)
+        return
+    with pytest.raises(RecipeError, match=r"target_modules: differs from the adapter in `from`, which has \d+ modules"):
+        build(later)
+
+
+SWAPPED = Targets(names=("positive", "negative"))
+OTHERS = Targets(names=("spam", "ham"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("labels", [SWAPPED, OTHERS, FOUR], ids=["order", "names", "number"])
+def test_an_adapter_does_not_continue_under_other_labels(
+    kind: str, labels: Targets, tiny_bert: str, tmp_path: Path
+) -> None:
+    made = recipe(tiny_bert, {"kind": kind})
+    export.save(build(made), made, TWO, model.load_tokenizer(made.model), tmp_path / "adapter")
+    later = recipe(tiny_bert, {"kind": kind, "from": str(tmp_path)})
+    build(later)
+    theirs, ours = ", ".join(TWO.names), re.escape(", ".join(labels.names))
+    with pytest.raises(RecipeError, match=f"trained on the labels {theirs}, this run has {ours};"):
+        build(later, labels)
+
+
+def test_damaged_labels_are_named(tiny_bert: str, tmp_path: Path) -> None:
+    made = recipe(tiny_bert, LORA)
+    made.adapter.save(build(made), str(tmp_path))
+    (tmp_path / "labels.json").write_text('{"id2label": {"1": "a"}}')
+    with pytest.raises(ModelError, match=r"labels\.json: can't be read"):
+        build(recipe(tiny_bert, {"kind": "lora", "from": str(tmp_path)}))
+
+
+def test_only_the_first_rank_warns_of_another_base(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = recipe(tiny_bert, LORA)
+    made.adapter.save(build(made), str(tmp_path / "adapter"))
+    moved = recipe(str(shutil.copytree(tiny_bert, tmp_path / "moved")), {"kind": "lora", "from": str(tmp_path)})
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        build(moved)
+    assert caplog.text.count("was trained on") == 1
 
 
 def test_continuing_with_other_labels_or_another_method_is_refused(tiny_bert: str, tmp_path: Path) -> None:

@@ -125,3 +125,14 @@ def test_accelerate_launch_uses_every_core(recipe: str) -> None:
     done = hf_finetune(recipe, "training.epochs=1", launcher=("-c", code))
     assert done.returncode == 0, done.stderr
     assert f"{os.cpu_count()} threads each" in done.stdout
+
+
+def test_sigterm_leaves_a_true_status(recipe: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_finetune", recipe, "training.epochs=10000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith("step 1/") for line in process.stdout)
+    process.terminate()
+    assert process.wait(60) == 143
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 143)

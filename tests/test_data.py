@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import data
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 
@@ -324,6 +324,15 @@ def test_a_mix_follows_the_weights_until_one_source_is_used_up(model_texts: Prep
     assert 2 in lengths[:20]
 
 
+def test_rows_that_a_mix_never_draws_are_counted(model_texts: Prepare) -> None:
+    write_json("a.jsonl", [{"text": "good film"}] * 10)
+    write_json("b.jsonl", [{"text": "bad"}] * 300)
+    prepared = model_texts(mix=[{"train": "a.jsonl"}, {"train": "b.jsonl"}], validation_share=0.2)
+    counted = prepared.reports
+    assert counted["train"].unused == 310 - counted["train"].rows - counted["validation"].rows > 250
+    assert counted["validation"].unused == 0
+
+
 def test_a_mix_widens_numbers_and_refuses_other_types(classify: Prepare) -> None:
     score = {**CLASSES, "problem": "regression"}
     write_json("whole.jsonl", [{"text": "good film", "label": 1}] * 8)
@@ -376,6 +385,17 @@ def test_a_source_that_is_neither_folder_nor_repository(classify: Prepare) -> No
 def test_an_unreachable_hub_is_said_with_what_to_do(classify: Prepare) -> None:
     with pytest.raises(DataError, match=r"owner/absent: data.source: .*connect, or download it and set data.source"):
         classify(source="owner/absent", train="train")
+
+
+@pytest.mark.parametrize("field", ["subset", "revision"])
+def test_what_only_the_hub_has_is_refused_for_a_folder(field: str, classify: Prepare) -> None:
+    write_json("folder/train.jsonl", mixed(8))
+    write_json("other.jsonl", mixed(8))
+    fields = {"source": "folder", "train": "train.jsonl", field: "main"}
+    with pytest.raises(RecipeError, match=rf"^data\.{field}: belongs to a Hub id, and folder is a folder; remove it$"):
+        classify(**fields)
+    with pytest.raises(RecipeError, match=rf"^data\.mix\.1\.{field}: belongs to a Hub id"):
+        classify(mix=[{"train": "other.jsonl"}, fields])
 
 
 COMMIT = "0123456789" * 4

@@ -233,3 +233,30 @@ def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PeerError, match="has not prepared the data within"):
         cache.Entry(tmp_path, "key").get(lambda _: pytest.fail("built"), builds=False)
     assert time.monotonic() - started < 5
+
+
+def fail(_: Path) -> cache.Content:
+    raise DataError("row 3: is unfit")
+
+
+def test_a_failure_of_an_earlier_process_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "WAIT_LIMIT_S", 0.2)
+    monkeypatch.setattr(cache, "POLL_S", 0.05)
+    entry = cache.Entry(tmp_path, "key")
+    with pytest.raises(DataError):
+        entry.get(fail, builds=True)
+    with pytest.raises(DataError, match="row 3: is unfit"):
+        entry.get(fail, builds=False)
+    monkeypatch.setattr(cache, "STARTED", time.time())
+    with pytest.raises(PeerError, match="has not prepared the data within"):
+        entry.get(fail, builds=False)
+
+
+@pytest.mark.parametrize("variable", ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"])
+def test_launches_do_not_share_failures(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = set()
+    for value in ("1", "2", "a/b c"):
+        monkeypatch.setenv(variable, value)
+        files.add(cache._Failure(tmp_path / "key").file)
+    assert len(files) == 3
+    assert {file.parent for file in files} == {tmp_path}

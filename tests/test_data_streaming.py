@@ -92,6 +92,18 @@ def test_the_report_counts_the_first_pass_and_no_more(llama: PreTrainedTokenizer
     assert truncating.report() == whole
 
 
+def test_a_later_sample_leaves_the_counts_of_the_training(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 251))
+    read = stream(llama, train="train.jsonl", max_length=512)
+    lengths(trained := read.rows(1), 250)
+    whole = read.report()
+    assert whole.rows == 250
+    lengths(read.rows(1), 3)
+    assert read.report() == whole
+    next(trained)
+    assert read.report() == whole
+
+
 def test_dropped_rows_are_counted(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", LONG)
     dropping = stream(llama, train="train.jsonl", max_length=8, overlong="drop")

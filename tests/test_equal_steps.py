@@ -14,7 +14,7 @@ import pytest
 
 Steps = dict[str, list[tuple[float, float]]]
 
-TASKS = ("single_label", "multi_label", "regression", "causal_lm", "weighted")
+TASKS = ("single_label", "multi_label", "regression", "causal_lm", "weighted", "eva")
 WORLDS = {"one process": 1, "two processes": 2}
 
 
@@ -41,6 +41,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: s
     tasks: dict[str, dict[str, Any]] = {
         "single_label": classify | {"label": "label"},
         "weighted": classify | {"label": "label", "class_weights": "balanced", "label_smoothing": 0.1},
+        "eva": classify | {"label": "label"},
         "multi_label": classify | {"label": ["one", "two"], "problem": "multi_label"},
         "regression": classify | {"label": "score", "problem": "regression"},
         "causal_lm": {"kind": "causal_lm", "prompt": "question", "completion": "answer"},
@@ -51,12 +52,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: s
         for name, task in tasks.items():
             for accumulation in (1, 4):
                 micro_batch = 16 // WORLDS[world] // accumulation
+                init = "eva" if name == "eva" else "default"
+                lora = {"kind": "lora", "r": 4, "alpha": 8, "target_modules": "all-linear", "init": init}
                 key = f"{name}, accumulation {accumulation}"
                 found[key] = {
                     "task": task,
                     "model": {"name": tiny_llama if name == "causal_lm" else tiny_bert, "dropout": 0.0},
                     "data": {"train": str(data), "max_length": 64},
-                    "adapter": {"kind": "lora", "r": 4, "alpha": 8, "target_modules": "all-linear", "dropout": 0.0},
+                    "adapter": lora | {"dropout": 0.0},
                     "training": {
                         "steps": 2,
                         "batch_size": 16,

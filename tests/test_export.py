@@ -3,16 +3,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, logits, machine, recipe, train
+from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 
 from hf_finetune import export, model
-from hf_finetune.adapters import Adapter
+from hf_finetune.adapters import Adapter, Setting
 from hf_finetune.errors import ModelError, StorageError
 from hf_finetune.tasks import Targets
 
@@ -77,17 +78,26 @@ def saved(tiny_bert: str, folder: Path, adapter: dict[str, Any] | None = None) -
     return made, adapted
 
 
-def test_the_folder_holds_adapter_tokenizer_and_card_and_nothing_else(tiny_bert: str, tmp_path: Path) -> None:
+def test_the_folder_holds_adapter_tokenizer_labels_and_card_and_nothing_else(tiny_bert: str, tmp_path: Path) -> None:
     saved(tiny_bert, tmp_path / "adapter")
     files = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert files == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "labels.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_labels_are_saved_for_programs(tiny_bert: str, tmp_path: Path) -> None:
+    saved(tiny_bert, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "labels.json").read_text()) == {
+        "id2label": {str(index): name for index, name in enumerate(FOUR.names)},
+        "problem_type": "single_label_classification",
+    }
 
 
 def test_the_chat_template_is_saved(tiny_llama: str, tmp_path: Path) -> None:
@@ -97,11 +107,14 @@ def test_the_chat_template_is_saved(tiny_llama: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "a").chat_template == tokenizer.chat_template
+    assert not (tmp_path / "a" / "labels.json").exists()
 
 
 def test_the_config_names_base_and_revision(tiny_bert: str, tmp_path: Path) -> None:
-    made = recipe(tiny_bert, LORA, revision="main")
-    export.save(build(made), made, TWO, model.load_tokenizer(made.model), tmp_path / "a")
+    plain, made = recipe(tiny_bert, LORA), recipe(tiny_bert, LORA, revision="main")
+    base, tokenizer = loaded(plain), model.load_tokenizer(plain.model)
+    adapted = model.build(made, base, Setting("SEQ_CLS", tokenizer, 10, base.head_modules))
+    export.save(adapted, made, TWO, tokenizer, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(Path(tiny_bert).resolve()), "main")
 
@@ -159,3 +172,15 @@ def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path,
     with pytest.raises(StorageError, match="No space left"):
         export.save(adapted, made, FOUR, model.load_tokenizer(made.model), tmp_path / "a")
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_verify_never_holds_two_models_on_the_device(tiny_bert: str, tmp_path: Path) -> None:
+    made, adapted = saved(tiny_bert, tmp_path / "a")
+    inputs = {name: value.to("cuda") for name, value in batch(model.load_tokenizer(made.model)).items()}
+    adapted.to("cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    export.verify(adapted, made, replace(machine(), device="cuda"), inputs, tmp_path / "a")
+    assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
+    assert torch.cuda.max_memory_allocated() < 1.5 * before

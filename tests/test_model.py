@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
+from transformers.utils import is_flash_attn_2_available
 
 from hf_finetune import model
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.model import dropout
+from hf_finetune.model.pretrained import read_config
 from hf_finetune.schema.blocks import Model
 
 LORA = {"kind": "lora", "r": 4}
@@ -255,6 +257,19 @@ def test_a_hub_id_stays_as_it_is_and_an_absent_one_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [model.load_tokenizer, read_config])
+@pytest.mark.parametrize("place", ["folder", "package"])
+def test_a_revision_of_a_folder_is_refused(
+    place: str, read: Any, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "pinned_package" / "base")
+    (tmp_path / "pinned_package" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    name = tiny_bert if place == "folder" else "package:pinned_package/base"
+    with pytest.raises(RecipeError, match=r"model\.revision: belongs to a Hub id, and .*; remove it"):
+        read(Model(name=name, revision="main"))
+
+
 @pytest.mark.parametrize(
     ("eos", "added", "pad"),
     [("<|endoftext|>", [], "<|endoftext|>"), ("<|endoftext|>", ["<pad>"], "<pad>"), (None, [], None)],
@@ -336,3 +351,19 @@ def test_a_model_without_sdpa_gets_plain_attention(gemma2: str, tiny_llama: str)
 def test_asking_for_sdpa_where_there_is_none_is_an_error(gemma2: str) -> None:
     with pytest.raises(ModelError, match=r"model\.attention: gemma2 models have no sdpa"):
         model.attention(recipe(gemma2, LORA, LANGUAGE_MODEL, attention="sdpa"), sdpa_machine())
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_attention_that_is_not_installed_is_one_line(tiny_llama: str) -> None:
+    made = recipe(tiny_llama, LORA, LANGUAGE_MODEL, attention="flash_attention_2")
+    with pytest.raises(ModelError, match=r"^model\.attention: flash_attention_2 can't be used: .*install flash-attn"):
+        model.attention(made, replace(machine(), attention="flash_attention_2"))
+
+
+def test_the_8_bit_optimiser_names_its_extra(tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tiny_bert, LORA)
+    made = made.model_copy(update={"training": made.training.model_copy(update={"optimizer": "adamw_8bit"})})
+    # What `find_spec` sees of a package that is not installed.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"^training\.optimizer: adamw_8bit needs bitsandbytes.*\[quantization\]"):
+        model.skeleton(made, TWO)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hf_finetune.errors import ModelError, RecipeError
+from hf_finetune.errors import DataError, DivergedError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -157,11 +157,9 @@ def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews:
 
 
 def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
-    from hf_finetune.errors import DivergedError
-
     rows = tmp_path / "scores.jsonl"
     rows.write_text("".join(json.dumps({"text": "the film", "label": index * 1e30}) + "\n" for index in range(16)))
-    with pytest.raises(DivergedError, match="loss is inf at step 1"):
+    with pytest.raises(DivergedError, match="loss or gradient is not finite at step 1"):
         run(f"data.train={rows}", "data.validation_share=null", "task.problem=regression")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 6)
@@ -206,3 +204,55 @@ def test_a_sharded_model_is_put_together_again(run: Runner, monkeypatch: pytest.
     incomplete = {name: tensor for name, tensor in trained.state_dict().items() if "classifier" not in name}
     with pytest.raises(ModelError, match="did not give back"):
         training._whole(kept["learner"], incomplete)
+
+
+def test_the_best_model_is_kept_between_two_checkpoints(run: Runner) -> None:
+    done = run(
+        "training.steps=8", "training.epochs=null", "training.eval_every=1", "checkpoints.every=5",
+        "training.best_metric=loss", "training.learning_rate=0.5", "training.warmup_ratio=0.99",
+        "training.max_grad_norm=null",
+    )  # fmt: skip
+    losses = [line["loss"] for line in done.lines("eval")]
+    assert losses.index(min(losses)) + 1 not in (5, 8)
+    assert done.outcome.scores["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_an_undefined_best_metric_is_told(run: Runner, tmp_path: Path) -> None:
+    one_class = tmp_path / "one_class.csv"
+    one_class.write_text("text,label\n" + "the film is good .,positive\n" * 4)
+    with pytest.raises(DataError, match=r"training\.best_metric: matthews is undefined"):
+        run(f"data.validation={one_class}", "data.validation_share=null", "training.best_metric=matthews")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["training.warmup_steps=1000", "training.early_stopping={patience: 2}", "training.early_stopping={patience: 9}"],
+)
+def test_what_could_never_act_is_refused(run: Runner, setting: str) -> None:
+    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+        run(setting, "training.best_metric=loss")
+
+
+def test_a_language_model_that_is_not_a_number_stops(run: Runner, tiny_llama: str) -> None:
+    with pytest.raises(DivergedError, match=r"not finite|split is nan"):
+        run(
+            "task={kind: causal_lm, text: text}", f"model.name={tiny_llama}", "adapter={kind: full}",
+            "training.learning_rate=10", "training.max_grad_norm=null", "training.epochs=60", "training.log_every=1000",
+            "training.optimizer=sgd",
+        )  # fmt: skip
+
+
+def test_data_driven_initialisation_does_not_depend_on_the_micro_batch(run: Runner) -> None:
+    settings = ("adapter={kind: lora, r: 4, init: eva}", "model.dropout=0", "training.epochs=1")
+    whole = run(*settings, "training.micro_batch=16").lines("train")
+    parts = run(*settings, "training.micro_batch=2", restart=True).lines("train")
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-4)
+
+
+def test_a_run_that_goes_on_is_not_moved_aside(run: Runner, tmp_path: Path) -> None:
+    from hf_finetune.runfolder import Status
+
+    run()
+    Status(tmp_path / "run" / "status.json")._write("running", exit_code=None, reason=None)
+    with pytest.raises(RecipeError, match="a run that is going on"):
+        run(restart=True)

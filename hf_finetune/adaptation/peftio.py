@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -207,10 +208,27 @@ def resume(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[st
     for name, value in changes.items():
         setattr(config, name, value)
     trained_on = config.base_model_name_or_path
-    if trained_on != model.name_or_path:
+    if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
         _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
     config.base_model_name_or_path = model.name_or_path
     return read(model, folder, config=config, train=True)
+
+
+def adapted_modules(folder: str) -> set[str]:
+    """Paths of the modules that have LoRA matrices in the folder's weights, whatever its configuration says of them.
+
+    Raises:
+        ModelError: The weights can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(f"{folder}/{WEIGHTS}", "pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: {WEIGHTS} can't be read: {_one_line(error)}") from error
+    matrices = [name.partition(".lora_") for name in names]
+    return {path.removeprefix("base_model.model.") for path, found, _ in matrices if found}
 
 
 def stored_config(folder: str) -> Any:

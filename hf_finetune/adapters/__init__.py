@@ -27,6 +27,8 @@ class Setting:
     """Optimiser steps of the whole run."""
     head_modules: tuple[str, ...] = ()
     """Modules that the checkpoint did not hold (a fresh classification head): trained in full and saved."""
+    labels: tuple[str, ...] = ()
+    """Label names in the order of their ids; empty for a task without, and where nobody asks."""
     batches: Callable[[], Iterable[Batch]] = field(default=lambda: ())
     """A few training batches on the model's device, for data-driven initialisation."""
 

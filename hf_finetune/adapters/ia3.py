@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.adaptation import peftio, targets
+from hf_finetune.adaptation import labelfile, peftio, targets
 from hf_finetune.adapters import Adapter, Setting
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema.blocks import Name
@@ -55,7 +55,9 @@ class IA3(Adapter):
 
         self.check_targets(model, setting.head_modules)
         if self.continue_from is not None:
-            return peftio.resume(model, peftio.find(self.continue_from, "adapter.from"), "IA3", {})
+            folder = peftio.find(self.continue_from, "adapter.from")
+            labelfile.check(folder, setting.labels)
+            return peftio.resume(model, folder, "IA3", {})
         chosen, feedforward = self._choice(model)
         config = IA3Config(
             task_type=setting.peft_type,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.adaptation import lorainit, peftio, targets
+from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
 from hf_finetune.adapters import Adapter, Setting
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema.blocks import Name, Share
@@ -167,10 +167,26 @@ class Lora(Adapter):
 
     def _continue(self, model: PreTrainedModel, setting: Setting) -> PeftModel:
         folder = peftio.find(str(self.continue_from), "adapter.from")
+        labelfile.check(folder, setting.labels)
         stored = peftio.stored_config(folder)
         if stored.peft_type.value == "LORA":
+            self._check_targets_against(folder, stored, model, setting)
             self._check_against(stored, model, setting)
         return peftio.resume(model, folder, "LORA", {"lora_dropout": self.dropout})
+
+    def _check_targets_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
+        """Compare modules, not spellings: `all-linear`, a pattern and a list of names may mean the same."""
+        if self.target_modules is None:
+            return
+        skip = [*setting.head_modules, *(stored.modules_to_save or ())]
+        asked = set(targets.matched(model, self.target_modules, skip, "adapter.target_modules"))
+        has = peftio.adapted_modules(folder)
+        if asked != has:
+            names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
+            sides = [("only the recipe", asked - has), ("only the adapter", has - asked)]
+            more = "; ".join(f"{who} has {len(paths)}, e.g. {min(paths)}" for who, paths in sides if paths)
+            reason = f"differs from the adapter in `from`, which has {len(has)} modules ({names}): {more}; remove it"
+            raise RecipeError(Problem(reason, key="adapter.target_modules"))
 
     def _check_against(self, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Refuse settings that the stored adapter contradicts; a default contradicts nothing."""
@@ -189,11 +205,6 @@ class Lora(Adapter):
             for name, (wanted, has) in asked.items()
             if wanted is not None and wanted != has
         ]
-        if isinstance(self.target_modules, list) and set(self.target_modules) != set(stored.target_modules):
-            has = ", ".join(sorted(stored.target_modules))
-            problems.append(
-                Problem(f"differs from the adapter in `from`, which has {has}", key="adapter.target_modules")
-            )
         full = targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")
         for path in sorted(set(full) - set(stored.modules_to_save or ())):
             reason = f"{path} is not trained in full by the adapter in `from`; remove it"

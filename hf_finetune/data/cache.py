@@ -11,6 +11,7 @@ no run starts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,9 +32,11 @@ from hf_finetune.data.encoding import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.tasks import Targets
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever what an entry holds changes."""
 
+STARTED = time.time()
+"""When this process came here. Ranks meet before they prepare data, so a failure of this launch is later."""
 POLL_S = 0.5
 """Seconds between two looks of a rank that waits for an entry."""
 WAIT_LIMIT_S = 6 * 3600.0
@@ -163,12 +166,16 @@ class Entry:
 class _Failure:
     """A file that tells the other ranks of this node and launch that building failed, and why.
 
-    Ranks of one launch share their parent process, and the launcher counts its restarts.
+    Ranks of one launch share their parent process, and the launcher counts its restarts. In containers with a common
+    cache, host names and process ids repeat: so the launcher's port and run id count too, and old files are ignored.
     """
 
     def __init__(self, entry: Path) -> None:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        launch = f"{socket.gethostname()}-{os.getppid()}-{restart}"
+        told = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+        # Whatever characters a run id has.
+        run = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+        launch = f"{socket.gethostname()}-{os.getppid()}-{run}-{restart}"
         self.file = entry.parent / f".{entry.name[:16]}-{launch}.failed"
 
     def clear(self) -> None:
@@ -181,6 +188,8 @@ class _Failure:
         try:
             told = json.loads(self.file.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
+            return
+        if told["time"] < STARTED:
             return
         kind = getattr(errors, told["kind"])
         raise kind(Problem(**problem) for problem in told["problems"])
@@ -196,7 +205,7 @@ class _Failure:
         told: type[FinetuneError] = PeerError
         if isinstance(error, FinetuneError):
             problems, told = list(error.problems), type(error)
-        text = json.dumps({"kind": told.__name__, "problems": [asdict(problem) for problem in problems]})
+        text = json.dumps({"kind": told.__name__, "problems": [asdict(p) for p in problems], "time": time.time()})
         try:
             # In one step: a waiting rank must never read half of it.
             part = self.file.with_suffix(f".{os.getpid()}")

@@ -52,6 +52,8 @@ class SplitReport:
     """Items of the kept rows that the loss counts: rows, or tokens."""
     longest: int = 0
     """Tokens of the longest row, before cutting."""
+    unused: int = 0
+    """Rows of mixed sources that are never drawn, not among `rows`; unknown for a stream, and then 0."""
 
     def __add__(self, other: SplitReport) -> SplitReport:
         """The report of both together."""
@@ -144,6 +146,7 @@ def encode(
         tokens=int(length[kept].sum()),
         trained=int(trained[kept].sum()),
         longest=int(whole.max()),
+        unused=split.unused,
     )
     if report.kept == 0:
         raise nothing_left(report, split.name, split.places[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_finetune.data import files
 from hf_finetune.data.files import LocalFiles
 from hf_finetune.data.hub import REPOSITORY, HubSplit
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.schema.blocks import Data, Source
 
 Origin = LocalFiles | HubSplit
@@ -33,6 +33,7 @@ def locate(data: Data) -> Origins:
 
     Raises:
         DataError: A file does not exist or has an unknown format, or the source is neither folder nor repository.
+        RecipeError: A folder is given a `subset` or a `revision`, which only a data set on the Hub has.
     """
     parts: Sequence[Source] = data.mix or ()
     if data.train is not None:
@@ -60,9 +61,18 @@ def _origin(names: str | list[str], where: Data | Source, key: str) -> Origin:
     if source is None:
         return files.find(names, None, key)
     if Path(source).expanduser().is_dir():
+        _refuse_hub_fields(where, key)
         return files.find(names, source, key)
     if not REPOSITORY.fullmatch(source):
         message = f"{source!r} is no folder here, and no data set on the Hub (owner/name)"
         raise DataError(Problem(message, key=f"{key.rpartition('.')[0]}.source"))
     split = names if isinstance(names, str) else "+".join(names)
     return HubSplit(key, source, where.subset, where.revision, split)
+
+
+def _refuse_hub_fields(where: Data | Source, key: str) -> None:
+    block = key.rpartition(".")[0]
+    given = [name for name in ("subset", "revision") if getattr(where, name) is not None]
+    if given:
+        reason = f"belongs to a Hub id, and {where.source} is a folder; remove it"
+        raise RecipeError(Problem(reason, key=f"{block}.{name}") for name in given)

@@ -36,6 +36,8 @@ class Split:
     """The task's columns, and those of `BOOKKEEPING`."""
     places: tuple[str, ...]
     """What messages call its sources."""
+    unused: int = 0
+    """Rows of mixed sources that are never drawn, because the first of them is used up."""
 
     def raw(self) -> datasets.Dataset:
         """The rows as they stand in the data."""
@@ -102,7 +104,7 @@ def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     rest, taken = np.sort(chosen[held_out:]), np.sort(chosen[:held_out])
     return (
         replace(split, rows=split.rows.select(rest)),
-        replace(split, name="validation", rows=split.rows.select(taken)),
+        replace(split, name="validation", unused=0, rows=split.rows.select(taken)),
     )
 
 
@@ -146,7 +148,7 @@ def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
     )
     if len(mixed) == 0:
         raise DataError("data.mix draws 0 rows: the first source is used up at once; raise its weight or add rows")
-    return Split("train", mixed, places)
+    return Split("train", mixed, places, unused=sum(len(rows) for rows in numbered) - len(mixed))
 
 
 def _common_features(all_features: Sequence[datasets.Features], places: Sequence[str]) -> datasets.Features:

@@ -122,7 +122,10 @@ class Stream:
         self._report = SplitReport()
 
     def report(self) -> SplitReport:
-        """What became of the rows that this process has read; after the first pass it no longer changes."""
+        """What became of the rows in the first pass of the iterator that has read most of them in this process.
+
+        A second one, which only takes a sample, does not take away the counts of the first.
+        """
         return self._report
 
     def rows(self, seed: int) -> Iterator[Encoded]:
@@ -135,14 +138,13 @@ class Stream:
             DataError: A row can't be read or encoded, is over-long and must not be, or a pass has no row to train on.
         """
         opened = self.reading.open()
-        self._report = SplitReport()
         number = 0
         while True:
             of_pass = SplitReport()
             for batch in self.reading.batches(opened, [seed, number]):
                 encoded, counts = self._encode(batch, of_pass.rows)
                 of_pass += counts
-                if number == 0:
+                if number == 0 and of_pass.rows >= self._report.rows:
                     self._report = of_pass
                 yield from encoded
             if of_pass.kept == 0:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import GenerationConfig
 
@@ -15,6 +17,9 @@ from hf_finetune.language.chat import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BATCH = 16
+"""Prompts that are answered together on one device."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,18 @@ def generate(
             for index, tokens in zip(indices, new, strict=True):
                 answers[index] = _read(tokenizer, tokens, ends, turn_end)
     return answers
+
+
+def answer_together(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, max_new_tokens: int
+) -> list[Generation]:
+    """`generate` with the prompts shared out among all ranks; every rank must call it and gets all answers."""
+    state = PartialState()
+    numbers = range(state.process_index, len(prompts), state.num_processes)
+    mine = [prompts[number] for number in numbers]
+    answers = generate(model, tokenizer, mine, max_new_tokens=max_new_tokens, batch_size=BATCH)
+    gathered = gather_object(list(zip(numbers, answers, strict=True)))
+    return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

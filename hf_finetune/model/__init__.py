@@ -59,7 +59,8 @@ def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBas
 
     Raises:
         ModelError: The model does not fit the task, the length or the tokenizer.
-        RecipeError: The adapter's targets do not exist, or it can't train a quantised base.
+        RecipeError: The adapter's targets do not exist, it can't train a quantised base, or the optimiser's package is
+            not installed.
     """
     config = _config(recipe, targets)
     auto = getattr(transformers, recipe.task.auto_model)
@@ -69,6 +70,7 @@ def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBas
         except ValueError as error:
             reason = f"{recipe.model.name} is a {config.model_type} model, which {recipe.task.kind} can't train"
             raise ModelError(Problem(f"{reason}: transformers has no {recipe.task.auto_model} for it")) from error
+    modelchecks.optimizer(recipe)
     modelchecks.direction(recipe, config)
     modelchecks.length(recipe, model)
     modelchecks.vocabulary(recipe, model, tokenizer or load_tokenizer(recipe.model))
@@ -145,9 +147,11 @@ def attention(recipe: Recipe, machine: Machine) -> str:
     """The attention implementation for this model: what the machine prefers, or `eager` where the model lacks it.
 
     Raises:
-        ModelError: The recipe asks for one that the model does not have.
+        ModelError: The recipe asks for one that the model does not have, or that is not installed.
     """
     config = read_config(recipe.model)
+    with silence():
+        modelchecks.attention(recipe, config)
     mapping = getattr(transformers, recipe.task.auto_model)._model_mapping
     if machine.attention != "sdpa" or type(config) not in mapping or mapping[type(config)]._supports_sdpa:
         return machine.attention

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-from hf_finetune.errors import ModelError, Problem
+from hf_finetune.errors import ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +47,37 @@ def length(recipe: Recipe, model: PreTrainedModel) -> None:
     if isinstance(longest, int) and 0 < longest < recipe.data.max_length:
         reason = f"{recipe.data.max_length} is more than the {longest} positions of {recipe.model.name}; lower it"
         raise ModelError(Problem(reason, key="data.max_length"))
+
+
+def attention(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """The attention implementation that the recipe names must be installed and known to the model.
+
+    Raises:
+        ModelError: It is not.
+    """
+    asked = recipe.model.attention
+    auto = getattr(transformers, recipe.task.auto_model)
+    if asked != "flash_attention_2" or type(config) not in auto._model_mapping:
+        return
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(recipe.training.precision, torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            auto.from_config(config, attn_implementation=asked, dtype=dtype, trust_remote_code=False)
+    except (ImportError, ValueError) as error:
+        how = "install flash-attn on a machine with a CUDA device, or write sdpa or auto"
+        reason = f"{asked} can't be used: {' '.join(str(error).split())[:300]}; {how}"
+        raise ModelError(Problem(reason, key="model.attention")) from error
+
+
+def optimizer(recipe: Recipe) -> None:
+    """The 8-bit optimiser is another package's.
+
+    Raises:
+        RecipeError: It is not installed.
+    """
+    if recipe.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        reason = "adamw_8bit needs bitsandbytes; pip install 'hf-finetune[quantization]', or write adamw"
+        raise RecipeError(Problem(reason, key="training.optimizer"))
 
 
 def vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

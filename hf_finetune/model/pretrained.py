@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_finetune.errors import ModelError, Problem
+from hf_finetune.errors import ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -56,8 +56,9 @@ def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrain
 
     Raises:
         ModelError: It can't be had, needs code of its own, or names an attention implementation that is not known.
+        RecipeError: `revision` is given for a local folder, which has none.
     """
-    place = resolve(model.name)
+    place = _place(model)
     with reading(model), silence():
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, revision=model.revision, trust_remote_code=False, **(options or {})
@@ -78,9 +79,11 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: There is no fast tokenizer, or nothing to pad with.
+        RecipeError: See `read_config`.
     """
+    place = _place(model)
     with reading(model), silence():
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model.name), revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=model.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(Problem(f"{model.name}: has no fast tokenizer (tokenizer.json); add one to it", key=KEY))
     if tokenizer.pad_token is None:
@@ -118,6 +121,14 @@ def silence() -> Iterator[None]:
         log.set_verbosity(before)
         if bars:
             log.enable_progress_bar()
+
+
+def _place(model: Model) -> str:
+    place = resolve(model.name)
+    if model.revision is not None and Path(place).is_absolute():
+        reason = f"belongs to a Hub id, and {model.name} is a folder; remove it"
+        raise RecipeError(Problem(reason, key="model.revision"))
+    return place
 
 
 def _inside_package(name: str) -> Path:

@@ -15,8 +15,14 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Files = Name | Annotated[list[Name], Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32 - 2**16)]
+"""Rank r of a run uses seed + r, which NumPy wants below 2^32."""
 Every = Count | Literal["epoch"]
+
+
+def changed(block: Section, field: str) -> bool:
+    """Whether a field has another value than its default, which a dumped recipe writes out."""
+    return bool(getattr(block, field) != type(block).model_fields[field].default)
 
 
 class Model(Section):
@@ -47,6 +53,18 @@ class Source(Section):
     """Commit, tag or branch of the Hub data set."""
     weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
     """How often a row of this source is drawn, relative to the others."""
+
+    @model_validator(mode="after")
+    def _subset_has_source(self) -> Self:
+        if self.source is None and self.subset is not None:
+            raise ValueError("subset belongs to a source; set source or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _revision_has_source(self) -> Self:
+        if self.source is None and self.revision is not None:
+            raise ValueError("revision belongs to a source; set source or remove it")
+        return self
 
 
 class Data(Section):
@@ -113,6 +131,17 @@ class Data(Section):
             raise ValueError("validation_share needs all rows; with streaming give a validation split")
         return self
 
+    @model_validator(mode="after")
+    def _buffer_is_used(self) -> Self:
+        if not self.streaming and changed(self, "shuffle_buffer"):
+            raise ValueError("shuffle_buffer is for streaming, other data are shuffled whole; remove it")
+        return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows to evaluate during training."""
+        return self.validation is not None or self.validation_share is not None
+
 
 class EarlyStopping(Section):
     """Stop when validation no longer gets better."""
@@ -131,7 +160,8 @@ class Training(Section):
     steps: Count | None = None
     """Optimiser steps; give this or `epochs`."""
     batch_size: Count
-    """Global batch: rows of one optimiser step, across every device and accumulation step."""
+    """Global batch: rows of one optimiser step (packed sequences where `data.packing` is on), across every device and
+    accumulation step."""
     micro_batch: Count | Literal["auto"] = "auto"
     """Rows of one forward pass on one device; accumulation follows from it."""
     learning_rate: Annotated[float, Field(gt=0.0, le=10.0)]
@@ -145,7 +175,7 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
     """`adamw_8bit` needs the extra `quantization`."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Decoupled weight decay; not applied to biases and norms."""
+    """Weight decay, decoupled for the AdamWs and Adafactor, plain L2 for SGD; not applied to biases and norms."""
     beta1: Share = 0.9
     """First moment's decay of AdamW."""
     beta2: Share = 0.999
@@ -172,6 +202,9 @@ class Training(Section):
     """Rows of one forward pass in evaluation."""
     seed: Seed = 42
     """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
+    deterministic: bool = True
+    """Use deterministic kernels on a GPU, so that one seed makes two runs bit-identical there too; a little slower.
+    A CPU run always is."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -191,6 +224,14 @@ class Training(Section):
             raise ValueError("early_stopping needs best_metric, e.g. best_metric: loss")
         if self.best_metric is not None and self.eval_every is None:
             raise ValueError("best_metric needs eval_every")
+        return self
+
+    @model_validator(mode="after")
+    def _betas_are_used(self) -> Self:
+        # transformers hands SGD and Adafactor neither; Adafactor has a second moment of its own schedule.
+        for name in ("beta1", "beta2"):
+            if changed(self, name) and self.optimizer in ("sgd", "adafactor"):
+                raise ValueError(f"{name} is for the AdamWs, {self.optimizer} does not take it; remove it")
         return self
 
 

@@ -72,6 +72,10 @@ class Task(Plugin):
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are printed, in this order, where they exist."""
 
+    def ignored(self, *, validation: bool, test: bool) -> str | None:
+        """A setting that a run with these held-out splits would not use, as `key: why; what to do`, or None."""
+        return None
+
     @abstractmethod
     def columns(self) -> list[str]:
         """Columns that the data must have."""

@@ -13,6 +13,7 @@ from hf_finetune.errors import ModelError
 from hf_finetune.language import answers, examples, marking, text_template, token_loss
 from hf_finetune.language.chat import Renderer
 from hf_finetune.language.packing import Packing, Padding, check_packing
+from hf_finetune.schema.blocks import changed
 from hf_finetune.tasks import IGNORE, Collator, Encoded, Questions, Rows, Targets, Task
 
 if TYPE_CHECKING:
@@ -102,6 +103,19 @@ class CausalLM(Task):
         if self.answer_pattern is not None and not self.generate_rows:
             raise ValueError("answer_pattern needs generate_rows; set it, or remove the pattern")
         return self
+
+    def ignored(self, *, validation: bool, test: bool) -> str | None:
+        """Samples need a validation split, generated answers one that is held out."""
+        compares = bool(self.generate_rows) and (validation or test)
+        if self.sample_prompts and changed(self, "sample_prompts") and not validation:
+            return "sample_prompts: there is no validation split; set data.validation or remove it"
+        if self.generate_rows and not compares:
+            return "generate_rows: there is no validation or test split; set one or remove it"
+        if changed(self, "max_new_tokens") and not compares and not (self.sample_prompts and validation):
+            return (
+                "max_new_tokens: nothing is generated; set generate_rows and a validation or test split, or remove it"
+            )
+        return None
 
     @property
     def best_metrics(self) -> Mapping[str, bool]:  # type: ignore[override]

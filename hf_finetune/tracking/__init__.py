@@ -48,17 +48,17 @@ class Observers:
             callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
         if self.board is not None:
             callbacks += [self.board, Console(self.recipe.task.headline), Progress(self.status)]
-            callbacks += self._samples(prepared, tokenizer, self.board)
-        return callbacks
+        return callbacks + self._samples(prepared, tokenizer)
 
-    def _samples(self, prepared: Prepared, tokenizer: Any, board: TensorBoard) -> list[TrainerCallback]:
+    def _samples(self, prepared: Prepared, tokenizer: Any) -> list[TrainerCallback]:
         task, raw = self.recipe.task, prepared.raw_validation
         if not isinstance(task, CausalLM) or not task.sample_prompts or raw is None:
             return []
         if self.machine.is_sharded:
-            say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
+            if self.machine.is_main:
+                say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
             return []
-        return [Samples(task, tokenizer, raw, self.folder.path / "samples.jsonl", board)]
+        return [Samples(task, tokenizer, raw, self.folder.path / "samples.jsonl", self.board)]
 
     def conclude(self, summary: Entry) -> None:
         """Write the summary row and close the event file."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from hf_finetune.errors import DivergedError, Problem
 
 Entry = dict[str, Any]
 """One line: step, epoch, phase (train | eval | final | test | summary), then the metrics."""
@@ -43,11 +42,12 @@ class Journal(TrainerCallback):
         self.entries: list[Entry] = []
 
     def add(self, line: Entry) -> None:
-        """Append one line and flush it."""
+        """Append one line and flush it; a value that JSON can't hold (NaN, infinity) is left out."""
         self.entries.append(line)
         if self.writes:
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                finite = {key: value for key, value in line.items() if not isinstance(value, float) or isfinite(value)}
+                stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
 
     def on_log(
         self,
@@ -57,17 +57,7 @@ class Journal(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the log, and stop the run where the loss or the gradient is not finite.
-
-        Raises:
-            DivergedError: Training diverged; nothing after this point would be worth keeping.
-        """
+        """Write the log."""
         line = entry(logs or {}, state)
-        if line is None:
-            return
-        self.add(line)
-        for key in ("loss", "grad_norm"):
-            value = line.get(key, 0.0)
-            if line["phase"] == "train" and not abs(value) < float("inf"):
-                message = f"{key} is {value} at step {state.global_step}; lower training.learning_rate"
-                raise DivergedError(Problem(message))
+        if line is not None:
+            self.add(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune.language.generation import Generation, generate
+from hf_finetune.language.generation import Generation, answer_together
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,36 +17,39 @@ if TYPE_CHECKING:
     from hf_finetune.tasks.causal_lm import CausalLM
     from hf_finetune.tracking.tensorboard import TensorBoard
 
-BATCH = 16
-
 
 class Samples(TrainerCallback):
-    """Writes generations into `samples.jsonl` and under TensorBoard's Text tab; rank 0 only.
+    """Writes generations into `samples.jsonl` and under TensorBoard's Text tab; all ranks generate, rank 0 writes.
 
     Args:
         task: Says which prompts, and how long answers may be.
         tokenizer: The model's tokenizer.
         rows: Raw validation rows.
         file: `samples.jsonl` of the run folder.
-        board: Where the texts are shown.
+        board: Where the texts are shown; None on ranks that write nothing.
     """
 
-    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, board: TensorBoard) -> None:
+    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, board: TensorBoard | None) -> None:
         first = rows[: task.sample_prompts] if isinstance(task.sample_prompts, int) else {}
         self.task = task
         self.tokenizer = tokenizer
         self.prompts = task.samples(first, tokenizer)
         self.file = file
         self.board = board
+        self._step = -1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Answer the prompts with the model as it is now."""
+        """Answer the prompts with the model as it is now; once a step, however many splits are evaluated."""
+        if state.global_step == self._step:
+            return
+        self._step = state.global_step
         model = kwargs["model"]
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
-            answers = generate(
-                model, self.tokenizer, self.prompts, max_new_tokens=self.task.max_new_tokens, batch_size=BATCH
-            )
+            limit = self.task.max_new_tokens
+            answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=limit)
+        if self.board is None:
+            return
         prompts = [self.tokenizer.decode(prompt) for prompt in self.prompts]
         with self.file.open("a", encoding="utf-8") as stream:
             for prompt, answer in zip(prompts, answers, strict=True):

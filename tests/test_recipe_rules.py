@@ -1,0 +1,118 @@
+"""Recipes: settings that would be ignored, and keys that an override leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hf_finetune.errors import RecipeError
+from hf_finetune.recipe import Recipe, dropped
+
+VALID = """\
+task: {kind: text_classification, text: sentence, label: label}
+model: {name: some/model}
+data: {train: train.csv, validation: dev.csv}
+adapter: {kind: lora}
+training: {epochs: 3, batch_size: 64, learning_rate: 5e-4}
+output: runs/x
+"""
+
+Load = Callable[..., Recipe]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads a recipe from text, as the file x.yaml of the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(text: str, *overrides: str) -> Recipe:
+        Path("x.yaml").write_text(text)
+        return Recipe.load("x.yaml", overrides)
+
+    return load
+
+
+CHAT = "task={kind: causal_lm, prompt: a, completion: b, generate_rows: 4}"
+SILENT = "task={kind: causal_lm, prompt: a, completion: b, sample_prompts: 0}"
+NO_VALIDATION = "data.validation=null"
+TWO_FILES = "[{train: a.csv}, {train: b.csv}]"
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("training.eval_at_start", [NO_VALIDATION, "training.eval_at_start=true"]),
+        ("training.eval_every", [NO_VALIDATION, "training.eval_every=5", "data.test=test.csv"]),
+        ("training.eval_batch", [NO_VALIDATION, "training.eval_batch=5"]),
+        ("task.sample_prompts", [NO_VALIDATION, SILENT, "task.sample_prompts=5", "data.test=test.csv"]),
+        ("task.sample_prompts", [NO_VALIDATION, SILENT, "task.sample_prompts=[hello]"]),
+        ("task.generate_rows", [NO_VALIDATION, CHAT]),
+        ("task.max_new_tokens", [SILENT, "task.max_new_tokens=5"]),
+        ("data.mix.1.subset", ["data.train=null", f"data.mix={TWO_FILES}", "data.mix.1.subset=x"]),
+        ("data.mix.0.revision", ["data.train=null", f"data.mix={TWO_FILES}", "data.mix.0.revision=x"]),
+        ("data.shuffle_buffer", ["data.shuffle_buffer=5"]),
+        ("training.beta1", ["training.optimizer=sgd", "training.beta1=0.8"]),
+        ("training.beta2", ["training.optimizer=adafactor", "training.beta2=0.99"]),
+        ("checkpoints.keep", ["checkpoints.keep=3"]),
+        ("model.attention", [CHAT, "data.packing=true", "model.attention=flash_attention_2"]),
+        ("model.quantization", ["model.quantization=nf4", "adapter={kind: full}"]),
+        ("model.quantization", ["model.quantization=int8", "adapter.init=pissa"]),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_named(load: Load, key: str, overrides: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(VALID, *overrides)
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert str(problem).endswith(("remove it", "use lora", "use eva", "or auto"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [NO_VALIDATION],
+        [NO_VALIDATION, "data.validation_share=0.1", "training.eval_at_start=true", "training.eval_every=5"],
+        [NO_VALIDATION, "data.test=test.csv", "training.eval_batch=5", "training.eval_every=null"],
+        [NO_VALIDATION, "data.test=test.csv", CHAT, "task.max_new_tokens=5"],
+        [NO_VALIDATION, SILENT],
+        [SILENT, "task.sample_prompts=1", "task.max_new_tokens=5"],
+        ["data.train=null", f"data.mix={TWO_FILES}", "data.mix.0.source=a", "data.mix.0.subset=b"],
+        ["data.streaming=true", "data.shuffle_buffer=5", "training.epochs=null", "training.steps=5"],
+        ["training.optimizer=sgd"],
+        ["training.optimizer=adamw_8bit", "training.beta1=0.8", "training.beta2=0.99"],
+        ["checkpoints.every=50", "checkpoints.keep=3"],
+        ["training.best_metric=loss", "checkpoints.keep=3"],
+        ["training.best_metric=loss", "checkpoints.every=7", "training.eval_every=5"],
+        [CHAT, "data.packing=true", "model.attention=sdpa"],
+        ["model.attention=flash_attention_2"],
+        ["model.quantization=nf4"],
+        ["training.seed=4294901759", "training.deterministic=false"],
+    ],
+)
+def test_a_setting_that_is_used_is_taken_and_so_is_its_dump(load: Load, overrides: list[str]) -> None:
+    recipe = load(VALID, *overrides)
+    assert load(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ([], []),
+        (["model.name=other"], ["model.revision"]),
+        (["model.name=other", "model.name=more"], ["model.revision"]),
+        (["model.name=other", "model.revision=def"], []),
+        (["data.source=other"], ["data.subset"]),
+        (["data.mix.0.source=other"], ["data.mix.0.revision"]),
+        (["data.mix.1.source=other"], []),
+        (["model={name: other}", "data=[1]", "data.mix.0.source=x", "data.source=y", "data.mix.9.source=z"], []),
+    ],
+)
+def test_what_a_commit_leaves_behind_is_told(load: Load, overrides: list[str], keys: list[str]) -> None:
+    text = VALID.replace("name: some/model", "name: some/model, revision: abc").replace(
+        "train: train.csv",
+        "mix: [{train: a, source: b, revision: c}, {train: a.csv}], source: s, subset: t, revision: null",
+    )
+    load(text)
+    assert dropped("x.yaml", overrides) == keys
