@@ -92,9 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from hf_finetune.recipe import Recipe
+    from hf_finetune.recipe import Recipe, dropped
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
+    for key in dropped(arguments.recipe, arguments.overrides) if os.environ.get("RANK", "0") == "0" else ():
+        owner = "model.name" if key == "model.revision" else f"{key.rpartition('.')[0]}.source"
+        sys.stdout.write(f"note: {key} of the recipe is not used, because {owner} was overridden\n")
     # Imported after the recipe is known to be right: this takes seconds.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.training import finetune

@@ -33,7 +33,9 @@ CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 def save(
     adapted: nn.Module, recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
-    """Write weights (safetensors), tokenizer, chat template, labels and model card; the folder appears whole or not at all.
+    """Write weights (safetensors), tokenizer, chat template, labels and model card.
+
+    The folder appears whole or not at all.
 
     Args:
         adapted: The trained model, not wrapped by DDP.
@@ -66,8 +68,8 @@ def save(
 def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, folder: str | Path) -> float:
     """Load the folder onto a fresh base and compare logits with the model in memory, in eval mode.
 
-    Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device never
-    holds two bases; a quantised one can't move and stays.
+    Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device
+    never holds two bases; a quantised one can't move and stays.
 
     Args:
         adapted: The model in memory.

@@ -136,3 +136,11 @@ def test_sigterm_leaves_a_true_status(recipe: str, tmp_path: Path) -> None:
     assert process.wait(60) == 143
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 143)
+
+
+def test_a_dropped_key_is_told(recipe: str, tiny_bert: str) -> None:
+    text = Path(recipe).read_text().replace(f"{{name: {tiny_bert}}}", "{name: some/model, revision: abcdef0}")
+    Path(recipe).write_text(text)
+    done = hf_finetune(recipe, f"model.name={tiny_bert}", "training.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "note: model.revision of the recipe is not used, because model.name was overridden" in done.stdout

@@ -235,14 +235,14 @@ def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 5
 
 
-def fail(_: Path) -> cache.Content:
-    raise DataError("row 3: is unfit")
-
-
 def test_a_failure_of_an_earlier_process_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "WAIT_LIMIT_S", 0.2)
     monkeypatch.setattr(cache, "POLL_S", 0.05)
     entry = cache.Entry(tmp_path, "key")
+
+    def fail(_: Path) -> cache.Content:
+        raise DataError("row 3: is unfit")
+
     with pytest.raises(DataError):
         entry.get(fail, builds=True)
     with pytest.raises(DataError, match="row 3: is unfit"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from hf_finetune import model
 from hf_finetune.errors import ModelError, RecipeError

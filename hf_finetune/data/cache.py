@@ -172,9 +172,8 @@ class _Failure:
 
     def __init__(self, entry: Path) -> None:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        told = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
-        # Whatever characters a run id has.
-        run = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+        told = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+        run = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
         launch = f"{socket.gethostname()}-{os.getppid()}-{run}-{restart}"
         self.file = entry.parent / f".{entry.name[:16]}-{launch}.failed"
 
@@ -189,10 +188,8 @@ class _Failure:
             told = json.loads(self.file.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return
-        if told["time"] < STARTED:
-            return
-        kind = getattr(errors, told["kind"])
-        raise kind(Problem(**problem) for problem in told["problems"])
+        if told["time"] >= STARTED:
+            raise getattr(errors, told["kind"])(Problem(**problem) for problem in told["problems"])
 
     def __enter__(self) -> None: ...
 
