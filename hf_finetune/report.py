@@ -54,6 +54,7 @@ def _split_line(counts: SplitReport) -> str:
         "cut": f"{counts.cut:,} cut to max_length",
         "dropped": f"{counts.dropped:,} dropped as over-long",
         "untrained": f"{counts.untrained:,} dropped without a trained token",
+        "unused": f"{counts.unused:,} never drawn from the mix",
     }
     parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
     if counts.trained != counts.kept:

@@ -115,6 +115,7 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
         tokenizer=tokenizer,
         total_steps=run_length.total_steps,
         head_modules=loaded.head_modules,
+        labels=prepared.targets.names,
         batches=lambda: job.sample(loaded.model.device),
     )
     adapted = model.build(recipe, loaded, setting)

@@ -380,5 +380,5 @@ def test_dora_on_8_bit_weights_is_refused_on_a_cpu(tiny_llama: str) -> None:
 
 @pytest.mark.parametrize("adapter", [{"kind": "full"}, PISSA, LORA | {"init": "olora"}])
 def test_methods_that_change_the_base_refuse_quantised_weights(adapter: dict[str, Any], tiny_llama: str) -> None:
-    with pytest.raises(RecipeError, match=r"model\.quantization"):
-        loaded(recipe(tiny_llama, adapter, LANGUAGE_MODEL, quantization="nf4"))
+    with pytest.raises(ValidationError, match=r"model\.quantization"):
+        recipe(tiny_llama, adapter, LANGUAGE_MODEL, quantization="nf4")
