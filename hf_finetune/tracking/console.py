@@ -6,9 +6,9 @@ import sys
 import time
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune.tracking.journal import Entry, entry
+from hf_finetune.tracking.journal import Entry, Watcher
 
 
 def say(text: str) -> None:
@@ -17,7 +17,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-class Console(TrainerCallback):
+class Console(Watcher):
     """Prints progress.
 
     Args:
@@ -34,18 +34,8 @@ class Console(TrainerCallback):
         """Start the clock for the time left; an evaluation before the first step does not count."""
         self._started = self._started or time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the log's line."""
-        line = entry(logs or {}, state)
-        if line is None:
-            return
+    def see(self, line: Entry, state: TrainerState) -> None:
+        """Print a line."""
         say(self._train(line, state) if line["phase"] == "train" else self._scores(line))
 
     def _train(self, line: Entry, state: TrainerState) -> str:

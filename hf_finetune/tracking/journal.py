@@ -28,7 +28,28 @@ def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
     return head | {"phase": "train"} | metrics if "loss" in metrics else None
 
 
-class Journal(TrainerCallback):
+class Watcher(TrainerCallback):
+    """A callback that sees every log as a line of metrics.jsonl."""
+
+    def see(self, line: Entry, state: TrainerState) -> None:
+        """Do something with a line."""
+        raise NotImplementedError
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hand the line on, where the log holds anything of ours."""
+        line = entry(logs or {}, state)
+        if line is not None:
+            self.see(line, state)
+
+
+class Journal(Watcher):
     """Writes metrics.jsonl on rank 0 and keeps the entries of this process in memory.
 
     Args:
@@ -49,15 +70,6 @@ class Journal(TrainerCallback):
                 finite = {key: value for key, value in line.items() if not isinstance(value, float) or isfinite(value)}
                 stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the log."""
-        line = entry(logs or {}, state)
-        if line is not None:
-            self.add(line)
+    def see(self, line: Entry, state: TrainerState) -> None:
+        """Write the line."""
+        self.add(line)

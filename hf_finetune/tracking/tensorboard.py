@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tensorboardX import SummaryWriter
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
-from hf_finetune.tracking.journal import entry
+from hf_finetune.tracking.journal import Entry, Watcher
 
 FLUSH_SECONDS = 10
 
 
-class TensorBoard(TrainerCallback):
+class TensorBoard(Watcher):
     """Writes `train/...`, `eval/...` and `test/...` scalars.
 
     Args:
@@ -35,18 +34,8 @@ class TensorBoard(TrainerCallback):
                 self._writer.add_text(tag, text, 0)
         return self._writer
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write every number of this log."""
-        line = entry(logs or {}, state)
-        if line is None:
-            return
+    def see(self, line: Entry, state: TrainerState) -> None:
+        """Write every number of a line."""
         for key, value in line.items():
             if key not in {"step", "phase"} and isinstance(value, int | float):
                 self.writer.add_scalar(f"{line['phase']}/{key}", value, line["step"])
