@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from hf_finetune.recipe import Recipe, dropped
+    from hf_finetune.recipe import Recipe, dropped, located
 
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     for key in dropped(arguments.recipe, arguments.overrides) if os.environ.get("RANK", "0") == "0" else ():
@@ -102,7 +102,10 @@ def _train(arguments: argparse.Namespace) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.training import finetune
 
-    finetune(recipe, restart=arguments.restart)
+    try:
+        finetune(recipe, restart=arguments.restart)
+    except FinetuneError as error:
+        raise type(error)(located(error.problems, arguments.recipe, arguments.overrides)) from error
 
 
 def _schema(arguments: argparse.Namespace) -> None:

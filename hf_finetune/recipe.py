@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Self
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.errors import RecipeError
+from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, yamlfile
@@ -171,6 +172,18 @@ def dropped(path: str, overrides: Sequence[str]) -> list[str]:
     document = yamlfile.read(path)
     apply(overrides, document.value, complaints.Origin(path, document.lines))
     return drop(overrides, document.value)
+
+
+def located(problems: Sequence[Problem], path: str, overrides: Sequence[str]) -> list[Problem]:
+    """Problems that were found while a recipe ran, each with the file and line of the key that it names."""
+    document = yamlfile.read(path)
+    origin = complaints.Origin(path, document.lines)
+    apply(overrides, document.value, origin)
+    found = []
+    for problem in problems:
+        file, line = origin.place(tuple(problem.key.split("."))) if problem.key else ("", None)
+        found.append(problem if problem.file or not problem.key else replace(problem, file=file, line=line))
+    return found
 
 
 class _Dumper(yaml.SafeDumper):

@@ -60,6 +60,7 @@ def test_every_mistake_is_told_once_with_its_line(recipe: str) -> None:
         ("model.name=package:no_such_package/model", 4, "no_such_package"),
         ("adapter.target_modules=[qery]", 2, "query"),
         ("data.max_length=512", 4, "64"),
+        ("training.warmup_steps=1000", 2, "error: command line: training.warmup_steps: 1000 is more than all"),
         ("output=/proc/none", 5, "/proc/none"),
     ],
 )
@@ -144,3 +145,8 @@ def test_a_dropped_key_is_told(recipe: str, tiny_bert: str) -> None:
     done = hf_finetune(recipe, f"model.name={tiny_bert}", "training.epochs=1")
     assert done.returncode == 0, done.stderr
     assert "note: model.revision of the recipe is not used, because model.name was overridden" in done.stdout
+
+
+def test_what_is_found_later_has_its_line_too(recipe: str) -> None:
+    Path(recipe).write_text(Path(recipe).read_text().replace("target_modules: all-linear", "target_modules: [qery]"))
+    assert f"error: {recipe}:4: adapter.target_modules: " in hf_finetune(recipe).stderr
