@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from hf_finetune.errors import Problem, RecipeError
 
@@ -192,6 +193,8 @@ def _rows_that_fit(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
 
 def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
+    # A second run in one process may choose another precision; the process group stays.
+    AcceleratorState._reset_state()
     if device == "cpu":
         PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
     else:

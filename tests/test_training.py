@@ -256,3 +256,8 @@ def test_a_run_that_goes_on_is_not_moved_aside(run: Runner, tmp_path: Path) -> N
     Status(tmp_path / "run" / "status.json")._write("running", exit_code=None, reason=None)
     with pytest.raises(RecipeError, match="a run that is going on"):
         run(restart=True)
+
+
+def test_two_runs_of_one_process_may_differ_in_precision(run: Runner) -> None:
+    assert run("training.epochs=1").outcome.machine.precision == "fp32"
+    assert run("training.epochs=1", "training.precision=bf16", restart=True).outcome.machine.precision == "bf16"
