@@ -76,9 +76,15 @@ def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
 def plan_line(division: Division, length: Length) -> str:
     """How the global batch is divided, and how many steps there are."""
     return (
-        f"{length.total_steps:,} steps of {division.batch_size} rows: {division.world_size} rank(s) x "
-        f"{division.accumulation} micro-batch(es) of up to {division.micro_batch}"
+        f"{_counted(length.total_steps, 'step')} of {division.batch_size} rows: {_counted(division.world_size, 'rank')}"
+        f" x {_counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    """`1 step`, `2 steps`, `2 micro-batches`."""
+    plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
+    return f"{number:,} {thing}{plural}"
 
 
 def summary_entry(outcome: Outcome) -> Entry:
