@@ -1,0 +1,31 @@
+"""What the README shows is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_finetune.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_recipes_to_read() -> None:
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_recipes_in_the_readme_load(block: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(block, encoding="utf-8")
+    assert Recipe.load(str(file)).output.startswith("runs/")
+
+
+def test_every_file_that_is_named_exists() -> None:
+    names = re.findall(r"\]\(([^)#:]+)\)|\b((?:recipes|accelerate_configs|benchmarks)/[\w./-]+\.(?:yaml|py))", README)
+    assert len(names) > 10
+    assert [name for pair in names if not (ROOT / (name := pair[0] or pair[1])).exists()] == []
