@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_finetune.tracking.journal import of_phase
+
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
     from hf_finetune.trainer import FinetuneTrainer
@@ -32,16 +34,14 @@ def _last(trainer: FinetuneTrainer) -> dict[str, float] | None:
         return None
     for logs in reversed(trainer.state.log_history):
         if logs["step"] == trainer.state.global_step and "eval_loss" in logs:
-            return _named(logs, "eval_")
+            return _scores(logs, "eval")
     return None
 
 
 def _evaluate(trainer: FinetuneTrainer, split: str, prepared: Prepared) -> dict[str, float]:
-    prefix = "final" if split == "validation" else split
-    return _named(trainer.evaluate_split(split, getattr(prepared, split), prefix), f"{prefix}_")
+    phase = "final" if split == "validation" else split
+    return _scores(trainer.evaluate_split(split, getattr(prepared, split), phase), phase)
 
 
-def _named(logs: dict[str, float], prefix: str) -> dict[str, float]:
-    speed = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
-    found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
-    return {key: value for key, value in found.items() if key not in speed}
+def _scores(logs: dict[str, float], phase: str) -> dict[str, float]:
+    return {name: value for name, value in of_phase(logs, phase).items() if name != "runtime"}

@@ -195,10 +195,7 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    if device == "cpu":
-        PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
-    else:
-        PartialState(timeout=COLLECTIVE_TIMEOUT)
+    PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
 
 
 def _precision(asked: str, device: Device) -> Precision:

@@ -160,7 +160,8 @@ class FinetuneTrainer(Trainer):
         # A global batch without a single item has a loss of 0, not 0/0.
         loss = task.loss_sum(outputs.logits, labels, targets) / torch.clamp(torch.as_tensor(items), min=1e-8)
         loss = loss * self.args.world_size
-        penalty = self.job.adapter.penalty(self.accelerator.unwrap_model(model))
+        adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
+        penalty = self.job.adapter.penalty(adapted)
         if penalty is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss

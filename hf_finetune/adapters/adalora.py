@@ -120,7 +120,7 @@ class AdaLora(Adapter):
         config: Any = peftio.adapter_config(adapted)
         config.rank_pattern = AdaLoraConfig.from_pretrained(folder).rank_pattern
         kept = {name.partition(".lora_E")[0]: ranks for name, ranks in (config.rank_pattern or {}).items()}
-        weights = load_file(f"{folder}/adapter_model.safetensors")
+        weights = load_file(f"{folder}/{peftio.WEIGHTS}")
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 key = name.replace(".modules_to_save.default", "").replace(".default", "")

@@ -13,19 +13,25 @@ Entry = dict[str, Any]
 """One line: step, epoch, phase (train | eval | final | test | summary), then the metrics."""
 
 _NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_RATES = {"samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
 def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
     """A line of metrics.jsonl from the Trainer's flat log, or None for a log that holds nothing of ours."""
     head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6)}
     for phase in ("eval", "final", "test"):
-        prefix = f"{phase}_"
-        found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+        found = of_phase(logs, phase)
         if found:
-            return head | {"phase": phase} | {k: v for k, v in found.items() if k not in _SPEED[1:]}
+            return head | {"phase": phase} | found
     metrics = {key: value for key, value in logs.items() if key not in _NOISE}
     return head | {"phase": "train"} | metrics if "loss" in metrics else None
+
+
+def of_phase(logs: dict[str, Any], phase: str) -> dict[str, Any]:
+    """What the Trainer's flat log holds of an evaluation, without the phase's prefix and the Trainer's own rates."""
+    prefix = f"{phase}_"
+    found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+    return {key: value for key, value in found.items() if key not in _RATES}
 
 
 class Watcher(TrainerCallback):
