@@ -46,15 +46,18 @@ def length(recipe: Recipe, rows: int | None) -> Length:
     per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
     total = training.steps or math.ceil((training.epochs or 0) * (per_epoch or 0))
     warmup = training.warmup_steps
+    problems = []
     if warmup is not None and warmup > total:
         message = f"{warmup} is more than all {total} steps of this run; lower it, or use warmup_ratio"
-        raise RecipeError(Problem(message, key="training.warmup_steps"))
+        problems.append(Problem(message, key="training.warmup_steps"))
     stopping = training.early_stopping
     every = per_epoch if training.eval_every == "epoch" else training.eval_every
     evaluations = total // every if isinstance(every, int) else 0
     if stopping is not None and evaluations <= stopping.patience:
         message = f"patience {stopping.patience} is never used up in {evaluations} evaluations; lower eval_every"
-        raise RecipeError(Problem(message, key="training.early_stopping"))
+        problems.append(Problem(message, key="training.early_stopping"))
+    if problems:
+        raise RecipeError(problems)
     return Length(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
 
 

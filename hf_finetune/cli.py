@@ -2,6 +2,7 @@
 
 accelerate launch -m hf_finetune RECIPE [key.path=value ...]
 hf-finetune train RECIPE [key.path=value ...] [--restart]
+hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
 hf-finetune schema
 """
 
@@ -80,11 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_VerbParser)
 
-    train = verbs.add_parser("train", parents=[shared], help="fine-tune", allow_abbrev=False)
-    train.add_argument("recipe", metavar="RECIPE", help="YAML file")
-    train.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
-    train.add_argument("--restart", action="store_true", help="move an earlier run in the same folder aside")
+    of_recipe = _VerbParser(add_help=False, allow_abbrev=False)
+    of_recipe.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    of_recipe.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
+    of_recipe.add_argument("--restart", action="store_true", help="move an earlier run in the same folder aside")
+
+    train = verbs.add_parser("train", parents=[shared, of_recipe], help="fine-tune", allow_abbrev=False)
     train.set_defaults(run=_train)
+
+    help_check = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
+    check = verbs.add_parser("check", parents=[shared, of_recipe], help=help_check, allow_abbrev=False)
+    check.add_argument("--explain", action="store_true", help="say where each value came from")
+    check.add_argument("--show", metavar="N", type=int, default=0, help="print N training rows as the model sees them")
+    check.add_argument("--report", metavar="FILE.html", help="write a page about the data")
+    check.add_argument("--format", choices=("text", "json"), default="text", help="json is for machines")
+    check.set_defaults(run=_check)
 
     schema = verbs.add_parser("schema", parents=[shared], help="print the JSON Schema of a recipe", allow_abbrev=False)
     schema.set_defaults(run=_schema)
@@ -92,26 +103,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from hf_finetune.recipe import Recipe, dropped, located
+    from hf_finetune.preflight.light import look_at_reading
+    from hf_finetune.recipe import read
 
-    recipe = Recipe.load(arguments.recipe, arguments.overrides)
-    for key in dropped(arguments.recipe, arguments.overrides) if os.environ.get("RANK", "0") == "0" else ():
-        owner = "model.name" if key == "model.revision" else f"{key.rpartition('.')[0]}.source"
-        sys.stdout.write(f"note: {key} of the recipe is not used, because {owner} was overridden\n")
+    reading = read(arguments.recipe, arguments.overrides)
+    if reading.recipe is None:
+        look_at_reading(reading, restart=arguments.restart).located(reading.locate).raise_errors()
+        raise AssertionError("a recipe that can't be read has a problem")
+    for note in reading.notes if os.environ.get("RANK", "0") == "0" else ():
+        sys.stdout.write(f"note: {note}\n")
     # Imported after the recipe is known to be right: this takes seconds.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.training import finetune
 
     try:
-        finetune(recipe, restart=arguments.restart)
+        finetune(reading.recipe, restart=arguments.restart)
     except FinetuneError as error:
-        raise type(error)(located(error.problems, arguments.recipe, arguments.overrides)) from error
+        raise type(error)(map(reading.locate, error.problems)) from error
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from hf_finetune.preflight.command import Options, run
+
+    if os.environ.get("RANK", "0") != "0":
+        return  # one look is enough, and one report
+    options = Options(
+        restart=arguments.restart,
+        explain=arguments.explain,
+        show=arguments.show,
+        report=arguments.report,
+        as_json=arguments.format == "json",
+    )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    code = run(arguments.recipe, arguments.overrides, options)
+    if code:
+        sys.exit(code)
 
 
 def _schema(arguments: argparse.Namespace) -> None:
-    from hf_finetune.recipe import Recipe
+    from hf_finetune.recipe import json_schema
 
-    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
 
 
 def _local_rank() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,10 +74,8 @@ def survey(recipe: Recipe) -> Machine:
     """Join the process group, choose precision and attention, and use every core this process may use.
 
     Args:
-        recipe: `model.attention` and `training.precision` are asked for, or `auto`.
-
-    Raises:
-        RecipeError: The machine can't do the precision that the recipe asks for.
+        recipe: `model.attention` and `training.precision` are asked for, or `auto`. What the machine can't do is
+            replaced by what it can, and `check` says so.
     """
     device = find_device()
     if device == "cpu":
@@ -85,30 +83,57 @@ def survey(recipe: Recipe) -> Machine:
         # TrainingArguments reads it too.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _lead_to_the_process_group(device)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = max(1, cores() // local_world_size)
+    machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
         _make_deterministic()
     if device == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU machine.
-        torch.set_num_threads(threads)
-    precision = _precision(recipe.training.precision, device)
-    is_sharded = _is_sharded()
-    if is_sharded and device == "cpu":
-        # accelerate 1.15 would run plain DDP and say nothing.
-        raise RecipeError(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
+        torch.set_num_threads(machine.threads)
     state = PartialState()
+    ranks = {"rank": state.process_index, "local_rank": state.local_process_index, "world_size": state.num_processes}
+    return replace(machine, **ranks)
+
+
+def alone(recipe: Recipe) -> Machine:
+    """The machine as `survey` would find it on rank 0, without joining a process group: for a look ahead."""
+    device = find_device()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    precision = _precision(recipe.training.precision, device)
     return Machine(
         device=device,
-        rank=state.process_index,
-        local_rank=state.local_process_index,
-        world_size=state.num_processes,
+        rank=0,
+        local_rank=0,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_world_size=local_world_size,
-        threads=threads,
+        threads=max(1, cores() // local_world_size),
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
-        is_sharded=is_sharded,
+        is_sharded=_is_sharded(),
     )
+
+
+def check(recipe: Recipe, machine: Machine) -> None:
+    """Compare what the recipe asks of the machine with what there is.
+
+    Raises:
+        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or CPUs are to shard.
+    """
+    asked, problems = recipe.training.precision, []
+    if asked not in ("auto", machine.precision):
+        why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
+        message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
+        problems.append(Problem(message, key="training.precision"))
+    if machine.is_sharded and machine.device == "cpu":
+        # accelerate 1.15 would run plain DDP and say nothing.
+        problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
+    if recipe.training.batch_size < machine.world_size:
+        message = (
+            f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
+            "processes"
+        )
+        problems.append(Problem(message, key="training.batch_size"))
+    if problems:
+        raise RecipeError(problems)
 
 
 def find_device() -> Device:
@@ -158,17 +183,10 @@ def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
         recipe: Global batch, `training.micro_batch`, `data.max_length`.
         machine: Its ranks.
         vocabulary: Logits of a token; 0 for a classifier.
-
-    Raises:
-        RecipeError: The global batch has fewer rows than there are ranks.
     """
-    batch_size = recipe.training.batch_size
-    if batch_size < machine.world_size:
-        message = f"{batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer processes"
-        raise RecipeError(Problem(message, key="training.batch_size"))
     if recipe.training.micro_batch != "auto":
         return recipe.training.micro_batch
-    share = -(-batch_size // machine.world_size)
+    share = -(-recipe.training.batch_size // machine.world_size)
     return min(share, _rows_that_fit(recipe, machine, vocabulary))
 
 
@@ -199,16 +217,13 @@ def _lead_to_the_process_group(device: Device) -> None:
 
 
 def _precision(asked: str, device: Device) -> Precision:
-    if asked == "auto":
-        if device == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
-    if asked == "fp16" and device != "cuda":
-        message = f"fp16 needs a CUDA device, this run is on {device}; write bf16, fp32 or auto"
-        raise RecipeError(Problem(message, key="training.precision"))
-    if asked == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RecipeError(Problem("this GPU has no bf16; write fp16, fp32 or auto", key="training.precision"))
-    return asked  # type: ignore[return-value]
+    """The precision that is asked for, or the best one where the device lacks it."""
+    has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "fp32" or (asked == "bf16" and has_bf16) or (asked == "fp16" and device == "cuda"):
+        return asked  # type: ignore[return-value]
+    if device == "cuda":
+        return "bf16" if has_bf16 else "fp16"
+    return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
 
 
 def _attention(asked: str, device: Device, precision: Precision) -> str:

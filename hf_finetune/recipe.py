@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import Problem
 from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
-from hf_finetune.schema import complaints, yamlfile
-from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Training, changed
-from hf_finetune.schema.overrides import apply, drop
+from hf_finetune.schema import complaints, editor, reading, yamlwriter
+from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
+from hf_finetune.schema.paths import NO_COMMIT, is_commit
+from hf_finetune.schema.reading import Reading
 from hf_finetune.tasks import Task
-
-_UNFOLDED = 1 << 20
 
 if TYPE_CHECKING:
     AnyTask = Task
@@ -47,6 +44,8 @@ class Recipe(Section):
     """What is kept on the way."""
     output: Name
     """The run folder: everything this run writes."""
+    require_pinned: bool = False
+    """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
 
     @classmethod
     def load(cls, path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -62,24 +61,11 @@ class Recipe(Section):
         Raises:
             RecipeError: The file or an override is wrong; it carries every problem that was found.
         """
-        document = yamlfile.read(path)
-        tree, origin = document.value, complaints.Origin(path, document.lines)
-        found = [*document.problems, *apply(overrides, tree, origin)]
-        drop(overrides, tree)
-        try:
-            recipe = cls.model_validate(tree, by_alias=True, by_name=False)
-        except ValidationError as error:
-            found += complaints.problems(error, cls, tree, origin)
-        if found:
-            raise RecipeError(complaints.in_order(found))
-        return recipe
+        return read(path, overrides).checked()
 
     def dump(self) -> str:
         """This recipe as YAML, with every default; `load` reads it back to an equal recipe."""
-        text: str = yaml.dump(
-            self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_UNFOLDED
-        )
-        return text
+        return yamlwriter.document(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
     def _packing_fits_task(self) -> Self:
@@ -149,6 +135,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _model_is_pinned(self) -> Self:
+        if self.require_pinned and self.model.revision is not None and not is_commit(self.model.revision):
+            raise ValueError(f"model.revision: {NO_COMMIT}")
+        return self
+
+    @model_validator(mode="after")
+    def _data_are_pinned(self) -> Self:
+        if self.require_pinned:
+            parts: dict[str, Data | Source] = {
+                "data": self.data,
+                **{f"data.mix.{n}": part for n, part in enumerate(self.data.mix or ())},
+            }
+            for key, part in parts.items():
+                if part.revision is not None and not is_commit(part.revision):
+                    raise ValueError(f"{key}.revision: {NO_COMMIT}")
+        return self
+
+    @model_validator(mode="after")
     def _something_is_kept(self) -> Self:
         nothing = self.checkpoints.every is None and self.training.best_metric is None
         if nothing and changed(self.checkpoints, "keep"):
@@ -156,43 +160,47 @@ class Recipe(Section):
         return self
 
 
-def dropped(path: str, overrides: Sequence[str]) -> list[str]:
-    """Keys of a recipe file that `Recipe.load` leaves out because the value they belong to is overridden.
+def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
+    """Read a recipe file, what it extends, and the overrides, once for everything that is asked about them.
 
     Args:
         path: The YAML file.
-        overrides: Each `key.path=value`; `model.name=...` drops `model.revision`.
+        overrides: Each `key.path=value`, the value in YAML.
 
     Returns:
-        Those that the file gives and that are not null.
+        The recipe or every problem that was found; nothing that a file or an override says raises.
+    """
+    return reading.read(Recipe, path, overrides)
+
+
+def explain(path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Every value of the resolved recipe: dotted key, value as YAML, and `file:line`, `command line` or `default`.
 
     Raises:
-        RecipeError: The file can't be read.
+        RecipeError: The file or an override is wrong.
     """
-    document = yamlfile.read(path)
-    apply(overrides, document.value, complaints.Origin(path, document.lines))
-    return drop(overrides, document.value)
+    return read(path, overrides).explain()
+
+
+def dropped(path: str, overrides: Sequence[str]) -> list[str]:
+    """Keys of a recipe file that `Recipe.load` leaves out because an override makes them meaningless.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `key.path=value`; `model.name=...` drops `model.revision`, `training.steps=...` the epochs.
+
+    Returns:
+        Those that the recipe gives and that are not null.
+    """
+    return read(path, overrides).dropped
 
 
 def located(problems: Sequence[Problem], path: str, overrides: Sequence[str]) -> list[Problem]:
     """Problems that were found while a recipe ran, each with the file and line of the key that it names."""
-    document = yamlfile.read(path)
-    origin = complaints.Origin(path, document.lines)
-    apply(overrides, document.value, origin)
-    found = []
-    for problem in problems:
-        file, line = origin.place(tuple(problem.key.split("."))) if problem.key else ("", None)
-        found.append(problem if problem.file or not problem.key else replace(problem, file=file, line=line))
-    return found
+    place = read(path, overrides).locate
+    return [place(problem) for problem in problems]
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `yamlfile` would read as something else, and writes floats that it reads back."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    quoted = not isinstance(yamlfile.resolve_scalar(text), str)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
-
-
-_Dumper.add_representer(str, _represent_text)
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a recipe file, for editors; where `extends` is given, nothing else is required."""
+    return editor.schema(Recipe.model_json_schema())

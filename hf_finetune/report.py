@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_finetune.arguments import Length
     from hf_finetune.batching import Division
     from hf_finetune.data import Prepared, SplitReport
+    from hf_finetune.errors import Problem
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
     from hf_finetune.runfolder import RunFolder
@@ -36,6 +37,8 @@ class Outcome:
     """Whole-run samples and tokens per second, share of padding."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final metrics per split."""
+    warnings: tuple[Problem, ...] = ()
+    """What the check before training found and did not refuse."""
     reload_difference: float = 0.0
     """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
 
@@ -131,6 +134,8 @@ def write(outcome: Outcome, entries: list[Entry]) -> None:
         model_line(recipe, outcome.parameters) + f"; {outcome.machine.describe()}.",
         "## Data",
         "\n".join(f"- {line}" for line in data_lines(outcome.prepared)),
+        "## Findings",
+        *_findings(outcome),
         "## Result",
         "\n".join(f"- {line.strip()}" for line in summary_lines(outcome) if line),
         *[_scores_table(split, scores) for split, scores in outcome.scores.items()],
@@ -139,6 +144,26 @@ def write(outcome: Outcome, entries: list[Entry]) -> None:
         parts += ["## Evaluations", _evaluations_table(length, recipe.task.headline)]
     parts += ["## Recipe", f"```yaml\n{recipe.dump()}```"]
     write_atomically(outcome.folder.report, "\n\n".join(parts) + "\n")
+
+
+def _findings(outcome: Outcome) -> list[str]:
+    """Everything that `data.checks` counted, whatever its level, and the warnings."""
+    facts = outcome.prepared.facts
+    levels = outcome.recipe.data.checks.model_dump()
+    names = [name for name in levels if any(name in split.tallies for split in facts.values())]
+    if not names:
+        return ["None of `data.checks` found anything."]
+    head = [f"| check | level | {' | '.join(facts)} |", "|---" * (len(facts) + 2) + "|"]
+    rows = [
+        f"| {name} | {levels[name]} | "
+        + " | ".join(f"{split.tallies[name].count:,}" if name in split.tallies else "0" for split in facts.values())
+        + " |"
+        for name in names
+    ]
+    parts = ["\n".join(head + rows)]
+    if outcome.warnings:
+        parts.append("\n".join(f"- {cell(str(problem))}" for problem in outcome.warnings))
+    return parts
 
 
 def _scores_table(split: str, scores: dict[str, float]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tempfile
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from hf_finetune.errors import Problem, RecipeError, StorageError
 
@@ -28,6 +30,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.lock = self.path / ".lock"
+        self._held: IO[str] | None = None
 
     def previous(self) -> dict[str, Any] | None:
         """`status.json` of the run that this folder holds, or None for a new or empty folder.
@@ -50,25 +54,26 @@ class RunFolder:
             return {"state": "failed", "reason": "its status.json is damaged"}
         return status
 
-    def claim(self, recipe_yaml: str, *, restart: bool) -> bool:
-        """Take the folder for a run and write the resolved recipe.
+    def look(self, recipe_yaml: str, *, restart: bool) -> bool:
+        """Whether a run could start here, without leaving a trace.
 
         Args:
             recipe_yaml: The resolved recipe.
-            restart: Move an earlier run aside.
+            restart: An earlier run would be moved aside.
 
         Returns:
             False where the folder holds this very run, finished: there is nothing to do.
 
         Raises:
-            RecipeError: The folder holds another or an unfinished run, and `restart` was not given.
+            RecipeError: The folder is in use, or holds another or an unfinished run and `restart` was not given.
             StorageError: The folder can't be written.
         """
         previous = self.previous()
-        if previous is not None and _is_alive(previous):
-            message = f"{self.path} belongs to a run that is going on; stop it, or name another folder"
+        if previous is not None and (pid := _holder(self.lock) or _is_alive(previous)):
+            who = f" (process {pid})" if pid is not True else ""
+            message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
             raise RecipeError(Problem(message, key="output"))
-        if previous is not None and not restart:
+        if previous is not None and not restart and not self._never_trained(previous):
             same = self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == recipe_yaml
             if same and previous["state"] == "done":
                 return False
@@ -77,14 +82,72 @@ class RunFolder:
                 f"{self.path} holds {what}; give --restart to move it aside and start anew, or name another folder"
             )
             raise RecipeError(Problem(message, key="output"))
+        self._probe()
+        return True
+
+    def claim(self, recipe_yaml: str, *, restart: bool) -> bool:
+        """Take the folder for a run, lock it, and write the resolved recipe; arguments and result like `look`.
+
+        Raises:
+            RecipeError: See `look`; another run may also have been faster.
+            StorageError: The folder can't be written.
+        """
+        if not self.look(recipe_yaml, restart=restart):
+            return False
         try:
-            if previous is not None:
+            previous = self.previous()
+            if previous is not None and not self._never_trained(previous):
                 self._set_aside()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock()
             write_atomically(self.recipe, recipe_yaml)
+        except RecipeError:
+            raise
         except OSError as error:
             raise StorageError(Problem(f"{self.path} can't be written: {error.strerror}", key="output")) from error
         return True
+
+    def _never_trained(self, previous: dict[str, Any]) -> bool:
+        """Whether an earlier run ended before its first step, most likely at a mistake that is mended now."""
+        unfinished = previous["state"] != "done" and not previous.get("step")
+        return unfinished and not self.metrics.exists() and not any(self.checkpoints.glob("*"))
+
+    def _probe(self) -> None:
+        """Make and remove a folder where the run folder is or will be.
+
+        Raises:
+            StorageError: That fails.
+        """
+        place = next(parent for parent in (self.path.absolute(), *self.path.absolute().parents) if parent.exists())
+        try:
+            Path(tempfile.mkdtemp(prefix=".hf_finetune-", dir=place)).rmdir()
+        except OSError as error:
+            message = f"{self.path} can't be written: {place}: {error.strerror}; name another folder"
+            raise StorageError(Problem(message, key="output")) from error
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, however it ends.
+
+        Raises:
+            RecipeError: Another run was faster.
+        """
+        stream = self.lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            message = f"{self.path} was taken by another run at this moment; name another folder"
+            raise RecipeError(Problem(message, key="output")) from None
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        self._held = stream
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _set_aside(self) -> None:
         """Rename an old run to a free name beside it, so that `--restart` loses nothing."""
@@ -92,6 +155,18 @@ class RunFolder:
         while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(target)
+
+
+def _holder(lock: Path) -> int | None:
+    """The process that holds a lock, if one does."""
+    try:
+        with lock.open("r+", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(lock.read_text(encoding="utf-8").strip() or 0)
+    except OSError:
+        return None  # no such file, or a file system without locks: the heartbeat decides
+    return None
 
 
 def _is_alive(status: dict[str, Any]) -> bool:

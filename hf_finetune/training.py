@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_finetune import arguments, batching, data, evaluation, export, hardware, model, quiet, report
+from hf_finetune import arguments, evaluation, export, hardware, model, quiet, report
 from hf_finetune.adapters import Setting
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem, RecipeError
 from hf_finetune.language import packing
+from hf_finetune.preflight import heavy, light
 from hf_finetune.report import Outcome
 from hf_finetune.runfolder import RunFolder, Status
 from hf_finetune.tracking import Observers
@@ -27,7 +28,9 @@ from hf_finetune.trainer import FinetuneTrainer, Job
 if TYPE_CHECKING:
     from hf_finetune.arguments import Length
     from hf_finetune.data import Prepared
+    from hf_finetune.findings import Findings
     from hf_finetune.hardware import Machine
+    from hf_finetune.preflight.heavy import Ready
     from hf_finetune.recipe import Recipe
 
 
@@ -45,12 +48,17 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
         FinetuneError: Something is wrong; its class says what kind, its exit code is the process's.
     """
     quiet.hush()
+    findings = light.look(recipe)
     machine = hardware.survey(recipe)
     folder = RunFolder(recipe.output)
-    if not _claim(folder, recipe, machine, restart=restart):
+    begin = _claim(folder, recipe, machine, restart=restart)
+    if isinstance(begin, FinetuneError):
+        findings.add(begin)
+        heavy.prepare(recipe, machine, findings)
+    if not begin:
         return None
     with _status(folder, machine) as status:
-        learner = _prepare(recipe, machine)
+        learner = _learner(heavy.prepare(recipe, machine, findings), findings)
         observers = Observers(recipe, folder, status, machine)
         trainer = _trainer(learner, observers, folder)
         with _out_of_memory(trainer, learner):
@@ -68,6 +76,7 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
             rates=trainer.throughput.total.rates(),
             scores=scores,
             reload_difference=difference,
+            warnings=tuple(findings.warnings),
         )
         observers.conclude(report.summary_entry(outcome))
         if machine.is_main:
@@ -92,22 +101,17 @@ class Learner:
     run_length: Length
 
 
-def _prepare(recipe: Recipe, machine: Machine) -> Learner:
-    """Tokenizer, data, model, adapter; says what it finds on the way."""
+def _learner(ready: Ready, findings: Findings) -> Learner:
+    """Load the weights and apply the adapter; says what is known on the way."""
+    recipe, machine, prepared, tokenizer = ready.recipe, ready.machine, ready.prepared, ready.tokenizer
+    job, run_length = ready.assignment.job, ready.assignment.length
     tell = say if machine.is_main else _keep_silent
-    tokenizer = model.load_tokenizer(recipe.model)
-    machine = replace(machine, attention=model.attention(recipe, machine))
     tell(f"run folder {recipe.output}: {machine.describe()}")
-    prepared = data.prepare(recipe, tokenizer, machine)
-    for line in report.data_lines(prepared):
+    for line in [*report.data_lines(prepared), *(f"warning: {problem}" for problem in findings.warnings)]:
         tell(line)
-    job, run_length = _job(recipe, prepared, machine, tokenizer)
-    if machine.is_sharded and any(job.questions.values()):
-        message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
-        raise RecipeError(Problem(message, key="task.generate_rows"))
 
     set_seed(recipe.training.seed)
-    loaded = model.load(recipe, prepared.targets, machine, tokenizer)
+    loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
     if job.packed:
         packing.check_packing(loaded.model)
     setting = Setting(
@@ -122,51 +126,6 @@ def _prepare(recipe: Recipe, machine: Machine) -> Learner:
     tell(report.model_line(recipe, model.parameter_counts(adapted)))
     tell(report.plan_line(job.division, run_length))
     return Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length)
-
-
-def _job(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> tuple[Job, Length]:
-    """Rows, batches and their division among ranks, and how many steps that makes."""
-    vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
-    division = batching.Division(
-        batch_size=recipe.training.batch_size,
-        micro_batch=hardware.micro_batch(recipe, machine, vocabulary),
-        rank=machine.rank,
-        world_size=machine.world_size,
-    )
-    train, lengths = _train_rows(recipe, prepared, division)
-    batches = None
-    if lengths is not None:
-        grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)
-        batches = batching.GlobalBatches(grouped, division, recipe.training.seed)
-    job = Job(
-        task=recipe.task,
-        targets=prepared.targets,
-        adapter=recipe.adapter,
-        tokenizer=tokenizer,
-        train=train,
-        validation=prepared.validation,
-        batches=batches,
-        division=division,
-        eval_batch=hardware.eval_batch(recipe, machine, vocabulary),
-        questions={
-            "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
-            "test": recipe.task.questions(prepared.raw_test, tokenizer),
-        },
-        packed=recipe.data.packing,
-    )
-    return job, arguments.length(recipe, None if lengths is None else len(lengths))
-
-
-def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:
-    """The training set as the loader reads it, and the length of each of its rows (None for a stream)."""
-    if isinstance(prepared.train, data.Stream):
-        return batching.StreamedBatches(prepared.train, division, recipe.training.seed), None
-    rows = batching.Rows(prepared.train, recipe.task)
-    lengths: list[int] = list(prepared.train["length"])
-    if not recipe.data.packing:
-        return rows, lengths
-    packs = batching.pack(lengths, recipe.data.max_length)
-    return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]
 
 
 def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:
@@ -236,8 +195,8 @@ def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
     return whole
 
 
-def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool:
-    """Rank 0 takes the run folder; all ranks learn whether there is anything to do."""
+def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool | FinetuneError:
+    """Rank 0 takes the run folder; all ranks learn whether there is anything to do, or why that is impossible."""
     begin: list[bool | FinetuneError] = [True]
     if machine.is_main:
         try:
@@ -250,8 +209,6 @@ def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool
                 f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew"
             )
     broadcast_object_list(begin)
-    if isinstance(begin[0], FinetuneError):
-        raise begin[0]
     return begin[0]
 
 
@@ -279,9 +236,11 @@ def _status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
     except BaseException as error:
         status.finish("failed", 1, f"{type(error).__name__}: {error}")
         raise
+    else:
+        status.finish("done", 0)
     finally:
         signal.signal(signal.SIGTERM, before)
-    status.finish("done", 0)
+        folder.release()
 
 
 def _stop(number: int, frame: object) -> None:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    **dict.fromkeys(["errors"], 0),
-    "plugins": 1,
+    "errors": 0,
+    **dict.fromkeys(["badrows", "findings", "plugins"], 1),
     "schema": 2,
     # 3: the contracts, tasks/__init__ and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
     "recipe": 6,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from models import recipe
 
 from hf_finetune import hardware
 from hf_finetune.errors import RecipeError
@@ -35,8 +36,18 @@ def test_automatic_precision_on_a_cpu_needs_native_bf16() -> None:
 
 
 def test_fp16_on_a_cpu_is_an_error() -> None:
+    made = recipe("any", {"kind": "lora"})
+    made = made.model_copy(update={"training": made.training.model_copy(update={"precision": "fp16"})})
+    machine = hardware.alone(made)
+    assert machine.precision in ("bf16", "fp32")
     with pytest.raises(RecipeError, match=r"training\.precision: fp16 needs a CUDA device"):
-        hardware._precision("fp16", "cpu")
+        hardware.check(made, machine)
+
+
+def test_a_rank_without_a_row_is_an_error() -> None:
+    machine = hardware.Machine("cpu", 0, 0, 8, 8, 1, "fp32", "eager")
+    with pytest.raises(RecipeError, match=r"training\.batch_size: 4 rows are fewer than the 8 ranks"):
+        hardware.check(recipe("any", {"kind": "lora"}), machine)
 
 
 def test_bf16_on_a_cpu_avoids_the_slow_fused_attention() -> None:

@@ -15,7 +15,7 @@ from hf_finetune.tasks import Targets
 @pytest.mark.parametrize("values", [[-1, -1], [None, None]])
 def test_a_split_without_labels_says_what_to_remove(values: list[Any]) -> None:
     targets = Targets(names=("a", "b"), id_of={"0": 0, "1": 1})
-    with pytest.raises(DataError, match=r"row 0: .* has no label, nor has any other row.*remove data\.test"):
+    with pytest.raises(DataError, match=r"row 0, 1: .* has no label, nor has any other row.*remove data\.test"):
         label_values.ids(values, "label", targets)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,12 +11,21 @@ import pytest
 
 from hf_finetune import runfolder
 from hf_finetune.errors import RecipeError, StorageError
-from hf_finetune.runfolder import RunFolder, Status
+from hf_finetune.runfolder import RunFolder, State, Status
 
 
 def state(folder: RunFolder) -> str:
     text: str = json.loads(folder.status.read_text())["state"]
     return text
+
+
+def finished(folder: RunFolder, recipe: str, ended: State, step: int = 3) -> None:
+    """A run that has been in this folder."""
+    folder.claim(recipe, restart=True)
+    status = Status(folder.status)
+    status.step = step
+    status.finish(ended, 0 if ended == "done" else 1)
+    folder.release()
 
 
 def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
@@ -26,8 +36,7 @@ def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
 
 def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
-    Status(folder.status).finish("done", 0)
+    finished(folder, "a: 1\n", "done")
     assert not folder.claim("a: 1\n", restart=False)
 
 
@@ -36,17 +45,39 @@ def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
 )
 def test_another_or_unfinished_run_is_refused(tmp_path: Path, recipe: str, says: str) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
-    Status(folder.status).finish("failed", 1)
+    finished(folder, "a: 1\n", "failed")
     with pytest.raises(RecipeError, match=says):
         folder.claim(recipe, restart=False)
+
+
+def test_a_run_that_never_trained_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    finished(folder, "a: 1\n", "failed", step=0)
+    assert folder.claim("a: 2\n", restart=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "run"))
+    first.claim("a: 1\n", restart=False)
+    Status(first.status).finish("failed", 1)
+    with pytest.raises(RecipeError, match=rf"going on \(process {os.getpid()}\)"):
+        second.claim("a: 1\n", restart=True)
+    first.release()
+    assert second.claim("a: 1\n", restart=True)
+
+
+def test_a_look_leaves_no_trace(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path / "deep" / "run")).look("a: 1\n", restart=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match=r"/proc: .*; name another folder"):
+        RunFolder("/proc/none").look("a: 1\n", restart=False)
 
 
 def test_restart_keeps_the_old_run_aside(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     for number in range(3):
-        assert folder.claim(f"a: {number}\n", restart=True)
-        Status(folder.status).finish("done", 0)
+        finished(folder, f"a: {number}\n", "done")
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["run", "run.old-1", "run.old-2"]
     assert (tmp_path / "run.old-1" / "recipe.yaml").read_text() == "a: 0\n"
@@ -85,4 +116,4 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     for _ in range(50):
         status._write("running", exit_code=None, reason=None)
         assert state(folder) == "running"
-    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in folder.path.iterdir() if path.name.startswith(".")] == [".lock"]

@@ -142,7 +142,7 @@ def test_secret_labels_of_a_test_split_say_what_to_remove(tokenizer: PreTrainedT
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     train = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]}, features=features)
     targets = make().targets(train)
-    with pytest.raises(DataError, match=r"^row 0: column 'label' is -1: .*remove data\.test"):
+    with pytest.raises(DataError, match=r"^row 0, 1, 2, 3: column 'label' is -1: .*remove data\.test"):
         make().encode({"text": TEXTS, "label": [-1] * 4}, tokenizer, targets, 8)
 
 

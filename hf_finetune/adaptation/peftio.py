@@ -201,17 +201,28 @@ def resume(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[st
         RecipeError: The adapter is of another method.
         ModelError: The adapter does not fit the model.
     """
-    config = stored_config(folder)
-    if config.peft_type.value != peft_type:
-        reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
-        raise RecipeError(Problem(reason, key="adapter.from"))
-    for name, value in changes.items():
-        setattr(config, name, value)
+    config = _changed(stored_config(folder), folder, peft_type, changes)
     trained_on = config.base_model_name_or_path
     if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
         _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
     config.base_model_name_or_path = model.name_or_path
     return read(model, folder, config=config, train=True)
+
+
+def outline(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[str, Any]) -> PeftModel:
+    """What `resume` would make of a model on the meta device; the adapter's weights are not read."""
+    config = _changed(stored_config(folder), folder, peft_type, changes)
+    config.inference_mode = False
+    return wrap(model, config)
+
+
+def _changed(config: Any, folder: str, peft_type: str, changes: dict[str, Any]) -> Any:
+    if config.peft_type.value != peft_type:
+        reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
+        raise RecipeError(Problem(reason, key="adapter.from"))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
 
 
 def adapted_modules(folder: str) -> set[str]:

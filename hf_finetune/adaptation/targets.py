@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import ModelError, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,25 +47,27 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
         key: The recipe key to blame.
 
     Raises:
-        RecipeError: A name or the pattern matches nothing, or something that is no linear or embedding layer.
+        ModelError: A name or the pattern matches nothing, or something that is no linear or embedding layer.
     """
     trainable = dict(_outside(model, skip))
     if spec == ALL_LINEAR:
         found = linear(model, skip)
         if not found:
-            raise RecipeError(Problem("the model has no linear layer outside its heads", key=key))
+            raise ModelError(Problem("the model has no linear layer outside its heads", key=key))
         return found
-    found = {}
+    found, problems = {}, []
     for name in [spec] if isinstance(spec, str) else spec:
         hits = {path: module for path, module in trainable.items() if _matches(path, name, isinstance(spec, str))}
+        unfit = next(((path, module) for path, module in hits.items() if not _adaptable(module)), None)
         if not hits:
-            raise RecipeError(Problem(f"{name!r} matches no module{_candidates(model, skip, name)}", key=key))
+            problems.append(Problem(f"{name!r} matches no module{_candidates(model, skip, name)}", key=key))
+        elif unfit is not None:
+            kind = type(unfit[1]).__name__
+            reason = f"{unfit[0]!r} is a {kind}, which takes no adapter{_candidates(model, skip, unfit[0])}"
+            problems.append(Problem(reason, key=key))
         found |= hits
-    for path, module in found.items():
-        if not _adaptable(module):
-            kind = type(module).__name__
-            reason = f"{path!r} is a {kind}, which takes no adapter{_candidates(model, skip, path)}"
-            raise RecipeError(Problem(reason, key=key))
+    if problems:
+        raise ModelError(problems)
     return found
 
 
@@ -94,17 +96,20 @@ def paths(model: nn.Module, names: Iterable[str], key: str) -> list[str]:
     PEFT compares `modules_to_save` by `str.endswith`, so that `norm` also takes `layernorm`: full paths avoid that.
 
     Raises:
-        RecipeError: A name matches no module with weights.
+        ModelError: A name matches no module with weights.
     """
     own = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
     found: list[str] = []
+    problems = []
     for name in names:
         hits = [path for path in own if path == name or path.endswith(f".{name}")]
         if not hits:
             near = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in own}, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(Problem(f"{name!r} matches no module with weights{hint}", key=key))
+            problems.append(Problem(f"{name!r} matches no module with weights{hint}", key=key))
         found += [path for path in hits if path not in found]
+    if problems:
+        raise ModelError(problems)
     return found
 
 
@@ -112,13 +117,13 @@ def by_pattern(modules: dict[str, nn.Module], values: dict[str, Any], default: f
     """Each module's value: that of the first pattern which matches the end of its path, as PEFT does it.
 
     Raises:
-        RecipeError: A pattern matches none of the modules.
+        ModelError: A pattern matches none of the modules.
     """
     found: dict[str, float] = {}
     for pattern, value in values.items():
         hits = [path for path in modules if re.match(rf"(.*\.)?({pattern})$", path)]
         if not hits:
-            raise RecipeError(Problem(f"{pattern!r} matches none of the target modules", key=key))
+            raise ModelError(Problem(f"{pattern!r} matches none of the target modules", key=key))
         for path in hits:
             found.setdefault(path, value)
     return {path: found.get(path, default) for path in modules}
@@ -128,13 +133,13 @@ def check_rank(modules: dict[str, nn.Module], rank: int, key: str) -> None:
     """Refuse a rank that is larger than the matrices it is to factorise.
 
     Raises:
-        RecipeError: `rank` is more than the smaller side of a module's weight.
+        ModelError: `rank` is more than the smaller side of a module's weight.
     """
     for path, module in modules.items():
         smaller = min(sides(module))
         if rank > smaller:
             reason = f"{rank} is more than the smaller side ({smaller}) of {path!r}; choose at most {smaller}"
-            raise RecipeError(Problem(reason, key=key))
+            raise ModelError(Problem(reason, key=key))
 
 
 def sides(module: nn.Module) -> tuple[int, ...]:

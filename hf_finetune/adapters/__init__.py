@@ -48,7 +48,7 @@ class Adapter(Plugin):
         """Check every target name and pattern against the model's modules; weights may be on the meta device.
 
         Raises:
-            RecipeError: A target matches no module; the message lists the candidates.
+            ModelError: A target matches no module; the message lists the candidates.
         """
 
     @abstractmethod
@@ -58,6 +58,10 @@ class Adapter(Plugin):
         Raises:
             RecipeError: A target or a token of the recipe does not exist in the model.
         """
+
+    def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """What `apply` would make of a model on the meta device: the same shapes and dtypes, no weights read."""
+        return self.apply(model, setting)
 
     @abstractmethod
     def save(self, adapted: torch.nn.Module, folder: str) -> None:

@@ -67,6 +67,14 @@ class IA3(Adapter):
         )
         return peftio.wrap(model, config)
 
+    def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """The vectors; those of a stored adapter by its config."""
+        if self.continue_from is None:
+            return self.apply(model, setting)
+        folder = peftio.find(self.continue_from, "adapter.from")
+        labelfile.check(folder, setting.labels)
+        return peftio.outline(model, folder, "IA3", {})
+
     def save(self, adapted: torch.nn.Module, folder: str) -> None:
         """Write vectors and fully trained modules."""
         peftio.write(adapted, folder)

@@ -102,6 +102,14 @@ class Lora(Adapter):
             lorainit.eva(adapted, setting.batches)
         return adapted
 
+    def outline(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
+        """The matrices without their first values, which weights or data decide; a stored adapter by its config."""
+        self.check_targets(model, setting.head_modules)
+        if self.continue_from is not None:
+            folder = self._checked_continuation(model, setting)
+            return peftio.outline(model, folder, "LORA", {"lora_dropout": self.dropout})
+        return self.model_copy(update={"init": "default"}).apply(model, setting)
+
     def save(self, adapted: nn.Module, folder: str) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
         config, tensors = lorainit.for_unmodified_base(adapted)
@@ -166,13 +174,18 @@ class Lora(Adapter):
         return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}
 
     def _continue(self, model: PreTrainedModel, setting: Setting) -> PeftModel:
+        folder = self._checked_continuation(model, setting)
+        return peftio.resume(model, folder, "LORA", {"lora_dropout": self.dropout})
+
+    def _checked_continuation(self, model: PreTrainedModel, setting: Setting) -> str:
+        """Folder of the stored adapter, which contradicts nothing."""
         folder = peftio.find(str(self.continue_from), "adapter.from")
         labelfile.check(folder, setting.labels)
         stored = peftio.stored_config(folder)
         if stored.peft_type.value == "LORA":
             self._check_targets_against(folder, stored, model, setting)
             self._check_against(stored, model, setting)
-        return peftio.resume(model, folder, "LORA", {"lora_dropout": self.dropout})
+        return folder
 
     def _check_targets_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Compare modules, not spellings: `all-linear`, a pattern and a list of names may mean the same."""

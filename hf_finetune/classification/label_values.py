@@ -1,93 +1,90 @@
-"""Turns the raw values of label columns into ids, cells and numbers, and names the row where that is impossible.
+"""Turns the raw values of label columns into ids, cells and numbers, and names the rows where that is impossible.
 
 A label is known by its text: `true` or `false`, the digits of an integer, or the string itself. `Targets.id_of` maps
-these texts to ids, and so survives JSON. Rows are counted from 0; `start` is the number of the first row given.
+these texts to ids, and so survives JSON. Rows are counted from 0; `start` is the number of the first row given. All bad
+rows of a batch are told at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
+from hf_finetune.badrows import BadRows
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 
+T = TypeVar("T")
+
 SHOWN = 20
 """Most names that a message lists."""
-UNLABELLED = -1
-"""What GLUE and others write into the label column where the labels are kept secret."""
+UNLABELLED = (-1, -100)
+"""What GLUE and others write into the label column where labels are kept secret, and what torch's losses ignore."""
 
 
 def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
     """The text by which each label is known, one label a row.
 
     Raises:
-        DataError: A label is missing, or neither integer, string nor boolean, or not of the type of the others.
+        RowsError: A label is missing, or neither integer, string nor boolean, or not of the type of the others.
     """
-    for row, value in enumerate(values, start):
-        if is_missing(value):
-            refuse(row, column, "is null: the row has no label" + _hint(values))
-    for row, value in enumerate(values, start):
-        if type(value) is not type(values[0]):
-            refuse(row, column, f"holds {value!r}, but the rows before hold labels like {values[0]!r}; use one type")
-    return [_text(value, column, row) for row, value in enumerate(values, start)]
+    return _each(values, column, start, _text_reader(values))
 
 
 def list_texts(values: Sequence[Any], column: str, start: int = 0) -> list[list[str]]:
     """The texts of each row's list of labels; raises like `texts`, and for a label that a row repeats."""
-    found = []
-    for row, value in enumerate(values, start):
-        if is_missing(value):
-            refuse(row, column, "is null; a row without labels holds an empty list" + _hint(values))
-        if not isinstance(value, list):
-            refuse(row, column, f"holds {value!r}; multi_label needs a list of labels, or several columns of 0 and 1")
-        row_texts = [_text(label, column, row) for label in value]
-        if len(set(row_texts)) < len(row_texts):
-            refuse(row, column, f"repeats a label: {listed(row_texts)}; 0/1 cells belong into columns of their own")
-        found.append(row_texts)
-    return found
+    return _each(values, column, start, _list_reader(values))
 
 
 def ids(values: Sequence[Any], column: str, targets: Targets) -> list[int]:
     """Ids of a column with one label a row.
 
     Raises:
-        DataError: A label is missing, unfit or unknown.
+        RowsError: A label is missing, unfit or unknown.
     """
-    found = texts(values, column)
-    for row, text in enumerate(found):
+    hint, text_of = _hint(values), _text_reader(values)
+
+    def read(value: Any) -> int:
+        text = text_of(value)
         if text not in targets.id_of:
-            unknown(row, column, text, targets.names, _hint(values))
-    return [targets.id_of[text] for text in found]
+            _refuse(unknown(text, targets.names, hint))
+        return targets.id_of[text]
+
+    return _each(values, column, 0, read)
 
 
 def multi_hot(values: Sequence[Any], column: str, targets: Targets) -> list[list[float]]:
     """A row of C cells, 0.0 or 1.0, for each list of labels; raises like `ids`."""
-    found = []
-    for row, row_texts in enumerate(list_texts(values, column)):
-        cells_of_row = [0.0] * len(targets.names)
-        for text in row_texts:
+    texts_of = _list_reader(values)
+
+    def read(value: Any) -> list[float]:
+        row_cells = [0.0] * len(targets.names)
+        for text in texts_of(value):
             if text not in targets.id_of:
-                unknown(row, column, text, targets.names)
-            cells_of_row[targets.id_of[text]] = 1.0
-        found.append(cells_of_row)
-    return found
+                _refuse(unknown(text, targets.names))
+            row_cells[targets.id_of[text]] = 1.0
+        return row_cells
+
+    return _each(values, column, 0, read)
 
 
 def cells(rows: Mapping[str, Sequence[Any]], start: int = 0) -> list[list[float]]:
     """A row of C cells, 0.0 or 1.0, from C columns.
 
     Raises:
-        DataError: A cell is neither 0, 1, true nor false.
+        RowsError: A cell is neither 0, 1, true nor false.
     """
+    bad = BadRows()
     for column, values in rows.items():
+        hint = _hint(values)
         for row, value in enumerate(values, start):
             if is_missing(value):
-                refuse(row, column, "is null; a label column of multi_label holds 0 or 1" + _hint(values))
-            if not isinstance(value, int) or value not in (0, 1):
+                bad.add(row, f"column {column!r} is null; a label column of multi_label holds 0 or 1{hint}")
+            elif not isinstance(value, int) or value not in (0, 1):
                 what = f"holds {value!r}; a label column of multi_label holds the integers 0 and 1"
-                refuse(row, column, what + _hint(values))
+                bad.add(row, f"column {column!r} {what}{hint}")
+    bad.raise_any()
     return [[float(cell) for cell in row] for row in zip(*rows.values(), strict=True)]
 
 
@@ -95,28 +92,28 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
     """The numbers of a regression's column.
 
     Raises:
-        DataError: A value is missing, no number, or not finite.
+        RowsError: A value is missing, no number, or not finite.
     """
-    for row, value in enumerate(values, start):
+    hint = _hint(values)
+
+    def read(value: Any) -> float:
         if is_missing(value):
-            refuse(row, column, "is null; regression needs a number in every row" + _hint(values))
+            _refuse(f"is null; regression needs a number in every row{hint}")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            refuse(row, column, f"holds {value!r}; regression needs a number")
+            _refuse(f"holds {value!r}; regression needs a number")
         if not math.isfinite(value):
-            refuse(row, column, f"holds {value}; regression needs finite numbers")
-    return [float(value) for value in values]
+            _refuse(f"holds {value}; regression needs finite numbers")
+        return float(value)
+
+    return _each(values, column, start, read)
 
 
-def unknown(row: int, column: str, text: str, names: Sequence[str], hint: str = "") -> NoReturn:
-    """Refuse the text of a label that is none of the known names."""
-    if text == str(UNLABELLED):
-        refuse(row, column, "is -1: the row has no label" + hint)
-    refuse(row, column, f"holds {text!r}, which is none of the known labels: {listed(names)}")
-
-
-def refuse(row: int, column: str, what: str) -> NoReturn:
-    """Raise the `DataError` of one value; its message starts with `row N: `."""
-    raise DataError(f"row {row}: column {column!r} {what}")
+def unknown(text: str, names: Sequence[str], hint: str = "") -> str:
+    """What is wrong with the text of a label that is none of the known names."""
+    if text in map(str, UNLABELLED):
+        return f"is {text}: the row has no label{hint or _NOTHING}"
+    remedy = "correct it, or list every label in task.labels"
+    return f"holds {text!r}, which is none of the known labels: {listed(names)}; {remedy}"
 
 
 def is_missing(value: object) -> bool:
@@ -130,7 +127,58 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _text(value: Any, column: str, row: int) -> str:
+_NOTHING = "; remove it or label it"
+
+
+def _text_reader(values: Sequence[Any]) -> Callable[[Any], str]:
+    """Reads the values of a batch with one label a row."""
+    hint = _hint(values)
+    first = next((value for value in values if not is_missing(value)), None)
+
+    def read(value: Any) -> str:
+        if is_missing(value):
+            _refuse(f"is null: the row has no label{hint}")
+        if type(value) is not type(first):
+            _refuse(f"holds {value!r}, but the rows before hold labels like {first!r}; use one type")
+        return _text(value)
+
+    return read
+
+
+def _list_reader(values: Sequence[Any]) -> Callable[[Any], list[str]]:
+    """Reads the values of a batch with a list of labels a row."""
+    hint = _hint(values)
+
+    def read(value: Any) -> list[str]:
+        if is_missing(value):
+            _refuse(f"is null; a row without labels holds an empty list{hint}")
+        if not isinstance(value, list):
+            _refuse(f"holds {value!r}; multi_label needs a list of labels, or several columns of 0 and 1")
+        row_texts = [_text(label) for label in value]
+        if len(set(row_texts)) < len(row_texts):
+            _refuse(f"repeats a label: {listed(row_texts)}; 0/1 cells belong into columns of their own")
+        return row_texts
+
+    return read
+
+
+def _each(values: Sequence[Any], column: str, start: int, read: Callable[[Any], T]) -> list[T]:
+    """`read` of each value; what it refuses is collected."""
+    found, bad = [], BadRows()
+    for row, value in enumerate(values, start):
+        try:
+            found.append(read(value))
+        except DataError as error:
+            bad.add(row, f"column {column!r} {error}")
+    bad.raise_any()
+    return found
+
+
+def _refuse(what: str) -> NoReturn:
+    raise DataError(what)
+
+
+def _text(value: Any) -> str:
     match value:
         case bool():
             return "true" if value else "false"
@@ -139,20 +187,20 @@ def _text(value: Any, column: str, row: int) -> str:
         case str() if value:
             return value
         case str():
-            refuse(row, column, "is empty: the row has no label")
+            _refuse("is empty: the row has no label")
         case float() if value.is_integer():
             cause = "integers beside empty cells are read so"
-            refuse(row, column, f"holds the float {value} ({cause}); write integers, or set problem: regression")
+            _refuse(f"holds the float {value} ({cause}); write integers, or set problem: regression")
         case float():
-            refuse(row, column, f"holds {value}, a number and no label; set problem: regression")
+            _refuse(f"holds {value}, a number and no label; set problem: regression")
         case list():
-            refuse(row, column, f"holds a list, {value!r}; set problem: multi_label")
+            _refuse(f"holds a list, {value!r}; set problem: multi_label")
         case _:
-            refuse(row, column, f"holds {value!r}; a label is an integer, a string or a boolean")
+            _refuse(f"holds {value!r}; a label is an integer, a string or a boolean")
 
 
 def _hint(values: Sequence[Any]) -> str:
     """What to do, where none of the rows has a label."""
-    if len(values) > 1 and all(is_missing(value) or value == UNLABELLED for value in values):
+    if len(values) > 1 and all(is_missing(value) or value in UNLABELLED for value in values):
         return ", nor has any other row here; if these are the test rows, remove data.test"
-    return "; remove it or label it"
+    return _NOTHING

@@ -8,7 +8,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_finetune.classification.label_values import cells, list_texts, listed, numbers, texts, unknown
+from hf_finetune.badrows import BadRows
+from hf_finetune.classification.label_values import UNLABELLED, cells, list_texts, listed, numbers, texts, unknown
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 
@@ -31,16 +32,17 @@ def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[s
         Targets without weights.
 
     Raises:
-        DataError: A label is missing, unfit or unknown, fewer than two occur, or streaming leaves the names unknown.
+        DataError: A label is missing, unfit or unknown, fewer than two are known, or streaming leaves them unknown.
+            Of unfit rows it is a `RowsError` with all of them. That only one of the declared labels occurs is a matter
+            of `data.checks`.
     """
 
     def read(values: Sequence[Any], start: int) -> list[list[str]]:
         return [[text] for text in texts(values, column, start)]
 
     targets = _read(train, column, _declared(_feature(train, column), column, names), read)
-    present = [name for name, count in zip(targets.names, targets.counts, strict=False) if count]
-    if _is_loaded(train) and len(present) < 2:
-        what = f"only {present[0]!r}" if present else "no label"
+    if len(targets.names) < 2:
+        what = f"only {targets.names[0]!r}" if targets.names else "no label"
         raise DataError(f"column {column!r} holds {what} in training; a classifier needs two labels")
     return targets
 
@@ -72,9 +74,14 @@ def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> Targ
     if not _is_loaded(train):
         return targets
     counts = [0] * len(columns)
+    bad = BadRows()
     for start, rows in _batches(train, columns):
-        cells(rows, start)
-        counts = [count + sum(rows[column]) for count, column in zip(counts, columns, strict=True)]
+        with bad.collect():
+            cells(rows, start)
+            counts = [count + sum(rows[column]) for count, column in zip(counts, columns, strict=True)]
+        if bad.full:
+            break
+    bad.raise_any()
     if not any(counts):
         raise DataError(f"columns {listed(columns)} are 0 in every training row; there is nothing to learn")
     return replace(targets, counts=tuple(counts))
@@ -89,8 +96,13 @@ def read_numbers(train: Dataset | IterableDataset, column: str) -> Targets:
     targets = Targets(names=(column,), id_of={column: 0})
     if not _is_loaded(train):
         return targets
+    bad = BadRows()
     for start, rows in _batches(train, [column]):
-        numbers(rows[column], column, start)
+        with bad.collect():
+            numbers(rows[column], column, start)
+        if bad.full:
+            break
+    bad.raise_any()
     return replace(targets, counts=(len(train),))
 
 
@@ -166,12 +178,19 @@ def _read(
             raise DataError(f"streaming can't tell the labels of column {column!r}; list them in task.labels")
         return Targets(names=declared[0], id_of=declared[1])
     found: Counter[str] = Counter()
+    bad = BadRows()
     for start, rows in _batches(train, [column]):
-        rows_texts = read(rows[column], start)
-        found.update(chain.from_iterable(rows_texts))
-        if declared and not found.keys() <= declared[1].keys():
-            row, text = next((i, t) for i, row in enumerate(rows_texts, start) for t in row if t not in declared[1])
-            unknown(row, column, text, declared[0])
+        with bad.collect():
+            rows_texts = read(rows[column], start)
+            found.update(chain.from_iterable(rows_texts))
+            for text in {text for row in rows_texts for text in row if _strange(text, declared)}:
+                what = _negative(text) if declared is None else unknown(text, declared[0])
+                for row, row_texts in enumerate(rows_texts, start):
+                    if text in row_texts:
+                        bad.add(row, f"column {column!r} {what}")
+        if bad.full:
+            break
+    bad.raise_any()
     if declared is None:
         order = tuple(sorted(found, key=int if all(map(_is_integer, found)) else str))
         declared = order, {name: index for index, name in enumerate(order)}
@@ -180,6 +199,17 @@ def _read(
     for text, count in found.items():
         counts[id_of[text]] += count
     return Targets(names=names, counts=tuple(counts), id_of=id_of)
+
+
+def _strange(text: str, declared: Declared | None) -> bool:
+    """Whether a label is none of those declared, or, where none are, negative."""
+    return _is_integer(text) and text.startswith("-") if declared is None else text not in declared[1]
+
+
+def _negative(text: str) -> str:
+    usual = f"which usually means that the row has no label; remove it, or list {text} in task.labels if it is one"
+    reason = usual if text in map(str, UNLABELLED) else f"a negative label; list {text} in task.labels if it is meant"
+    return f"holds {text}, {reason}"
 
 
 def _batches(train: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:

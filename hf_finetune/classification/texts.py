@@ -8,27 +8,48 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.badrows import BadRows
+from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.tasks import Batch, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SHOWN = 60
+"""Characters of a value that a message shows."""
 
 
 def checked(values: Sequence[Any], column: str) -> list[str]:
     """The texts of a column.
 
     Raises:
-        DataError: One of them is null, empty or no text; the message starts with `row N: `, N from 0.
+        RowsError: Some are null, empty or no text; rows are counted from 0.
     """
+    bad = BadRows()
     for row, value in enumerate(values):
         if value is None:
-            raise DataError(f"row {row}: column {column!r} is null; remove the row or fill it in")
-        if not isinstance(value, str):
-            raise DataError(f"row {row}: column {column!r} holds {value!r}, which is no text")
-        if not value.strip():
-            raise DataError(f"row {row}: column {column!r} is empty; remove the row or fill it in")
+            bad.add(row, f"column {column!r} is null; remove the row or fill it in")
+        elif not isinstance(value, str):
+            bad.add(row, f"column {column!r} holds {_shown(value)}, which is no text; write it in quotes or remove it")
+        elif not value.strip():
+            bad.add(row, f"column {column!r} is empty; remove the row or fill it in")
+        elif not _encodes(value):
+            bad.add(row, f"column {column!r} holds half a surrogate pair, which is no character; write the text anew")
+    bad.raise_any()
     return list(values)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import numpy as np
 
-from hf_finetune.data.splits import BOOKKEEPING, PART, ROW, Split
+from hf_finetune.badrows import SHOWN, RowsError, numbers
+from hf_finetune.data import rawtext
+from hf_finetune.data.placing import PlacedError, placed
+from hf_finetune.data.splitreport import SplitReport, nothing_left
+from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.hardware import cores
 
@@ -26,40 +30,10 @@ FEW_ROWS = 5_000
 """Up to this many rows, starting processes costs more than it saves."""
 SAMPLE = 100
 """Rows from which the types of the encoded columns are read."""
-NUMBERS_SHOWN = 5
-"""Row numbers that a message lists."""
-
-_ROW_IN_BATCH = re.compile(r"row (\d+): ")
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What became of the rows of a split; rows = kept + dropped + untrained."""
-
-    rows: int = 0
-    """Raw rows."""
-    kept: int = 0
-    """Rows that are trained on or evaluated."""
-    cut: int = 0
-    """Kept rows that were over-long and truncated."""
-    dropped: int = 0
-    """Rows that were dropped because they were over-long."""
-    untrained: int = 0
-    """Rows that were dropped because nothing of them counts in the loss."""
-    tokens: int = 0
-    """Tokens of the kept rows, after cutting."""
-    trained: int = 0
-    """Items of the kept rows that the loss counts: rows, or tokens."""
-    longest: int = 0
-    """Tokens of the longest row, before cutting."""
-    unused: int = 0
-    """Rows of mixed sources that are never drawn, not among `rows`; unknown for a stream, and then 0."""
-
-    def __add__(self, other: SplitReport) -> SplitReport:
-        """The report of both together."""
-        mine, theirs = asdict(self), asdict(other)
-        longest = max(self.longest, other.longest)
-        return replace(SplitReport(**{name: mine[name] + theirs[name] for name in mine}), longest=longest)
+INDEX = "row"
+"""Column: number of the raw row in the split, from 0."""
+MARKS = "marks"
+"""Column: what the raw text of a row holds, as bits of `rawtext`."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +47,91 @@ class Encoder:
     places: tuple[str, ...]
     """What messages call the sources."""
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Encode raw rows with their `BOOKKEEPING` columns.
+    def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """Encode raw rows with their `BOOKKEEPING` columns; those without any text are left out.
+
+        Args:
+            rows: Columns.
+            indices: Numbers of the rows in the split, from 0; null counts those of the batch.
 
         Returns:
             `input_ids`, `labels`, perhaps `token_type_ids`, `length` (tokens after cutting), `whole` (before),
-            `trained`, and the `BOOKKEEPING` columns.
+            `trained`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns; nothing where no row has text.
 
         Raises:
-            DataError: A row can't be encoded; the message names its source and its number there.
+            DataError: Rows can't be encoded; it names their source and their numbers there.
         """
+        indices = range(len(rows[ROW])) if indices is None else indices
         raw = {column: values for column, values in rows.items() if column not in BOOKKEEPING}
+        spoken = [index for index, blank in enumerate(self.task.blank(raw)) if not blank]
+        if not spoken:
+            return {}
+        raw = {column: [values[index] for index in spoken] for column, values in raw.items()}
+        bookkeeping = {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
         try:
             encoded = self.task.encode(raw, self.tokenizer, self.targets, self.max_length)
-        except DataError as error:
-            raise DataError(_placed(problem, rows, self.places) for problem in error.problems) from None
+        except RowsError as error:
+            raise placed(error, bookkeeping, self.places) from None
         columns = {name: [row[name] for row in encoded] for name in encoded[0]}  # type: ignore[literal-required]
         columns["whole"] = columns.pop("length")
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
-        return columns | {column: rows[column] for column in BOOKKEEPING}
+        columns[INDEX] = [indices[index] for index in spoken]
+        columns[MARKS] = rawtext.marks(raw)
+        return columns | bookkeeping
 
 
-def place(error: DataError, split: Split) -> DataError:
-    """An error about rows of a whole split, with their source and number there."""
-    rows = split.rows.select_columns(list(BOOKKEEPING))
-    return DataError(_placed(problem, {ROW: rows[ROW], PART: rows[PART]}, split.places) for problem in error.problems)
+@dataclass(frozen=True)
+class _Survey:
+    """Encodes batches to find every bad row; one row of JSON a batch."""
+
+    encoder: Encoder
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[str]]:
+        try:
+            self.encoder(rows)
+        except PlacedError as error:
+            return {"found": [json.dumps([[*key, *value] for key, value in error.found.items()])]}
+        return {"found": []}
 
 
-def encode(
-    split: Split, encoder: Encoder, overlong: Overlong, scratch: Path, workers: int | None
-) -> tuple[Any, SplitReport]:
+def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -> PlacedError | None:
+    """Every bad row of a split; None where there is none. Arguments as for `encode`."""
+    batches = split.rows.map(
+        _Survey(encoder),
+        batched=True,
+        features=datasets.Features({"found": datasets.Value("string")}),
+        remove_columns=split.rows.column_names,
+        num_proc=processes(len(split.rows), workers),
+        cache_file_name=str(scratch / f"{split.name}-survey.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint=f"{split.name}-survey",
+    )
+    found: dict[tuple[str, str], tuple[list[int], int]] = {}
+    for batch in batches["found"]:
+        for where, what, rows, count in json.loads(batch):
+            before, total = found.get((where, what), ([], 0))
+            found[where, what] = (sorted(before + rows)[:SHOWN], total + count)
+    return PlacedError(found) if found else None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """An encoded split."""
+
+    whole: datasets.Dataset
+    """Every row that has text, with all columns of `Encoder`."""
+    kept: np.ndarray[Any, Any]
+    """Which of them are trained on or evaluated, (rows,) bool."""
+    report: SplitReport
+
+    def rows(self) -> datasets.Dataset:
+        """Those that are kept: `input_ids`, `labels`, perhaps `token_type_ids`, `length` and `row`."""
+        others = {*BOOKKEEPING, "whole", "trained", MARKS}
+        chosen = self.whole.select_columns([name for name in self.whole.column_names if name not in others])
+        return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
+
+
+def encode(split: Split, encoder: Encoder, overlong: Overlong, scratch: Path, workers: int | None) -> Encoding:
     """Encode a whole split.
 
     Args:
@@ -112,33 +141,33 @@ def encode(
         scratch: Folder for files that the result is mapped from.
         workers: Processes; None is one a core.
 
-    Returns:
-        A Dataset with `input_ids`, `labels`, perhaps `token_type_ids`, `length`, and `row`, the number of the raw row
-        in the split, from 0; and the report.
-
     Raises:
-        DataError: A row can't be encoded, rows are over-long and must not be, or none is left.
+        DataError: Rows can't be encoded (all are told), are over-long and must not be, or none is left.
     """
-    encoded = split.rows.map(
-        encoder,
-        batched=True,
-        features=_features(encoder(split.rows[:SAMPLE])),
-        remove_columns=split.rows.column_names,
-        num_proc=processes(len(split.rows), workers),
-        cache_file_name=str(scratch / f"{split.name}.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
-    )
+    try:
+        encoded = split.rows.map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            features=_features(split, encoder),
+            remove_columns=split.rows.column_names,
+            num_proc=processes(len(split.rows), workers),
+            cache_file_name=str(scratch / f"{split.name}.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
+        )
+    except PlacedError as error:
+        raise survey(split, encoder, scratch, workers) or error from None
     columns = encoded.data
     whole, trained, length = (columns[name].to_numpy() for name in ("whole", "trained", "length"))
     over = whole > encoder.max_length
     if overlong == "error" and over.any():
-        raise overlong_error(split, np.flatnonzero(over), int(whole.max()), encoder.max_length)
+        raise overlong_error(split, columns[INDEX].to_numpy()[over], int(whole.max()), encoder.max_length)
     dropped = over if overlong == "drop" else np.zeros_like(over)
     untrained = ~dropped & (trained == 0)
     kept = ~dropped & ~untrained
     report = SplitReport(
-        rows=len(encoded),
+        rows=len(split.rows),
         kept=int(kept.sum()),
         cut=int((over & kept).sum()),
         dropped=int(dropped.sum()),
@@ -147,12 +176,11 @@ def encode(
         trained=int(trained[kept].sum()),
         longest=int(whole.max()),
         unused=split.unused,
+        empty=len(split.rows) - len(encoded),
     )
     if report.kept == 0:
         raise nothing_left(report, split.name, split.places[0])
-    names = [name for name in encoded.column_names if name not in {*BOOKKEEPING, "whole", "trained"}]
-    numbered = encoded.select_columns(names).add_column("row", np.arange(len(encoded)))
-    return (numbered if kept.all() else numbered.select(np.flatnonzero(kept))), report
+    return Encoding(encoded, kept, report)
 
 
 def processes(rows: int, workers: int | None) -> int | None:
@@ -165,36 +193,24 @@ def processes(rows: int, workers: int | None) -> int | None:
 
 def overlong_error(split: Split, indices: Any, longest: int, max_length: int) -> DataError:
     """The error for over-long rows, given by index, where the recipe forbids them."""
-    found = [split.where(int(index)) for index in indices[:NUMBERS_SHOWN]]
-    numbers = ", ".join(str(number) for _, number in found) + (", ..." if len(indices) > NUMBERS_SHOWN else "")
+    found = [split.where(int(index)) for index in indices[:SHOWN]]
     message = (
-        f"{len(indices)} of {len(split.rows)} {split.name} rows have more than {max_length} tokens (row {numbers}; "
-        f"longest {longest}); raise data.max_length, or set data.overlong to truncate or drop"
+        f"{len(indices)} of {len(split.rows)} {split.name} rows have more than {max_length} tokens (row "
+        f"{numbers([number for _, number in found], len(indices))}; longest {longest}); raise data.max_length, or set "
+        "data.overlong to truncate or drop"
     )
     return DataError(Problem(message, file=found[0][0]))
 
 
-def nothing_left(report: SplitReport, name: str, where: str) -> DataError:
-    """The error for a split of which no row can be used."""
-    message = (
-        f"none of the {report.rows} {name} rows can be used: {report.dropped} are too long and dropped, "
-        f"{report.untrained} have nothing to train on (within data.max_length)"
-    )
-    return DataError(Problem(message, file=where))
-
-
-def _placed(problem: Problem, rows: dict[str, Any], places: Sequence[str]) -> Problem:
-    """A task's `row N: ...`, N from 0 in the batch, as source and number there, from 1."""
-    match = _ROW_IN_BATCH.match(problem.message)
-    if match is None:
-        return problem if problem.file else replace(problem, file=", ".join(places))
-    index = int(match[1])
-    message = f"row {rows[ROW][index]}: {problem.message[match.end() :]}"
-    return replace(problem, message=message, file=places[rows[PART][index]])
-
-
-def _features(sample: dict[str, list[Any]]) -> datasets.Features:
-    """Types of the encoded columns: half the width that `datasets` would choose for tokens."""
+def _features(split: Split, encoder: Encoder) -> datasets.Features:
+    """Types of the encoded columns, from the first rows that have text: half the width that `datasets` would choose."""
+    for start in range(0, len(split.rows), SAMPLE):
+        sample = encoder(split.rows[start : start + SAMPLE])
+        if sample:
+            break
+    else:
+        count = len(split.rows)
+        raise nothing_left(SplitReport(rows=count, empty=count), split.name, split.places[0])
     features = {name: datasets.Value("int64") for name in sample}
     features["labels"] = _label_feature(sample["labels"])
     for name in {"input_ids", "token_type_ids"} & set(sample):

@@ -14,8 +14,9 @@ import datasets
 from datasets.packaged_modules.json.json import JsonConfig
 
 from hf_finetune.data import diagnosis
+from hf_finetune.data.scan import Wanted, scan
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.schema.complaints import suggestion
+from hf_finetune.schema import datafiles
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix -> the builder of `datasets` that reads it."""
@@ -62,38 +63,45 @@ class LocalFiles:
             digest.update(_digest(file, whole=whole))
         return digest.hexdigest()
 
-    def load(self, cache: str) -> datasets.Dataset:
+    def scan(self, wanted: Wanted) -> list[Problem]:
+        """Everything that is wrong with the files, and that the libraries would repair in silence or not locate."""
+        if self.suffix == ".parquet":
+            found = [problem for file in self.files if (problem := diagnosis.broken_parquet(file)) is not None]
+        else:
+            found = [problem for file in self.files for problem in scan(file, self.suffix, wanted)]
+        return [dataclasses.replace(problem, key=self.key) for problem in found]
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size in bytes and time of change in ns of each file."""
+        return [(file, (state := Path(file).stat()).st_size, state.st_mtime_ns) for file in self.files]
+
+    def load(self, cache: str, texts: Sequence[str] = ()) -> datasets.Dataset:
         """All rows.
 
         Args:
             cache: Folder for the Arrow files that the rows are mapped from.
+            texts: Columns of csv and tsv files that stay as they are written, though they look like numbers.
 
         Raises:
             DataError: A file can't be read; the message names it, and the line where that is known.
         """
-        if BUILDERS[self.suffix] == "json":
-            # pyarrow's JSON reader takes any bytes for text; decoding would fail later, without a place.
-            broken = next((problem for file in self.files if (problem := diagnosis.undecodable(file))), None)
-            if broken is not None and (broken.line is not None or len(self.files) == 1):
-                raise DataError(broken)
         try:
-            rows = datasets.load_dataset(**self._arguments(), cache_dir=cache)
+            return datasets.load_dataset(**self._arguments(texts), cache_dir=cache)
         except diagnosis.READING_ERRORS as error:
             raise diagnosis.reading_error(self.files, self.suffix, error) from error
-        if "__index_level_0__" in rows.column_names:
-            raise DataError(Problem("rows have more fields than the header; name every column", file=self.place))
-        return rows
 
-    def stream(self) -> datasets.IterableDataset:
-        """The rows, read lazily; errors surface while reading, see `diagnosis.reading_error`."""
-        return datasets.load_dataset(**self._arguments(), streaming=True)
+    def stream(self, texts: Sequence[str] = ()) -> datasets.IterableDataset:
+        """The rows, read lazily; errors surface while reading, see `diagnosis.reading_error`. `texts` as for `load`."""
+        return datasets.load_dataset(**self._arguments(texts), streaming=True)
 
     def explain(self, error: Exception) -> Exception:
         """What a user is told about an error that surfaced while a stream was read."""
         return diagnosis.reading_error(self.files, self.suffix, error)
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         options = dict(OPTIONS.get(self.suffix, {}))
+        if options:
+            options["converters"] = dict.fromkeys(texts, str)
         if self.suffix in {".json", ".jsonl"} and "parse_agent_traces" in {
             f.name for f in dataclasses.fields(JsonConfig)
         }:
@@ -105,50 +113,15 @@ class LocalFiles:
 
 
 def find(patterns: str | Sequence[str], folder: str | None, key: str) -> LocalFiles:
-    """The files that names and globs mean, in sorted order within each glob.
-
-    Args:
-        patterns: One or several, relative to `folder`, else to the working directory.
-        folder: `data.source` where it is a folder.
-        key: Recipe key, for messages.
+    """The files that names and globs mean; see `datafiles.find`.
 
     Raises:
-        DataError: Nothing matches, formats are unknown or mixed, or a file is matched twice or is empty.
+        DataError: Everything that is wrong with them, such as that nothing matches.
     """
-    files: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        files += _matches(str(Path(folder or "", pattern).expanduser()), key)
-    repeated = next((file for file in files if files.count(file) > 1), None)
-    if repeated is not None:
-        raise DataError(Problem("is matched twice; its rows would count twice", key=key, file=repeated))
-    suffixes = sorted({Path(file).suffix.lower() for file in files})
-    unknown = [file for file in files if Path(file).suffix.lower() not in BUILDERS]
-    if unknown:
-        known = ", ".join(BUILDERS)
-        message = f"unknown format {Path(unknown[0]).suffix or '(no suffix)'!r}; known: {known}"
-        raise DataError(Problem(message, key=key, file=unknown[0]))
-    if len(suffixes) > 1:
-        raise DataError(Problem(f"mixes {' and '.join(suffixes)} files; one split needs one format", key=key))
-    empty = next((file for file in files if Path(file).stat().st_size == 0), None)
-    if empty is not None:
-        raise DataError(Problem(f"{_split(key)} has 0 rows: the file is empty", key=key, file=empty))
-    return LocalFiles(key, tuple(files))
-
-
-def _matches(pattern: str, key: str) -> list[str]:
-    path = Path(pattern)
-    if path.is_file():
-        return [pattern]
-    if path.is_dir():
-        raise DataError(Problem(f"is a folder; name its files, e.g. {path / '*.jsonl'}", key=key, file=pattern))
-    files = sorted(match for match in glob.glob(pattern, recursive=True) if Path(match).is_file())  # noqa: PTH207
-    if not files:
-        hint = ""
-        if path.parent.is_dir():
-            beside = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in BUILDERS)
-            hint = suggestion(path.name, beside[:20]) if beside else ""
-        raise DataError(Problem(f"no file matches {pattern!r}{hint}", key=key))
-    return files
+    found = datafiles.find(patterns, folder, key)
+    if found.problems:
+        raise DataError(found.problems)
+    return LocalFiles(key, tuple(found.files))
 
 
 def _digest(file: str, *, whole: bool) -> bytes:
@@ -162,6 +135,3 @@ def _digest(file: str, *, whole: bool) -> bytes:
         digest.update(stream.read(SAMPLE_BYTES))
         return digest.digest()
 
-
-def _split(key: str) -> str:
-    return f"{key.rpartition('.')[2]} split"

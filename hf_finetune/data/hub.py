@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
+from hf_finetune.data.scan import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.schema.complaints import suggestion
 
@@ -46,8 +48,16 @@ class HubSplit:
         commit = self.revision if pinned else self._builder().hash
         return f"{self.source} {self.subset} {self.split} {commit}"
 
-    def load(self, cache: str) -> datasets.Dataset:
-        """All rows; they stay in the cache of `datasets`, for offline use, whatever `cache` says.
+    def scan(self, wanted: Wanted) -> list[Problem]:
+        """Nothing: a data set of the Hub has columns with types."""
+        return []
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Nothing: a commit does not change."""
+        return []
+
+    def load(self, cache: str, texts: Sequence[str] = ()) -> datasets.Dataset:
+        """All rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
 
         Raises:
             DataError: The Hub can't be reached, or lacks the data set, subset, revision or split.
@@ -60,7 +70,7 @@ class HubSplit:
             raise self.explain(error) from error
         return rows
 
-    def stream(self) -> datasets.IterableDataset:
+    def stream(self, texts: Sequence[str] = ()) -> datasets.IterableDataset:
         """The rows, read lazily; raises like `load`."""
         builder = self._builder()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,27 +26,69 @@ class Origins:
     """How often each is drawn from; 1 in all."""
     validation: Origin | None
     test: Origin | None
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with those that are missing here."""
+
+    def __iter__(self) -> Iterator[Origin]:
+        """Every origin."""
+        yield from self.train
+        yield from (origin for origin in (self.validation, self.test) if origin is not None)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of every local file.
+
+        Raises:
+            DataError: One is gone.
+        """
+        try:
+            return [stamp for origin in self for stamp in origin.stamps()]
+        except OSError as error:
+            raise DataError(Problem("is gone since the run began", file=str(error.filename))) from error
+
+    def check_unchanged(self, before: list[tuple[str, int, int]]) -> None:
+        """Make sure that no file changed since `stamps` gave `before`.
+
+        Raises:
+            DataError: A file did; all that did are named.
+        """
+        changed = [old[0] for old, new in zip(before, self.stamps(), strict=True) if old != new]
+        if changed:
+            reason = "changed while it was read; wait until it is written, then start again"
+            raise DataError(Problem(reason, file=file) for file in changed)
 
 
 def locate(data: Data) -> Origins:
     """Find every file and name every split; reads no row.
 
+    Returns:
+        The origins that were found, and what is wrong with the others: a file does not exist or has an unknown format,
+        or the source is neither folder nor repository.
+
     Raises:
-        DataError: A file does not exist or has an unknown format, or the source is neither folder nor repository.
         RecipeError: A folder is given a `subset` or a `revision`, which only a data set on the Hub has.
     """
+    problems: list[Problem] = []
+
+    def found(names: str | list[str], where: Data | Source, key: str) -> Iterator[Origin]:
+        try:
+            yield _origin(names, where, key)
+        except DataError as error:
+            problems.extend(error.problems)
+
     parts: Sequence[Source] = data.mix or ()
+    train: list[Origin] = []
     if data.train is not None:
-        train = [_origin(data.train, data, "data.train")]
-    else:
-        train = [_origin(part.train, part, f"data.mix.{index}.train") for index, part in enumerate(parts)]
+        train += found(data.train, data, "data.train")
+    for index, part in enumerate(parts):
+        train += found(part.train, part, f"data.mix.{index}.train")
+    held = {
+        name: next(found(names, data, f"data.{name}"), None)
+        for name, names in (("validation", data.validation), ("test", data.test))
+        if names is not None
+    }
     total = sum(part.weight for part in parts)
-    return Origins(
-        train=tuple(train),
-        weights=tuple(part.weight / total for part in parts) or (1.0,),
-        validation=None if data.validation is None else _origin(data.validation, data, "data.validation"),
-        test=None if data.test is None else _origin(data.test, data, "data.test"),
-    )
+    weights = tuple(part.weight / total for part in parts) or (1.0,)
+    return Origins(tuple(train), weights, held.get("validation"), held.get("test"), tuple(problems))
 
 
 def _origin(names: str | list[str], where: Data | Source, key: str) -> Origin:

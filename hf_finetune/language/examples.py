@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_finetune.badrows import BadRows
 from hf_finetune.errors import DataError
 from hf_finetune.language import text_template
 from hf_finetune.language.chat import Chat, Rendered, Renderer
+from hf_finetune.tasks import is_blank
 
 if TYPE_CHECKING:
     from hf_finetune.tasks import Rows
@@ -81,9 +83,25 @@ class Reader:
         return answer
 
 
+def blank(rows: Rows, reader: Reader) -> list[bool]:
+    """Which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
+    return [_is_blank(row, reader) for row in _split(rows)]
+
+
 def each(rows: Rows, make: Callable[[Row], T], most: int | None = None) -> list[T]:
-    """`make` of each of the first rows; its error then says which row of the batch it was, from 0."""
-    return [_named(number, make, row) for number, row in enumerate(islice(_split(rows), most))]
+    """`make` of each of the first rows.
+
+    Raises:
+        RowsError: It raised a `DataError` for some rows; they are counted from 0.
+    """
+    found, bad = [], BadRows()
+    for number, row in enumerate(islice(_split(rows), most)):
+        try:
+            found.append(make(row))
+        except DataError as error:
+            bad.add(number, str(error))
+    bad.raise_any()
+    return found
 
 
 def _split(rows: Rows) -> Iterator[Row]:
@@ -91,11 +109,20 @@ def _split(rows: Rows) -> Iterator[Row]:
         yield dict(zip(rows, values, strict=True))
 
 
-def _named(number: int, make: Callable[[Row], T], row: Row) -> T:
-    try:
-        return make(row)
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from None
+def _is_blank(row: Row, reader: Reader) -> bool:
+    """Cells that hold something else than text are not blank, but an error of their own."""
+    if reader.messages is not None:
+        turns = row[reader.messages]
+        said = isinstance(turns, list) and [turn for turn in turns if isinstance(turn, Mapping)]
+        silent = bool(said) and len(said) == len(turns) and all(_says_nothing(turn) for turn in said)
+        return is_blank(turns) or silent or (isinstance(turns, str) and turns.strip() in {"[]", "null"})
+    templates = [reader.prompt, reader.completion] if reader.text is None else []
+    parts = [text_template.parse(template) for template in templates] or [[("", reader.text)]]
+    return any(all(is_blank(row[name]) for _, name in part if name is not None) for part in parts)
+
+
+def _says_nothing(turn: Mapping[str, Any]) -> bool:
+    return is_blank(turn.get("content")) and not turn.get("tool_calls")
 
 
 def _cell(row: Row, column: str) -> Any:

@@ -6,7 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_finetune.errors import DataError, ModelError
+from hf_finetune.badrows import BadRows
+from hf_finetune.errors import ModelError
 from hf_finetune.language.chat import Rendered, Renderer, Span
 from hf_finetune.tasks import IGNORE
 
@@ -23,15 +24,16 @@ def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
     The template writes the BOS token itself, so the tokenizer adds none.
 
     Raises:
-        DataError: Spans that hold text have no token.
+        RowsError: Spans that hold text have no token.
     """
     batch = _tokenise(renderer.tokenizer, [text for text, _ in rendered], add_special_tokens=False)
-    marked = []
+    marked, bad = [], BadRows()
     for row, (ids, offsets, (_, spans)) in enumerate(zip(*batch, rendered, strict=True)):
         labels = _labels(ids, offsets, spans, renderer.special)
         if spans and all(label == IGNORE for label in labels):
-            raise DataError(f"row {row}: the tokenizer's offsets do not fit the chat: no trained token was found")
+            bad.add(row, "the tokenizer's offsets do not fit the chat: no trained token was found")
         marked.append((ids, labels))
+    bad.raise_any()
     return marked
 
 

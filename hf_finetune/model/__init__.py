@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,10 @@ import transformers
 from torch import nn
 
 from hf_finetune.adaptation.targets import output_embedding
-from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.errors import ModelError, Problem
+from hf_finetune.findings import Findings
 from hf_finetune.model import checks as modelchecks
-from hf_finetune.model import dropout, heads
+from hf_finetune.model import dropout, heads, weights
 from hf_finetune.model.pretrained import load_tokenizer, read_config, reading, resolve, silence
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "build",
     "enable_activation_checkpointing",
+    "examine",
     "fresh_base",
     "load",
     "load_tokenizer",
@@ -58,39 +59,92 @@ def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBas
         tokenizer: The model's; read if not given.
 
     Raises:
-        ModelError: The model does not fit the task, the length or the tokenizer.
-        RecipeError: The adapter's targets do not exist, it can't train a quantised base, or the optimiser's package is
-            not installed.
+        ModelError: The model does not fit the task, the length, the tokenizer or the adapter.
+        RecipeError: A package is not installed, or the adapter can't train a quantised base.
     """
-    config = _config(recipe, targets)
+    findings = Findings()
+    model = examine(recipe, targets, tokenizer or load_tokenizer(recipe.model), findings)
+    findings.raise_errors()
+    if model is None:
+        raise AssertionError("a model that can't be outlined has an error")
+    return model
+
+
+def examine(
+    recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
+) -> PreTrainedModel | None:
+    """Make every check of the model that needs no weights.
+
+    Args:
+        recipe: Names model, task, adapter and `data.max_length`.
+        targets: Labels, for the head.
+        tokenizer: The model's; None where it could not be read.
+        findings: Takes what is wrong.
+
+    Returns:
+        The model on the meta device; None where not even that can be made.
+    """
+    config = None
+    with findings.collect():
+        modelchecks.packages(recipe)
+    with findings.collect():
+        config = _config(recipe, targets)
+    if config is None:
+        return None
+    for check in (modelchecks.direction, modelchecks.attention):
+        with findings.collect():
+            check(recipe, config)
+    with findings.collect():
+        weights.check(recipe.model)
+    model = None
+    with findings.collect():
+        model = _outline(recipe, config)
+    if model is None:
+        return None
+    for fits in (modelchecks.length, modelchecks.targets):
+        with findings.collect():
+            fits(recipe, model)
+    if tokenizer is not None:
+        with findings.collect():
+            modelchecks.vocabulary(recipe, model, tokenizer)
+    return model
+
+
+def _outline(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     auto = getattr(transformers, recipe.task.auto_model)
     with torch.device("meta"), silence():
         try:
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
         except ValueError as error:
             reason = f"{recipe.model.name} is a {config.model_type} model, which {recipe.task.kind} can't train"
-            raise ModelError(Problem(f"{reason}: transformers has no {recipe.task.auto_model} for it")) from error
-    modelchecks.optimizer(recipe)
-    modelchecks.direction(recipe, config)
-    modelchecks.length(recipe, model)
-    modelchecks.vocabulary(recipe, model, tokenizer or load_tokenizer(recipe.model))
-    refusal = recipe.adapter.why_not_quantized()
-    if recipe.model.quantization is not None and refusal is not None:
-        raise RecipeError(Problem(refusal, key="model.quantization"))
-    recipe.adapter.check_targets(model, heads.find(model))
+            message = f"{reason}: transformers has no {recipe.task.auto_model} for it; name another model"
+            raise ModelError(Problem(message, key="model.name")) from error
     return model
 
 
-def load(recipe: Recipe, targets: Targets, machine: Machine, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def load(
+    recipe: Recipe,
+    targets: Targets,
+    machine: Machine,
+    tokenizer: PreTrainedTokenizerBase,
+    outline: PreTrainedModel | None = None,
+) -> LoadedModel:
     """Load the base with its task head, drawn anew where the checkpoint has none.
 
     Call `transformers.set_seed` before: one seed draws one head, whatever dtype, rank or quantisation.
+
+    Args:
+        recipe: Names model, task and adapter.
+        targets: Labels, for the head.
+        machine: Dtype, attention and device.
+        tokenizer: The model's.
+        outline: What `examine` returned; made here if not given.
 
     Raises:
         ModelError: The weights can't be loaded or lack more than a head, or `skeleton` finds something.
         RecipeError: See `skeleton`.
     """
-    outline = skeleton(recipe, targets, tokenizer)
+    outline = outline or skeleton(recipe, targets, tokenizer)
     frozen = recipe.adapter.freezes_base
     state = torch.random.get_rng_state()
     model, missing = _weights(recipe, _config(recipe, targets), machine, machine.base_dtype(frozen=frozen))
@@ -209,11 +263,7 @@ def _weights(
 
 
 def _quantized(recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        reason = "needs bitsandbytes; pip install 'hf-finetune[quantization]'"
-        raise ModelError(Problem(reason, key="model.quantization"))
-    with torch.device("meta"), silence():
-        outline = getattr(transformers, recipe.task.auto_model).from_config(config, trust_remote_code=False)
+    outline = _outline(recipe, config)
     output = output_embedding(outline)
     skip = [*heads.find(outline), *(name for name, module in outline.named_modules() if module is output)]
     four_bit = recipe.model.quantization == "nf4"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.model import heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -69,15 +70,35 @@ def attention(recipe: Recipe, config: PreTrainedConfig) -> None:
         raise ModelError(Problem(reason, key="model.attention")) from error
 
 
-def optimizer(recipe: Recipe) -> None:
-    """The 8-bit optimiser is another package's.
+def packages(recipe: Recipe) -> None:
+    """Quantisation and the 8-bit optimiser are another package's.
 
     Raises:
         RecipeError: It is not installed.
     """
-    if recipe.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        reason = "adamw_8bit needs bitsandbytes; pip install 'hf-finetune[quantization]', or write adamw"
-        raise RecipeError(Problem(reason, key="training.optimizer"))
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    how = "needs bitsandbytes; pip install 'hf-finetune[quantization]', or"
+    problems = []
+    if recipe.training.optimizer == "adamw_8bit":
+        problems.append(Problem(f"adamw_8bit {how} write adamw", key="training.optimizer"))
+    if recipe.model.quantization is not None:
+        problems.append(Problem(f"{recipe.model.quantization} {how} remove it", key="model.quantization"))
+    if problems:
+        raise RecipeError(problems)
+
+
+def targets(recipe: Recipe, model: PreTrainedModel) -> None:
+    """What the adapter names must be there, and the adapter must be able to train the base.
+
+    Raises:
+        ModelError: A target matches no module.
+        RecipeError: The method can't work on quantised weights.
+    """
+    refusal = recipe.adapter.why_not_quantized()
+    if recipe.model.quantization is not None and refusal is not None:
+        raise RecipeError(Problem(refusal, key="model.quantization"))
+    recipe.adapter.check_targets(model, heads.find(model))
 
 
 def vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

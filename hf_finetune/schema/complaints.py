@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from hf_finetune.errors import Problem
+from hf_finetune.schema import foreign, habits
 from hf_finetune.schema.expectations import Option, block_of, describe, keys, options, shown
+from hf_finetune.schema.origin import Origin
 from hf_finetune.schema.partial import broken_rules
-from hf_finetune.schema.yamlfile import KeyPath, Lines, resolve_scalar
-
-OVERRIDE = "command line"
-"""What stands for the file where the value came from an override."""
+from hf_finetune.schema.yamlfile import KeyPath
 
 _WRONG_TYPE = {"literal_error", "unknown_kind"}
 _BOUNDS = {
@@ -28,26 +27,6 @@ _BOUNDS = {
     "too_long": ("max_length", "have at most"),
 }
 _UNITS = {"string_too_long": " characters", "too_short": " entries", "too_long": " entries"}
-
-
-@dataclass
-class Origin:
-    """Where each value of a recipe came from."""
-
-    file: str
-    lines: Lines
-    overridden: set[KeyPath] = field(default_factory=set)
-
-    def place(self, path: KeyPath) -> tuple[str, int | None]:
-        """File and line of a key, or of the nearest key above it that is in the file."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.overridden:
-                return OVERRIDE, None
-            if path[:end] in self.lines:
-                return self.file, self.lines[path[:end]]
-            if any(key[:end] == path[:end] for key in self.overridden):
-                return OVERRIDE, None
-        return self.file, None
 
 
 @dataclass(frozen=True)
@@ -68,35 +47,62 @@ class _Finding:
         kind = self.detail["type"]
         return self.path == self.union and (kind in _WRONG_TYPE or kind.endswith("_type"))
 
-    @property
-    def meant(self) -> KeyPath | None:
-        """The key of the same block that an unknown key probably stands for."""
-        if self.detail["type"] != "extra_forbidden" or self.owner is None:
+    def meant(self, root: type[BaseModel]) -> KeyPath | None:
+        """The key that an unknown key probably stands for: what another tool calls so, or its like in this block."""
+        if self.detail["type"] != "extra_forbidden":
             return None
-        near = difflib.get_close_matches(str(self.path[-1]), list(keys(self.owner)), n=1)
+        word = str(self.path[-1])
+        if foreign.hint(word) is not None:
+            return tuple((foreign.meant(word) or "").split("."))
+        if self.owner is None or _elsewhere(word, root) is not None:
+            return None
+        near = difflib.get_close_matches(word, list(keys(self.owner)), n=1)
         return (*self.path[:-1], *near) if near else None
 
 
-def problems(error: ValidationError, model: type[BaseModel], tree: Any, origin: Origin) -> list[Problem]:
-    """Every finding of a validation, each once, and every broken rule between the fields that could be read.
+@dataclass
+class Context:
+    """What there is to say about a tree besides what pydantic says."""
+
+    root: type[BaseModel]
+    origin: Origin
+    unread: set[KeyPath]
+    """Keys that are given with nothing that can be used: another finding has said so."""
+    complete: bool = True
+    """False where absent keys may be given in a file that can't be read."""
+
+
+def misspelt(error: ValidationError, root: type[BaseModel]) -> set[KeyPath]:
+    """The keys that a recipe means and does not give, because it calls them something else."""
+    found = (_locate(root, detail).meant(root) for detail in error.errors(include_url=False))
+    return {path for path in found if path is not None}
+
+
+def problems(error: ValidationError, context: Context) -> list[Problem]:
+    """Every finding of a validation, each once; of rules between fields only where every key could be read.
 
     Args:
         error: What pydantic raised.
-        model: The class that was validated.
-        tree: What it was validated from.
-        origin: Where the values came from.
+        context: Of the tree that was validated.
     """
-    located = [_locate(model, detail) for detail in error.errors(include_url=False)]
-    misspelt = {finding.meant for finding in located if finding.meant is not None}
-    told = [finding for finding in located if finding.detail["type"] != "missing" or finding.path not in misspelt]
-    found = [_spoken(finding, model) for finding in _one_per_union(told)]
-    found += [_blamed(path, block, message) for path, block, message in broken_rules(model, tree, misspelt)]
+    located = [_locate(context.root, detail) for detail in error.errors(include_url=False)]
+    told = [finding for finding in located if not _is_known_already(finding, context)]
+    found = [_spoken(finding, context) for finding in _one_per_union(told)]
+    return [_problem(path, message, context.origin) for path, message in dict.fromkeys(found)]
+
+
+def rules(block: BaseModel, origin: Origin) -> list[Problem]:
+    """Every broken rule between the fields of what `partial.assemble` made."""
+    found = [_blamed(path, owner, message) for path, owner, message in broken_rules(block)]
     return [_problem(path, message, origin) for path, message in dict.fromkeys(found)]
 
 
-def in_order(found: Iterable[Problem]) -> list[Problem]:
-    """Problems by line, each once; those without a line come last."""
-    return sorted(dict.fromkeys(found), key=lambda p: (p.line is None, p.line or 0))
+def in_order(found: Iterable[Problem], files: Sequence[str] = ()) -> list[Problem]:
+    """Problems by file and line, each once; those without a line come last."""
+    rank = {file: index for index, file in enumerate(files)}
+    return sorted(
+        dict.fromkeys(found), key=lambda p: (p.line is None, rank.get(p.file, -1) if p.line else 0, p.line or 0)
+    )
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -108,6 +114,22 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 def _problem(path: KeyPath, message: str, origin: Origin) -> Problem:
     file, line = origin.place(path)
     return Problem(message, key=".".join(shown(part, plain=True) for part in path), file=file, line=line)
+
+
+def _is_known_already(finding: _Finding, context: Context) -> bool:
+    """Whether a finding only follows from another one."""
+    kind, path = finding.detail["type"], finding.path
+    if kind == "missing":
+        return not context.complete or any(given[: len(path)] == path for given in context.unread)
+    if (
+        kind == "unknown_kind"
+        and isinstance(finding.detail["input"], Mapping)
+        and "kind" not in finding.detail["input"]
+    ):
+        return not context.complete or (*path, "kind") in context.unread
+    # A rule may be broken by the default of a key that is given; `rules` knows better.
+    is_rule = kind == "value_error" and block_of(finding.expected or ()) is not None
+    return is_rule and (bool(context.unread) or not context.complete)
 
 
 def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
@@ -140,7 +162,7 @@ def _one_per_union(findings: Iterable[_Finding]) -> list[_Finding]:
     return kept
 
 
-def _spoken(finding: _Finding, root: type[BaseModel]) -> tuple[KeyPath, str]:
+def _spoken(finding: _Finding, context: Context) -> tuple[KeyPath, str]:
     """Path and message of one finding."""
     detail, path = finding.detail, finding.path
     if detail["type"] == "value_error":
@@ -148,10 +170,11 @@ def _spoken(finding: _Finding, root: type[BaseModel]) -> tuple[KeyPath, str]:
     if detail["type"] == "unknown_kind":
         return _unknown_kind(path, detail["input"], detail["ctx"]["known"].split(", "))
     if detail["type"] == "extra_forbidden":
-        return path, "unknown key" + _known_keys(finding, root)
+        return path, "unknown key" + _known_keys(finding, context.root)
+    written = context.origin.written.get(path)
     if finding.union == path and finding.wrong_type:
-        return path, _wrong_type(_expected_at(root, path), detail["input"])
-    return path, _plain(finding)
+        return path, habits.wrong_type(_expected_at(context.root, path), detail["input"], written)
+    return path, _plain(finding, written)
 
 
 def _expected_at(root: type[BaseModel], path: KeyPath) -> Sequence[Option]:
@@ -183,38 +206,36 @@ def _unknown_kind(path: KeyPath, value: Any, known: Sequence[str]) -> tuple[KeyP
 
 
 def _known_keys(finding: _Finding, root: type[BaseModel]) -> str:
-    """The nearest key of this block, or the same key of another block."""
+    """What another tool's key is called here, the same key of another block, or the nearest key of this block."""
     word = str(finding.path[-1])
-    if finding.meant is None:
-        for name, annotation in keys(root).items():
-            if any(option.block is not None and word in keys(option.block) for option in options(annotation)):
-                return f"; did you mean {f'{name}.{word}'!r}?"
-    return suggestion(word, list(keys(finding.owner)) if finding.owner is not None else [])
+    if (hint := foreign.hint(word)) is not None:
+        return f"; {hint}"
+    known = list(keys(finding.owner)) if finding.owner is not None else []
+    near = difflib.get_close_matches(word, known, n=1)
+    other = _elsewhere(word, root, cutoff=0.8 if not near else 1.0)
+    return f"; did you mean {other!r}?" if other is not None else suggestion(word, known)
 
 
-def _plain(finding: _Finding) -> str:
+def _elsewhere(word: str, root: type[BaseModel], *, cutoff: float = 1.0) -> str | None:
+    """The same or a similar key at the top or of another block, dotted."""
+    dotted = {name: name for name in keys(root)}
+    for name, annotation in keys(root).items():
+        blocks = [option.block for option in options(annotation) if option.block is not None]
+        dotted |= {key: f"{name}.{key}" for block in blocks for key in keys(block) if key not in dotted}
+    near = difflib.get_close_matches(word, list(dotted), n=1, cutoff=cutoff)
+    return dotted[near[0]] if near else None
+
+
+def _plain(finding: _Finding, written: str | None) -> str:
     """What is wrong with one value of one type."""
     kind, value, context = finding.detail["type"], finding.detail["input"], finding.detail.get("ctx", {})
     if kind == "missing":
         return f"is missing; add {describe(finding.expected)}"
     if kind == "literal_error" or kind.endswith("_type"):
-        return _wrong_type(finding.expected, value)
+        return habits.wrong_type(finding.expected, value, written)
     if kind in _BOUNDS:
         name, bound = _BOUNDS[kind]
-        actual = shown(context.get("actual_length", value))
+        actual = shown(len(value) if isinstance(value, str | list) else value)
         return f"must {bound} {shown(context[name])}{_UNITS.get(kind, '')}, not {actual}"
     words = {"finite_number": "must be a finite number", "string_too_short": "must not be empty text"}.get(kind)
     return f"{words or finding.detail['msg']}, not {shown(value)}"
-
-
-def _wrong_type(expected: Sequence[Option], value: Any) -> str:
-    message = f"must be {describe(expected)}, not {shown(value)}"
-    choices = [choice for option in expected for choice in option.choices if isinstance(choice, str)]
-    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-    if near:
-        return f"{message}; did you mean {near[0]!r}?"
-    if isinstance(value, str) and any(option.holds(resolve_scalar(value)) for option in expected):
-        return f"{message}; remove the quotes"
-    if isinstance(value, int | float) and any(option.type is str for option in expected):
-        return f"{message}; put it in quotes"
-    return message

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hf_finetune.schema.credentials import redacted
+
 _BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length")
 _LONGEST = 60
 _TOO_LARGE_TO_TELL = 1_000_000
@@ -147,6 +149,8 @@ def shown(value: Any, *, plain: bool = False) -> str:
         return "a block of keys"
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    if isinstance(value, str):
+        value = redacted(value)
     text = str(value) if plain and str(value).isprintable() else repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

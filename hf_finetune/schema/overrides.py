@@ -2,70 +2,83 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.schema import yamlfile
-from hf_finetune.schema.complaints import OVERRIDE, Origin
-
-BELONGS_TO = {r"model\.name": ("revision",), r"data\.(mix\.\d{1,9}\.)?source": ("subset", "revision")}
-"""Overriding a key that matches drops those beside it, unless they are overridden too: a commit of another repository
-means nothing."""
+from hf_finetune.schema import credentials, yamlfile
+from hf_finetune.schema.layers import Layer
+from hf_finetune.schema.origin import OVERRIDE, Place
+from hf_finetune.schema.replaced import Dropped, drop
 
 
-def apply(overrides: Sequence[str], tree: dict[str, Any], origin: Origin) -> list[Problem]:
-    """Set every `key.path=value` in the tree, the last one of a key last; returns those that can't be set."""
-    found: list[Problem] = []
+def apply(overrides: Sequence[str], layer: Layer) -> list[Dropped]:
+    """Set every `key.path=value` in the tree, the last one of a key last.
+
+    Args:
+        overrides: As they stand on the command line; those that can't be set become problems of the layer.
+        layer: Changed in place.
+
+    Returns:
+        What the recipe gives and an override makes meaningless, each once.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    dropped: dict[Dropped, None] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             message = f"{override!r} is no override; write key.path=value"
-            found.append(Problem(message, file=OVERRIDE))
+            layer.problems.append(Problem(credentials.redacted(message), file=OVERRIDE))
             continue
         try:
-            document = yamlfile.parse(text, OVERRIDE)
-            _set(tree, key, document.value, origin)
+            dropped |= dict.fromkeys(_apply(key, text, given, layer))
         except RecipeError as error:
-            found += (Problem(problem.message, key=key, file=OVERRIDE) for problem in error.problems)
-        else:
-            found += (Problem(p.message, key=f"{key}.{p.key}", file=p.file) for p in document.problems)
-    return found
+            layer.problems += (replace(problem, key=key, file=OVERRIDE, line=None) for problem in error.problems)
+    return list(dropped)
 
 
-def drop(overrides: Sequence[str], tree: dict[str, Any]) -> list[str]:
-    """Remove what belonged to an overridden value; returns the keys that were not null."""
-    given = dict.fromkeys(override.partition("=")[0] for override in overrides)
-    return [
-        key
-        for owner in given
-        for key in _belongings(owner)
-        if key not in given and _remove(tree, key.split(".")) is not None
-    ]
+def _apply(key: str, text: str, given: Container[str], layer: Layer) -> list[Dropped]:
+    path = tuple(key.split("."))
+    if path[0] == "extends":
+        raise RecipeError("is for recipe files, it can't be overridden; write a file that extends the other")
+    document = yamlfile.parse(text, OVERRIDE)
+    tree: Any = {}
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+    node[path[-1]] = document.value
+    found = [Problem(p.message, key=f"{key}.{p.key}".rstrip("."), file=OVERRIDE) for p in document.problems]
+    for where, message in credentials.scrub(tree):
+        found.append(Problem(message, key=".".join(map(str, where)), file=OVERRIDE))
+    layer.problems += found
+    if path[-1] not in node or any(problem.key == key for problem in found):
+        return []  # Nothing is left to set; the value below still is what later messages look at.
+    layer.unread.update((*path, *unread) for unread in document.unread)
+    dropped = list(drop(layer.tree, path, document.value, given, layer.origin))
+    _set(layer, path, document)
+    return dropped
 
 
-def _belongings(owner: str) -> Iterator[str]:
-    block = owner.rpartition(".")[0]
-    for pattern, names in BELONGS_TO.items():
-        if re.fullmatch(pattern, owner, re.ASCII):
-            yield from (f"{block}.{name}" for name in names)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any, origin: Origin) -> None:
+def _set(layer: Layer, keys: tuple[str, ...], document: yamlfile.Document) -> None:
     """Set one key; blocks on the way are made where there are none."""
-    *way, last = key.split(".")
-    node: Any = tree
+    node: Any = layer.tree
     path: yamlfile.KeyPath = ()
-    for part in way:
+    for part in keys[:-1]:
         index = _index(node, part)
         child = node.get(index) if isinstance(node, dict) else node[index]
+        node_path = (*path, index)
         if not isinstance(child, dict | list):
             child = node[index] = {}
-        node, path = child, (*path, index)
-    index = _index(node, last)
-    node[index] = value
-    origin.overridden.add((*path, index))
+            layer.origin.forget(node_path)
+            layer.origin.places[node_path] = Place(OVERRIDE)
+        node, path = child, node_path
+    index = _index(node, keys[-1])
+    node[index] = document.value
+    here = (*path, index)
+    layer.origin.forget(here)
+    layer.origin.places |= {(*here, *inner): Place(OVERRIDE) for inner in [(), *document.lines]}
+    layer.origin.written |= {(*here, *inner): text for inner, text in document.written.items()}
 
 
 def _index(node: dict[str, Any] | list[Any], part: str) -> str | int:
@@ -75,14 +88,3 @@ def _index(node: dict[str, Any] | list[Any], part: str) -> str | int:
     if part.isdecimal() and len(part) < 10 and int(part) < len(node):
         return int(part)
     raise RecipeError(f"the list has {len(node)} entries, counted from 0; there is no entry {part!r}")
-
-
-def _remove(tree: dict[str, Any], path: list[str]) -> Any:
-    """Take a key out of its block; returns its value, None where there is no such key."""
-    node: Any = tree
-    for part in path[:-1]:
-        if isinstance(node, dict):
-            node = node.get(part)
-        elif isinstance(node, list) and part.isdecimal():
-            node = next(iter(node[int(part) :]), None)
-    return node.pop(path[-1], None) if isinstance(node, dict) else None

@@ -19,21 +19,24 @@ from hf_finetune.schema.yamlfile import KeyPath
 _UNREAD = object()
 
 
-def broken_rules(
-    model: type[BaseModel], tree: Any, unread: Container[KeyPath] = ()
-) -> Iterator[tuple[KeyPath, type[BaseModel], str]]:
-    """Run the `after` validators of every block.
+def assemble(model: type[BaseModel], tree: Any, unread: Container[KeyPath] = ()) -> Any:
+    """The outermost block with the fields that are right; a wrong or missing one raises AttributeError when it is read.
 
     Args:
         model: Class of the outermost block.
         tree: Plain values, as they stand in the file.
-        unread: Keys that are absent because they are misspelt, so that their defaults don't count.
+        unread: Keys that are absent because they are misspelt or can't be used, so that their defaults don't count.
+    """
+    return _partial(model, tree, (), unread)
+
+
+def broken_rules(block: BaseModel) -> Iterator[tuple[KeyPath, type[BaseModel], str]]:
+    """Run the `after` validators of every block of what `assemble` made.
 
     Yields:
         Path and class of the block whose rule is broken, and what the rule says.
     """
-    if isinstance(tree, Mapping):
-        yield from _broken(_partial(model, tree, (), unread), ())
+    yield from _broken(block, ())
 
 
 def _broken(block: BaseModel, path: KeyPath) -> Iterator[tuple[KeyPath, type[BaseModel], str]]:

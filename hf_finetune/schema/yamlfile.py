@@ -28,6 +28,8 @@ _NULL = re.compile(r"(?:~|null|Null|NULL|)")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
 _INT = re.compile(r"[-+]?[0-9]+", re.ASCII)
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", re.ASCII)
+_OCTAL = re.compile(r"[-+]?0[0-9]+", re.ASCII)
+"""A number for YAML 1.1 and for YAML 1.2, but not the same one."""
 _SPECIAL = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _INT_DIGITS = 300
 """Longer numbers are read as floats: Python refuses to convert thousands of digits, and no count is that long."""
@@ -41,7 +43,11 @@ class Document:
     """Plain Python values; None for an empty document."""
     lines: Lines = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    """Keys that are given twice or are no text; they are not part of `value`."""
+    """Keys that are given twice or are no text, and numbers that mean two things; they are not part of `value`."""
+    written: dict[KeyPath, str] = field(default_factory=dict)
+    """How the file writes what is no text, e.g. `1e5` for 100000.0."""
+    unread: set[KeyPath] = field(default_factory=set)
+    """Keys that stand in the file and are left out of `value`, because theirs can't be used."""
 
 
 def read(path: str) -> Document:
@@ -83,8 +89,10 @@ def parse(text: str, file: str) -> Document:
         line = mark.line + 1 if mark else None
         what = ", ".join(part for part in (error.context, error.problem) if part)
         raise RecipeError(Problem(f"is not valid YAML: {what}; correct it", file=file, line=line)) from None
-    reader = _Reader(file)
-    return Document(None if node is None else reader.value(node, ()), reader.lines, reader.problems)
+    document = Document(None)
+    if node is not None:
+        document.value = _Reader(file, document).value(node, ())
+    return document
 
 
 def resolve_scalar(text: str) -> str | int | float | bool | None:
@@ -145,10 +153,9 @@ def _refuse_indirection(text: str, file: str) -> None:
 class _Reader:
     """Turns composed YAML nodes into Python values, notes where each key stands, and collects complaints."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, document: Document) -> None:
         self.file = file
-        self.lines: Lines = {}
-        self.problems: list[Problem] = []
+        self.document = document
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         """The node's value; its keys' lines and complaints are kept."""
@@ -156,33 +163,48 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return self._sequence(node, path)
-        return _scalar(node)
+        value = _scalar(node)
+        if _is_octal(node):
+            octal = f"{node.value} is one number in YAML 1.2 and another one (octal) in YAML 1.1"
+            self._complain(node, path, f"{octal}; write {value} without the zero, or put it in quotes if it is text")
+        elif not isinstance(value, str):
+            self.document.written[path] = node.value
+        return value
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        lines = self.document.lines
         for key_node, value_node in node.value:
             key = _scalar(key_node)
             if not isinstance(key, str):
                 self._complain(key_node, path, "holds a key that is no text; put the key in quotes")
                 continue
             here = (*path, key)
-            if key in result:
-                self._complain(key_node, here, f"is given twice, first in line {self.lines[here]}; keep one")
+            if here in lines:
+                self._complain(key_node, here, f"is given twice, first in line {lines[here]}; keep one")
                 continue
-            self.lines[here] = _line(key_node)
-            result[key] = self.value(value_node, here)
+            lines[here] = _line(key_node)
+            value = self.value(value_node, here)
+            if _is_octal(value_node):
+                self.document.unread.add(here)
+            else:
+                result[key] = value
         return result
 
     def _sequence(self, node: yaml.SequenceNode, path: KeyPath) -> list[Any]:
         items = []
         for index, item in enumerate(node.value):
-            self.lines[(*path, index)] = _line(item)
+            self.document.lines[(*path, index)] = _line(item)
             items.append(self.value(item, (*path, index)))
         return items
 
     def _complain(self, node: yaml.Node, path: KeyPath, message: str) -> None:
         key = ".".join(str(part) for part in path)
-        self.problems.append(Problem(message, key=key, file=self.file, line=_line(node)))
+        self.document.problems.append(Problem(message, key=key, file=self.file, line=_line(node)))
+
+
+def _is_octal(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and not node.style and _OCTAL.fullmatch(node.value) is not None
 
 
 def _scalar(node: yaml.Node) -> Any:

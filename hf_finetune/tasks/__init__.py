@@ -6,6 +6,7 @@ predictions into metrics. Heavy libraries are imported inside the methods, so th
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,13 @@ Collator = Callable[[list[dict[str, Any]]], Batch]
 
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell is null, NaN, blank text or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 class Encoded(TypedDict, total=False):
@@ -80,6 +88,22 @@ class Task(Plugin):
     def columns(self) -> list[str]:
         """Columns that the data must have."""
 
+    def text_columns(self) -> list[str]:
+        """The columns that hold text, whatever it looks like: digits of a csv file stay as they are written."""
+        return self.columns()
+
+    def optional_columns(self) -> list[str]:
+        """The columns that a row may lack."""
+        return []
+
+    def blank(self, rows: Rows) -> list[bool]:
+        """Which rows of a batch hold nothing to read: a null or blank text, completion or chat."""
+        return [False] * len(next(iter(rows.values()), []))
+
+    def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Tokens one of which every row that is not cut should train near its end; empty where there is no such."""
+        return frozenset()
+
     @abstractmethod
     def targets(self, train: Dataset | IterableDataset) -> Targets:
         """Read the labels off the raw training rows.
@@ -99,7 +123,7 @@ class Task(Plugin):
         """Tokenise a batch of raw rows, in order, one `Encoded` each, cut to `max_length` tokens.
 
         Raises:
-            DataError: A row can't be encoded; the message names the row's number within the batch.
+            RowsError: Rows can't be encoded; all of them, by their number within the batch.
         """
 
     @abstractmethod

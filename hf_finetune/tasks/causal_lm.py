@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -129,6 +130,22 @@ class CausalLM(Task):
         templates = [template for template in (self.prompt, self.completion) if template is not None]
         return list(dict.fromkeys([*whole, *(name for text in templates for name in text_template.columns(text))]))
 
+    def optional_columns(self) -> list[str]:
+        """Tools: not every chat has any."""
+        return [] if self.tools is None else [self.tools]
+
+    def blank(self, rows: Rows) -> list[bool]:
+        """Which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
+        return examples.blank(rows, self._reader)
+
+    def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """EOS, and the token that ends a turn."""
+        found = {tokenizer.eos_token_id}
+        if self._is_chat(tokenizer):
+            with suppress(ModelError):  # a template that ends no turn, which is what this looks for
+                found.add(tokenizer.convert_tokens_to_ids(Renderer(tokenizer).end_of_turn))
+        return frozenset(found - {None})
+
     def targets(self, train: Dataset | IterableDataset) -> Targets:
         """There are no labels besides the tokens."""
         return Targets()
@@ -143,7 +160,7 @@ class CausalLM(Task):
         """Tokenise rows; what is over `max_length` tokens is cut off at the right.
 
         Raises:
-            DataError: A row can't be rendered; the message names its number within the batch.
+            RowsError: Rows can't be rendered; all of them, by their number within the batch.
             ModelError: The tokenizer has no EOS, or its chat template ends no turn.
         """
         renderer, reader, whole = Renderer(tokenizer), self._reader, self.train_on == "all"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, asser
 
 from pydantic import Field, model_validator
 
+from hf_finetune.badrows import BadRows
 from hf_finetune.classification import label_values
 from hf_finetune.classification import labels as reading
 from hf_finetune.schema.blocks import Name, Share
-from hf_finetune.tasks import IGNORE, Collator, Encoded, Rows, Targets, Task
+from hf_finetune.tasks import IGNORE, Collator, Encoded, Rows, Targets, Task, is_blank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,17 +151,34 @@ class TextClassification(Task):
         """Tokenise a batch of raw rows; without any label column (prediction), the encoded rows have no `labels`.
 
         Raises:
-            DataError: A text or a label is missing or unfit; the message starts with `row N:`, N from 0 in the batch.
+            RowsError: A text or a label is missing or unfit; every row of the batch of which that is so.
             RecipeError: `max_length` leaves no room for text.
         """
         from hf_finetune.classification import texts
 
-        columns = [texts.checked(rows[column], column) for column in self.text_columns()]
+        columns: list[list[str]] = []
+        labels: Iterable[int | float | list[float]] = ()
+        labelled = any(column in rows for column in self.label_columns())
+        bad = BadRows()
+        for column in self.text_columns():
+            with bad.collect():
+                columns.append(texts.checked(rows[column], column))
+        if labelled:
+            with bad.collect():
+                labels = self._labels(rows, targets)
+        bad.raise_any()
         encoded = texts.tokenize(columns, tokenizer, max_length)
-        if any(column in rows for column in self.label_columns()):
-            for row, label in zip(encoded, self._labels(rows, targets), strict=True):
-                row["labels"], row["trained"] = label, 1
+        if labelled:
+            special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
+            for row, label in zip(encoded, labels, strict=True):
+                # A text of which the tokenizer leaves nothing, such as a zero-width space, teaches nothing.
+                row["labels"], row["trained"] = label, int(row["length"] > special)
         return encoded
+
+    def blank(self, rows: Rows) -> list[bool]:
+        """Which rows lack a text, or one of the pair."""
+        columns = [rows[column] for column in self.text_columns()]
+        return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
 
     def _labels(self, rows: Rows, targets: Targets) -> Iterable[int | float | list[float]]:
         if self.problem == "regression":

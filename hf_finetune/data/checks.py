@@ -1,0 +1,191 @@
+"""Applies the levels of `data.checks` to what is known about the prepared data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hf_finetune.badrows import SHOWN, numbers
+from hf_finetune.classification.label_values import listed
+from hf_finetune.data.facts import Facts, Tally
+from hf_finetune.data.splitreport import SplitReport
+from hf_finetune.errors import Problem
+
+if TYPE_CHECKING:
+    from hf_finetune.data import Prepared
+    from hf_finetune.recipe import Recipe
+
+Found = tuple[str, Problem]
+"""Name of a check, and what it found."""
+
+_DROP = "or set data.checks.{check}: warn to drop them"
+_ALLOW = "or set data.checks.{check}: warn"
+_ROWS = {
+    "empty_text": ("{have} no text, or a blank one", f"fill them in or remove them, {_DROP}"),
+    "no_trained_token": (
+        "{have} nothing that is trained",
+        f"raise data.max_length if they are cut, or remove them, {_DROP}",
+    ),
+    "conflicting_labels": ("{have} the tokens of another row with another label", "correct or remove them"),
+    "nul_characters": ("{have} the character NUL in their text", f"write the file anew without it, {_ALLOW}"),
+    "control_characters": (
+        "{have} control characters, or such as override the direction of writing, in their text",
+        "remove them if they are not meant",
+    ),
+    "missing_words": (
+        "{have} a cell that is exactly NA, N/A, null, None or nan, which is read as text",
+        "empty the cell if a missing value is meant",
+    ),
+    "doubled_bos": ("{begin} with the BOS token twice", "remove it from the text, where the template adds it too"),
+    "untrained_end": (
+        "{have} no end-of-turn or EOS token that is trained, so that the model does not learn to stop",
+        "end each chat with an assistant turn, and check the chat template",
+    ),
+}
+"""Check without a limit -> what its rows have, and what to do."""
+_SHARES = {
+    "leakage": (
+        "max_leakage",
+        "have the tokens of a training row, so that its score would say nothing",
+        "remove them from one of the splits, or raise data.checks.max_leakage",
+    ),
+    "duplicates": ("max_duplicates", "have the tokens of an earlier row", "remove them, or raise the limit"),
+}
+"""Check with a limit -> its limit, what the rows do, what to do."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `data.checks` makes of the data."""
+
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def findings(recipe: Recipe, prepared: Prepared) -> Verdict:
+    """Every finding of the checks that are not off.
+
+    Args:
+        recipe: Its levels and limits, and what the splits are called.
+        prepared: The data. Of streamed training rows nothing is known; checks that need them are left out, and rows
+            without text or trained token raise while they are read, where those checks are errors.
+    """
+    verdict = Verdict()
+    for check, problem in _all(recipe, prepared):
+        level = getattr(recipe.data.checks, check)
+        if level != "off":
+            (verdict.errors if level == "error" else verdict.warnings).append(problem)
+    return verdict
+
+
+def _all(recipe: Recipe, prepared: Prepared) -> Iterator[Found]:
+    for name, facts in prepared.facts.items():
+        split = _Split(recipe, name, prepared.places[name], facts, prepared.counted[name])
+        yield from split.rows()
+        yield from split.shares()
+        train = prepared.facts.get("train")
+        yield from split.train_labels() if name == "train" else split.unseen(train)
+    if "train" in prepared.counted:
+        yield from _few(recipe, prepared)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One split, and how messages speak of it."""
+
+    recipe: Recipe
+    name: str
+    place: str
+    facts: Facts
+    report: SplitReport
+
+    @property
+    def key(self) -> str:
+        """The recipe key that names it."""
+        data = self.recipe.data
+        if self.name == "validation" and data.validation is None:
+            return "data.validation_share"
+        return "data.mix" if self.name == "train" and data.mix is not None else f"data.{self.name}"
+
+    def rows(self) -> Iterator[Found]:
+        """Checks that strike at the first row."""
+        for check, (what, remedy) in _ROWS.items():
+            tally = self.facts.tallies.get(check)
+            if tally is not None:
+                one = tally.count == 1
+                said = what.format(have="has" if one else "have", begin="begins" if one else "begin")
+                message = f"{self._counted(tally)} {said} ({_where(tally)}); {remedy.format(check=check)}"
+                yield check, self._problem(message, tally)
+
+    def shares(self) -> Iterator[Found]:
+        """Checks that strike where a share is above its limit."""
+        checks, report = self.recipe.data.checks, self.report
+        for check, (limit, what, remedy) in _SHARES.items():
+            tally, most = self.facts.tallies.get(check), getattr(checks, limit)
+            if tally is not None and tally.count > most * report.kept:
+                share = f"({tally.count / report.kept:.1%}, limit {most:.1%}; {_where(tally)})"
+                yield check, self._problem(f"{self._counted(tally)} {what} {share}; {remedy}", tally)
+        if report.cut > checks.max_cut * report.kept:
+            share = f"({report.cut / report.kept:.1%}, limit {checks.max_cut:.1%}; longest {report.longest:,})"
+            most_tokens = self.recipe.data.max_length
+            message = f"{report.cut:,} of {report.kept:,} {self.name} rows are cut to {most_tokens:,} tokens {share}"
+            yield "cut", self._problem(f"{message}; raise data.max_length, or raise data.checks.max_cut")
+        unknown = self.facts.tallies.get("unknown_tokens", Tally())
+        if unknown.count > checks.max_unknown * report.tokens:
+            share = f"({unknown.count / report.tokens:.1%}, limit {checks.max_unknown:.1%}; first in row {unknown.rows[0][1]})"
+            message = f"{unknown.count:,} of {report.tokens:,} {self.name} tokens are unknown to the tokenizer {share}"
+            yield "unknown_tokens", self._problem(f"{message}; take a model that knows this language", unknown)
+
+    def train_labels(self) -> Iterator[Found]:
+        """How the labels of the training rows are spread."""
+        counts = self.facts.labels
+        present = {name: count for name, count in counts.items() if count}
+        if counts and len(present) < 2:
+            only = f"only the label {next(iter(present))!r}" if present else "no label"
+            message = f"the train rows have {only} of {listed(list(counts))}; a classifier needs rows of two labels"
+            yield "single_class", self._problem(message)
+        elif counts:
+            most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+            limit = self.recipe.data.checks.max_imbalance
+            if counts[most] > limit * counts[least]:
+                message = (
+                    f"the label {most!r} has {counts[most]:,} train rows, {least!r} {counts[least]:,} (limit "
+                    f"{limit:g} to 1); add rows, set task.class_weights: balanced, or raise data.checks.max_imbalance"
+                )
+                yield "imbalance", self._problem(message)
+
+    def unseen(self, train: Facts | None) -> Iterator[Found]:
+        """Labels that these rows have and the training rows do not."""
+        if train is None or not train.labels:
+            return
+        missing = [name for name, count in self.facts.labels.items() if count and not train.labels.get(name)]
+        if missing:
+            rows = sum(self.facts.labels[name] for name in missing)
+            message = (
+                f"{rows:,} {self.name} rows have a label that no training row has: {listed(missing)}; add training "
+                "rows, remove these, or set data.checks.unseen_label: warn"
+            )
+            yield "unseen_label", self._problem(message)
+
+    def _counted(self, tally: Tally) -> str:
+        rows = self.report.rows
+        return f"{tally.count:,} of {rows:,} {self.name} {'row' if rows == 1 else 'rows'}"
+
+    def _problem(self, message: str, tally: Tally | None = None) -> Problem:
+        places = {place for place, _ in tally.rows} if tally is not None else set()
+        return Problem(message, key=self.key, file=places.pop() if len(places) == 1 else self.place)
+
+
+def _where(tally: Tally) -> str:
+    """`row 5, 17, 80`; of several sources each with its name."""
+    if len({place for place, _ in tally.rows}) == 1:
+        return f"row {numbers([row for _, row in tally.rows], tally.count)}"
+    return ", ".join(f"{place} row {row}" for place, row in tally.rows[:SHOWN])
+
+
+def _few(recipe: Recipe, prepared: Prepared) -> Iterator[Found]:
+    kept, wanted = prepared.counted["train"].kept, recipe.training.batch_size
+    if kept < wanted and not recipe.data.packing:
+        message = f"the train split has {kept:,} rows, fewer than one batch of {wanted:,}; lower the batch or add rows"
+        yield "few_rows", Problem(message, key="training.batch_size", file="")

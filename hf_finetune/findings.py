@@ -1,0 +1,101 @@
+"""`Findings`: what a check finds, of several kinds, so that one report holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hf_finetune.errors import DataError, FinetuneError, ModelError, Problem, RecipeError, StorageError
+
+KINDS: tuple[type[FinetuneError], ...] = (RecipeError, DataError, ModelError, StorageError)
+"""What can be known before weights load, by exit code."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem, and how bad it is."""
+
+    problem: Problem
+    kind: type[FinetuneError] | None
+    """The error that it would be raised as; None for a warning."""
+
+    @property
+    def level(self) -> str:
+        """`error` or `warning`."""
+        return "warning" if self.kind is None else "error"
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: level, exit code, file, line, key, message."""
+        code = 0 if self.kind is None else self.kind.exit_code
+        return {"level": self.level, "exit_code": code, **asdict(self.problem)}
+
+
+class Findings:
+    """Collects problems instead of stopping at the first."""
+
+    def __init__(self) -> None:
+        self._found: dict[Finding, None] = {}
+
+    def __iter__(self) -> Iterator[Finding]:
+        """Errors first, by kind; then the warnings. Within a kind by file, then line."""
+        return iter(sorted(self._found, key=_order))
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the errors of `KINDS` that the body raises; others pass."""
+        try:
+            yield
+        except KINDS as error:
+            self.add(error)
+
+    def add(self, error: FinetuneError) -> None:
+        """Keep every problem of an error."""
+        kind = next(kind for kind in KINDS if isinstance(error, kind))
+        self._found |= dict.fromkeys(Finding(problem, kind) for problem in error.problems)
+
+    def warn(self, problems: Iterable[Problem]) -> None:
+        """Keep problems that stop nothing."""
+        self._found |= dict.fromkeys(Finding(problem, None) for problem in problems)
+
+    def merge(self, others: Findings) -> None:
+        """Keep what another check found."""
+        self._found |= others._found
+
+    def located(self, locate: Callable[[Problem], Problem]) -> Findings:
+        """The same findings, each problem with the file and line of the key that it names."""
+        result = Findings()
+        result._found = {replace(finding, problem=locate(finding.problem)): None for finding in self._found}
+        return result
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that stop a run."""
+        return [finding.problem for finding in self if finding.kind is not None]
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """The problems that are only told."""
+        return [finding.problem for finding in self if finding.kind is None]
+
+    @property
+    def exit_code(self) -> int:
+        """The lowest exit code of the errors; 0 where there is none."""
+        return min((finding.kind.exit_code for finding in self._found if finding.kind is not None), default=0)
+
+    def raise_errors(self) -> None:
+        """Raise every error at once, as the kind with the lowest exit code.
+
+        Raises:
+            FinetuneError: There is an error.
+        """
+        kinds = [finding.kind for finding in self._found if finding.kind is not None]
+        if kinds:
+            raise min(kinds, key=lambda kind: kind.exit_code)(self.errors)
+
+
+def _order(finding: Finding) -> tuple[int, bool, str, int]:
+    problem = finding.problem
+    code = 100 if finding.kind is None else finding.kind.exit_code
+    return code, problem.line is None, problem.file, problem.line or 0

@@ -1,0 +1,79 @@
+"""From prepared data to a `Job`: rows, global batches, their division among ranks, and how many steps that makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune import arguments, batching, data, hardware
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.trainer import Job
+
+if TYPE_CHECKING:
+    from hf_finetune.arguments import Length
+    from hf_finetune.data import Prepared
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is trained, in which pieces, for how long."""
+
+    job: Job
+    length: Length
+
+
+def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> Assignment:
+    """Divide the work.
+
+    Args:
+        recipe: Batch size, length of training, packing.
+        prepared: Encoded rows.
+        machine: Its ranks.
+        tokenizer: The model's.
+
+    Raises:
+        RecipeError: The global batch can't be divided, warmup is longer than training, early stopping could never act,
+            or answers are to be generated from sharded weights.
+    """
+    vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
+    micro_batch = hardware.micro_batch(recipe, machine, vocabulary)
+    division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
+    train, lengths = _train_rows(recipe, prepared, division)
+    batches = None
+    if lengths is not None:
+        grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)
+        batches = batching.GlobalBatches(grouped, division, recipe.training.seed)
+    job = Job(
+        task=recipe.task,
+        targets=prepared.targets,
+        adapter=recipe.adapter,
+        tokenizer=tokenizer,
+        train=train,
+        validation=prepared.validation,
+        batches=batches,
+        division=division,
+        eval_batch=hardware.eval_batch(recipe, machine, vocabulary),
+        questions={
+            "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
+            "test": recipe.task.questions(prepared.raw_test, tokenizer),
+        },
+        packed=recipe.data.packing,
+    )
+    if machine.is_sharded and any(job.questions.values()):
+        message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
+        raise RecipeError(Problem(message, key="task.generate_rows"))
+    return Assignment(job, arguments.length(recipe, None if lengths is None else len(lengths)))
+
+
+def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:
+    """The training set as the loader reads it, and the length of each of its rows (None for a stream)."""
+    if isinstance(prepared.train, data.Stream):
+        return batching.StreamedBatches(prepared.train, division, recipe.training.seed), None
+    rows = batching.Rows(prepared.train, recipe.task)
+    lengths: list[int] = list(prepared.train["length"])
+    if not recipe.data.packing:
+        return rows, lengths
+    packs = batching.pack(lengths, recipe.data.max_length)
+    return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]

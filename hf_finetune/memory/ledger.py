@@ -1,0 +1,102 @@
+"""Counts the bytes of tensors that are alive while a model runs, on fake tensors: shapes and dtypes, no storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Ledger(TorchDispatchMode):
+    """Adds each storage that an operation makes to an account, and takes it off when it is freed.
+
+    Only what operations return is seen, not what a kernel needs inside.
+
+    Args:
+        logits: Last dimension of tensors that count as logits, whatever account is open; 0 for none.
+    """
+
+    def __init__(self, logits: int = 0) -> None:
+        super().__init__()
+        self.account = ""
+        """Where new storages are booked."""
+        self.peak: Mapping[str, int] = {}
+        """Bytes by account when most were alive."""
+        self._logits = logits
+        self._live: Counter[str] = Counter()
+        self._total = self._highest = 0
+        self._entries: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and book what it made."""
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._book(leaf)
+        return made
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave tensors that are there already out of every account."""
+        for tensor in tensors:
+            self._entries[tensor.untyped_storage()._cdata] = ("", 0)
+
+    def move(self, tensor: torch.Tensor, account: str) -> None:
+        """Book a live tensor elsewhere."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self._entries[key]
+        self._live[before] -= size
+        self._live[account] += size
+        self._entries[key] = (account, size)
+
+    def _book(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._entries:
+            return
+        # A vector of as many entries is a row of the embedding's gradient or the like.
+        is_logits = self._logits and tensor.ndim > 1 and tensor.shape[-1] == self._logits
+        account = "logits and loss" if is_logits else self.account
+        self._entries[key] = (account, size)
+        self._live[account] += size
+        self._total += size
+        weakref.finalize(storage, self._strike, key).atexit = False
+        if self._total > self._highest:
+            self._highest, self.peak = self._total, +self._live
+
+    def _strike(self, key: int) -> None:
+        account, size = self._entries.pop(key)
+        self._live[account] -= size
+        self._total -= size
+
+
+def fake(model: nn.Module, device: str) -> list[torch.Tensor]:
+    """Replace every tensor of a model on the meta device by a fake one that says it is on `device`.
+
+    Call it under `FakeTensorMode`; the model is of no use outside.
+
+    Returns:
+        The new tensors: parameters, buffers, and what modules keep besides.
+    """
+    twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old ones: their ids must stay theirs
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers, module.__dict__):
+            for name, tensor in list(owned.items()):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if id(tensor) not in twins:
+                    twins[id(tensor)] = (_twin(tensor, device), tensor)
+                owned[name] = twins[id(tensor)][0]
+    return [twin for twin, _ in twins.values()]
+
+
+def _twin(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

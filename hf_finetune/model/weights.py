@@ -1,0 +1,93 @@
+"""Whether a model's weights are there, as safetensors, and whole; none of them is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from hf_finetune.errors import ModelError, Problem
+from hf_finetune.model.pretrained import KEY, reading, resolve
+from hf_finetune.schema.blocks import Model
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+HEADER = 8
+"""Bytes at the start of a safetensors file that tell the length of its JSON header
+(https://huggingface.co/docs/safetensors)."""
+
+
+def check(model: Model) -> None:
+    """Look for the weights in a folder, in the Hub's list of files, or in the cache where the Hub can't be reached.
+
+    Raises:
+        ModelError: There are none, only pickled ones, or files are missing or truncated.
+    """
+    place = resolve(model.name)
+    folder = Path(place) if Path(place).is_absolute() else None
+    if folder is None:
+        with reading(model):
+            files = _on_the_hub(place, model.revision)
+    else:
+        files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    problem = _missing(files) or (folder is not None and _damaged(folder, files))
+    if problem:
+        raise ModelError(Problem(f"{model.name} {problem}", key=KEY))
+
+
+def _on_the_hub(repository: str, revision: str | None) -> list[str]:
+    """Names of a repository's files."""
+    try:
+        return list(HfApi().list_repo_files(repository, revision=revision))
+    except (OSError, HfHubHTTPError):
+        snapshot = snapshot_download(repository, revision=revision, local_files_only=True)
+        return sorted(file.name for file in Path(snapshot).iterdir())
+
+
+def _missing(files: list[str]) -> str | None:
+    """What is wrong with a list of files, if anything is."""
+    if ADAPTER in files:
+        # With it, from_pretrained would load the base that *it* names, at another revision.
+        return "holds an adapter, no base model; name its base here, and the adapter's folder as adapter.from"
+    if WHOLE in files or INDEX in files:
+        return None
+    pickled = next((file for file in files if file.endswith(PICKLES)), None)
+    if pickled is not None:
+        how = "load it where you trust it and save it with save_pretrained"
+        return f"has its weights only as {pickled}, a format that can run code; {how}, which writes safetensors"
+    return f"has no {WHOLE}; give a model with weights"
+
+
+def _damaged(folder: Path, files: list[str]) -> str | None:
+    """A shard that the index names and that is not there, or a file that is cut off."""
+    shards = [WHOLE]
+    if WHOLE not in files:
+        try:
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+            shards = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return f"has a damaged {INDEX}; copy it again"
+        absent = [shard for shard in shards if shard not in files]
+        if absent:
+            return f"lacks {len(absent)} of {len(shards)} weight files, e.g. {absent[0]}; copy it again"
+    cut = next((shard for shard in shards if not _is_whole(folder / shard)), None)
+    return f"has a truncated or damaged {cut}; copy it again" if cut is not None else None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(HEADER), "little")
+        if length > size - HEADER:
+            return False
+        try:
+            header = json.loads(content.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return False
+    return size == HEADER + length + max(ends, default=0)

@@ -1,0 +1,154 @@
+"""`hf-finetune check`: look at everything, say everything, load nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.preflight import light
+from hf_finetune.recipe import read
+
+if TYPE_CHECKING:
+    from hf_finetune.findings import Findings
+    from hf_finetune.preflight.heavy import Examined
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.schema.reading import Reading
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for besides the recipe."""
+
+    restart: bool = False
+    """An earlier run in the folder would be moved aside."""
+    explain: bool = False
+    """Say where each value came from."""
+    show: int = 0
+    """Training rows to print as the model will see them."""
+    report: str | None = None
+    """HTML file to write the data report to."""
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check came to."""
+
+    reading: Reading[Recipe]
+    findings: Findings
+    plan: list[tuple[str, str]] = field(default_factory=list)
+    seen: Examined | None = None
+    """None where the recipe has mistakes: then nothing else was looked at."""
+
+
+def run(path: str, overrides: Sequence[str], options: Options) -> int:
+    """Check a recipe and print what was found.
+
+    Args:
+        path: The recipe.
+        overrides: Each `key.path=value`.
+        options: What to print.
+
+    Returns:
+        The exit code: 0, or that of the gravest kind of finding (2, 3, 4 or 5).
+    """
+    result = check(path, overrides, restart=options.restart)
+    if options.as_json:
+        sys.stdout.write(json.dumps(_as_json(result), indent=2) + "\n")
+    else:
+        _print(result)
+        if options.explain and result.reading.recipe is not None:
+            _print_origins(result.reading)
+        if options.show:
+            _print_rows(result, options.show)
+    if options.report is not None:
+        _write_report(result, options.report)
+    return result.findings.exit_code
+
+
+def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False) -> Result:
+    """Find everything that can be known to be wrong before weights load.
+
+    Recipe mistakes alone import neither torch nor transformers.
+
+    Args:
+        path: The recipe.
+        overrides: Each `key.path=value`.
+        restart: An earlier run in the folder would be moved aside.
+    """
+    reading = read(path, overrides)
+    findings = light.look_at_reading(reading, restart=restart)
+    plan: list[tuple[str, str]] = []
+    seen = None
+    if reading.recipe is not None:
+        from hf_finetune import hardware, quiet
+        from hf_finetune.preflight import heavy
+        from hf_finetune.preflight.plan import lines
+
+        quiet.hush()
+        seen = heavy.examine(reading.recipe, hardware.alone(reading.recipe), findings)
+        if not findings.exit_code:
+            plan = lines(heavy.complete(seen), findings)
+    return Result(reading, findings.located(reading.locate), plan, seen)
+
+
+def _print(result: Result) -> None:
+    for finding in result.findings:
+        sys.stderr.write(f"hf_finetune: {finding.level}: {finding.problem}\n")
+    for note in result.reading.notes:
+        sys.stdout.write(f"note: {note}\n")
+    sys.stderr.flush()
+    width = max((len(name) for name, _ in result.plan), default=0)
+    for name, text in result.plan:
+        sys.stdout.write(f"  {name:<{width}}  {text}\n")
+    sys.stdout.write(_verdict(result.findings) + "\n")
+
+
+def _verdict(findings: Findings) -> str:
+    errors, warnings = len(findings.errors), len(findings.warnings)
+    told = [f"{count} {word}{'' if count == 1 else 's'}" for count, word in ((errors, "error"), (warnings, "warning"))]
+    return ", ".join(told) + ("" if errors else ": this recipe can run")
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return {
+        "exit_code": result.findings.exit_code,
+        "findings": [finding.as_json() for finding in result.findings],
+        "notes": result.reading.notes,
+        "plan": dict(result.plan),
+    }
+
+
+def _print_origins(reading: Reading[Recipe]) -> None:
+    rows = reading.explain()
+    keys = max(len(key) for key, _, _ in rows)
+    values = min(40, max(len(value) for _, value, _ in rows))
+    for key, value, origin in rows:
+        sys.stdout.write(f"{key:<{keys}}  {value:<{values}}  # {origin}\n")
+
+
+def _print_rows(result: Result, count: int) -> None:
+    from hf_finetune.datareport import show
+
+    seen = result.seen
+    if seen is None or seen.prepared is None:
+        sys.stderr.write("hf_finetune: no rows to show: mend the errors above first\n")
+        return
+    for line in show.lines(seen.prepared, seen.tokenizer, count, colour=sys.stdout.isatty()):
+        sys.stdout.write(line + "\n")
+
+
+def _write_report(result: Result, file: str) -> None:
+    """Also of data with mistakes: that is when it is needed most."""
+    from hf_finetune import datareport
+
+    seen = result.seen
+    if seen is None or seen.prepared is None:
+        sys.stderr.write(f"hf_finetune: {file} is not written: the data could not be read; mend the errors first\n")
+        return
+    page = datareport.Page(seen.recipe, seen.prepared, seen.tokenizer, result.findings, result.plan)
+    datareport.write(file, page)
+    sys.stderr.write(f"data report: {file}\n")

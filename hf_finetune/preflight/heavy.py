@@ -1,0 +1,101 @@
+"""What needs the libraries: tokenizer, data, the model on the meta device, how the work divides. No weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune import data, hardware, jobs, model
+from hf_finetune.data import checks
+from hf_finetune.errors import DataError
+from hf_finetune.tasks import Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_finetune.data import Prepared
+    from hf_finetune.findings import Findings
+    from hf_finetune.hardware import Machine
+    from hf_finetune.jobs import Assignment
+    from hf_finetune.recipe import Recipe
+
+UNKNOWN = Targets(names=("first", "second"))
+"""Labels of a model whose data could not be read: its body can be looked at all the same."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a run starts from; whatever could not be made is None, and there is an error that says why."""
+
+    recipe: Recipe
+    machine: Machine
+    tokenizer: Any = None
+    prepared: Prepared | None = None
+    outline: PreTrainedModel | None = None
+    """The model on the meta device."""
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """`Examined`, where nothing is wrong."""
+
+    recipe: Recipe
+    machine: Machine
+    tokenizer: Any
+    prepared: Prepared
+    outline: PreTrainedModel
+    assignment: Assignment
+
+
+def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
+    """Look at everything that can be looked at; a mistake in one part does not hide those of the others.
+
+    Args:
+        recipe: What is to be done.
+        machine: Where. Ranks other than the first of their node wait for its data.
+        findings: Takes what is wrong.
+    """
+    with findings.collect():
+        hardware.check(recipe, machine)
+    tokenizer = prepared = assignment = None
+    with findings.collect():
+        machine = replace(machine, attention=model.attention(recipe, machine))
+    with findings.collect():
+        tokenizer = model.load_tokenizer(recipe.model)
+    if tokenizer is not None:
+        with findings.collect():
+            prepared = data.prepare(recipe, tokenizer, machine)
+    targets = UNKNOWN if prepared is None else prepared.targets
+    outline = model.examine(recipe, targets, tokenizer, findings)
+    if prepared is not None:
+        _judge(recipe, prepared, findings)
+        with findings.collect():
+            assignment = jobs.assign(recipe, prepared, machine, tokenizer)
+    return Examined(recipe, machine, tokenizer, prepared, outline, assignment)
+
+
+def prepare(recipe: Recipe, machine: Machine, findings: Findings) -> Ready:
+    """Examine a run, and go on only where nothing is wrong.
+
+    Raises:
+        FinetuneError: Everything that was found, at once; of the kind with the lowest exit code.
+    """
+    seen = examine(recipe, machine, findings)
+    findings.raise_errors()
+    return complete(seen)
+
+
+def complete(seen: Examined) -> Ready:
+    """What was examined without an error."""
+    if seen.prepared is None or seen.outline is None or seen.assignment is None:
+        raise AssertionError("a part that can't be made has an error")
+    return Ready(seen.recipe, seen.machine, seen.tokenizer, seen.prepared, seen.outline, seen.assignment)
+
+
+def _judge(recipe: Recipe, prepared: Prepared, findings: Findings) -> None:
+    """Keep what the data's facts mean by the recipe's `data.checks`."""
+    verdict = checks.findings(recipe, prepared)
+    if verdict.errors:
+        findings.add(DataError(verdict.errors))
+    findings.warn(verdict.warnings)

@@ -1,0 +1,64 @@
+"""What can be seen without torch: the recipe itself, the files that it names, the run folder. Takes a moment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.findings import Findings
+from hf_finetune.runfolder import RunFolder
+from hf_finetune.schema import datafiles, modelfolder, paths
+
+if TYPE_CHECKING:
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.schema.reading import Reading
+
+
+def look(recipe: Any) -> Findings:
+    """Look at the files that a recipe names.
+
+    Args:
+        recipe: A Recipe, or what could be read of one: a field that is missing or wrong raises AttributeError.
+    """
+    findings = Findings()
+    found = paths.problems(recipe)
+    if found:
+        findings.add(RecipeError(found))
+    missing = datafiles.problems(recipe)
+    if missing:
+        findings.add(DataError(missing))
+    name = _given(recipe, "model", "name")
+    if name is not None and not any(problem.key == modelfolder.KEY for problem in found):
+        with findings.collect():
+            modelfolder.resolve(name)
+    return findings
+
+
+def look_at_reading(reading: Reading[Recipe], *, restart: bool) -> Findings:
+    """Look at a recipe as it was read, with all its mistakes, and at the run folder.
+
+    Args:
+        reading: The recipe, whole or in part.
+        restart: An earlier run in the folder would be moved aside.
+    """
+    findings = Findings()
+    if reading.problems:
+        findings.add(RecipeError(reading.problems))
+    if reading.partial is None:
+        return findings
+    findings.merge(look(reading.partial))
+    output = _given(reading.partial, "output")
+    if output is not None and not any(problem.key == "output" for problem in findings.errors):
+        with findings.collect():
+            # A recipe with mistakes is another one than that of an earlier run, whatever it will be.
+            RunFolder(output).look(reading.recipe.dump() if reading.recipe else "", restart=restart)
+    return findings
+
+
+def _given(block: Any, *names: str) -> Any:
+    """A field inside blocks; None where it could not be read."""
+    for name in names:
+        if not hasattr(block, name):
+            return None
+        block = getattr(block, name)
+    return block

@@ -1,0 +1,42 @@
+"""How much memory this process may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_finetune.hardware import Machine
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def memory_available(machine: Machine) -> int | None:
+    """Bytes that one rank may take on its device; None where that can't be known.
+
+    On a CPU the node's free memory, or what its control group (cgroup v2) leaves, divided by the ranks of the node.
+    """
+    if machine.device == "cuda":
+        return int(torch.cuda.mem_get_info(machine.local_rank)[0])
+    known = [amount for amount in (_free(), _left_by_cgroup()) if amount is not None]
+    return min(known) // machine.local_world_size if known else None
+
+
+def _free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found) * 1024
+
+
+def _left_by_cgroup() -> int | None:
+    try:
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = (CGROUP / "memory.current").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() else None

@@ -1,0 +1,94 @@
+"""`data.checks`: what is looked for in the data, and how bad each finding is. Imports no torch.
+
+Whatever the level, rows that can't be used are dropped and every finding is counted in the report.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from hf_finetune.plugins import Section
+
+Level = Literal["error", "warn", "off"]
+"""`error` ends the run before weights load, `warn` is told, `off` is only counted."""
+Limit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Checks(Section):
+    """What is looked for in the data: each check is `error`, `warn` or `off`, next to it the limit it may have."""
+
+    empty_text: Level = "error"
+    """Rows whose text, prompt, completion or chat is null or blank; with `warn` and `off` they are dropped."""
+    no_trained_token: Level = "error"
+    """Rows of which nothing is trained, also because `max_length` cut it off; with `warn` and `off` they are dropped."""
+    unseen_label: Level = "error"
+    """A label of `task.labels` that validation or test rows have, but no training row."""
+    single_class: Level = "error"
+    """All training rows have one label, though `task.labels` or the column names more."""
+    leakage: Level = "error"
+    """More than `max_leakage` of the validation or test rows have the tokens of a training row."""
+    max_leakage: Limit = 0.01
+    """Share of validation or test rows."""
+    duplicates: Level = "warn"
+    """More than `max_duplicates` of a split's rows have the tokens of an earlier row."""
+    max_duplicates: Limit = 0.05
+    """Share of a split's rows."""
+    conflicting_labels: Level = "warn"
+    """Rows with the same tokens, but another label (classification)."""
+    imbalance: Level = "warn"
+    """The commonest label has more than `max_imbalance` times the training rows of the rarest."""
+    max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0
+    """Commonest / rarest."""
+    cut: Level = "warn"
+    """More than `max_cut` of a split's rows are over-long and cut."""
+    max_cut: Limit = 0.05
+    """Share of a split's rows."""
+    doubled_bos: Level = "warn"
+    """Rows that begin with the BOS token twice."""
+    untrained_end: Level = "warn"
+    """Rows that are not cut, yet whose end-of-turn or EOS token is not trained: the model would not stop (causal_lm)."""
+    unknown_tokens: Level = "warn"
+    """More than `max_unknown` of a split's tokens are the unknown token."""
+    max_unknown: Limit = 0.01
+    """Share of a split's tokens."""
+    nul_characters: Level = "error"
+    """Rows whose text holds the character NUL, a sign of a broken export."""
+    control_characters: Level = "warn"
+    """Rows whose text holds control characters, or such as turn the direction of writing."""
+    missing_words: Level = "warn"
+    """csv and tsv cells that are exactly NA, N/A, null, None or nan: they are read as text."""
+    few_rows: Level = "warn"
+    """Fewer training rows than one global batch."""
+
+
+class Check(NamedTuple):
+    """One line of the table of checks."""
+
+    name: str
+    default: Level
+    limit: str
+    """Name of its limit and the default, e.g. `max_cut: 0.05`; empty without one."""
+    meaning: str
+
+
+_LIMITS = {
+    "leakage": "max_leakage",
+    "duplicates": "max_duplicates",
+    "imbalance": "max_imbalance",
+    "cut": "max_cut",
+    "unknown_tokens": "max_unknown",
+}
+
+
+def table() -> tuple[Check, ...]:
+    """Every check with its default, its limit and what it means, in the order of the fields."""
+    fields = Checks.model_fields
+    rows = []
+    for name, field in fields.items():
+        if name not in _LIMITS.values():
+            limit = _LIMITS.get(name)
+            told = "" if limit is None else f"{limit}: {fields[limit].default:g}"
+            rows.append(Check(name, field.default, told, field.description or ""))
+    return tuple(rows)

