@@ -58,7 +58,7 @@ def test_every_mistake_is_told_once_with_its_line(recipe: str) -> None:
         ("task.label=lable", 3, "did you mean 'label'"),
         ("model.name=./no/such/model", 4, "no/such/model"),
         ("model.name=package:no_such_package/model", 4, "no_such_package"),
-        ("adapter.target_modules=[qery]", 2, "query"),
+        ("adapter.target_modules=[qery]", 4, "query"),
         ("data.max_length=512", 4, "64"),
         ("training.warmup_steps=1000", 2, "error: command line: training.warmup_steps: 1000 is more than all"),
         ("output=/proc/none", 5, "/proc/none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import data
-from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.errors import DataError, FinetuneError, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 
@@ -59,6 +60,11 @@ def model_texts(llama: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pyt
     """Prepares language modelling data in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return lambda task=TEXTS, **block: data.prepare(recipe(task, **block), llama, MACHINE)
+
+
+def bare(error: FinetuneError) -> str:
+    """What an error says, without the recipe keys that name the splits."""
+    return "\n".join(str(dataclasses.replace(problem, key="")) for problem in error.problems)
 
 
 def write(name: str, *rows: str) -> str:
@@ -180,7 +186,11 @@ def test_files_that_can_not_be_meant(classify: Prepare, names: Any, message: str
         ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": "\xff", "label": 1}\n', "a.jsonl:2: is not UTF-8 at byte 36"),
         ("a.json", b'[{"text": "a",\n "label": }]', "a.json:2: is no valid JSON"),
         ("a.csv", b"text,label\na,0\nb,c,1\n", "a.csv:3: has 3 fields, the header 2"),
-        ("a.csv", b"text,label\na,x,0\nb,c,1\n", "more fields than the header"),
+        (
+            "a.csv",
+            b"text,label\na,x,0\nb,c,1\n",
+            "put texts with commas in quotes (also line 3)",
+        ),
         ("a.csv", b"text,label\n\xe9t\xe9,0\n", "a.csv:2: is not UTF-8"),
         ("a.tsv", b"text\tlabel\na\t0\nb\tc\t1\n", "a.tsv:3: has 3 fields"),
         ("a.parquet", b"no parquet", "a.parquet: is no parquet file"),
@@ -192,13 +202,14 @@ def test_broken_files_are_named_with_their_line(classify: Prepare, name: str, co
     Path(name).write_bytes(content)
     with pytest.raises(DataError) as error:
         classify(train="good.jsonl", validation=name)
-    assert message in str(error.value)
+    assert message in bare(error.value)
+    assert {problem.key for problem in error.value.problems} == {"data.validation"}
 
 
 def test_the_broken_one_of_many_files_is_named(classify: Prepare) -> None:
     write_json("1.jsonl", mixed(4))
     write("2.jsonl", '{"text": ')
-    with pytest.raises(DataError, match=r"^2.jsonl:1: "):
+    with pytest.raises(DataError, match=r"^2.jsonl:1: data.train: is no valid JSON"):
         classify(train="*.jsonl")
 
 
@@ -211,15 +222,15 @@ def test_missing_columns_are_listed_with_the_nearest(classify: Prepare) -> None:
     with pytest.raises(DataError) as error:
         classify(train="train.jsonl", validation="dev.csv")
     assert [str(problem) for problem in error.value.problems] == [
-        "dev.csv: has no column 'text'; did you mean 'txt'? it has txt, class",
-        "dev.csv: has no column 'label'; known: txt, class",
+        "dev.csv: data.validation: has no column 'text'; did you mean 'txt'? it has txt, class",
+        "dev.csv: data.validation: has no column 'label'; known: txt, class",
     ]
 
 
 def test_an_unfit_row_is_named_by_file_and_number(classify: Prepare) -> None:
     write_json("train.jsonl", mixed(8))
-    write_json("dev.jsonl", [*mixed(150), {"text": " ", "label": "good"}])
-    with pytest.raises(DataError, match=r"^dev.jsonl: row 151: column 'text' is empty"):
+    write_json("dev.jsonl", [*mixed(150), {"text": "bad", "label": "poor"}])
+    with pytest.raises(DataError, match=r"^dev.jsonl: data.validation: row 151: column 'label' holds 'poor', which is"):
         classify(train="train.jsonl", validation="dev.jsonl")
 
 
@@ -228,7 +239,7 @@ def test_an_unfit_label_is_named_by_its_number_before_the_cut(classify: Prepare)
     rows[29]["label"] = None
     write_json("train.jsonl", rows)
     for seed in (1, 2):
-        with pytest.raises(DataError, match=r"train.jsonl: row 30: column 'label' is null"):
+        with pytest.raises(DataError, match=r"train.jsonl: data.train: row 30: column 'label' is null"):
             classify(train="train.jsonl", validation_share=0.2, seed=seed)
 
 
@@ -345,11 +356,11 @@ def test_a_mix_widens_numbers_and_refuses_other_types(classify: Prepare) -> None
         classify(score, mix=[{"train": "whole.jsonl"}, {"train": "words.jsonl"}])
 
 
-def test_an_unfit_row_of_a_mix_is_named_by_its_source(model_texts: Prepare) -> None:
-    write_json("a.jsonl", [{"text": "good film"}] * 40)
-    write_json("b.jsonl", [*[{"text": "bad"}] * 5, {"text": None}])
-    with pytest.raises(DataError, match=r"^b.jsonl: row 6: "):
-        model_texts(mix=[{"train": "a.jsonl"}, {"train": "b.jsonl"}])
+def test_an_unfit_row_of_a_mix_is_named_by_its_source(classify: Prepare) -> None:
+    write_json("a.jsonl", mixed(40))
+    write_json("b.jsonl", [*mixed(5), {"text": "bad", "label": ""}])
+    with pytest.raises(DataError, match=r"^b.jsonl: data.mix.1.train: row 6: column 'label' is empty"):
+        classify(mix=[{"train": "a.jsonl"}, {"train": "b.jsonl"}])
 
 
 # ---- encoding
@@ -369,9 +380,10 @@ def test_processes_encode_the_same_rows_as_one(classify: Prepare, monkeypatch: p
 
 def test_an_error_in_a_worker_process_reaches_the_user(classify: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.encoding, "FEW_ROWS", 20)
-    write_json("train.jsonl", [*mixed(150), {"text": "", "label": "bad"}])
-    with pytest.raises(DataError, match=r"^train.jsonl: row 151: column 'text' is empty"):
-        classify(train="train.jsonl", workers=2)
+    write_json("train.jsonl", mixed(150))
+    write_json("dev.jsonl", [*mixed(150), *[{"text": "bad", "label": "poor"}] * 7])
+    with pytest.raises(DataError, match=r"^dev.jsonl: data.validation: row 151, 152, 153, 154, 155 and 2 more: column"):
+        classify(train="train.jsonl", validation="dev.jsonl", workers=2)
 
 
 # ---- sources on the Hub (offline: only what is cached)

@@ -167,7 +167,7 @@ def run_rank(tokenizer: str, jobs: list[tuple[Machine, str]], together: Any, ans
 def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
     write_lengths("race.jsonl", range(1, 4))
     write_lengths("wait.jsonl", range(4, 7))
-    write_json("fail.jsonl", [{"text": "film"}, {"text": None}])
+    write_json("fail.jsonl", [{"text": "film"}, {"text": {"a": 1}}])
     context = multiprocessing.get_context("spawn")
     answers, together = context.Queue(), context.Barrier(2)
     jobs = [
@@ -184,7 +184,7 @@ def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
     assert answered[2] == answered[3] == (1, "rows", [5, 6, 7])
     assert answered[4] == answered[5]
     assert answered[4][1] == "DataError"
-    assert "fail.jsonl: row 2: " in answered[4][2]
+    assert "fail.jsonl:2: data.train: " in answered[4][2]
     assert [path.name for path in entries() if not path.name.endswith(".failed")] == [
         path.name for path in entries() if path.is_dir()
     ]

@@ -89,14 +89,14 @@ def test_the_recipe_may_name_the_labels(values: list[Any], names: list[str], ids
         (["a", None], r"row 1: column 'label' is null: the row has no label"),
         (
             [1.0, 2.0],
-            r"row 0: column 'label' holds the float 1.0 .*; write integers, or set problem: regression",
+            r"row 0: column 'label' holds a float .*; write integers, or set problem: regression",
         ),
-        ([0.5, 2.0], r"row 0: column 'label' holds 0.5, a number and no label; set problem: regression"),
+        ([0.5, 2.0], r"row 0: column 'label' holds a fraction, a number and no label; set problem: regression"),
         ([1.0, math.nan], r"row 1: column 'label' is null"),
         (["a", ""], r"row 1: column 'label' is empty"),
         ([], r"column 'label' holds no label in training"),
         (["a", "a"], r"column 'label' holds only 'a' in training; a classifier needs two labels"),
-        ([["a"], ["b"]], r"row 0: column 'label' holds a list, \['a'\]; set problem: multi_label"),
+        ([["a"], ["b"]], r"row 0: column 'label' holds a list; set problem: multi_label"),
     ],
 )
 def test_unfit_training_labels_are_refused(values: list[Any], message: str) -> None:
@@ -146,8 +146,8 @@ def test_lists_of_labels(values: list[Any], feature: Any, names: tuple[str, ...]
     [
         ([["a"], None, ["b"]], "row 1: column 'label' is null; a row without labels holds an empty list"),
         ([["a"], ["a", "b", "a"]], "row 1: column 'label' repeats a label: a, b, a"),
-        (["a", "b"], "row 0: column 'label' holds 'a'; multi_label needs a list"),
-        ([[0.0], [1.0]], "row 0: column 'label' holds the float 0.0"),
+        (["a", "b"], "row 0: column 'label' holds text; multi_label needs a list"),
+        ([[0.0], [1.0]], "row 0: column 'label' holds a float"),
         ([["a"], ["a"]], "column 'label' holds 1 labels in training"),
     ],
 )

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Recipe, json_schema
 from hf_finetune.schema import yamlfile
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -75,7 +75,7 @@ def outcome(load: Callable[[], Recipe]) -> tuple[Recipe | None, tuple[Problem, .
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.stem))
 def test_recipes_parse(path: Path) -> None:
     recipe = Recipe.load(str(path))
-    jsonschema.validate(yamlfile.read(str(path)).value, Recipe.model_json_schema())
+    jsonschema.validate(yamlfile.read(str(path)).value, json_schema())
     assert recipe.output
 
 
@@ -97,6 +97,11 @@ def test_numbers_have_their_types(load: Load) -> None:
         ("  epochs", "  epohcs", "14: training.epohcs: unknown key; did you mean 'epochs'?"),
         ("  text: s", "  txet: s", "3: task.txet: unknown key; did you mean 'text'?"),
         ("output:", "seed: 1\noutput:", "17: seed: unknown key; did you mean 'training.seed'?"),
+        ("r: 16", "init_r: 16", "12: adapter.init_r: unknown key; it is for kind adalora"),
+        ("  epochs", "  Epochs", "14: training.Epochs: unknown key; did you mean 'epochs'?"),
+        ("output:", "Output:", "17: Output: unknown key; did you mean 'output'?"),
+        ("kind: lora", "type: lora", "11: adapter.type: unknown key; did you mean 'kind'?"),
+        ("  kind: lora", "  knid: lorra", "11: adapter.knid: unknown key; did you mean 'kind'?"),
         ("r: 16", "continue_from: x", "12: adapter.continue_from: unknown key; known: kind,"),
         ("kind: lora", "kind: lorra", "11: adapter.kind: unknown kind 'lorra'; did you mean 'lora'?"),
         ("  kind: lora\n", "", "10: adapter: needs a kind; known: adalora, full, ia3, lora"),
@@ -295,33 +300,80 @@ def test_no_bytes_crash(load: Load, raw: bytes, at: int) -> None:
     assert all("\n" not in str(problem) for problem in found)
 
 
+VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+
+
+def fits(text: str) -> bool:
+    """Whether an editor takes a file."""
+    return bool(VALIDATOR.is_valid(yamlfile.parse(text, "x.yaml").value))
+
+
 def test_json_schema_takes_what_load_takes(load: Load) -> None:
-    schema = Recipe.model_json_schema()
-    validator = jsonschema.Draft202012Validator(schema)
-    validator.check_schema(schema)
-    assert validator.is_valid(yamlfile.parse(VALID, "x.yaml").value)
-    assert validator.is_valid(json.loads(load().model_dump_json()))
-    for old, new in [("kind: lora", "kind: lorra"), ("r: 16", "rr: 16"), ("epochs: 3", "epochs: '3'")]:
-        assert not validator.is_valid(yamlfile.parse(VALID.replace(old, new), "x.yaml").value)
+    VALIDATOR.check_schema(json_schema())
+    assert fits(VALID)
+    assert VALIDATOR.is_valid(json.loads(load().model_dump_json()))
+    for old, new in [
+        ("kind: lora", "kind: lorra"),
+        ("r: 16", "rr: 16"),
+        ("epochs: 3", "epochs: '3'"),
+        ("output: runs/x", ""),
+        ("  batch_size: 64\n", ""),
+        ("output:", "seed: 1\noutput:"),
+        ("  name: some/model", "  revision: abc"),
+    ]:
+        assert not fits(VALID.replace(old, new)), new
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "training: {steps: 10}",
+        "adapter: {r: 3}",
+        "adapter: {kind: ia3}",
+        "adapter: {rank_pattern: {q_proj: 4}}",
+        "task: {label: x}",
+        "model: {dropout: 0.1}",
+        "data: {mix: [{train: a}, {train: b}], checks: {leakage: off}}",
+        "training: {early_stopping: null}",
+        "training: {early_stopping: {min_delta: 0.1}}",
+    ],
+)
+def test_json_schema_takes_any_part_of_a_recipe_that_extends_another(part: str) -> None:
+    assert fits(f"extends: base.yaml\n{part}")
+    assert not fits(part)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "extends: 5",
+        "extends: a.yaml\nseed: 1",
+        "extends: a.yaml\ntraining: {stps: 1}",
+        "extends: a.yaml\ntraining: {steps: x}",
+        "extends: a.yaml\nadapter: {kind: ia3, r: 3}",
+        "extends: a.yaml\nadapter: {kind: lorra}",
+        "extends: a.yaml\ndata: {mix: [{source: a}, {train: b}]}",
+    ],
+)
+def test_json_schema_refuses_what_no_base_makes_right(part: str) -> None:
+    assert not fits(part)
 
 
 def test_json_schema_documents_every_field() -> None:
-    schema = Recipe.model_json_schema()
-    blocks = {"Recipe": schema, **schema["$defs"]}
+    schema = json_schema()
     bare = [
         f"{name}.{key}"
-        for name, block in blocks.items()
+        for name, block in {"Recipe": schema, **schema["$defs"]}.items()
         for key, value in block.get("properties", {}).items()
         if not value.get("description")
     ]
     assert bare == []
+    assert schema["properties"].keys() == {"extends", *Recipe.model_fields}
 
 
 def test_json_schema_tells_plugins_apart() -> None:
-    schema = Recipe.model_json_schema()
-    kinds = {
-        block["properties"]["kind"]["const"] for block in schema["$defs"].values() if "kind" in block["properties"]
-    }
+    blocks = json_schema()["$defs"].values()
+    kinds = {block["properties"]["kind"]["const"] for block in blocks if "kind" in block.get("properties", {})}
     assert {"lora", "full", "text_classification", "causal_lm"} <= kinds
 
 

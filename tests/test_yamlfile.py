@@ -55,6 +55,19 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     assert type(read) is type(value)
 
 
+def test_what_is_no_text_is_kept_as_it_is_written() -> None:
+    document = yamlfile.parse("a: 1e5\nb: [0x1f, 12, text]\nc: ~\n", "x.yaml")
+    assert document.written == {("a",): "1e5", ("b", 1): "12", ("c",): "~"}
+
+
+def test_a_number_with_a_leading_zero_is_a_complaint_and_left_out() -> None:
+    document = yamlfile.parse("a: 010\nb: '010'\nc: 0.5\nd: 0\ne: -007\n", "x.yaml")
+    assert document.value == {"b": "010", "c": 0.5, "d": 0}
+    assert document.unread == {("a",), ("e",)}
+    assert [(problem.key, problem.line) for problem in document.problems] == [("a", 1), ("e", 5)]
+    assert "write 10 without the zero" in document.problems[0].message
+
+
 def test_nan_is_a_number() -> None:
     assert math.isnan(yamlfile.parse(".nan", "x.yaml").value)
 

@@ -41,15 +41,15 @@ def ids(values: Sequence[Any], column: str, targets: Targets) -> list[int]:
     """Ids of a column with one label a row.
 
     Raises:
-        RowsError: A label is missing, unfit or unknown.
+        RowsError: A label is missing, unfit, or unknown where `targets` have names; without names every id is 0.
     """
     hint, text_of = _hint(values), _text_reader(values)
 
     def read(value: Any) -> int:
         text = text_of(value)
-        if text not in targets.id_of:
+        if targets.names and text not in targets.id_of:
             _refuse(unknown(text, targets.names, hint))
-        return targets.id_of[text]
+        return targets.id_of.get(text, 0)
 
     return _each(values, column, 0, read)
 
@@ -60,7 +60,7 @@ def multi_hot(values: Sequence[Any], column: str, targets: Targets) -> list[list
 
     def read(value: Any) -> list[float]:
         row_cells = [0.0] * len(targets.names)
-        for text in texts_of(value):
+        for text in texts_of(value) if targets.names else ():
             if text not in targets.id_of:
                 _refuse(unknown(text, targets.names))
             row_cells[targets.id_of[text]] = 1.0
@@ -100,7 +100,7 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
         if is_missing(value):
             _refuse(f"is null; regression needs a number in every row{hint}")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            _refuse(f"holds {value!r}; regression needs a number")
+            _refuse(f"holds {'text' if isinstance(value, str) else repr(value)}; regression needs a number")
         if not math.isfinite(value):
             _refuse(f"holds {value}; regression needs finite numbers")
         return float(value)
@@ -139,7 +139,7 @@ def _text_reader(values: Sequence[Any]) -> Callable[[Any], str]:
         if is_missing(value):
             _refuse(f"is null: the row has no label{hint}")
         if type(value) is not type(first):
-            _refuse(f"holds {value!r}, but the rows before hold labels like {first!r}; use one type")
+            _refuse(f"holds {_kind(value)}, but the rows before hold labels like {first!r}; use one type")
         return _text(value)
 
     return read
@@ -153,13 +153,17 @@ def _list_reader(values: Sequence[Any]) -> Callable[[Any], list[str]]:
         if is_missing(value):
             _refuse(f"is null; a row without labels holds an empty list{hint}")
         if not isinstance(value, list):
-            _refuse(f"holds {value!r}; multi_label needs a list of labels, or several columns of 0 and 1")
+            _refuse(f"holds {_kind(value)}; multi_label needs a list of labels, or several columns of 0 and 1")
         row_texts = [_text(label) for label in value]
         if len(set(row_texts)) < len(row_texts):
             _refuse(f"repeats a label: {listed(row_texts)}; 0/1 cells belong into columns of their own")
         return row_texts
 
     return read
+
+
+def _kind(value: Any) -> str:
+    return {str: "text", bool: "true or false", int: "an integer", float: "a float"}.get(type(value), "a list")
 
 
 def _each(values: Sequence[Any], column: str, start: int, read: Callable[[Any], T]) -> list[T]:
@@ -189,12 +193,14 @@ def _text(value: Any) -> str:
         case str():
             _refuse("is empty: the row has no label")
         case float() if value.is_integer():
-            cause = "integers beside empty cells are read so"
-            _refuse(f"holds the float {value} ({cause}); write integers, or set problem: regression")
+            # Not the value: the same fault of many rows is told once.
+            _refuse(
+                "holds a float (integers beside empty cells are read so); write integers, or set problem: regression"
+            )
         case float():
-            _refuse(f"holds {value}, a number and no label; set problem: regression")
+            _refuse("holds a fraction, a number and no label; set problem: regression")
         case list():
-            _refuse(f"holds a list, {value!r}; set problem: multi_label")
+            _refuse("holds a list; set problem: multi_label")
         case _:
             _refuse(f"holds {value!r}; a label is an integer, a string or a boolean")
 

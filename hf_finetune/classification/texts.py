@@ -15,9 +15,6 @@ from hf_finetune.tasks import Batch, Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 60
-"""Characters of a value that a message shows."""
-
 
 def checked(values: Sequence[Any], column: str) -> list[str]:
     """The texts of a column.
@@ -30,7 +27,7 @@ def checked(values: Sequence[Any], column: str) -> list[str]:
         if value is None:
             bad.add(row, f"column {column!r} is null; remove the row or fill it in")
         elif not isinstance(value, str):
-            bad.add(row, f"column {column!r} holds {_shown(value)}, which is no text; write it in quotes or remove it")
+            bad.add(row, f"column {column!r} holds {_kind(value)}, not text; write it in quotes or remove it")
         elif not value.strip():
             bad.add(row, f"column {column!r} is empty; remove the row or fill it in")
         elif not _encodes(value):
@@ -47,9 +44,10 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+def _kind(value: Any) -> str:
+    """What a cell holds, without the value: the same fault of many rows is told once."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,25 @@ import transformers
 import hf_finetune
 from hf_finetune import quiet
 from hf_finetune.data import cache, encoding, sources, splits
-from hf_finetune.data.encoding import Encoder, SplitReport
+from hf_finetune.data.encoding import Encoder, Encoding
+from hf_finetune.data.facts import Facts, Setting, Tally, gather
+from hf_finetune.data.faults import Wanted
+from hf_finetune.data.placing import place
 from hf_finetune.data.sources import Origins
+from hf_finetune.data.splitreport import SplitReport
+from hf_finetune.data.splits import Split
 from hf_finetune.data.streaming import Reading, Stream
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, Problem
+from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks import Task
 
-__all__ = ["Prepared", "SplitReport", "Stream", "prepare"]
+__all__ = ["Facts", "Prepared", "SplitReport", "Stream", "Tally", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Prepared:
     """What the training rows say about the labels."""
     counted: Mapping[str, SplitReport]
     """What became of the rows of each split that was loaded."""
+    facts: Mapping[str, Facts]
+    """What was counted in the rows of each split that was loaded; `checks.findings` judges it."""
+    places: Mapping[str, str]
+    """What messages call each split."""
     fingerprint: str
     """SHA-256, as hex, over everything that determines the rows: data, tokenizer, task and settings."""
 
@@ -75,23 +86,29 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
         machine: Tells which rank this is.
 
     Raises:
-        DataError: The data are missing, unreadable, empty, or do not fit the recipe.
+        DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
+            `data.checks` finds is not raised here, for that see `checks.findings`.
         StorageError: The cache can't be written.
     """
     quiet.hush()
     data, task, seed = recipe.data, recipe.task, recipe.training.seed
     origins = sources.locate(data)
+    reading = Reading.of(data, origins, Wanted.by(task), seed)
+    if origins.problems:
+        raise DataError(_problems(recipe, tokenizer, reading) if machine.is_node_main else origins.problems)
+    stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
-    reading = Reading.of(data, origins, task.columns(), seed)
 
     def build(scratch: Path) -> cache.Content:
-        return _build(recipe, tokenizer, reading, scratch)
+        content = _build(recipe, tokenizer, reading, scratch)
+        origins.check_unchanged(stamps)
+        return content
 
     entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions()]))
     content = entry.get(build, builds=machine.is_node_main)
     if data.streaming:
         encoder = Encoder(task, tokenizer, content.targets, data.max_length, ())
-        train: Any = Stream(reading, encoder, data.overlong)
+        train: Any = Stream(reading, encoder, data)
     else:
         train = content.encoded["train"]
     return Prepared(
@@ -102,28 +119,79 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
         raw_test=content.raw.get("test"),
         targets=content.targets,
         counted=content.reports,
+        facts=content.facts,
+        places=_places(origins),
         fingerprint=fingerprint,
     )
 
 
 def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, scratch: Path) -> cache.Content:
-    """Read and encode every split."""
+    """Read and encode every split; what is wrong with any of them is raised at once, after all were tried."""
     data, task = recipe.data, recipe.task
-    streamed = reading.open() if data.streaming else None
-    loaded = splits.load(data, reading.origins, reading.columns, recipe.training.seed, str(scratch / "raw"))
-    if streamed is not None:
-        targets = task.targets(streamed)
-    else:
+    loaded = splits.load(data, reading.origins, reading.wanted, recipe.training.seed, str(scratch / "raw"))
+    problems = list(loaded.problems)
+    targets = None
+    try:
+        if data.streaming:
+            targets = _streamed_targets(task, reading)
+        elif "train" in loaded.splits:
+            targets = _targets(task, loaded.splits["train"])
+    except DataError as error:
+        problems += _keyed(error, "train", reading.origins)
+    encodings: dict[str, Encoding] = {}
+    for name, split in loaded.splits.items():
+        # Rows that can't be labelled have other faults too, so all are tried even without labels.
+        encoder = Encoder(task, tokenizer, targets or Targets(), data.max_length, split.places)
         try:
-            targets = task.targets(loaded["train"].raw())
+            encodings[name] = encoding.encode(split, encoder, data.overlong, scratch, data.workers)
         except DataError as error:
-            raise encoding.place(error, loaded["train"]) from None
-    encoded, reports = {}, {}
-    for name, split in loaded.items():
-        encoder = Encoder(task, tokenizer, targets, data.max_length, split.places)
-        encoded[name], reports[name] = encoding.encode(split, encoder, data.overlong, scratch, data.workers)
-    raw = {name: split.raw() for name, split in loaded.items() if name != "train"}
-    return cache.Content(encoded, raw, targets, reports)
+            problems += _keyed(error, name, reading.origins)
+    if problems or targets is None:
+        raise DataError(dict.fromkeys(problems))
+    facts = gather(loaded.splits, encodings, Setting(task, tokenizer, targets, data.max_length))
+    encoded = {name: one.rows() for name, one in encodings.items()}
+    raw = {name: split.raw() for name, split in loaded.splits.items() if name != "train"}
+    return cache.Content(encoded, raw, targets, {name: one.report for name, one in encodings.items()}, facts)
+
+
+def _streamed_targets(task: Task, reading: Reading) -> Targets:
+    opened = reading.open()
+    try:
+        return task.targets(opened)
+    except DataError as error:
+        raise DataError(replace(problem, file=reading.places) for problem in error.problems) from None
+
+
+def _targets(task: Task, train: Split) -> Targets:
+    try:
+        return task.targets(train.raw())
+    except DataError as error:
+        raise place(error, train) from None
+
+
+def _keyed(error: DataError, name: str, origins: Origins) -> Iterator[Problem]:
+    """The problems of a split, each with the recipe key that names its file."""
+    held = {"validation": origins.validation, "test": origins.test}.get(name)
+    keys = {origin.place: origin.key for origin in (origins.train if held is None else (held,))}
+    for problem in error.problems:
+        yield problem if problem.key else replace(problem, key=keys.get(problem.file, f"data.{name}"))
+
+
+def _problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> tuple[Problem, ...]:
+    """Every problem of data of which a part was not found, so that nothing can come of them."""
+    with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
+        try:
+            _build(recipe, tokenizer, reading, Path(scratch))
+        except DataError as error:
+            return error.problems
+    return reading.origins.problems
+
+
+def _places(origins: Origins) -> dict[str, str]:
+    """What messages call each split; a validation split that is cut off is called like the training rows."""
+    train = ", ".join(origin.place for origin in origins.train)
+    held = {"validation": origins.validation, "test": origins.test}
+    return {"train": train, **{name: train if origin is None else origin.place for name, origin in held.items()}}
 
 
 def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> str:

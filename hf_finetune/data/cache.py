@@ -1,7 +1,7 @@
 """The cache of tokenised data: one folder an entry, complete or absent, shared by ranks, runs and nodes.
 
-An entry holds the encoded splits, the raw rows that are evaluated, the labels and the reports, so that a second run
-and the other ranks need not read the raw data at all. Its place is
+An entry holds the encoded splits, the raw rows that are evaluated, the labels, the reports and the facts, so that a
+second run and the other ranks need not read the raw data at all. Its place is
 
     data.cache, else $HF_FINETUNE_CACHE, else $XDG_CACHE_HOME/hf_finetune, else ~/.cache/hf_finetune
 
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,11 +28,12 @@ from typing import Any
 import datasets
 
 from hf_finetune import errors
-from hf_finetune.data.encoding import SplitReport
+from hf_finetune.data.facts import Facts
+from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.tasks import Targets
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever what an entry holds changes."""
 
 STARTED = time.time()
@@ -53,6 +54,7 @@ class Content:
     """Raw rows of the splits that are evaluated."""
     targets: Targets
     reports: Mapping[str, SplitReport]
+    facts: Mapping[str, Facts] = field(default_factory=dict)
 
 
 def root(setting: str | None) -> Path:
@@ -91,6 +93,7 @@ class Entry:
                 raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
                 targets=_targets_from(meta["targets"]),
                 reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
+                facts={name: Facts.from_json(facts) for name, facts in meta["facts"].items()},
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -224,6 +227,7 @@ def _write(content: Content, folder: Path) -> None:
         "raw": list(content.raw),
         "targets": _targets_to(content.targets),
         "reports": {name: asdict(report) for name, report in content.reports.items()},
+        "facts": {name: asdict(facts) for name, facts in content.facts.items()},
         "files": _sizes(folder),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
@@ -239,7 +243,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _targets_to(targets: Targets) -> dict[str, Any]:
-    plain = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
     # A list of pairs, as JSON would turn integer keys into text.
     return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
 

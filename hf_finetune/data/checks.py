@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 Found = tuple[str, Problem]
 """Name of a check, and what it found."""
 
-_DROP = "or set data.checks.{check}: warn to drop them"
-_ALLOW = "or set data.checks.{check}: warn"
 _ROWS = {
-    "empty_text": ("{have} no text, or a blank one", f"fill them in or remove them, {_DROP}"),
-    "no_trained_token": (
-        "{have} nothing that is trained",
-        f"raise data.max_length if they are cut, or remove them, {_DROP}",
-    ),
+    "empty_text": ("{have} no text, or a blank one", "fill them in or remove them"),
+    "no_trained_token": ("{have} nothing that is trained", "raise data.max_length if they are cut, or remove them"),
     "conflicting_labels": ("{have} the tokens of another row with another label", "correct or remove them"),
-    "nul_characters": ("{have} the character NUL in their text", f"write the file anew without it, {_ALLOW}"),
+    "nul_characters": ("{have} the character NUL in the text", "write the file anew without it"),
     "control_characters": (
-        "{have} control characters, or such as override the direction of writing, in their text",
+        "{have} control characters, or such as override the direction of writing, in the text",
         "remove them if they are not meant",
     ),
     "missing_words": (
@@ -44,13 +39,19 @@ _ROWS = {
     ),
 }
 """Check without a limit -> what its rows have, and what to do."""
+_DROPPED = ("empty_text", "no_trained_token")
+"""Checks whose rows are not used."""
 _SHARES = {
     "leakage": (
         "max_leakage",
-        "have the tokens of a training row, so that its score would say nothing",
+        "{have} the tokens of a training row, so that a score would say little",
         "remove them from one of the splits, or raise data.checks.max_leakage",
     ),
-    "duplicates": ("max_duplicates", "have the tokens of an earlier row", "remove them, or raise the limit"),
+    "duplicates": (
+        "max_duplicates",
+        "{have} the tokens of an earlier row",
+        "remove them, or raise data.checks.max_duplicates",
+    ),
 }
 """Check with a limit -> its limit, what the rows do, what to do."""
 
@@ -113,10 +114,8 @@ class _Split:
         for check, (what, remedy) in _ROWS.items():
             tally = self.facts.tallies.get(check)
             if tally is not None:
-                one = tally.count == 1
-                said = what.format(have="has" if one else "have", begin="begins" if one else "begin")
-                message = f"{self._counted(tally)} {said} ({_where(tally)}); {remedy.format(check=check)}"
-                yield check, self._problem(message, tally)
+                message = f"{self._counted(tally)} {_conjugated(what, tally)} ({_where(tally)}); {remedy}"
+                yield check, self._problem(message + self._way_out(check), tally)
 
     def shares(self) -> Iterator[Found]:
         """Checks that strike where a share is above its limit."""
@@ -125,7 +124,8 @@ class _Split:
             tally, most = self.facts.tallies.get(check), getattr(checks, limit)
             if tally is not None and tally.count > most * report.kept:
                 share = f"({tally.count / report.kept:.1%}, limit {most:.1%}; {_where(tally)})"
-                yield check, self._problem(f"{self._counted(tally)} {what} {share}; {remedy}", tally)
+                message = f"{self._counted(tally)} {_conjugated(what, tally)} {share}; {remedy}"
+                yield check, self._problem(message, tally)
         if report.cut > checks.max_cut * report.kept:
             share = f"({report.cut / report.kept:.1%}, limit {checks.max_cut:.1%}; longest {report.longest:,})"
             most_tokens = self.recipe.data.max_length
@@ -133,7 +133,10 @@ class _Split:
             yield "cut", self._problem(f"{message}; raise data.max_length, or raise data.checks.max_cut")
         unknown = self.facts.tallies.get("unknown_tokens", Tally())
         if unknown.count > checks.max_unknown * report.tokens:
-            share = f"({unknown.count / report.tokens:.1%}, limit {checks.max_unknown:.1%}; first in row {unknown.rows[0][1]})"
+            place, row = unknown.rows[0]
+            share = (
+                f"({unknown.count / report.tokens:.1%}, limit {checks.max_unknown:.1%}; first in row {row} of {place})"
+            )
             message = f"{unknown.count:,} of {report.tokens:,} {self.name} tokens are unknown to the tokenizer {share}"
             yield "unknown_tokens", self._problem(f"{message}; take a model that knows this language", unknown)
 
@@ -144,7 +147,7 @@ class _Split:
         if counts and len(present) < 2:
             only = f"only the label {next(iter(present))!r}" if present else "no label"
             message = f"the train rows have {only} of {listed(list(counts))}; a classifier needs rows of two labels"
-            yield "single_class", self._problem(message)
+            yield "single_class", self._problem(message + self._way_out("single_class"))
         elif counts:
             most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
             limit = self.recipe.data.checks.max_imbalance
@@ -162,11 +165,16 @@ class _Split:
         missing = [name for name, count in self.facts.labels.items() if count and not train.labels.get(name)]
         if missing:
             rows = sum(self.facts.labels[name] for name in missing)
-            message = (
-                f"{rows:,} {self.name} rows have a label that no training row has: {listed(missing)}; add training "
-                "rows, remove these, or set data.checks.unseen_label: warn"
-            )
-            yield "unseen_label", self._problem(message)
+            said = f"{rows:,} {self.name} {'row has' if rows == 1 else 'rows have'} a label that no training row has"
+            message = f"{said}: {listed(missing)}; add training rows, or remove these"
+            yield "unseen_label", self._problem(message + self._way_out("unseen_label"))
+
+    def _way_out(self, check: str) -> str:
+        """What the level means, and how an error becomes a warning."""
+        drops, level = check in _DROPPED, getattr(self.recipe.data.checks, check)
+        if level == "error":
+            return f", or set data.checks.{check}: warn" + (" to drop them" if drops else "")
+        return "; they are dropped" if drops else ""
 
     def _counted(self, tally: Tally) -> str:
         rows = self.report.rows
@@ -175,6 +183,11 @@ class _Split:
     def _problem(self, message: str, tally: Tally | None = None) -> Problem:
         places = {place for place, _ in tally.rows} if tally is not None else set()
         return Problem(message, key=self.key, file=places.pop() if len(places) == 1 else self.place)
+
+
+def _conjugated(what: str, tally: Tally) -> str:
+    one = tally.count == 1
+    return what.format(have="has" if one else "have", begin="begins" if one else "begin")
 
 
 def _where(tally: Tally) -> str:

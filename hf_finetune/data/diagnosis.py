@@ -8,7 +8,8 @@ from pathlib import Path
 
 from datasets.exceptions import DatasetsError
 
-from hf_finetune.data.scan import Wanted, scan
+from hf_finetune.data.faults import Wanted
+from hf_finetune.data.scan import scan
 from hf_finetune.errors import DataError, FinetuneError, Problem, StorageError
 
 READING_ERRORS = (
@@ -72,7 +73,8 @@ def _broken(file: str, suffix: str) -> Problem | None:
 def broken_parquet(file: str) -> Problem | None:
     """What is wrong with a parquet file, if anything is.
 
-    A parquet file begins and ends with `PAR1` (https://parquet.apache.org/docs/file-format/)."""
+    A parquet file begins and ends with `PAR1` (https://parquet.apache.org/docs/file-format/).
+    """
     with Path(file).open("rb") as content:
         head = content.read(4)
         content.seek(-min(4, Path(file).stat().st_size), 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +28,6 @@ Overlong = Literal["truncate", "drop", "error"]
 
 FEW_ROWS = 5_000
 """Up to this many rows, starting processes costs more than it saves."""
-SAMPLE = 100
-"""Rows from which the types of the encoded columns are read."""
 INDEX = "row"
 """Column: number of the raw row in the split, from 0."""
 MARKS = "marks"
@@ -46,6 +44,8 @@ class Encoder:
     max_length: int
     places: tuple[str, ...]
     """What messages call the sources."""
+    columns: tuple[str, ...] = ()
+    """What a batch without any text gives, each empty."""
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """Encode raw rows with their `BOOKKEEPING` columns; those without any text are left out.
@@ -56,7 +56,7 @@ class Encoder:
 
         Returns:
             `input_ids`, `labels`, perhaps `token_type_ids`, `length` (tokens after cutting), `whole` (before),
-            `trained`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns; nothing where no row has text.
+            `trained`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns; where no row has text, empty `columns`.
 
         Raises:
             DataError: Rows can't be encoded; it names their source and their numbers there.
@@ -65,7 +65,7 @@ class Encoder:
         raw = {column: values for column, values in rows.items() if column not in BOOKKEEPING}
         spoken = [index for index, blank in enumerate(self.task.blank(raw)) if not blank]
         if not spoken:
-            return {}
+            return {name: [] for name in self.columns}
         raw = {column: [values[index] for index in spoken] for column, values in raw.items()}
         bookkeeping = {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
         try:
@@ -145,11 +145,12 @@ def encode(split: Split, encoder: Encoder, overlong: Overlong, scratch: Path, wo
         DataError: Rows can't be encoded (all are told), are over-long and must not be, or none is left.
     """
     try:
+        features = _features(split, encoder)
         encoded = split.rows.map(
-            encoder,
+            replace(encoder, columns=tuple(features)),
             batched=True,
             with_indices=True,
-            features=_features(split, encoder),
+            features=features,
             remove_columns=split.rows.column_names,
             num_proc=processes(len(split.rows), workers),
             cache_file_name=str(scratch / f"{split.name}.arrow"),
@@ -203,9 +204,9 @@ def overlong_error(split: Split, indices: Any, longest: int, max_length: int) ->
 
 
 def _features(split: Split, encoder: Encoder) -> datasets.Features:
-    """Types of the encoded columns, from the first rows that have text: half the width that `datasets` would choose."""
-    for start in range(0, len(split.rows), SAMPLE):
-        sample = encoder(split.rows[start : start + SAMPLE])
+    """Types of the encoded columns, from the first row that has text: half the width that `datasets` would choose."""
+    for start in range(len(split.rows)):
+        sample = encoder(split.rows[start : start + 1])
         if sample:
             break
     else:

@@ -170,7 +170,8 @@ class _Counting:
         low, high = np.full(size, len(lines)), np.full(size, -1)
         np.minimum.at(low, group, label.ravel())
         np.maximum.at(high, group, label.ravel())
-        return (low != high)[group]
+        conflicts: Array = (low != high)[group]
+        return conflicts
 
     def _label_cells(self) -> Array | None:
         """Labels of the kept rows, (rows,) ids or (rows, C) cells; None for numbers and for language models."""
@@ -248,16 +249,14 @@ class _Counting:
         special += [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < len(counts)]
         counts[special] = 0
         top = np.argsort(-counts, kind="stable")[:FREQUENT]
-        return tuple((tokenizer.decode([int(index)]), int(counts[index])) for index in top if counts[index])
+        return tuple((str(tokenizer.decode([int(index)])), int(counts[index])) for index in top if counts[index])
 
 
 def _flat(rows: Any, name: str) -> tuple[Array, Array]:
     """All values of a column of lists, and where each row starts in them, with the end; (N,), (rows + 1,)."""
-    import pyarrow as pa
-
     chunks = rows.data[name].chunks
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
-    lengths = [pa.compute.list_value_length(chunk).to_numpy(zero_copy_only=False) for chunk in chunks]
+    lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
     starts = np.concatenate([[0], np.cumsum(np.concatenate([*lengths, [0]])[:-1])]).astype(np.int64)
     return (np.concatenate(values) if values else np.empty(0, dtype=np.int32)), starts
 

@@ -14,7 +14,8 @@ import datasets
 from datasets.packaged_modules.json.json import JsonConfig
 
 from hf_finetune.data import diagnosis
-from hf_finetune.data.scan import Wanted, scan
+from hf_finetune.data.faults import Wanted
+from hf_finetune.data.scan import scan
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.schema import datafiles
 
@@ -134,4 +135,3 @@ def _digest(file: str, *, whole: bool) -> bytes:
         stream.seek(max(0, size - SAMPLE_BYTES))
         digest.update(stream.read(SAMPLE_BYTES))
         return digest.digest()
-

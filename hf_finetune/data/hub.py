@@ -12,7 +12,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
-from hf_finetune.data.scan import Wanted
+from hf_finetune.data.faults import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.schema.complaints import suggestion
 

@@ -33,7 +33,7 @@ class PlacedError(DataError):
             told.append(Problem(f"{len(left):,} more problems of {rows:,} more rows", file=left[0][0][0]))
         super().__init__(told)
 
-    def __reduce__(self) -> tuple[type[PlacedError], tuple[Any]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[PlacedError], tuple[Any]]:
         """Stay picklable."""
         return type(self), (self.found,)
 

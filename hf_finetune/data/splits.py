@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ import datasets
 import numpy as np
 
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.schema.complaints import suggestion
+from hf_finetune.schema.datafiles import missing_columns
 
 if TYPE_CHECKING:
+    from hf_finetune.data.faults import Wanted
     from hf_finetune.data.sources import Origin, Origins
     from hf_finetune.schema.blocks import Data
 
@@ -21,6 +23,9 @@ ROW = "__row__"
 PART = "__part__"
 """Column: number of the source among those that are mixed, from 0."""
 BOOKKEEPING = (ROW, PART)
+
+ORDER = ["train", "validation", "test"]
+"""Of the splits in every report."""
 
 WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string", "large_string": "string"}
 """Types without their width -> what they become when sources are mixed."""
@@ -49,45 +54,64 @@ class Split:
         return self.places[row[PART]], row[ROW]
 
 
-def load(data: Data, origins: Origins, columns: Sequence[str], seed: int, cache: str) -> dict[str, Split]:
+@dataclass(frozen=True)
+class Loaded:
+    """What could be loaded, and what is wrong with the rest."""
+
+    splits: dict[str, Split]
+    problems: list[Problem]
+
+
+def load(data: Data, origins: Origins, wanted: Wanted, seed: int, cache: str) -> Loaded:
     """Every split that the recipe has, but a streamed `train`.
 
     Args:
         data: `validation_share`, `limit` and `streaming` count.
         origins: Where the rows come from.
-        columns: What the task needs; the others are left out.
+        wanted: What the task needs; other columns are left out.
         seed: Fixes what is cut off, mixed and drawn.
         cache: Folder for the files that local rows are mapped from.
 
-    Raises:
-        DataError: A source can't be read, lacks a column, has no row, or does not fit the others of the mix.
+    Returns:
+        The splits, without those of which a source can't be read, lacks a column, has no row, or does not fit the
+        others of the mix: these are the problems.
     """
     splits: dict[str, Split] = {}
-    if not data.streaming:
-        parts = [_load(origin, "train", columns, cache) for origin in origins.train]
-        splits["train"] = parts[0] if len(parts) == 1 else _mix(parts, origins.weights, seed)
-    for name, origin in (("validation", origins.validation), ("test", origins.test)):
-        if origin is not None:
-            splits[name] = _load(origin, name, columns, cache)
-    if data.validation_share is not None:
-        splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
+    problems: list[Problem] = list(origins.problems)
+    parts = []
+    for origin in () if data.streaming else origins.train:
+        with _collect(problems):
+            parts.append(_load(origin, "train", wanted, cache))
+    for name, held in (("validation", origins.validation), ("test", origins.test)):
+        with _collect(problems):
+            splits |= {} if held is None else {name: _load(held, name, wanted, cache)}
+    with _collect(problems):
+        if parts and len(parts) == len(data.mix or (0,)):
+            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed)
+            if data.validation_share is not None:
+                splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
     if data.limit is not None:
         splits = {name: _limited(split, data.limit, seed) for name, split in splits.items()}
-    return splits
+    return Loaded({name: splits[name] for name in ORDER if name in splits}, problems)
 
 
-def check_columns(have: Sequence[str], need: Sequence[str], place: str) -> None:
+@contextmanager
+def _collect(problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        problems += error.problems
+
+
+def check_columns(have: Sequence[str], need: Sequence[str], origin: Origin) -> None:
     """Compare what there is with what the task needs.
 
     Raises:
         DataError: One line for each column that is missing, with the nearest name or all there are.
     """
-    missing = [column for column in need if column not in have]
+    missing = missing_columns(have, need, origin.place)
     if missing:
-        raise DataError(
-            Problem(f"has no column {column!r}{suggestion(column, list(have))}{_all(column, have)}", file=place)
-            for column in missing
-        )
+        raise DataError(replace(problem, key=origin.key) for problem in missing)
 
 
 def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
@@ -98,7 +122,8 @@ def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """
     count = len(split.rows)
     if count < 2:
-        raise DataError(Problem("has 1 row; data.validation_share needs at least 2", file=split.places[0]))
+        message = "has 1 row; a share for validation needs at least 2; add rows or remove it"
+        raise DataError(Problem(message, key="data.validation_share", file=split.places[0]))
     held_out = min(count - 1, max(1, round(count * share)))
     chosen = np.random.default_rng(seed).permutation(count)
     rest, taken = np.sort(chosen[held_out:]), np.sort(chosen[:held_out])
@@ -108,12 +133,15 @@ def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     )
 
 
-def _load(origin: Origin, name: str, columns: Sequence[str], cache: str) -> Split:
-    rows = origin.load(cache)
+def _load(origin: Origin, name: str, wanted: Wanted, cache: str) -> Split:
+    problems = origin.scan(wanted)
+    if problems:
+        raise DataError(problems)
+    rows = origin.load(cache, wanted.texts)
     if len(rows) == 0:
         raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
-    check_columns(rows.column_names, columns, origin.place)
-    return Split(name, _numbered(rows.select_columns(list(columns)), 0), (origin.place,))
+    check_columns(rows.column_names, wanted.columns, origin)
+    return Split(name, _numbered(rows.select_columns(list(wanted.columns)), 0), (origin.place,))
 
 
 def _numbered(rows: datasets.Dataset, part: int) -> datasets.Dataset:
@@ -180,8 +208,3 @@ def _family(kinds: Sequence[Any]) -> str | None:
     if families == {"int64", "float64"}:
         return "float64"
     return families.pop() if len(families) == 1 else None
-
-
-def _all(column: str, have: Sequence[str]) -> str:
-    """The columns there are, where the suggestion names only the nearest."""
-    return f" it has {', '.join(have)}" if "did you mean" in suggestion(column, list(have)) else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,14 @@ import datasets
 import numpy as np
 
 from hf_finetune.data.diagnosis import READING_ERRORS
-from hf_finetune.data.encoding import Encoder, Overlong, SplitReport, nothing_left
+from hf_finetune.data.encoding import INDEX, Encoder
+from hf_finetune.data.placing import PlacedError
+from hf_finetune.data.splitreport import SplitReport, nothing_left
 from hf_finetune.data.splits import PART, ROW, check_columns
 from hf_finetune.errors import DataError, FinetuneError, Problem
 
 if TYPE_CHECKING:
+    from hf_finetune.data.faults import Wanted
     from hf_finetune.data.sources import Origins
     from hf_finetune.schema.blocks import Data
     from hf_finetune.tasks import Encoded
@@ -31,7 +33,7 @@ class Reading:
     """What is read, and in which order."""
 
     origins: Origins
-    columns: tuple[str, ...]
+    wanted: Wanted
     """What the task needs."""
     buffer: int
     """Rows to shuffle from; the order of files is shuffled too."""
@@ -41,9 +43,9 @@ class Reading:
     """Fixes which rows the limit takes, and how sources are mixed."""
 
     @classmethod
-    def of(cls, data: Data, origins: Origins, columns: list[str], seed: int) -> Reading:
+    def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
         """What the recipe's data block asks for."""
-        return cls(origins, tuple(columns), data.shuffle_buffer, data.limit, seed)
+        return cls(origins, wanted, data.shuffle_buffer, data.limit, seed)
 
     @property
     def places(self) -> str:
@@ -59,14 +61,14 @@ class Reading:
         parts = []
         for origin in self.origins.train:
             try:
-                part = origin.stream()
+                part = origin.stream(self.wanted.texts)
                 first = next(iter(part), None)
             except READING_ERRORS as error:
                 raise origin.explain(error) from error
             if first is None:
                 raise DataError(Problem("train split has 0 rows", key=origin.key, file=origin.place))
-            check_columns(list(first), self.columns, origin.place)
-            parts.append(part.select_columns(list(self.columns)))
+            check_columns(list(first), self.wanted.columns, origin)
+            parts.append(part.select_columns(list(self.wanted.columns)))
         if len(parts) == 1:
             return parts[0]
         try:
@@ -111,14 +113,18 @@ class Reading:
 class Stream:
     """Encoded training rows without end.
 
+    Rows without text or without a trained token are dropped and counted; where `data.checks` makes them an error, the
+    first that is met raises. Other checks need all rows, and so are not made here.
+
     Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
     sources are read from their beginning in each pass, until the first is used up.
     """
 
-    def __init__(self, reading: Reading, encoder: Encoder, overlong: Overlong) -> None:
+    def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:
         self.reading = reading
         self.encoder = replace(encoder, places=(reading.places,))
-        self.overlong = overlong
+        self.overlong = data.overlong
+        self.checks = data.checks
         self._report = SplitReport()
 
     def report(self) -> SplitReport:
@@ -135,7 +141,8 @@ class Stream:
             seed: With the number of the pass, fixes the order.
 
         Raises:
-            DataError: A row can't be read or encoded, is over-long and must not be, or a pass has no row to train on.
+            DataError: A row can't be read or encoded, is over-long and must not be, has no text or no trained token
+                and `data.checks` forbids it, or a pass has no row to train on.
         """
         opened = self.reading.open()
         number = 0
@@ -153,28 +160,43 @@ class Stream:
 
     def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
-        columns: dict[str, list[Any]] = {column: [row[column] for row in batch] for column in self.reading.columns}
+        names = self.reading.wanted.columns
+        columns: dict[str, list[Any]] = {column: [row[column] for row in batch] for column in names}
         numbers = list(range(before + 1, before + len(batch) + 1))
         try:
             encoded = self.encoder(columns | {ROW: numbers, PART: [0] * len(batch)})
-        except DataError as error:
-            raise DataError(_shown(problem, batch, before) for problem in error.problems) from None
+        except PlacedError as error:
+            raise DataError(_shown(error, batch, before)) from None
+        spoken = encoded.get(INDEX, [])
+        counts = SplitReport(rows=len(batch), empty=len(batch) - len(spoken))
+        if counts.empty:
+            row = next(batch[index] for index in range(len(batch)) if index not in spoken)
+            self._refuse("empty_text", "a row has no text, or a blank one", row)
         kept: list[Encoded] = []
-        counts = SplitReport()
-        names = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
-        for index, (whole, trained) in enumerate(zip(encoded["whole"], encoded["trained"], strict=True)):
+        fields = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
+        for place, index in enumerate(spoken):
+            whole, trained = encoded["whole"][place], encoded["trained"][place]
             over = whole > self.encoder.max_length
             if over and self.overlong == "error":
                 raise self._overlong(whole, batch[index])
             dropped = over and self.overlong == "drop"
             untrained = not dropped and trained == 0
-            counts += SplitReport(rows=1, dropped=int(dropped), untrained=int(untrained), longest=whole)
+            counts += SplitReport(dropped=int(dropped), untrained=int(untrained), longest=whole)
+            if untrained:
+                what = "a row has nothing that is trained (within data.max_length)"
+                self._refuse("no_trained_token", what, batch[index])
             if dropped or untrained:
                 continue
-            row: Any = {name: encoded[name][index] for name in names}
-            counts += SplitReport(kept=1, cut=int(over), tokens=row["length"], trained=trained)
-            kept.append(row)
+            encoded_row: Any = {name: encoded[name][place] for name in fields}
+            counts += SplitReport(kept=1, cut=int(over), tokens=encoded_row["length"], trained=trained)
+            kept.append(encoded_row)
         return kept, counts
+
+    def _refuse(self, check: str, what: str, row: dict[str, Any]) -> None:
+        """Raise for a row that a check calls an error."""
+        if getattr(self.checks, check) == "error":
+            message = f"{what}; remove it, or set data.checks.{check}: warn to drop such rows; the row: {_excerpt(row)}"
+            raise DataError(Problem(message, file=self.reading.places))
 
     def _overlong(self, length: int, row: dict[str, Any]) -> DataError:
         message = (
@@ -184,13 +206,11 @@ class Stream:
         return DataError(Problem(message, file=self.reading.places))
 
 
-def _shown(problem: Problem, batch: list[dict[str, Any]], before: int) -> Problem:
-    """The problem with the row that it is about, instead of a number that counts shuffled rows."""
-    match = re.match(r"row (\d+): ", problem.message)
-    if match is None:
-        return problem
-    row = batch[int(match[1]) - before - 1]
-    return replace(problem, message=f"{problem.message[match.end() :]}; the row: {_excerpt(row)}")
+def _shown(error: PlacedError, batch: list[dict[str, Any]], before: int) -> Iterator[Problem]:
+    """The problems with the rows that they are about, instead of numbers that count shuffled rows."""
+    for (place, what), (rows, count) in error.found.items():
+        more = f" (and {count - 1} more like it)" if count > 1 else ""
+        yield Problem(f"{what}; the row: {_excerpt(batch[rows[0] - before - 1])}{more}", file=place)
 
 
 def _excerpt(row: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,10 +47,13 @@ def write(path: str, page: Page) -> None:
     """
     html = _render(page)
     try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         write_atomically(Path(path), html)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(Problem(f"can't write the data report: {reason}; give another --report", path)) from error
+        message = f"can't write the data report: {reason}; give another --report"
+        raise StorageError(Problem(message, file=path)) from error
 
 
 def _render(page: Page) -> str:

@@ -114,7 +114,7 @@ def _settings(name: str) -> Iterator[None]:
     """Matplotlib's settings while one chart is drawn; names hold no formulas, ids are the same every time."""
     import matplotlib
 
-    settings: dict[str, Any] = {
+    settings: Any = {
         "axes.labelsize": 8,
         "font.size": 8,
         "hatch.linewidth": 0.5,
@@ -160,7 +160,8 @@ def _svg(figure: Figure, name: str, about: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     stream = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
     drawn = stream.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     # Metadata, and a style for `*`, which would reach the whole page.

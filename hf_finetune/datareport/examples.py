@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.badrows import numbers
 from hf_finetune.batching import PackedRows, Rows, pack
 from hf_finetune.data import Stream
 from hf_finetune.datareport.escaping import exact, shortened
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 HEAD, TAIL = 900, 300
 """Tokens of a row that are shown: the first and the last, where an answer ends."""
-OPENING = 160
-"""Tokens of a longer row that stand before the fold of a page."""
+FOLD = 150
+"""Tokens of a longer row that a page shows before it is unfolded."""
 TOKEN_CHARACTERS = 60
 TEXT_CHARACTERS = 10_000
 SPACE = "▁"
@@ -82,9 +83,10 @@ class Example:
         return [_runs(tokens, first=index == 0) for index, tokens in enumerate((self.head, self.tail)) if tokens]
 
     @property
-    def opening(self) -> list[Run]:
-        """The runs of the first `OPENING` tokens."""
-        return _runs(self.head[:OPENING], first=True)
+    def folded(self) -> list[list[Run]]:
+        """The runs of the first and of the last few tokens of a row longer than `FOLD`."""
+        last = (*self.head, *self.tail)[-FOLD // 3 :]
+        return [_runs(self.head[: FOLD - FOLD // 3], first=True), _runs(last, first=False)]
 
     @property
     def left_out(self) -> int:
@@ -139,9 +141,9 @@ class _Reader:
         ids = [row["input_ids"][index] for row, index in places]
         return Example(
             name=_name(documents),
-            label="" if by_token else self._label(documents[0]["labels"]),
+            label="" if by_token else shortened(self._label(documents[0]["labels"]), TEXT_CHARACTERS),
             length=len(places),
-            trained=sum(_is_trained(row, index) for row, index in places) if by_token else None,
+            trained=sum(_trained(row) for row in documents) if by_token else None,
             head=tuple(self._token(row, index, by_token=by_token) for row, index in places[:shown]),
             tail=tuple(self._token(*place, by_token=by_token) for place in places[max(shown, len(places) - TAIL) :]),
             # Each token is a character at least, or nothing.
@@ -187,11 +189,15 @@ def _runs(tokens: Sequence[Token], *, first: bool) -> list[Run]:
     return runs
 
 
+def _trained(row: dict[str, Any]) -> int:
+    return sum(label != IGNORE for label in row["labels"][1:])
+
+
 def _is_trained(row: dict[str, Any], index: int) -> bool:
     """Whether the loss counts a token: nothing predicts the first of a document."""
     return bool(index > 0 and row["labels"][index] != IGNORE)
 
 
 def _name(documents: list[dict[str, Any]]) -> str:
-    numbers = [f"{row['row'] + 1:,}" for row in documents]
-    return f"row {numbers[0]}" if len(numbers) == 1 else f"rows {', '.join(numbers)} in one sequence"
+    rows = [row["row"] + 1 for row in documents]
+    return f"row {numbers(rows)}" if len(rows) == 1 else f"rows {numbers(rows)} in one sequence"

@@ -121,7 +121,7 @@ def context(page: Page) -> dict[str, Any]:
         "frequent": _frequent(facts)[:CLASSES],
         "more_frequent": len(_frequent(facts)) - CLASSES,
         "examples": examples.first(page.recipe, prepared, page.tokenizer, EXAMPLES),
-        "opening": examples.OPENING,
+        "fold": examples.FOLD,
         "fingerprint": prepared.fingerprint,
         "version": hf_finetune.__version__,
     }
@@ -196,7 +196,7 @@ def _lengths(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport], lim
         over = _part(report.cut + report.dropped, report.rows)
         about = (
             f"Histogram of tokens a row of {split}, longest {report.longest:,}; "
-            f"{over.count:,} rows ({over.share:.1f} %) are beyond max_length {limit:,}"
+            f"{over.count:,} rows ({over.share:.1f} %) are cut or dropped at max_length {limit:,}"
         )
         svg = charts.histogram(found.length_edges, found.lengths, limit, (index, about))
         drawn.append(Lengths(split, Markup(svg), report, over))  # noqa: S704
@@ -231,9 +231,9 @@ def _places(tally: Tally) -> list[str]:
 
 
 def _frequent(facts: Mapping[str, Facts]) -> list[Frequent]:
-    """Of the training rows, or of the first split where those are streamed."""
+    """Of the training rows, or of the first split where those are streamed; the commonest label first."""
     found = facts.get("train") or next(iter(facts.values()), None)
-    tables = [] if found is None else list(found.frequent.items())
+    tables = [] if found is None else sorted(found.frequent.items(), key=lambda table: -found.labels.get(table[0], 0))
     return [
         Frequent(
             label,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-TEXT_CHARACTERS = 2_000
+LABEL_CHARACTERS, TEXT_CHARACTERS = 200, 2_000
 
 
 def lines(
@@ -51,7 +51,7 @@ def _block(example: Example, *, colour: bool) -> list[str]:
     counts = f"{example.length:,} tokens, " + ("trained as a whole" if whole else f"{example.trained:,} trained")
     block = [f"{example.name}: {counts}"]
     if example.label:
-        block.append(f"  label    {_painted(example.label, GREEN, colour=colour)}")
+        block.append(f"  label    {_painted(shortened(example.label, LABEL_CHARACTERS), GREEN, colour=colour)}")
     for number, runs in enumerate(example.parts):
         if number:
             block.append(f"  ...      {example.left_out:,} tokens left out here")

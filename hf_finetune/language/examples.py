@@ -113,16 +113,17 @@ def _is_blank(row: Row, reader: Reader) -> bool:
     """Cells that hold something else than text are not blank, but an error of their own."""
     if reader.messages is not None:
         turns = row[reader.messages]
-        said = isinstance(turns, list) and [turn for turn in turns if isinstance(turn, Mapping)]
-        silent = bool(said) and len(said) == len(turns) and all(_says_nothing(turn) for turn in said)
-        return is_blank(turns) or silent or (isinstance(turns, str) and turns.strip() in {"[]", "null"})
+        if isinstance(turns, list) and turns:
+            return all(isinstance(turn, Mapping) and _says_nothing(turn) for turn in turns)
+        return is_blank(turns) or (isinstance(turns, str) and turns.strip() in {"[]", "null"})
     templates = [reader.prompt, reader.completion] if reader.text is None else []
     parts = [text_template.parse(template) for template in templates] or [[("", reader.text)]]
     return any(all(is_blank(row[name]) for _, name in part if name is not None) for part in parts)
 
 
 def _says_nothing(turn: Mapping[str, Any]) -> bool:
-    return is_blank(turn.get("content")) and not turn.get("tool_calls")
+    # A turn without a role is an error of its own.
+    return isinstance(turn.get("role"), str) and is_blank(turn.get("content")) and not turn.get("tool_calls")
 
 
 def _cell(row: Row, column: str) -> Any:

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+BY_MASK = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+"""Operations of which an index may be a mask."""
+
+
 class Ledger(TorchDispatchMode):
     """Adds each storage that an operation makes to an account, and takes it off when it is freed.
 
@@ -37,7 +46,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and book what it made."""
-        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            made = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
+        else:
+            made = func(*_all_true(func, args), **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, torch.Tensor):
                 self._book(leaf)
@@ -75,6 +87,19 @@ class Ledger(TorchDispatchMode):
         account, size = self._entries.pop(key)
         self._live[account] -= size
         self._total -= size
+
+
+def _all_true(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments in which a mask that picks elements picks all: how many it would is unknown, and this is the most."""
+    if func not in BY_MASK:
+        return args
+    indices: list[torch.Tensor | None] = []
+    for index in args[1]:
+        if index is None or index.dtype != torch.bool:
+            indices.append(index)
+        else:
+            indices += [index.new_zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
+    return (args[0], indices, *args[2:])
 
 
 def fake(model: nn.Module, device: str) -> list[torch.Tensor]:

@@ -137,7 +137,7 @@ def _print_rows(result: Result, count: int) -> None:
     if seen is None or seen.prepared is None:
         sys.stderr.write("hf_finetune: no rows to show: mend the errors above first\n")
         return
-    for line in show.lines(seen.prepared, seen.tokenizer, count, colour=sys.stdout.isatty()):
+    for line in show.lines(seen.recipe, seen.prepared, seen.tokenizer, count, colour=sys.stdout.isatty()):
         sys.stdout.write(line + "\n")
 
 

@@ -85,12 +85,12 @@ def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
     return [
         ("task", recipe.task.kind),
-        ("model", report.model_line(recipe, (outline.trained, outline.total)) + _commit(ready)),
+        ("model", report.model_line(recipe, (outline.trained, outline.total)).removeprefix("model ") + _commit(ready)),
         *[tuple(line.split(": ", 1)) for line in report.data_lines(ready.prepared)],  # type: ignore[list-item]
         ("steps", report.plan_line(job.division, length)),
         ("padding", f"{of.padding:.1%}" if of.cells else "unknown for a stream"),
         ("machine", machine.describe()),
-        ("memory", f"{size(estimate.total)} a device while {estimate.peak}: {made_of}"),
+        ("memory", f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}"),
         ("disk", f"{size(disk)} in {recipe.output}"),
     ]
 

@@ -21,8 +21,8 @@ class Checks(Section):
 
     empty_text: Level = "error"
     """Rows whose text, prompt, completion or chat is null or blank; with `warn` and `off` they are dropped."""
-    no_trained_token: Level = "error"
-    """Rows of which nothing is trained, also because `max_length` cut it off; with `warn` and `off` they are dropped."""
+    no_trained_token: Level = "error"  # noqa: S105 (no password)
+    """Rows of which nothing is trained, also because it was cut off; with `warn` and `off` they are dropped."""
     unseen_label: Level = "error"
     """A label of `task.labels` that validation or test rows have, but no training row."""
     single_class: Level = "error"
@@ -48,7 +48,7 @@ class Checks(Section):
     doubled_bos: Level = "warn"
     """Rows that begin with the BOS token twice."""
     untrained_end: Level = "warn"
-    """Rows that are not cut, yet whose end-of-turn or EOS token is not trained: the model would not stop (causal_lm)."""
+    """Rows that are not cut, yet train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
     unknown_tokens: Level = "warn"
     """More than `max_unknown` of a split's tokens are the unknown token."""
     max_unknown: Limit = 0.01

@@ -60,20 +60,6 @@ def scrub(tree: dict[str, Any]) -> list[tuple[KeyPath, str]]:
     return list(_scrub(tree, ()))
 
 
-def complaint(value: str, path: KeyPath = ()) -> str | None:
-    """Why a text can't stand in a recipe, or None."""
-    if _VALUE.search(value):
-        return f"looks like a credential (not shown); {REFUSAL}"
-    reference = _REFERENCE.search(value)
-    if reference is None and path[:1] not in {("task",), ("adapter",)}:
-        reference = _PLAIN_REFERENCE.search(value)
-    if reference is None:
-        return None
-    name = reference.group().strip("${}")
-    how = REFUSAL if is_secret_name(name) else "write the value out, or override it on the command line"
-    return f"{reference.group()} is not replaced by an environment variable; {how}"
-
-
 def _scrub(tree: dict[str, Any], path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     for key, value in list(tree.items()):
         here = (*path, key)
@@ -95,7 +81,7 @@ def _scrub(tree: dict[str, Any], path: KeyPath) -> Iterator[tuple[KeyPath, str]]
 def _complaints(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     """Those of a text, or of the entries of a list; blocks in a list are scrubbed like others."""
     if isinstance(value, str):
-        message = complaint(value, path)
+        message = _complaint(value, path)
         if message is not None:
             yield path, message
     elif isinstance(value, list):
@@ -103,3 +89,17 @@ def _complaints(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
             yield from _complaints(item, (*path, index))
     elif isinstance(value, dict):
         yield from _scrub(value, path)
+
+
+def _complaint(value: str, path: KeyPath) -> str | None:
+    """Why a text can't stand in a recipe, or None."""
+    if _VALUE.search(value):
+        return f"looks like a credential (not shown); {REFUSAL}"
+    reference = _REFERENCE.search(value)
+    if reference is None and path[:1] not in {("task",), ("adapter",)}:
+        reference = _PLAIN_REFERENCE.search(value)
+    if reference is None:
+        return None
+    name = reference.group().strip("${}")
+    how = REFUSAL if is_secret_name(name) else "write the value out, or override it on the command line"
+    return f"{reference.group()} is not replaced by an environment variable; {how}"

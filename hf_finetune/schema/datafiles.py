@@ -83,7 +83,7 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> Found:
 
 
 def problems(recipe: Any) -> list[Problem]:
-    """What is wrong with the local files of a recipe, all of the kind `DataError`; at most `HEAD` bytes a file are read.
+    """What is wrong with the local files of a recipe, of the kind `DataError`; at most `HEAD` bytes a file are read.
 
     Args:
         recipe: A `Recipe`, or one of which only some fields could be read: others raise AttributeError, and are
@@ -124,8 +124,10 @@ def inspect(file: str, columns: Sequence[str]) -> list[Problem]:
     if suffix == ".parquet":
         return [] if head.startswith(b"PAR1") else [Problem("is no parquet file", file=file)]
     broken = undecodable(head, file)
-    if broken is not None:
-        return [broken]
+    return _text_problems(head, suffix, file, columns) if broken is None else [broken]
+
+
+def _text_problems(head: bytes, suffix: str, file: str, columns: Sequence[str]) -> list[Problem]:
     text = head.decode("utf-8-sig", errors="ignore")
     whole = len(head) < HEAD
     if whole and not text.strip():
@@ -180,7 +182,7 @@ def header_problems(header: Sequence[str], columns: Sequence[str], file: str) ->
     repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
     found = [Problem(f"names column {name!r} twice in its header", file=file, line=1) for name in repeated]
     missing = missing_columns(header, columns, file)
-    if missing and len(missing) == len(columns) and not any(_is_name(name) for name in header):
+    if missing and len(missing) == len(columns) and not all(_is_name(name) for name in header):
         # Texts and numbers where names should be.
         shown = ", ".join(header)[:60]
         return [*found, Problem(f"has no header: its first line is {shown!r}; add one", file=file, line=1)]
@@ -188,8 +190,11 @@ def header_problems(header: Sequence[str], columns: Sequence[str], file: str) ->
 
 
 def _is_name(cell: str) -> bool:
-    return bool(cell) and len(cell) <= 40 and cell.replace("_", "").replace("-", "").replace(".", "").isalnum() and (
-        not cell.replace(".", "").replace("-", "").isdigit()
+    return (
+        bool(cell)
+        and len(cell) <= 40
+        and cell.replace("_", "").replace("-", "").replace(".", "").isalnum()
+        and (not cell.replace(".", "").replace("-", "").isdigit())
     )
 
 
@@ -228,8 +233,11 @@ def _match(pattern: str, key: str, found: Found) -> None:
         message = f"is a symbolic link to {path.readlink()}, which does not exist"
         found.problems.append(Problem(message, key=key, file=pattern))
     else:
-        files = sorted(match for match in glob.glob(pattern, recursive=True) if Path(match).is_file())  # noqa: PTH207
-        found.files += files
+        matches = sorted(glob.glob(pattern, recursive=True)) if "\0" not in pattern else []  # noqa: PTH207
+        files = [match for match in matches if not Path(match).is_dir()]
+        for file in files:
+            # Each name again, as it may be a pipe too; brackets in it are no pattern then.
+            _match(file, key, found)
         if not files:
             found.problems.append(Problem(f"no file matches {pattern!r}{_beside(path)}", key=key))
 
@@ -251,9 +259,8 @@ def _unknown_format(file: str) -> str:
 
 
 def _header_problems(text: str, suffix: str, file: str, columns: Sequence[str]) -> list[Problem]:
-    tab = suffix == ".tsv"
-    quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tab else ",", quoting=quoting)
+    tab, content = suffix == ".tsv", io.StringIO(text, newline="")
+    rows = csv.reader(content, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(content)
     try:
         return header_problems(next((row for row in rows if row), []), columns, file)
     except csv.Error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 KEYS = {
+    "per_device_train_batch_size": "training.batch_size",
+    "per_gpu_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
     "train_batch_size": "training.batch_size",
     "global_batch_size": "training.batch_size",
     "per_device_eval_batch_size": "training.eval_batch",
@@ -23,12 +26,16 @@ KEYS = {
     "logging_steps": "training.log_every",
     "eval_steps": "training.eval_every",
     "eval_on_start": "training.eval_at_start",
+    "evaluation_strategy": "training.eval_every",
+    "eval_strategy": "training.eval_every",
     "metric_for_best_model": "training.best_metric",
     "early_stopping_patience": "training.early_stopping.patience",
     "gradient_checkpointing": "training.activation_checkpointing",
     "random_seed": "training.seed",
     "save_steps": "checkpoints.every",
+    "save_strategy": "checkpoints.every",
     "save_total_limit": "checkpoints.keep",
+    "peft_type": "adapter.kind",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
     "rank": "adapter.r",
@@ -44,6 +51,8 @@ KEYS = {
     "model_name_or_path": "model.name",
     "base_model": "model.name",
     "model_id": "model.name",
+    "name_or_path": "model.name",
+    "pretrained_model_name_or_path": "model.name",
     "model_revision": "model.revision",
     "attn_implementation": "model.attention",
     "max_seq_length": "data.max_length",
@@ -71,6 +80,7 @@ KEYS = {
     "label_column": "task.label",
     "label_smoothing_factor": "task.label_smoothing",
     "problem_type": "task.problem",
+    "task_type": "task.kind",
 }
 """Their key -> ours."""
 
@@ -125,12 +135,12 @@ HINTS = {
     "include": "write extends: FILE in the first line of the file",
     "defaults": "write extends: FILE in the first line of the file",
 }
-"""Their key -> what to do, where there is no key of ours that takes the same value."""
+"""Their key -> what to do, where no key of ours takes the same value."""
 
 
 def meant(key: str) -> str | None:
-    """The dotted key that takes the same value in a recipe, or None."""
-    return None if key in HINTS else KEYS.get(key)
+    """The dotted key that says in a recipe what this one says elsewhere, or None."""
+    return KEYS.get(key)
 
 
 def hint(key: str) -> str | None:

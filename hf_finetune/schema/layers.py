@@ -142,5 +142,6 @@ def _merge(layer: Layer, above: dict[str, Any], path: tuple[str, ...] = ()) -> N
         if isinstance(value, dict) and isinstance(below.get(key), dict):
             _merge(layer, value, here)
         else:
-            layer.origin.forget(here)
+            if key in below:
+                layer.origin.forget(here)
             below[key] = value

@@ -92,7 +92,10 @@ def output(path: str) -> str | None:
     """Why a path can't be a run folder, or None; whether it can be written is left to whoever writes."""
     if (refusal := _unwritable(path)) is not None:
         return refusal
-    return _no_folder_name(path) or _no_run_folder(path) or outside(path)
+    refusal = _no_folder_name(path) or _no_run_folder(path)
+    if refusal is None and (why := outside(path)) is not None:
+        return f"{shown(path)} {why}"
+    return refusal
 
 
 def _no_folder_name(path: str) -> str | None:

@@ -181,6 +181,7 @@ class TextClassification(Task):
         return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
 
     def _labels(self, rows: Rows, targets: Targets) -> Iterable[int | float | list[float]]:
+        """Labels of a batch; where no name is known, as training rows could not be read, ids and cells say nothing."""
         if self.problem == "regression":
             return label_values.numbers(rows[str(self.label)], str(self.label))
         if isinstance(self.label, list):

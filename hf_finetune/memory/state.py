@@ -1,0 +1,148 @@
+"""What lives as long as the run does: the process, weights, gradients, the optimiser's state; and copies of these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_finetune.adaptation.targets import output_embedding
+from hf_finetune.model import heads
+
+if TYPE_CHECKING:
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "sgd": 0.0}
+"""Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256
+(https://arxiv.org/abs/2110.02861); none without momentum."""
+SMALLEST_8BIT = 4096
+"""Weights of a tensor below which bitsandbytes keeps its moments in fp32 (`min_8bit_size`)."""
+NF4_BLOCK, NF4_SCALES = 64, 256
+"""Weights under one 8-bit scale, and scales under one fp32 scale (https://arxiv.org/abs/2305.14314, section 3)."""
+NF4_TABLES = 4 * (16 + 256) + 4
+"""Bytes of the two code books and the offset of each layer."""
+
+
+def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
+    """Weights and optimiser state of one device, in bytes."""
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    shards = machine.world_size if machine.is_sharded else 1
+    return {
+        "weights": weights(recipe, adapted) // shards,
+        "optimiser state": sum(_moments(recipe, parameter) for parameter in trained) // shards,
+        # DistributedDataParallel keeps a copy of all gradients in its buckets.
+        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and shards == 1 else 0,
+    }
+
+
+def weights(recipe: Recipe, adapted: nn.Module) -> int:
+    """Bytes of parameters and buffers, quantised ones as bitsandbytes stores them."""
+    quantized = quantized_layers(recipe, adapted)
+    packed = {id(layer.weight) for layer in quantized}
+    tensors = [*adapted.parameters(), *adapted.buffers()]
+    plain = sum(size(tensor) for tensor in tensors if id(tensor) not in packed)
+    return plain + sum(quantized_size(layer.weight, str(recipe.model.quantization)) for layer in quantized)
+
+
+def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the base that `model.quantization` packs: all but heads and output embedding."""
+    if recipe.model.quantization is None:
+        return []
+    body = base(adapted)
+    output = output_embedding(body)
+    skip = heads.find(body)
+    return [
+        module
+        for path, module in body.named_modules()
+        # Adapters are trained and thus floating point, as are copies that are trained in full.
+        if isinstance(module, nn.Linear)
+        and module is not output
+        and not module.weight.requires_grad
+        and path.partition(".")[0] not in skip
+    ]
+
+
+def quantized_size(weight: torch.Tensor, quantization: str) -> int:
+    """Bytes of a linear layer's packed weight with its scales.
+
+    NF4: half a byte each, an 8-bit scale for each block of 64, an fp32 scale for 256 of these, and code books. int8:
+    one byte each and an fp32 scale for each output.
+    """
+    count = weight.numel()
+    if quantization == "int8":
+        return count + 4 * weight.shape[0]
+    blocks = -(-count // NF4_BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // NF4_SCALES) + NF4_TABLES
+
+
+def loading(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
+    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there."""
+    parts = {"weights": weights(recipe, adapted)}
+    if machine.device == "cpu":
+        parts["weights on disk"] = _cast_from(recipe, adapted)
+    return parts
+
+
+def second_copy(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
+    """The saved model next to the trained one, when they are compared; an accelerator keeps only a packed one."""
+    if machine.device != "cpu" and recipe.model.quantization is None:
+        return {}
+    # Without an adapter, the fresh base and the saved weights that are to replace its own.
+    copies = 1 if recipe.adapter.freezes_base else 2
+    parts = {"second copy": copies * weights(recipe, adapted)}
+    if machine.device == "cpu":
+        parts["weights on disk"] = _cast_from(recipe, adapted)
+    return parts
+
+
+def process(machine: Machine) -> dict[str, int]:
+    """On a CPU what this process holds now: Python, the libraries and the data; training starts from there."""
+    if machine.device != "cpu":
+        return {}
+    return {"process and libraries": resident("VmRSS") or 0}
+
+
+def resident(field: str) -> int | None:
+    """`VmRSS` or `VmHWM` of this process in bytes; None where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text("utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _cast_from(recipe: Recipe, adapted: nn.Module) -> int:
+    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
+    body = base(adapted)
+    stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
+    kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]
+    if stored == kept[0].dtype and recipe.model.quantization is None:
+        return 0
+    return sum(parameter.numel() * stored.itemsize for parameter in kept)
+
+
+def base(adapted: nn.Module) -> Any:
+    """The transformers model below PEFT's wrapping, or the model itself."""
+    model: Any = adapted
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _moments(recipe: Recipe, parameter: torch.Tensor) -> int:
+    count = parameter.numel()
+    if recipe.training.optimizer == "adafactor":
+        # One mean a row and a column of the last two dimensions (https://arxiv.org/abs/1804.04235), else one each.
+        rows = count // parameter.shape[-1] if parameter.ndim > 1 else 0
+        return 4 * (rows + count // parameter.shape[-2] if parameter.ndim > 1 else count)
+    kind = recipe.training.optimizer
+    small = kind == "adamw_8bit" and count < SMALLEST_8BIT
+    return int(count * MOMENTS["adamw" if small else kind])

@@ -1,0 +1,1 @@
+raise SystemExit("the script of a data set was run")

@@ -1,0 +1,272 @@
+"""The corpus of recipes and data sets under `corpus/`: every mistake is told as expected, and none trains a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_finetune import cli
+from hf_finetune.errors import Problem
+
+ROOT = Path(__file__).parent.parent
+CORPUS = Path(__file__).parent / "corpus"
+Finding = dict[str, Any]
+
+
+def cases(kind: str) -> list[str]:
+    """`bad/B16_misspelt_key` and its like, in order."""
+    return [f"{kind}/{folder.name}" for folder in sorted((CORPUS / kind).iterdir())]
+
+
+BAD, WARNED, GOOD = (cases(kind) for kind in ("bad", "warned", "good"))
+TWELVE = "bad/B00_twelve_mistakes"
+
+
+def expected(case: str) -> dict[str, Any]:
+    """What the report of a case must be."""
+    content: dict[str, Any] = json.loads((CORPUS / case / "expected.json").read_text(encoding="utf-8"))
+    return content
+
+
+TRAINED = [case for case in GOOD if "train" in expected(case)]
+
+
+# What a file under version control can't be, by the name of the case.
+
+
+def _too_large(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("# filler\n" * (1 << 17))
+
+
+def _outside(folder: Path) -> None:
+    (folder.parent / "outside.yaml").write_text("training: {seed: 1}\n")
+
+
+def _link_for_output(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder / "link").symlink_to("../elsewhere")
+
+
+def _link_for_data(folder: Path) -> None:
+    (folder.parent / "train.csv").write_text("text,label\n")
+    (folder / "train.csv").symlink_to("../train.csv")
+
+
+def _dangling(folder: Path) -> None:
+    (folder / "train.csv").symlink_to("nowhere.csv")
+
+
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "train.csv")
+
+
+def _ten_megabytes(folder: Path) -> None:
+    lines = (folder / "data" / "reviews.csv").read_text().splitlines()[:16]
+    lines.append("the film is good " * 600_000 + ".,positive")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+
+
+def _copied(model: Path) -> Path:
+    """The model itself in the place of the link to it."""
+    source = model.resolve()
+    model.unlink()
+    shutil.copytree(source, model)
+    return model
+
+
+def _edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    model = _copied(folder / "bert")
+    files = [model / "tokenizer_config.json", model / "tokenizer.json"]
+    config, tokenizer = (json.loads(file.read_text()) for file in files)
+    edit(config, tokenizer)
+    for file, content in zip(files, (config, tokenizer), strict=True):
+        file.write_text(json.dumps(content))
+
+
+def _no_pad(folder: Path) -> None:
+    _edit_tokenizer(folder, lambda config, _: config.update(pad_token=None))
+
+
+def _more_words(folder: Path) -> None:
+    def add(_: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["novel"] = max(vocabulary.values()) + 1
+
+    _edit_tokenizer(folder, add)
+
+
+def _no_chat_template(folder: Path) -> None:
+    (_copied(folder / "llama") / "chat_template.jinja").unlink()
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "bad/B11_too_large": _too_large,
+    "bad/B35_no_chat_template": _no_chat_template,
+    "bad/B42_output_through_a_link": _link_for_output,
+    "bad/B43_outside_the_root": _outside,
+    "bad/D54_tokenizer_without_pad": _no_pad,
+    "bad/D54_vocabulary_larger_than_embedding": _more_words,
+    "bad/D56_dangling_link": _dangling,
+    "bad/D56_link_out_of_the_root": _link_for_data,
+    "bad/D56_pipe": _pipe,
+    "warned/D39_ten_megabytes": _ten_megabytes,
+}
+
+Place = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Lays a case out in an empty folder, goes there, and returns what is expected."""
+
+    def lay(case: str) -> dict[str, Any]:
+        folder = tmp_path / "case"
+        shutil.copytree(CORPUS / case, folder, ignore=shutil.ignore_patterns("expected.json"))
+        shutil.copytree(CORPUS / "data", folder / "data", dirs_exist_ok=True)
+        (folder / "bert").symlink_to(tiny_bert)
+        (folder / "llama").symlink_to(tiny_llama)
+        wanted = expected(case)
+        if "HF_FINETUNE_ROOT" in wanted["env"]:
+            _copied(folder / "bert")
+        BUILDERS.get(case, lambda _: None)(folder)
+        for name, value in wanted["env"].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(folder)
+        return wanted
+
+    return lay
+
+
+def call(*arguments: str) -> int:
+    """Run the command line in this process; its exit code."""
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def check(wanted: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The report of `check`, whose exit code must be the process's."""
+    capsys.readouterr()
+    code = call("check", "recipe.yaml", *wanted["overrides"], *wanted["args"], "--format", "json")
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert said["exit_code"] == code
+    return said
+
+
+def fits(finding: Finding, wanted: Finding) -> bool:
+    """Whether this is the finding that is expected, and tells what it must."""
+    telling = [wanted["says"]] if isinstance(wanted["says"], str) else wanted["says"]
+    same = all(finding[name] == wanted[name] for name in ("level", "file", "line", "key"))
+    return same and all(text in finding["message"] for text in telling)
+
+
+def assert_findings(found: list[Finding], wanted: list[Finding]) -> None:
+    """Every expected finding is there once, and nothing else."""
+    left, missing = list(found), []
+    for one in wanted:
+        match = next((finding for finding in left if fits(finding, one)), None)
+        if match is None:
+            missing.append(one)
+        else:
+            left.remove(match)
+    assert (missing, left) == ([], [])
+
+
+def assert_untrained(folder: Path) -> None:
+    """No step was taken and nothing saved."""
+    metrics = [file.read_text() for file in folder.rglob("metrics.jsonl")]
+    assert not any('"phase": "train"' in text for text in metrics)
+    assert [found for name in ("checkpoint*", "adapter*") for found in folder.rglob(name)] == []
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.partition("/")[2])
+def test_a_mistake_is_told_as_expected_and_trains_no_step(
+    case: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = place(case)
+    said = check(wanted, capsys)
+    assert_findings(said["findings"], wanted["findings"])
+    assert said["exit_code"] == wanted["exit_code"] != 0
+    assert call("train", "recipe.yaml", *wanted["overrides"]) == wanted["exit_code"]
+    problems = [Problem(f["message"], f["key"], f["file"], f["line"]) for f in said["findings"] if f["level"] == "error"]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == sorted(f"hf_finetune: error: {problem}" for problem in problems)
+    assert_untrained(Path.cwd())
+
+
+@pytest.mark.parametrize("case", WARNED, ids=lambda case: case.partition("/")[2])
+def test_what_is_odd_is_told_and_can_run(case: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = place(case)
+    said = check(wanted, capsys)
+    assert_findings(said["findings"], wanted["findings"])
+    assert said["exit_code"] == wanted["exit_code"] == 0
+
+
+@pytest.mark.parametrize("case", GOOD, ids=lambda case: case.partition("/")[2])
+def test_an_unusual_recipe_passes_without_a_finding(
+    case: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = check(place(case), capsys)
+    assert (said["exit_code"], said["findings"]) == (0, [])
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.partition("/")[2])
+def test_an_unusual_recipe_trains(case: str, place: Place) -> None:
+    wanted = place(case)
+    assert call("train", "recipe.yaml", *wanted["overrides"], *wanted["train"]) == 0
+    assert '"phase": "train"' in Path("run/metrics.jsonl").read_text()
+
+
+def test_two_processes_tell_each_of_twelve_mistakes_once(place: Place) -> None:
+    wanted = place(TWELVE)
+    config = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+    launch = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launch, "-m", "hf_finetune", "recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("hf_finetune: error: ")]
+    assert len(told) == len(set(told)) == len(wanted["findings"]) == 12
+    for finding in wanted["findings"]:
+        key, says = finding["key"], finding["says"]
+        place_of = finding["file"] + (f":{finding['line']}" if finding["line"] else "")
+        assert len([line for line in told if f"error: {place_of}: {key}: " in line and says in line]) == 1
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(BAD) >= 90
+    assert len(GOOD) >= 20
+
+
+def numbers() -> Iterator[str]:
+    """Every id of the two lists that the corpus covers."""
+    yield from (f"B{number}" for number in range(1, 55))
+    yield from (f"D{number}" for number in range(1, 58))
+
+
+def test_every_id_has_cases_or_a_reason() -> None:
+    listed = json.loads((CORPUS / "ids.json").read_text(encoding="utf-8"), object_pairs_hook=list)
+    assert [number for number, _ in listed] == list(numbers())
+    for number, entry in listed:
+        named = sorted(case for case in [*BAD, *WARNED, *GOOD] if number in expected(case)["ids"])
+        assert entry == named if isinstance(entry, list) else not named and len(entry) > 20, number
+    assert {number for case in [*BAD, *WARNED, *GOOD] for number in expected(case)["ids"]} <= set(numbers())
+
+
+@pytest.mark.parametrize("case", [*BAD, *WARNED])
+def test_a_case_is_named_after_what_it_shows(case: str) -> None:
+    wanted = expected(case)
+    number = re.match(r"\w+/([BD])0?(\d+)_", case)
+    assert number is not None
+    assert case == TWELVE or f"{number[1]}{number[2]}" in wanted["ids"]
+    assert all(len(text) > 5 for finding in wanted["findings"] for text in [*finding["says"]][:1] if len(text) > 1)
