@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import arguments, batching, data, hardware
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.trainer import Job
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
         tokenizer: The model's.
 
     Raises:
+        DataError: There are fewer rows than ranks.
         RecipeError: The global batch can't be divided, warmup is longer than training, early stopping could never act,
             or answers are to be generated from sharded weights.
     """
@@ -41,6 +42,9 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     micro_batch = hardware.micro_batch(recipe, machine, vocabulary)
     division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
     train, lengths = _train_rows(recipe, prepared, division)
+    if lengths is not None and len(lengths) < machine.world_size:
+        message = f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
+        raise DataError(Problem(message, key="data.train"))
     batches = None
     if lengths is not None:
         grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)

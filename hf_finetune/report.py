@@ -56,6 +56,7 @@ def _split_line(counts: SplitReport) -> str:
     losses = {
         "cut": f"{counts.cut:,} cut to max_length",
         "dropped": f"{counts.dropped:,} dropped as over-long",
+        "empty": f"{counts.empty:,} dropped without text",
         "untrained": f"{counts.untrained:,} dropped without a trained token",
         "unused": f"{counts.unused:,} never drawn from the mix",
     }

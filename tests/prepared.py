@@ -9,13 +9,18 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune import data, datareport
+from hf_finetune.findings import Findings
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 
 CLASSES = {"kind": "text_classification", "text": "text", "label": "label"}
 TEXTS = {"kind": "causal_lm", "text": "text"}
 PAIRS = {"kind": "causal_lm", "prompt": "question", "completion": "answer"}
+
+EVIL = "<script>window.pwned=1</script><img src=http://x.test/y onerror=window.pwned=1>\x1b[31m\u202e\x00"
+PLAN = [("steps", "2 of 4 rows: 1 rank x 1 micro-batch"), ("memory", f"12 MB {EVIL}")]
+"""What a page says of a plan."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,15 @@ def reviews(rows: int) -> list[dict[str, Any]]:
         }
         for i in range(rows)
     ]
+
+
+def write(made: Made, file: Path, findings: Findings | None = None) -> str:
+    page = datareport.Page(made.recipe, made.prepared, made.tokenizer, findings or Findings(), PLAN)
+    datareport.write(str(file), page)
+    return file.read_text(encoding="utf-8")
+
+
+def hostile(folder: Path, model: str) -> Made:
+    """Three splits with every kind of trouble."""
+    train = [*reviews(40), {"text": EVIL, "label": EVIL}, {"text": "the film " * 30, "label": "positive"}, *reviews(3)]
+    return make(folder, model, CLASSES, {"train": train, "validation": reviews(8), "test": reviews(2)})

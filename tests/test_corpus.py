@@ -57,7 +57,7 @@ def _link_for_output(folder: Path) -> None:
 
 
 def _link_for_data(folder: Path) -> None:
-    (folder.parent / "train.csv").write_text("text,label\n")
+    (folder.parent / "train.csv").write_text("user,password\nroot,wisdom\n")
     (folder / "train.csv").symlink_to("../train.csv")
 
 
@@ -69,10 +69,14 @@ def _pipe(folder: Path) -> None:
     os.mkfifo(folder / "train.csv")
 
 
-def _ten_megabytes(folder: Path) -> None:
-    lines = (folder / "data" / "reviews.csv").read_text().splitlines()[:16]
-    lines.append("the film is good " * 600_000 + ".,positive")
-    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+def _one_more_row(text: str) -> Callable[[Path], None]:
+    """`train.csv` of 15 short rows and one with this text."""
+
+    def write(folder: Path) -> None:
+        lines = (folder / "data" / "reviews.csv").read_text().splitlines()[:16]
+        (folder / "train.csv").write_text("\n".join([*lines, f"{text},negative"]) + "\n")
+
+    return write
 
 
 def _copied(model: Path) -> Path:
@@ -92,8 +96,23 @@ def _edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]
         file.write_text(json.dumps(content))
 
 
-def _no_pad(folder: Path) -> None:
+def _unnamed_pad(folder: Path) -> None:
     _edit_tokenizer(folder, lambda config, _: config.update(pad_token=None))
+
+
+def _no_pad(folder: Path) -> None:
+    def rename(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+        config.update(pad_token=None)
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["blank"] = vocabulary.pop("[PAD]")
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "[PAD]"]
+
+    _edit_tokenizer(folder, rename)
+
+
+def _no_zero_width_spaces(folder: Path) -> None:
+    removal = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
+    _edit_tokenizer(folder, lambda _, tokenizer: tokenizer.update(normalizer=removal))
 
 
 def _more_words(folder: Path) -> None:
@@ -115,10 +134,13 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "bad/B43_outside_the_root": _outside,
     "bad/D54_tokenizer_without_pad": _no_pad,
     "bad/D54_vocabulary_larger_than_embedding": _more_words,
+    "bad/D55_nothing_but_zero_width_spaces": _no_zero_width_spaces,
     "bad/D56_dangling_link": _dangling,
     "bad/D56_link_out_of_the_root": _link_for_data,
     "bad/D56_pipe": _pipe,
-    "warned/D39_ten_megabytes": _ten_megabytes,
+    "good/ten_megabytes_without_a_space": _one_more_row("a" * 10_000_000),
+    "good/tokenizer_that_names_no_pad_token": _unnamed_pad,
+    "warned/D40_a_million_tokens": _one_more_row("dull " * 1_000_000),
 }
 
 Place = Callable[[str], dict[str, Any]]
@@ -187,7 +209,8 @@ def assert_untrained(folder: Path) -> None:
     """No step was taken and nothing saved."""
     metrics = [file.read_text() for file in folder.rglob("metrics.jsonl")]
     assert not any('"phase": "train"' in text for text in metrics)
-    assert [found for name in ("checkpoint*", "adapter*") for found in folder.rglob(name)] == []
+    weights = [file for file in folder.rglob("*.safetensors") if file.parent.name not in {"bert", "llama"}]
+    assert [*weights, *folder.rglob("checkpoints/*")] == []
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.partition("/")[2])
@@ -199,7 +222,8 @@ def test_a_mistake_is_told_as_expected_and_trains_no_step(
     assert_findings(said["findings"], wanted["findings"])
     assert said["exit_code"] == wanted["exit_code"] != 0
     assert call("train", "recipe.yaml", *wanted["overrides"]) == wanted["exit_code"]
-    problems = [Problem(f["message"], f["key"], f["file"], f["line"]) for f in said["findings"] if f["level"] == "error"]
+    told = [finding for finding in said["findings"] if finding["level"] == "error"]
+    problems = [Problem(**{name: finding[name] for name in ("message", "key", "file", "line")}) for finding in told]
     lines = capsys.readouterr().err.splitlines()
     assert sorted(lines) == sorted(f"hf_finetune: error: {problem}" for problem in problems)
     assert_untrained(Path.cwd())
@@ -263,10 +287,8 @@ def test_every_id_has_cases_or_a_reason() -> None:
     assert {number for case in [*BAD, *WARNED, *GOOD] for number in expected(case)["ids"]} <= set(numbers())
 
 
-@pytest.mark.parametrize("case", [*BAD, *WARNED])
-def test_a_case_is_named_after_what_it_shows(case: str) -> None:
-    wanted = expected(case)
-    number = re.match(r"\w+/([BD])0?(\d+)_", case)
-    assert number is not None
-    assert case == TWELVE or f"{number[1]}{number[2]}" in wanted["ids"]
-    assert all(len(text) > 5 for finding in wanted["findings"] for text in [*finding["says"]][:1] if len(text) > 1)
+def test_a_case_is_named_after_what_it_shows() -> None:
+    for case in [*BAD, *WARNED]:
+        number = re.match(r"\w+/([BD])0?(\d+)_", case)
+        assert number is not None
+        assert case == TWELVE or f"{number[1]}{number[2]}" in expected(case)["ids"], case

@@ -276,6 +276,62 @@ def test_limit_draws_from_every_split_by_seed(classify: Prepare) -> None:
     assert drawn[0] != [row["text"] for row in rows[:10]]
 
 
+def test_problems_of_all_splits_come_at_once(classify: Prepare) -> None:
+    write("train.csv", "text,lable", "good film,a")
+    write_json("test.jsonl", [*mixed(4), {"text": 7, "label": "good"}, {"text": "bad", "label": 0.5}])
+    with pytest.raises(DataError) as error:
+        classify(train="train.csv", validation="dev.jsonl", test="test.jsonl")
+    assert [(problem.file, problem.key) for problem in error.value.problems] == [
+        ("", "data.validation"),
+        ("train.csv", "data.train"),
+        ("test.jsonl", "data.test"),
+        ("test.jsonl", "data.test"),
+    ]
+
+
+def test_labels_and_texts_are_complained_about_together(classify: Prepare) -> None:
+    datasets.Dataset.from_dict({"text": ["good film", "bad film"], "label": [1, None]}).to_parquet("train.parquet")
+    datasets.Dataset.from_dict({"text": [1, 2], "label": [1, 0]}).to_parquet("test.parquet")
+    with pytest.raises(DataError) as error:
+        classify(train="train.parquet", test="test.parquet")
+    assert [problem.message.split(":")[0] for problem in error.value.problems] == ["row 2", "row 1, 2"]
+
+
+def test_the_same_complaint_about_rows_of_several_batches_is_one(classify: Prepare) -> None:
+    write_json("train.jsonl", mixed(4))
+    write_json("dev.jsonl", [{"text": "film", "label": "poor" if row % 500 == 0 else "good"} for row in range(4000)])
+    with pytest.raises(
+        DataError, match=r"row 1, 501, 1001, 1501, 2001 and 3 more: column 'label' holds 'poor'"
+    ) as error:
+        classify(train="train.jsonl", validation="dev.jsonl")
+    assert len(error.value.problems) == 1
+
+
+def test_complaints_that_differ_are_told_up_to_a_limit(classify: Prepare) -> None:
+    write_json("train.jsonl", mixed(4))
+    write_json("dev.jsonl", [{"text": "film", "label": f"label {row}"} for row in range(3000)])
+    with pytest.raises(DataError) as error:
+        classify(train="train.jsonl", validation="dev.jsonl")
+    assert len(error.value.problems) == 21
+    assert error.value.problems[-1].message == "2,980 more problems of 2,980 more rows"
+
+
+def test_digits_in_a_text_column_stay_as_they_are_written(classify: Prepare) -> None:
+    write("train.csv", "text,label", "007,1", "1.50,0")
+    prepared = classify(train="train.csv", validation="train.csv")
+    assert prepared.raw_validation is not None
+    assert prepared.raw_validation[:] == {"text": ["007", "1.50"], "label": [1, 0]}
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(classify: Prepare) -> None:
+    origins = data.sources.locate(recipe(CLASSES, train=write_json("train.jsonl", mixed(4))).data)
+    stamps = origins.stamps()
+    origins.check_unchanged(stamps)
+    write_json("train.jsonl", mixed(6))
+    with pytest.raises(DataError, match=r"train.jsonl: changed while it was read; wait until it is written"):
+        origins.check_unchanged(stamps)
+
+
 # ---- over-long rows
 
 

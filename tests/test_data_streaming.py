@@ -131,6 +131,14 @@ def test_a_limit_keeps_the_same_rows_in_every_pass(llama: PreTrainedTokenizerBas
     assert sorted(set(read)) != list(range(2, 12))
 
 
+def test_a_source_that_is_missing_is_said_once(llama: PreTrainedTokenizerBase) -> None:
+    write_json("a.jsonl", [{"text": "good film"}])
+    with pytest.raises(DataError, match=r"^data\.mix\.1\.train: no file matches 'b\.jsonl'[^\n]*$"):
+        stream(llama, mix=[{"train": "a.jsonl"}, {"train": "b.jsonl"}])
+    with pytest.raises(DataError, match=r"^data\.train: no file matches 'b\.jsonl'[^\n]*$"):
+        stream(llama, train="b.jsonl")
+
+
 def test_a_mix_follows_the_weights(llama: PreTrainedTokenizerBase) -> None:
     write_json("a.jsonl", [{"text": "good film"}] * 300)
     write_json("b.jsonl", [{"text": "bad"}] * 300)

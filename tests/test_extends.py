@@ -11,6 +11,7 @@ import pytest
 from hf_finetune import recipe
 from hf_finetune.errors import Problem
 from hf_finetune.recipe import Recipe
+from hf_finetune.schema import layers
 from hf_finetune.schema.reading import Reading
 
 BASE = """\
@@ -79,6 +80,14 @@ def test_the_child_decides_what_the_base_said_otherwise(read: Read, base: str, c
     assert {key: value for key, value, _ in found.explain()}.get(gone, "null") == "null"
 
 
+def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
+    Path("a.yaml").write_text("adapter: {kind: a, only: 1, both: {old: 1}}\n")
+    read("extends: a.yaml\nadapter: {both: {new: 1}, kind: b}\n")
+    layer = layers.load("x.yaml")
+    assert layer.tree == {"adapter": {"both": {"new": 1}, "kind": "b"}}
+    assert ("adapter", "both", "old") not in layer.origin.places
+
+
 @pytest.mark.parametrize(
     ("override", "dropped"),
     [
@@ -135,6 +144,7 @@ def test_a_base_that_cannot_be_read_hides_no_other_mistake_and_makes_none_up(rea
     [
         ("x.yaml", "can't extend itself"),
         ("loop.yaml", "loop.yaml:1: extends: 'x.yaml' is part of this very chain"),
+        ("ring.yaml", "ring.yaml:1: extends: 'ring.yaml' is part of this very chain"),
         ("absent.yaml", "there is no file 'absent.yaml'; the path is relative to x.yaml"),
         (".", "is no regular file"),
         ("pipe", "is no regular file"),
@@ -149,6 +159,7 @@ def test_a_base_that_cannot_be_read_hides_no_other_mistake_and_makes_none_up(rea
 def test_what_cannot_be_extended_is_refused(read: Read, base: str, says: str) -> None:
     os.mkfifo("pipe")
     Path("loop.yaml").write_text("extends: x.yaml\n")
+    Path("ring.yaml").write_text("extends: ring.yaml\n")
     Path("0.yaml").write_text(BASE)
     for number in range(1, 12):
         Path(f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")

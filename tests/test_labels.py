@@ -89,14 +89,14 @@ def test_the_recipe_may_name_the_labels(values: list[Any], names: list[str], ids
         (["a", None], r"row 1: column 'label' is null: the row has no label"),
         (
             [1.0, 2.0],
-            r"row 0: column 'label' holds a float .*; write integers, or set problem: regression",
+            r"row 0, 1: column 'label' holds a float .*; write integers, or set problem: regression",
         ),
         ([0.5, 2.0], r"row 0: column 'label' holds a fraction, a number and no label; set problem: regression"),
         ([1.0, math.nan], r"row 1: column 'label' is null"),
         (["a", ""], r"row 1: column 'label' is empty"),
         ([], r"column 'label' holds no label in training"),
         (["a", "a"], r"column 'label' holds only 'a' in training; a classifier needs two labels"),
-        ([["a"], ["b"]], r"row 0: column 'label' holds a list; set problem: multi_label"),
+        ([["a"], ["b"]], r"row 0, 1: column 'label' holds a list; set problem: multi_label"),
     ],
 )
 def test_unfit_training_labels_are_refused(values: list[Any], message: str) -> None:
@@ -119,6 +119,21 @@ def test_rows_are_read_in_the_order_of_a_selection() -> None:
 def test_training_rows_without_a_label_are_refused() -> None:
     with pytest.raises(DataError, match="row 1: column 'label' is -1: the row has no label"):
         labels.read_labels(column([0, -1], ClassLabel(names=["a", "b"])), "label")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(-1, "usually means"), (-100, "usually means"), (-7, "a negative label")]
+)
+def test_negative_labels_are_refused_unless_they_are_listed(value: int, reason: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"row 1: column 'label' holds {value}, .*{reason}.* list {value} in task.labels"
+    ):
+        labels.read_labels(column([1, value]), "label")
+    assert labels.read_labels(column([1, value]), "label", ["1", str(value)]).counts == (1, 1)
+
+
+def test_one_class_alone_is_left_to_the_checks_where_more_are_declared() -> None:
+    assert labels.read_labels(column(["a", "a"]), "label", ["a", "b"]).counts == (2, 0)
 
 
 def test_ids_survive_json() -> None:
@@ -146,8 +161,8 @@ def test_lists_of_labels(values: list[Any], feature: Any, names: tuple[str, ...]
     [
         ([["a"], None, ["b"]], "row 1: column 'label' is null; a row without labels holds an empty list"),
         ([["a"], ["a", "b", "a"]], "row 1: column 'label' repeats a label: a, b, a"),
-        (["a", "b"], "row 0: column 'label' holds text; multi_label needs a list"),
-        ([[0.0], [1.0]], "row 0: column 'label' holds a float"),
+        (["a", "b"], "row 0, 1: column 'label' holds text; multi_label needs a list"),
+        ([[0.0], [1.0]], "row 0, 1: column 'label' holds a float"),
         ([["a"], ["a"]], "column 'label' holds 1 labels in training"),
     ],
 )

@@ -329,6 +329,7 @@ def test_json_schema_takes_what_load_takes(load: Load) -> None:
     [
         "training: {steps: 10}",
         "adapter: {r: 3}",
+        "adapter: {dropout: 0.1}",
         "adapter: {kind: ia3}",
         "adapter: {rank_pattern: {q_proj: 4}}",
         "task: {label: x}",

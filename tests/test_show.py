@@ -127,6 +127,7 @@ def test_tokens_are_texts_whatever_the_tokenizer_spells(tmp_path: Path) -> None:
     core = Tokenizer(models.BPE({"<|end|>": 0} | {spelt: i for i, spelt in enumerate(alphabet, 1)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>").save_pretrained(tmp_path)
+    wrap: Any = PreTrainedTokenizerFast
+    wrap(tokenizer_object=core, eos_token="<|end|>").save_pretrained(tmp_path)
     lines = shown(make(tmp_path, str(tmp_path), TEXTS, {"train": [{"text": "a é\n"}]}))
     assert lines[1:] == ["  masked   a", r"  trained  ▁ Ã © \n ⟨<|end|>⟩", r"  text     a é\n<|end|>"]

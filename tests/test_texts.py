@@ -62,7 +62,7 @@ def test_token_types_follow_the_tokenizer(tiny_bert: str) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [(None, "is null"), ("", "is empty"), (" \n", "is empty"), (3, "holds 3, which is no text")],
+    [(None, "is null"), ("", "is empty"), (" \n", "is empty"), (3, "holds a number, not text")],
 )
 def test_a_row_without_text_is_named(bad: object, message: str) -> None:
     with pytest.raises(DataError, match=f"^row 2: column 'body' {message}"):

@@ -17,8 +17,9 @@ import transformers
 import hf_finetune
 from hf_finetune import quiet
 from hf_finetune.data import cache, encoding, sources, splits
+from hf_finetune.data.counting import Setting, gather
 from hf_finetune.data.encoding import Encoder, Encoding
-from hf_finetune.data.facts import Facts, Setting, Tally, gather
+from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.faults import Wanted
 from hf_finetune.data.placing import place
 from hf_finetune.data.sources import Origins
@@ -132,7 +133,7 @@ def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading,
     problems = list(loaded.problems)
     targets = None
     try:
-        if data.streaming:
+        if data.streaming and len(reading.origins.train) == len(data.mix or (data.train,)):
             targets = _streamed_targets(task, reading)
         elif "train" in loaded.splits:
             targets = _targets(task, loaded.splits["train"])

@@ -129,7 +129,8 @@ class _Split:
         if report.cut > checks.max_cut * report.kept:
             share = f"({report.cut / report.kept:.1%}, limit {checks.max_cut:.1%}; longest {report.longest:,})"
             most_tokens = self.recipe.data.max_length
-            message = f"{report.cut:,} of {report.kept:,} {self.name} rows are cut to {most_tokens:,} tokens {share}"
+            counted = f"{report.cut:,} of {report.kept:,} {self.name} rows {_be(report.cut)}"
+            message = f"{counted} cut to {most_tokens:,} tokens {share}"
             yield "cut", self._problem(f"{message}; raise data.max_length, or raise data.checks.max_cut")
         unknown = self.facts.tallies.get("unknown_tokens", Tally())
         if unknown.count > checks.max_unknown * report.tokens:
@@ -137,7 +138,8 @@ class _Split:
             share = (
                 f"({unknown.count / report.tokens:.1%}, limit {checks.max_unknown:.1%}; first in row {row} of {place})"
             )
-            message = f"{unknown.count:,} of {report.tokens:,} {self.name} tokens are unknown to the tokenizer {share}"
+            counted = f"{unknown.count:,} of {report.tokens:,} {self.name} tokens {_be(unknown.count)}"
+            message = f"{counted} unknown to the tokenizer {share}"
             yield "unknown_tokens", self._problem(f"{message}; take a model that knows this language", unknown)
 
     def train_labels(self) -> Iterator[Found]:
@@ -188,6 +190,10 @@ class _Split:
 def _conjugated(what: str, tally: Tally) -> str:
     one = tally.count == 1
     return what.format(have="has" if one else "have", begin="begins" if one else "begin")
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _where(tally: Tally) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 from hf_finetune.data.faults import Faults, Wanted
 from hf_finetune.errors import Problem
-from hf_finetune.schema import datafiles
+from hf_finetune.schema import filehead
 from hf_finetune.schema.complaints import suggestion
-from hf_finetune.schema.datafiles import missing_columns
 
 KEYS = 50
 """Keys that are remembered for messages."""
@@ -48,8 +47,8 @@ def whole(file: str, wanted: Wanted) -> list[Problem]:
         return [Problem(f"is no valid JSON at column {error.colno}: {error.msg}", file=file, line=error.lineno)]
     except RecursionError:
         return [Problem("is nested too deeply", file=file)]
-    if datafiles.is_columns(content):
-        return [Problem(datafiles.COLUMNS, file=file)]
+    if filehead.is_columns(content):
+        return [Problem(filehead.COLUMNS, file=file)]
     content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list) or not content:
         what = "has 0 rows: the list is empty" if content == [] else "is no list of objects; write one object a row"
@@ -110,7 +109,7 @@ class _Rows:
         for column, numbers in self.lacking.items():
             for number in numbers if column not in absent else ():
                 self.bad.add(number, f"has no key {column!r}{self.hints[column]}")
-        return missing_columns(list(self.keys), absent, self.bad.file) + self.bad.problems()
+        return filehead.missing_columns(list(self.keys), absent, self.bad.file) + self.bad.problems()
 
     def _check_cell(self, number: int, column: str, value: Any) -> None:
         kind = _kind(value)

@@ -15,7 +15,7 @@ from typing import Any
 from hf_finetune.data import jsonscan
 from hf_finetune.data.faults import Faults, Wanted
 from hf_finetune.errors import Problem
-from hf_finetune.schema import datafiles
+from hf_finetune.schema import filehead
 
 FIELD_LIMIT = 1 << 30
 """Characters of a csv field; the module's own limit is 128 KiB."""
@@ -42,7 +42,7 @@ def not_text(file: str) -> Problem | None:
     """Where a file is not UTF-8, if it is not, or that it holds nothing but white space."""
     offset, blank = 0, True
     with Path(file).open("rb") as lines:
-        head = datafiles.undecodable(lines.read(datafiles.HEAD), file)
+        head = filehead.undecodable(lines.read(filehead.HEAD), file)
         if head is not None:
             return head
         lines.seek(0)
@@ -71,7 +71,7 @@ def _table(file: str, suffix: str, wanted: Wanted) -> list[Problem]:
 def _records(reader: Any, file: str, wanted: Wanted, *, tab: bool) -> list[Problem]:
     records = _numbered(reader)
     _, header = next(records, (1, []))
-    problems = datafiles.header_problems(header, wanted.columns, file)
+    problems = filehead.header_problems(header, wanted.columns, file)
     if problems:
         return problems
     bad, rows = Faults(file), 0

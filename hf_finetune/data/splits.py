@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.schema.datafiles import missing_columns
+from hf_finetune.schema.filehead import missing_columns
 
 if TYPE_CHECKING:
     from hf_finetune.data.faults import Wanted

@@ -1,7 +1,7 @@
 """Charts as inline SVG: small, the same on every machine, in colours that the page's style sheet decides.
 
 Matplotlib takes fixed colours only, so charts are drawn in `INKS` that stand for the page's variables and are replaced
-in the result; dark and light pages show the same drawing. Widths are those of a telephone: pages put charts side by
+in the result; dark and light pages show the same drawing. They are as wide as a telephone: a page puts them side by
 side instead of stretching them.
 """
 
@@ -32,11 +32,11 @@ INKS = {
     "#070707": "s2",
 }
 """What is drawn -> the page's variable."""
-TEXT, FAINT, LIMIT, HATCH, *SERIES = INKS
+TEXT, LINE, LIMIT, HATCH, *SERIES = INKS
 HATCHES = ("", "////", "\\\\\\\\")
 """Tells splits apart without colour, in the order of `SERIES`."""
 WIDTH = 3.8
-"""Inches, at 100 pixels each."""
+"""Inches; the page scales it to the width of a column."""
 LABEL_CHARACTERS = 18
 
 
@@ -59,7 +59,7 @@ def shares(labels: Sequence[str], splits: Mapping[str, Sequence[float]], about: 
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, max(1.0, *(max(values) for values in splits.values())) * 1.24)
         axes.set_xlabel("rows, % of the split", color=TEXT)
-        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.grid(axis="x", color=LINE, linewidth=0.6)
         return _svg(figure, "shares", about)
 
 
@@ -91,7 +91,7 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, split: tu
             _note(axes, f"to {longest - 1:,}", (right, counts[-1] / axes.get_ylim()[1] + 0.08), TEXT, leans=True)
         axes.set_xlabel("tokens before cutting", color=TEXT)
         axes.set_ylabel("rows", color=TEXT)
-        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
         return _svg(figure, f"lengths{index}", about)
 
 
@@ -147,7 +147,7 @@ def _blank(height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in {"left", "bottom"})
-        spine.set_color(FAINT)
+        spine.set_color(LINE)
     axes.tick_params(colors=TEXT, length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.MaxNLocator(5, integer=True))

@@ -165,11 +165,13 @@ class _Reader:
 
     def _text(self, id_: int) -> str:
         """A token's text; its spelling in the vocabulary where it is only a part of a character."""
-        spelling = str(self.tokenizer.convert_ids_to_tokens(id_))
+        spelling: Any = self.tokenizer.convert_ids_to_tokens(id_)
+        if spelling is None:
+            return f"[token {id_} of no text]"
         if SPACE in spelling:
-            return spelling
-        decoded = str(self.tokenizer.convert_tokens_to_string([spelling]))
-        return spelling if UNDECODED in decoded else decoded
+            return str(spelling)
+        decoded = self.tokenizer.convert_tokens_to_string([spelling])
+        return str(spelling if not decoded or UNDECODED in decoded else decoded)
 
     def _label(self, value: Any) -> str:
         """A class, the classes whose cell is 1, or a number."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 import hf_finetune
-from hf_finetune.datareport import charts, examples
+from hf_finetune.datareport import charts, examples, summary
 from hf_finetune.datareport.escaping import exact
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class Balance:
     splits: list[str]
     rows: list[tuple[str, list[Part]]]
     """Label, and a number for each split; shares are of its kept rows."""
+    undrawn: int
+    """Labels that are not in the chart."""
     hidden: int
-    """Labels that are not listed."""
+    """Labels that are not in `rows`."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,12 @@ class Frequent:
 def context(page: Page) -> dict[str, Any]:
     """Everything that the template prints."""
     prepared, findings = page.prepared, list(page.findings)
-    reports, facts = prepared.reports, prepared.facts
+    # Not `reports`: what was read of a stream for the examples is no count of it.
+    reports, facts = prepared.counted, prepared.facts
     strikes = _strikes(facts, reports, page.recipe.data.checks)
     return {
         "recipe": page.recipe,
-        "summary": _summary(page),
+        "summary": summary.lines(page.recipe),
         "findings": findings[:FINDINGS],
         "more_findings": len(findings) - FINDINGS,
         "errors": len(page.findings.errors),
@@ -125,33 +128,6 @@ def context(page: Page) -> dict[str, Any]:
         "fingerprint": prepared.fingerprint,
         "version": hf_finetune.__version__,
     }
-
-
-def _summary(page: Page) -> list[tuple[str, str]]:
-    """The recipe in a few lines."""
-    recipe, data = page.recipe, page.recipe.data
-    problem = getattr(recipe.task, "problem", "")
-    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
-    sources = {split: getattr(data, split) for split in ("train", "validation", "test")}
-    rows = [
-        ("Task", f"{recipe.task.kind}, {problem}" if problem else recipe.task.kind),
-        ("Model", recipe.model.name + revision),
-        ("Adapter", recipe.adapter.kind),
-        ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
-        *((split.capitalize(), _listed(files)) for split, files in sources.items() if files),
-        ("Mix", ", ".join(_listed(source.train) for source in data.mix or [])),
-        ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
-        ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
-        ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
-        ("Rows share sequences", "yes, packed" if data.packing else ""),
-        ("Reading", "streamed" if data.streaming else ""),
-        ("Output", recipe.output),
-    ]
-    return [(name, value) for name, value in rows if value]
-
-
-def _listed(files: str | Sequence[str]) -> str:
-    return files if isinstance(files, str) else ", ".join(files)
 
 
 def _fates(reports: Mapping[str, SplitReport]) -> list[tuple[str, str, list[Part]]]:
@@ -183,7 +159,8 @@ def _balance(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport]) -> 
     ]
     about = f"Bar chart: share of each label in {', '.join(counted)}; the numbers are in the table beside it"
     chart = Markup(charts.shares(names[:LABELS_DRAWN], shares, about))  # noqa: S704
-    return Balance(chart, list(counted), rows, max(0, len(names) - LABELS_LISTED))
+    hidden = [max(0, len(names) - most) for most in (LABELS_DRAWN, LABELS_LISTED)]
+    return Balance(chart, list(counted), rows, *hidden)
 
 
 def _lengths(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport], limit: int) -> list[Lengths]:

@@ -29,10 +29,7 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
     """
     if not references:
         return {}
-    wanted = [extract(reference, pattern) for reference in references]
-    if None in wanted:
-        row = wanted.index(None)
-        raise DataError(f"task.answer_pattern {pattern!r} finds nothing in reference {row}: {references[row][-80:]!r}")
+    wanted = right_answers(references, pattern)
     given = [extract(generation.text, pattern) for generation in generations]
     equal = sum(one == two for one, two in zip(given, wanted, strict=True))
     return {
@@ -40,6 +37,19 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
         "ended": sum(generation.ended for generation in generations) / len(references),
         "generated_tokens": sum(generation.tokens for generation in generations) / len(references),
     }
+
+
+def right_answers(references: list[str], pattern: str | None) -> list[str | None]:
+    """The answer in each reference.
+
+    Raises:
+        DataError: The pattern matches nothing in a reference, so that no answer could be right.
+    """
+    wanted = [extract(reference, pattern) for reference in references]
+    if None in wanted:
+        row = wanted.index(None)
+        raise DataError(f"task.answer_pattern {pattern!r} finds nothing in reference {row}: {references[row][-80:]!r}")
+    return wanted
 
 
 def extract(text: str, pattern: str | None) -> str | None:

@@ -90,14 +90,15 @@ def estimate(
     dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
     adapted = outlines.outline(recipe, targets, tokenizer, dtype)
     lasting = state.lasting(recipe, adapted, machine)
+    loading = state.loading(recipe, adapted, machine)
     step = steps.Step(recipe, targets, machine, adapted, attention)
     phases = {
-        "loading": state.loading(recipe, adapted, machine),
+        "loading": loading,
         "training": {**lasting, **step.training(shapes.train)},
         "evaluation": {**lasting, **step.evaluation(shapes.evaluation)},
-        "saving": {**lasting, **state.second_copy(recipe, adapted, machine)},
     }
-    global LAST; LAST = phases
+    files = loading[state.FILES]
+    phases["saving"] = {**lasting, **step.second_copy(cast=files > 0), state.FILES: files}
     process = state.process(machine)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**process, **phases[phase]}

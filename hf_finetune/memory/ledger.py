@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_finetune.memory.heap import Heap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,15 +32,17 @@ class Ledger(TorchDispatchMode):
     Only what operations return is seen, not what a kernel needs inside.
 
     Args:
+        heap: Where the tensors would lie on a CPU.
         logits: Last dimension of tensors that count as logits, whatever account is open; 0 for none.
     """
 
-    def __init__(self, logits: int = 0) -> None:
+    def __init__(self, heap: Heap, logits: int = 0) -> None:
         super().__init__()
         self.account = ""
         """Where new storages are booked."""
         self.peak: Mapping[str, int] = {}
         """Bytes by account when most were alive."""
+        self.heap = heap
         self._logits = logits
         self._live: Counter[str] = Counter()
         self._total = self._highest = 0
@@ -79,12 +83,14 @@ class Ledger(TorchDispatchMode):
         self._entries[key] = (account, size)
         self._live[account] += size
         self._total += size
+        self.heap.take(key, size)
         weakref.finalize(storage, self._strike, key).atexit = False
         if self._total > self._highest:
             self._highest, self.peak = self._total, +self._live
 
     def _strike(self, key: int) -> None:
         account, size = self._entries.pop(key)
+        self.heap.give(key)
         self._live[account] -= size
         self._total -= size
 

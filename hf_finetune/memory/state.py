@@ -25,6 +25,8 @@ NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_TABLES = 4 * (16 + 256) + 4
 """Bytes of the two code books and the offset of each layer."""
 
+FILES = "weights on disk"
+
 
 def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
     """Weights and optimiser state of one device, in bytes."""
@@ -80,22 +82,7 @@ def quantized_size(weight: torch.Tensor, quantization: str) -> int:
 
 def loading(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
     """The weights, and on a CPU the file that they are cast from, which is mapped until all are there."""
-    parts = {"weights": weights(recipe, adapted)}
-    if machine.device == "cpu":
-        parts["weights on disk"] = _cast_from(recipe, adapted)
-    return parts
-
-
-def second_copy(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
-    """The saved model next to the trained one, when they are compared; an accelerator keeps only a packed one."""
-    if machine.device != "cpu" and recipe.model.quantization is None:
-        return {}
-    # Without an adapter, the fresh base and the saved weights that are to replace its own.
-    copies = 1 if recipe.adapter.freezes_base else 2
-    parts = {"second copy": copies * weights(recipe, adapted)}
-    if machine.device == "cpu":
-        parts["weights on disk"] = _cast_from(recipe, adapted)
-    return parts
+    return {"weights": weights(recipe, adapted), FILES: cast_from(recipe, adapted, machine)}
 
 
 def process(machine: Machine) -> dict[str, int]:
@@ -121,8 +108,13 @@ def size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _cast_from(recipe: Recipe, adapted: nn.Module) -> int:
-    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
+def cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
+    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves.
+
+    They are mapped into a CPU process until all weights are there.
+    """
+    if machine.device != "cpu":
+        return 0
     body = base(adapted)
     stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
     kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_finetune import model
 from hf_finetune.hardware import DTYPES
 from hf_finetune.memory import state
+from hf_finetune.memory.heap import Heap
 from hf_finetune.memory.ledger import Ledger, fake
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
     from hf_finetune.tasks import Targets
 
+HOLES, KEPT, COPY = "holes between tensors", "kept of earlier steps", "second copy to compare"
+"""What a CPU process holds besides what lives; see `heap`."""
 DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
 
 
 @dataclass
 class Step:
-    """Runs an outlined model with batches of a given shape; the model is of no use afterwards."""
+    """Runs an outlined model with batches of a given shape, in the order of the calls; of no use afterwards."""
 
     recipe: Recipe
     targets: Targets
@@ -44,6 +47,7 @@ class Step:
         # Shapes are the same on any device, but tensors that say they are on a GPU need one.
         is_there = self.machine.device != "cuda" or torch.cuda.is_available()
         self._device = self.machine.device if is_there else "cpu"
+        self._heap = Heap()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self._weights = fake(self.adapted, self._device)
@@ -76,7 +80,7 @@ class Step:
             with self._autocast():
                 logits = self._forward()(**inputs).logits
             self.recipe.task.eval_rows(logits, labels)
-        return self._found(ledger)
+        return self._found(ledger, earlier=True)
 
     def _loss(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:
         with self._autocast():
@@ -96,14 +100,33 @@ class Step:
         precision = self.machine.precision
         return torch.autocast(self._device, dtype=DTYPES[precision], enabled=precision != "fp32")
 
-    def _found(self, ledger: Ledger) -> dict[str, int]:
+    def second_copy(self, *, cast: bool) -> dict[str, int]:
+        """After the steps, the saved model is loaded next to the trained one and compared.
+
+        Where weights are cast, they come from `malloc` and lie in what it kept; else they are the mapped files. Without
+        an adapter there are two more: the fresh base, and the saved weights that are to replace its own.
+        """
+        copies = 1 if self.recipe.adapter.freezes_base else 2
+        sizes = [state.size(tensor) for tensor in self._weights] * copies
+        if self.machine.device != "cpu":
+            return {COPY: sum(sizes)} if self._unpacked else {}
+        kept = self._heap.held
+        if not cast:
+            return {KEPT: kept, COPY: sum(sizes)}
+        for number, size in enumerate(sizes):
+            self._heap.take(-1 - number, size)
+        return {KEPT: kept, COPY: self._heap.held + self._heap.mapped - kept}
+
+    def _found(self, ledger: Ledger, *, earlier: bool = False) -> dict[str, int]:
         found = dict(ledger.peak)
+        if self.machine.device == "cpu":
+            found[KEPT if earlier else HOLES] = ledger.heap.highest - sum(found.values())
         if self._unpacked:
             found["unpacked weight"] = self._unpacked
         return found
 
     def _ledger(self) -> Ledger:
-        ledger = Ledger(self._vocabulary)
+        ledger = Ledger(self._heap, self._vocabulary)
         ledger.ignore(self._weights)
         return ledger
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from hf_finetune.errors import Problem
 from hf_finetune.schema import foreign, habits
 from hf_finetune.schema.expectations import Option, alternatives, block_of, describe, keys, options, shown
+from hf_finetune.schema.nearest import elsewhere, has, nearest
 from hf_finetune.schema.origin import Origin
 from hf_finetune.schema.partial import broken_rules
 from hf_finetune.schema.yamlfile import KeyPath
@@ -55,9 +55,9 @@ class _Finding:
         if foreign.hint(word) is not None:
             target = foreign.meant(word)
             return None if target is None else tuple(target.split("."))
-        if self.owner is None or word in _elsewhere(self.path, root):
+        if self.owner is None or word in elsewhere(self.path, root):
             return None
-        near = _nearest(word, keys(self.owner))
+        near = nearest(word, keys(self.owner))
         return (*self.path[:-1], near) if near else None
 
 
@@ -108,15 +108,8 @@ def in_order(found: Iterable[Problem], files: Sequence[str] = ()) -> list[Proble
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` for the nearest known word, else the list of what is known."""
-    near = _nearest(word, known)
+    near = nearest(word, known)
     return f"; known: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
-
-
-def _nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The most similar word, whatever its case; the same word in another case is similar."""
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=cutoff)
-    return lowered[near[0]] if near else None
 
 
 def _problem(path: KeyPath, message: str, origin: Origin) -> Problem:
@@ -208,7 +201,7 @@ def _unknown_kind(path: KeyPath, value: Any, known: Sequence[str]) -> tuple[KeyP
     kind = value.get("kind")
     if "kind" not in value:
         words = [key for key in value if isinstance(key, str)]
-        meant = next((key for key in words if value[key] in known), None) or _nearest("kind", words)
+        meant = next((key for key in words if value[key] in known), None) or nearest("kind", words)
         if meant is not None:
             return (*path, meant), "unknown key; did you mean 'kind'?"
     if kind is None:
@@ -223,27 +216,14 @@ def _known_keys(finding: _Finding, root: type[BaseModel]) -> str:
     word = str(finding.path[-1])
     if (hint := foreign.hint(word)) is not None:
         return f"; {hint}"
-    others = _elsewhere(finding.path, root)
+    others = elsewhere(finding.path, root)
     if word in others:
         return f"; did you mean {others[word]!r}?"
-    if kinds := [option.tag for option in _expected_at(root, finding.path[:-1]) if _has(option, word)]:
+    if kinds := [option.tag for option in _expected_at(root, finding.path[:-1]) if has(option, word)]:
         return f"; it is for kind {alternatives(map(str, kinds))}"
     known = list(keys(finding.owner)) if finding.owner is not None else []
-    near = _nearest(word, others, 0.8) if _nearest(word, known) is None else None
+    near = nearest(word, others, 0.8) if nearest(word, known) is None else None
     return suggestion(word, known) if near is None else f"; did you mean {others[near]!r}?"
-
-
-def _elsewhere(path: KeyPath, root: type[BaseModel]) -> dict[str, str]:
-    """The keys at the top and of all other blocks than the one that a path ends in, dotted."""
-    dotted = {name: name for name in keys(root)} if len(path) > 1 else {}
-    for name, annotation in keys(root).items():
-        blocks = [option.block for option in options(annotation) if option.block is not None and path[0] != name]
-        dotted |= {key: f"{name}.{key}" for block in blocks for key in keys(block) if key not in dotted}
-    return dotted
-
-
-def _has(option: Option, key: str) -> bool:
-    return option.tag is not None and option.block is not None and key in keys(option.block)
 
 
 def _plain(finding: _Finding, written: str | None) -> str:

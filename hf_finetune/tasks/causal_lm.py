@@ -261,6 +261,7 @@ class CausalLM(Task):
             return None
         first = rows[: self.generate_rows]
         references = self.references(first, self.generate_rows)
+        answers.right_answers(references, self.answer_pattern)  # now, not at the first evaluation
         return Questions(
             prompts=self.prompts(first, tokenizer, self.generate_rows),
             max_new_tokens=self.max_new_tokens,

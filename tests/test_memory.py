@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import CLASSIFIER, LANGUAGE_MODEL, TWO, build, machine, recipe
+from test_adapters import ADAPTERS
+
+from hf_finetune import memory, model
+from hf_finetune.memory import Estimate, Shapes, state
+from hf_finetune.memory.heap import MAPPED, Heap
+from hf_finetune.memory.ledger import Ledger
+from hf_finetune.tasks import Targets
+
+MB = 1 << 20
+GPU = replace(machine("bf16"), device="cuda")
+
+
+def estimate(made: Any, rows: int = 4, tokens: int = 16, **shapes: tuple[int, int]) -> Estimate:
+    return on(machine(), made, Shapes((rows, tokens), **shapes))
+
+
+def on(device: Any, made: Any, shapes: Shapes) -> Estimate:
+    targets = TWO if made.task.peft_type == "SEQ_CLS" else Targets()
+    return memory.estimate(made, targets, model.load_tokenizer(made.model), device, shapes)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "eva"])
+def test_an_outline_has_the_parameters_of_the_real_model(name: str, tiny_bert: str) -> None:
+    made = recipe(tiny_bert, ADAPTERS[name])
+    outline = memory.outline(made, TWO, model.load_tokenizer(made.model))
+    assert (outline.trained, outline.total) == model.parameter_counts(build(made))
+    assert {parameter.device.type for parameter in outline.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_an_adapter_that_is_continued_is_outlined_by_its_config(kind: str, tiny_bert: str, tmp_path: Path) -> None:
+    first = recipe(tiny_bert, ADAPTERS[kind])
+    first.adapter.save(build(first), str(tmp_path / "adapter"))
+    made = recipe(tiny_bert, {"kind": kind, "from": str(tmp_path)})
+    counts = model.parameter_counts(build(made))
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "away")
+    outline = memory.outline(made, TWO, model.load_tokenizer(made.model))
+    assert (outline.trained, outline.total) == counts
+
+
+def test_the_parts_add_up(tiny_llama: str) -> None:
+    found = estimate(recipe(tiny_llama, {"kind": "full"}, LANGUAGE_MODEL))
+    assert found.total == sum(found.parts.values())
+    assert list(found.parts)[:2] == ["process and libraries", "weights"]
+
+
+def test_more_rows_need_more_activations(tiny_llama: str) -> None:
+    made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
+    few, many = (on(GPU, made, Shapes((rows, 128))).parts for rows in (64, 256))
+    assert 3.5 < many["activations"] / few["activations"] < 4.5
+
+
+def test_checkpointing_saves_activations(tiny_llama: str) -> None:
+    plain = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
+    options = plain.training.model_copy(update={"activation_checkpointing": True})
+    saving = plain.model_copy(update={"training": options})
+    needed = [on(GPU, made, Shapes((256, 128))).parts["activations"] for made in (plain, saving)]
+    assert needed[1] < 0.8 * needed[0]
+
+
+def test_an_accelerator_holds_no_process_and_no_holes(tiny_llama: str) -> None:
+    made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
+    assert not {"process and libraries", "holes between tensors"} & on(GPU, made, Shapes((4, 128))).parts.keys()
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_every_problem_of_a_classifier_can_be_estimated(kind: str, tiny_bert: str) -> None:
+    made = recipe(tiny_bert, ADAPTERS["lora"], CLASSIFIER | {"problem": kind})
+    names = ("score",) if kind == "regression" else ("a", "b")
+    tokenizer = model.load_tokenizer(made.model)
+    assert memory.estimate(made, Targets(names), tokenizer, GPU, Shapes((4, 16))).parts["activations"]
+
+
+def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
+    made = recipe(tiny_bert, {"kind": "full"})
+    adapted = build(made)
+    two = state.lasting(made, adapted, replace(machine(), world_size=2))
+    assert two["gradients to exchange"] == 4 * model.parameter_counts(adapted)[0]
+
+
+def test_evaluation_can_be_the_peak(tiny_llama: str) -> None:
+    made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
+    found = on(GPU, made, Shapes((2, 16), evaluation=(512, 4)))
+    assert found.peak == "evaluation"
+    # fp32 logits of all positions, 4 bytes each, besides what the loss makes of them
+    assert found.parts["logits and loss"] >= 4 * 512 * 4 * len(model.load_tokenizer(made.model))
+
+
+def test_adamw_keeps_two_fp32_moments_of_what_is_trained(tiny_bert: str) -> None:
+    made = recipe(tiny_bert, {"kind": "full"})
+    adapted = build(made)
+    assert state.lasting(made, adapted, machine())["optimiser state"] == 8 * model.parameter_counts(adapted)[0]
+
+
+def test_nf4_takes_half_a_byte_and_scales_of_a_byte_for_64_weights() -> None:
+    weight = torch.empty(4096, 4096, device="meta")
+    blocks = 4096 * 4096 // 64
+    assert state.quantized_size(weight, "nf4") == 4096 * 4096 // 2 + blocks + 4 * (blocks // 256) + 4 * 272 + 4
+    assert state.quantized_size(weight, "int8") == 4096 * 4096 + 4 * 4096
+
+
+def test_quantised_weights_are_those_of_the_body_only(tiny_llama: str) -> None:
+    made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL, quantization="nf4")
+    adapted = memory.outline(made, Targets(), model.load_tokenizer(made.model)).model
+    assert len(state.quantized_layers(made, adapted)) == 2 * 7
+
+
+def test_the_ledger_counts_what_lives_at_once() -> None:
+    ledger = Ledger(Heap())
+    with ledger:
+        ledger.account = "tensors"
+        first = torch.empty(1000)
+        second = first * 2
+        del first
+        third = second.view(10, 100) + 1
+    assert third.numel() == 1000
+    assert ledger.peak == {"tensors": 2 * 4000}
+
+
+def test_a_mask_is_taken_to_pick_everything() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), Ledger(Heap()):
+        picked = torch.empty(3, 4, 5)[torch.empty(3, 4, dtype=torch.bool)]
+    assert picked.shape == (12, 5)
+
+
+def test_a_hole_is_too_small_for_the_next_tensor_of_its_size() -> None:
+    heap = Heap()
+    for key in (1, 2):
+        heap.take(key, MB)
+    heap.give(1)
+    heap.take(3, MB)
+    assert heap.highest == 3 * MB
+    heap.take(4, MB // 2)
+    assert heap.highest == 3 * MB
+
+
+def test_large_tensors_leave_no_holes() -> None:
+    heap = Heap()
+    for key in range(3):
+        heap.take(key, MAPPED)
+        heap.give(key)
+    assert (heap.highest, heap.held) == (MAPPED, 0)
+
+
+def test_the_peak_of_this_process_is_no_less_than_what_it_holds() -> None:
+    assert (memory.peak("cpu") or 0) >= (state.resident("VmRSS") or 0) > 50 * MB
+
+
+def test_the_peak_is_not_the_parents() -> None:
+    block = torch.ones(100 * MB)
+    code = "from hf_finetune import memory; print(memory.peak('cpu'))"
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(child.stdout) < (memory.peak("cpu") or 0)
+    assert block.numel()
