@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from hf_finetune import __version__
-from hf_finetune.model.pretrained import resolve
+from hf_finetune.schema.modelfolder import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from hf_finetune import arguments, evaluation, export, hardware, model, quiet, report
 from hf_finetune.adapters import Setting
-from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem, RecipeError
+from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.language import packing
 from hf_finetune.preflight import heavy, light
 from hf_finetune.report import Outcome

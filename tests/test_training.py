@@ -22,7 +22,7 @@ Runner = Callable[..., "Run"]
 def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
     done = run("training.epochs=3", "checkpoints.every=epoch")
     assert {path.name for path in done.folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.md", "status.json", "tensorboard"
+        ".lock", "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.md", "status.json", "tensorboard"
     }  # fmt: skip
     assert done.status["state"] == "done"
     assert done.status["exit_code"] == 0
@@ -221,7 +221,12 @@ def test_an_undefined_best_metric_is_told(run: Runner, tmp_path: Path) -> None:
     one_class = tmp_path / "one_class.csv"
     one_class.write_text("text,label\n" + "the film is good .,positive\n" * 4)
     with pytest.raises(DataError, match=r"training\.best_metric: matthews is undefined"):
-        run(f"data.validation={one_class}", "data.validation_share=null", "training.best_metric=matthews")
+        run(
+            f"data.validation={one_class}",
+            "data.validation_share=null",
+            "training.best_metric=matthews",
+            "data.checks.leakage=off",
+        )
 
 
 @pytest.mark.parametrize(

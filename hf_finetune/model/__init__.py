@@ -14,7 +14,8 @@ from hf_finetune.errors import ModelError, Problem
 from hf_finetune.findings import Findings
 from hf_finetune.model import checks as modelchecks
 from hf_finetune.model import dropout, heads, weights
-from hf_finetune.model.pretrained import load_tokenizer, read_config, reading, resolve, silence
+from hf_finetune.model.pretrained import load_tokenizer, read_config, reading, silence
+from hf_finetune.schema.modelfolder import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -112,7 +112,7 @@ def _refused(raw: dict[str, Any]) -> Iterator[str]:
     if raw.get("quantization_config"):
         how = raw["quantization_config"].get("quant_method", "some method")
         yield f"says that the weights are quantised ({how}); name the unquantised model and set model.quantization"
-    for name, inner in raw.items():
+    for inner in raw.values():
         if isinstance(inner, dict) and "model_type" in inner:
             yield from _refused(inner)
 

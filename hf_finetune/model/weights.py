@@ -9,8 +9,9 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.errors import ModelError, Problem
-from hf_finetune.model.pretrained import KEY, reading, resolve
+from hf_finetune.model.pretrained import reading
 from hf_finetune.schema.blocks import Model
+from hf_finetune.schema.modelfolder import KEY, resolve
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -127,8 +127,8 @@ def _fits(ready: Ready, needed: int, findings: Findings) -> None:
     free = resources.memory_available(ready.machine)
     if free is not None and needed > free * SHARE_OF_MEMORY:
         message = (
-            f"about {size(needed)} of memory are needed and {size(free)} are there; lower it, or data.max_length, or set "
-            "training.activation_checkpointing"
+            f"about {size(needed)} of memory are needed and {size(free)} are there; lower it, or data.max_length, or "
+            "set training.activation_checkpointing"
         )
         findings.warn([Problem(message, key="training.micro_batch")])
 
@@ -146,5 +146,7 @@ def _has_room(output: Path, needed: int) -> None:
     place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        message = f"the run needs about {size(needed)}, {place} has {size(free)} left; free space or name another folder"
+        message = (
+            f"the run needs about {size(needed)}, {place} has {size(free)} left; free space or name another folder"
+        )
         raise StorageError(Problem(message, key="output"))
