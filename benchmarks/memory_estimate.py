@@ -138,7 +138,7 @@ def estimate(file: str) -> dict[str, Any]:
     recipe = Recipe.load(file, [])
     machine, tokenizer = hardware.alone(recipe), model.load_tokenizer(recipe.model)
     machine = replace(machine, attention=model.attention(recipe, machine))
-    prepared = data.prepare(recipe, tokenizer, machine)
+    prepared: Any = data.prepare(recipe, tokenizer, machine)
     rows = int(recipe.training.micro_batch)
     longest = [min(max(split["length"]), recipe.data.max_length) for split in (prepared.train, prepared.validation)]
     shapes = memory.Shapes((rows, longest[0]), (rows, longest[1]))

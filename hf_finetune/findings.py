@@ -69,6 +69,11 @@ class Findings:
         result._found = {replace(finding, problem=locate(finding.problem)): None for finding in self._found}
         return result
 
+    def blame(self, key: str, kind: type[FinetuneError] | None = None) -> bool:
+        """Whether an error, of a kind if one is given, names this key or one inside it."""
+        found = [finding for finding in self._found if finding.kind is not None and kind in (None, finding.kind)]
+        return any(finding.problem.key == key or finding.problem.key.startswith(f"{key}.") for finding in found)
+
     @property
     def errors(self) -> list[Problem]:
         """The problems that stop a run."""

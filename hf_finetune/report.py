@@ -39,6 +39,8 @@ class Outcome:
     """Final metrics per split."""
     warnings: tuple[Problem, ...] = ()
     """What the check before training found and did not refuse."""
+    peak_memory: int | None = None
+    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
     reload_difference: float = 0.0
     """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
 
@@ -103,6 +105,8 @@ def summary_entry(outcome: Outcome) -> Entry:
         "parameters": total,
         "reload_difference": outcome.reload_difference,
     }
+    if outcome.peak_memory is not None:
+        facts["peak_memory"] = outcome.peak_memory
     return facts | outcome.rates | scores
 
 
@@ -114,6 +118,8 @@ def summary_lines(outcome: Outcome) -> list[str]:
             f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
         )
         rows.append(("speed", f"{speed}, {outcome.rates['padding_share']:.1%} padding"))
+    if outcome.peak_memory is not None:
+        rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
     for split, scores in outcome.scores.items():
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))

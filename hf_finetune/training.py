@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_finetune import arguments, evaluation, export, hardware, model, quiet, report
+from hf_finetune import arguments, evaluation, export, hardware, memory, model, quiet, report
 from hf_finetune.adapters import Setting
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.language import packing
@@ -51,10 +51,11 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
     findings = light.look(recipe)
     machine = hardware.survey(recipe)
     folder = RunFolder(recipe.output)
-    begin = _claim(folder, recipe, machine, restart=restart)
+    begin = False if findings.blame("output") else _claim(folder, recipe, machine, restart=restart)
     if isinstance(begin, FinetuneError):
         findings.add(begin)
-        heavy.prepare(recipe, machine, findings)
+    if findings.blame("output"):
+        heavy.prepare(recipe, machine, findings)  # raises that and whatever else is wrong
     if not begin:
         return None
     with _status(folder, machine) as status:
@@ -77,6 +78,7 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
             scores=scores,
             reload_difference=difference,
             warnings=tuple(findings.warnings),
+            peak_memory=memory.peak(machine.device),
         )
         observers.conclude(report.summary_entry(outcome))
         if machine.is_main:

@@ -136,7 +136,7 @@ def test_markers_around_the_wrong_turn_are_refused() -> None:
 
 
 def test_a_template_without_end_of_turn_is_refused() -> None:
-    with pytest.raises(ModelError, match="would not stop"):
+    with pytest.raises(ModelError, match="would not learn to stop"):
         trained(PREFIXED.replace("</s>", ""), CHAT)
 
 

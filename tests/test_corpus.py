@@ -51,13 +51,22 @@ def _outside(folder: Path) -> None:
     (folder.parent / "outside.yaml").write_text("training: {seed: 1}\n")
 
 
+def _absolute_output(folder: Path) -> None:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("/elsewhere", str(folder.parent / "elsewhere")))
+
+
 def _link_for_output(folder: Path) -> None:
     (folder.parent / "elsewhere").mkdir()
     (folder / "link").symlink_to("../elsewhere")
 
 
-def _link_for_data(folder: Path) -> None:
+def _data_outside(folder: Path) -> None:
     (folder.parent / "train.csv").write_text("user,password\nroot,wisdom\n")
+
+
+def _link_for_data(folder: Path) -> None:
+    _data_outside(folder)
     (folder / "train.csv").symlink_to("../train.csv")
 
 
@@ -130,8 +139,10 @@ def _no_chat_template(folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "bad/B11_too_large": _too_large,
     "bad/B35_no_chat_template": _no_chat_template,
+    "bad/B42_output_outside_the_root": _absolute_output,
     "bad/B42_output_through_a_link": _link_for_output,
     "bad/B43_outside_the_root": _outside,
+    "bad/D52_path_out_of_the_root": _data_outside,
     "bad/D54_tokenizer_without_pad": _no_pad,
     "bad/D54_vocabulary_larger_than_embedding": _more_words,
     "bad/D55_nothing_but_zero_width_spaces": _no_zero_width_spaces,
@@ -159,7 +170,8 @@ def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.M
         wanted = expected(case)
         if "HF_FINETUNE_ROOT" in wanted["env"]:
             _copied(folder / "bert")
-        BUILDERS.get(case, lambda _: None)(folder)
+        if case in BUILDERS:
+            BUILDERS[case](folder)
         for name, value in wanted["env"].items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(folder)
@@ -205,6 +217,11 @@ def assert_findings(found: list[Finding], wanted: list[Finding]) -> None:
     assert (missing, left) == ([], [])
 
 
+def files(folder: Path) -> set[Path]:
+    """Everything in and below a folder; links are not followed."""
+    return set(folder.rglob("*"))
+
+
 def assert_untrained(folder: Path) -> None:
     """No step was taken and nothing saved."""
     metrics = [file.read_text() for file in folder.rglob("metrics.jsonl")]
@@ -215,18 +232,22 @@ def assert_untrained(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.partition("/")[2])
 def test_a_mistake_is_told_as_expected_and_trains_no_step(
-    case: str, place: Place, capsys: pytest.CaptureFixture[str]
+    case: str, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = place(case)
+    before = files(tmp_path)
     said = check(wanted, capsys)
     assert_findings(said["findings"], wanted["findings"])
     assert said["exit_code"] == wanted["exit_code"] != 0
+    assert files(tmp_path) == before
     assert call("train", "recipe.yaml", *wanted["overrides"]) == wanted["exit_code"]
     told = [finding for finding in said["findings"] if finding["level"] == "error"]
     problems = [Problem(**{name: finding[name] for name in ("message", "key", "file", "line")}) for finding in told]
     lines = capsys.readouterr().err.splitlines()
     assert sorted(lines) == sorted(f"hf_finetune: error: {problem}" for problem in problems)
-    assert_untrained(Path.cwd())
+    assert_untrained(tmp_path)
+    if any(finding["key"] == "output" for finding in told):
+        assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("case", WARNED, ids=lambda case: case.partition("/")[2])

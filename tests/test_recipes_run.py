@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import WORDS, Run
 
+from hf_finetune.preflight.command import check
 from hf_finetune.recipe import Recipe
 from hf_finetune.training import finetune
 
@@ -18,21 +19,33 @@ def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 5
 
 
+def stand_in(recipe: Recipe, split: int, index: int) -> dict[str, str]:
+    """A row with the columns that a recipe names, unlike any other of its splits."""
+    text = f"{WORDS[4 + split]} {WORDS[20 + index]} the film is good . #### 7"
+    row = dict.fromkeys(recipe.task.columns(), text)
+    return row | ({"label": "ab"[index % 2]} if "label" in row else {})
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.stem))
 def test_a_shipped_recipe_runs(
     path: Path, tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.load(str(path))
-    row = dict.fromkeys(recipe.task.columns(), "the film is good . #### 7")
-    rows = [row | ({"label": "ab"[index % 2]} if "label" in row else {}) for index in range(24)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     name = tiny_llama if recipe.task.kind == "causal_lm" else tiny_bert
-    splits = [f"data.{split}=rows.jsonl" for split in ("train", "validation", "test") if getattr(recipe.data, split)]
+    splits = [split for split in ("train", "validation", "test") if getattr(recipe.data, split)]
+    for number, split in enumerate(splits):
+        rows = [stand_in(recipe, number, index) for index in range(24)]
+        Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [f"data.{split}={split}.jsonl" for split in splits]
     length = ["training.epochs=null", "training.steps=2", "training.batch_size=8", "training.eval_every=1"]
     small = [f"model.name={name}", "data.source=null", "data.max_length=64", "task.generate_rows=2"]
     small = [*small, "task.max_new_tokens=4"] if recipe.task.kind == "causal_lm" else small[:-1]
-    outcome = finetune(Recipe.load(str(path), [*small, *splits, *length, "output=run", "data.limit=16"]))
+    overrides = [*small, *named, *length, "output=run", "data.limit=16", "data.checks.unknown_tokens=off"]
+    checked = check(str(path), overrides)
+    assert list(checked.findings) == []
+    assert dict(checked.plan)["steps"].startswith("2 steps of 8 rows")
+    outcome = finetune(Recipe.load(str(path), overrides))
     done = Run(tmp_path / "run", outcome)
     assert done.status["state"] == "done"
     assert done.lines("train")[0]["step"] == 1

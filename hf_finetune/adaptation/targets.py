@@ -104,8 +104,9 @@ def paths(model: nn.Module, names: Iterable[str], key: str) -> list[str]:
     for name in names:
         hits = [path for path in own if path == name or path.endswith(f".{name}")]
         if not hits:
-            near = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in own}, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            leaves = sorted({path.rpartition(".")[2] for path in own if not path.rpartition(".")[2].isdecimal()})
+            near = difflib.get_close_matches(name, leaves, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(leaves[:30])}"
             problems.append(Problem(f"{name!r} matches no module with weights{hint}", key=key))
         found += [path for path in hits if path not in found]
     if problems:

@@ -8,6 +8,7 @@ rows of a batch are told at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +18,7 @@ from hf_finetune.tasks import Targets
 
 T = TypeVar("T")
 
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 SHOWN = 20
 """Most names that a message lists."""
 UNLABELLED = (-1, -100)
@@ -99,6 +101,8 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
     def read(value: Any) -> float:
         if is_missing(value):
             _refuse(f"is null; regression needs a number in every row{hint}")
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value)  # one word in a csv column makes text of all its numbers
         if isinstance(value, bool) or not isinstance(value, int | float):
             _refuse(f"holds {'text' if isinstance(value, str) else repr(value)}; regression needs a number")
         if not math.isfinite(value):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.classification.label_values import UNLABELLED, cells, list_texts, listed, numbers, texts, unknown
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, Problem
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
@@ -124,11 +124,20 @@ def weighted(
     if setting != "balanced":
         return replace(targets, weights=_named_weights(targets.names, setting))
     if rows is None:
-        raise DataError("class_weights: balanced needs counts, and streaming has none; write the weight of each label")
+        raise DataError(
+            Problem(
+                "balanced needs counts, and streaming has none; write the weight of each label",
+                key="task.class_weights",
+            )
+        )
     for name, count in zip(targets.names, targets.counts, strict=True):
         if count == 0 or (per_label and count == rows):
             share = "no" if count == 0 else "every"
-            raise DataError(f"class_weights: balanced is undefined, as {share} training row has the label {name!r}")
+            raise DataError(
+                Problem(
+                    f"balanced is undefined, as {share} training row has the label {name!r}", key="task.class_weights"
+                )
+            )
     if per_label:
         return replace(targets, weights=tuple((rows - count) / count for count in targets.counts))
     return replace(targets, weights=tuple(rows / (len(targets.counts) * count) for count in targets.counts))
@@ -139,7 +148,7 @@ def _named_weights(names: Sequence[str], setting: Mapping[str, float]) -> tuple[
     missing = [name for name in names if name not in setting]
     if strange or missing:
         what = f"{listed(strange)} is no label" if strange else f"{listed(missing)} has no weight"
-        raise DataError(f"class_weights: {what}; give one weight for each of {listed(names)}")
+        raise DataError(Problem(f"{what}; give one weight for each of {listed(names)}", key="task.class_weights"))
     return tuple(setting[name] for name in names)
 
 

@@ -52,7 +52,7 @@ def reading_error(files: Sequence[str], suffix: str, error: Exception) -> Finetu
         # An empty file beside others is no fault by itself.
         return DataError(next((problem for problem in problems if problem.line is not None), problems[0]))
     deepest = str(causes[-1]).strip().partition("\n")[0] or type(causes[-1]).__name__
-    return DataError(Problem(f"can't be read as {suffix}: {deepest}", file=", ".join(files[:3])))
+    return DataError(Problem(f"can't be read as {suffix}: {deepest}; write it anew", file=", ".join(files[:3])))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -89,15 +89,18 @@ class LocalFiles:
         try:
             return datasets.load_dataset(**self._arguments(texts), cache_dir=cache)
         except diagnosis.READING_ERRORS as error:
-            raise diagnosis.reading_error(self.files, self.suffix, error) from error
+            raise self.explain(error) from error
 
     def stream(self, texts: Sequence[str] = ()) -> datasets.IterableDataset:
         """The rows, read lazily; errors surface while reading, see `diagnosis.reading_error`. `texts` as for `load`."""
         return datasets.load_dataset(**self._arguments(texts), streaming=True)
 
     def explain(self, error: Exception) -> Exception:
-        """What a user is told about an error that surfaced while a stream was read."""
-        return diagnosis.reading_error(self.files, self.suffix, error)
+        """What a user is told about an error that surfaced while the files were read."""
+        told = diagnosis.reading_error(self.files, self.suffix, error)
+        if not isinstance(told, DataError):
+            return told
+        return DataError(p if p.key else dataclasses.replace(p, key=self.key) for p in told.problems)
 
     def _arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         options = dict(OPTIONS.get(self.suffix, {}))

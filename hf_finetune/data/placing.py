@@ -59,4 +59,5 @@ def place(error: DataError, split: Split) -> DataError:
         rows = split.rows.select_columns(list(BOOKKEEPING))
         return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, split.places)
     where = ", ".join(split.places)
-    return DataError(problem if problem.file else replace(problem, file=where) for problem in error.problems)
+    # What names a key of the recipe is about the recipe, not about a row.
+    return DataError(p if p.file or p.key else replace(p, file=where) for p in error.problems)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.errors import DataError, ModelError
+from hf_finetune.errors import DataError, ModelError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,10 @@ class Renderer:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
-            raise ModelError("this tokenizer gives no character offsets, which finding the trained tokens needs")
+            reason = (
+                "its tokenizer gives no character offsets, which finding the trained tokens needs; name another model"
+            )
+            raise ModelError(Problem(reason, key="model.name"))
         added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         object.__setattr__(self, "special", frozenset(added | set(self.tokenizer.all_special_ids)))
 
@@ -90,7 +93,10 @@ class Renderer:
         tail = text[text.rfind(answer) + len(answer) :] if answer in text else ""
         found = [(tail.find(token), -len(token), token) for token in self._special_texts if token in tail]
         if not found:
-            raise ModelError("the chat template ends no assistant turn with a special token: the model would not stop")
+            reason = (
+                "its chat template ends no assistant turn with a special token, so the model would not learn to stop"
+            )
+            raise ModelError(Problem(f"{reason}; name another model", key="model.name"))
         return min(found)[2]
 
     def spans(self, chat: Chat) -> Rendered:

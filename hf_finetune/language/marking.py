@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import BadRows
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, Problem
 from hf_finetune.language.chat import Rendered, Renderer, Span
 from hf_finetune.tasks import IGNORE
 
@@ -45,7 +45,8 @@ def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]
     """
     eos = renderer.tokenizer.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no EOS token to end a text with")
+        message = "the tokenizer has no EOS token to end a text with; name a model that has one"
+        raise ModelError(Problem(message, key="model.name"))
     batch = _tokenise(renderer.tokenizer, [text for text, _ in rendered], add_special_tokens=True)
     marked = []
     for all_ids, all_offsets, (_, spans) in zip(*batch, rendered, strict=True):

@@ -1,8 +1,8 @@
 """What glibc's `malloc` makes of a sequence of tensors: the holes between them are memory of the process, too.
 
-torch takes its CPU tensors from `posix_memalign`, which before glibc 2.38 asks for the alignment and a header more than
-the tensor needs (https://sourceware.org/bugzilla/show_bug.cgi?id=14581): a hole that a tensor leaves is then too small
-for the next one of the same size. Tensors from `MAPPED` bytes on are mapped apart and leave no holes.
+torch takes its CPU tensors from `posix_memalign`, which asks for the alignment and a chunk header more than the tensor
+needs (https://sourceware.org/bugzilla/show_bug.cgi?id=14581): a hole that a tensor leaves is too small for the next one
+of the same size. Tensors of `MAPPED` bytes and more are mapped apart and leave no holes.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ BY_MASK = (
 """Operations of which an index may be a mask."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds each storage that an operation makes to an account, and takes it off when it is freed.
 
     Only what operations return is seen, not what a kernel needs inside.
@@ -37,7 +37,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, heap: Heap, logits: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.account = ""
         """Where new storages are booked."""
         self.peak: Mapping[str, int] = {}
@@ -118,7 +118,8 @@ def fake(model: nn.Module, device: str) -> list[torch.Tensor]:
     """
     twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old ones: their ids must stay theirs
     for module in model.modules():
-        for owned in (module._parameters, module._buffers, module.__dict__):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for owned in places:
             for name, tensor in list(owned.items()):
                 if not isinstance(tensor, torch.Tensor):
                     continue

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_finetune.adapters import Setting
-from hf_finetune.model import heads, pretrained, skeleton
+from hf_finetune.model import heads, resolve, skeleton
 from hf_finetune.model.weights import HEADER, INDEX, WHOLE
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _absent_pooler(recipe: Recipe, base: PreTrainedModel) -> tuple[str, ...]:
 
     Known for local folders only: from the names in the weight files' headers.
     """
-    folder = Path(pretrained.resolve(recipe.model.name))
+    folder = Path(resolve(recipe.model.name))
     poolers = [path for path, module in base.named_modules() if "pooler" in path and _owns(module)]
     if not poolers or not folder.is_absolute():
         return ()

@@ -56,7 +56,8 @@ class Step:
         """Bytes by kind at the peak of forward, loss and backward pass, gradients included."""
         ledger, trained = self._ledger(), [p for p in self.adapted.parameters() if p.requires_grad]
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
+            watched: Any = parameter  # torch leaves this method untyped
+            watched.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
         self.adapted.train()
         with self._mode, ledger:
             if self._accumulates(shape[0]):
@@ -94,7 +95,7 @@ class Step:
         forward = self.adapted.forward
         if self.machine.precision == "fp32":
             return forward
-        return convert_outputs_to_fp32(self._autocast()(forward))  # type: ignore[no-untyped-call]
+        return convert_outputs_to_fp32(self._autocast()(forward))
 
     def _autocast(self) -> torch.autocast:
         precision = self.machine.precision
@@ -109,7 +110,8 @@ class Step:
         copies = 1 if self.recipe.adapter.freezes_base else 2
         sizes = [state.size(tensor) for tensor in self._weights] * copies
         if self.machine.device != "cpu":
-            return {COPY: sum(sizes)} if self._unpacked else {}
+            # Unpacked weights make room first; packed ones can't move.
+            return {COPY: state.weights(self.recipe, self.adapted)} if self._unpacked else {}
         kept = self._heap.held
         if not cast:
             return {KEPT: kept, COPY: sum(sizes)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import data, hardware, jobs, model
 from hf_finetune.data import checks
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
     with findings.collect():
         hardware.check(recipe, machine)
     tokenizer = prepared = assignment = None
+    if findings.blame("model", RecipeError):  # its name is malformed or must not be read
+        return Examined(recipe, machine)
     with findings.collect():
         machine = replace(machine, attention=model.attention(recipe, machine))
     with findings.collect():
         tokenizer = model.load_tokenizer(recipe.model)
-    if tokenizer is not None:
+    if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
             prepared = data.prepare(recipe, tokenizer, machine)
     targets = UNKNOWN if prepared is None else prepared.targets

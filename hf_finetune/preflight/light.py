@@ -24,11 +24,12 @@ def look(recipe: Any) -> Findings:
     found = paths.problems(recipe)
     if found:
         findings.add(RecipeError(found))
-    missing = datafiles.problems(recipe)
+    # What must not be read, or has no proper name, is not looked at.
+    missing = [] if findings.blame("data") else datafiles.problems(recipe)
     if missing:
         findings.add(DataError(missing))
     name = _given(recipe, "model", "name")
-    if name is not None and not any(problem.key == modelfolder.KEY for problem in found):
+    if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
             modelfolder.resolve(name)
     return findings
@@ -48,7 +49,7 @@ def look_at_reading(reading: Reading[Recipe], *, restart: bool) -> Findings:
         return findings
     findings.merge(look(reading.partial))
     output = _given(reading.partial, "output")
-    if output is not None and not any(problem.key == "output" for problem in findings.errors):
+    if output is not None and not findings.blame("output"):
         with findings.collect():
             # A recipe with mistakes is another one than that of an earlier run, whatever it will be.
             RunFolder(output).look(reading.recipe.dump() if reading.recipe else "", restart=restart)

@@ -78,7 +78,8 @@ def problems(recipe: Any) -> list[Problem]:
     try:
         columns = recipe.task.columns()
         optional = recipe.task.optional_columns()
-    except AttributeError:
+    except (AttributeError, ValueError):
+        # A field of the task is missing or malformed, which is a finding of its own.
         columns, optional = [], []
     needed = [column for column in columns if column not in optional]
     said: list[Problem] = []

@@ -102,6 +102,8 @@ def header_problems(header: Sequence[str], columns: Sequence[str], file: str) ->
     repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
     found = [Problem(f"names column {name!r} twice in its header", file=file, line=1) for name in repeated]
     missing = missing_columns(header, columns, file)
+    if len(header) == 1 and header[0].count(";") >= max(1, len(columns) - 1) and missing:
+        return [Problem("its fields are separated by semicolons; write it with commas", file=file, line=1)]
     if missing and len(missing) == len(columns) and not all(_is_name(name) for name in header):
         # Texts and numbers where names should be.
         shown = ", ".join(header)[:60]

@@ -14,6 +14,8 @@ _TRUTH = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false
 _BASES = re.compile(r"([-+]?)(0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+)", re.ASCII)
 _GROUPED = re.compile(r"[-+]?[0-9][0-9_,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?", re.ASCII)
 _SEXAGESIMAL = re.compile(r"[0-9]+(?::[0-5]?[0-9])+(?:\.[0-9]*)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"([-+]?[0-9]+),([0-9]+)", re.ASCII)
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+", re.ASCII)
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?) ?%", re.ASCII)
 
 
@@ -30,7 +32,7 @@ def wrong_type(expected: Sequence[Option], value: Any, written: str | None) -> s
     told = shown(written or value, plain=True) if wants_text and is_number else shown(value)
     message = f"must be {describe(expected)}, not {told}"
     choices = [choice for option in expected for choice in option.choices if isinstance(choice, str)]
-    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    near = _near(value, choices) if isinstance(value, str) else []
     if near:
         return f"{message}; did you mean {near[0]!r}?"
     if isinstance(value, str) and (hint := _hint(value, expected)) is not None:
@@ -38,6 +40,12 @@ def wrong_type(expected: Sequence[Option], value: Any, written: str | None) -> s
     if isinstance(value, int | float) and wants_text:
         return f"{message}; put it in quotes"
     return message
+
+
+def _near(text: str, choices: Sequence[str]) -> list[str]:
+    """The longest choice that a text begins with, else the most similar one."""
+    begins = sorted((choice for choice in choices if text.lower().startswith(choice)), key=len)
+    return begins[-1:] or difflib.get_close_matches(text, choices, n=1)
 
 
 def _hint(text: str, expected: Sequence[Option]) -> str | None:
@@ -57,4 +65,6 @@ def _number(text: str) -> str | None:
         return f"write {float(percent[1]) / 100:g}"
     if _SEXAGESIMAL.fullmatch(text):
         return "a number with colons is a time; write it as one number"
+    if (decimal := _DECIMAL_COMMA.fullmatch(text)) and not _THOUSANDS.fullmatch(text):
+        return f"decimals take a point; write {decimal[1]}.{decimal[2]}"
     return f"write {text.replace('_', '').replace(',', '')}" if _GROUPED.fullmatch(text) else None

@@ -88,7 +88,8 @@ def parse(text: str, file: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else None
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(Problem(f"is not valid YAML: {what}; correct it", file=file, line=line)) from None
+        hint = "indent with spaces, not with tabs" if "'\\t'" in what else "correct it"
+        raise RecipeError(Problem(f"is not valid YAML: {what}; {hint}", file=file, line=line)) from None
     document = Document(None)
     if node is not None:
         document.value = _Reader(file, document).value(node, ())

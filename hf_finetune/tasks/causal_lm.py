@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, Problem
 from hf_finetune.language import answers, examples, marking, text_template, token_loss
 from hf_finetune.language.chat import Renderer
 from hf_finetune.language.packing import Packing, Padding, check_packing
@@ -272,7 +272,11 @@ class CausalLM(Task):
         """Whether rows go through the chat template."""
         templated = tokenizer.chat_template is not None
         if not templated and (self.messages is not None or self.system is not None):
-            raise ModelError("the tokenizer has no chat template; use prompt and completion, without system")
+            key = "task.messages" if self.messages is not None else "task.system"
+            message = (
+                "the tokenizer has no chat template; name a chat model, or use prompt and completion, without system"
+            )
+            raise ModelError(Problem(message, key=key))
         return templated and self.text is None
 
 
