@@ -3,6 +3,7 @@
 #   make demo          fine-tune a small encoder with LoRA on the CPU or GPU at hand
 #   make test          the test suite
 #   make test-slow     the tests that take longer
+#   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
 #   make test-lowest   the suite with the lowest versions that pyproject.toml admits
 #   make lint          style, format, types
 #   make lock          renew constraints.txt and constraints-lowest.txt
@@ -22,20 +23,23 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-lowest lint lock clean
+.PHONY: demo test test-slow test-faults test-lowest lint lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	. .venv/bin/activate && ACCELERATE_LOG_LEVEL=error accelerate launch -m hf_finetune recipes/quickstart.yaml --restart
 
 test: .venv/test.stamp
-	.venv/bin/python $(PYTEST) -m "not slow and not gpu"
+	.venv/bin/python $(PYTEST) -m "not slow and not faults and not gpu"
 
 test-slow: .venv/test.stamp
 	.venv/bin/python $(PYTEST) -m "slow and not gpu"
 
+test-faults: .venv/test.stamp
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
+
 test-lowest: .venv-lowest/test.stamp
-	.venv-lowest/bin/python $(PYTEST) -m "not slow and not gpu and not lint"
+	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not gpu and not lint"
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

@@ -17,9 +17,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_finetune import __version__
-from hf_finetune.errors import DataError, DivergedError, FinetuneError, ModelError, RecipeError, StorageError
+from hf_finetune.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    FinetuneError,
+    ModelError,
+    RecipeError,
+    StorageError,
+)
 
-SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError)
+SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 """Every rank of a node finds these; its first one says them."""
 
 
@@ -85,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     of_recipe.add_argument("recipe", metavar="RECIPE", help="YAML file")
     of_recipe.add_argument("overrides", metavar="key.path=value", nargs="*", help="replaces a value of the recipe")
     of_recipe.add_argument("--restart", action="store_true", help="move an earlier run in the same folder aside")
+    help_allow = "go on with an earlier run though this key was changed; may be given several times"
+    of_recipe.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=help_allow)
 
     train = verbs.add_parser("train", parents=[shared, of_recipe], help="fine-tune", allow_abbrev=False)
     train.set_defaults(run=_train)
@@ -108,7 +118,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
     reading = read(arguments.recipe, arguments.overrides)
     if reading.recipe is None:
-        look_at_reading(reading, restart=arguments.restart).located(reading.locate).raise_errors()
+        look_at_reading(reading, restart=arguments.restart, allowed=arguments.allow_change).located(
+            reading.locate
+        ).raise_errors()
         raise AssertionError("a recipe that can't be read has a problem")
     for note in reading.notes if os.environ.get("RANK", "0") == "0" else ():
         sys.stdout.write(f"note: {note}\n")
@@ -117,7 +129,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from hf_finetune.training import finetune
 
     try:
-        finetune(reading.recipe, restart=arguments.restart)
+        finetune(reading.recipe, restart=arguments.restart, allow_change=arguments.allow_change)
     except FinetuneError as error:
         raise type(error)(map(reading.locate, error.problems)) from error
 
@@ -129,6 +141,7 @@ def _check(arguments: argparse.Namespace) -> None:
         return  # one look is enough, and one report
     options = Options(
         restart=arguments.restart,
+        allow_change=tuple(arguments.allow_change),
         explain=arguments.explain,
         show=arguments.show,
         report=arguments.report,

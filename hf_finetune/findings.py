@@ -7,9 +7,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hf_finetune.errors import DataError, FinetuneError, ModelError, Problem, RecipeError, StorageError
+from hf_finetune.errors import (
+    CheckpointError,
+    DataError,
+    FinetuneError,
+    ModelError,
+    Problem,
+    RecipeError,
+    StorageError,
+)
 
-KINDS: tuple[type[FinetuneError], ...] = (RecipeError, DataError, ModelError, StorageError)
+KINDS: tuple[type[FinetuneError], ...] = (RecipeError, DataError, ModelError, StorageError, CheckpointError)
 """What can be known before weights load, by exit code."""
 
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import tempfile
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from hf_finetune.errors import Problem, RecipeError, StorageError
+from hf_finetune import continuation
+from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
 
 HEARTBEAT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What there is to do in a run folder."""
+
+    kind: Literal["new", "resume", "done"]
+    notes: tuple[str, ...] = ()
+    """What changed since the run began, and is allowed to."""
 
 
 class RunFolder:
@@ -26,6 +39,7 @@ class RunFolder:
         self.status = self.path / "status.json"
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.report = self.path / "report.md"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -54,49 +68,44 @@ class RunFolder:
             return {"state": "failed", "reason": "its status.json is damaged"}
         return status
 
-    def look(self, recipe_yaml: str, *, restart: bool) -> bool:
-        """Whether a run could start here, without leaving a trace.
+    def look(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+        """What a run would do here, without leaving a trace.
 
         Args:
-            recipe_yaml: The resolved recipe.
+            recipe_yaml: The resolved recipe; empty text where it has mistakes, and then its changes don't count.
             restart: An earlier run would be moved aside.
-
-        Returns:
-            False where the folder holds this very run, finished: there is nothing to do.
+            allowed: Keys of the recipe that may differ from those of an earlier run.
 
         Raises:
-            RecipeError: The folder is in use, or holds another or an unfinished run and `restart` was not given.
+            CheckpointError: The folder holds a run of a recipe that differs in more than `allowed`.
+            RecipeError: The folder is in use, or holds something that is no run.
             StorageError: The folder can't be written.
         """
         previous = self.previous()
-        if previous is not None and (pid := _holder(self.lock) or _is_alive(previous)):
-            who = f" (process {pid})" if pid is not True else ""
+        if previous is not None and (who := _user(self.lock, previous)) is not None:
             message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
             raise RecipeError(Problem(message, key="output"))
-        if previous is not None and not restart and not self._never_trained(previous):
-            same = self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == recipe_yaml
-            if same and previous["state"] == "done":
-                return False
-            what = f"an earlier run ({previous['state']})" if same else "a run of another recipe"
-            message = (
-                f"{self.path} holds {what}; give --restart to move it aside and start anew, or name another folder"
-            )
-            raise RecipeError(Problem(message, key="output"))
-        self._probe()
-        return True
+        start = Start("new")
+        if previous is not None and recipe_yaml and not restart and not self._never_trained(previous):
+            notes = continuation.refuse_changes(self._stored_recipe(), recipe_yaml, allowed)
+            start = Start("done" if previous["state"] == "done" and not notes else "resume", tuple(notes))
+        if start.kind != "done":
+            self._probe()
+        return start
 
-    def claim(self, recipe_yaml: str, *, restart: bool) -> bool:
-        """Take the folder for a run, lock it, and write the resolved recipe; arguments and result like `look`.
+    def claim(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+        """Take the folder for a run, lock it, and write the resolved recipe; arguments, result and errors like `look`.
 
         Raises:
             RecipeError: See `look`; another run may also have been faster.
             StorageError: The folder can't be written.
         """
-        if not self.look(recipe_yaml, restart=restart):
-            return False
+        start = self.look(recipe_yaml, restart=restart, allowed=allowed)
+        if start.kind == "done":
+            return start
         try:
             previous = self.previous()
-            if previous is not None and not self._never_trained(previous):
+            if previous is not None and start.kind == "new" and not self._never_trained(previous):
                 self._set_aside()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -105,12 +114,19 @@ class RunFolder:
             raise
         except OSError as error:
             raise StorageError(Problem(f"{self.path} can't be written: {error.strerror}", key="output")) from error
-        return True
+        return start
 
-    def _never_trained(self, previous: dict[str, Any]) -> bool:
-        """Whether an earlier run ended before its first step, most likely at a mistake that is mended now."""
-        unfinished = previous["state"] != "done" and not previous.get("step")
-        return unfinished and not self.metrics.exists() and not any(self.checkpoints.glob("*"))
+    def _stored_recipe(self) -> str:
+        """The resolved recipe of the run that the folder holds.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        try:
+            return self.recipe.read_text(encoding="utf-8")
+        except OSError as error:
+            message = f"{self.recipe} of the earlier run can't be read ({error.strerror}); give --restart to start anew"
+            raise CheckpointError(Problem(message, key="output")) from error
 
     def _probe(self) -> None:
         """Make and remove a folder where the run folder is or will be.
@@ -139,7 +155,7 @@ class RunFolder:
             message = f"{self.path} was taken by another run at this moment; name another folder"
             raise RecipeError(Problem(message, key="output")) from None
         stream.truncate(0)
-        stream.write(f"{os.getpid()}\n")
+        stream.write(f"{os.getpid()} {socket.gethostname()}\n")
         stream.flush()
         self._held = stream
 
@@ -149,6 +165,11 @@ class RunFolder:
             self._held.close()
             self._held = None
 
+    def _never_trained(self, previous: dict[str, Any]) -> bool:
+        """Whether an earlier run ended before its first step, most likely at a mistake that is mended now."""
+        unfinished = previous["state"] != "done" and not previous.get("step")
+        return unfinished and not self.metrics.exists() and not any(self.checkpoints.glob("*"))
+
     def _set_aside(self) -> None:
         """Rename an old run to a free name beside it, so that `--restart` loses nothing."""
         number = 1
@@ -157,16 +178,21 @@ class RunFolder:
         self.path.rename(target)
 
 
-def _holder(lock: Path) -> int | None:
-    """The process that holds a lock, if one does."""
+def _user(lock: Path, status: dict[str, Any]) -> str | None:
+    """Who uses a run folder at this moment, for a message; None where nobody does.
+
+    A lock that is free on the host that took it is proof that its run ended; elsewhere the heartbeat decides, for locks
+    of some shared file systems hold on one host only.
+    """
     try:
         with lock.open("r+", encoding="utf-8") as stream:
+            pid, _, host = stream.read().strip().partition(" ")
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(lock.read_text(encoding="utf-8").strip() or 0)
+        return f" (process {pid})"
     except OSError:
-        return None  # no such file, or a file system without locks: the heartbeat decides
-    return None
+        host = ""  # no such file, or a file system without locks
+    return "" if host != socket.gethostname() and _is_alive(status) else None
 
 
 def _is_alive(status: dict[str, Any]) -> bool:
@@ -194,6 +220,8 @@ class Status:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.step = 0
+        self.checkpoint: str | None = None
+        """The newest checkpoint that counts, as a path inside the run folder."""
         self._fields: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -221,6 +249,8 @@ class Status:
         with self._lock:
             self._fields = {"state": state, "exit_code": exit_code, "reason": reason}
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            status = {**self._fields, "step": self.step, "resumable": False, "checkpoint": None, "heartbeat": now}
+            resumable = self.checkpoint is not None and state != "done"
+            told = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
+            status = {**self._fields, **told}
             if self.file.parent.is_dir():
                 write_atomically(self.file, json.dumps(status, indent=2) + "\n")

@@ -8,19 +8,21 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune import batching
+from hf_finetune.divergence import Guard
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.language.generation import answer_together
-from hf_finetune.tracking.throughput import Throughput
+from hf_finetune.resumable import ResumableTrainer
+from hf_finetune.tracking.throughput import Tally, Throughput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,7 +86,7 @@ class Job:
         return {key: value.to(device) for key, value in batch.items()}
 
 
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(ResumableTrainer):
     """One fine-tuning run."""
 
     # The loss is divided by the items of the whole global batch, so the Trainer must not divide it again.
@@ -94,9 +96,11 @@ class FinetuneTrainer(Trainer):
         self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
     ) -> None:
         self.job = job
+        self.adapter = job.adapter
         self.throughput = Throughput()
         self._split = "validation"
-        self._not_finite: torch.Tensor | int = 0
+        self._step_loss: torch.Tensor | float = 0.0
+        self.guard: Guard | None = None
         super().__init__(
             model=model,
             args=args,
@@ -113,6 +117,9 @@ class FinetuneTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Loader of this rank's micro-batches."""
+        if self.job.batches is not None and (done := self.steps_done()):
+            # The Trainer skips what was trained on; which batches these are follows from the epoch.
+            self.job.batches.set_epoch(done // self._steps_per_epoch())
         return self.job.loader(pin=self.args.device.type == "cuda")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -167,31 +174,50 @@ class FinetuneTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """One micro-batch; notes on the device whether its loss is finite, and waits for nothing."""
+        """One micro-batch; adds its share to the loss of the step, on the device, and waits for nothing."""
         loss: torch.Tensor = super().training_step(*arguments, **options)
-        self._not_finite = self._not_finite + (~torch.isfinite(loss)).any()
+        self._step_loss = self._step_loss + loss
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> Any:
-        """Gradient norm; fp16 alone may overflow, its scaler skips such steps."""
-        trainer: Any = super()
-        norm = trainer._get_grad_norm(*arguments, **options)
-        if not self.args.fp16:
-            self._not_finite = self._not_finite + (~torch.isfinite(torch.as_tensor(norm))).any()
-        return norm
-
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Log, evaluate and save, unless training has diverged.
+        """Gradient norm, looked at before the optimiser takes the step.
 
         Raises:
-            DivergedError: A loss or a gradient since the last look is not finite: nothing after it is worth keeping.
+            DivergedError: The loss or the gradient is not finite, or the loss has leapt.
         """
-        control = self.control
-        is_last = self.state.global_step >= self.state.max_steps
-        if (control.should_log or control.should_save or control.should_evaluate or is_last) and self._not_finite:
-            message = f"loss or gradient is not finite at step {self.state.global_step}; lower training.learning_rate"
-            raise DivergedError(Problem(message))
-        super()._maybe_log_save_evaluate(*arguments, **options)
+        trainer: Any = super()
+        norm = trainer._get_grad_norm(*arguments, **options)
+        loss, self._step_loss = self._step_loss, 0.0
+        # fp16 alone may overflow; its scaler skips such steps.
+        finite = self.args.fp16 or bool(torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(torch.as_tensor(loss)))
+        if self.guard is not None and self.keeper is not None:
+            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite))
+        return norm
+
+    def _judge(self, loss: Any, norm: Any, *, finite: bool) -> None:
+        """Leave a step out, or end training and say where it was.
+
+        Raises:
+            DivergedError: See `Guard`.
+        """
+        guard, step = self.guard, self.state.global_step + 1
+        if guard is None:
+            return
+        try:
+            if not guard.takes(step, finite=finite):
+                self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
+            elif guard.training.loss_spike is not None:
+                guard.see(step, self._mean_over_ranks(loss))
+        except DivergedError:
+            self.state.global_step = step
+            logs = {"loss": self._mean_over_ranks(loss), "grad_norm": float(norm)}
+            self.log(logs | {"learning_rate": self._get_learning_rate()})
+            raise
+
+    def _mean_over_ranks(self, loss: Any) -> float:
+        """The loss of the global batch: each rank holds its share times the number of ranks."""
+        share = torch.as_tensor(loss, device=self.args.device).reshape(1)
+        return float(self.accelerator.gather(share).mean())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save whenever the model is the best so far, whatever `checkpoints.every` says.
@@ -207,6 +233,18 @@ class FinetuneTrainer(Trainer):
         self.control.should_save = self.control.should_save or is_best
         return is_best
 
+    def _steps_per_epoch(self) -> int:
+        batches = self.job.batches
+        return 0 if batches is None else -(-len(batches.lengths) // batches.division.batch_size)
+
+    def throughput_so_far(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return asdict(self.throughput.total)
+
+    def resume_throughput(self, so_far: dict[str, float]) -> None:
+        """From a checkpoint."""
+        self.throughput.total = Tally(**so_far)
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The adapter's own optimiser where it has one (LoRA+), else the Trainer's."""
         if self.optimizer is None:
@@ -215,12 +253,6 @@ class FinetuneTrainer(Trainer):
             options = {**options, "weight_decay": self.args.weight_decay}
             self.optimizer = self.job.adapter.optimizer(trained, cls, options)
         return super().create_optimizer(model)
-
-    def _load_best_model(self) -> None:
-        """The best checkpoint's weights; the adapter's own way first."""
-        best = self.state.best_model_checkpoint
-        if best is None or not self.job.adapter.restore(self.accelerator.unwrap_model(self.model), best):
-            super()._load_best_model()
 
     # ---- evaluation ----
 
@@ -241,6 +273,7 @@ class FinetuneTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """What the task's metrics need of each row, and the rows' numbers; never whole logits of a language model."""
+        self.stop_evaluation_if_asked()
         inputs = self._prepare_inputs(inputs)
         labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_finetune import arguments, evaluation, export, hardware, memory, model, quiet, report
+from hf_finetune import arguments, evaluation, export, hardware, keeping, memory, model, quiet, report, session
 from hf_finetune.adapters import Setting
+from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.language import packing
+from hf_finetune.preemption import Stopped, StopRequest
 from hf_finetune.preflight import heavy, light
 from hf_finetune.report import Outcome
-from hf_finetune.runfolder import RunFolder, Status
+from hf_finetune.resumable import EvaluationStopped
+from hf_finetune.runfolder import RunFolder, Start, Status
+from hf_finetune.session import Wishes
 from hf_finetune.tracking import Observers
 from hf_finetune.tracking.console import say
 from hf_finetune.trainer import FinetuneTrainer, Job
@@ -34,37 +36,67 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
 
-def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
-    """Run one recipe from beginning to end.
+def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[str] = ()) -> Outcome | None:
+    """Run one recipe from beginning to end, or from where an earlier run of it was stopped.
 
     Args:
         recipe: What to do.
-        restart: Move an earlier run in the same folder aside instead of refusing.
+        restart: Move an earlier run in the same folder aside instead of going on with it.
+        allow_change: Keys of the recipe that may differ from those of the run that goes on.
 
     Returns:
         What came of it; None where the folder already holds this very run, finished.
 
     Raises:
         FinetuneError: Something is wrong; its class says what kind, its exit code is the process's.
+        Stopped: A signal ended the run; a SystemExit with the process's exit code.
     """
     quiet.hush()
     findings = light.look(recipe)
     machine = hardware.survey(recipe)
+    stop = StopRequest()
     folder = RunFolder(recipe.output)
-    begin = False if findings.blame("output") else _claim(folder, recipe, machine, restart=restart)
-    if isinstance(begin, FinetuneError):
-        findings.add(begin)
-    if findings.blame("output"):
-        heavy.prepare(recipe, machine, findings)  # raises that and whatever else is wrong
-    if not begin:
-        return None
-    with _status(folder, machine) as status:
-        learner = _learner(heavy.prepare(recipe, machine, findings), findings)
-        observers = Observers(recipe, folder, status, machine)
+    with stop.listening():
+        start = None
+        if not findings.blame("output"):
+            start = session.claim(folder, recipe, machine, Wishes(restart, tuple(allow_change)))
+        if isinstance(start, FinetuneError):
+            findings.add(start)
+        if not isinstance(start, Start):
+            heavy.prepare(recipe, machine, findings)
+            return None  # not reached: a folder that can't be taken is an error
+        if start.kind == "done":
+            return None
+        with session.status(folder, machine) as status:
+            ready = heavy.prepare(recipe, machine, findings)
+            run = _Run(ready, findings, folder, status, stop)
+            return run.complete(start.notes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run in its folder."""
+
+    ready: Ready
+    findings: Findings
+    folder: RunFolder
+    status: Status
+    stop: StopRequest
+
+    def complete(self, notes: Sequence[str]) -> Outcome:
+        """Load, train, evaluate, save, check what was saved, report."""
+        recipe, machine, folder = self.ready.recipe, self.ready.machine, self.folder
+        tell = say if machine.is_main else _keep_silent
+        for note in notes:
+            tell(f"note: {note}")
+        keeper = keeping.keeper(self.ready, folder, self.stop, tell)
+        learner = _learner(self.ready, self.findings)
+        observers = Observers(recipe, folder, self.status, machine)
+        keeping.go_on(keeper, observers, self.status, tell)
         trainer = _trainer(learner, observers, folder)
+        trainer.keeper, trainer.guard, trainer.is_sharded = keeper, Guard(recipe.training), machine.is_sharded
         with _out_of_memory(trainer, learner):
-            seconds = _train(trainer, learner)
-            scores = evaluation.final(trainer, learner.prepared)
+            seconds, scores = _train(trainer, learner, self.stop)
             difference = _save(trainer, learner, folder)
         outcome = Outcome(
             recipe=recipe,
@@ -76,9 +108,9 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
             seconds=seconds,
             rates=trainer.throughput.total.rates(),
             scores=scores,
-            reload_difference=difference,
-            warnings=tuple(findings.warnings),
+            warnings=tuple(self.findings.warnings),
             peak_memory=memory.peak(machine.device),
+            reload_difference=difference,
         )
         observers.conclude(report.summary_entry(outcome))
         if machine.is_main:
@@ -86,7 +118,7 @@ def finetune(recipe: Recipe, *, restart: bool = False) -> Outcome | None:
             for line in report.summary_lines(outcome):
                 say(line)
         PartialState().wait_for_everyone()
-    return outcome
+        return outcome
 
 
 @dataclass(frozen=True)
@@ -140,13 +172,23 @@ def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> Finet
     return FinetuneTrainer(learner.adapted, options, job, callbacks)
 
 
-def _train(trainer: FinetuneTrainer, learner: Learner) -> float:
-    """Train; returns the wall-clock seconds."""
+def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tuple[float, dict[str, dict[str, float]]]:
+    """Train and evaluate; returns the wall-clock seconds of training, and the metrics.
+
+    Raises:
+        Stopped: The ranks agreed to.
+    """
     # Ranks see different rows, so they should drop different units too.
     set_seed(learner.recipe.training.seed + learner.machine.rank)
-    started = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - started
+    started, seconds, scores = time.perf_counter(), 0.0, {}
+    with stop.deferred(), suppress(EvaluationStopped):
+        trainer.train_on()
+        seconds = time.perf_counter() - started
+        if not trainer.stopped:
+            scores = evaluation.final(trainer, learner.prepared)
+    if trainer.stopped:
+        raise Stopped(trainer.stopped)
+    return seconds, scores
 
 
 @contextmanager
@@ -195,59 +237,6 @@ def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
         raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
     whole.load_state_dict(state, strict=False)
     return whole
-
-
-def _claim(folder: RunFolder, recipe: Recipe, machine: Machine, *, restart: bool) -> bool | FinetuneError:
-    """Rank 0 takes the run folder; all ranks learn whether there is anything to do, or why that is impossible."""
-    begin: list[bool | FinetuneError] = [True]
-    if machine.is_main:
-        try:
-            begin = [folder.claim(recipe.dump(), restart=restart)]
-        except FinetuneError as error:
-            # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
-            begin = [error]
-        if begin[0] is False:
-            say(
-                f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew"
-            )
-    broadcast_object_list(begin)
-    return begin[0]
-
-
-@contextmanager
-def _status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
-    """Keep status.json true from here to the end, however it ends."""
-    status = Status(folder.status)
-    if not machine.is_main:
-        yield status
-        return
-    status.start()
-    # The default would end the process at once and leave `running` behind.
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        yield status
-    except FinetuneError as error:
-        status.finish("failed", error.exit_code, str(error))
-        raise
-    except KeyboardInterrupt:
-        status.finish("interrupted", 130, "interrupted from the keyboard")
-        raise
-    except SystemExit as stop:
-        status.finish("preempted", int(stop.code or 0), "ended by SIGTERM")
-        raise
-    except BaseException as error:
-        status.finish("failed", 1, f"{type(error).__name__}: {error}")
-        raise
-    else:
-        status.finish("done", 0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        folder.release()
-
-
-def _stop(number: int, frame: object) -> None:
-    """End by SIGTERM, but through every `finally` on the way."""
-    raise SystemExit(128 + number)
 
 
 def _keep_silent(text: str) -> None:

@@ -75,9 +75,12 @@ class Adapter(Plugin):
         """An optimiser with this method's own parameter groups, or None for the trainer's."""
         return None
 
-    def restore(self, adapted: torch.nn.Module, folder: str) -> bool:
-        """Bring back the weights of a checkpoint of this run; False leaves it to the Trainer."""
-        return False
+    def state(self, adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What the next step depends on besides the trained weights, for a checkpoint; names are this method's own."""
+        return {}
+
+    def load_state(self, adapted: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Bring back what `state` gave."""
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """A regularisation term that this method adds to the loss of every step, or None."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainerCallback
 
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What PEFT's rank allocator remembers of each weight."""
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
 
@@ -108,33 +110,28 @@ class AdaLora(Adapter):
         """Put the pruned adapter onto a fresh base."""
         return peftio.read(model, folder)
 
-    def restore(self, adapted: torch.nn.Module, folder: str) -> bool:
-        """Put a checkpoint's pruned factors back where they were among the `init_r` ranks.
-
-        PEFT 0.21 cuts the model in memory by its own, later pattern and then finds other shapes in the file.
-        """
+    def state(self, adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Importance scores, their means and uncertainties, and which ranks are left."""
         import torch
-        from peft import AdaLoraConfig
-        from safetensors.torch import load_file
 
+        tuner: Any = adapted.base_model
+        found = {
+            f"{kind} {name}": value for kind in SCORES for name, value in getattr(tuner.rankallocator, kind, {}).items()
+        }
         config: Any = peftio.adapter_config(adapted)
-        config.rank_pattern = AdaLoraConfig.from_pretrained(folder).rank_pattern
-        kept = {name.partition(".lora_E")[0]: ranks for name, ranks in (config.rank_pattern or {}).items()}
-        weights = load_file(f"{folder}/{peftio.WEIGHTS}")
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                key = name.replace(".modules_to_save.default", "").replace(".default", "")
-                if key not in weights:
-                    continue
-                layer, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
-                if layer not in kept or not factor:
-                    parameter.copy_(weights[key])
-                    continue
-                parameter.zero_()
-                ranks = torch.tensor(kept[layer], device=parameter.device).flatten()
-                view = parameter.T if factor == "B" else parameter
-                view[ranks] = (weights[key].T if factor == "B" else weights[key]).to(parameter.device)
-        return True
+        pattern = config.rank_pattern or {}
+        return found | {f"ranks {name}": torch.tensor(ranks) for name, ranks in pattern.items()}
+
+    def load_state(self, adapted: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Put them back."""
+        tuner: Any = adapted.base_model
+        device = next(adapted.parameters()).device
+        for kind in SCORES:
+            scores = {key.removeprefix(f"{kind} "): value for key, value in state.items() if key.startswith(f"{kind} ")}
+            setattr(tuner.rankallocator, kind, {name: value.to(device) for name, value in scores.items()})
+        ranks = {key.removeprefix("ranks "): value for key, value in state.items() if key.startswith("ranks ")}
+        config: Any = peftio.adapter_config(adapted)
+        config.rank_pattern = {name: value.tolist() for name, value in ranks.items()}
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper).

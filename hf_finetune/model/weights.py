@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,8 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+ENDS = 1 << 20
+"""Bytes at each end of a file that are read to tell it from others."""
 HEADER = 8
 """Bytes at the start of a safetensors file that tell the length of its JSON header
 (https://huggingface.co/docs/safetensors)."""
@@ -38,6 +41,29 @@ def check(model: Model) -> None:
     problem = _missing(files) or (folder is not None and _damaged(folder, files))
     if problem:
         raise ModelError(Problem(f"{model.name} {problem}", key=KEY))
+
+
+def identity(model: Model, commit: str | None) -> str:
+    """What tells one set of weights from another: the commit on the Hub, else size and both ends of each local file.
+
+    Args:
+        model: The recipe's block.
+        commit: What the Hub's answer was, where it was asked.
+    """
+    folder = Path(resolve(model.name))
+    if not folder.is_absolute():
+        return f"{model.name} {commit or model.revision}"
+    digest = hashlib.sha256()
+    for file in sorted(
+        path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"
+    ):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(ENDS))
+            content.seek(max(0, size - ENDS))
+            digest.update(content.read(ENDS))
+    return digest.hexdigest()
 
 
 def _on_the_hub(repository: str, revision: str | None) -> list[str]:

@@ -24,6 +24,8 @@ class Options:
 
     restart: bool = False
     """An earlier run in the folder would be moved aside."""
+    allow_change: tuple[str, ...] = ()
+    """Keys that may differ from those of an earlier run."""
     explain: bool = False
     """Say where each value came from."""
     show: int = 0
@@ -55,7 +57,7 @@ def run(path: str, overrides: Sequence[str], options: Options) -> int:
     Returns:
         The exit code: 0, or that of the gravest kind of finding (2, 3, 4 or 5).
     """
-    result = check(path, overrides, restart=options.restart)
+    result = check(path, overrides, restart=options.restart, allowed=options.allow_change)
     if options.as_json:
         sys.stdout.write(json.dumps(_as_json(result), indent=2) + "\n")
     else:
@@ -69,7 +71,7 @@ def run(path: str, overrides: Sequence[str], options: Options) -> int:
     return result.findings.exit_code
 
 
-def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False) -> Result:
+def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False, allowed: Sequence[str] = ()) -> Result:
     """Find everything that can be known to be wrong before weights load.
 
     Recipe mistakes alone import neither torch nor transformers.
@@ -78,9 +80,10 @@ def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False) ->
         path: The recipe.
         overrides: Each `key.path=value`.
         restart: An earlier run in the folder would be moved aside.
+        allowed: Keys that may differ from those of an earlier run.
     """
     reading = read(path, overrides)
-    findings = light.look_at_reading(reading, restart=restart)
+    findings = light.look_at_reading(reading, restart=restart, allowed=allowed)
     plan: list[tuple[str, str]] = []
     seen = None
     if reading.recipe is not None:

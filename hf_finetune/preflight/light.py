@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, RecipeError
@@ -35,12 +36,13 @@ def look(recipe: Any) -> Findings:
     return findings
 
 
-def look_at_reading(reading: Reading[Recipe], *, restart: bool) -> Findings:
+def look_at_reading(reading: Reading[Recipe], *, restart: bool, allowed: Sequence[str] = ()) -> Findings:
     """Look at a recipe as it was read, with all its mistakes, and at the run folder.
 
     Args:
         reading: The recipe, whole or in part.
         restart: An earlier run in the folder would be moved aside.
+        allowed: Keys that may differ from those of an earlier run.
     """
     findings = Findings()
     if reading.problems:
@@ -51,8 +53,8 @@ def look_at_reading(reading: Reading[Recipe], *, restart: bool) -> Findings:
     output = _given(reading.partial, "output")
     if output is not None and not findings.blame("output"):
         with findings.collect():
-            # A recipe with mistakes is another one than that of an earlier run, whatever it will be.
-            RunFolder(output).look(reading.recipe.dump() if reading.recipe else "", restart=restart)
+            dump = reading.recipe.dump() if reading.recipe else ""
+            RunFolder(output).look(dump, restart=restart, allowed=allowed)
     return findings
 
 

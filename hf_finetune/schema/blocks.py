@@ -155,6 +155,15 @@ class EarlyStopping(Section):
     """Least change that counts as an improvement."""
 
 
+class LossSpike(Section):
+    """Stop when the loss leaps and stays there."""
+
+    factor: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
+    """How many times the median of the last 50 steps counts as a leap."""
+    patience: Count = 3
+    """Steps in a row that must be above it."""
+
+
 class Training(Section):
     """The optimisation. It is the same whatever machine runs it."""
 
@@ -203,6 +212,13 @@ class Training(Section):
     """Evaluate once before the first step: what the model can do without training."""
     eval_batch: Count | Literal["auto"] = "auto"
     """Rows of one forward pass in evaluation."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or infinite ends the run before the optimiser takes the step, or the step is left
+    out."""
+    max_skipped: Count = 10
+    """Most steps that `on_nonfinite: skip` leaves out."""
+    loss_spike: LossSpike | None = None
+    """Stop when the loss leaps and stays there; null does not look."""
     seed: Seed = 42
     """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
     deterministic: bool = True
@@ -227,6 +243,12 @@ class Training(Section):
             raise ValueError("early_stopping needs best_metric, e.g. best_metric: loss")
         if self.best_metric is not None and self.eval_every is None:
             raise ValueError("best_metric needs eval_every")
+        return self
+
+    @model_validator(mode="after")
+    def _skips_are_counted(self) -> Self:
+        if self.on_nonfinite == "stop" and changed(self, "max_skipped"):
+            raise ValueError("max_skipped belongs to on_nonfinite: skip; set it or remove this")
         return self
 
     @model_validator(mode="after")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tracking.console import Console, say
-from hf_finetune.tracking.journal import Entry, Journal
+from hf_finetune.tracking.journal import Entry, Journal, keep_lines
 from hf_finetune.tracking.progress import Progress
 from hf_finetune.tracking.samples import Samples
 from hf_finetune.tracking.tensorboard import TensorBoard
@@ -58,7 +59,22 @@ class Observers:
             if self.machine.is_main:
                 say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
             return []
-        return [Samples(task, tokenizer, raw, self.folder.path / "samples.jsonl", self.board)]
+        return [Samples(task, tokenizer, raw, self.folder.samples, self.board)]
+
+    def keep(self, lines: dict[str, int], step: int) -> None:
+        """Go on where a checkpoint ends.
+
+        Args:
+            lines: Of each journal, by file name.
+            step: The checkpoint's; 0 to begin anew.
+        """
+        self.journal.keep(lines.get(self.folder.metrics.name, 0))
+        if self.machine.is_main:
+            keep_lines(self.folder.samples, lines.get(self.folder.samples.name, 0))
+            if step == 0:
+                shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
+        if self.board is not None:
+            self.board.purge_step = step + 1 if step else None
 
     def conclude(self, summary: Entry) -> None:
         """Write the summary row and close the event file."""

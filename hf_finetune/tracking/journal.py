@@ -34,6 +34,23 @@ def of_phase(logs: dict[str, Any], phase: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in _RATES}
 
 
+def keep_lines(file: Path, lines: int) -> None:
+    """Cut a file off after so many lines; one that would be empty is removed."""
+    if not file.exists():
+        return
+    with file.open("rb+") as stream:
+        for _ in range(lines):
+            stream.readline()
+        stream.truncate(stream.tell())
+    if not lines:
+        file.unlink()
+
+
+def _number(value: Any) -> Any:
+    """NaN and infinity, which are kept as text."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 class Watcher(TrainerCallback):
     """A callback that sees every log as a line of metrics.jsonl."""
 
@@ -68,13 +85,21 @@ class Journal(Watcher):
         self.writes = writes
         self.entries: list[Entry] = []
 
+    def keep(self, lines: int) -> None:
+        """Go on after so many lines of an earlier process; what it wrote after its last checkpoint comes again."""
+        if self.writes:
+            keep_lines(self.file, lines)
+            if self.file.exists():
+                kept = self.file.read_text(encoding="utf-8").splitlines()
+                self.entries = [{key: _number(value) for key, value in json.loads(line).items()} for line in kept]
+
     def add(self, line: Entry) -> None:
-        """Append one line and flush it; a value that JSON can't hold (NaN, infinity) is left out."""
+        """Append one line and flush it; NaN and infinity, which JSON can't hold, are written as text."""
         self.entries.append(line)
         if self.writes:
             with self.file.open("a", encoding="utf-8") as stream:
-                finite = {key: value for key, value in line.items() if not isinstance(value, float) or isfinite(value)}
-                stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+                plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
+                stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
 
     def see(self, line: Entry, state: TrainerState) -> None:
         """Write the line."""

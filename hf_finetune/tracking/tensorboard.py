@@ -23,14 +23,16 @@ class TensorBoard(Watcher):
     def __init__(self, folder: Path, texts: dict[str, str]) -> None:
         self.folder = folder
         self.texts = texts
+        self.purge_step: int | None = None
+        """Readers drop earlier events from this step on: the run was resumed before it."""
         self._writer: SummaryWriter | None = None
 
     @property
     def writer(self) -> SummaryWriter:
         """The tensorboardX writer, opened at its first use."""
         if self._writer is None:
-            self._writer = SummaryWriter(logdir=str(self.folder), flush_secs=FLUSH_SECONDS)
-            for tag, text in self.texts.items():
+            self._writer = SummaryWriter(logdir=str(self.folder), flush_secs=FLUSH_SECONDS, purge_step=self.purge_step)
+            for tag, text in self.texts.items() if self.purge_step is None else ():
                 self._writer.add_text(tag, text, 0)
         return self._writer
 

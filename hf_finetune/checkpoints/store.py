@@ -1,0 +1,242 @@
+"""One folder of checkpoints: written so that a kill at any moment leaves the previous one or the new one, whole.
+
+    .staging-20       being written
+    checkpoint-20     committed: it counts
+    .replaced-20      an older one of the same step, while the new one takes its name; put back after a kill
+    .deleted-...      on its way out
+
+Every rank makes a `Store` and calls its methods at the same time. On each disk (one where it is shared, one a node
+where it is not) one rank stages, seals, commits and rotates: the lowest that sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hf_finetune.checkpoints import disk, manifest, nodes
+from hf_finetune.checkpoints.manifest import Facts, Manifest
+from hf_finetune.checkpoints.ranks import Ranks, together
+from hf_finetune.errors import CheckpointError, Problem
+
+GROWTH = 1.2
+"""A checkpoint is expected to need so much times the bytes of the one before."""
+
+LEFTOVERS = (".staging-", ".deleted-", nodes.MARK)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint."""
+
+    path: Path | None
+    """Its folder, or None where there is none."""
+    step: int
+    """Its step, or 0."""
+    manifest: Manifest | None
+    """What this rank's disk says of it (rank 0's, where another rank looks after the disk)."""
+    skipped: tuple[tuple[str, str], ...]
+    """Newer ones that are not whole, newest first: name of the folder and reason."""
+
+
+class Store:
+    """A folder of checkpoints.
+
+    Args:
+        folder: Made if need be, private to its user. What a killed run left half-done in it is cleaned up.
+        ranks: All of them make a store at the same time.
+        keep: Newest checkpoints to keep, 1 or more.
+        estimate: Bytes that the first checkpoint may need; 0 where nobody knows. Later ones are measured by it.
+
+    Raises:
+        StorageError: The folder can't be made or written, on every rank.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, estimate: int = 0) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
+        self.folder = folder
+        self.ranks = ranks
+        self.keep = keep
+        self._needed = estimate
+        self._damaged: set[int] = set()
+        self._leaders = nodes.leaders(folder, ranks)
+        """By rank, the rank that looks after its disk."""
+        self._on_each_disk(self._clean)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank looks after its disk."""
+        return self._leaders[self.ranks.rank] == self.ranks.rank
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on this rank's disk, whole or not, ascending."""
+        named = (re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in named if match)
+
+    def write(self, step: int, body: Callable[[Path], None], facts: Facts, protect: Iterable[int] = ()) -> Path:
+        """Write a checkpoint; it counts when this returns, and then older ones go.
+
+        Args:
+            step: Optimiser steps done; an earlier checkpoint of this step is replaced.
+            body: Writes the files of this rank into the folder that it gets; called on every rank.
+            facts: For the manifest.
+            protect: Steps that rotation spares, such as the best model's.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            StorageError: The disk is full, read-only or gone; on every rank. Earlier checkpoints were not touched.
+            PeerError: Another rank died, or failed with an error that is no `FinetuneError`.
+        """
+        staging = self.folder / f".staging-{step}"
+        try:
+            self._on_each_disk(lambda: self._stage(staging))
+            together(self.ranks, lambda: self._fill(staging, body))
+            seen = together(self.ranks, lambda: self._look(staging))
+            self._on_each_disk(lambda: self._seal(staging, step, facts, seen))
+            self._on_each_disk(lambda: self._commit(staging, step))
+        except BaseException:
+            if self.is_writer:
+                with contextlib.suppress(OSError):  # the next start cleans up
+                    disk.discard(staging)
+            raise
+        self._needed = int(sum(seen[self.ranks.rank].values()) * GROWTH)
+        # Not before every disk has committed: what is whole on all of them must never be less than one.
+        self._on_each_disk(lambda: self._rotate(step, protect))
+        return self.path(step)
+
+    def newest(self) -> Found:
+        """The newest checkpoint that is whole on every disk; all ranks find the same.
+
+        Raises:
+            StorageError: The folder can't be read.
+        """
+        with_steps = together(self.ranks, self._reported_steps)
+        skipped: list[tuple[str, str]] = []
+        for step in sorted(set().union(*with_steps), reverse=True):
+            verdicts = together(self.ranks, partial(self._verdict, step))
+            reasons = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, str)))
+            read = verdicts[self._leaders[self.ranks.rank]]
+            if not reasons and isinstance(read, Manifest):
+                self._needed = max(self._needed, int(read.size * GROWTH))
+                return Found(self.path(step), step, read, tuple(skipped))
+            self._damaged.add(step)
+            skipped.append((self.path(step).name, "; ".join(reasons)))
+        return Found(None, 0, None, tuple(skipped))
+
+    def resume_point(self) -> Found:
+        """The checkpoint to go on from; its path is None only where there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none is whole.
+            StorageError: The folder can't be read.
+        """
+        found = self.newest()
+        if found.path is None and found.skipped:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
+            message = (
+                f"{self.folder} holds no checkpoint that is whole ({reasons}); refusing to start from scratch: "
+                f"give --restart to move the run aside and do so"
+            )
+            raise CheckpointError(Problem(message, key="output"))
+        return found
+
+    def _on_each_disk(self, action: Callable[[], None]) -> None:
+        """Do something once a disk, on all disks or on none."""
+
+        def act() -> None:
+            if self.is_writer:
+                with disk.reported(self.folder, self._needed):
+                    action()
+
+        together(self.ranks, act)
+
+    def _clean(self) -> None:
+        """Finish what a killed run left half-done."""
+        for path in list(self.folder.iterdir()):
+            if path.name.startswith(LEFTOVERS):
+                disk.discard(path)
+            elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
+                final = self.path(int(match[1]))
+                if final.exists():
+                    disk.discard(path)
+                else:
+                    path.rename(final)
+
+    def _stage(self, staging: Path) -> None:
+        if not self.folder.is_dir():
+            raise disk.failure(self.folder, self._needed, "it was deleted or replaced while the run went on")
+        for old in self.folder.glob(".staging-*"):
+            disk.discard(old)
+        if disk.free_bytes(self.folder) < self._needed:
+            raise disk.failure(self.folder, self._needed, "there is not enough room")
+        disk.make_private(staging)
+
+    def _fill(self, staging: Path, body: Callable[[Path], None]) -> None:
+        with disk.reported(self.folder, self._needed):
+            body(staging)
+
+    def _look(self, staging: Path) -> dict[str, int]:
+        """What this rank sees, once all have written."""
+        with disk.reported(self.folder, self._needed):
+            return disk.listing(staging)
+
+    def _seal(self, staging: Path, step: int, facts: Facts, seen: list[dict[str, int]]) -> None:
+        sealed = manifest.seal(staging, step, self.ranks.world_size, facts)
+        for rank, names in enumerate(seen):
+            # A network file system may show a file to others late: then it would be in no manifest.
+            lost = names.keys() - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
+            if lost:
+                reason = f"{sorted(lost)[0]}, seen by rank {rank}, is not there for rank {self.ranks.rank}"
+                raise disk.failure(self.folder, self._needed, reason)
+
+    def _commit(self, staging: Path, step: int) -> None:
+        final, replaced = self.path(step), self.folder / f".replaced-{step}"
+        disk.discard(replaced)
+        if final.exists() or final.is_symlink():
+            final.rename(replaced)
+        try:
+            staging.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
+        disk.sync_folder(self.folder)
+        disk.discard(replaced)
+
+    def _rotate(self, step: int, protect: Iterable[int]) -> None:
+        self._damaged.discard(step)
+        # A newer one is damaged, or training would have gone on from it; it stays until its step is reached again.
+        steps = [old for old in self.steps() if old <= step]
+        whole = [old for old in steps if old not in self._damaged]
+        spared = {*whole[-self.keep :], *protect}
+        for old in steps:
+            if old not in spared:
+                disk.delete(self.path(old))
+
+    def _reported_steps(self) -> list[int]:
+        if not self.is_writer:
+            return []
+        with disk.reported(self.folder, self._needed):
+            return self.steps()
+
+    def _verdict(self, step: int) -> Manifest | str | None:
+        """What is wrong with a checkpoint on this disk, or its manifest; None where another rank looks after it."""
+        if not self.is_writer:
+            return None
+        if not self.path(step).exists():
+            return f"it is missing on the disk of rank {self.ranks.rank}"
+        try:
+            return manifest.verify(self.path(step))
+        except CheckpointError as error:
+            return str(error)

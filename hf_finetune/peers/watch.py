@@ -1,0 +1,324 @@
+"""One thread a rank: it renews the own beat, reads those of the others, and ends this process where one has failed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from hf_finetune.errors import FinetuneError, PeerError, Problem, RecipeError, StorageError
+from hf_finetune.peers import verdict
+from hf_finetune.peers.beat import FOLDER, Beat, Failure, State, launch, look_at
+from hf_finetune.peers.process import Process, born, uptime
+from hf_finetune.peers.verdict import Peer
+
+TIMEOUT = "HF_FINETUNE_PEER_TIMEOUT"
+"""Environment variable: seconds after which a rank that does not answer is given up."""
+TIMEOUT_S, BEAT_S, LOOK_S = 600.0, 1.0, 0.25
+READS = 32
+"""Most files that are read at a time."""
+IDLE_S = 2.0
+"""After this long without progress, a rank says where it is."""
+PATIENCE_S = 3.0
+"""How long the reason of a failed collective is looked for."""
+CALLBACK_S, EXIT_S = 10.0, 5.0
+"""How long the callback may take, and the end of a rank that has failed."""
+
+
+class Watch:
+    """The other ranks, watched from start to end of a run; for a run of one process it does nothing.
+
+        with Watch(folder, rank, world_size, on_failure) as watch:
+            watch.progress(step, "training")
+
+    Where another rank dies, fails or hangs, one rank of each node says so on stderr, every rank calls `on_failure`, and
+    this process ends at once (`os._exit`) with the failure's exit code: its main thread sits in a collective that can't
+    be interrupted. An error that leaves the block is told to the others, who end with it; one that torch raised because
+    a peer has gone ends this process in the same way.
+
+    Args:
+        folder: The run folder; it exists.
+        rank: Of this process.
+        world_size: How many there are.
+        on_failure: Called once before the process ends, from another thread, for ten seconds at most.
+        timeout: Seconds of silence after which a rank is given up; None reads the environment, else 600. A rank whose
+            main thread hangs while its threads live is given up after the same time, while this one waits for it in a
+            collective that was called from Python; what waits on a GPU, the collective's own time limit ends.
+
+    Raises:
+        RecipeError: The environment's value is no positive number.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        on_failure: Callable[[Failure], None],
+        timeout: float | None = None,
+    ) -> None:
+        self.folder, self.rank, self.world_size = folder / FOLDER, rank, world_size
+        self.timeout = _timeout() if timeout is None else timeout
+        self._on_failure = on_failure
+        self._mark = (0, "starting")
+        self._seen = self._mark
+        self._peers: dict[int, Peer] = {}
+        self._others = itertools.cycle([other for other in range(world_size) if other != rank])
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._is_over = world_size == 1
+        speaks = os.environ.get("LOCAL_RANK", str(rank)) == "0"
+        self._beat = Beat(launch(), rank, Process.own(), count=0, written=uptime(), speaks=speaks)
+        self._born = born()
+
+    def progress(self, step: int, phase: str) -> None:
+        """Say that the main thread has come on; costs nothing. The others learn it within a second.
+
+        Args:
+            step: Last finished optimiser step.
+            phase: What goes on now, to follow "while": `training`, `evaluating`, `saving`.
+        """
+        self._mark = (step, phase)
+
+    def start(self) -> None:
+        """Show the own beat and begin to watch.
+
+        Raises:
+            StorageError: The run folder can't be written.
+        """
+        if self._is_over:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in self.folder.glob("[0-9]*.json") if self.rank == 0 else ():
+                if int(file.stem) >= self.world_size:
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(Problem(f"{self.folder} can't be written: {error.strerror}", key="output")) from error
+        self._show()
+        threading.Thread(target=self._run, daemon=True, name="peers").start()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Tell the others that this rank ends, and how; nobody is watched any more.
+
+        Does not return where another rank has failed and this process ends because of it, or where the error is what
+        torch raises when a peer has gone. Later calls do nothing.
+
+        Args:
+            error: What it ends with; None for a normal end.
+        """
+        if self._is_over or os.getpid() != self._beat.process.pid:
+            return
+        with _signals_later(matter=error is None), self._lock:
+            if error is not None and (failure := self._cause(error)) is not None:
+                self._end(failure)
+            self._say_goodbye(*verdict.farewell(self.rank, error))
+
+    def error_of(self, error: BaseException) -> PeerError | None:
+        """The peer's failure behind an error in the main thread, with its exit code; None where none is behind it.
+
+        Looks around for some seconds if torch says that a peer has gone.
+        """
+        if self._is_over:
+            return None
+        with self._lock:
+            failure = self._cause(error)
+        if failure is None:
+            return None
+        found = PeerError(Problem(line) for line in failure.reason.splitlines())
+        found.exit_code = failure.exit_code
+        return found
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave(error)
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        beat_every = min(BEAT_S, self.timeout / 4)
+        look_every = min(LOOK_S, beat_every)
+        before = last_beat = time.monotonic()
+        while not self._stop.wait(look_every):
+            now = time.monotonic()
+            # This process may have been stopped or starved itself: that time proves nothing about others.
+            passed, before = min(now - before, 4 * look_every), now
+            with self._lock:
+                if self._is_over:
+                    return
+                is_news = self._note_progress(passed)
+                is_shown = True
+                if is_news or now - last_beat >= beat_every:
+                    is_shown, last_beat = self._show(), now
+                self._look(passed if is_shown else 0.0)
+                failure = self._sure(patient=True)
+                if failure is not None:
+                    self._end(failure)
+
+    def _note_progress(self, passed: float) -> bool:
+        """Bring the own beat up to date; whether a new phase has begun, which is worth a beat at once."""
+        mark, before = self._mark, self._seen
+        idle, self._seen = self._beat.idle + passed if mark is before else 0.0, mark
+        waits, place = look_at(threading.main_thread().ident or 0) if idle >= IDLE_S else (False, "")
+        self._beat = replace(self._beat, step=mark[0], phase=mark[1], idle=idle, waits=waits, place=place)
+        return mark[1] != before[1]
+
+    def _show(self) -> bool:
+        """Renew the own file; False where that fails: those of the others can't be expected to change either."""
+        self._beat = replace(self._beat, count=self._beat.count + 1, written=uptime())
+        return self._beat.write(self._file(self.rank))
+
+    def _look(self, passed: float) -> None:
+        """Read the others' files, some of them at a time if there are many."""
+        for rank in itertools.islice(self._others, min(READS, self.world_size - 1)):
+            self._read(rank)
+        for peer in self._peers.values():
+            peer.silent += passed
+            peer.left += passed if peer.beat.state != "running" else 0.0
+
+    def _read(self, rank: int) -> None:
+        beat = Beat.read(self._file(rank))
+        if beat is None and not self._file(rank).exists():
+            self._peers.pop(rank, None)  # it could not say goodbye on a disk that is full, or somebody deleted it
+        if beat is None or beat.launch != self._beat.launch:
+            return
+        peer = self._peers.get(rank)
+        if peer is None or peer.beat.process != beat.process:
+            is_here = beat.process.machine == self._beat.process.machine
+            self._peers[rank] = Peer(beat, is_here, is_known=is_here and beat.written >= self._born)
+        elif peer.beat.count != beat.count:
+            peer.beat, peer.silent, peer.is_known = beat, 0.0, True
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"{rank}.json"
+
+    # ---- the verdict; all of it under the lock ----
+
+    def _known(self) -> dict[int, Peer]:
+        return {rank: peer for rank, peer in self._peers.items() if peer.is_known}
+
+    def _sure(self, *, patient: bool) -> Failure | None:
+        if next(verdict.sure(self._known(), self._beat, self.timeout, patient=patient), None) is None:
+            return None
+        for rank in self._peers:
+            self._read(rank)  # whoever is gone may have said goodbye after the last look
+        return next(verdict.sure(self._known(), self._beat, self.timeout, patient=patient), None)
+
+    def _cause(self, error: BaseException) -> Failure | None:
+        """Who is behind an error of the main thread, if it may be a consequence."""
+        is_lost, is_own = verdict.is_of_a_peer(error), isinstance(error, FinetuneError)
+        if not is_lost and (is_own or not isinstance(error, RuntimeError | SystemExit)):
+            return None
+        rounds = max(1, round(PATIENCE_S / LOOK_S)) if is_lost else 1
+        for number in range(rounds):
+            if number:
+                time.sleep(LOOK_S)
+            for rank in range(self.world_size):
+                if rank != self.rank:
+                    self._read(rank)
+            failure = self._sure(patient=False)
+            if failure is not None:
+                return failure
+        known = self._known()
+        rest = None if is_own or not is_lost else verdict.unexplained(self._beat, known, error)
+        return next(verdict.likely(known, self._beat, self.timeout), rest) if is_lost else None
+
+    def _end(self, failure: Failure) -> None:
+        """Say it, and end this process."""
+        try:
+            is_said = self._is_said_by_another(failure)
+            self._say_goodbye("failed", failure)
+            if not is_said:
+                _say(failure)
+            callback = threading.Thread(target=self._call_back, args=(failure,), daemon=True)
+            callback.start()
+            callback.join(CALLBACK_S)
+            # A launcher ends all ranks when it sees one end: the culprit shall have told its own story before.
+            culprit, until = self._peers.get(failure.rank), time.monotonic() + EXIT_S
+            while culprit and culprit.beat.failure and not culprit.is_gone() and time.monotonic() < until:
+                time.sleep(LOOK_S / 10)
+        finally:
+            os._exit(failure.exit_code)
+
+    def _is_said_by_another(self, failure: Failure) -> bool:
+        """Whether the rank itself or another one of this machine prints it."""
+        here = {rank: peer for rank, peer in self._known().items() if peer.is_here}
+        culprit = here.pop(failure.rank, None)
+        if culprit and culprit.beat.state == "failed" and culprit.beat.speaks:
+            return True
+        told = [peer for peer in here.values() if peer.beat.failure and peer.beat.failure.rank == failure.rank]
+        lost = min(verdict.LOST_S, self.timeout / 2)
+        alive = [r for r, p in here.items() if p.beat.state == "running" and p.silent < lost and not p.is_gone()]
+        return bool(told) or any(rank < self.rank for rank in alive)
+
+    def _call_back(self, failure: Failure) -> None:
+        self._on_failure(failure)
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def _say_goodbye(self, state: State, failure: Failure | None) -> None:
+        self._is_over = True
+        self._stop.set()
+        step, phase = self._mark
+        self._beat = replace(self._beat, step=step, phase=phase, state=state, failure=failure)
+        if not self._show():
+            with suppress(OSError):
+                self._file(self.rank).unlink()
+
+
+def _say(failure: Failure) -> None:
+    """One line of stderr for each of its problems; without Python's buffers, which a hung thread may hold."""
+    with suppress(OSError):
+        os.write(2, "".join(f"hf_finetune: error: {line}\n" for line in failure.reason.splitlines()).encode())
+
+
+@contextmanager
+def _signals_later(*, matter: bool) -> Iterator[None]:
+    """Keep signals that a launcher sends from interrupting; if they matter, they arrive afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for received in came if matter else ():
+            signal.raise_signal(received)
+
+
+def _timeout() -> float:
+    """The time limit from the environment.
+
+    Raises:
+        RecipeError: It is no positive number.
+    """
+    text = os.environ.get(TIMEOUT, str(TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RecipeError(f"the environment variable {TIMEOUT} is {text!r}; give seconds, e.g. 600")
+    return seconds

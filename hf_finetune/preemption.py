@@ -1,0 +1,106 @@
+"""One agreed decision to stop: a signal to any rank ends all of them at the same step, with a checkpoint.
+
+SIGTERM, SIGINT and SIGUSR1 only set a flag while training runs; at the end of each step, and at each step of an
+evaluation, the ranks compare their flags. A second signal does not wait. Outside of training there is nothing to save,
+and a signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INTERRUPTED, PREEMPTED = 130, 143
+"""Exit codes: from the keyboard, and by whoever runs the job."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(SystemExit):
+    """A signal ended the run.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.state: Literal["interrupted", "preempted"] = "interrupted" if number == signal.SIGINT else "preempted"
+        self.reason = f"stopped by {signal.Signals(number).name}"
+        super().__init__(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+
+class StopRequest:
+    """Notes signals, and lets the ranks agree on them. Made by every rank, after the process group."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # Flags live on the host; a GPU's group would have to copy them.
+            self._group = distributed.new_group(backend="gloo")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside, and restore the handlers afterwards."""
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        _follow_parent()
+        try:
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a first signal waits until the ranks have agreed on it."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def agreed(self) -> int:
+        """The signal that any rank received, 0 for none; the same on every rank, which all call this together."""
+        if self._group is None:
+            return self._received
+        flag = torch.tensor([self._received], dtype=torch.int32)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
+        self._received = int(flag)
+        return self._received
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so; every rank asks at the same moment."""
+        if self._group is None:
+            return flag
+        told = torch.tensor([int(flag)], dtype=torch.int32)
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(told)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred or self._received:
+            raise Stopped(number)
+        self._received = number
+
+
+def _follow_parent() -> None:
+    """Have the kernel send SIGTERM when the launcher dies: `accelerate launch` with one process does not forward it.
+
+    (accelerate 1.15, `commands/launch.py`, `simple_launcher`.) Without it, the process would train on unnoticed.
+    """
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,275 @@
+"""transformers' Trainer with checkpoints that commit, resume that is bit-exact, and an agreed stop.
+
+The Trainer's own checkpoints are neither atomic nor checked (transformers 5.23: a kill inside a save makes the next
+resume crash or, without optimizer.pt, silently start the optimiser and the schedule anew). Its loop is used as it is:
+only what is written, what is read back, and when it stops are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import TrainingArguments
+
+from hf_finetune import runstate
+from hf_finetune.preemption import StopRequest
+from hf_finetune.runstate import Progress
+
+if TYPE_CHECKING:
+    from hf_finetune.adapters import Adapter
+    from hf_finetune.checkpoints import Facts, Store
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - no error: somebody wants the run to end
+    """The ranks agreed to stop in the middle of an evaluation."""
+
+
+@dataclass
+class Keeper:
+    """What a trainer needs to keep its run."""
+
+    store: Store
+    facts: Facts
+    stop: StopRequest
+    journals: tuple[Path, ...] = ()
+    """Files that grow line by line; a checkpoint notes how long they are."""
+    committed: Callable[[int], None] = field(default=lambda step: None)
+    """Hears the step of each checkpoint."""
+    resume_from: Path | None = None
+    """The checkpoint to go on from."""
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that can be killed anywhere. The subclass sets `keeper` and `adapter` before training."""
+
+    keeper: Keeper | None = None
+    adapter: Adapter
+    optimizer: Any
+    lr_scheduler: Any
+    stopped: int = 0
+    """The signal that the ranks agreed to stop for."""
+    last_evaluated: int = -1
+    """Step of the last evaluation of the watched split that was completed."""
+    is_sharded: bool = False
+    _ends_at_once: bool = False
+
+    def train_on(self) -> None:
+        """Train from the beginning, or from where the checkpoint ends."""
+        keeper = self.keeper
+        self.add_callback(_Flow(self))
+        if keeper is None or keeper.resume_from is None:
+            self.train()
+        else:
+            self.train(resume_from_checkpoint=str(keeper.resume_from))
+
+    def steps_done(self) -> int:
+        """Steps that the checkpoint holds which this run goes on from; 0 for a new run."""
+        keeper = self.keeper
+        return 0 if keeper is None or keeper.resume_from is None else Progress.read(keeper.resume_from).step
+
+    # ---- writing ----
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Commit the state after the present step; every rank comes here."""
+        if self.keeper is None:
+            raise AssertionError("checkpoints need a keeper")
+        self.store_flos()
+        step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
+        self.state.best_model_checkpoint = str(store.path(best)) if best else None
+        protect = [best] if best and self.args.load_best_model_at_end else []
+        store.write(step, self._write_state, self.keeper.facts, protect)
+        self.keeper.committed(step)
+
+    def _write_state(self, folder: Path) -> None:
+        """The files of this rank."""
+        if self.keeper is None:
+            raise AssertionError("checkpoints need a keeper")
+        runstate.save_rank(folder, self.args.process_index, float(self._tr_loss))
+        if self.is_sharded:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+        elif self.keeper.store.is_writer:
+            runstate.save_trained(self.accelerator.unwrap_model(self.model), self.adapter, folder)
+            torch.save(self.optimizer.state_dict(), folder / runstate.OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), folder / runstate.SCHEDULER)
+        self._save_scaler(str(folder))
+        if self.keeper.store.is_writer:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self._progress().write(folder)
+
+    def _progress(self) -> Progress:
+        if self.keeper is None:
+            raise AssertionError("checkpoints need a keeper")
+        patience = [c.early_stopping_patience_counter for c in self._stoppers()]
+        return Progress(
+            step=self.state.global_step,
+            world_size=self.args.world_size,
+            total_loss=float(self._total_loss_scalar),
+            last_logged=self._globalstep_last_logged,
+            last_evaluated=self.last_evaluated,
+            patience_used=patience[0] if patience else 0,
+            lines={file.name: _lines(file) for file in self.keeper.journals},
+            throughput=self.throughput_so_far(),
+        )
+
+    def throughput_so_far(self) -> dict[str, float]:
+        """Rows, tokens, slots and seconds of the run until now."""
+        return {}
+
+    # ---- reading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The trained weights."""
+        if self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        runstate.load_trained(target, self.adapter, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimiser and the schedule."""
+        if checkpoint is None or self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder, device = Path(checkpoint), self.args.device
+        state = torch.load(folder / runstate.OPTIMIZER, map_location=device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(folder / runstate.SCHEDULER, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random numbers; with another number of ranks each draws its own, by seed, rank and step."""
+        if checkpoint is None:
+            return
+        if self._same_ranks(Path(checkpoint)):
+            runstate.load_rng(Path(checkpoint), self.args.process_index)
+        else:
+            set_seed((self.args.seed + self.args.process_index + 7919 * self.state.global_step) % 2**32)
+
+    def _same_ranks(self, folder: Path) -> bool:
+        return bool(Progress.read(folder).world_size == self.args.world_size)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights."""
+        best = self.state.best_model_checkpoint
+        if best is None or self.is_sharded:
+            super()._load_best_model()
+            return
+        runstate.load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
+
+    def _resume(self) -> None:
+        """What the Trainer has just reset, as the checkpoint has it."""
+        keeper = self.keeper
+        if keeper is None or keeper.resume_from is None:
+            return
+        progress = Progress.read(keeper.resume_from)
+        self._total_loss_scalar = progress.total_loss
+        if self._same_ranks(keeper.resume_from):
+            self._tr_loss.fill_(runstate.unlogged_loss(keeper.resume_from, self.args.process_index))
+            self._globalstep_last_logged = progress.last_logged
+        self.last_evaluated = progress.last_evaluated
+        for stopper in self._stoppers():
+            stopper.early_stopping_patience_counter = progress.patience_used
+        # The recipe may log, evaluate and save at other steps now.
+        state: Any = self.state
+        state.compute_steps(self.args, self.state.max_steps)
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(keeper.store.path(best)) if best else None
+        self.args.eval_on_start = False
+        self.resume_throughput(progress.throughput)
+        self._ends_at_once = self.state.global_step >= self.state.max_steps
+        self._catch_up()
+
+    def resume_throughput(self, so_far: dict[str, float]) -> None:
+        """Go on counting from there."""
+
+    def _catch_up(self) -> None:
+        """Make up for an evaluation that was due at the checkpoint's step, where the run was stopped before it."""
+        step, strategy = self.state.global_step, IntervalStrategy(self.args.eval_strategy).value
+        every = self._steps_per_epoch() if strategy == "epoch" else int(self.state.eval_steps or 0)
+        due = strategy != "no" and (step >= self.state.max_steps or (every > 0 and step % every == 0))
+        if not due or step in (0, self.last_evaluated):
+            return
+        self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
+        self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, 0.0)
+        self.control.should_evaluate = self.control.should_save = False
+        self._ends_at_once = self._ends_at_once or bool(self.control.should_training_stop)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """One pass; none where the evaluation that was made up for ends training."""
+        trainer: Any = super()
+        if not self._ends_at_once:
+            trainer._run_epoch(*arguments, **options)
+
+    def _steps_per_epoch(self) -> int:
+        raise NotImplementedError
+
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+    # ---- stopping ----
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
+        try:
+            super()._maybe_log_save_evaluate(*arguments, **options)
+        except EvaluationStopped:
+            self.control.should_evaluate = False
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model)
+
+    def stop_evaluation_if_asked(self) -> None:
+        """Leave an evaluation where the ranks agree on a stop; every rank calls it at the same moments.
+
+        Raises:
+            EvaluationStopped: They do.
+        """
+        if self.keeper is not None and (signal := self.keeper.stop.agreed()):
+            self.stopped = signal
+            self.args.load_best_model_at_end = False  # an unfinished run has no result
+            raise EvaluationStopped
+
+
+class _Flow(TrainerCallback):
+    """Resumes at the beginning, and stops where the ranks agree to."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on where the checkpoint ends."""
+        self.trainer._resume()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note that this step is evaluated."""
+        self.trainer.last_evaluated = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop, if any rank was told to; an evaluation that is due waits until the run goes on."""
+        keeper = self.trainer.keeper
+        if keeper is not None and (signal := keeper.stop.agreed()):
+            self.trainer.stopped = signal
+            args.load_best_model_at_end = False
+            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A stopped run does nothing more at the end of its epoch."""
+        if self.trainer.stopped:
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+def _lines(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with file.open("rb") as stream:
+        return sum(1 for _ in stream)

@@ -1,0 +1,80 @@
+"""One process's hold on a run folder: taken at the start, true status until the end, let go however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from accelerate.utils import broadcast_object_list
+
+from hf_finetune import continuation
+from hf_finetune.errors import FinetuneError
+from hf_finetune.preemption import Stopped
+from hf_finetune.runfolder import RunFolder, Start, Status
+from hf_finetune.tracking.console import say
+
+if TYPE_CHECKING:
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line asks of an earlier run in the folder."""
+
+    restart: bool = False
+    """Move it aside."""
+    allow_change: tuple[str, ...] = ()
+    """Keys that may differ from its recipe."""
+
+
+def claim(folder: RunFolder, recipe: Recipe, machine: Machine, wishes: Wishes) -> Start | FinetuneError:
+    """Rank 0 takes the run folder; all ranks learn what there is to do, or why nothing can be done."""
+    begin: list[Start | FinetuneError] = [Start("new")]
+    if machine.is_main:
+        try:
+            continuation.refuse_unknown(wishes.allow_change)
+            begin = [folder.claim(recipe.dump(), restart=wishes.restart, allowed=wishes.allow_change)]
+        except FinetuneError as error:
+            # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
+            begin = [error]
+        if isinstance(begin[0], Start) and begin[0].kind == "done":
+            say(
+                f"{folder.path} already holds this run, finished; see {folder.report}, or give --restart to run it anew"
+            )
+    broadcast_object_list(begin)
+    return begin[0]
+
+
+@contextmanager
+def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
+    """Keep status.json true from here to the end, however it ends."""
+    told = Status(folder.status)
+    if not machine.is_main:
+        yield told
+        return
+    told.start()
+    try:
+        yield told
+    except FinetuneError as error:
+        told.finish("failed", error.exit_code, str(error))
+        raise
+    except Stopped as stopped:
+        told.finish(stopped.state, int(stopped.code or 0), stopped.reason)
+        say(f"{stopped.reason} at step {told.step}; {_how_to_go_on(told)}")
+        raise
+    except BaseException as error:
+        told.finish("failed", 1, f"{type(error).__name__}: {error}")
+        raise
+    else:
+        told.finish("done", 0)
+    finally:
+        folder.release()
+
+
+def _how_to_go_on(status: Status) -> str:
+    if status.checkpoint is None:
+        return "no checkpoint was written, the same command starts again"
+    return f"the same command goes on from {status.checkpoint}"

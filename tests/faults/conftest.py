@@ -1,0 +1,37 @@
+"""The laboratory: a fork server, a tiny model, a small data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import WORDS
+
+from faults.lab import Lab, Server, rows
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, _isolated_caches: None) -> Iterator[Server]:
+    """Starts processes that have the libraries loaded."""
+    made = Server(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """101 rows to train on, 24 to validate."""
+    folder = tmp_path_factory.mktemp("sentences")
+    plain = [word for word in WORDS if word.isalpha()]
+    (folder / "train.csv").write_text(rows(101, 1, plain))
+    (folder / "validation.csv").write_text(rows(24, 2, plain))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lab(server: Server, tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, data_folder: Path) -> Lab:
+    """Makes runs."""
+    folder = tmp_path_factory.mktemp("lab")
+    files = {name: str(data_folder / f"{name}.csv") for name in ("train", "validation")}
+    return Lab(server, folder, {"model": tiny_bert, "cache": str(folder / "cache"), **files})
