@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     help_check = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
     check = verbs.add_parser("check", parents=[shared, of_recipe], help=help_check, allow_abbrev=False)
     check.add_argument("--explain", action="store_true", help="say where each value came from")
-    check.add_argument("--show", metavar="N", type=int, default=0, help="print N training rows as the model sees them")
+    check.add_argument("--show", metavar="N", type=_count, default=0, help="N training rows as the model sees them")
     check.add_argument("--report", metavar="FILE.html", help="write a page about the data")
     check.add_argument("--format", choices=("text", "json"), default="text", help="json is for machines")
     check.set_defaults(run=_check)
@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     schema = verbs.add_parser("schema", parents=[shared], help="print the JSON Schema of a recipe", allow_abbrev=False)
     schema.set_defaults(run=_schema)
     return parser
+
+
+def _count(word: str) -> int:
+    """A number of rows."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of rows, not {word!r}")
+    return int(word)
 
 
 def _train(arguments: argparse.Namespace) -> None:

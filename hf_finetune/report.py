@@ -48,9 +48,10 @@ class Outcome:
 def data_lines(prepared: Prepared) -> list[str]:
     """One line a split: rows, tokens, and everything that was cut or dropped; then the labels."""
     lines = [f"{split}: {_split_line(counts)}" for split, counts in prepared.reports.items()]
-    if prepared.targets.counts:
-        shares = zip(prepared.targets.names, prepared.targets.counts, strict=True)
-        lines.append("labels: " + ", ".join(f"{name} {count:,}" for name, count in shares))
+    # Not `targets.counts`, which has the rows that are dropped too.
+    labels = prepared.facts["train"].labels if "train" in prepared.facts else {}
+    if labels:
+        lines.append("labels: " + ", ".join(f"{name} {count:,}" for name, count in labels.items()))
     return lines
 
 

@@ -40,3 +40,8 @@ def _left_by_cgroup() -> int | None:
     except OSError:
         return None
     return max(0, int(limit) - int(used)) if limit.isdigit() else None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate memory: on a GPU it has a class for that, on a CPU only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

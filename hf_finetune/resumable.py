@@ -219,6 +219,8 @@ class ResumableTrainer(Trainer):
         """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
         try:
             super()._maybe_log_save_evaluate(*arguments, **options)
+            if self._globalstep_last_logged == self.state.global_step:
+                self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
         except EvaluationStopped:
             self.control.should_evaluate = False
             self.control.should_training_stop = True

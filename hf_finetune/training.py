@@ -20,6 +20,7 @@ from hf_finetune.language import packing
 from hf_finetune.preemption import Stopped, StopRequest
 from hf_finetune.preflight import heavy, light
 from hf_finetune.report import Outcome
+from hf_finetune.resources import is_out_of_memory
 from hf_finetune.resumable import EvaluationStopped
 from hf_finetune.runfolder import RunFolder, Start, Status
 from hf_finetune.session import Wishes
@@ -200,15 +201,19 @@ def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         job, length = learner.job, learner.recipe.data.max_length
         if trainer.is_in_train and learner.adapted.training:
             what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
-            hint = "halve training.micro_batch or set training.activation_checkpointing"
+            hint = (
+                "halve training.micro_batch (the optimisation stays the same) or set training.activation_checkpointing"
+            )
         else:
             what = f"evaluating with {job.eval_batch} rows of up to {length} tokens"
             hint = "halve training.eval_batch"
-        message = f"out of device memory at step {trainer.state.global_step}, {what}; {hint}"
+        message = f"out of memory at step {trainer.state.global_step}, {what}; {hint}"
         raise OutOfMemoryError(Problem(message)) from error
 
 

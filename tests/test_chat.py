@@ -179,6 +179,11 @@ def test_json_text_is_read_like_lists() -> None:
         (None, "NoneType, not a list"),
         ([{"from": "human", "value": "x"}], "turn 1 is no {role, content}"),
         ([CHAT[0], {"role": "user", "content": None}], r"turn 2 \(user\) has no content"),
+        (
+            [CHAT[1], {"role": "asistant", "content": "x"}],
+            "turn 2 has the role 'asistant'; write 'assistant' or 'user'",
+        ),
+        ([CHAT[1], {"role": "gpt", "content": "x"}], "turn 2 has the role 'gpt'"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON"),
     ],
 )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +160,65 @@ def test_a_failed_check_leaves_the_folder_free_for_the_next_try(recipe: Path) ->
     assert (status["state"], status["exit_code"]) == ("failed", 4)
     cli.main(["train", str(recipe), "training.epochs=1"])
     assert json.loads((recipe.parent / "run" / "status.json").read_text())["state"] == "done"
+
+
+def test_labels_are_counted_in_the_rows_that_are_used(recipe: Path, check: Callable[..., Any]) -> None:
+    rows = [{"text": f"a film {'so ' * n}fine", "label": ("good", "bad")[n % 2]} for n in range(24)]
+    file = recipe.parent / "some.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "", "label": "good"}]))
+    out = check(recipe, f"data.train={file}", "data.validation=null", "data.checks.empty_text=warn")[1]
+    assert "bad 12, good 12" in out
+
+
+@pytest.mark.parametrize("word", ["-1", "two"])
+def test_rows_to_show_are_a_number(word: str, recipe: Path, check: Callable[..., Any]) -> None:
+    code, _, err = check(recipe, "--show", word)
+    assert code == 2
+    assert f"must be a number of rows, not {word!r}" in err
+
+
+def test_json_holds_whatever_is_asked_for(recipe: Path, check: Callable[..., Any]) -> None:
+    told = json.loads(check(recipe, "--explain", "--show", "1", "--format", "json")[1])
+    assert {"key": "adapter.r", "value": "8", "origin": "default"} in told["origins"]
+    assert told["rows"][0].startswith("row 1: ")
+
+
+def test_values_of_a_recipe_with_mistakes_are_not_explained_silently(recipe: Path, check: Callable[..., Any]) -> None:
+    code, _, err = check(recipe, "--explain", "training.epochs=0")
+    assert code == 2
+    assert "no values to explain: mend the errors first" in err
+
+
+def test_a_report_that_cannot_be_written_is_an_error_like_others(recipe: Path, check: Callable[..., Any]) -> None:
+    code, out, _ = check(recipe, "--report", recipe.parent / "nowhere" / "page.html", "--format", "json")
+    assert code == json.loads(out)["exit_code"] == 5
+
+
+@pytest.mark.parametrize("end", ["| head -c 1", "--show 1"])
+def test_neither_a_closed_pipe_nor_a_narrow_encoding_is_a_traceback(end: str, recipe: Path) -> None:
+    command = f"set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -m hf_finetune check {recipe} --explain {end}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_hub_lacks_is_asked_for_once(recipe: Path) -> None:
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path.rpartition("/")[2])
+            self.send_error(404)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            """Keep quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "hf_finetune", "check", str(recipe), "model.name=owner/nothing"]
+        done = subprocess.run(command, env={**os.environ, **address}, capture_output=True, text=True, check=False)
+        hub.shutdown()
+    assert done.returncode == 4
+    assert set(asked) == {"config.json"}

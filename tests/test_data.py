@@ -371,7 +371,7 @@ def test_rows_without_a_trained_token_are_dropped_and_counted(model_texts: Prepa
 
 def test_a_split_of_which_no_row_is_left_is_refused(model_texts: Prepare) -> None:
     write_json("train.jsonl", [{"question": "film " * 90, "answer": "good"}] * 2)
-    with pytest.raises(DataError, match="none of the 2 train rows can be used: 0 are too long and dropped, 2 have"):
+    with pytest.raises(DataError, match="none of the 2 train rows can be used: 2 have nothing .*; raise data.max"):
         model_texts(PAIRS, train="train.jsonl", max_length=40)
 
 

@@ -130,6 +130,20 @@ def test_what_is_only_told(judge: Any, lines: list[Any], message: str) -> None:
     assert message in "\n".join(map(str, verdict.warnings))
 
 
+def test_the_way_out_of_imbalance_is_one_that_works(judge: Any) -> None:
+    write_json("train.jsonl", [*good(1), *[{"text": "bad " * n, "label": "bad"} for n in range(1, 22)]])
+    off = {"unknown_tokens": "off"}
+    assert judge({**CLASSES, "class_weights": "balanced"}, train="train.jsonl", checks=off) == Verdict()
+    (problem,) = judge(UGLY, train="train.jsonl", checks=off).warnings
+    assert problem.message.endswith("'ugly' 0 (limit 20 to 1); add rows, or remove the label from task.labels")
+
+
+def test_shares_are_of_the_rows_that_are_used(judge: Any) -> None:
+    write_json("train.jsonl", [*rows(8), *rows(1), EMPTY])
+    (problem,) = judge(train="train.jsonl", checks={"empty_text": "off"}).warnings
+    assert problem.message.startswith("1 of 9 train rows has the tokens of an earlier row (11.1%,")
+
+
 def test_words_for_missing_are_told(judge: Any) -> None:
     write("train.csv", "text,label", "NA,good", "bad film,bad", "good film,good", "dull film,bad")
     (problem,) = judge(train="train.csv", checks={"unknown_tokens": "off"}).warnings

@@ -14,10 +14,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from hf_finetune import model
 from hf_finetune.errors import ModelError, RecipeError
+from hf_finetune.findings import Findings
 from hf_finetune.hardware import Machine
 from hf_finetune.model import dropout
 from hf_finetune.model.pretrained import read_config
 from hf_finetune.schema.blocks import Model
+from hf_finetune.tasks import Targets
 
 LORA = {"kind": "lora", "r": 4}
 FULL = {"kind": "full"}
@@ -360,6 +362,9 @@ def test_attention_that_is_not_installed_is_one_line(tiny_llama: str) -> None:
     made = recipe(tiny_llama, LORA, LANGUAGE_MODEL, attention="flash_attention_2")
     with pytest.raises(ModelError, match=r"^model\.attention: flash_attention_2 can't be used: .*install flash-attn"):
         model.attention(made, replace(machine(), attention="flash_attention_2"))
+    findings = Findings()
+    assert model.examine(made, Targets(), None, findings) is not None
+    assert [problem.key for problem in findings.errors] == ["model.attention"]
 
 
 def test_the_8_bit_optimiser_names_its_extra(tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:

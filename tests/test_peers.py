@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -127,9 +128,10 @@ def test_a_stopped_rank_is_given_up_after_its_time(start: Start) -> None:
 
 
 def test_ranks_that_were_all_stopped_go_on(start: Start) -> None:
-    run = start("    time.sleep(1.5)", "    time.sleep(1.5)", timeout=1)
+    work = "    for _ in range(20): time.sleep(0.1)"
+    run = start(work, work, timeout=2)
     run.meet()
-    for number, pause in ((signal.SIGSTOP, 2), (signal.SIGCONT, 0)):
+    for number, pause in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
         for rank in run.ranks:
             rank.send_signal(number)
         time.sleep(pause)
@@ -315,6 +317,51 @@ def test_torchs_own_errors_of_communication_are_known() -> None:
     assert all(is_of_a_peer(kind("x")) for kind in (distributed.DistBackendError, distributed.DistStoreError))
 
 
+def test_the_most_suspect_rank_is_named_when_a_collective_times_out() -> None:
+    def idle(rank: int, place: str, **changes: object) -> Peer:
+        return Peer(beat(rank=rank, idle=599.0, place=place, **changes), is_here=False, is_known=True)
+
+    peers = {1: idle(1, "graph.py:865 (_engine_run_backward)"), 2: idle(2, "x (all_reduce)", waits=True)}
+    peers[3] = idle(3, "loader.py:41 (fetch)")
+    assert [failure.rank for failure in verdict.likely(peers, beat(rank=0), 600)] == [3, 1]
+
+
+def test_a_failure_is_said_by_one_rank_whoever_notices_first(tmp_path: Path) -> None:
+    this, died = alone(tmp_path), Failure(1, "rank 1 died", 10)
+    this._peers[1] = Peer(beat(), is_here=True, is_known=True)
+    other = Peer(beat(rank=2, state="failed", failure=died), is_here=True, is_known=True)
+    this._peers[2] = other
+    assert not this._is_said_by_another(died)
+    this.rank = 3
+    this._peers[0] = Peer(beat(rank=0, process=Process.own()), is_here=True, is_known=True)
+    assert this._is_said_by_another(died)
+    this._peers.pop(0)
+    other.beat = replace(other.beat, has_said=True)
+    assert this._is_said_by_another(died)
+
+
+def test_a_last_word_counts_that_came_after_the_last_look(tmp_path: Path) -> None:
+    this, gone = alone(tmp_path), replace(Process.own(), started=1)
+    this._peers[1] = Peer(beat(process=gone), is_here=True, is_known=True)
+    beat(process=gone).write(tmp_path / ".ranks" / "1.json")
+    assert this._sure(patient=True) is not None
+    beat(process=gone, count=2, state="done").write(tmp_path / ".ranks" / "1.json")
+    assert this._sure(patient=True) is None
+
+
+def test_a_beat_goes_on_where_no_new_file_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told, file = beat(place="a long place" * 9), tmp_path / "1.json"
+    told.write(file)
+    monkeypatch.setattr("hf_finetune.peers.beat.write_atomically", full)
+    assert beat(count=2).write(file)
+    assert (read := Beat.read(file)) is not None
+    assert read.count == 2
+    assert not told.write(tmp_path / "new.json")
+
+
 def test_an_error_is_traced_to_the_peer_behind_it(tmp_path: Path) -> None:
     this = alone(tmp_path)
     gone = beat(
@@ -347,7 +394,8 @@ def test_one_process_has_nobody_to_watch(tmp_path: Path) -> None:
 
 def test_files_of_ranks_that_are_no_more_go(tmp_path: Path) -> None:
     (tmp_path / ".ranks").mkdir()
-    (tmp_path / ".ranks" / "7.json").touch()
+    for name in ("7.json", ".0.json.4711"):
+        (tmp_path / ".ranks" / name).touch()
     with Watch(tmp_path, 0, 2, lambda failure: None):
         pass
     (file,) = (tmp_path / ".ranks").iterdir()

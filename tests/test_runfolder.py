@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_finetune import runfolder
-from hf_finetune.errors import RecipeError, StorageError
-from hf_finetune.runfolder import RunFolder, State, Status
+from hf_finetune.errors import CheckpointError, RecipeError, StorageError
+from hf_finetune.runfolder import RunFolder, Start, State, Status
 
 
 def state(folder: RunFolder) -> str:
@@ -37,17 +37,49 @@ def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
 def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "done")
-    assert not folder.claim("a: 1\n", restart=False)
+    assert folder.claim("a: 1\n", restart=False).kind == "done"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "says"), [("a: 2\n", "a run of another recipe"), ("a: 1\n", r"an earlier run \(failed\)")]
-)
-def test_another_or_unfinished_run_is_refused(tmp_path: Path, recipe: str, says: str) -> None:
+def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "failed")
-    with pytest.raises(RecipeError, match=says):
-        folder.claim(recipe, restart=False)
+    assert folder.claim("a: 1\n", restart=False) == Start("resume")
+
+
+@pytest.mark.parametrize("ended", ["failed", "done", "preempted"])
+def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, ended: State) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    finished(folder, "training: {learning_rate: 1.0, seed: 1}\noutput: x\n", ended)
+    other = "training: {learning_rate: 2.0, seed: 2}\noutput: y\n"
+    with pytest.raises(CheckpointError) as caught:
+        folder.claim(other, restart=False)
+    first, second = caught.value.problems
+    assert first.key == "training.learning_rate"
+    assert "was 1.0, is 2.0" in first.message
+    assert "--allow-change training.learning_rate" in first.message
+    assert second.key == "training.seed"
+    assert "--allow-change" not in second.message
+
+
+def test_an_allowed_change_goes_on_and_is_said(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    finished(folder, "training: {steps: 3}\n", "done")
+    start = folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    assert start.kind == "resume"
+    assert "training.steps was 3, is 9" in start.notes[0]
+
+
+def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    folder.metrics.write_text("{}\n")
+    status = Status(folder.status)
+    status._write("running", exit_code=None, reason=None)
+    folder.release()
+    assert folder.look("a: 1\n", restart=False) == Start("resume")
+    folder.lock.write_text("4711 another-host")
+    with pytest.raises(RecipeError, match="is going on; stop it"):
+        folder.look("a: 1\n", restart=False)
 
 
 def test_a_run_that_never_trained_is_in_nobodys_way(tmp_path: Path) -> None:

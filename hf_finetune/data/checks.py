@@ -56,6 +56,9 @@ _SHARES = {
 """Check with a limit -> its limit, what the rows do, what to do."""
 
 
+_REBALANCE = "add rows, set task.class_weights: balanced, or raise data.checks.max_imbalance"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What `data.checks` makes of the data."""
@@ -124,8 +127,8 @@ class _Split:
             tally, most = self.facts.tallies.get(check), getattr(checks, limit)
             if tally is not None and tally.count > most * report.kept:
                 share = f"({tally.count / report.kept:.1%}, limit {most:.1%}; {_where(tally)})"
-                message = f"{self._counted(tally)} {_conjugated(what, tally)} {share}; {remedy}"
-                yield check, self._problem(message, tally)
+                counted = f"{tally.count:,} of {report.kept:,} {self.name} {_rows(report.kept)}"
+                yield check, self._problem(f"{counted} {_conjugated(what, tally)} {share}; {remedy}", tally)
         if report.cut > checks.max_cut * report.kept:
             share = f"({report.cut / report.kept:.1%}, limit {checks.max_cut:.1%}; longest {report.longest:,})"
             most_tokens = self.recipe.data.max_length
@@ -153,12 +156,12 @@ class _Split:
         elif counts:
             most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
             limit = self.recipe.data.checks.max_imbalance
-            if counts[most] > limit * counts[least]:
-                message = (
-                    f"the label {most!r} has {counts[most]:,} train rows, {least!r} {counts[least]:,} (limit "
-                    f"{limit:g} to 1); add rows, set task.class_weights: balanced, or raise data.checks.max_imbalance"
-                )
-                yield "imbalance", self._problem(message)
+            weighted = getattr(self.recipe.task, "class_weights", None) is not None
+            if counts[most] > limit * counts[least] and not (weighted and counts[least]):
+                spread = f"the label {most!r} has {counts[most]:,} train rows, {least!r} {counts[least]:,}"
+                # Neither a weight nor a limit helps a label without rows.
+                remedy = _REBALANCE if counts[least] else "add rows, or remove the label from task.labels"
+                yield "imbalance", self._problem(f"{spread} (limit {limit:g} to 1); {remedy}")
 
     def unseen(self, train: Facts | None) -> Iterator[Found]:
         """Labels that these rows have and the training rows do not."""
@@ -179,8 +182,7 @@ class _Split:
         return "; they are dropped" if drops else ""
 
     def _counted(self, tally: Tally) -> str:
-        rows = self.report.rows
-        return f"{tally.count:,} of {rows:,} {self.name} {'row' if rows == 1 else 'rows'}"
+        return f"{tally.count:,} of {self.report.rows:,} {self.name} {_rows(self.report.rows)}"
 
     def _problem(self, message: str, tally: Tally | None = None) -> Problem:
         places = {place for place, _ in tally.rows} if tally is not None else set()
@@ -190,6 +192,10 @@ class _Split:
 def _conjugated(what: str, tally: Tally) -> str:
     one = tally.count == 1
     return what.format(have="has" if one else "have", begin="begins" if one else "begin")
+
+
+def _rows(count: int) -> str:
+    return "row" if count == 1 else "rows"
 
 
 def _be(count: int) -> str:

@@ -41,9 +41,13 @@ class SplitReport:
 
 def nothing_left(report: SplitReport, name: str, where: str) -> DataError:
     """The error for a split of which no row can be used."""
-    empty = f", {report.empty} have no text" if report.empty else ""
-    message = (
-        f"none of the {report.rows} {name} rows can be used: {report.dropped} are too long and dropped, "
-        f"{report.untrained} have nothing to train on (within data.max_length){empty}"
-    )
+    fates = {
+        "are too long and dropped; raise data.max_length, or set data.overlong: truncate": report.dropped,
+        "have nothing that is trained; raise data.max_length if they are cut": report.untrained,
+        "have no text; fill it in": report.empty,
+    }
+    told = ", ".join(f"{count:,} {fate.partition('; ')[0]}" for fate, count in fates.items() if count)
+    remedies = "; ".join(fate.partition("; ")[2] for fate, count in fates.items() if count)
+    longest = f" (longest {report.longest:,} tokens)" if report.longest else ""
+    message = f"none of the {report.rows:,} {name} rows can be used: {told}{longest}; {remedies}"
     return DataError(Problem(message, file=where))

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, ModelError, Problem
+from hf_finetune.schema.nearest import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,10 @@ Rendered = tuple[str, list[Span]]
 """A text, and which of its characters are trained."""
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers takes for the start of an assistant block."""
+SPEAKERS = ("assistant", "user")
+"""The roles that are told apart here."""
+OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
+"""What other formats call them."""
 _ALL = "the trained tokens can't be told; set task.train_on: all"
 
 
@@ -223,13 +228,23 @@ def _listed(value: Any, what: str) -> list[Any]:
 
 def _turn(number: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}")
+        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}; write it so")
     clean: dict[str, Any] = _without_nulls(turn)
+    if _is_misnamed(clean["role"]):
+        # Most templates render it all the same, and nothing of it would be trained.
+        raise DataError(f"turn {number} has the role {clean['role']!r}; write 'assistant' or 'user'")
     if "content" not in clean and "tool_calls" not in clean:
         raise DataError(f"turn {number} ({clean['role']}) has no content")
     if "tool_calls" in clean:
         clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"], f"the tool calls of turn {number}")]
     return clean
+
+
+def _is_misnamed(role: str) -> bool:
+    """Whether a role is another word for assistant or user, or one of them misspelt; others are up to the template."""
+    if role in SPEAKERS:
+        return False
+    return role.lower() in OTHER_NAMES or nearest(role, SPEAKERS, cutoff=0.8) is not None
 
 
 def _call(call: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,8 @@ def attention(recipe: Recipe, config: PreTrainedConfig) -> None:
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(recipe.training.precision, torch.bfloat16)
     try:
         with torch.device("meta"):
-            auto.from_config(config, attn_implementation=asked, dtype=dtype, trust_remote_code=False)
+            # Of a copy: it would write what is asked for into the config, and so break what is made of that next.
+            auto.from_config(copy.deepcopy(config), attn_implementation=asked, dtype=dtype, trust_remote_code=False)
     except (ImportError, ValueError) as error:
         how = "install flash-attn on a machine with a CUDA device, or write sdpa or auto"
         reason = f"{asked} can't be used: {' '.join(str(error).split())[:300]}; {how}"

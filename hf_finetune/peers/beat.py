@@ -56,6 +56,9 @@ class Beat:
     """Whether it prints its own errors: the first rank of a node does."""
     state: State = "running"
     failure: Failure | None = None
+    """Why it ends: its own error, or what happened to another rank."""
+    has_said: bool = False
+    """Whether it prints that failure of another rank."""
 
     def write(self, file: Path) -> bool:
         """Write it in one step, or on a full disk over the old one; False where that is impossible too."""

@@ -20,6 +20,8 @@ STOP_S = 30.0
 LOST_S = 10.0
 """Silence or idleness that makes a rank suspect when a collective fails."""
 
+_BACKWARD = "(_engine_run_backward)"
+"""Where a rank waits for gradients of the others, or computes its own."""
 _RESUME = "resume with the same command"
 _GONE = re.compile(
     r"Connection (closed|reset|refused)|[Tt]imed out waiting|Broken pipe|[Rr]ead timeout|[Ss]ocket (closed|timeout)"
@@ -109,6 +111,7 @@ def likely(peers: Peers, own: Beat, timeout: float) -> Iterator[Failure]:
     """Who may be to blame for a collective that failed although nobody has died, the most suspect first."""
     lost = min(LOST_S, timeout / 2)
     running = [peer for peer in peers.values() if peer.beat.state == "running"]
+    running.sort(key=lambda peer: (peer.beat.place.endswith(_BACKWARD), peer.beat.step))
     yield from (peer.fell_silent(steps(peers, own)) for peer in running if peer.silent >= lost)
     yield from (peer.hangs(steps(peers, own)) for peer in running if peer.beat.idle >= lost and not peer.beat.waits)
     for peer in peers.values():

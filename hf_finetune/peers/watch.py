@@ -84,7 +84,7 @@ class Watch:
         """Say that the main thread has come on; costs nothing. The others learn it within a second.
 
         Args:
-            step: Last finished optimiser step.
+            step: Last finished optimiser step. Steps are in common: each of them has a collective.
             phase: What goes on now, to follow "while": `training`, `evaluating`, `saving`.
         """
         self._mark = (step, phase)
@@ -99,6 +99,8 @@ class Watch:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for file in self.folder.glob(f".{self.rank}.json.*"):  # whoever was killed while it wrote left one
+                file.unlink(missing_ok=True)
             for file in self.folder.glob("[0-9]*.json") if self.rank == 0 else ():
                 if int(file.stem) >= self.world_size:
                     file.unlink(missing_ok=True)
@@ -209,7 +211,12 @@ class Watch:
     # ---- the verdict; all of it under the lock ----
 
     def _known(self) -> dict[int, Peer]:
-        return {rank: peer for rank, peer in self._peers.items() if peer.is_known}
+        known = {rank: peer for rank, peer in self._peers.items() if peer.is_known}
+        least = self._mark[0] - 1  # a step ends for no rank before all have taken part in it; a beat may be older
+        for peer in known.values():
+            if peer.beat.state == "running" and peer.beat.step < least:
+                peer.beat = replace(peer.beat, step=least)
+        return known
 
     def _sure(self, *, patient: bool) -> Failure | None:
         if next(verdict.sure(self._known(), self._beat, self.timeout, patient=patient), None) is None:
@@ -240,9 +247,9 @@ class Watch:
     def _end(self, failure: Failure) -> None:
         """Say it, and end this process."""
         try:
-            is_said = self._is_said_by_another(failure)
-            self._say_goodbye("failed", failure)
-            if not is_said:
+            speaks = not self._is_said_by_another(failure)
+            self._say_goodbye("failed", failure, has_said=speaks)
+            if speaks:
                 _say(failure)
             callback = threading.Thread(target=self._call_back, args=(failure,), daemon=True)
             callback.start()
@@ -260,21 +267,20 @@ class Watch:
         culprit = here.pop(failure.rank, None)
         if culprit and culprit.beat.state == "failed" and culprit.beat.speaks:
             return True
-        told = [peer for peer in here.values() if peer.beat.failure and peer.beat.failure.rank == failure.rank]
         lost = min(verdict.LOST_S, self.timeout / 2)
         alive = [r for r, p in here.items() if p.beat.state == "running" and p.silent < lost and not p.is_gone()]
-        return bool(told) or any(rank < self.rank for rank in alive)
+        return any(peer.beat.has_said for peer in here.values()) or any(rank < self.rank for rank in alive)
 
     def _call_back(self, failure: Failure) -> None:
         self._on_failure(failure)
         with suppress(OSError, ValueError):
             sys.stdout.flush()
 
-    def _say_goodbye(self, state: State, failure: Failure | None) -> None:
+    def _say_goodbye(self, state: State, failure: Failure | None, *, has_said: bool = False) -> None:
         self._is_over = True
         self._stop.set()
         step, phase = self._mark
-        self._beat = replace(self._beat, step=step, phase=phase, state=state, failure=failure)
+        self._beat = replace(self._beat, step=step, phase=phase, state=state, failure=failure, has_said=has_said)
         if not self._show():
             with suppress(OSError):
                 self._file(self.rank).unlink()

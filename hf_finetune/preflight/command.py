@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_finetune.preflight import light
 from hf_finetune.recipe import read
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from hf_finetune.preflight.heavy import Examined
     from hf_finetune.recipe import Recipe
     from hf_finetune.schema.reading import Reading
+
+Origins = list[tuple[str, str, str]]
+"""Key, value, and where it came from."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,19 @@ def run(path: str, overrides: Sequence[str], options: Options) -> int:
         The exit code: 0, or that of the gravest kind of finding (2, 3, 4 or 5).
     """
     result = check(path, overrides, restart=options.restart, allowed=options.allow_change)
-    if options.as_json:
-        sys.stdout.write(json.dumps(_as_json(result), indent=2) + "\n")
-    else:
-        _print(result)
-        if options.explain and result.reading.recipe is not None:
-            _print_origins(result.reading)
-        if options.show:
-            _print_rows(result, options.show)
+    origins = _origins(result.reading) if options.explain else []
+    rows = []
+    # First of all, as a row of a stream may be unreadable: what is found then belongs to the findings.
+    with result.findings.collect():
+        rows = _rows(result, options) if options.show else []
     if options.report is not None:
-        _write_report(result, options.report)
+        with result.findings.collect():
+            _write_report(result, options.report)
+    try:
+        _print_json(result, origins, rows) if options.as_json else _print(result, origins, rows)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `check ... | head`: not to read on is no fault; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result.findings.exit_code
 
 
@@ -98,7 +106,9 @@ def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False, al
     return Result(reading, findings.located(reading.locate), plan, seen)
 
 
-def _print(result: Result) -> None:
+def _print(result: Result, origins: Origins, rows: list[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts may hold what the terminal's encoding lacks
     for finding in result.findings:
         sys.stderr.write(f"hf_finetune: {finding.level}: {finding.problem}\n")
     for note in result.reading.notes:
@@ -108,6 +118,12 @@ def _print(result: Result) -> None:
     for name, text in result.plan:
         sys.stdout.write(f"  {name:<{width}}  {text}\n")
     sys.stdout.write(_verdict(result.findings) + "\n")
+    keys = max((len(key) for key, _, _ in origins), default=0)
+    values = min(40, max((len(value) for _, value, _ in origins), default=0))
+    for key, value, origin in origins:
+        sys.stdout.write(f"{key:<{keys}}  {value:<{values}}  # {origin}\n")
+    for line in rows:
+        sys.stdout.write(line + "\n")
 
 
 def _verdict(findings: Findings) -> str:
@@ -116,32 +132,40 @@ def _verdict(findings: Findings) -> str:
     return ", ".join(told) + ("" if errors else ": this recipe can run")
 
 
-def _as_json(result: Result) -> dict[str, Any]:
-    return {
+def _print_json(result: Result, origins: Origins, rows: list[str]) -> None:
+    told = {
         "exit_code": result.findings.exit_code,
         "findings": [finding.as_json() for finding in result.findings],
         "notes": result.reading.notes,
         "plan": dict(result.plan),
+        "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
+        "rows": rows,
     }
+    sys.stdout.write(json.dumps(told, indent=2) + "\n")
 
 
-def _print_origins(reading: Reading[Recipe]) -> None:
-    rows = reading.explain()
-    keys = max(len(key) for key, _, _ in rows)
-    values = min(40, max(len(value) for _, value, _ in rows))
-    for key, value, origin in rows:
-        sys.stdout.write(f"{key:<{keys}}  {value:<{values}}  # {origin}\n")
+def _origins(reading: Reading[Recipe]) -> Origins:
+    """Where each value came from."""
+    if reading.recipe is not None:
+        return reading.explain()
+    sys.stderr.write("hf_finetune: no values to explain: mend the errors first\n")
+    return []
 
 
-def _print_rows(result: Result, count: int) -> None:
+def _rows(result: Result, options: Options) -> list[str]:
+    """Rows as the model will see them, as lines of text.
+
+    Raises:
+        DataError: A streamed row can't be read.
+    """
     from hf_finetune.datareport import show
 
     seen = result.seen
     if seen is None or seen.prepared is None:
-        sys.stderr.write("hf_finetune: no rows to show: mend the errors above first\n")
-        return
-    for line in show.lines(seen.recipe, seen.prepared, seen.tokenizer, count, colour=sys.stdout.isatty()):
-        sys.stdout.write(line + "\n")
+        sys.stderr.write("hf_finetune: no rows to show: mend the errors first\n")
+        return []
+    colour = sys.stdout.isatty() and not options.as_json
+    return show.lines(seen.recipe, seen.prepared, seen.tokenizer, options.show, colour=colour)
 
 
 def _write_report(result: Result, file: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import data, hardware, jobs, model
 from hf_finetune.data import checks
-from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
         return Examined(recipe, machine)
     with findings.collect():
         machine = replace(machine, attention=model.attention(recipe, machine))
+    if findings.blame("model.name", ModelError) and not Path(recipe.model.name).expanduser().is_dir():
+        return Examined(recipe, machine)  # what the Hub does not give now it gives no later; each try takes long
     with findings.collect():
         tokenizer = model.load_tokenizer(recipe.model)
     if tokenizer is not None and not findings.blame("data", RecipeError):

@@ -38,7 +38,7 @@ class Checks(Section):
     conflicting_labels: Level = "warn"
     """Rows with the same tokens, but another label (classification)."""
     imbalance: Level = "warn"
-    """The commonest label has more than `max_imbalance` times the training rows of the rarest."""
+    """The commonest label has over `max_imbalance` times the training rows of the rarest, and none has a weight."""
     max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0
     """Commonest / rarest."""
     cut: Level = "warn"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_finetune.tasks.causal_lm import CausalLM
-from hf_finetune.tracking.console import Console, say
+from hf_finetune.tracking.console import Console, say, warn
 from hf_finetune.tracking.journal import Entry, Journal, keep_lines
 from hf_finetune.tracking.progress import Progress
 from hf_finetune.tracking.samples import Samples
@@ -36,7 +36,7 @@ class Observers:
         self.folder = folder
         self.status = status
         self.machine = machine
-        self.journal = Journal(folder.metrics, writes=machine.is_main)
+        self.journal = Journal(folder.metrics, writes=machine.is_main, complain=warn)
         self.board = (
             TensorBoard(folder.tensorboard, {"recipe": f"```yaml\n{recipe.dump()}```"}) if machine.is_main else None
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -12,9 +15,18 @@ from hf_finetune.tracking.journal import Entry, Watcher
 
 
 def say(text: str) -> None:
-    """Print one line at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print one line at once; where nobody reads any more (`| head`), the run goes on in silence."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):  # ValueError: closed
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+
+
+def warn(text: str) -> None:
+    """Say on stderr that something is wrong that stops nothing."""
+    with suppress(BrokenPipeError, ValueError):
+        sys.stderr.write(f"hf_finetune: warning: {text}\n")
 
 
 class Console(Watcher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,16 @@ class Journal(Watcher):
     Args:
         file: `metrics.jsonl` of the run folder.
         writes: Whether this is rank 0.
+        complain: Says what is wrong, and stops nothing.
     """
 
-    def __init__(self, file: Path, *, writes: bool) -> None:
+    def __init__(self, file: Path, *, writes: bool, complain: Callable[[str], None]) -> None:
         self.file = file
+        self.complain = complain
         self.writes = writes
         self.entries: list[Entry] = []
+        self.lost = 0
+        """Lines that could not be written."""
 
     def keep(self, lines: int) -> None:
         """Go on after so many lines of an earlier process; what it wrote after its last checkpoint comes again."""
@@ -96,10 +101,16 @@ class Journal(Watcher):
     def add(self, line: Entry) -> None:
         """Append one line and flush it; NaN and infinity, which JSON can't hold, are written as text."""
         self.entries.append(line)
-        if self.writes:
+        if not self.writes:
+            return
+        plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
+        try:
             with self.file.open("a", encoding="utf-8") as stream:
-                plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
                 stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                self.complain(f"{self.file} can't be written ({error.strerror}): its lines are lost, training goes on")
 
     def see(self, line: Entry, state: TrainerState) -> None:
         """Write the line."""

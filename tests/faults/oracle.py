@@ -98,8 +98,6 @@ def finished(lab: Lab, job: Job) -> None:
     """R0, for a run that is at its end."""
     same(job, lab.reference(job.overrides, job.ranks))
     clean(job)
-    if (job.run / "tensorboard").exists():
-        readable(job)
 
 
 def resumed_at(output: str) -> int:
@@ -123,5 +121,6 @@ def readable(job: Job) -> None:
     for phase, key in (("train", "loss"), ("eval", "loss")):
         lines = {line["step"]: line[key] for line in job.lines(phase)}
         seen = events.Scalars(f"{phase}/{key}") if lines else []
-        assert [event.step for event in seen] == list(lines)
+        steps = [event.step for event in seen]
+        assert steps == list(lines), f"TensorBoard reads {phase}/{key} of {steps}"
         assert all(abs(event.value - lines[event.step]) <= 1e-6 * abs(lines[event.step]) for event in seen)

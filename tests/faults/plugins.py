@@ -146,43 +146,53 @@ def saving(step: int, file: str, when: str, rank: int | None = None, action: str
         return isinstance(path, str | os.PathLike) and os.fspath(path).endswith(place)
 
     def halve(path: Any) -> None:
-        os.truncate(path, os.path.getsize(path) // 2)
+        os.truncate(path, Path(path).stat().st_size // 2)
         act()
 
-    import safetensors.torch
-    import torch
-
-    for owner, name in ((torch, "save"), (safetensors.torch, "serialize_file")):
-        if when == "before":
-            wrap(owner, name, before=lambda content, path, *a, **o: act() if hit(path) else None)
-        else:
-            wrap(owner, name, after=lambda result, content, path, *a, **o: halve(path) if hit(path) else result)
-
-    def half_text(stream: Any, path: Any, mode: str = "r", *a: Any, **o: Any) -> Any:
-        if hit(path) and mode[0] in "wx":
-            write = stream.write
-            stream.write = lambda text: (write(text[: len(text) // 2]), stream.flush(), act())
-        return stream
-
-    for module in (io, builtins):
-        if when == "before":
-            wrap(
-                module, "open", before=lambda path, mode="r", *a, **o: act() if hit(path) and mode[0] in "wx" else None
-            )
-        else:
-            wrap(module, "open", after=half_text)
-    if file == "MANIFEST.json":
+    if when == "before":
+        _before_writing(hit, act)
+    else:
+        _after_writing(hit, halve, act)
+    if file == "MANIFEST.json":  # written through a file descriptor
 
         def synced(handle: int) -> None:
-            path = os.readlink(f"/proc/self/fd/{handle}")
+            path = Path(f"/proc/self/fd/{handle}").readlink()
             if hit(path):
                 halve(path) if when == "half" else act()
 
         wrap(os, "fsync", before=synced)
 
 
+def _writers() -> tuple[tuple[Any, str], ...]:
+    """What writes tensors; both take the content, then the path."""
+    import safetensors.torch
+    import torch
+
+    return (torch, "save"), (safetensors.torch, "serialize_file")
+
+
+def _before_writing(hit: Callable[[Any], bool], act: Callable[[], None]) -> None:
+    for owner, name in _writers():
+        wrap(owner, name, before=lambda content, path, *a, **o: act() if hit(path) else None)
+    for module in (io, builtins):
+        wrap(module, "open", before=lambda path, mode="r", *a, **o: act() if hit(path) and mode[0] in "wx" else None)
+
+
+def _after_writing(hit: Callable[[Any], bool], halve: Callable[[Any], None], act: Callable[[], None]) -> None:
+    def half_text(stream: Any, path: Any, mode: str = "r", *a: Any, **o: Any) -> Any:
+        if hit(path) and mode[0] in "wx":
+            write = stream.write
+            stream.write = lambda text: (write(text[: len(text) // 2]), stream.flush(), act())
+        return stream
+
+    for owner, name in _writers():
+        wrap(owner, name, after=lambda result, content, path, *a, **o: halve(path) if hit(path) else result)
+    for module in (io, builtins):
+        wrap(module, "open", after=half_text)
+
+
 def committing(step: int, when: str, action: str = "die", rank: int | None = None, **options: Any) -> None:
-    """Act around the rename that commits: `renaming`, `renamed`; or around the end of an old one: `deleting`, `half`."""
+    """Act at the rename that commits (`renaming`, `renamed`), or at the end of an old one (`deleting`, `half`)."""
     if rank not in (None, RANK):
         return
     act = functools.partial(globals()[action], **options)

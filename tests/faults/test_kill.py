@@ -11,7 +11,7 @@ import time
 import pytest
 
 from faults.lab import ROOT, STEPS, Lab
-from faults.oracle import finished, resume, resumed_at
+from faults.oracle import finished, readable, resume, resumed_at
 
 PLACES = ("forward", "step_end", "logged")
 FEW = (1, 7, 13, 20, 26)
@@ -148,6 +148,16 @@ def test_k12_warmup_and_cosine_go_on(lab: Lab) -> None:
     job = lab.job("training.schedule=cosine", "training.warmup_steps=12")
     assert job.go(kill("step_end", 11)).code == -signal.SIGKILL
     resume(lab, job, at=10)
+
+
+@pytest.mark.parametrize(
+    "step", [7, pytest.param(11, marks=pytest.mark.faults), pytest.param(23, marks=pytest.mark.faults)]
+)
+def test_k13_tensorboard_shows_every_step_once(lab: Lab, step: int) -> None:
+    job = lab.job()
+    assert job.go(kill("step_end", step)).code == -signal.SIGKILL
+    resume(lab, job, at=(step - 1) // 5 * 5)
+    readable(job)
 
 
 def test_k14_the_same_recipe_twice(lab: Lab) -> None:

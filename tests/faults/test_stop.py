@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from faults.lab import ROOT, Job, Lab
-from faults.oracle import resume, resumed_at, finished
+from faults.oracle import finished, resume, resumed_at
 
 PLACES = ("forward", "data", "eval", "save")
 STEP = 8
