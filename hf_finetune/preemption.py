@@ -70,6 +70,11 @@ class StopRequest:
         finally:
             self._deferred = False
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank received a signal."""
+        return bool(self._received)
+
     def agreed(self) -> int:
         """The signal that any rank received, 0 for none; the same on every rank, which all call this together."""
         if self._group is None:

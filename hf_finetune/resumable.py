@@ -226,6 +226,10 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
             self._save_checkpoint(self.model)
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank received a signal; the others may not know yet."""
+        return self.keeper is not None and self.keeper.stop.is_asked
+
     def stop_evaluation_if_asked(self) -> None:
         """Leave an evaluation where the ranks agree on a stop; every rank calls it at the same moments.
 

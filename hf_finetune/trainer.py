@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_finetune import batching
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import DataError, DivergedError, Problem
-from hf_finetune.language.generation import answer_together
+from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
 from hf_finetune.tracking.throughput import Tally, Throughput
 
@@ -295,8 +295,9 @@ class FinetuneTrainer(ResumableTrainer):
     def _answers(self, questions: Questions) -> dict[str, float]:
         """Generate and score answers to the split's questions."""
         model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), until(self.is_asked_to_stop):
             answers = answer_together(
                 model, self.job.tokenizer, questions.prompts, max_new_tokens=questions.max_new_tokens
             )
+        self.stop_evaluation_if_asked()
         return questions.score(answers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -194,7 +195,8 @@ def test_gloo_makes_no_noise_about_a_killed_rank(start: Start, tmp_path: Path) -
     run.meet()
     run.ranks[1].kill()
     code, said = run.end(0)
-    assert (code, said.count("\n"), "rank 1 (" in said, " died after step 17" in said) == (10, 1, True, True)
+    assert code == 10, said
+    assert re.fullmatch(r"hf_finetune: error: rank 1 \(.*\) died after step 17, while training; resume .*\n", said)
     assert (tmp_path / "told-0").read_text().startswith("1 10 rank 1")
 
 

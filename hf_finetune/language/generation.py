@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from hf_finetune.language.chat import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: False)
 
 BATCH = 16
 """Prompts that are answered together on one device."""
@@ -32,6 +35,23 @@ class Generation:
     """New tokens, the end token included."""
     ended: bool
     """Whether the model stopped by itself with the token that ends a turn (without a chat template: EOS)."""
+
+
+@contextmanager
+def until(halted: Callable[[], bool]) -> Iterator[None]:
+    """Inside, answers end at the next token once `halted` says so: whoever asked for them no longer wants them."""
+    token = _halted.set(halted)
+    try:
+        yield
+    finally:
+        _halted.reset(token)
+
+
+class _Halt(StoppingCriteria):
+    """Ends every answer of a batch."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), _halted.get()(), device=input_ids.device, dtype=torch.bool)
 
 
 def generate(
@@ -139,7 +159,10 @@ def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-    output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room)
+    halt = StoppingCriteriaList([_Halt()])
+    output: torch.Tensor = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=room, stopping_criteria=halt
+    )
     new: list[list[int]] = output[:, width:].tolist()
     return new
 

@@ -96,11 +96,14 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "server"
         self.folder = folder
-        environment = os.environ | {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1"}
+        # pyarrow's own allocator would start a thread, and a process with threads is not safely forked.
+        own = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        environment = os.environ | own
         command = [sys.executable, "-m", "faults.server", str(self.path)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
+        assert len(list(Path(f"/proc/{self.process.pid}/task").iterdir())) == 1
         self.count = 0
 
     def start(self, argv: list[str], env: dict[str, str], plugins: list[Any]) -> Child:

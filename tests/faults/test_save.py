@@ -32,7 +32,7 @@ def at_point(when: str, file: str, rank: int | None = None) -> list[Any]:
 @pytest.mark.parametrize(
     ("when", "file"), [point if point in QUICK else pytest.param(*point, marks=pytest.mark.faults) for point in POINTS]
 )
-def test_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
+def test_f1_to_f9_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
     job = lab.job()
     ended = job.go(at_point(when, file))
     assert ended.code == -signal.SIGKILL, ended.output
@@ -44,7 +44,7 @@ def test_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
 
 @pytest.mark.parametrize(("when", "file"), POINTS)
 @pytest.mark.faults
-def test_two_processes_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
+def test_f1_to_f9_two_processes_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
     job = lab.job(ranks=2)
     children = job.fork(at_point(when, file))
     assert children[0].wait() == -signal.SIGKILL, children[0].output
