@@ -166,7 +166,7 @@ def test_labels_are_counted_in_the_rows_that_are_used(recipe: Path, check: Calla
     rows = [{"text": f"a film {'so ' * n}fine", "label": ("good", "bad")[n % 2]} for n in range(24)]
     file = recipe.parent / "some.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "", "label": "good"}]))
-    out = check(recipe, f"data.train={file}", "data.validation=null", "data.checks.empty_text=warn")[1]
+    out = check(recipe, f"data.train={file}", "data.validation_share=null", "data.checks.empty_text=warn")[1]
     assert "bad 12, good 12" in out
 
 
@@ -179,7 +179,7 @@ def test_rows_to_show_are_a_number(word: str, recipe: Path, check: Callable[...,
 
 def test_json_holds_whatever_is_asked_for(recipe: Path, check: Callable[..., Any]) -> None:
     told = json.loads(check(recipe, "--explain", "--show", "1", "--format", "json")[1])
-    assert {"key": "adapter.r", "value": "8", "origin": "default"} in told["origins"]
+    assert {"key": "adapter.dropout", "value": "0.0", "origin": "default"} in told["origins"]
     assert told["rows"][0].startswith("row 1: ")
 
 
@@ -209,7 +209,7 @@ def test_what_the_hub_lacks_is_asked_for_once(recipe: Path) -> None:
             asked.append(self.path.rpartition("/")[2])
             self.send_error(404)
 
-        do_GET = do_HEAD
+        do_GET = do_HEAD  # noqa: N815 (the library's name)
 
         def log_message(self, *_: object) -> None:
             """Keep quiet."""
@@ -221,4 +221,5 @@ def test_what_the_hub_lacks_is_asked_for_once(recipe: Path) -> None:
         done = subprocess.run(command, env={**os.environ, **address}, capture_output=True, text=True, check=False)
         hub.shutdown()
     assert done.returncode == 4
-    assert set(asked) == {"config.json"}
+    assert "config.json" in asked
+    assert not any(name.startswith("tokenizer") for name in asked)

@@ -195,8 +195,11 @@ def test_gloo_makes_no_noise_about_a_killed_rank(start: Start, tmp_path: Path) -
     run.meet()
     run.ranks[1].kill()
     code, said = run.end(0)
-    assert code == 10, said
-    assert re.fullmatch(r"hf_finetune: error: rank 1 \(.*\) died after step 17, while training; resume .*\n", said)
+    assert code == 10, said[-3000:]
+    assert re.findall(r"error: rank 1 \(.*\) (died after step 17, while training)", said) == [
+        "died after step 17, while training"
+    ]
+    assert not re.search("Traceback|gloo|by peer", said), said
     assert (tmp_path / "told-0").read_text().startswith("1 10 rank 1")
 
 

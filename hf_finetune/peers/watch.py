@@ -230,7 +230,8 @@ class Watch:
         is_lost, is_own = verdict.is_of_a_peer(error), isinstance(error, FinetuneError)
         if not is_lost and (is_own or not isinstance(error, RuntimeError | SystemExit)):
             return None
-        rounds = max(1, round(PATIENCE_S / LOOK_S)) if is_lost else 1
+        # Connections close some time before the kernel shows a process as gone; a signal came from outside.
+        rounds = 1 if isinstance(error, SystemExit) else max(1, round(PATIENCE_S / LOOK_S))
         for number in range(rounds):
             if number:
                 time.sleep(LOOK_S)

@@ -92,10 +92,17 @@ def test_f21_a_limit_on_the_size_of_files(lab: Lab) -> None:
     resume(lab, job, at=5)
 
 
+@root
 def test_f22_metrics_that_cannot_be_written_never_stop_training(lab: Lab) -> None:
     job = lab.job()
-    command = f"rm {job.run}/metrics.jsonl && ln -s /dev/full {job.run}/metrics.jsonl"
-    ended = job.go(["at", {"place": "forward", "step": 8, "action": "shell", "command": command}])
+    disk, file = job.folder / "disk", job.run / "metrics.jsonl"
+    disk.mkdir()
+    mount(disk, "-t", "tmpfs", "-o", "size=16k", "none")
+    command = f"mv {file} {disk} && ln -s {disk}/metrics.jsonl {file} && head -c 1M /dev/zero > {disk}/filler; true"
+    try:
+        ended = job.go(["at", {"place": "forward", "step": 8, "action": "shell", "command": command}])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
     assert ended.code == 0, ended.output
     told = [line for line in ended.output.splitlines() if "metrics.jsonl" in line and "warning" in line]
     assert len(told) == 1, ended.output
