@@ -60,6 +60,9 @@ class ResumableTrainer(Trainer):
     is_sharded: bool = False
     _ends_at_once: bool = False
 
+    def progress(self, step: int, phase: str) -> None:
+        """Tells the other ranks that this one has come on."""
+
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""
         keeper = self.keeper
@@ -81,6 +84,7 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         self.store_flos()
+        self.progress(self.state.global_step, "saving")
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []

@@ -11,12 +11,13 @@ from accelerate.utils import broadcast_object_list
 
 from hf_finetune import continuation
 from hf_finetune.errors import FinetuneError
-from hf_finetune.preemption import Stopped
-from hf_finetune.runfolder import RunFolder, Start, Status
+from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
+from hf_finetune.runfolder import RunFolder, Start, State, Status
 from hf_finetune.tracking.console import say
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
+    from hf_finetune.peers import Failure
     from hf_finetune.recipe import Recipe
 
 
@@ -72,6 +73,20 @@ def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
         told.finish("done", 0)
     finally:
         folder.release()
+
+
+def peer_failed(status: Status, machine: Machine, failure: Failure) -> None:
+    """Keep status.json true where another rank has failed and this process is about to end because of it.
+
+    Args:
+        status: This rank's; that of rank 0 keeps the file, and where rank 0 is the one that failed, rank 1's does.
+        machine: Tells which rank this is.
+        failure: Which rank, why, and the exit code.
+    """
+    if machine.rank != (1 if failure.rank == 0 else 0):
+        return
+    states: dict[int, State] = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+    status.finish(states.get(failure.exit_code, "failed"), failure.exit_code, failure.reason)
 
 
 def _how_to_go_on(status: Status) -> str:

@@ -175,6 +175,7 @@ class FinetuneTrainer(ResumableTrainer):
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """One micro-batch; adds its share to the loss of the step, on the device, and waits for nothing."""
+        self.progress(self.state.global_step, "training")
         loss: torch.Tensor = super().training_step(*arguments, **options)
         self._step_loss = self._step_loss + loss
         return loss
@@ -273,6 +274,7 @@ class FinetuneTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """What the task's metrics need of each row, and the rows' numbers; never whole logits of a language model."""
+        self.progress(self.state.global_step, "evaluating")
         self.stop_evaluation_if_asked()
         inputs = self._prepare_inputs(inputs)
         labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_finetune.adapters import Setting
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.language import packing
+from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
 from hf_finetune.preflight import heavy, light
 from hf_finetune.report import Outcome
@@ -70,8 +72,11 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
             return None
         with session.status(folder, machine) as status:
             ready = heavy.prepare(recipe, machine, findings)
-            run = _Run(ready, findings, folder, status, stop)
-            return run.complete(start.notes)
+            # Not before: what is found until here, every rank finds and says by itself.
+            with Watch(
+                folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
+            ) as watch:
+                return _Run(ready, findings, folder, status, stop, watch).complete(start.notes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class _Run:
     folder: RunFolder
     status: Status
     stop: StopRequest
+    watch: Watch
 
     def complete(self, notes: Sequence[str]) -> Outcome:
         """Load, train, evaluate, save, check what was saved, report."""
@@ -96,6 +102,7 @@ class _Run:
         keeping.go_on(keeper, observers, self.status, tell)
         trainer = _trainer(learner, observers, folder)
         trainer.keeper, trainer.guard, trainer.is_sharded = keeper, Guard(recipe.training), machine.is_sharded
+        trainer.progress = self.watch.progress  # type: ignore[method-assign]
         with _out_of_memory(trainer, learner):
             seconds, scores = _train(trainer, learner, self.stop)
             difference = _save(trainer, learner, folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ROOT / "tests"
-PATIENCE = 120.0
+PATIENCE = 90.0
 """Seconds that anything may take."""
 
 RECIPE = """\

@@ -59,7 +59,8 @@ def same(job: Job, reference: Job) -> None:
     """Compare two finished runs bit for bit."""
     steps = [line["step"] for line in job.lines("train")]
     assert steps == [line["step"] for line in reference.lines("train")]
-    assert [exact(line) for line in job.lines()] == [exact(line) for line in reference.lines()]
+    for line, expected in zip(job.lines(), reference.lines(), strict=True):
+        assert exact(line) == exact(expected)
     assert adapter_hash(job) == adapter_hash(reference)
     assert job.checkpoints == reference.checkpoints
     if job.checkpoints:

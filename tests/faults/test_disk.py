@@ -168,13 +168,13 @@ def test_f23_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded
 def test_f23_a_disk_that_becomes_read_only_while_training(lab: Lab) -> None:
     job = lab.job()
     with small_disk(job, "16m") as disk:
-        command = f"mount -o remount,ro {disk}"
+        command = f"mount --bind {disk} {disk} && mount -o remount,bind,ro {disk}"
         ended = job.go(["at", {"place": "forward", "step": 8, "action": "shell", "command": command}])
         assert ended.code == 5, ended.output
         assert "Traceback" not in ended.output
         again = job.go()
         assert again.code == 5, again.output
-        mount(disk, "-o", "remount,rw")
+        subprocess.run(["umount", str(disk)], check=True)
         resume(lab, job, at=5)
 
 

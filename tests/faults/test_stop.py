@@ -63,8 +63,8 @@ def stopped(job: Job, code: int = 143, state: str = "preempted", name: str = "SI
 
 
 def expected(place: str) -> int:
-    """The step whose end comes next."""
-    return 10 if place == "save" else STEP
+    """The step whose end comes next: a save is finished first, and the next step taken."""
+    return 11 if place == "save" else STEP
 
 
 @pytest.mark.parametrize(
