@@ -197,6 +197,15 @@ def test_what_the_template_refuses_is_a_data_error() -> None:
         trained("{{ raise_exception('roles must alternate') }}", CHAT)
 
 
+def test_a_refusal_says_what_to_do() -> None:
+    template = "{% for m in messages %}{{ m.content + '.' }}{% endfor %}"
+    parts: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]
+    with pytest.raises(DataError, match=r"concatenate list .*; it may take text alone: write the content of each turn"):
+        trained(template, parts)
+    with pytest.raises(DataError, match="must alternate; change the roles, their order"):
+        trained("{{ raise_exception('roles must alternate') }}", CHAT)
+
+
 def test_the_templates_own_bos_is_the_only_one() -> None:
     renderer = Renderer(byte_tokenizer("{{ bos_token }}" + PREFIXED, adds_bos=True))
     ids, labels = mark(renderer, [renderer.spans(Chat(CHAT))])[0]

@@ -56,6 +56,24 @@ def test_a_recipe_that_can_run_gets_a_plan(recipe: Path, check: Callable[..., An
     assert not (recipe.parent / "run").exists()
 
 
+def test_of_a_stream_the_first_rows_are_looked_at(recipe: Path, check: Callable[..., Any]) -> None:
+    streamed = ["data.streaming=true", "data.validation_share=null", "training.epochs=null", "training.steps=2"]
+    streamed.append("task.labels=[negative,positive]")
+    code, out, err = check(recipe, *streamed)
+    assert code == 0, err
+    assert "all 96 rows of a stream looked at: 96 rows," in out
+    assert out.endswith(": this recipe can run\n")
+    many = recipe.parent / "many.csv"
+    many.write_text("text,label\n" + "the film is good,positive\n" * 1_000 + "the film is good,\n")
+    code, out, err = check(recipe, *streamed, f"data.train={many}")
+    assert code == 0, err
+    assert "first 1,000 rows of a stream looked at: 1,000 rows," in out
+    assert out.endswith("this recipe can run; training rows after the first 1,000 are checked as they are read\n")
+    many.write_text("text,label\nthe film is good,\nthe film is bad,positiv\n")
+    code, _, err = check(recipe, *streamed, f"data.train={many}")
+    assert (code, err.count("error: "), err.count("; the row: ")) == (3, 2, 2)
+
+
 def test_the_plan_says_what_the_run_then_does(recipe: Path, check: Callable[..., Any]) -> None:
     from hf_finetune.recipe import Recipe
     from hf_finetune.training import finetune

@@ -290,7 +290,8 @@ def test_problems_of_all_splits_come_at_once(classify: Prepare) -> None:
 
 
 def test_labels_and_texts_are_complained_about_together(classify: Prepare) -> None:
-    datasets.Dataset.from_dict({"text": ["good film", "bad film"], "label": [1, None]}).to_parquet("train.parquet")
+    rows = {"text": ["good film", "bad film", "dull film"], "label": [1, None, 0]}
+    datasets.Dataset.from_dict(rows).to_parquet("train.parquet")
     datasets.Dataset.from_dict({"text": [1, 2], "label": [1, 0]}).to_parquet("test.parquet")
     with pytest.raises(DataError) as error:
         classify(train="train.parquet", test="test.parquet")
@@ -371,7 +372,7 @@ def test_rows_without_a_trained_token_are_dropped_and_counted(model_texts: Prepa
 
 def test_a_split_of_which_no_row_is_left_is_refused(model_texts: Prepare) -> None:
     write_json("train.jsonl", [{"question": "film " * 90, "answer": "good"}] * 2)
-    with pytest.raises(DataError, match="none of the 2 train rows can be used: 2 have nothing .*; raise data.max"):
+    with pytest.raises(DataError, match=r"none of the 2 train rows can be used: 2 have nothing .*; raise data.max"):
         model_texts(PAIRS, train="train.jsonl", max_length=40)
 
 

@@ -158,7 +158,7 @@ def run_rank(tokenizer: str, jobs: list[tuple[Machine, str]], together: Any, ans
         try:
             prepared = data.prepare(recipe(TEXTS, train=file), loaded, machine)
         except (DataError, PeerError) as error:
-            answers.put((job, type(error).__name__, str(error)))
+            answers.put((job, f"exit {error.exit_code}", str(error)))
         else:
             assert isinstance(prepared.train, datasets.Dataset)
             answers.put((job, "rows", prepared.train["length"][:]))
@@ -183,7 +183,7 @@ def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
     assert answered[0] == answered[1] == (0, "rows", [2, 3, 4])
     assert answered[2] == answered[3] == (1, "rows", [5, 6, 7])
     assert answered[4] == answered[5]
-    assert answered[4][1] == "DataError"
+    assert answered[4][1] == f"exit {DataError.exit_code}"
     assert "fail.jsonl:2: data.train: " in answered[4][2]
     assert [path.name for path in entries() if not path.name.endswith(".failed")] == [
         path.name for path in entries() if path.is_dir()

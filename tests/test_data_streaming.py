@@ -181,3 +181,44 @@ def test_streamed_labels_need_names_and_evaluation_is_loaded(llama: PreTrainedTo
     assert isinstance(prepared.train, data.Stream)
     assert {row["labels"] for row in itertools.islice(prepared.train.rows(1), 2)} == {0, 1}
     assert prepared.reports["train"].rows == 2
+
+
+def test_the_first_rows_are_looked_at_before_training(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 41))
+    look = stream(llama, train="train.jsonl").look()
+    assert (look.whole, look.report.rows, look.report.tokens) == (True, 40, sum(range(2, 42)))
+    look = stream(llama, train="train.jsonl").look(10)
+    assert (look.whole, look.report.rows, look.report.longest) == (False, 10, 11)
+
+
+def test_looking_leaves_the_counts_of_the_training_alone(llama: PreTrainedTokenizerBase) -> None:
+    write_lengths("train.jsonl", range(1, 41))
+    read = stream(llama, train="train.jsonl")
+    read.look()
+    assert read.report() == data.SplitReport()
+
+
+def test_everything_in_the_first_rows_is_told_at_once(llama: PreTrainedTokenizerBase) -> None:
+    texts = [("film", "good"), ("film", "godd"), ("film " * 50, "bad"), (" ", "bad"), ("plot", "godd")]
+    write_json("train.jsonl", [{"text": text, "label": label} for text, label in texts])
+    task = {**CLASSES, "labels": ["bad", "good"]}
+    with pytest.raises(DataError) as error:
+        stream(llama, task=task, train="train.jsonl", max_length=20, overlong="error").look()
+    misspelt, empty, overlong = (problem.message for problem in error.value.problems)
+    assert misspelt.endswith("the row: {'text': 'film', 'label': 'godd'} (and 1 more like it)")
+    assert empty.endswith("the row: {'text': ' ', 'label': 'bad'}")
+    assert overlong.startswith("a row has 50 tokens, more than 20;")
+
+
+def test_a_fault_after_the_first_rows_waits_for_the_training(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", [*[{"text": "film"}] * 1_000, {"text": None}])
+    assert not stream(llama, train="train.jsonl").look().whole
+    write_json("train.jsonl", [*[{"text": "film"}] * 999, {"text": None}])
+    with pytest.raises(DataError, match=r"the row: {'text': None}"):
+        stream(llama, train="train.jsonl").look()
+
+
+def test_a_stream_without_a_usable_row_is_refused_before_training(llama: PreTrainedTokenizerBase) -> None:
+    write_json("train.jsonl", LONG[3:])
+    with pytest.raises(DataError, match="none of the 1 train rows can be used: 1 are too long"):
+        stream(llama, train="train.jsonl", max_length=8, overlong="drop").look()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,16 @@ import transformers
 
 import hf_finetune
 from hf_finetune import quiet
-from hf_finetune.data import cache, encoding, sources, splits
-from hf_finetune.data.counting import Setting, gather
-from hf_finetune.data.encoding import Encoder, Encoding
-from hf_finetune.data.facts import Facts, Tally
+from hf_finetune.data import building, cache, sources
+from hf_finetune.data.building import UnfitError
+from hf_finetune.data.encoding import Encoder
+from hf_finetune.data.facts import Facts, Known, Tally
 from hf_finetune.data.faults import Wanted
-from hf_finetune.data.placing import place
+from hf_finetune.data.reading import Reading
 from hf_finetune.data.sources import Origins
 from hf_finetune.data.splitreport import SplitReport
-from hf_finetune.data.splits import Split
-from hf_finetune.data.streaming import Reading, Stream
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.data.streaming import Stream
+from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
@@ -34,9 +33,8 @@ if TYPE_CHECKING:
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Task
 
-__all__ = ["Facts", "Prepared", "SplitReport", "Stream", "Tally", "prepare"]
+__all__ = ["Facts", "Known", "Prepared", "SplitReport", "Stream", "Tally", "UnfitError", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
 
     Raises:
         DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
-            `data.checks` finds is not raised here, for that see `checks.findings`.
+            `data.checks` finds is not raised here, for that see `checks.findings`. On the rank that works it is an
+            `UnfitError`, which carries what these checks need.
         StorageError: The cache can't be written.
     """
     quiet.hush()
@@ -96,12 +95,16 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
     origins = sources.locate(data)
     reading = Reading.of(data, origins, Wanted.by(task), seed)
     if origins.problems:
-        raise DataError(_problems(recipe, tokenizer, reading) if machine.is_node_main else origins.problems)
+        if machine.is_node_main:
+            # Nothing can come of them, but there may be more to say.
+            with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
+                building.build(recipe, tokenizer, reading, Path(scratch))
+        raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
     def build(scratch: Path) -> cache.Content:
-        content = _build(recipe, tokenizer, reading, scratch)
+        content = building.build(recipe, tokenizer, reading, scratch)
         origins.check_unchanged(stamps)
         return content
 
@@ -121,78 +124,9 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
         targets=content.targets,
         counted=content.reports,
         facts=content.facts,
-        places=_places(origins),
+        places=origins.places,
         fingerprint=fingerprint,
     )
-
-
-def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, scratch: Path) -> cache.Content:
-    """Read and encode every split; what is wrong with any of them is raised at once, after all were tried."""
-    data, task = recipe.data, recipe.task
-    loaded = splits.load(data, reading.origins, reading.wanted, recipe.training.seed, str(scratch / "raw"))
-    problems = list(loaded.problems)
-    targets = None
-    try:
-        if data.streaming and len(reading.origins.train) == len(data.mix or (data.train,)):
-            targets = _streamed_targets(task, reading)
-        elif "train" in loaded.splits:
-            targets = _targets(task, loaded.splits["train"])
-    except DataError as error:
-        problems += _keyed(error, "train", reading.origins)
-    encodings: dict[str, Encoding] = {}
-    for name, split in loaded.splits.items():
-        # Rows that can't be labelled have other faults too, so all are tried even without labels.
-        encoder = Encoder(task, tokenizer, targets or Targets(), data.max_length, split.places)
-        try:
-            encodings[name] = encoding.encode(split, encoder, data.overlong, scratch, data.workers)
-        except DataError as error:
-            problems += _keyed(error, name, reading.origins)
-    if problems or targets is None:
-        raise DataError(dict.fromkeys(problems))
-    facts = gather(loaded.splits, encodings, Setting(task, tokenizer, targets, data.max_length))
-    encoded = {name: one.rows() for name, one in encodings.items()}
-    raw = {name: split.raw() for name, split in loaded.splits.items() if name != "train"}
-    return cache.Content(encoded, raw, targets, {name: one.report for name, one in encodings.items()}, facts)
-
-
-def _streamed_targets(task: Task, reading: Reading) -> Targets:
-    opened = reading.open()
-    try:
-        return task.targets(opened)
-    except DataError as error:
-        raise DataError(replace(problem, file=reading.places) for problem in error.problems) from None
-
-
-def _targets(task: Task, train: Split) -> Targets:
-    try:
-        return task.targets(train.raw())
-    except DataError as error:
-        raise place(error, train) from None
-
-
-def _keyed(error: DataError, name: str, origins: Origins) -> Iterator[Problem]:
-    """The problems of a split, each with the recipe key that names its file."""
-    held = {"validation": origins.validation, "test": origins.test}.get(name)
-    keys = {origin.place: origin.key for origin in (origins.train if held is None else (held,))}
-    for problem in error.problems:
-        yield problem if problem.key else replace(problem, key=keys.get(problem.file, f"data.{name}"))
-
-
-def _problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> tuple[Problem, ...]:
-    """Every problem of data of which a part was not found, so that nothing can come of them."""
-    with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-        try:
-            _build(recipe, tokenizer, reading, Path(scratch))
-        except DataError as error:
-            return error.problems
-    return reading.origins.problems
-
-
-def _places(origins: Origins) -> dict[str, str]:
-    """What messages call each split; a validation split that is cut off is called like the training rows."""
-    train = ", ".join(origin.place for origin in origins.train)
-    held = {"validation": origins.validation, "test": origins.test}
-    return {"train": train, **{name: train if origin is None else origin.place for name, origin in held.items()}}
 
 
 def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> str:

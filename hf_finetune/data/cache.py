@@ -33,7 +33,7 @@ from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.tasks import Targets
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever what an entry holds changes."""
 
 STARTED = time.time()
@@ -204,7 +204,9 @@ class _Failure:
         problems = [Problem(f"the first rank of this node failed to prepare the data: {error!r}")]
         told: type[FinetuneError] = PeerError
         if isinstance(error, FinetuneError):
-            problems, told = list(error.problems), type(error)
+            # The other ranks need the problems alone: of a kind that `errors` knows.
+            kinds = type(error).__mro__
+            problems, told = list(error.problems), next(k for k in kinds if getattr(errors, k.__name__, None) is k)
         text = json.dumps({"kind": told.__name__, "problems": [asdict(p) for p in problems], "time": time.time()})
         try:
             # In one step: a waiting rank must never read half of it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import SHOWN, numbers
 from hf_finetune.classification.label_values import listed
-from hf_finetune.data.facts import Facts, Tally
+from hf_finetune.data.facts import Facts, Known, Tally, without_unfit
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import Problem
 
@@ -67,23 +67,32 @@ class Verdict:
     warnings: list[Problem] = field(default_factory=list)
 
 
-def findings(recipe: Recipe, prepared: Prepared) -> Verdict:
+_DEPENDENT = ("single_class", "imbalance", "unseen_label")
+"""Checks that may strike because unfit training rows are left out: told with their number, and not where most are."""
+
+
+def findings(recipe: Recipe, prepared: Prepared | Known) -> Verdict:
     """Every finding of the checks that are not off.
 
     Args:
         recipe: Its levels and limits, and what the splits are called.
-        prepared: The data. Of streamed training rows nothing is known; checks that need them are left out, and rows
-            without text or trained token raise while they are read, where those checks are errors.
+        prepared: The data, or what is known of them where rows are unfit. Of streamed training rows nothing is known;
+            checks that need them are left out, and rows without text or trained token raise while they are read, where
+            those checks are errors.
     """
     verdict = Verdict()
-    for check, problem in _all(recipe, prepared):
+    left_out = prepared.left_out.get("train", 0) if isinstance(prepared, Known) else 0
+    for check, found in _all(recipe, prepared):
+        if check in _DEPENDENT and left_out and left_out >= prepared.counted["train"].kept:
+            continue
         level = getattr(recipe.data.checks, check)
+        problem = without_unfit(found, left_out) if check in _DEPENDENT else found
         if level != "off":
             (verdict.errors if level == "error" else verdict.warnings).append(problem)
     return verdict
 
 
-def _all(recipe: Recipe, prepared: Prepared) -> Iterator[Found]:
+def _all(recipe: Recipe, prepared: Prepared | Known) -> Iterator[Found]:
     for name, facts in prepared.facts.items():
         split = _Split(recipe, name, prepared.places[name], facts, prepared.counted[name])
         yield from split.rows()
@@ -209,8 +218,10 @@ def _where(tally: Tally) -> str:
     return ", ".join(f"{place} row {row}" for place, row in tally.rows[:SHOWN])
 
 
-def _few(recipe: Recipe, prepared: Prepared) -> Iterator[Found]:
+def _few(recipe: Recipe, prepared: Prepared | Known) -> Iterator[Found]:
     kept, wanted = prepared.counted["train"].kept, recipe.training.batch_size
+    if isinstance(prepared, Known):
+        kept += prepared.left_out["train"]  # they will be mended
     if kept < wanted and not recipe.data.packing:
-        message = f"the train split has {kept:,} rows, fewer than one batch of {wanted:,}; lower the batch or add rows"
-        yield "few_rows", Problem(message, key="training.batch_size", file="")
+        message = f"the train split has {kept:,} {_rows(kept)}, fewer than one batch of {wanted:,}"
+        yield "few_rows", Problem(f"{message}; lower the batch or add rows", key="training.batch_size", file="")

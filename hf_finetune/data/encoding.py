@@ -71,7 +71,7 @@ class Encoder:
         try:
             encoded = self.task.encode(raw, self.tokenizer, self.targets, self.max_length)
         except RowsError as error:
-            raise placed(error, bookkeeping, self.places) from None
+            raise placed(error, bookkeeping, [indices[index] for index in spoken], self.places) from None
         columns = {name: [row[name] for row in encoded] for name in encoded[0]}  # type: ignore[literal-required]
         columns["whole"] = columns.pop("length")
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
@@ -82,16 +82,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Encodes batches to find every bad row; one row of JSON a batch."""
+    """Encodes batches to find every bad row; one row a batch: what was found, as JSON, and in which rows."""
 
     encoder: Encoder
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[str]]:
+    def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         try:
-            self.encoder(rows)
+            self.encoder(rows, indices)
         except PlacedError as error:
-            return {"found": [json.dumps([[*key, *value] for key, value in error.found.items()])]}
-        return {"found": []}
+            found = json.dumps([[*key, *value] for key, value in error.found.items()])
+            return {"found": [found], "unfit": [error.unfit]}
+        return {"found": [], "unfit": []}
 
 
 def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -> PlacedError | None:
@@ -99,7 +100,10 @@ def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -
     batches = split.rows.map(
         _Survey(encoder),
         batched=True,
-        features=datasets.Features({"found": datasets.Value("string")}),
+        with_indices=True,
+        features=datasets.Features(
+            {"found": datasets.Value("string"), "unfit": datasets.List(datasets.Value("int64"))}
+        ),
         remove_columns=split.rows.column_names,
         num_proc=processes(len(split.rows), workers),
         cache_file_name=str(scratch / f"{split.name}-survey.arrow"),
@@ -111,7 +115,7 @@ def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -
         for where, what, rows, count in json.loads(batch):
             before, total = found.get((where, what), ([], 0))
             found[where, what] = (sorted(before + rows)[:SHOWN], total + count)
-    return PlacedError(found) if found else None
+    return PlacedError(found, [row for unfit in batches["unfit"] for row in unfit]) if found else None
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ class PlacedError(DataError):
 
     Args:
         found: Source and what is wrong -> numbers in the source, from 1: the first few, and how many there are.
+        unfit: Numbers in the split, from 0, of all these rows.
     """
 
-    def __init__(self, found: dict[tuple[str, str], tuple[list[int], int]]) -> None:
-        self.found = found
+    def __init__(self, found: dict[tuple[str, str], tuple[list[int], int]], unfit: Sequence[int]) -> None:
+        self.found, self.unfit = found, list(unfit)
         told = [
             Problem(f"row {numbers(rows, count)}: {what}", file=place)
             for (place, what), (rows, count) in list(found.items())[:MOST_PROBLEMS]
@@ -33,31 +34,40 @@ class PlacedError(DataError):
             told.append(Problem(f"{len(left):,} more problems of {rows:,} more rows", file=left[0][0][0]))
         super().__init__(told)
 
-    def __reduce__(self) -> tuple[type[PlacedError], tuple[Any]]:
+    def without(self, told: set[tuple[str, str]]) -> PlacedError:
+        """The same rows, without what was told already."""
+        return PlacedError({key: rows for key, rows in self.found.items() if key not in told}, self.unfit)
+
+    def __reduce__(self) -> tuple[type[PlacedError], tuple[Any, ...]]:
         """Stay picklable."""
-        return type(self), (self.found,)
+        return type(self), (self.found, self.unfit)
 
 
-def placed(error: RowsError, rows: dict[str, Any], places: Sequence[str]) -> PlacedError:
+def placed(error: RowsError, rows: dict[str, Any], indices: Sequence[int], places: Sequence[str]) -> PlacedError:
     """An error about rows of a batch, by source and number there.
 
     Args:
         error: Counts rows of the batch.
         rows: The `BOOKKEEPING` columns of the batch.
+        indices: Numbers of its rows in the split, from 0.
         places: What messages call the sources.
     """
     found: dict[tuple[str, str], list[int]] = {}
-    for what, indices in error.found.items():
-        for index in indices:
+    for what, struck in error.found.items():
+        for index in struck:
             found.setdefault((places[rows[PART][index]], what), []).append(rows[ROW][index])
-    return PlacedError({key: (sorted(numbers_)[:SHOWN], len(numbers_)) for key, numbers_ in found.items()})
+    unfit = sorted({indices[index] for struck in error.found.values() for index in struck})
+    return PlacedError({key: (sorted(numbers_)[:SHOWN], len(numbers_)) for key, numbers_ in found.items()}, unfit)
+
+
+def placed_in(error: RowsError, split: Split) -> PlacedError:
+    """An error about rows of a whole split, with their sources and numbers there."""
+    rows = split.rows.select_columns(list(BOOKKEEPING))
+    return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, range(len(rows)), split.places)
 
 
 def place(error: DataError, split: Split) -> DataError:
-    """An error about rows of a whole split, with their sources and numbers there."""
-    if isinstance(error, RowsError):
-        rows = split.rows.select_columns(list(BOOKKEEPING))
-        return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, split.places)
+    """An error about a whole split, with its sources."""
     where = ", ".join(split.places)
     # What names a key of the recipe is about the recipe, not about a row.
     return DataError(p if p.file or p.key else replace(p, file=where) for p in error.problems)

@@ -34,6 +34,13 @@ class Origins:
         yield from self.train
         yield from (origin for origin in (self.validation, self.test) if origin is not None)
 
+    @property
+    def places(self) -> dict[str, str]:
+        """What messages call each split; a validation split that is cut off is called like the training rows."""
+        train = ", ".join(origin.place for origin in self.train)
+        held = {"validation": self.validation, "test": self.test}
+        return {"train": train, **{name: train if origin is None else origin.place for name, origin in held.items()}}
+
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of every local file.
 

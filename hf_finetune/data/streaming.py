@@ -3,118 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import numpy as np
-
-from hf_finetune.data.diagnosis import READING_ERRORS
 from hf_finetune.data.encoding import INDEX, Encoder
 from hf_finetune.data.placing import PlacedError
 from hf_finetune.data.splitreport import SplitReport, nothing_left
-from hf_finetune.data.splits import PART, ROW, check_columns
-from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.data.splits import PART, ROW
+from hf_finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
-    from hf_finetune.data.faults import Wanted
-    from hf_finetune.data.sources import Origins
+    from hf_finetune.data.reading import Reading
     from hf_finetune.schema.blocks import Data
     from hf_finetune.tasks import Encoded
 
-BATCH = 100
-"""Raw rows that are encoded at once."""
+LOOKED_AT = 1_000
+"""Rows that are looked at before training."""
 EXCERPT = 200
 """Characters of a raw row that a message shows: streamed rows are shuffled, so a number would not find them."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is read, and in which order."""
+class Look:
+    """The first rows of a stream."""
 
-    origins: Origins
-    wanted: Wanted
-    """What the task needs."""
-    buffer: int
-    """Rows to shuffle from; the order of files is shuffled too."""
-    limit: int | None
-    """At most this many rows, the same in every pass."""
-    seed: int
-    """Fixes which rows the limit takes, and how sources are mixed."""
-
-    @classmethod
-    def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
-        """What the recipe's data block asks for."""
-        return cls(origins, wanted, data.shuffle_buffer, data.limit, seed)
-
-    @property
-    def places(self) -> str:
-        """What messages call the sources."""
-        return ", ".join(origin.place for origin in self.origins.train)
-
-    def open(self) -> datasets.IterableDataset:
-        """The raw rows in the order of the sources, each beginning with its first row.
-
-        Raises:
-            DataError: A source is missing or empty, lacks a column, or does not fit the others.
-        """
-        parts = []
-        for origin in self.origins.train:
-            try:
-                part = origin.stream(self.wanted.texts)
-                first = next(iter(part), None)
-            except READING_ERRORS as error:
-                raise origin.explain(error) from error
-            if first is None:
-                raise DataError(Problem("train split has 0 rows", key=origin.key, file=origin.place))
-            check_columns(list(first), self.wanted.columns, origin)
-            parts.append(part.select_columns(list(self.wanted.columns)))
-        if len(parts) == 1:
-            return parts[0]
-        try:
-            return datasets.interleave_datasets(
-                parts, probabilities=list(self.origins.weights), seed=self.seed, stopping_strategy="first_exhausted"
-            )
-        except (TypeError, ValueError) as error:
-            raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
-
-    def batches(self, opened: datasets.IterableDataset, order: list[int]) -> Iterator[list[dict[str, Any]]]:
-        """One pass in `BATCH`es of raw rows.
-
-        Args:
-            opened: What `open` returned.
-            order: Seed of the shuffling.
-
-        Raises:
-            DataError: The data can't be read.
-        """
-        if self.limit is not None:
-            opened = opened.shuffle(seed=self.seed, buffer_size=self.buffer).take(self.limit)
-        shuffled = opened.shuffle(generator=np.random.default_rng(order), buffer_size=self.buffer)
-        batch: list[dict[str, Any]] = []
-        try:
-            for row in shuffled:
-                batch.append(row)
-                if len(batch) == BATCH:
-                    yield batch
-                    batch = []
-        except READING_ERRORS as error:
-            raise self._explain(error) from error
-        if batch:
-            yield batch
-
-    def _explain(self, error: Exception) -> Exception:
-        """The most telling of what the sources say about an error."""
-        explained = [origin.explain(error) for origin in self.origins.train]
-        located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
-        return (located or explained)[0]
+    report: SplitReport
+    whole: bool
+    """Whether the stream holds no others."""
 
 
 class Stream:
     """Encoded training rows without end.
 
     Rows without text or without a trained token are dropped and counted; where `data.checks` makes them an error, the
-    first that is met raises. Other checks need all rows, and so are not made here.
+    first batch that holds one raises. Other checks need all rows, and so are not made here.
 
     Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
     sources are read from their beginning in each pass, until the first is used up.
@@ -158,52 +81,99 @@ class Stream:
                 raise nothing_left(of_pass, "train", self.reading.places)
             number += 1
 
+    def look(self, most: int = LOOKED_AT) -> Look:
+        """Read and encode the first rows, in the order of the sources, as training would.
+
+        Raises:
+            DataError: Everything that training would refuse in these rows, or none can be used and there are no others.
+        """
+        rows: list[dict[str, Any]] = []
+        problems: dict[Problem, None] = {}
+        report = SplitReport()
+        with _collect(problems):
+            for batch in self.reading.batches(self.reading.open(), None):
+                rows += batch
+                if len(rows) > most:
+                    break
+        with _collect(problems):
+            if rows:
+                report = self._encode(rows[:most], 0)[1]
+        if problems:
+            raise DataError(problems)
+        if report.kept == 0 and len(rows) <= most:
+            raise nothing_left(report, "train", self.reading.places)
+        return Look(report, len(rows) <= most)
+
     def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
-        names = self.reading.wanted.columns
-        columns: dict[str, list[Any]] = {column: [row[column] for row in batch] for column in names}
-        numbers = list(range(before + 1, before + len(batch) + 1))
-        try:
-            encoded = self.encoder(columns | {ROW: numbers, PART: [0] * len(batch)})
-        except PlacedError as error:
-            raise DataError(_shown(error, batch, before)) from None
+        encoded = self._encoded(batch, before)
         spoken = encoded.get(INDEX, [])
         counts = SplitReport(rows=len(batch), empty=len(batch) - len(spoken))
+        refused: dict[str, Problem] = {}
         if counts.empty:
-            row = next(batch[index] for index in range(len(batch)) if index not in spoken)
-            self._refuse("empty_text", "a row has no text, or a blank one", row)
+            row = batch[min(set(range(len(batch))) - set(spoken))]
+            refused |= self._refusal("empty_text", "a row has no text, or a blank one", row)
         kept: list[Encoded] = []
         fields = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
         for place, index in enumerate(spoken):
             whole, trained = encoded["whole"][place], encoded["trained"][place]
             over = whole > self.encoder.max_length
             if over and self.overlong == "error":
-                raise self._overlong(whole, batch[index])
+                refused.setdefault("overlong", self._overlong(whole, batch[index]))
             dropped = over and self.overlong == "drop"
             untrained = not dropped and trained == 0
             counts += SplitReport(dropped=int(dropped), untrained=int(untrained), longest=whole)
             if untrained:
                 what = "a row has nothing that is trained (within data.max_length)"
-                self._refuse("no_trained_token", what, batch[index])
+                refused = self._refusal("no_trained_token", what, batch[index]) | refused
             if dropped or untrained:
                 continue
             encoded_row: Any = {name: encoded[name][place] for name in fields}
             counts += SplitReport(kept=1, cut=int(over), tokens=encoded_row["length"], trained=trained)
             kept.append(encoded_row)
+        if refused:
+            raise DataError(refused.values())
         return kept, counts
 
-    def _refuse(self, check: str, what: str, row: dict[str, Any]) -> None:
-        """Raise for a row that a check calls an error."""
-        if getattr(self.checks, check) == "error":
-            message = f"{what}; remove it, or set data.checks.{check}: warn to drop such rows; the row: {_excerpt(row)}"
-            raise DataError(Problem(message, file=self.reading.places))
+    def _encoded(self, batch: list[dict[str, Any]], before: int) -> dict[str, list[Any]]:
+        """The columns of an encoded batch.
 
-    def _overlong(self, length: int, row: dict[str, Any]) -> DataError:
+        Raises:
+            DataError: Rows are unfit; what is refused of the others is told with them.
+        """
+        columns: dict[str, list[Any]] = {name: [row[name] for row in batch] for name in self.reading.wanted.columns}
+        numbers = list(range(before + 1, before + len(batch) + 1))
+        try:
+            return self.encoder(columns | {ROW: numbers, PART: [0] * len(batch)})
+        except PlacedError as error:
+            problems = dict.fromkeys(_shown(error, batch, before))
+            unfit = set(error.unfit)
+        with _collect(problems):
+            if rest := [row for index, row in enumerate(batch) if index not in unfit]:
+                self._encode(rest, before)
+        raise DataError(problems)
+
+    def _refusal(self, check: str, what: str, row: dict[str, Any]) -> dict[str, Problem]:
+        """The problem with a row by name of the check, if that calls it an error."""
+        if getattr(self.checks, check) != "error":
+            return {}
+        message = f"{what}; remove it, or set data.checks.{check}: warn to drop such rows; the row: {_excerpt(row)}"
+        return {check: Problem(message, file=self.reading.places)}
+
+    def _overlong(self, length: int, row: dict[str, Any]) -> Problem:
         message = (
             f"a row has {length} tokens, more than {self.encoder.max_length}; raise data.max_length, or set "
             f"data.overlong to truncate or drop; the row: {_excerpt(row)}"
         )
-        return DataError(Problem(message, file=self.reading.places))
+        return Problem(message, file=self.reading.places)
+
+
+@contextmanager
+def _collect(problems: dict[Problem, None]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        problems |= dict.fromkeys(error.problems)
 
 
 def _shown(error: PlacedError, batch: list[dict[str, Any]], before: int) -> Iterator[Problem]:

@@ -6,18 +6,18 @@ rendering prefixes of the chat; `marking` then tells which tokens those characte
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, ModelError, Problem
-from hf_finetune.schema.nearest import nearest
+from hf_finetune.language.messages import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Chat", "Rendered", "Renderer", "Span"]
 
 Span = tuple[int, int]
 """Characters from, to (exclusive)."""
@@ -25,41 +25,7 @@ Rendered = tuple[str, list[Span]]
 """A text, and which of its characters are trained."""
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers takes for the start of an assistant block."""
-SPEAKERS = ("assistant", "user")
-"""The roles that are told apart here."""
-OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
-"""What other formats call them."""
 _ALL = "the trained tokens can't be told; set task.train_on: all"
-
-
-@dataclass(frozen=True)
-class Chat:
-    """The turns of one chat, and the tools that the assistant may call."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-
-    @classmethod
-    def parse(cls, messages: Any, tools: Any = None) -> Chat:
-        """Read the cells of a row: lists, or JSON text.
-
-        Nulls inside turns and tools are removed, for Arrow fills the keys that only other rows have with null; so are
-        nulls that a tool call passes on purpose, unless its `arguments` are JSON text, which is decoded here.
-
-        Raises:
-            DataError: This is no list of `{role, content, ...}` turns, or no list of tools.
-        """
-        turns = [_turn(number, turn) for number, turn in enumerate(_listed(messages, "the messages"), start=1)]
-        return cls(turns, None if tools is None else _without_nulls(_listed(tools, "the tools")) or None)
-
-    def upto(self, turns: int) -> Chat:
-        """The first so many turns."""
-        return Chat(self.messages[:turns], self.tools)
-
-    @property
-    def answers(self) -> list[int]:
-        """Indices of the assistant's turns."""
-        return [index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
 
 @dataclass(frozen=True)
@@ -200,7 +166,7 @@ class Renderer:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"the chat template refuses these messages: {error}") from None
+            raise DataError(f"the chat template refuses these messages: {error}; {_remedy(chat)}") from None
         return texts[0], spans[0] if marked else []
 
 
@@ -215,52 +181,9 @@ def _check_tools(chat: Chat, text: str) -> None:
             raise DataError(f"the chat template drops the tool {name!r}; this model's template knows no tools")
 
 
-def _listed(value: Any, what: str) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{what} are text, but no JSON: {error}") from None
-    if not isinstance(value, list):
-        raise DataError(f"{what} are {type(value).__name__}, not a list")
-    return value
-
-
-def _turn(number: int, turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}; write it so")
-    clean: dict[str, Any] = _without_nulls(turn)
-    if _is_misnamed(clean["role"]):
-        # Most templates render it all the same, and nothing of it would be trained.
-        raise DataError(f"turn {number} has the role {clean['role']!r}; write 'assistant' or 'user'")
-    if "content" not in clean and "tool_calls" not in clean:
-        raise DataError(f"turn {number} ({clean['role']}) has no content")
-    if "tool_calls" in clean:
-        clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"], f"the tool calls of turn {number}")]
-    return clean
-
-
-def _is_misnamed(role: str) -> bool:
-    """Whether a role is another word for assistant or user, or one of them misspelt; others are up to the template."""
-    if role in SPEAKERS:
-        return False
-    return role.lower() in OTHER_NAMES or nearest(role, SPEAKERS, cutoff=0.8) is not None
-
-
-def _call(call: Any) -> Any:
-    """Templates write `arguments` as JSON themselves: text would be quoted twice."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except json.JSONDecodeError as error:
-        raise DataError(f"the arguments of tool call {function.get('name')!r} are no JSON: {error}") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value
+def _remedy(chat: Chat) -> str:
+    """What to do where a template refuses a chat."""
+    # Templates for text alone add the content to a text, and Python's complaint about that helps nobody.
+    if any(not isinstance(turn.get("content", ""), str) for turn in chat.messages):
+        return "it may take text alone: write the content of each turn as text, or name another model"
+    return "change the roles, their order or what the turns hold, or name a model whose template takes them"

@@ -62,6 +62,8 @@ class Estimate:
     """What it is made of: bytes by name."""
     peak: str
     """When it is needed: `training`, `evaluation`, `loading` or `saving`."""
+    parameters: tuple[int, int]
+    """Trained parameters, and all of them, the adapter's included."""
 
     @property
     def total(self) -> int:
@@ -94,6 +96,7 @@ def estimate(
     attention = model.attention(recipe, machine)
     dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
     adapted = outlines.outline(recipe, targets, tokenizer, dtype)
+    parameters = model.parameter_counts(adapted)
     lasting = state.lasting(recipe, adapted, machine)
     loading = state.loading(recipe, adapted, machine)
     step = steps.Step(recipe, targets, machine, adapted, attention)
@@ -111,7 +114,7 @@ def estimate(
     process = state.process(machine)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**process, **phases[phase]}
-    return Estimate({name: size for name, size in parts.items() if size}, phase)
+    return Estimate({name: size for name, size in parts.items() if size}, phase, parameters)
 
 
 def peak(device: str) -> int | None:

@@ -117,7 +117,7 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
     width = max((len(name) for name, _ in result.plan), default=0)
     for name, text in result.plan:
         sys.stdout.write(f"  {name:<{width}}  {text}\n")
-    sys.stdout.write(_verdict(result.findings) + "\n")
+    sys.stdout.write(_verdict(result) + "\n")
     keys = max((len(key) for key, _, _ in origins), default=0)
     values = min(40, max((len(value) for _, value, _ in origins), default=0))
     for key, value, origin in origins:
@@ -126,10 +126,14 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
         sys.stdout.write(line + "\n")
 
 
-def _verdict(findings: Findings) -> str:
-    errors, warnings = len(findings.errors), len(findings.warnings)
+def _verdict(result: Result) -> str:
+    errors, warnings = len(result.findings.errors), len(result.findings.warnings)
     told = [f"{count} {word}{'' if count == 1 else 's'}" for count, word in ((errors, "error"), (warnings, "warning"))]
-    return ", ".join(told) + ("" if errors else ": this recipe can run")
+    looked = None if result.seen is None else result.seen.looked
+    later = ""
+    if looked is not None and not looked.whole:
+        later = f"; training rows after the first {looked.report.rows:,} are checked as they are read"
+    return ", ".join(told) + ("" if errors else f": this recipe can run{later}")
 
 
 def _print_json(result: Result, origins: Origins, rows: list[str]) -> None:

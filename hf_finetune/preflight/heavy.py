@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import data, hardware, jobs, model
-from hf_finetune.data import checks
+from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_finetune.data import Prepared
+    from hf_finetune.data import Known, Prepared
+    from hf_finetune.data.streaming import Look
     from hf_finetune.findings import Findings
     from hf_finetune.hardware import Machine
     from hf_finetune.jobs import Assignment
@@ -35,6 +36,8 @@ class Examined:
     outline: PreTrainedModel | None = None
     """The model on the meta device."""
     assignment: Assignment | None = None
+    looked: Look | None = None
+    """The first training rows of a stream; None where they are not streamed, too."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Ready:
     prepared: Prepared
     outline: PreTrainedModel
     assignment: Assignment
+    looked: Look | None = None
 
 
 def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
@@ -70,14 +74,22 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
         tokenizer = model.load_tokenizer(recipe.model)
     if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
-            prepared = data.prepare(recipe, tokenizer, machine)
+            try:
+                prepared = data.prepare(recipe, tokenizer, machine)
+            except data.UnfitError as error:
+                _judge(recipe, error.known, findings)
+                raise
     targets = UNKNOWN if prepared is None else prepared.targets
     outline = model.examine(recipe, targets, tokenizer, findings)
+    looked = None
     if prepared is not None:
         _judge(recipe, prepared, findings)
+        if isinstance(prepared.train, Stream):
+            with findings.collect():
+                looked = prepared.train.look()
         with findings.collect():
             assignment = jobs.assign(recipe, prepared, machine, tokenizer)
-    return Examined(recipe, machine, tokenizer, prepared, outline, assignment)
+    return Examined(recipe, machine, tokenizer, prepared, outline, assignment, looked)
 
 
 def prepare(recipe: Recipe, machine: Machine, findings: Findings) -> Ready:
@@ -95,10 +107,10 @@ def complete(seen: Examined) -> Ready:
     """What was examined without an error."""
     if seen.prepared is None or seen.outline is None or seen.assignment is None:
         raise AssertionError("a part that can't be made has an error")
-    return Ready(seen.recipe, seen.machine, seen.tokenizer, seen.prepared, seen.outline, seen.assignment)
+    return Ready(seen.recipe, seen.machine, seen.tokenizer, seen.prepared, seen.outline, seen.assignment, seen.looked)
 
 
-def _judge(recipe: Recipe, prepared: Prepared, findings: Findings) -> None:
+def _judge(recipe: Recipe, prepared: Prepared | Known, findings: Findings) -> None:
     """Keep what the data's facts mean by the recipe's `data.checks`."""
     verdict = checks.findings(recipe, prepared)
     if verdict.errors:

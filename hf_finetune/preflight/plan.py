@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,23 +77,35 @@ def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
     """
     recipe, machine = ready.recipe, ready.machine
     job, length, of = ready.assignment.job, ready.assignment.length, load(ready)
-    outline = memory.outline(recipe, ready.prepared.targets, ready.tokenizer)
     estimate = memory.estimate(recipe, ready.prepared.targets, ready.tokenizer, machine, shapes(ready, of))
     _fits(ready, estimate.total, findings)
-    disk = _disk(ready, outline.trained)
+    disk = _disk(ready, estimate.parameters[0])
     with findings.collect():
         _has_room(Path(recipe.output), disk)
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
     return [
         ("task", recipe.task.kind),
-        ("model", report.model_line(recipe, (outline.trained, outline.total)).removeprefix("model ") + _commit(ready)),
-        *[tuple(line.split(": ", 1)) for line in report.data_lines(ready.prepared)],  # type: ignore[list-item]
+        ("model", report.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(ready)),
+        *_data_lines(ready),
         ("steps", report.plan_line(job.division, length)),
         ("padding", f"{of.padding:.1%}" if of.cells else "unknown for a stream"),
         ("machine", machine.describe()),
         ("memory", f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}"),
         ("disk", f"{size(disk)} in {recipe.output}"),
     ]
+
+
+def _data_lines(ready: Ready) -> Iterator[tuple[str, str]]:
+    """What the splits hold; of a stream, the rows that were looked at."""
+    prepared, looked = ready.prepared, ready.looked
+    if looked is not None:
+        prepared = replace(prepared, counted={"train": looked.report, **prepared.counted})
+    for line in report.data_lines(prepared):
+        name, _, text = line.partition(": ")
+        if looked is not None and name == "train":
+            rows = f"all {looked.report.rows:,}" if looked.whole else f"first {looked.report.rows:,}"
+            text = f"{rows} rows of a stream looked at: {text}"
+        yield name, text
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from hf_finetune.plugins import Plugin
@@ -59,7 +59,7 @@ class Targets:
     names: tuple[str, ...] = ()
     """Label names in the order of their ids; empty for tasks without labels."""
     counts: tuple[int, ...] = ()
-    """Training rows per label, in the same order."""
+    """Rows per label that are trained on, in the same order."""
     weights: tuple[float, ...] = ()
     """Class weights, in the same order; empty for equal weights."""
     id_of: Mapping[Any, int] = field(default_factory=dict)
@@ -111,6 +111,19 @@ class Task(Plugin):
         Raises:
             DataError: The label column does not hold what the recipe says.
         """
+
+    def counted(self, targets: Targets, counts: tuple[int, ...], rows: int) -> Targets:
+        """The targets once rows that can't be used are dropped: their counts, and what follows from them.
+
+        Args:
+            targets: What `targets` read off all training rows.
+            counts: Rows per label that are trained on, in the order of `targets.names`.
+            rows: Rows that are trained on.
+
+        Raises:
+            DataError: The counts leave something undefined.
+        """
+        return replace(targets, counts=counts)
 
     @abstractmethod
     def model_options(self, targets: Targets) -> dict[str, Any]:

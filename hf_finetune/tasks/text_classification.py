@@ -135,6 +135,13 @@ class TextClassification(Task):
         rows = None if not targets.counts else len(train)
         return reading.weighted(targets, self.class_weights, rows, per_label=self.problem == "multi_label")
 
+    def counted(self, targets: Targets, counts: tuple[int, ...], rows: int) -> Targets:
+        """The targets with these counts, and class weights that are balanced by them; see `Task.counted`."""
+        targets = super().counted(targets, counts, rows)
+        if self.class_weights != "balanced":
+            return targets
+        return reading.weighted(targets, self.class_weights, rows, per_label=self.problem == "multi_label")
+
     def model_options(self, targets: Targets) -> dict[str, Any]:
         """`num_labels`, `id2label`, `label2id` and `problem_type` for `from_pretrained`."""
         suffix = "" if self.problem == "regression" else "_classification"

@@ -19,13 +19,13 @@ def say(text: str) -> None:
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except (BrokenPipeError, ValueError):  # ValueError: closed
+    except (BrokenPipeError, ValueError, AttributeError):  # closed while running, or from the start
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
 
 def warn(text: str) -> None:
     """Say on stderr that something is wrong that stops nothing."""
-    with suppress(BrokenPipeError, ValueError):
+    with suppress(BrokenPipeError, ValueError, AttributeError):
         sys.stderr.write(f"hf_finetune: warning: {text}\n")
 
 

@@ -96,14 +96,14 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "server"
         self.folder = folder
-        # pyarrow's own allocator would start a thread, and a process with threads is not safely forked.
-        own = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        # pyarrow's allocator would start a thread, and a process with threads is not safely forked.
+        quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        own = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", **quiet}
         environment = os.environ | own
         command = [sys.executable, "-m", "faults.server", str(self.path)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
-        assert len(list(Path(f"/proc/{self.process.pid}/task").iterdir())) == 1
         self.count = 0
 
     def start(self, argv: list[str], env: dict[str, str], plugins: list[Any]) -> Child:
@@ -191,6 +191,13 @@ class Job:
         text = self.run.joinpath("metrics.jsonl").read_text() if (self.run / "metrics.jsonl").exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
         return [line for line in lines if phase in ("", line["phase"])]
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last whole line of metrics.jsonl, 0 where there is none; also while it is being written."""
+        file = self.run / "metrics.jsonl"
+        whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+        return int(json.loads(whole[-1])["step"]) if whole else 0
 
     @property
     def status(self) -> dict[str, Any]:

@@ -34,6 +34,11 @@ def apply(plugins: list[list[Any]]) -> None:
     """Call each plugin with its options."""
     global RANK
     RANK = int(os.environ.get("RANK", "0"))
+    if os.environ.get("SHIM"):  # SHIM
+        import torch  # SHIM
+
+        load = torch.load  # SHIM
+        torch.load = lambda *a, **o: load(*a, **(o | ({"map_location": "cpu"} if "map_location" in o else {})))  # SHIM
     for name, options in plugins:
         globals()[name](**options)
 
@@ -67,7 +72,8 @@ def at(place: str, step: int, action: str, rank: int | None = None, **options: A
     """Do something once, at a place of a step: an action is `die`, `pause`, `freeze`, `fail`, ..."""
     if rank not in (None, RANK):
         return
-    act, done = globals()[action], []
+    act = globals()[action]
+    done: list[bool] = []
 
     def strike(trainer: Any) -> None:
         ahead = 1 if place in ("data", "forward") else 0
@@ -84,6 +90,10 @@ def on_trainer(place: str, strike: Callable[[Any], None]) -> None:
 
     from hf_finetune.trainer import FinetuneTrainer
 
+    def logged(result: Any, trainer: Any, *a: Any, **o: Any) -> Any:
+        strike(trainer)
+        return result
+
     if place == "start":
         wrap(FinetuneTrainer, "train", before=lambda trainer, *a, **o: strike(trainer))
     elif place == "step_end":  # after the optimiser, before the log
@@ -93,7 +103,7 @@ def on_trainer(place: str, strike: Callable[[Any], None]) -> None:
 
         wrap(CallbackHandler, "on_step_end", before=ended)
     elif place == "logged":
-        wrap(FinetuneTrainer, PLACES[place], after=lambda result, trainer, *a, **o: (strike(trainer), result)[1])
+        wrap(FinetuneTrainer, PLACES[place], after=logged)
     else:
         wrap(FinetuneTrainer, PLACES[place], before=lambda trainer, *a, **o: strike(trainer))
 
@@ -182,7 +192,13 @@ def _after_writing(hit: Callable[[Any], bool], halve: Callable[[Any], None], act
     def half_text(stream: Any, path: Any, mode: str = "r", *a: Any, **o: Any) -> Any:
         if hit(path) and mode[0] in "wx":
             write = stream.write
-            stream.write = lambda text: (write(text[: len(text) // 2]), stream.flush(), act())
+
+            def half(text: Any) -> None:
+                write(text[: len(text) // 2])
+                stream.flush()
+                act()
+
+            stream.write = half
         return stream
 
     for owner, name in _writers():

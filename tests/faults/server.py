@@ -1,8 +1,8 @@
 """A fork server: it has the libraries loaded, so that a whole run of the command line takes a second.
 
 `python -m faults.server SOCKET`; one connection a run: a line of JSON goes in (`Order`), the process id comes out, and
-the exit code when it has ended (negative: the signal). It stays single-threaded and computes nothing, so that a forked
-child is as good as a new process.
+the exit code when it has ended (negative: the signal). It computes nothing and starts no thread (those of allocators
+know of forks), so that a forked child is as good as a new process.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def killed(job: Job, step: int, place: str = "step_end") -> Job:
 @pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.faults) for kind in KINDS]
 )
-def test_every_kind_of_run(lab: Lab, kind: str) -> None:
+def test_k7_k9_k11_every_kind_of_run(lab: Lab, kind: str) -> None:
     resume(lab, killed(lab.job(*KINDS[kind]), 18), at=15)
 
 
@@ -159,9 +159,10 @@ def test_a_moved_run_folder_goes_on(lab: Lab) -> None:
     assert [exact(line) for line in moved.lines("train")] == [exact(line) for line in lab.reference(()).lines("train")]
 
 
-def in_order(job: Job) -> list[list[object]]:
+def in_order(job: Job) -> list[tuple[int, list[str]]]:
     """Step and rows of each micro-batch of rank 0."""
-    return [json.loads(line) for line in Path(f"{job.folder}/rows.0").read_text().splitlines()]
+    lines = Path(f"{job.folder}/rows.0").read_text().splitlines()
+    return [(step, hashes) for step, hashes in map(json.loads, lines)]
 
 
 def drawn(job: Job, after: int) -> dict[int, list[str]]:

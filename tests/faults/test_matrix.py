@@ -26,7 +26,7 @@ def tested() -> set[str]:
 def rows(title: str) -> dict[str, str]:
     """Id -> row, of the table under a heading; `F1-F9` and `F32, F33` stand for several."""
     section = DOCUMENT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    found = {}
+    found: dict[str, str] = {}
     for line in section.splitlines():
         first = line.split("|")[1].strip() if line.startswith("| ") else ""
         for letter, low, high in re.findall(r"\b([FK])(\d+)(?:-[FK](\d+))?", first):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from faults.lab import Job, Lab
+from faults.lab import Job, Lab, rows
 from faults.oracle import exact, resume
 
 BAD = [("loss", "nan"), ("loss", "inf"), ("gradient", "nan"), ("gradient", "inf")]
@@ -118,10 +119,17 @@ def test_f30_f31_out_of_memory(lab: Lab, error: str, place: str) -> None:
 
 @pytest.mark.faults
 def test_f31_a_killed_worker_is_told(lab: Lab) -> None:
-    job = lab.job("data.workers=2", f"data.cache={lab.folder / 'another-cache'}")
-    ended = job.go(["kill_workers", {}], seconds=60)
+    job = lab.job("data.workers=2", "training.epochs=null", "training.steps=2")
+    many = job.folder / "many.csv"
+    many.write_text(rows(6_000, 3, ("the", "film", "is", "was", "plot", "cast", "very", "so")))
+    job.overrides.append(f"data.train={many}")
+    begun = time.monotonic()
+    ended = job.go(["kill_workers", {}])
     assert ended.code in (3, 7), ended.output
+    assert time.monotonic() - begun < 30
     assert "Traceback" not in ended.output
+    again = job.go()
+    assert again.code == 0, again.output
 
 
 def is_finite(value: object) -> bool:

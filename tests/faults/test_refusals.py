@@ -119,7 +119,7 @@ def test_f39_what_is_not_safe_may_not(lab: Lab) -> None:
     assert ended.code == 9, ended.output
 
 
-ODD = {
+ODD: dict[str, tuple[list[list[object]], dict[str, str]]] = {
     "few open files": ([["limit", {"name": "NOFILE", "value": 64}]], {}),
     "no home": ([["unset", {"name": "HOME"}], ["unset", {"name": "HF_HOME"}]], {}),
     "plain C locale": ([], {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}),
@@ -130,7 +130,8 @@ ODD = {
 @pytest.mark.faults
 def test_f40_an_odd_environment(lab: Lab, what: str) -> None:
     plugins, env = ODD[what]
-    job = lab.job(**env)
+    job = lab.job()
+    job.env.update(env)
     ended = job.go(*plugins, DIE)
     assert ended.code == -signal.SIGKILL, ended.output
     resume(lab, job, at=10, plugins=tuple(plugins))
@@ -171,7 +172,8 @@ def test_f40_output_into_head(lab: Lab) -> None:
 
 
 def test_whoever_polls_the_status_always_reads_a_true_one(lab: Lab) -> None:
-    job, seen, end = lab.job(), [], threading.Event()
+    job, end = lab.job(), threading.Event()
+    seen: list[tuple[str, int, str | None]] = []
 
     def poll() -> None:
         while not end.is_set():

@@ -130,16 +130,26 @@ def test_f17_sigterm_as_process_1(lab: Lab, place: str) -> None:
     resume(lab, job, at=stopped(job))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.faults
-def test_f17_sigterm_to_a_launcher_that_is_process_1(lab: Lab, ranks: int) -> None:
-    job = lab.job(ranks=ranks)
-    launcher = (*LAUNCH, *(TWO if ranks == 2 else ("--cpu", "--num_processes", "1")), ENTRY[1])
-    process = job.launch("unshare", "-pf", "--mount-proc", *launcher, plugins=[pause(job, "forward", rank=0)])
+def test_f17_sigterm_to_a_launcher_of_two_that_is_process_1(lab: Lab) -> None:
+    job = lab.job(ranks=2)
+    process = job.launch("unshare", "-pf", "--mount-proc", *LAUNCH, *TWO, ENTRY[1], plugins=[pause(job, "forward", 0)])
     first = as_process_1(process)
     interrupt(job, lambda: os.kill(first, signal.SIGTERM), wait=1.0)
     process.communicate(timeout=60)
     resume(lab, job, at=stopped(job))
+
+
+@pytest.mark.faults
+def test_f17_as_process_1_the_launcher_of_one_hears_no_sigterm(lab: Lab) -> None:
+    # accelerate 1.15 (`simple_launcher`) handles no signal, and the kernel drops those that process 1 does not handle.
+    # Where this fails, docs/reliability.md may say so.
+    job = lab.job()
+    process = job.launch("unshare", "-pf", "--mount-proc", *LAUNCH, "--cpu", ENTRY[1], plugins=[pause(job, "forward")])
+    first = as_process_1(process)
+    interrupt(job, lambda: os.kill(first, signal.SIGTERM), wait=1.0)
+    process.communicate(timeout=60)
+    assert job.status["state"] == "done"
 
 
 def test_f18_a_second_sigterm_does_not_wait(lab: Lab) -> None:

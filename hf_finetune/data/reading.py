@@ -1,0 +1,105 @@
+"""Reads raw training rows from their sources while they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+from hf_finetune.data.diagnosis import READING_ERRORS
+from hf_finetune.data.splits import check_columns
+from hf_finetune.errors import DataError, FinetuneError, Problem
+
+if TYPE_CHECKING:
+    from hf_finetune.data.faults import Wanted
+    from hf_finetune.data.sources import Origins
+    from hf_finetune.schema.blocks import Data
+
+BATCH = 100
+"""Raw rows that are encoded at once."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, and in which order."""
+
+    origins: Origins
+    wanted: Wanted
+    """What the task needs."""
+    buffer: int
+    """Rows to shuffle from; the order of files is shuffled too."""
+    limit: int | None
+    """At most this many rows, the same in every pass."""
+    seed: int
+    """Fixes which rows the limit takes, and how sources are mixed."""
+
+    @classmethod
+    def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
+        """What the recipe's data block asks for."""
+        return cls(origins, wanted, data.shuffle_buffer, data.limit, seed)
+
+    @property
+    def places(self) -> str:
+        """What messages call the sources."""
+        return ", ".join(origin.place for origin in self.origins.train)
+
+    def open(self) -> datasets.IterableDataset:
+        """The raw rows in the order of the sources, each beginning with its first row.
+
+        Raises:
+            DataError: A source is missing or empty, lacks a column, or does not fit the others.
+        """
+        parts = []
+        for origin in self.origins.train:
+            try:
+                part = origin.stream(self.wanted.texts)
+                first = next(iter(part), None)
+            except READING_ERRORS as error:
+                raise origin.explain(error) from error
+            if first is None:
+                raise DataError(Problem("train split has 0 rows", key=origin.key, file=origin.place))
+            check_columns(list(first), self.wanted.columns, origin)
+            parts.append(part.select_columns(list(self.wanted.columns)))
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return datasets.interleave_datasets(
+                parts, probabilities=list(self.origins.weights), seed=self.seed, stopping_strategy="first_exhausted"
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
+
+    def batches(self, opened: datasets.IterableDataset, order: list[int] | None) -> Iterator[list[dict[str, Any]]]:
+        """One pass in `BATCH`es of raw rows.
+
+        Args:
+            opened: What `open` returned.
+            order: Seed of the shuffling; null keeps the order of the sources.
+
+        Raises:
+            DataError: The data can't be read.
+        """
+        if self.limit is not None:
+            opened = opened.shuffle(seed=self.seed, buffer_size=self.buffer).take(self.limit)
+        if order is not None:
+            opened = opened.shuffle(generator=np.random.default_rng(order), buffer_size=self.buffer)
+        batch: list[dict[str, Any]] = []
+        try:
+            for row in opened:
+                batch.append(row)
+                if len(batch) == BATCH:
+                    yield batch
+                    batch = []
+        except READING_ERRORS as error:
+            raise self._explain(error) from error
+        if batch:
+            yield batch
+
+    def _explain(self, error: Exception) -> Exception:
+        """The most telling of what the sources say about an error."""
+        explained = [origin.explain(error) for origin in self.origins.train]
+        located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
+        return (located or explained)[0]
