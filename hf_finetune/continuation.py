@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from hf_finetune.errors import CheckpointError, Problem
+from hf_finetune.recipe import Recipe
 from hf_finetune.schema.expectations import shown
 
 FREE = (
@@ -54,8 +56,6 @@ ALLOWED = (
 )
 """Keys that may change where `--allow-change` names them: training goes on, but is not the one that was begun."""
 
-UNSET = "(none)"
-
 
 def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
     """Dotted keys with another value than in an earlier resolved recipe: what it was, what it is.
@@ -64,9 +64,9 @@ def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
         before: `recipe.yaml` of the run folder.
         now: The resolved recipe that is to go on, as YAML.
     """
-    old, new = _flat(yaml.safe_load(before) or {}), _flat(yaml.safe_load(now))
-    changed = {key for key in old.keys() | new.keys() if old.get(key, UNSET) != new.get(key, UNSET)}
-    return {key: (old.get(key, UNSET), new.get(key, UNSET)) for key in sorted(changed) if not _among(key, FREE)}
+    old, new = _flat(_resolved(before)), _flat(_resolved(now))
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    return {key: (old.get(key), new.get(key)) for key in sorted(changed) if not _among(key, FREE)}
 
 
 def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
@@ -107,6 +107,15 @@ def refuse_unknown(allowed: Iterable[str]) -> None:
     if wrong:
         message = "may not change within a run; start anew with --restart, or in another output folder"
         raise CheckpointError(Problem(message, key=key) for key in wrong)
+
+
+def _resolved(text: str) -> dict[str, Any]:
+    """A recipe with every default, also of keys that are younger than the file; as it stands if it can't be read."""
+    tree = yaml.safe_load(text) or {}
+    try:
+        return Recipe.model_validate(tree, by_alias=True, by_name=False).model_dump(mode="json")
+    except ValidationError:
+        return dict(tree)
 
 
 def _among(key: str, patterns: Iterable[str]) -> bool:
