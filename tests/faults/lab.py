@@ -193,13 +193,6 @@ class Job:
         return [line for line in lines if phase in ("", line["phase"])]
 
     @property
-    def last_step(self) -> int:
-        """Step of the last whole line of metrics.jsonl, 0 where there is none; also while it is being written."""
-        file = self.run / "metrics.jsonl"
-        whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
-        return int(json.loads(whole[-1])["step"]) if whole else 0
-
-    @property
     def status(self) -> dict[str, Any]:
         """status.json."""
         status: dict[str, Any] = json.loads((self.run / "status.json").read_text())

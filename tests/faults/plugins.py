@@ -34,11 +34,7 @@ def apply(plugins: list[list[Any]]) -> None:
     """Call each plugin with its options."""
     global RANK
     RANK = int(os.environ.get("RANK", "0"))
-    if os.environ.get("SHIM"):  # SHIM
-        import torch  # SHIM
 
-        load = torch.load  # SHIM
-        torch.load = lambda *a, **o: load(*a, **(o | ({"map_location": "cpu"} if "map_location" in o else {})))  # SHIM
     for name, options in plugins:
         globals()[name](**options)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from faults.lab import ROOT, STEPS, Child, Job, Lab
+from faults.lab import ROOT, STEPS, Child, Lab
 from faults.oracle import finished, readable, resume, resumed_at
 
 PLACES = ("forward", "step_end", "logged")
@@ -180,10 +180,9 @@ def test_k14_the_same_loss_however_a_batch_is_cut(lab: Lab) -> None:
 def test_f10_twenty_kills_at_random_times_in_one_run(lab: Lab) -> None:
     job, draw, begun = lab.job("training.epochs=8", "checkpoints.every=2"), random.Random(4), []
     for attempt in range(20):
-        saved = (job.checkpoints or [0])[-1]
         child = job.fork(["slow", {"seconds": 0.1}])[0]
         if attempt % 3:  # while it trains; else while it loads
-            job.until(partial(trains_on, job, child, saved))
+            job.until(partial(trains, child))
         time.sleep(draw.uniform(0.0, 0.6))
         child.send(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, child.output
@@ -192,9 +191,9 @@ def test_f10_twenty_kills_at_random_times_in_one_run(lab: Lab) -> None:
     resume(lab, job, at=None)
 
 
-def trains_on(job: Job, child: Child, step: int) -> bool:
-    """Whether a run that goes on from a step has logged another one."""
-    return job.last_step > step and resumed_at(child.output) == step
+def trains(child: Child) -> bool:
+    """Whether a run has taken a step since it was started."""
+    return "\nstep " in child.output
 
 
 def test_a_restart_keeps_the_killed_run_aside(lab: Lab) -> None:
