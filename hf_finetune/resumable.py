@@ -25,6 +25,7 @@ from hf_finetune.runstate import Progress
 if TYPE_CHECKING:
     from hf_finetune.adapters import Adapter
     from hf_finetune.checkpoints import Facts, Store
+    from hf_finetune.divergence import Guard
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: somebody wants the run to end
@@ -50,6 +51,7 @@ class ResumableTrainer(Trainer):
     """A Trainer that can be killed anywhere. The subclass sets `keeper` and `adapter` before training."""
 
     keeper: Keeper | None = None
+    guard: Guard | None = None
     adapter: Adapter
     optimizer: Any
     lr_scheduler: Any
@@ -119,6 +121,7 @@ class ResumableTrainer(Trainer):
             last_logged=self._globalstep_last_logged,
             last_evaluated=self.last_evaluated,
             patience_used=patience[0] if patience else 0,
+            skipped=0 if self.guard is None else self.guard.skipped,
             lines={file.name: _lines(file) for file in self.keeper.journals},
             throughput=self.throughput_so_far(),
         )
@@ -142,10 +145,11 @@ class ResumableTrainer(Trainer):
         if checkpoint is None or self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder, device = Path(checkpoint), self.args.device
-        state = torch.load(folder / runstate.OPTIMIZER, map_location=device, weights_only=True)
-        self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(folder / runstate.SCHEDULER, weights_only=True))
+        folder = Path(checkpoint)
+        # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
+        optimizer = torch.load(folder / runstate.OPTIMIZER, map_location="cpu", weights_only=True)
+        scheduler = torch.load(folder / runstate.SCHEDULER, weights_only=True)
+        runstate.load_optimizer(self.optimizer, self.lr_scheduler, optimizer, scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random numbers; with another number of ranks each draws its own, by seed, rank and step."""
@@ -178,6 +182,8 @@ class ResumableTrainer(Trainer):
             self._tr_loss.fill_(runstate.unlogged_loss(keeper.resume_from, self.args.process_index))
             self._globalstep_last_logged = progress.last_logged
         self.last_evaluated = progress.last_evaluated
+        if self.guard is not None:
+            self.guard.skipped = progress.skipped
         for stopper in self._stoppers():
             stopper.early_stopping_patience_counter = progress.patience_used
         # The recipe may log, evaluate and save at other steps now.

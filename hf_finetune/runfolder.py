@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -252,5 +253,7 @@ class Status:
             resumable = self.checkpoint is not None and state != "done"
             told = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
             status = {**self._fields, **told}
-            if self.file.parent.is_dir():
-                write_atomically(self.file, json.dumps(status, indent=2) + "\n")
+            # A full or read-only disk must not hide what went wrong; whoever saves says so.
+            with suppress(OSError):
+                if self.file.parent.is_dir():
+                    write_atomically(self.file, json.dumps(status, indent=2) + "\n")

@@ -44,6 +44,8 @@ class Progress:
     last_evaluated: int
     patience_used: int
     """Evaluations without improvement, where early stopping counts them."""
+    skipped: int = 0
+    """Steps that were left out because they were not finite."""
     lines: dict[str, int] = field(default_factory=dict)
     """Lines of each journal at this moment, by file name."""
     throughput: dict[str, float] = field(default_factory=dict)
@@ -84,6 +86,32 @@ def load_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
     adapter.load_state(adapted, extra)
+
+
+HYPERPARAMETERS = ("weight_decay", "betas", "initial_lr")
+"""What the recipe says of each group of weights, and may say anew; the rest is state."""
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, optimizer_state: Any, scheduler_state: Any) -> None:
+    """Bring the optimiser and the schedule back, with the hyperparameters of the present recipe.
+
+    Where these are what they were, the learning rate comes out as the same bits: it is the same product.
+
+    Args:
+        optimizer: New, as the recipe wants it.
+        scheduler: The same.
+        optimizer_state: Of the checkpoint.
+        scheduler_state: Of the checkpoint.
+    """
+    wanted = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
+    rates = list(scheduler.base_lrs)
+    optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(scheduler_state)
+    scheduler.base_lrs = rates
+    for group, own, rate, shape in zip(optimizer.param_groups, wanted, rates, scheduler.lr_lambdas, strict=True):
+        group.update(own)
+        group["lr"] = rate * shape(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def save_rank(folder: Path, rank: int, unlogged_loss: float) -> None:

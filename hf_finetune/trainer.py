@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune import batching
-from hf_finetune.divergence import Guard
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
@@ -100,7 +99,6 @@ class FinetuneTrainer(ResumableTrainer):
         self.throughput = Throughput()
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
-        self.guard: Guard | None = None
         super().__init__(
             model=model,
             args=args,

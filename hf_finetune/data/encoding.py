@@ -16,7 +16,7 @@ from hf_finetune.data import rawtext
 from hf_finetune.data.placing import PlacedError, placed
 from hf_finetune.data.splitreport import SplitReport, nothing_left
 from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.errors import DataError, OutOfMemoryError, Problem
 from hf_finetune.hardware import cores
 
 if TYPE_CHECKING:
@@ -95,9 +95,25 @@ class _Survey:
         return {"found": [], "unfit": []}
 
 
+def _mapped(rows: datasets.Dataset, function: Any, **options: Any) -> datasets.Dataset:
+    """`rows.map`, with a killed worker process told in one line.
+
+    Raises:
+        OutOfMemoryError: A worker was killed, nearly always for want of memory.
+    """
+    try:
+        return rows.map(function, **options)
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        message = "a process that tokenises was killed, most likely for want of memory; set it to 1, or free memory"
+        raise OutOfMemoryError(Problem(message, key="data.workers")) from error
+
+
 def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -> PlacedError | None:
     """Every bad row of a split; None where there is none. Arguments as for `encode`."""
-    batches = split.rows.map(
+    batches = _mapped(
+        split.rows,
         _Survey(encoder),
         batched=True,
         with_indices=True,
@@ -150,7 +166,8 @@ def encode(split: Split, encoder: Encoder, overlong: Overlong, scratch: Path, wo
     """
     try:
         features = _features(split, encoder)
-        encoded = split.rows.map(
+        encoded = _mapped(
+            split.rows,
             replace(encoder, columns=tuple(features)),
             batched=True,
             with_indices=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tracking import samples
 from hf_finetune.tracking.console import Console, say, warn
 from hf_finetune.tracking.journal import Entry, Journal, keep_lines
 from hf_finetune.tracking.progress import Progress
@@ -71,10 +72,13 @@ class Observers:
         self.journal.keep(lines.get(self.folder.metrics.name, 0))
         if self.machine.is_main:
             keep_lines(self.folder.samples, lines.get(self.folder.samples.name, 0))
-            if step == 0:
-                shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
-        if self.board is not None:
-            self.board.purge_step = step + 1 if step else None
+            # A kill takes unflushed events with it, and leaves some that come again: the journals have the truth.
+            shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
+        if self.board is not None and step:
+            for line in self.journal.entries:
+                self.board.add(line)
+            for at, text in samples.stored(self.folder.samples):
+                self.board.add_text(samples.TAG, text, at)
 
     def conclude(self, summary: Entry) -> None:
         """Write the summary row and close the event file."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,19 @@ if TYPE_CHECKING:
 
     from hf_finetune.tasks.causal_lm import CausalLM
     from hf_finetune.tracking.tensorboard import TensorBoard
+
+
+TAG = "samples"
+
+
+def stored(file: Path) -> Iterator[tuple[int, str]]:
+    """Step and markdown of each evaluation that `samples.jsonl` holds."""
+    if not file.exists():
+        return
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for step, group in itertools.groupby(lines, key=lambda line: int(line["step"])):
+        pairs = [(line["prompt"], Generation(line["answer"], 0, ended=line["ended"])) for line in group]
+        yield step, _table([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
 
 
 class Samples(TrainerCallback):
@@ -55,14 +70,14 @@ class Samples(TrainerCallback):
             for prompt, answer in zip(prompts, answers, strict=True):
                 line = {"step": state.global_step, "prompt": prompt, "answer": answer.text, "ended": answer.ended}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.board.add_text("samples", _table(prompts, answers), state.global_step)
+        self.board.add_text(TAG, _table(prompts, answers), state.global_step)
 
 
 def _table(prompts: list[str], answers: list[Generation]) -> str:
     """Prompts and answers as markdown; indented, so that nothing in them is read as markup."""
     parts = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        end = f"({answer.tokens} tokens, {'ended' if answer.ended else 'cut off'})"
+        end = "(ended)" if answer.ended else "(cut off)"
         parts += ["**prompt**", _indented(prompt), f"**answer** {end}", _indented(answer.text), "---"]
     return "\n\n".join(parts)
 
