@@ -186,7 +186,7 @@ def _user(lock: Path, status: dict[str, Any]) -> str | None:
     of some shared file systems hold on one host only.
     """
     try:
-        with lock.open("r+", encoding="utf-8") as stream:
+        with lock.open(encoding="utf-8") as stream:
             pid, _, host = stream.read().strip().partition(" ")
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -207,8 +207,22 @@ def _is_alive(status: dict[str, Any]) -> bool:
 def write_atomically(file: Path, text: str) -> None:
     """Write a whole file or nothing: a reader never sees half of it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_somehow(file: Path, text: str) -> None:
+    """Write atomically; on a full disk into the file's own block, in one call."""
+    try:
+        write_atomically(file, text)
+    except OSError:
+        with file.open("r+", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.truncate()
 
 
 class Status:
@@ -256,4 +270,4 @@ class Status:
             # A full or read-only disk must not hide what went wrong; whoever saves says so.
             with suppress(OSError):
                 if self.file.parent.is_dir():
-                    write_atomically(self.file, json.dumps(status, indent=2) + "\n")
+                    _write_somehow(self.file, json.dumps(status, indent=2) + "\n")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.recipe import Recipe
+    from hf_finetune.resumable import Keeper
 
 
 def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[str] = ()) -> Outcome | None:
@@ -99,7 +100,14 @@ class _Run:
         keeper = keeping.keeper(self.ready, folder, self.stop, tell)
         learner = _learner(self.ready, self.findings)
         observers = Observers(recipe, folder, self.status, machine)
-        keeping.go_on(keeper, observers, self.status, tell)
+        try:
+            return self._complete(learner, keeper, observers)
+        finally:
+            observers.close()
+
+    def _complete(self, learner: Learner, keeper: Keeper, observers: Observers) -> Outcome:
+        recipe, machine, folder = learner.recipe, learner.machine, self.folder
+        keeping.go_on(keeper, observers, self.status, say if machine.is_main else _keep_silent)
         trainer = _trainer(learner, observers, folder)
         trainer.keeper, trainer.guard, trainer.is_sharded = keeper, Guard(recipe.training), machine.is_sharded
         trainer.progress = self.watch.progress  # type: ignore[method-assign]

@@ -83,5 +83,9 @@ class Observers:
     def conclude(self, summary: Entry) -> None:
         """Write the summary row and close the event file."""
         self.journal.add(summary)
+        self.close()
+
+    def close(self) -> None:
+        """Close the event file; later calls do nothing."""
         if self.board is not None:
             self.board.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from hf_finetune.tracking.console import warn
 from hf_finetune.tracking.journal import Entry, Watcher
 
 FLUSH_SECONDS = 10
+QUEUE = 10_000
+"""Events that may wait for the disk before training does."""
 
 
 class TensorBoard(Watcher):
@@ -33,7 +35,8 @@ class TensorBoard(Watcher):
     def writer(self) -> SummaryWriter:
         """The tensorboardX writer, opened at its first use."""
         if self._writer is None:
-            self._writer = SummaryWriter(logdir=str(self.folder), flush_secs=FLUSH_SECONDS)
+            self._writer = SummaryWriter(logdir=str(self.folder), flush_secs=FLUSH_SECONDS, max_queue=QUEUE)
+            self._shield(self._writer)
             for tag, text in self.texts.items():
                 self._writer.add_text(tag, text, 0)
         return self._writer
@@ -44,35 +47,39 @@ class TensorBoard(Watcher):
 
     def add(self, line: Entry) -> None:
         """Write every number of a line."""
-        if not self._works():
-            return
         for key, value in line.items():
             if key not in {"step", "phase"} and isinstance(value, int | float):
                 self.writer.add_scalar(f"{line['phase']}/{key}", value, line["step"])
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Write a markdown text."""
-        if self._works():
-            self.writer.add_text(tag, text, step)
+        self.writer.add_text(tag, text, step)
 
-    def _works(self) -> bool:
-        """Whether events still reach the disk.
+    def _shield(self, writer: SummaryWriter) -> None:
+        """Keep a disk that can't be written from doing any harm.
 
-        On a full disk the thread of tensorboardX 2.6 that writes them dies, and whoever hands it anything waits forever
-        (in tensorboard: https://github.com/tensorflow/tensorboard/issues/6167).
+        On a full disk the thread of tensorboardX 2.6 that writes events dies, and whoever hands it the next ones waits
+        for ever (the same in tensorboard: https://github.com/tensorflow/tensorboard/issues/6167).
         """
-        if self._is_broken:
-            return False
-        worker: Any = self.writer.file_writer.event_writer._worker
-        if worker.is_alive():
-            return True
-        self._is_broken = True
-        atexit.unregister(self.writer.close)
-        warn(f"{self.folder} can't be written: TensorBoard shows nothing from here on, training goes on")
-        return False
+        records: Any = writer.file_writer.event_writer._ev_writer
+
+        def shielded(method: Callable[..., None]) -> Callable[..., None]:
+            def call(*arguments: Any) -> None:
+                try:
+                    method(*arguments)
+                except (OSError, ValueError) as error:  # ValueError: closed after it failed
+                    if not self._is_broken:
+                        reason = getattr(error, "strerror", None) or error
+                        warn(f"{self.folder} can't be written ({reason}): events are lost, training goes on")
+                    self._is_broken = True
+
+            return call
+
+        for name in ("write_event", "flush", "close"):
+            setattr(records, name, shielded(getattr(records, name)))
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None and self._works():
+        """Flush and close the event file; later calls do nothing."""
+        if self._writer is not None:
             self._writer.close()
             self._writer = None
