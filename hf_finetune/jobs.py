@@ -22,6 +22,8 @@ class Assignment:
 
     job: Job
     length: Length
+    lengths: list[int] | None
+    """Tokens of each row of the training set, of each sequence where rows are packed; None for a stream."""
 
 
 def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> Assignment:
@@ -68,7 +70,7 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     if machine.is_sharded and any(job.questions.values()):
         message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
         raise RecipeError(Problem(message, key="task.generate_rows"))
-    return Assignment(job, arguments.length(recipe, None if lengths is None else len(lengths)))
+    return Assignment(job, arguments.length(recipe, None if lengths is None else len(lengths)), lengths)
 
 
 def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.errors import Problem
 from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
@@ -193,12 +192,6 @@ def dropped(path: str, overrides: Sequence[str]) -> list[str]:
         Those that the recipe gives and that are not null.
     """
     return read(path, overrides).dropped
-
-
-def located(problems: Sequence[Problem], path: str, overrides: Sequence[str]) -> list[Problem]:
-    """Problems that were found while a recipe ran, each with the file and line of the key that it names."""
-    place = read(path, overrides).locate
-    return [place(problem) for problem in problems]
 
 
 def json_schema() -> dict[str, Any]:

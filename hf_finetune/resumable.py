@@ -246,10 +246,15 @@ class ResumableTrainer(Trainer):
         Raises:
             EvaluationStopped: They do.
         """
+        if self.agrees_to_stop():
+            raise EvaluationStopped
+
+    def agrees_to_stop(self) -> bool:
+        """Whether any rank was told to stop; every rank asks at the same moment."""
         if self.keeper is not None and (signal := self.keeper.stop.agreed()):
             self.stopped = signal
             self.args.load_best_model_at_end = False  # an unfinished run has no result
-            raise EvaluationStopped
+        return bool(self.stopped)
 
 
 class _Flow(TrainerCallback):
@@ -270,10 +275,7 @@ class _Flow(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if any rank was told to; an evaluation that is due waits until the run goes on."""
-        keeper = self.trainer.keeper
-        if keeper is not None and (signal := keeper.stop.agreed()):
-            self.trainer.stopped = signal
-            args.load_best_model_at_end = False
+        if self.trainer.agrees_to_stop():
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
 
     def on_epoch_end(

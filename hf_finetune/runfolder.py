@@ -135,7 +135,7 @@ class RunFolder:
         Raises:
             StorageError: That fails.
         """
-        place = next(parent for parent in (self.path.absolute(), *self.path.absolute().parents) if parent.exists())
+        place = nearest_existing(self.path)
         try:
             Path(tempfile.mkdtemp(prefix=".hf_finetune-", dir=place)).rmdir()
         except OSError as error:
@@ -202,6 +202,11 @@ def _is_alive(status: dict[str, Any]) -> bool:
         return False
     age = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
     return age.total_seconds() < 4 * HEARTBEAT_SECONDS
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def write_atomically(file: Path, text: str) -> None:

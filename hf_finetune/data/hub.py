@@ -15,8 +15,8 @@ from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
 from hf_finetune.data.faults import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.schema.complaints import suggestion
+from hf_finetune.schema.paths import is_commit
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
@@ -44,7 +44,7 @@ class HubSplit:
 
     def identity(self, *, whole: bool) -> str:
         """Repository, subset, split and commit; the Hub is asked only where the recipe pins none."""
-        pinned = self.revision is not None and COMMIT.fullmatch(self.revision)
+        pinned = self.revision is not None and is_commit(self.revision)
         commit = self.revision if pinned else self._builder().hash
         return f"{self.source} {self.subset} {self.split} {commit}"
 
@@ -98,7 +98,7 @@ class HubSplit:
         except READING_ERRORS as error:
             reason = str(error).strip().replace("\n", " ")
             raise DataError(Problem(reason, key="data.source", file=self.source)) from error
-        if self.revision is not None and COMMIT.fullmatch(self.revision) and builder.hash != self.revision:
+        if self.revision is not None and is_commit(self.revision) and builder.hash != self.revision:
             # Offline, `datasets` takes whatever commit it cached last.
             message = f"only commit {builder.hash} is cached, the recipe pins {self.revision}; connect to load it"
             raise DataError(Problem(message, key="data.revision", file=self.source))

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_finetune import batching, memory, report, resources
+from hf_finetune import memory, report, resources
 from hf_finetune.errors import Problem, StorageError
 from hf_finetune.memory import Shapes
+from hf_finetune.runfolder import nearest_existing
 
 if TYPE_CHECKING:
     from hf_finetune.findings import Findings
@@ -43,20 +44,18 @@ class Load:
 
 def load(ready: Ready) -> Load:
     """Count rows and padding of the first epoch's micro-batches on every rank; of a stream only what is the most."""
-    job = ready.assignment.job
-    if job.batches is None:
+    job, lengths = ready.assignment.job, ready.assignment.lengths
+    if job.batches is None or lengths is None:
         return Load(0, 0, (job.division.micro_batch, ready.recipe.data.max_length))
-    lengths = _lengths(ready)
+    ranks = [replace(job.division, rank=rank) for rank in range(job.division.world_size)]
     tokens = cells = 0
     largest = (0, 0)
-    for rank in range(job.division.world_size):
-        division = replace(job.division, rank=rank)
-        for batch in itertools.islice(job.batches.global_batches(), BATCHES_LOOKED_AT):
-            for rows in division.share(batch):
-                held = [lengths[row] for row in rows if row >= 0] or [lengths[~rows[0]]]
-                tokens += sum(held)
-                cells += len(held) * max(held)
-                largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
+    for batch in itertools.islice(job.batches.global_batches(), BATCHES_LOOKED_AT):
+        for rows in itertools.chain.from_iterable(division.share(batch) for division in ranks):
+            held = [lengths[row] for row in rows if row >= 0] or [lengths[~rows[0]]]
+            tokens += sum(held)
+            cells += len(held) * max(held)
+            largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
     return Load(tokens, cells, largest)
 
 
@@ -126,15 +125,6 @@ def _commit(ready: Ready) -> str:
     return f", commit {commit}" + ("" if pinned else f" (not pinned; model.revision: {commit} keeps it)")
 
 
-def _lengths(ready: Ready) -> list[int]:
-    """Tokens of each row of the training set, as the loader sees them: after packing."""
-    rows = ready.assignment.job.train
-    lengths: list[int] = list(ready.prepared.train["length"])  # type: ignore[index]
-    if not isinstance(rows, batching.PackedRows):
-        return lengths
-    return [sum(lengths[row] for row in pack) for pack in rows.packs]
-
-
 def _fits(ready: Ready, needed: int, findings: Findings) -> None:
     """Warn where the estimate is more than the device has; it is an estimate, so it stops nothing."""
     free = resources.memory_available(ready.machine)
@@ -156,7 +146,7 @@ def _disk(ready: Ready, trained: int) -> int:
 
 
 def _has_room(output: Path, needed: int) -> None:
-    place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    place = nearest_existing(output)
     free = shutil.disk_usage(place).free
     if free < needed:
         message = (

@@ -14,9 +14,9 @@ from typing import Any
 from hf_finetune.errors import Problem
 from hf_finetune.schema.blocks import Data, Source
 from hf_finetune.schema.expectations import shown
+from hf_finetune.schema.modelfolder import PACKAGE
 from hf_finetune.schema.roots import outside
 
-PACKAGE = "package:"
 NO_COMMIT = "is no commit, which require_pinned asks for; give its 40 digits"
 UNPINNED = "is missing, and require_pinned asks for a commit; give its 40 digits"
 LONGEST_PART = 255
