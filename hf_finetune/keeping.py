@@ -64,18 +64,18 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     """
 
     def committed(step: int) -> None:
-        status.checkpoint = f"{keeper.store.folder.name}/{keeper.store.path(step).name}"
+        status.at(step, f"{keeper.store.folder.name}/{keeper.store.path(step).name}")
 
     keeper.committed = committed
     if keeper.resume_from is None:
         if observers.folder.metrics.exists():
+            status.at(0, None)
             tell("no checkpoint was written before the earlier run ended: starting again at step 0")
         PartialState().wait_for_everyone()  # until every rank has looked
         observers.keep({}, 0)
         return
     progress = Progress.read(keeper.resume_from)
     committed(progress.step)
-    status.step = progress.step
     observers.keep(progress.lines, progress.step)
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
 

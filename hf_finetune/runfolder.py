@@ -248,12 +248,24 @@ class Status:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def start(self) -> None:
-        """Say `running` and start the heartbeat."""
+        """Say `running` and start the heartbeat; what an earlier run left here to go on from, still counts."""
+        with suppress(OSError, ValueError, AttributeError):
+            earlier = json.loads(self.file.read_text(encoding="utf-8"))
+            name = str(earlier.get("checkpoint") or "")
+            if name and (self.file.parent / name).is_dir():
+                self.checkpoint, self.step = name, int(earlier["step"])
         self._write("running", exit_code=None, reason=None)
         self._thread.start()
 
+    def at(self, step: int, checkpoint: str | None) -> None:
+        """Say at once where the run is, and what it could go on from."""
+        self.step, self.checkpoint = step, checkpoint
+        self._write()
+
     def finish(self, state: State, exit_code: int, reason: str | None = None) -> None:
-        """Stop the heartbeat and say how the run ended."""
+        """Stop the heartbeat and say how the run ended; the first word on that is the last."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -261,15 +273,17 @@ class Status:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with self._lock:
-                fields = dict(self._fields)
-            self._write(**fields)
+            self._write()
 
-    def _write(self, state: State, *, exit_code: int | None, reason: str | None) -> None:
+    def _write(self, state: State | None = None, *, exit_code: int | None = None, reason: str | None = None) -> None:
+        """Write the file anew; without a state, with the one that was said last."""
         with self._lock:
-            self._fields = {"state": state, "exit_code": exit_code, "reason": reason}
+            if state is not None:
+                self._fields = {"state": state, "exit_code": exit_code, "reason": reason}
+            if not self._fields:
+                return
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            resumable = self.checkpoint is not None and state != "done"
+            resumable = self.checkpoint is not None and self._fields["state"] != "done"
             told = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
             status = {**self._fields, **told}
             # A full or read-only disk must not hide what went wrong; whoever saves says so.

@@ -141,6 +141,26 @@ def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: py
     assert state(folder) == "failed"
 
 
+def test_a_checkpoint_is_told_at_once_and_by_the_next_run_from_its_start(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    status = Status(folder.status)
+    status.start()
+    (folder.checkpoints / "checkpoint-4").mkdir()
+    status.at(4, "checkpoints/checkpoint-4")
+    told = json.loads(folder.status.read_text())
+    assert (told["state"], told["step"], told["resumable"]) == ("running", 4, True)
+    status.finish("failed", 1, "the first word")
+    status.finish("done", 0)
+    assert state(folder) == "failed"
+
+    again = Status(folder.status)
+    again.start()
+    told = json.loads(folder.status.read_text())
+    assert (told["state"], told["step"], told["checkpoint"]) == ("running", 4, "checkpoints/checkpoint-4")
+    again.finish("failed", 1)
+
+
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)

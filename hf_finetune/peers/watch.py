@@ -118,9 +118,12 @@ class Watch:
         Args:
             error: What it ends with; None for a normal end.
         """
-        if self._is_over or os.getpid() != self._beat.process.pid:
+        if os.getpid() != self._beat.process.pid:
             return
+        # The thread holds the lock while it ends this process: whoever comes here meanwhile waits for that.
         with _signals_later(matter=error is None), self._lock:
+            if self._is_over:
+                return
             if error is not None and (failure := self._cause(error)) is not None:
                 self._end(failure)
             self._say_goodbye(*verdict.farewell(self.rank, error))
@@ -130,10 +133,8 @@ class Watch:
 
         Looks around for some seconds if torch says that a peer has gone.
         """
-        if self._is_over:
-            return None
         with self._lock:
-            failure = self._cause(error)
+            failure = None if self._is_over else self._cause(error)
         if failure is None:
             return None
         found = PeerError(Problem(line) for line in failure.reason.splitlines())

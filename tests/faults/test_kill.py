@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from faults.lab import ROOT, STEPS, Child, Lab
+from faults.lab import ROOT, STEPS, Child, Job, Lab
 from faults.oracle import finished, readable, resume, resumed_at
 
 PLACES = ("forward", "step_end", "logged")
@@ -178,11 +178,13 @@ def test_k14_the_same_loss_however_a_batch_is_cut(lab: Lab) -> None:
 
 @pytest.mark.faults
 def test_f10_twenty_kills_at_random_times_in_one_run(lab: Lab) -> None:
-    job, draw, begun = lab.job("training.epochs=8", "checkpoints.every=2"), random.Random(4), []
+    job, draw, begun = lab.job("training.epochs=16", "checkpoints.every=2"), random.Random(4), []
     for attempt in range(20):
         child = job.fork(["slow", {"seconds": 0.1}])[0]
         if attempt % 3:  # while it trains; else while it loads
             job.until(partial(trains, child))
+        if attempt % 3 == 2:  # with some progress, however slow the disk is
+            job.until(partial(commits, job, job.status["checkpoint"]))
         time.sleep(draw.uniform(0.0, 0.6))
         child.send(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, child.output
@@ -194,6 +196,11 @@ def test_f10_twenty_kills_at_random_times_in_one_run(lab: Lab) -> None:
 def trains(child: Child) -> bool:
     """Whether a run has taken a step since it was started."""
     return "\nstep " in child.output
+
+
+def commits(job: Job, before: str | None) -> bool:
+    """Whether a run has written another checkpoint than the one before."""
+    return job.status["checkpoint"] != before
 
 
 def test_a_restart_keeps_the_killed_run_aside(lab: Lab) -> None:
