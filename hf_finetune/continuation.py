@@ -28,6 +28,7 @@ FREE = (
     "training.micro_batch",
     "training.on_nonfinite",
     "training.eval_batch",
+    "tracking.*",
 )
 """Keys that change nothing of what is learned."""
 

@@ -14,6 +14,7 @@ from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
 from hf_finetune.schema.paths import NO_COMMIT, is_commit
 from hf_finetune.schema.reading import Reading
+from hf_finetune.schema.watching import Tracking
 from hf_finetune.tasks import Task
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Recipe(Section):
     """How it learns."""
     checkpoints: Checkpoints = Checkpoints()
     """What is kept on the way."""
+    tracking: Tracking = Tracking()
+    """What is shown of it on the way."""
     output: Name
     """The run folder: everything this run writes."""
     require_pinned: bool = False

@@ -41,6 +41,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.observations = self.path / "observations"
         self.report = self.path / "report.md"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -209,11 +210,11 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader never sees half of it."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: a reader never sees half of it. Text is written as UTF-8."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -200,7 +200,7 @@ def trains(child: Child) -> bool:
 
 def commits(job: Job, before: str | None) -> bool:
     """Whether a run has written another checkpoint than the one before."""
-    return job.status["checkpoint"] != before
+    return bool(job.status["checkpoint"] != before)
 
 
 def test_a_restart_keeps_the_killed_run_aside(lab: Lab) -> None:

@@ -1,0 +1,86 @@
+"""What was seen of a model at one evaluation, kept on disk as arrays: charts and reports are drawn from these alone.
+
+    observations/<kind>/<phase>-<step>.npz
+
+`metrics.jsonl` has the numbers, records have what a number can't hold: predictions, histograms, losses of tokens. A
+record is written in one step and has its place by kind, phase and step, so that a resumed run that comes there again
+replaces it. TensorBoard's events can be made again from both at any time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_finetune.runfolder import write_atomically
+
+Array = np.ndarray[Any, Any]
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kind of observation at one step."""
+
+    kind: str
+    """Who made it, and so what it holds: `predictions`, `weights`, `tokens`, `data`, ..."""
+    phase: str
+    """As in metrics.jsonl: eval, final or test; `train` for what does not belong to an evaluation."""
+    step: int
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    """By name; of numbers or bools."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else; JSON holds it."""
+
+    def write(self, folder: Path) -> None:
+        """Write it below `observations/`; an earlier one of the same kind, phase and step is replaced.
+
+        Raises:
+            OSError: The disk is full, or can't be written.
+        """
+        stream = io.BytesIO()
+        text = json.dumps(self.facts, ensure_ascii=False)
+        np.savez_compressed(stream, allow_pickle=False, **{_FACTS: np.array(text)}, **self.arrays)
+        file = folder / self.kind / f"{self.phase}-{self.step:08}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, stream.getvalue())
+
+    @classmethod
+    def read(cls, file: Path) -> Record | None:
+        """A record from its file; None for one that is damaged, or none at all."""
+        phase, _, step = file.stem.rpartition("-")
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            facts = json.loads(str(arrays.pop(_FACTS)))
+            return cls(file.parent.name, phase, int(step), arrays, facts)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def stored(folder: Path, kind: str = "*") -> Iterator[Record]:
+    """The records below `observations/`, by kind, then step; damaged ones are left out."""
+    files = sorted(folder.glob(f"{kind}/*-*.npz"), key=lambda file: (file.parent.name, _step(file), file.name))
+    for file in files:
+        record = Record.read(file)
+        if record is not None:
+            yield record
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove records of later steps, which come again when a run goes on from this one."""
+    for file in folder.glob("*/*-*.npz"):
+        if _step(file) > step:
+            file.unlink(missing_ok=True)
+
+
+def _step(file: Path) -> int:
+    number = file.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
