@@ -5,6 +5,8 @@
 #   make test-slow     the tests that take longer
 #   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
 #   make test-lowest   the suite with the lowest versions that pyproject.toml admits
+#   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
+#   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
 #   make lint          style, format, types
 #   make lock          renew constraints.txt and constraints-lowest.txt
 #   make clean         remove environments and caches
@@ -15,15 +17,18 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
+# What `make bench` is to use, and whatever else `python -m benchmarks.race --help` knows.
+BENCH ?=
 
 TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
+RACE = HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.race $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH)
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-faults test-lowest lint lock clean
+.PHONY: demo test test-slow test-faults test-lowest bench-quick bench lint lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -40,6 +45,12 @@ test-faults: .venv/test.stamp
 
 test-lowest: .venv-lowest/test.stamp
 	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not gpu and not lint"
+
+bench-quick: .venv/demo.stamp
+	$(RACE) --quick --budget 420 --timeout 150
+
+bench: .venv/demo.stamp
+	$(RACE)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

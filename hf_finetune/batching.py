@@ -185,14 +185,15 @@ def train_loader(
 
 @dataclass(frozen=True)
 class _Counting:
-    """Adds `tokens`, the number of real tokens, to a batch: a packed one has no mask to count them by."""
+    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask."""
 
     collator: Collator
 
     def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
-        tokens = sum(len(document["input_ids"]) for document in documents)
-        return {**self.collator(rows), "tokens": torch.tensor(tokens)}
+        lengths = [len(document["input_ids"]) for document in documents]
+        counts = {"tokens": torch.tensor(sum(lengths)), "squares": torch.tensor(sum(n * n for n in lengths))}
+        return {**self.collator(rows), **counts}
 
 
 def eval_loader(rows: Rows, lengths: Sequence[int], division: Division, collator: Collator) -> DataLoader[Any]:

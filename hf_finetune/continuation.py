@@ -37,6 +37,7 @@ ALLOWED = (
     "data.validation",
     "model.attention",
     "model.dropout",
+    "speed.*",
     "task.answer_pattern",
     "task.generate_rows",
     "task.max_new_tokens",

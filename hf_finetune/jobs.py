@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import arguments, batching, data, hardware
 from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.trainer import Job
+from hf_finetune.job import Job
 
 if TYPE_CHECKING:
     from hf_finetune.arguments import Length

@@ -14,6 +14,7 @@ from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
 from hf_finetune.schema.paths import NO_COMMIT, is_commit
 from hf_finetune.schema.reading import Reading
+from hf_finetune.schema.speed import Speed
 from hf_finetune.schema.watching import Tracking
 from hf_finetune.tasks import Task
 
@@ -42,6 +43,8 @@ class Recipe(Section):
     """How it learns."""
     checkpoints: Checkpoints = Checkpoints()
     """What is kept on the way."""
+    speed: Speed = Speed()
+    """Which fast paths it may take."""
     tracking: Tracking = Tracking()
     """What is shown of it on the way."""
     output: Name

@@ -75,9 +75,9 @@ def stored(folder: Path, kind: str = "*") -> Iterator[Record]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Remove records of later steps, which come again when a run goes on from this one."""
+    """Remove records of later steps, and those of a run's end, which come again when it goes on from this step."""
     for file in folder.glob("*/*-*.npz"):
-        if _step(file) > step:
+        if _step(file) > step or file.stem.partition("-")[0] in ("final", "test"):
             file.unlink(missing_ok=True)
 
 

@@ -21,6 +21,7 @@ from transformers.training_args import TrainingArguments
 from hf_finetune import runstate
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
+from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
     from hf_finetune.adapters import Adapter
@@ -90,7 +91,8 @@ class ResumableTrainer(Trainer):
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
-        store.write(step, self._write_state, self.keeper.facts, protect)
+        with phase("saving a checkpoint"):
+            store.write(step, self._write_state, self.keeper.facts, protect)
         self.keeper.committed(step)
 
     def _write_state(self, folder: Path) -> None:
@@ -201,15 +203,24 @@ class ResumableTrainer(Trainer):
 
     def _catch_up(self) -> None:
         """Make up for an evaluation that was due at the checkpoint's step, where the run was stopped before it."""
-        step, strategy = self.state.global_step, IntervalStrategy(self.args.eval_strategy).value
-        every = self._steps_per_epoch() if strategy == "epoch" else int(self.state.eval_steps or 0)
-        due = strategy != "no" and (step >= self.state.max_steps or (every > 0 and step % every == 0))
-        if not due or step in (0, self.last_evaluated):
+        step = self.state.global_step
+        if not self.evaluates_at(step) or step in (0, self.last_evaluated):
             return
         self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
         self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, 0.0)
         self.control.should_evaluate = self.control.should_save = False
         self._ends_at_once = self._ends_at_once or bool(self.control.should_training_stop)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the watched split is evaluated after so many steps."""
+        strategy = IntervalStrategy(self.args.eval_strategy).value
+        every = self._steps_per_epoch() if strategy == "epoch" else int(self.state.eval_steps or 0)
+        return strategy != "no" and (step >= self.state.max_steps or (every > 0 and step % every == 0))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint is loaded after training."""
+        return bool(self.args.load_best_model_at_end)
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """One pass; none where the evaluation that was made up for ends training."""

@@ -43,6 +43,8 @@ class RunFolder:
         self.samples = self.path / "samples.jsonl"
         self.observations = self.path / "observations"
         self.report = self.path / "report.md"
+        self.page = self.path / "report.html"
+        self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"

@@ -13,7 +13,7 @@ from hf_finetune import continuation
 from hf_finetune.errors import FinetuneError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
-from hf_finetune.tracking.console import say
+from hf_finetune.terminal import say
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine

@@ -8,81 +8,30 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune import batching
 from hf_finetune.errors import DataError, DivergedError, Problem
+from hf_finetune.fast import Paths
+from hf_finetune.job import COUNTS, Job
 from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
+from hf_finetune.tracking.step_times import DATA, FORWARD, StepTimes
 from hf_finetune.tracking.throughput import Tally, Throughput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from transformers import EvalPrediction
 
-    from hf_finetune.adapters import Adapter
-    from hf_finetune.tasks import Batch, Questions, Targets, Task
-
-SAMPLE_ROWS = 8
-"""Rows of a batch that is looked at besides training."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained on what: everything the trainer needs besides the model and its arguments."""
-
-    task: Task
-    targets: Targets
-    adapter: Adapter
-    tokenizer: Any
-    train: Dataset[Any]
-    """`Rows`, `PackedRows` or `StreamedBatches`."""
-    validation: Any
-    """Encoded rows that are evaluated during training, or None."""
-    batches: batching.GlobalBatches | None
-    """Batch sampler of `train`; None for a stream."""
-    division: batching.Division
-    eval_batch: int
-    """Rows of one forward pass of one rank in evaluation."""
-    questions: Mapping[str, Questions | None]
-    """What the model is asked when a split (`validation`, `test`) is evaluated."""
-    packed: bool
-    """Whether rows of `train` are lists of documents."""
-
-    def loader(self, *, pin: bool = False) -> DataLoader[Any]:
-        """Loader of this rank's micro-batches."""
-        return batching.train_loader(
-            self.train, self.batches, self.task.collator(self.tokenizer, packed=self.packed), pin=pin
-        )
-
-    def sample(self, device: torch.device) -> Iterator[Batch]:
-        """Training batches on a device: the same on every rank, whatever the micro-batch."""
-        division = batching.Division(SAMPLE_ROWS, SAMPLE_ROWS)
-        batches = (
-            None if self.batches is None else batching.GlobalBatches(self.batches.lengths.tolist(), division, seed=0)
-        )
-        train = self.train
-        if isinstance(train, batching.StreamedBatches):
-            train = batching.StreamedBatches(train.stream, division, train.seed)
-        collator = self.task.collator(self.tokenizer, packed=self.packed)
-        for batch in batching.train_loader(train, batches, collator, pin=False):
-            yield {key: value.to(device) for key, value in batch.items() if key != "tokens"}
-
-    def probe(self, device: torch.device) -> Batch:
-        """A few training rows as one plain batch, never packed: what any user of the saved model would feed it."""
-        if not isinstance(self.train, batching.Rows | batching.PackedRows):
-            return next(self.sample(device))
-        rows = self.train if isinstance(self.train, batching.Rows) else self.train.rows
-        batch = self.task.collator(self.tokenizer)([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
-        return {key: value.to(device) for key, value in batch.items()}
+    from hf_finetune.observing import Look, Observing
+    from hf_finetune.tasks import Questions
 
 
 class FinetuneTrainer(ResumableTrainer):
@@ -90,13 +39,18 @@ class FinetuneTrainer(ResumableTrainer):
 
     # The loss is divided by the items of the whole global batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
+    observing: Observing | None = None
+    """Watches evaluations."""
+    _look: Look | None = None
 
     def __init__(
         self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
     ) -> None:
         self.job = job
         self.adapter = job.adapter
-        self.throughput = Throughput()
+        self.times = StepTimes(args.device.type)
+        self.throughput = Throughput(self.times)
+        self.paths = Paths(job.task, job.targets)
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
         super().__init__(
@@ -134,6 +88,12 @@ class FinetuneTrainer(ResumableTrainer):
 
     # ---- loss ----
 
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """The micro-batches of the next step, and the divisor of its loss."""
+        self.throughput.begin()
+        with self.times.part(DATA):
+            return super().get_batch_samples(*arguments, **options)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Items of the global batch: the divisor of the loss. Tokens and rows are counted in the same exchange."""
         if not batch_samples:
@@ -146,7 +106,12 @@ class FinetuneTrainer(ResumableTrainer):
         self.throughput.count(counts[1:].tolist())
         return counts[0].to(torch.float32).to(device)
 
-    def compute_loss(
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The forward pass, timed; see `_loss`."""
+        with self.times.part(FORWARD):
+            return self._loss(*arguments, **options)
+
+    def _loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
@@ -158,23 +123,24 @@ class FinetuneTrainer(ResumableTrainer):
         The shares of all micro-batches of all ranks add up to the loss; times the world size, because the gradients
         of the ranks are averaged.
         """
-        labels, _ = inputs.pop("labels"), inputs.pop("tokens", None)
-        outputs = model(**inputs)
+        labels = inputs.pop("labels")
+        plain = {key: value for key, value in inputs.items() if key not in COUNTS}
         task, targets = self.job.task, self.job.targets
         items = task.items(labels, targets) if num_items_in_batch is None else num_items_in_batch
         # A global batch without a single item has a loss of 0, not 0/0.
-        loss = task.loss_sum(outputs.logits, labels, targets) / torch.clamp(torch.as_tensor(items), min=1e-8)
+        loss = self.paths.loss_sum(model, plain, labels) / torch.clamp(torch.as_tensor(items), min=1e-8)
         loss = loss * self.args.world_size
         adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
         penalty = self.job.adapter.penalty(adapted)
         if penalty is not None:
             loss = loss + penalty / self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """One micro-batch; adds its share to the loss of the step, on the device, and waits for nothing."""
         self.progress(self.state.global_step, "training")
-        loss: torch.Tensor = super().training_step(*arguments, **options)
+        with self.times.micro_batch():
+            loss: torch.Tensor = super().training_step(*arguments, **options)
         self._step_loss = self._step_loss + loss
         return loss
 
@@ -264,6 +230,27 @@ class FinetuneTrainer(ResumableTrainer):
         finally:
             self._split = watched
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate a split, and have it watched."""
+        run = partial(super().evaluate, eval_dataset, ignore_keys, metric_key_prefix)
+        if self.observing is None:
+            return run()
+        encoded = self.job.validation if eval_dataset is None else eval_dataset
+        self._look = self.observing.look(self, metric_key_prefix, self._split, encoded)
+        try:
+            with self._look.watching():
+                metrics: dict[str, float] = run()
+            return metrics
+        finally:
+            self._look = None
+
+    @property
+    def bare_model(self) -> Any:
+        """The adapted model, not wrapped for distribution."""
+        return self.accelerator.unwrap_model(self.model)
+
     def prediction_step(
         self,
         model: torch.nn.Module,
@@ -274,27 +261,33 @@ class FinetuneTrainer(ResumableTrainer):
         """What the task's metrics need of each row, and the rows' numbers; never whole logits of a language model."""
         self.progress(self.state.global_step, "evaluating")
         self.stop_evaluation_if_asked()
+        if self._look is not None:
+            self._look.announce(inputs)
         inputs = self._prepare_inputs(inputs)
         labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits
-        return None, self.job.task.eval_rows(logits, labels), row_ids
+        by_position = None if self._look is None else self._look.by_position
+        return None, self.job.task.eval_rows(logits, labels, by_position), row_ids
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of a split, from rows that come in any order and with fillers."""
         ids, rows = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
         real = ids >= 0
         order = ids[real].argsort()
-        metrics = self.job.task.metrics(rows[real][order], self.job.targets)
+        ids, rows = ids[real][order], rows[real][order]
+        metrics = self.job.task.metrics(rows, self.job.targets)
         if not np.isfinite(metrics.get("loss", 0.0)):
             message = f"the loss on the {self._split} split is {metrics['loss']} at step {self.state.global_step}"
             raise DivergedError(Problem(f"{message}; lower training.learning_rate"))
+        if self._look is not None:
+            metrics |= self._look.score(ids, rows, self.job.task.collator(self.job.tokenizer))
         questions = self.job.questions.get(self._split)
         return metrics | self._answers(questions) if questions is not None else metrics
 
     def _answers(self, questions: Questions) -> dict[str, float]:
         """Generate and score answers to the split's questions."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.bare_model
         with self.accelerator.autocast(), until(self.is_asked_to_stop):
             answers = answer_together(
                 model, self.job.tokenizer, questions.prompts, max_new_tokens=questions.max_new_tokens

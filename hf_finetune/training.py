@@ -13,22 +13,40 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from hf_finetune import arguments, evaluation, export, hardware, keeping, memory, model, quiet, report, session
+from hf_finetune import (
+    arguments,
+    evaluation,
+    export,
+    fast,
+    hardware,
+    keeping,
+    matmul,
+    memory,
+    model,
+    quiet,
+    runreport,
+    session,
+    terminal,
+)
 from hf_finetune.adapters import Setting
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
+from hf_finetune.flops import Flops
+from hf_finetune.job import Job
 from hf_finetune.language import packing
+from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
 from hf_finetune.preflight import heavy, light
-from hf_finetune.report import Outcome
 from hf_finetune.resources import is_out_of_memory
 from hf_finetune.resumable import EvaluationStopped
 from hf_finetune.runfolder import RunFolder, Start, Status
+from hf_finetune.runreport import Outcome
 from hf_finetune.session import Wishes
+from hf_finetune.terminal import Message, phase, say
 from hf_finetune.tracking import Observers
-from hf_finetune.tracking.console import say
-from hf_finetune.trainer import FinetuneTrainer, Job
+from hf_finetune.tracking.throughput import Arithmetic
+from hf_finetune.trainer import FinetuneTrainer
 
 if TYPE_CHECKING:
     from hf_finetune.arguments import Length
@@ -111,9 +129,14 @@ class _Run:
         trainer = _trainer(learner, observers, folder)
         trainer.keeper, trainer.guard, trainer.is_sharded = keeper, Guard(recipe.training), machine.is_sharded
         trainer.progress = self.watch.progress  # type: ignore[method-assign]
+        trainer.throughput.arithmetic = learner.arithmetic
+        trainer.paths = _fast_paths(trainer, learner)
+        observing = Observing(recipe, learner.prepared, machine, folder.observations, observers.record)
+        observing.attend(trainer, say if machine.is_main else _keep_silent)
         with _out_of_memory(trainer, learner):
             seconds, scores = _train(trainer, learner, self.stop)
-            difference = _save(trainer, learner, folder)
+            with phase("saving the adapter"):
+                difference = _save(trainer, learner, folder)
         outcome = Outcome(
             recipe=recipe,
             machine=machine,
@@ -122,19 +145,30 @@ class _Run:
             parameters=model.parameter_counts(learner.adapted),
             steps=trainer.state.global_step,
             seconds=seconds,
-            rates=trainer.throughput.total.rates(),
+            rates=trainer.throughput.rates(),
             scores=scores,
             warnings=tuple(self.findings.warnings),
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
         )
-        observers.conclude(report.summary_entry(outcome))
+        summary = runreport.summary_entry(outcome)
+        observers.conclude(summary)
         if machine.is_main:
-            report.write(outcome, observers.journal.entries)
-            for line in report.summary_lines(outcome):
-                say(line)
+            runreport.write(outcome, observers.journal.entries)
+            lines = runreport.summary_lines(outcome)
+            terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(folder.path)}))
         PartialState().wait_for_everyone()
         return outcome
+
+
+def _fast_paths(trainer: FinetuneTrainer, learner: Learner) -> fast.Paths:
+    """Install the fast paths, and say which."""
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+        batch = next(iter(learner.job.sample(trainer.args.device)))
+    paths = fast.take(trainer.bare_model, learner.recipe, learner.machine, learner.job.targets, batch)
+    if learner.machine.is_main and paths.taken:
+        say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
+    return paths
 
 
 @dataclass(frozen=True)
@@ -149,6 +183,7 @@ class Learner:
     setting: Setting
     job: Job
     run_length: Length
+    arithmetic: Arithmetic
 
 
 def _learner(ready: Ready, findings: Findings) -> Learner:
@@ -157,11 +192,12 @@ def _learner(ready: Ready, findings: Findings) -> Learner:
     job, run_length = ready.assignment.job, ready.assignment.length
     tell = say if machine.is_main else _keep_silent
     tell(f"run folder {recipe.output}: {machine.describe()}")
-    for line in [*report.data_lines(prepared), *(f"warning: {problem}" for problem in findings.warnings)]:
+    for line in [*runreport.data_lines(prepared), *(f"warning: {problem}" for problem in findings.warnings)]:
         tell(line)
 
     set_seed(recipe.training.seed)
-    loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
+    with phase("loading the model"):
+        loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
     if job.packed:
         packing.check_packing(loaded.model)
     setting = Setting(
@@ -172,10 +208,12 @@ def _learner(ready: Ready, findings: Findings) -> Learner:
         labels=prepared.targets.names,
         batches=lambda: job.sample(loaded.model.device),
     )
-    adapted = model.build(recipe, loaded, setting)
-    tell(report.model_line(recipe, model.parameter_counts(adapted)))
-    tell(report.plan_line(job.division, run_length))
-    return Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length)
+    with phase("applying the adapter"):
+        adapted = model.build(recipe, loaded, setting)
+    tell(runreport.model_line(recipe, model.parameter_counts(adapted)))
+    tell(runreport.plan_line(job.division, run_length))
+    arithmetic = Arithmetic(Flops.of(adapted), matmul.peak(machine) * machine.world_size)
+    return Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length, arithmetic)
 
 
 def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:

@@ -236,6 +236,43 @@ def _review(index: int) -> str:
     return f"the {subject} is{filler} {praise[index // 16 % 4]} .,{'positive' if good else 'negative'}\n"
 
 
+CHAT_RECIPE = """\
+task: {{kind: causal_lm, prompt: question, completion: answer, sample_prompts: 2, max_new_tokens: 6}}
+model: {{name: {model}}}
+data: {{train: {data}, validation_share: 0.25, max_length: 32}}
+adapter: {{kind: lora, r: 4, alpha: 8, target_modules: all-linear}}
+training: {{epochs: 2, batch_size: 16, learning_rate: 3e-3, precision: fp32, log_every: 1}}
+output: {output}
+"""
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, reviews: Callable[[int], str]) -> Path:
+    """Folder of a finished run of a classifier; tests read it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    return finished(folder, RECIPE.format(model=tiny_bert, data=reviews(96), output=folder / "run"))
+
+
+@pytest.fixture(scope="session")
+def chatter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
+    """Folder of a finished run of a language model; tests read it."""
+    folder = tmp_path_factory.mktemp("chatter")
+    numbers = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    rows = [{"question": f"what is {a} plus {b} ?", "answer": f"{a} equals {b} ."} for a in numbers for b in numbers]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return finished(folder, CHAT_RECIPE.format(model=tiny_llama, data=folder / "sums.jsonl", output=folder / "run"))
+
+
+def finished(folder: Path, recipe: str) -> Path:
+    """Run a recipe; returns the run folder."""
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.training import finetune
+
+    (folder / "recipe.yaml").write_text(recipe)
+    finetune(Recipe.load(str(folder / "recipe.yaml")))
+    return folder / "run"
+
+
 @pytest.fixture
 def shared() -> Path:
     """Folder of reference data beside the checkout; tests that need it skip where it is absent."""

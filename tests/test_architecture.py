@@ -23,7 +23,7 @@ PACKAGE = ROOT / "hf_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(["badrows", "findings", "plugins"], 1),
+    **dict.fromkeys(["badrows", "findings", "plugins", "terminal"], 1),
     "schema": 2,
     # 3: the contracts, tasks/__init__ and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
     "recipe": 6,

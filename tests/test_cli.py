@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import RECIPE
 
+from hf_finetune.cli import main
+
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent
 
@@ -88,6 +90,51 @@ def test_a_missing_recipe_and_an_unknown_verb() -> None:
     assert hf_finetune("trian").returncode == 2
 
 
+def test_nothing_at_all_is_a_usage_error() -> None:
+    done = hf_finetune()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: hf-finetune" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["check"], ["compare"], ["tensorboard"], ["schema"]])
+def test_help_takes_a_moment_and_imports_next_to_nothing(words: list[str]) -> None:
+    code = (
+        "import sys, time; began = time.perf_counter()\nfrom hf_finetune.cli import main\n"
+        "try: main([*sys.argv[1:], '--help'])\n"
+        "except SystemExit: print(time.perf_counter() - began, *{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = [hf_finetune(*words, launcher=("-c", code)).stdout.splitlines() for _ in range(2 if words else 3)]
+    assert done[0][0].startswith(" ".join(["usage: hf-finetune", *words]))
+    told = [lines[-1].split() for lines in done]
+    assert {"torch", "transformers", "numpy", "pydantic", "yaml", "rich"} & set(told[0]) == set()
+    assert min(float(words[0]) for words in told) < 0.3
+
+
+@pytest.mark.parametrize(
+    "words", [["--quiet", "{}"], ["{}", "--quiet"], ["train", "--quiet", "{}"], ["--quiet", "train", "{}"]]
+)
+def test_common_flags_stand_anywhere(words: list[str], recipe: str) -> None:
+    from hf_finetune.cli import parser
+
+    found = parser.parse(parser.complete([word.format(recipe) for word in words]))
+    assert (found.quiet, found.recipe, found.log_format, found.debug) == (True, recipe, None, False)
+
+
+def test_a_recipe_after_a_flag_with_a_value_means_train(recipe: str) -> None:
+    from hf_finetune.cli import parser
+
+    assert parser.complete(["--log-format", "json", recipe])[0] == "train"
+    assert parser.complete(["--log-format", "json", "check", recipe])[0] == "--log-format"
+
+
+@pytest.mark.parametrize("words", [[], ["--rebuild"]])
+def test_the_board_of_no_run_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["tensorboard", str(tmp_path / "none"), *words])
+    assert end.value.code == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
 def test_the_schema_is_printed() -> None:
     done = hf_finetune("schema")
     assert set(json.loads(done.stdout)["properties"]) >= {"task", "model", "data", "adapter", "training"}
@@ -105,8 +152,9 @@ def test_two_processes_print_once_and_both_end(recipe: str, tmp_path: Path) -> N
         "-m",
         "hf_finetune",
     )
-    done = hf_finetune(recipe, "--restart", "training.epochs=1", launcher=launch)
+    done = hf_finetune("--log-format", "json", recipe, "--restart", "training.epochs=1", launcher=launch)
     assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["level"] for line in done.stdout.splitlines()].count("error") == 0
     assert done.stdout.count("watch it with") == 1
     assert "2 x cpu" in done.stdout
     failed = hf_finetune(recipe, "output=" + str(tmp_path / "other"), "task.label=lable", launcher=launch)

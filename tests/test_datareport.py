@@ -12,8 +12,8 @@ import pytest
 from prepared import CLASSES, hostile, make, reviews, write
 
 from hf_finetune.datareport import charts, show
-from hf_finetune.datareport.escaping import exact, harmless
 from hf_finetune.errors import StorageError
+from hf_finetune.pages.escaping import exact, harmless
 
 
 def table(text: str, section: str) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hf_finetune.errors import CheckpointError, DataError, DivergedError, ModelError, RecipeError
+from hf_finetune.tracking.journal import MEASURED
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -22,7 +23,8 @@ Runner = Callable[..., "Run"]
 def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
     done = run("training.epochs=3", "checkpoints.every=epoch")
     assert {path.name for path in done.folder.iterdir()} == {
-        ".lock", "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.md", "status.json", "tensorboard"
+        ".lock", "adapter", "checkpoints", "metrics.jsonl", "observations", "plots", "recipe.yaml", "report.html",
+        "report.md", "status.json", "tensorboard",
     }  # fmt: skip
     assert done.status["state"] == "done"
     assert done.status["exit_code"] == 0
@@ -69,7 +71,7 @@ def fingerprint(done: Run) -> tuple[str, list[Any]]:
     """Hash of the adapter, and every number that does not depend on the clock."""
     digest = hashlib.sha256((done.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     lines = [[line[key] for key in ("step", "loss", "grad_norm", "learning_rate")] for line in done.lines("train")]
-    scores = [{k: v for k, v in line.items() if k != "runtime"} for line in done.lines("eval")]
+    scores = [{k: v for k, v in line.items() if not any(word in k for word in MEASURED)} for line in done.lines("eval")]
     return digest, [lines, scores]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import special, stats
 from sklearn import metrics as sk
 
+from hf_finetune.classification import calibration
 from hf_finetune.errors import DivergedError
 from hf_finetune.tasks import IGNORE
 
@@ -30,9 +31,10 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
         names: Of the C classes.
 
     Returns:
-        `loss` (plain mean cross-entropy), accuracy, `f1_*` (macro over the classes that occur in truth or predictions,
-        as scikit-learn does), `matthews`, `roc_auc` and `pr_auc` (of class 1 if there are two, else one-vs-rest
-        macro), and for each class `precision.<name>`, `recall.<name>`, `f1.<name>`, `support.<name>`.
+        `loss` (plain mean cross-entropy), accuracy, `ece` (expected calibration error), `f1_*` (macro over the classes
+        that occur in truth or predictions, as scikit-learn does), `matthews`, `roc_auc` and `pr_auc` (of class 1 if
+        there are two, else one-vs-rest macro), and for each class `precision.<name>`, `recall.<name>`, `f1.<name>`,
+        `support.<name>`.
 
     Raises:
         DivergedError: A logit is not finite.
@@ -49,6 +51,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
         {
             "loss": -log_probabilities[np.arange(len(truth)), truth].mean(),
             "accuracy": sk.accuracy_score(truth, predicted),
+            "ece": calibration.ece(np.column_stack([logits, labels])),
             "matthews": sk.matthews_corrcoef(truth, predicted) if np.ptp(truth) else math.nan,
             **_f1_averages(truth, predicted),
             **_rankings(hits[:, ranked], np.exp(log_probabilities[:, ranked])),

@@ -25,8 +25,10 @@ from hf_finetune.data.reading import Reading
 from hf_finetune.data.sources import Origins
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.data.streaming import Stream
+from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
+from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +76,7 @@ class Prepared:
         return {"train": self.train.report(), **self.counted}
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine, phase: Phases = unseen) -> Prepared:
     """Load and encode the data of a run, or map them from the cache.
 
     The first rank of each node works, the others wait for it.
@@ -83,6 +85,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
         recipe: Its task, data block and seed count.
         tokenizer: The model's.
         machine: Tells which rank this is.
+        phase: Is told how far it is.
 
     Raises:
         DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
@@ -98,13 +101,13 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
         if machine.is_node_main:
             # Nothing can come of them, but there may be more to say.
             with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-                building.build(recipe, tokenizer, reading, Path(scratch))
+                building.build(recipe, tokenizer, reading, Workplace(Path(scratch), data.workers, phase))
         raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
     def build(scratch: Path) -> cache.Content:
-        content = building.build(recipe, tokenizer, reading, scratch)
+        content = building.build(recipe, tokenizer, reading, Workplace(scratch, data.workers, phase))
         origins.check_unchanged(stamps)
         return content
 

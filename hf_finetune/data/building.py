@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from hf_finetune.data.encoding import Encoder, Encoding, Overlong, encode, surve
 from hf_finetune.data.facts import Facts, Known, without_unfit
 from hf_finetune.data.placing import PlacedError, place, placed_in
 from hf_finetune.data.splits import Split
+from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.tasks import Targets
 
@@ -51,26 +51,26 @@ class UnfitError(DataError):
         return type(self), (self.problems, self.known)
 
 
-def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, scratch: Path) -> Content:
+def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, place: Workplace) -> Content:
     """Read and encode every split.
 
     Args:
         recipe: Its task and data block.
         tokenizer: The model's.
         reading: What is read.
-        scratch: Folder for files that the result is mapped from.
+        place: Where and by whom it is encoded.
 
     Raises:
         UnfitError: Something is wrong with a split; raised after all were tried.
     """
-    return _Building(recipe, tokenizer, reading, scratch).content()
+    return _Building(recipe, tokenizer, reading, place).content()
 
 
 class _Building:
     """What was made of the splits so far, and what is wrong with them."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, scratch: Path) -> None:
-        self.recipe, self.tokenizer, self.reading, self.scratch = recipe, tokenizer, reading, scratch
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, place: Workplace) -> None:
+        self.recipe, self.tokenizer, self.reading, self.place = recipe, tokenizer, reading, place
         self.problems: dict[Problem, None] = {}
         self.splits: dict[str, Split] = {}
         """The rows that are encoded: all, or those that are fit."""
@@ -83,15 +83,17 @@ class _Building:
     def content(self) -> Content:
         """Everything; see `build`."""
         data, reading = self.recipe.data, self.reading
-        cache = str(self.scratch / "raw")
-        loaded = splits.load(data, reading.origins, reading.wanted, self.recipe.training.seed, cache)
+        cache = str(self.place.scratch / "raw")
+        with self.place.phase("reading data"):
+            loaded = splits.load(data, reading.origins, reading.wanted, self.recipe.training.seed, cache)
         self.problems |= dict.fromkeys(loaded.problems)
         targets, unlabelled = self._targets(loaded.splits.get("train"))
         for name, split in loaded.splits.items():
             self.rows[name] = len(split.rows)
             self._encode(split, targets, unlabelled if name == "train" else NONE)
         setting = Setting(self.recipe.task, self.tokenizer, targets or Targets(), data.max_length)
-        facts = gather(self.splits, self.encodings, setting)
+        with self.place.phase("counting what is in the data"):
+            facts = gather(self.splits, self.encodings, setting)
         if targets is not None and not self.problems and "train" in facts:
             with self._collect("train"):
                 targets = self._of_kept(targets, facts["train"])
@@ -140,7 +142,7 @@ class _Building:
         error: DataError | None = None
         if len(unlabelled):
             # These rows may have other faults too. Without names, unknown labels are not told once more.
-            error = survey(split, self._encoder(split, None), self.scratch, self.recipe.data.workers)
+            error = survey(split, self._encoder(split, None), self.place)
             error = error and error.without(self.mislabelled)
             blank = np.array(self.recipe.task.blank(split.raw()[unlabelled]))
             unfit = unlabelled[~blank]  # rows without text are not encoded anyway, and counted
@@ -169,7 +171,7 @@ class _Building:
         """Encode rows and keep them as the split of this name, or return what is wrong with them."""
         encoder = self._encoder(split, targets)
         try:
-            self.encodings[name] = encode(split, encoder, overlong, self.scratch, self.recipe.data.workers)
+            self.encodings[name] = encode(split, encoder, overlong, self.place)
         except DataError as error:
             return error
         self.splits[name] = split

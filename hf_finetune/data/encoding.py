@@ -16,6 +16,7 @@ from hf_finetune.data import rawtext
 from hf_finetune.data.placing import PlacedError, placed
 from hf_finetune.data.splitreport import SplitReport, nothing_left
 from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
+from hf_finetune.data.workplace import Workplace, note
 from hf_finetune.errors import DataError, OutOfMemoryError, Problem
 from hf_finetune.hardware import cores
 
@@ -46,6 +47,8 @@ class Encoder:
     """What messages call the sources."""
     columns: tuple[str, ...] = ()
     """What a batch without any text gives, each empty."""
+    tally: Path | None = None
+    """File that learns of each finished batch, whatever process encodes it."""
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """Encode raw rows with their `BOOKKEEPING` columns; those without any text are left out.
@@ -77,6 +80,8 @@ class Encoder:
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
         columns[INDEX] = [indices[index] for index in spoken]
         columns[MARKS] = rawtext.marks(raw)
+        if self.tally is not None:
+            note(self.tally, len(rows[ROW]))
         return columns | bookkeeping
 
 
@@ -110,7 +115,7 @@ def _mapped(rows: datasets.Dataset, function: Any, **options: Any) -> datasets.D
         raise OutOfMemoryError(Problem(message, key="data.workers")) from error
 
 
-def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -> PlacedError | None:
+def survey(split: Split, encoder: Encoder, place: Workplace) -> PlacedError | None:
     """Every bad row of a split; None where there is none. Arguments as for `encode`."""
     batches = _mapped(
         split.rows,
@@ -121,8 +126,8 @@ def survey(split: Split, encoder: Encoder, scratch: Path, workers: int | None) -
             {"found": datasets.Value("string"), "unfit": datasets.List(datasets.Value("int64"))}
         ),
         remove_columns=split.rows.column_names,
-        num_proc=processes(len(split.rows), workers),
-        cache_file_name=str(scratch / f"{split.name}-survey.arrow"),
+        num_proc=processes(len(split.rows), place.workers),
+        cache_file_name=str(place.scratch / f"{split.name}-survey.arrow"),
         load_from_cache_file=False,
         new_fingerprint=f"{split.name}-survey",
     )
@@ -151,35 +156,35 @@ class Encoding:
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
 
 
-def encode(split: Split, encoder: Encoder, overlong: Overlong, scratch: Path, workers: int | None) -> Encoding:
+def encode(split: Split, encoder: Encoder, overlong: Overlong, place: Workplace) -> Encoding:
     """Encode a whole split.
 
     Args:
         split: Raw rows.
         encoder: Encodes batches of them.
         overlong: What happens to rows with more than `encoder.max_length` tokens.
-        scratch: Folder for files that the result is mapped from.
-        workers: Processes; None is one a core.
+        place: Where and by whom it is done.
 
     Raises:
         DataError: Rows can't be encoded (all are told), are over-long and must not be, or none is left.
     """
     try:
         features = _features(split, encoder)
-        encoded = _mapped(
-            split.rows,
-            replace(encoder, columns=tuple(features)),
-            batched=True,
-            with_indices=True,
-            features=features,
-            remove_columns=split.rows.column_names,
-            num_proc=processes(len(split.rows), workers),
-            cache_file_name=str(scratch / f"{split.name}.arrow"),
-            load_from_cache_file=False,
-            new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
-        )
+        with place.tallied(split) as tally:
+            encoded = _mapped(
+                split.rows,
+                replace(encoder, columns=tuple(features), tally=tally),
+                batched=True,
+                with_indices=True,
+                features=features,
+                remove_columns=split.rows.column_names,
+                num_proc=processes(len(split.rows), place.workers),
+                cache_file_name=str(place.scratch / f"{split.name}.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
+            )
     except PlacedError as error:
-        raise survey(split, encoder, scratch, workers) or error from None
+        raise survey(split, encoder, place) or error from None
     columns = encoded.data
     whole, trained, length = (columns[name].to_numpy() for name in ("whole", "trained", "length"))
     over = whole > encoder.max_length

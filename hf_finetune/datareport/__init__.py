@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_finetune import pages
 from hf_finetune.errors import Problem, StorageError
 from hf_finetune.runfolder import write_atomically
 
@@ -58,19 +59,7 @@ def write(path: str, page: Page) -> None:
 
 def _render(page: Page) -> str:
     """The whole page; the same text for the same page."""
-    import jinja2
-
     from hf_finetune.datareport import sections
-    from hf_finetune.datareport.escaping import exact, harmless
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hf_finetune.datareport", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Whatever a template prints is harmless, wherever it comes from.
-        finalize=lambda value: harmless(value) if type(value) is str else value,
-    )
-    environment.filters["exact"] = exact
-    return environment.get_template("page.html.jinja").render(sections.context(page))
+    template = pages.environment(__name__).get_template("page.html.jinja")
+    return template.render(sections.context(page))

@@ -1,38 +1,19 @@
-"""Charts as inline SVG: small, the same on every machine, in colours that the page's style sheet decides.
-
-Matplotlib takes fixed colours only, so charts are drawn in `INKS` that stand for the page's variables and are replaced
-in the result; dark and light pages show the same drawing. They are as wide as a telephone: a page puts them side by
-side instead of stretching them.
-"""
+"""Charts of the data report as inline SVG: as wide as a telephone; a page puts them side by side."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.datareport.escaping import harmless, shortened
+from hf_finetune.charts import paper
+from hf_finetune.charts.paper import HATCH, LIMIT, LINE, SERIES, TEXT
+from hf_finetune.pages.escaping import harmless, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INKS = {
-    "#010101": "text",
-    "#020202": "line",
-    "#030303": "limit",
-    "#040404": "hatch",
-    "#050505": "s0",
-    "#060606": "s1",
-    "#070707": "s2",
-}
-"""What is drawn -> the page's variable."""
-TEXT, LINE, LIMIT, HATCH, *SERIES = INKS
 HATCHES = ("", "////", "\\\\\\\\")
 """Tells splits apart without colour, in the order of `SERIES`."""
 WIDTH = 3.8
@@ -48,7 +29,7 @@ def shares(labels: Sequence[str], splits: Mapping[str, Sequence[float]], about: 
         splits: Shares in percent, by split, in the order of `labels`; at most three splits.
         about: What people who do not see the chart are told.
     """
-    with _settings("shares"):
+    with paper.settings():
         figure, axes = _blank(height=0.6 + len(labels) * (0.1 + 0.17 * len(splits)))
         step = 0.8 / len(splits)
         for index, values in enumerate(splits.values()):
@@ -60,7 +41,7 @@ def shares(labels: Sequence[str], splits: Mapping[str, Sequence[float]], about: 
         axes.set_xlim(0, max(1.0, *(max(values) for values in splits.values())) * 1.24)
         axes.set_xlabel("rows, % of the split", color=TEXT)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
-        return _svg(figure, "shares", about)
+        return paper.svg(figure, "shares", about)
 
 
 def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, split: tuple[int, str]) -> str:
@@ -73,7 +54,7 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, split: tu
         split: Its number, for the colour, and what people who do not see the chart are told.
     """
     index, about = split
-    with _settings(f"lengths{index}"):
+    with paper.settings():
         figure, axes = _blank(height=2.3)
         step, start, longest = edges[1] - edges[0], edges[-2], edges[-1]
         # The last bin may reach up to one very long row.
@@ -92,7 +73,7 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, split: tu
         axes.set_xlabel("tokens before cutting", color=TEXT)
         axes.set_ylabel("rows", color=TEXT)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
-        return _svg(figure, f"lengths{index}", about)
+        return paper.svg(figure, f"lengths{index}", about)
 
 
 def _note(axes: Axes, text: str, place: tuple[float, float], ink: str, *, leans: bool) -> None:
@@ -109,75 +90,17 @@ def _note(axes: Axes, text: str, place: tuple[float, float], ink: str, *, leans:
     )
 
 
-@contextmanager
-def _settings(name: str) -> Iterator[None]:
-    """Matplotlib's settings while one chart is drawn; names hold no formulas, ids are the same every time."""
-    import matplotlib
-
-    settings: Any = {
-        "axes.labelsize": 8,
-        "font.size": 8,
-        "hatch.linewidth": 0.5,
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # The browser has the glyphs that matplotlib's font lacks.
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
-        yield
-
-
 def _fill(index: int) -> dict[str, Any]:
     """How the bars of a split look."""
     return {"color": SERIES[index], "hatch": HATCHES[index], "edgecolor": HATCH, "linewidth": 0}
 
 
 def _blank(height: float) -> tuple[Figure, Axes]:
-    """A figure with one set of axes and nothing behind it."""
+    """A figure with one set of axes, whole numbers on both."""
     from matplotlib import ticker
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in {"left", "bottom"})
-        spine.set_color(LINE)
-    axes.tick_params(colors=TEXT, length=0)
+    figure, axes = paper.blank(height, WIDTH)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
         axis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     return figure, axes
-
-
-def _svg(figure: Figure, name: str, about: str) -> str:
-    """The figure as an `<svg>` element whose ids begin with `name`, so that several fit into one page."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    stream = io.StringIO()
-    canvas: Any = FigureCanvasSVG(figure)
-    canvas.print_svg(stream, metadata={"Date": None, "Creator": None})
-    drawn = stream.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    # Metadata, and a style for `*`, which would reach the whole page.
-    drawn = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    used = frozenset(re.findall(r"(?:url\(|href=\")#([\w-]+)", drawn))
-    drawn = re.sub(r"<[^>]+>", lambda tag: _restyled(tag[0], name, used), drawn)
-    drawn = re.sub(r"(?m)^\s+|\s+$", "", drawn)
-    size = r' width="[\d.]+pt" height="[\d.]+pt"'
-    return re.sub(size, lambda _: f' role="img" aria-label="{html.escape(about)}"', drawn, count=1)
-
-
-def _restyled(tag: str, name: str, used: frozenset[str]) -> str:
-    """One tag with the page's colours and fonts, and ids that are this chart's own."""
-    tag = re.sub(r"font-family: [^;\"]*(; )?", "", tag)
-    tag = re.sub(r' id="([\w.-]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", tag)
-    tag = re.sub(r"(url\(|href=\")#", rf"\1#{name}-", tag)
-    for ink, variable in INKS.items():
-        tag = tag.replace(ink, f"var(--{variable})")
-    return tag

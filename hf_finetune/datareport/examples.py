@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune.badrows import numbers
 from hf_finetune.batching import PackedRows, Rows, pack
 from hf_finetune.data import Stream
-from hf_finetune.datareport.escaping import exact, shortened
+from hf_finetune.pages.escaping import exact, shortened
 from hf_finetune.tasks import IGNORE
 
 if TYPE_CHECKING:

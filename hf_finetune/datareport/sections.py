@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 import hf_finetune
 from hf_finetune.datareport import charts, examples, summary
-from hf_finetune.datareport.escaping import exact
+from hf_finetune.pages.escaping import exact
 
 if TYPE_CHECKING:
     from hf_finetune.data import SplitReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_finetune.datareport import examples
-from hf_finetune.datareport.escaping import shortened
+from hf_finetune.pages.escaping import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from hf_finetune.language.chat import Renderer
+from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,9 +80,11 @@ def generate(
     """
     ends, turn_end = end_tokens(model, tokenizer), _turn_end(tokenizer)
     answers = [Generation("", 0, ended=False)] * len(prompts)
-    with _undisturbed(model, _greedy(tokenizer, ends)):
+    shown = phase("generating answers", len(prompts), "prompts")
+    with _undisturbed(model, _greedy(tokenizer, ends)), shown as progress:
         for indices, room in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
+            progress.done += len(indices)
             for index, tokens in zip(indices, new, strict=True):
                 answers[index] = _read(tokenizer, tokens, ends, turn_end)
     return answers

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1024
 """Positions that are cast to float32 together."""
+FEW = 128
+"""The same where probabilities are kept besides."""
 
 
 def counted(labels: torch.Tensor) -> torch.Tensor:
@@ -40,8 +42,14 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0)
     return torch.stack(sums).sum()
 
 
-def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Per row: negative log likelihood in nats, counted tokens, correctly predicted tokens; (B, 3) float32."""
+def row_sums(logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None) -> torch.Tensor:
+    """Per row: negative log likelihood in nats, counted tokens, correctly predicted tokens; (B, 3) float32.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T).
+        by_position: (2, T or more) sums that each counted token adds to at its position: its nats, and 1.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -51,9 +59,29 @@ def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         for part, want in zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)
     ]
     nll, correct = torch.cat(parts, dim=1)
-    rows = counted(labels).nonzero()[:, 0]
+    rows, before = counted(labels).nonzero(as_tuple=True)
     values = torch.stack([nll, torch.ones_like(nll), correct], dim=1)
+    if by_position is not None:
+        by_position.index_add_(1, before + 1, values[:, :2].T.to(by_position.dtype))
     return values.new_zeros(len(labels), 3).index_add(0, rows, values)
+
+
+def every_token(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of a row but the first: nats, and the entropy (nats) of what was predicted for it; (T - 1,) each.
+
+    Args:
+        logits: (T, V).
+        ids: (T,) tokens.
+    """
+    import torch
+
+    parts = []
+    for part, wanted in zip(torch.split(logits[:-1], FEW), torch.split(ids[1:], FEW), strict=True):
+        log_probabilities = part.float().log_softmax(-1)
+        nats = -log_probabilities.gather(1, wanted[:, None])[:, 0]
+        parts.append(torch.stack([nats, torch.special.entr(log_probabilities.exp()).sum(-1)]))
+    losses, entropies = torch.cat(parts, dim=1)
+    return losses, entropies
 
 
 def _kept(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

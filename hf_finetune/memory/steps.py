@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_finetune import model
+from hf_finetune.fast import Paths
 from hf_finetune.hardware import DTYPES
 from hf_finetune.memory import state
 from hf_finetune.memory.heap import Heap
@@ -41,6 +42,9 @@ class Step:
         base.set_attn_implementation(self.attention)
         if self.recipe.training.activation_checkpointing:
             model.enable_activation_checkpointing(base)
+        self._paths = Paths(self.recipe.task, self.targets)
+        if not self.machine.is_sharded:
+            self._paths.install(self.adapted, self.recipe, self.machine)
         is_language_model = self.recipe.task.peft_type == "CAUSAL_LM"
         self._vocabulary: int = base.config.get_text_config().vocab_size if is_language_model else 0
         self._unpacked = _largest_unpacked(self.recipe, self.adapted, DTYPES[self.machine.precision])
@@ -85,8 +89,7 @@ class Step:
 
     def _loss(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:
         with self._autocast():
-            logits = self._forward()(**inputs).logits
-            loss = self.recipe.task.loss_sum(logits, labels, self.targets)
+            loss = self._paths.loss_sum(self._forward(), inputs, labels)
             penalty = self.recipe.adapter.penalty(self.adapted)
         return loss if penalty is None else loss + penalty
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from hf_finetune import terminal
 from hf_finetune.errors import FinetuneError, PeerError, Problem, RecipeError, StorageError
 from hf_finetune.peers import verdict
 from hf_finetune.peers.beat import FOLDER, Beat, Failure, State, launch, look_at
@@ -290,8 +291,7 @@ class Watch:
 
 def _say(failure: Failure) -> None:
     """One line of stderr for each of its problems; without Python's buffers, which a hung thread may hold."""
-    with suppress(OSError):
-        os.write(2, "".join(f"hf_finetune: error: {line}\n" for line in failure.reason.splitlines()).encode())
+    terminal.last_words(failure.reason.splitlines(), failure.exit_code)
 
 
 @contextmanager

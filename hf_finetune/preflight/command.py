@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from hf_finetune.preflight import light
 from hf_finetune.recipe import read
+from hf_finetune.terminal import Message, say, show, tell
+from hf_finetune.terminal.message import Level, printable
 
 if TYPE_CHECKING:
     from hf_finetune.findings import Findings
@@ -71,11 +72,7 @@ def run(path: str, overrides: Sequence[str], options: Options) -> int:
     if options.report is not None:
         with result.findings.collect():
             _write_report(result, options.report)
-    try:
-        _print_json(result, origins, rows) if options.as_json else _print(result, origins, rows)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `check ... | head`: not to read on is no fault; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_json(result, origins, rows) if options.as_json else _print(result, origins, rows)
     return result.findings.exit_code
 
 
@@ -110,20 +107,32 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # texts may hold what the terminal's encoding lacks
     for finding in result.findings:
-        sys.stderr.write(f"hf_finetune: {finding.level}: {finding.problem}\n")
+        level: Level = "error" if finding.kind else "warning"
+        tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
     for note in result.reading.notes:
-        sys.stdout.write(f"note: {note}\n")
-    sys.stderr.flush()
+        say(f"note: {note}")
     width = max((len(name) for name, _ in result.plan), default=0)
     for name, text in result.plan:
-        sys.stdout.write(f"  {name:<{width}}  {text}\n")
-    sys.stdout.write(_verdict(result) + "\n")
+        tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
+    counts = {"errors": len(result.findings.errors), "warnings": len(result.findings.warnings)}
+    tell(Message(_verdict(result), "verdict", fields={"exit_code": result.findings.exit_code, **counts}))
+    _print_origins(origins)
+    for line in rows:
+        tell(Message(line, "row", line=line, is_asked_for=True))
+
+
+def _print_origins(origins: Origins) -> None:
     keys = max((len(key) for key, _, _ in origins), default=0)
     values = min(40, max((len(value) for _, value, _ in origins), default=0))
     for key, value, origin in origins:
-        sys.stdout.write(f"{key:<{keys}}  {value:<{values}}  # {origin}\n")
-    for line in rows:
-        sys.stdout.write(line + "\n")
+        line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
+        fields = {"key": key, "value": value, "origin": origin}
+        tell(Message(f"{key}: {value}", "origin", fields=fields, line=line, is_asked_for=True))
+
+
+def _answer(text: str) -> None:
+    """What becomes of something that was asked for."""
+    tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
 
 
 def _verdict(result: Result) -> str:
@@ -145,14 +154,14 @@ def _print_json(result: Result, origins: Origins, rows: list[str]) -> None:
         "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
         "rows": rows,
     }
-    sys.stdout.write(json.dumps(told, indent=2) + "\n")
+    show(json.dumps(told, indent=2))
 
 
 def _origins(reading: Reading[Recipe]) -> Origins:
     """Where each value came from."""
     if reading.recipe is not None:
         return reading.explain()
-    sys.stderr.write("hf_finetune: no values to explain: mend the errors first\n")
+    _answer("no values to explain: mend the errors first")
     return []
 
 
@@ -162,14 +171,14 @@ def _rows(result: Result, options: Options) -> list[str]:
     Raises:
         DataError: A streamed row can't be read.
     """
-    from hf_finetune.datareport import show
+    from hf_finetune.datareport import show as rows
 
     seen = result.seen
     if seen is None or seen.prepared is None:
-        sys.stderr.write("hf_finetune: no rows to show: mend the errors first\n")
+        _answer("no rows to show: mend the errors first")
         return []
     colour = sys.stdout.isatty() and not options.as_json
-    return show.lines(seen.recipe, seen.prepared, seen.tokenizer, options.show, colour=colour)
+    return rows.lines(seen.recipe, seen.prepared, seen.tokenizer, options.show, colour=colour)
 
 
 def _write_report(result: Result, file: str) -> None:
@@ -178,8 +187,8 @@ def _write_report(result: Result, file: str) -> None:
 
     seen = result.seen
     if seen is None or seen.prepared is None:
-        sys.stderr.write(f"hf_finetune: {file} is not written: the data could not be read; mend the errors first\n")
+        _answer(f"{file} is not written: the data could not be read; mend the errors first")
         return
     page = datareport.Page(seen.recipe, seen.prepared, seen.tokenizer, result.findings, result.plan)
     datareport.write(file, page)
-    sys.stderr.write(f"data report: {file}\n")
+    tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import data, hardware, jobs, model
+from hf_finetune import data, hardware, jobs, model, terminal
 from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
@@ -75,7 +75,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
     if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
             try:
-                prepared = data.prepare(recipe, tokenizer, machine)
+                prepared = data.prepare(recipe, tokenizer, machine, terminal.phase)
             except data.UnfitError as error:
                 _judge(recipe, error.known, findings)
                 raise

@@ -9,6 +9,7 @@ from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import datafiles, modelfolder, paths
+from hf_finetune.tracking.board import place
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
@@ -29,6 +30,10 @@ def look(recipe: Any) -> Findings:
     missing = [] if findings.blame("data") else datafiles.problems(recipe)
     if missing:
         findings.add(DataError(missing))
+    board = _given(recipe, "tracking", "folder")
+    if board is not None:
+        with findings.collect():
+            place.check(board)
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():

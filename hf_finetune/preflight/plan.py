@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_finetune import memory, report, resources
+from hf_finetune import memory, resources, runreport
 from hf_finetune.errors import Problem, StorageError
 from hf_finetune.memory import Shapes
 from hf_finetune.runfolder import nearest_existing
@@ -84,9 +84,9 @@ def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
     return [
         ("task", recipe.task.kind),
-        ("model", report.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(ready)),
+        ("model", runreport.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(ready)),
         *_data_lines(ready),
-        ("steps", report.plan_line(job.division, length)),
+        ("steps", runreport.plan_line(job.division, length)),
         ("padding", f"{of.padding:.1%}" if of.cells else "unknown for a stream"),
         ("machine", machine.describe()),
         ("memory", f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}"),
@@ -99,7 +99,7 @@ def _data_lines(ready: Ready) -> Iterator[tuple[str, str]]:
     prepared, looked = ready.prepared, ready.looked
     if looked is not None:
         prepared = replace(prepared, counted={"train": looked.report, **prepared.counted})
-    for line in report.data_lines(prepared):
+    for line in runreport.data_lines(prepared):
         name, _, text = line.partition(": ")
         if looked is not None and name == "train":
             rows = f"all {looked.report.rows:,}" if looked.whole else f"first {looked.report.rows:,}"

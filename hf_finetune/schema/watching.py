@@ -23,7 +23,7 @@ class Tracking(Section):
     folder: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Where the events go; null means `tensorboard/` in the run folder.
 
-    Another folder, or what tensorboardX can write to: `s3://`, `gs://`, `hdfs://` with its client installed.
+    Another folder, or what tensorboardX can write to: `s3://`, `gs://` with its client installed.
     """
     histograms: Often = 1
     """Adapter weights, gradients, size of the updates, logits and confidence."""

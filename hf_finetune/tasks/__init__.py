@@ -165,8 +165,17 @@ class Task(Plugin):
         """The divisor that belongs to `loss_sum`: counted rows, cells or tokens, weighted like the loss; a scalar."""
 
     @abstractmethod
-    def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What `metrics` needs of each evaluated row, (B, K) float32; never whole logits of (B, T, V)."""
+    def eval_rows(
+        self, logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `metrics` needs of each evaluated row, (B, K) float32; never whole logits of (B, T, V).
+
+        Args:
+            logits: (B, C) or (B, T, V).
+            labels: As collated.
+            by_position: Sums (2, T) that each counted token adds to: its nats, and 1. Tasks without a loss of tokens
+                leave them as they are.
+        """
 
     @abstractmethod
     def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:

@@ -191,9 +191,11 @@ class CausalLM(Task):
         """Counted tokens of (B, T) labels, a scalar."""
         return token_loss.counted(labels).sum()
 
-    def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def eval_rows(
+        self, logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Per row: negative log likelihood in nats (without smoothing), counted tokens, right tokens; (B, 3)."""
-        return token_loss.row_sums(logits, labels)
+        return token_loss.row_sums(logits, labels, by_position)
 
     def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
         """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""

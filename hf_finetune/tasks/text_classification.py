@@ -250,7 +250,9 @@ class TextClassification(Task):
             case _:
                 assert_never(self.problem)
 
-    def eval_rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def eval_rows(
+        self, logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits and labels side by side: (B, C + 1), or (B, 2C) for multi_label; float32."""
         import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 Entry = dict[str, Any]
-"""One line: step, epoch, phase (train | eval | final | test | summary), then the metrics."""
+"""One line: step, epoch, time (Unix seconds), phase (train | eval | final | test | summary), then the metrics."""
+
+MEASURED = ("time", "seconds", "per_second", "memory", "matmul")
+"""Words in the names of what the clock and the machine say: all that may differ between two equal runs."""
 
 _NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 _RATES = {"samples_per_second", "steps_per_second", "model_preparation_time"}
@@ -19,7 +23,8 @@ _RATES = {"samples_per_second", "steps_per_second", "model_preparation_time"}
 
 def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
     """A line of metrics.jsonl from the Trainer's flat log, or None for a log that holds nothing of ours."""
-    head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6)}
+    at = logs.setdefault("time", now())  # the same for everyone who sees this log
+    head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6), "time": at}
     for phase in ("eval", "final", "test"):
         found = of_phase(logs, phase)
         if found:
@@ -28,11 +33,24 @@ def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
     return head | {"phase": "train"} | metrics if "loss" in metrics else None
 
 
+def now() -> float:
+    """Unix seconds, to the millisecond."""
+    return round(time.time(), 3)
+
+
 def of_phase(logs: dict[str, Any], phase: str) -> dict[str, Any]:
     """What the Trainer's flat log holds of an evaluation, without the phase's prefix and the Trainer's own rates."""
     prefix = f"{phase}_"
     found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
     return {key: value for key, value in found.items() if key not in _RATES}
+
+
+def read(file: Path) -> list[Entry]:
+    """The lines of a metrics.jsonl; a last one that was cut off by a kill is left out."""
+    if not file.exists():
+        return []
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [{key: _number(value) for key, value in json.loads(line).items()} for line in whole]
 
 
 def keep_lines(file: Path, lines: int) -> None:
@@ -94,9 +112,7 @@ class Journal(Watcher):
         """Go on after so many lines of an earlier process; what it wrote after its last checkpoint comes again."""
         if self.writes:
             keep_lines(self.file, lines)
-            if self.file.exists():
-                kept = self.file.read_text(encoding="utf-8").splitlines()
-                self.entries = [{key: _number(value) for key, value in json.loads(line).items()} for line in kept]
+            self.entries = read(self.file)
 
     def add(self, line: Entry) -> None:
         """Append one line and flush it; NaN and infinity, which JSON can't hold, are written as text."""

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune.language.generation import Generation, answer_together
+from hf_finetune.language.generation import answer_together
+from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from hf_finetune.tasks.causal_lm import CausalLM
-    from hf_finetune.tracking.tensorboard import TensorBoard
-
-
-TAG = "samples"
-
-
-def stored(file: Path) -> Iterator[tuple[int, str]]:
-    """Step and markdown of each evaluation that `samples.jsonl` holds."""
-    if not file.exists():
-        return
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    for step, group in itertools.groupby(lines, key=lambda line: int(line["step"])):
-        pairs = [(line["prompt"], Generation(line["answer"], 0, ended=line["ended"])) for line in group]
-        yield step, _table([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    from hf_finetune.tracking.board.board import Board
 
 
 class Samples(TrainerCallback):
@@ -41,17 +27,21 @@ class Samples(TrainerCallback):
         tokenizer: The model's tokenizer.
         rows: Raw validation rows.
         file: `samples.jsonl` of the run folder.
-        board: Where the texts are shown; None on ranks that write nothing.
     """
 
-    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, board: TensorBoard | None) -> None:
+    writes = False
+    """Whether this is rank 0."""
+    board: Board | None = None
+    """Where the answers are shown as well."""
+
+    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path) -> None:
         first = rows[: task.sample_prompts] if isinstance(task.sample_prompts, int) else {}
         self.task = task
         self.tokenizer = tokenizer
         self.prompts = task.samples(first, tokenizer)
         self.file = file
-        self.board = board
         self._step = -1
+        self._is_lost = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answer the prompts with the model as it is now; once a step, however many splits are evaluated."""
@@ -63,24 +53,24 @@ class Samples(TrainerCallback):
         with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
             limit = self.task.max_new_tokens
             answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=limit)
-        if self.board is None:
+        if not self.writes:
             return
         prompts = [self.tokenizer.decode(prompt) for prompt in self.prompts]
-        with self.file.open("a", encoding="utf-8") as stream:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                line = {"step": state.global_step, "prompt": prompt, "answer": answer.text, "ended": answer.ended}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.board.add_text(TAG, _table(prompts, answers), state.global_step)
+        lines = [
+            {"step": state.global_step, "prompt": prompt, "answer": answer.text, "ended": answer.ended}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        self._write(lines)
+        if self.board is not None:
+            self.board.add_samples(lines, state.global_step)
 
-
-def _table(prompts: list[str], answers: list[Generation]) -> str:
-    """Prompts and answers as markdown; indented, so that nothing in them is read as markup."""
-    parts = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        end = "(ended)" if answer.ended else "(cut off)"
-        parts += ["**prompt**", _indented(prompt), f"**answer** {end}", _indented(answer.text), "---"]
-    return "\n\n".join(parts)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        """Append to the file; a disk that can't be written is told once, and stops nothing."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as error:
+            if not self._is_lost:
+                warn(f"{self.file} can't be written ({error.strerror}): answers are lost, training goes on")
+            self._is_lost = True

@@ -12,8 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from faults.lab import Ended, Job, Lab
+from hf_finetune.tracking.journal import MEASURED
 
-CLOCK = {"runtime", "seconds", "samples_per_second", "tokens_per_second", "steps_per_second", "memory", "padding_share"}
+CLOCK = {*MEASURED, "padding_share"}
 """Numbers that depend on the clock, the machine, or how many processes a run was spread over."""
 
 

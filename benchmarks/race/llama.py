@@ -1,0 +1,69 @@
+"""A Llama with random weights and a tokenizer of its own, the same bytes every time it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.race.workloads import Shape
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+
+
+def make(folder: Path, shape: Shape, texts: Iterable[str], *, bf16: bool = False) -> Path:
+    """Train a byte-level BPE on the texts and write it next to a Llama of this shape; what is there is kept.
+
+    Args:
+        folder: New, or made by an earlier call.
+        shape: Of the Llama.
+        texts: What the tokenizer learns from.
+        bf16: Whether the weights are written in bfloat16: for the large ones.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _tokenizer(shape.vocabulary, texts).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=16_384 if bf16 else 1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=3,
+    )
+    model: Any = LlamaForCausalLM(config)
+    (model.to(torch.bfloat16) if bf16 else model).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(vocabulary: int, texts: Iterable[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core: Any = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    make_fast: Any = PreTrainedTokenizerFast
+    tokenizer = make_fast(tokenizer_object=core, eos_token=SPECIAL[0], pad_token=SPECIAL[3])
+    tokenizer.chat_template = CHATML
+    return tokenizer

@@ -1,0 +1,72 @@
+"""The command line: arguments -> one function per verb; one line per error, and the exit code.
+
+accelerate launch -m hf_finetune RECIPE [key.path=value ...]
+hf-finetune train RECIPE [key.path=value ...] [--restart]
+hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
+hf-finetune compare RUN RUN ... [--format text|json|markdown]
+hf-finetune tensorboard RUN [--rebuild]
+hf-finetune schema
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_finetune import terminal
+from hf_finetune.cli.parser import complete, manner, parse
+from hf_finetune.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    FinetuneError,
+    ModelError,
+    RecipeError,
+    StorageError,
+)
+from hf_finetune.terminal import Message
+
+SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
+"""Every rank of a node finds these; its first one says them."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit with the code that tells how it went.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+    """
+    words = complete(list(sys.argv[1:] if argv is None else argv))
+    # Before anything is parsed, so that mistakes on the command line are told in the same manner.
+    terminal.open_for(manner(words))
+    try:
+        _run(words, debug="--debug" in words)
+    except Exception as error:
+        if terminal.crash(error):
+            sys.exit(1)
+        raise
+    finally:
+        terminal.close()
+
+
+def _run(words: list[str], *, debug: bool) -> None:
+    arguments = parse(words)
+    try:
+        arguments.run(arguments)
+    except FinetuneError as error:
+        if debug and not terminal.crash(error):
+            raise
+        if not debug and (_local_rank() == 0 or not isinstance(error, SAID_ONCE)):
+            terminal.report(error.problems, error.exit_code)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        line = "hf_finetune: interrupted"
+        terminal.tell(Message("interrupted", "interrupted", "error", "stderr", {"code": 130}, line=line))
+        sys.exit(130)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,100 @@
+"""What the command line may say, and how it is read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import pairwise
+from typing import Any, NoReturn, Protocol
+
+from hf_finetune import __version__, terminal
+from hf_finetune.cli import check, compare, schema, tensorboard, train
+from hf_finetune.terminal import Manner, Message
+
+VERBS = (train, check, compare, tensorboard, schema)
+EPILOG = """\
+A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
+
+exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 6 diverged, 7 out of memory,
+  9 no valid checkpoint, 10 a peer died or hung, 130 interrupted, 143 preempted, 1 a bug
+"""
+_FORMAT = "--log-format"
+
+
+class Verbs(Protocol):
+    """What `add_subparsers` gives."""
+
+    def add_parser(self, name: str, **options: Any) -> Parser:
+        """Make the parser of a verb."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags and `key.path=value` in any order; argparse alone stops taking values at the first flag."""
+
+    _is_nested = False
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Formatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse intermixed; that calls this method again."""
+        if self._is_nested or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_nested = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_nested = False
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and how it should look."""
+        line = f"{self.format_usage()}hf_finetune: error: {message}"
+        terminal.tell(Message(message, "error", "error", "stderr", {"code": 2, "rank": terminal.rank()}, line=line))
+        sys.exit(2)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions, and leaves room for the names of options."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=30, **options)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments; `run` is the verb's function. Exits with 2 where they are wrong, with 0 after `--help`."""
+    parser = Parser(
+        prog="hf-finetune",
+        description="Fine-tune a Hugging Face classifier or LLM from one YAML recipe.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    _add_common(parser)
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    _add_common(common)
+    verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
+    for verb in VERBS:
+        verb.add(verbs, common)
+    return parser.parse_args(words)
+
+
+def _add_common(parser: Parser) -> None:
+    """Flags that may stand before or after the verb."""
+    group = parser.add_argument_group("for every verb, before or after it")
+    help_format = "json: every line of stdout and stderr is one JSON object, for log collectors"
+    group.add_argument(_FORMAT, choices=("text", "json"), help=help_format)
+    group.add_argument("--quiet", action="store_true", help="say warnings, errors and what was asked for, nothing else")
+    group.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
+
+
+def complete(words: list[str]) -> list[str]:
+    """The words with their verb: a first argument that is a recipe file means `train`."""
+    plain = [word for before, word in zip(["", *words], words, strict=False) if before != _FORMAT]
+    first = next((word for word in plain if not word.startswith("-")), "")
+    return ["train", *words] if first.endswith((".yaml", ".yml")) else words
+
+
+def manner(words: list[str]) -> Manner:
+    """How to speak, read off the words before they are known to be right."""
+    is_json = f"{_FORMAT}=json" in words or (_FORMAT, "json") in pairwise(words)
+    return Manner("json" if is_json else "text", quiet="--quiet" in words)

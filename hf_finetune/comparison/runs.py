@@ -1,0 +1,208 @@
+"""What a run folder tells: the recipe as it was resolved, the state, the last metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.plugins import discover
+from hf_finetune.runfolder import RunFolder
+from hf_finetune.tasks import Task
+
+SPLITS = {"eval": "validation", "final": "validation", "test": "test"}
+"""Phase in metrics.jsonl -> the split that was evaluated."""
+
+NO_METRICS = {"step", "epoch", "time", "phase", "runtime"}
+DEAD_S = 60.0
+"""Seconds without a heartbeat; one is due every few seconds."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run."""
+
+    path: str
+    """The folder, as it was given."""
+    state: str
+    """running, done, failed, preempted or interrupted, as status.json has it; `dead` where it says running and its
+    heart has stopped; `unknown` without one."""
+    reason: str | None
+    """Why it did not come to its end."""
+    recipe: dict[str, Any]
+    """Dotted key -> value; empty blocks and lists are values."""
+    step: int | None
+    evaluated: int | None
+    """The step that the metrics are of."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`validation_accuracy`, `test_loss`, ...: final ones, or those of the last evaluation."""
+    seconds: float | None = None
+    """Of training, evaluations in between included; None before its end."""
+    samples_per_second: float | None = None
+    headline: tuple[str, ...] = ("loss",)
+    """Metrics that its task prints, without the split."""
+    greater_is_better: Mapping[str, bool] = field(default_factory=dict)
+    """By metric, without the split; of other metrics nothing is known."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its metrics are final."""
+        return self.state == "done"
+
+
+def read(folders: Sequence[str]) -> list[Run]:
+    """Read every run.
+
+    Raises:
+        RecipeError: A folder holds no run, or what it holds can't be read; all of them are told.
+    """
+    runs: list[Run] = []
+    problems: list[Problem] = []
+    for folder in folders:
+        try:
+            runs.append(_read(folder))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return runs
+
+
+def _read(path: str) -> Run:
+    folder = RunFolder(path)
+    tree = _recipe(folder, path)
+    status = _status(folder)
+    lines = list(_lines(folder.metrics))
+    last = _last(lines)
+    speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
+    headline, greater = _task(tree.get("task"))
+    return Run(
+        path=path,
+        state=str(status.get("state", "unknown")),
+        reason=status.get("reason"),
+        recipe=dict(_flat(tree)),
+        step=max((line["step"] for line in lines), default=status.get("step")),
+        evaluated=None if last is None else last[0],
+        metrics={} if last is None else last[1],
+        seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
+        samples_per_second=speeds[-1] if speeds else None,
+        headline=headline,
+        greater_is_better=greater,
+    )
+
+
+def _recipe(folder: RunFolder, path: str) -> dict[str, Any]:
+    """The resolved recipe.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if not folder.path.is_dir():
+        raise RecipeError(Problem("there is no such folder; give the run folder, `output` of the recipe", file=path))
+    try:
+        tree = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(Problem("holds no run of hf_finetune: there is no recipe.yaml in it", file=path)) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        told = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise RecipeError(Problem(f"can't be read: {told}", file=str(folder.recipe))) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(Problem("is no recipe", file=str(folder.recipe)))
+    return tree
+
+
+def _status(folder: RunFolder) -> dict[str, Any]:
+    try:
+        status = json.loads(folder.status.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(status, dict):
+        return {}
+    beat = status.get("heartbeat")
+    if status.get("state") == "running" and isinstance(beat, str) and _age(beat) > DEAD_S:
+        return status | {"state": "dead", "reason": f"no heartbeat since {beat}: it was killed, or its machine is gone"}
+    return status
+
+
+def _age(moment: str) -> float:
+    """Seconds since then; 0 for what is no moment."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl; the last one may be half written."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            yield found
+
+
+def _last(lines: Iterable[dict[str, Any]]) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics of the summary, or of the last evaluation of each split."""
+    found: tuple[int, dict[str, float]] | None = None
+    for line in lines:
+        phase, step = line.get("phase"), line["step"]
+        before = {} if found is None or found[0] != step else found[1]
+        if phase == "summary":
+            names = {name: name for name in line if name.startswith(("validation_", "test_"))}
+            return step, _numbers(line, names)
+        if phase in SPLITS:
+            names = {name: f"{SPLITS[phase]}_{name}" for name in line if name not in NO_METRICS}
+            found = step, before | _numbers(line, names)
+    return found
+
+
+def _numbers(line: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, float]:
+    """Metrics by their new names; NaN and infinity are text in the file."""
+    found = {}
+    for name, new in names.items():
+        value = line[name]
+        if value in ("nan", "inf", "-inf"):
+            value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[new] = float(value)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _task(block: Any) -> tuple[tuple[str, ...], Mapping[str, bool]]:
+    """What the task says of its metrics; of a task that this version does not know, the loss alone."""
+    kind = block.get("kind") if isinstance(block, dict) else None
+    known = discover("hf_finetune.tasks", Task).get(str(kind))
+    if known is None or not issubclass(known, Task):
+        return ("loss",), {"loss": False}
+    try:
+        task = known.model_validate(block)
+    except ValidationError:
+        return known.headline, {"loss": False}
+    return task.headline, task.best_metrics
+
+
+def is_number(value: Any) -> bool:
+    """Whether a metric can be compared."""
+    return isinstance(value, int | float) and math.isfinite(value)

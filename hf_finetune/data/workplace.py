@@ -1,0 +1,46 @@
+"""Where rows are encoded, and how whoever waits learns how far that is, though other processes do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hf_finetune.data.splits import Split
+from hf_finetune.terminal import Phases, unseen
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and by whom rows are encoded, and who is told how far it is."""
+
+    scratch: Path
+    """Folder for files that the result is mapped from."""
+    workers: int | None = None
+    """Processes; None is one a core."""
+    phase: Phases = unseen
+
+    @contextmanager
+    def tallied(self, split: Split) -> Iterator[Path]:
+        """Show how many rows of a split are encoded; gives the file that `note` takes."""
+        tally = self.scratch / f"{split.name}.tally"
+        with self.phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
+            shown.count = partial(_tallied, tally)
+            yield tally
+
+
+def note(tally: Path, rows: int) -> None:
+    """Note that a batch of so many rows is encoded; any process may, at any time."""
+    with tally.open("ab") as stream:
+        stream.write(rows.to_bytes(4))
+
+
+def _tallied(file: Path) -> int:
+    try:
+        return int(np.fromfile(file, ">u4").sum())
+    except OSError:
+        return 0  # not begun, or over

@@ -1,0 +1,136 @@
+"""The loss of a language model straight from its hidden states: logits of a chunk at a time, of counted tokens only.
+
+The head and the loss take the logits of every position, padding and prompts included, in float32, and their gradient
+again. Here only positions whose next token counts meet the head, a chunk at a time, and each chunk leaves its gradient
+with respect to the hidden states behind (as in Hsu et al. 2024, Liger Kernel, section 3.2).
+
+Shapes: B rows, T tokens, H hidden size, V vocabulary, N counted positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hf_finetune.language.token_loss import CHUNK, counted
+
+Tensor = torch.Tensor
+
+CHUNK_BYTES = 1 << 25
+"""Of the float32 logits that exist at a time: some of a CPU's cache, and enough rows for a full GEMM on a GPU."""
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the cross entropies of N positions, and its gradient, made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: torch.nn.Linear, smoothing: float) -> Tensor:
+        """The summed loss; keeps the gradient of the hidden states."""
+        size = max(64, CHUNK_BYTES // (4 * head.out_features))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for part, want, out in zip(*(torch.split(whole, size) for whole in (hidden, wanted, gradient)), strict=True):
+            logits = torch.nn.functional.linear(part, head.weight, head.bias).float()
+            total += _sum_and_gradient(logits, want, smoothing)
+            torch.mm(logits.to(part.dtype), head.weight, out=out)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """That gradient, times the one of the loss."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None, None
+
+
+def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
+    """The summed loss of (N, V) float32 logits, which become the gradient: softmax minus target."""
+    index, classes = wanted[:, None], logits.shape[1]
+    normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+    chosen = logits.gather(1, index)
+    loss = (normaliser - chosen).sum() * (1 - smoothing)
+    if smoothing:
+        loss = loss + (normaliser - logits.mean(dim=1, keepdim=True)).sum() * smoothing
+    logits.sub_(normaliser).exp_()
+    if smoothing:
+        logits.sub_(smoothing / classes)
+    logits.scatter_add_(1, index, torch.full_like(chosen, smoothing - 1))
+    return loss
+
+
+class FastHead:
+    """Stands before the head of a language model while a loss is asked for.
+
+    A head that is linear, frozen and without an adapter is fused with the loss; before any other one the positions that
+    count are picked.
+
+    Args:
+        head: The module that makes logits of hidden states.
+        smoothing: Share of each target that is spread over the vocabulary.
+    """
+
+    def __init__(self, head: torch.nn.Module, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
+        self._labels: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._pick, prepend=True)
+        self._plain = head.forward
+        if self.is_fused:
+            head.forward = MethodType(self._forward, head)
+        self._head = head
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+        if self.is_fused:
+            del self._head.forward
+
+    @contextmanager
+    def asked(self, labels: Tensor) -> Iterator[None]:
+        """Inside, the model's output is for `loss_sum`.
+
+        Args:
+            labels: (B, T), `IGNORE` where nothing counts.
+        """
+        self._labels = labels
+        try:
+            yield
+        finally:
+            self._labels = None
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross entropy over all counted labels, a float32 scalar: like `token_loss.loss_sum`.
+
+        Args:
+            logits: What the model returned inside `asked`.
+            labels: Those that were given there.
+        """
+        if self.is_fused:
+            return logits.float().sum()
+        wanted = labels[:, 1:][counted(labels)]
+        sums = [
+            torch.nn.functional.cross_entropy(part.float(), want, reduction="sum", label_smoothing=self.smoothing)
+            for part, want in zip(torch.split(logits[0], CHUNK), torch.split(wanted, CHUNK), strict=True)
+        ]
+        return torch.stack(sums).sum()
+
+    def _pick(self, head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._labels is None:
+            return None
+        hidden, *rest = inputs
+        return (hidden[:, :-1][counted(self._labels)][None], *rest)
+
+    def _forward(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+        if self._labels is None:
+            return torch.nn.Linear.forward(head, hidden)
+        wanted = self._labels[:, 1:][counted(self._labels)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            kept = hidden[0].to(head.weight.dtype)
+            total: Tensor = _HeadLoss.apply(kept, wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
+        return total.view(1, 1, 1)

@@ -1,0 +1,138 @@
+"""Which fast paths a model takes: installed where they fit, checked on a batch, removed where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_finetune.fast import attention, dropout, lora
+from hf_finetune.fast.head import FastHead
+
+if TYPE_CHECKING:
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.tasks import Targets, Task
+
+Tensor = torch.Tensor
+Remove = Callable[[], None]
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much."""
+ROWS = 2
+"""Of the batch that is compared, at most."""
+
+
+@dataclass
+class Paths:
+    """What was installed in a model."""
+
+    task: Task
+    targets: Targets
+    head: FastHead | None = None
+    taken: dict[str, str] = field(default_factory=dict)
+    """Setting -> what came of it, for people."""
+    _removals: list[Remove] = field(default_factory=list)
+
+    def loss_sum(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """The forward pass and its summed loss, a float32 scalar; see `Task.loss_sum`.
+
+        Args:
+            model: The adapted model, or its forward function, as accelerate wraps it.
+            inputs: Without labels.
+            labels: As the task's collator makes them.
+        """
+        if self.head is None:
+            return self.task.loss_sum(model(**inputs).logits, labels, self.targets)
+        with self.head.asked(labels):
+            logits = model(**inputs).logits
+        return self.head.loss_sum(logits, labels)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for remove in self._removals:
+            remove()
+        self._removals.clear()
+        self.head = None
+
+    def install(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
+        """Install what the recipe allows, and fits the model and the machine."""
+        speed, on_cpu = recipe.speed, machine.device == "cpu"
+        if speed.fused_lora and (layers := lora.install(adapted)):
+            self._removals.append(lambda: _plain_again(layers))
+            self.taken["fused_lora"] = f"{len(layers)} layers"
+        if speed.cheap_dropout and on_cpu and (modules := dropout.install(adapted)):
+            self._removals.append(lambda: _plain_again(modules))
+            self.taken["cheap_dropout"] = f"{len(modules)} modules"
+        base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
+        if speed.plain_attention and on_cpu and (before := attention.install(base)):
+            self._removals.append(lambda: base.set_attn_implementation(before))
+            self.taken["plain_attention"] = f"in place of {before}"
+        if speed.fused_loss and recipe.task.peft_type == "CAUSAL_LM":
+            self.head = head = FastHead(base.get_output_embeddings(), getattr(recipe.task, "label_smoothing", 0.0))
+            self._removals.append(head.remove)
+            self.taken["fused_loss"] = "with the head" if head.is_fused else "of trained tokens"
+
+
+def take(
+    adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: Targets, batch: Mapping[str, Tensor]
+) -> Paths:
+    """Install the fast paths and compare the model with itself before.
+
+    Args:
+        adapted: The model with its adapter.
+        recipe: `speed` and the task.
+        machine: Device, precision, whether weights are sharded.
+        targets: Labels.
+        batch: Some rows with their labels, on the device; a few are enough.
+
+    Returns:
+        What is installed; nothing, with the reason in `taken`, where the model then said something else.
+    """
+    paths = Paths(recipe.task, targets)
+    if machine.is_sharded:
+        return paths
+    batch = {name: value[:ROWS] for name, value in batch.items()}
+    with _quiet(adapted, machine):
+        before = _outputs(Paths(recipe.task, targets), adapted, batch)
+        paths.install(adapted, recipe, machine)
+        if not paths.taken:
+            return paths
+        after = _outputs(paths, adapted, batch)
+    difference = max(
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True)
+    )
+    tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
+    if not difference <= tolerance:
+        paths.remove()
+        paths.taken = {"none": f"they would change this model's output by {difference:.1e} (allowed {tolerance:.0e})"}
+    return paths
+
+
+def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of the positions that are no padding, and the summed loss."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "tokens")}
+    logits = model(**inputs).logits.float()
+    mask = inputs.get("attention_mask")
+    seen = logits[mask.bool()] if mask is not None and logits.dim() == 3 else logits
+    return seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)
+
+
+@contextmanager
+def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
+    """Evaluation mode, without gradients, in the precision of the run."""
+    was_training, dtype = model.training, machine.base_dtype(frozen=True)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(machine.device, dtype=dtype, enabled=dtype is not torch.float32):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _plain_again(modules: list[Any]) -> None:
+    for module in modules:
+        del module.forward

@@ -1,0 +1,97 @@
+"""Floating-point operations that a model needs for its rows: those of the matrix products, which are nearly all.
+
+A product with a weight of N numbers takes 2N FLOPs a token forward, 2N for the gradient of its input, and 2N for its
+own gradient where it is trained: 6N where all is (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section
+2.1), 4N for frozen weights. Attention takes 4 d T a token and layer forward, T tokens of a sequence attending to each
+other through heads of d numbers in all, and twice that backward (Chowdhery et al. 2022, PaLM, appendix B; the half that
+a causal mask hides is not taken off there, nor here). What is computed again for activation checkpointing, and padding,
+are no work of the model. Left out: normalisation, activations, embeddings, convolutions; below the lowest trained
+weight no gradient of inputs is needed, which is counted all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_finetune.model import heads
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Weights in matrix products, and what attention costs."""
+
+    token: float
+    """Numbers that each token meets."""
+    token_trained: float
+    """Those of them that are trained."""
+    row: float
+    """Numbers that each row meets once: a pooler, a classification head."""
+    row_trained: float
+    """Those of them that are trained."""
+    attention: float
+    """Forward FLOPs for each pair of tokens of a sequence, of all layers together."""
+
+    def training(self, tokens: float, rows: float, squares: float) -> float:
+        """FLOPs, forward and backward.
+
+        Args:
+            tokens: Without padding.
+            rows: Sequences.
+            squares: Sum of the squared lengths of the sequences.
+        """
+        weights = tokens * (4 * self.token + 2 * self.token_trained) + rows * (4 * self.row + 2 * self.row_trained)
+        return weights + 3 * self.attention * squares
+
+    @classmethod
+    def of(cls, adapted: nn.Module) -> Flops:
+        """Count the weights of a model, adapter included."""
+        wrapped: Any = adapted
+        base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        once = tuple(f"{name}." for name in heads.find(base))
+        sums = {(is_row, is_trained): 0.0 for is_row in (False, True) for is_trained in (False, True)}
+        for path, module in base.named_modules():
+            if "original_module" in path:  # PEFT's copy of what it trains
+                continue
+            is_row = f"{path}.".startswith(once) or "pooler" in path
+            for numbers, is_trained in _products(module, base.config):
+                sums[is_row, is_trained] += numbers
+        return cls(
+            token=sums[False, False] + sums[False, True],
+            token_trained=sums[False, True],
+            row=sums[True, False] + sums[True, True],
+            row_trained=sums[True, True],
+            attention=4.0 * _attended(base.config),
+        )
+
+
+def _products(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
+    """Numbers, and whether they are trained, of each weight of a module itself that inputs are multiplied with."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):  # quantised layers keep their features, but pack their weights
+        return [(module.in_features * module.out_features, bool(weight.requires_grad))]
+    if type(module).__name__ == "Conv1D":  # of GPT-2
+        return [(weight.numel(), bool(weight.requires_grad))]
+    if isinstance(module, nn.Conv1d):
+        return []
+    own = dict(module.named_parameters(recurse=False))
+    # Experts are kept as (experts, out, in); each token meets a few of them.
+    share = _active_share(config)
+    return [(p.numel() * share, p.requires_grad) for name, p in own.items() if p.ndim == 3 and "lora_" not in name]
+
+
+def _active_share(config: Any) -> float:
+    text = config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    active = getattr(text, "num_experts_per_tok", None)
+    return active / experts if experts and active else 1.0
+
+
+def _attended(config: Any) -> float:
+    """Numbers of all heads of all layers."""
+    text = config.get_text_config()
+    layers, heads_ = getattr(text, "num_hidden_layers", 0), getattr(text, "num_attention_heads", 0)
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads_, 1)
+    return float(layers * heads_ * width)

@@ -1,0 +1,213 @@
+"""Confidence intervals of final metrics: rows are drawn with replacement, and every metric is computed anew.
+
+Percentile bootstrap (Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13), by `scipy.stats`. The
+metrics are those of `task.metrics` that follow from sums over rows, so that a thousand resamples are a product of
+matrices instead of a thousand evaluations. Shapes: N rows, C classes, S sums, B resamples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+Array = np.ndarray[Any, Any]
+
+CONFIDENCE = 0.95
+RESAMPLES, LEAST = 1000, 200
+"""Resamples of small splits, and of the largest."""
+DRAWS = 20_000_000
+"""Rows that are drawn in all, so that an interval takes about two seconds at most; `LEAST` resamples may draw more."""
+BATCH = 2_000_000
+"""Rows that are drawn together."""
+LISTED = 60
+"""Classes up to which each has an interval of its own."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Bounds of a split's metrics."""
+
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By name; metrics that do not follow from sums (areas, ranks) are not there."""
+    resamples: int = 0
+    rows: int = 0
+
+    @property
+    def method(self) -> str:
+        """How they were made, for people; empty where there are none."""
+        if not self.bounds:
+            return ""
+        return f"{CONFIDENCE:.0%} percentile bootstrap, {self.resamples:,} resamples of {self.rows:,} rows"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What metrics are made of."""
+
+    of_rows: Any
+    """(S, N), dense or sparse."""
+    metrics: Callable[[Array], dict[str, Array]]
+    """(S, B) sums -> metric by name, each (B,)."""
+
+
+def estimate(rows: Array, facts: Mapping[str, Any], seed: int = 0) -> Intervals:
+    """Intervals of the metrics of a split.
+
+    Args:
+        rows: (N, K), as in a record of kind `predictions`; masked rows are left out.
+        facts: Of that record: `problem`, `names`, `threshold`.
+        seed: Of the draws.
+    """
+    from scipy import stats  # half a second
+
+    sums = sums_of(rows, facts)
+    if sums is None:
+        return Intervals()
+    count = sums.of_rows.shape[1]
+    if count < 2:
+        return Intervals(rows=count)
+    resamples = int(np.clip(DRAWS // count, LEAST, RESAMPLES))
+    names = list(sums.metrics(_added(sums, np.arange(count)[None])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (np.arange(count),),
+            lambda drawn, axis: np.stack(list(sums.metrics(_added(sums, np.atleast_2d(drawn))).values())),
+            n_resamples=resamples,
+            batch=max(1, BATCH // count),
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    pairs = zip(names, found.low.tolist(), found.high.tolist(), strict=True)
+    bounds = {name: (low, high) for name, low, high in pairs if np.isfinite([low, high]).all()}
+    return Intervals(bounds, resamples, count)
+
+
+def sums_of(rows: Array, facts: Mapping[str, Any]) -> Sums | None:
+    """What the metrics of a split are made of; None for rows of a task that is not known here.
+
+    Args:
+        rows: (N, K).
+        facts: Of a record of kind `predictions`.
+    """
+    rows, names = np.asarray(rows, dtype=np.float64), [str(name) for name in facts.get("names") or ()]
+    problem, classes = facts.get("problem"), len(names)
+    if problem == "single_label" and rows.shape[1] == classes + 1:
+        return _single_label(rows[rows[:, -1] >= 0], names)
+    if problem == "multi_label" and rows.shape[1] == 2 * classes:
+        threshold = float(facts.get("threshold") or 0.5)
+        return _multi_label(rows[(rows[:, classes:] >= 0).all(axis=1)], names, threshold)
+    if problem == "regression" and rows.shape[1] == 2:
+        return Sums(_errors(rows[np.isfinite(rows).all(axis=1)]), _of_errors)
+    if problem is None and rows.shape[1] == 3:
+        return Sums(rows[rows[:, 1] > 0].T, _of_tokens)
+    return None
+
+
+def _added(sums: Sums, drawn: Array) -> Array:
+    """(S, B) sums over the drawn rows; `drawn` is (B, N) indices."""
+    resamples, count = drawn.shape
+    offsets = np.arange(resamples)[:, None] * count
+    times = np.bincount((drawn + offsets).ravel(), minlength=resamples * count).reshape(resamples, count)
+    added: Array = np.asarray(sums.of_rows @ times.T.astype(np.float64))
+    return added
+
+
+def _single_label(rows: Array, names: Sequence[str]) -> Sums:
+    from scipy import sparse
+
+    labels, classes, at = rows[:, -1].astype(int), len(names), np.arange(len(rows))
+    predicted = rows[:, :-1].argmax(axis=1)
+    loss = -special.log_softmax(rows[:, :-1], axis=1)[at, labels]
+    right = (labels == predicted).astype(np.float64)
+
+    def cells(columns: Array, values: Array) -> Any:
+        return sparse.csr_matrix((values, (columns, at)), shape=(classes, len(rows)))
+
+    ones = np.ones(len(rows))
+    parts = [sparse.csr_matrix(np.stack([loss, right, ones])), cells(labels, ones), cells(predicted, ones)]
+    of_rows = sparse.vstack([*parts, cells(labels, right)]).tocsr()
+    return Sums(of_rows, lambda added: _of_classes(added, names))
+
+
+def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
+    """Of the sums of loss, right rows, rows, and true, predicted, rightly predicted rows of each class."""
+    (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
+    expected = (truth * predicted).sum(axis=0)
+    spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
+    # Gorodkin 2004; 0 where one class is all there is, as in scikit-learn
+    matthews = np.divide(right * rows - expected, np.sqrt(spread), out=np.zeros_like(right), where=spread > 0)
+    return {"loss": loss / rows, "accuracy": right / rows, "matthews": matthews} | _f1(truth, predicted, hits, names)
+
+
+def _multi_label(rows: Array, names: Sequence[str], threshold: float) -> Sums:
+    logits, truth = np.split(rows, 2, axis=1)
+    predicted = (special.expit(logits) >= threshold).astype(np.float64)
+    loss = (np.logaddexp(0.0, logits) - logits * truth).mean(axis=1)
+    wrong = (predicted != truth).mean(axis=1)
+    head = np.stack([loss, (wrong == 0).astype(np.float64), wrong, np.ones(len(rows))])
+    return Sums(
+        np.concatenate([head, truth.T, predicted.T, (truth * predicted).T]), lambda added: _of_cells(added, names)
+    )
+
+
+def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
+    """Of the sums of loss, right rows, share of wrong cells, rows, and cells of each label as in `_of_classes`."""
+    (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
+    whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
+    return whole | _f1(truth, predicted, hits, names, every=True)
+
+
+def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, every: bool = False) -> dict[str, Array]:
+    """F1 averages and, of few classes, each one's, from (C, B) counts.
+
+    `every` takes classes into the macro mean that occur neither in truth nor in predictions, as scikit-learn does for
+    cells.
+    """
+    both = truth + predicted
+    each = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
+    counted = np.ones_like(both) if every else both > 0
+    support, total = truth.sum(axis=0), both.sum(axis=0)
+    averages = {
+        "f1_macro": each.sum(axis=0) / np.maximum(counted.sum(axis=0), 1),
+        "f1_micro": 2 * hits.sum(axis=0) / np.maximum(total, 1),
+        "f1_weighted": (each * truth).sum(axis=0) / np.maximum(support, 1),
+    }
+    listed = zip(names, each, strict=True) if len(names) <= LISTED else ()
+    return averages | {f"f1.{name}": values for name, values in listed}
+
+
+def _errors(rows: Array) -> Array:
+    """Sums that a regression's metrics are made of, of centred values, so that little is lost to rounding."""
+    predicted, labels = (rows - rows[:, 1].mean() if len(rows) else rows).T
+    gaps = predicted - labels
+    return np.stack(
+        [np.ones_like(gaps), gaps**2, abs(gaps), labels, labels**2, predicted, predicted**2, labels * predicted]
+    )
+
+
+def _of_errors(added: Array) -> dict[str, Array]:
+    rows, squares, distances, y, yy, p, pp, yp = added
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_y, spread_p = yy - y**2 / rows, pp - p**2 / rows
+        return {
+            "loss": squares / rows,
+            "mse": squares / rows,
+            "rmse": np.sqrt(squares / rows),
+            "mae": distances / rows,
+            "r2": 1 - squares / spread_y,
+            "pearson": (yp - y * p / rows) / np.sqrt(spread_y * spread_p),
+        }
+
+
+def _of_tokens(added: Array) -> dict[str, Array]:
+    nll, tokens, correct = added
+    with np.errstate(over="ignore"):
+        return {"loss": nll / tokens, "perplexity": np.exp(nll / tokens), "token_accuracy": correct / tokens}

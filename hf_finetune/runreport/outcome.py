@@ -1,0 +1,39 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_finetune.data import Prepared
+    from hf_finetune.errors import Problem
+    from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    recipe: Recipe
+    machine: Machine
+    folder: RunFolder
+    prepared: Prepared
+    parameters: tuple[int, int]
+    """Trained parameters, all parameters."""
+    steps: int
+    """Optimiser steps that were made."""
+    seconds: float
+    """Wall-clock seconds of training, evaluations in between included."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Whole-run samples and tokens per second, share of padding."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final metrics per split."""
+    warnings: tuple[Problem, ...] = ()
+    """What the check before training found and did not refuse."""
+    peak_memory: int | None = None
+    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
+    reload_difference: float = 0.0
+    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""

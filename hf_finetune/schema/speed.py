@@ -1,0 +1,18 @@
+"""The `speed` block: faster ways to the same numbers, each of which can be switched off."""
+
+from __future__ import annotations
+
+from hf_finetune.plugins import Section
+
+
+class Speed(Section):
+    """Which fast paths may be taken, where they fit the model; a batch is compared before training."""
+
+    fused_lora: bool = True
+    """Compute a frozen linear layer and its LoRA branch as one operation with fewer copies."""
+    fused_loss: bool = True
+    """Make an LLM's logits for trained tokens only, a chunk at a time, together with their gradient."""
+    plain_attention: bool = True
+    """On a CPU, where attention is `eager`: without copies of keys and values that heads share."""
+    cheap_dropout: bool = True
+    """On a CPU, draw 16 random bits an element for dropout instead of a double."""

@@ -1,0 +1,179 @@
+"""A live display at the bottom of a terminal, by rich: a bar for each phase; lines scroll above it.
+
+The cursor is never hidden. So there is nothing to restore when the process is killed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from typing import Any, TextIO
+
+from rich import live
+from rich.console import Console, Group
+from rich.file_proxy import FileProxy
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hf_finetune.terminal.message import Message, printable
+from hf_finetune.terminal.phase import Phase, clock
+from hf_finetune.terminal.plain import Voice
+
+PER_SECOND = 4
+"""How often the display is drawn."""
+STYLES = {"info": "", "warning": "yellow", "error": "red"}
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+class Display(Voice):
+    """Plain lines, and below them a bar for each phase that goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()
+        self._phases: list[Phase] = []
+        self._live: live.Live | None = None
+        self._screen: _Screen | None = None
+        self._height = 1
+        self._has_stderr = sys.stderr is not None and sys.stderr.isatty()
+
+    def put(self, message: Message) -> None:
+        """Write a line above the display."""
+        with self._lock:
+            if self._live is None or (message.stream == "stderr" and not self._has_stderr):
+                super().put(message)
+            else:
+                text = Text(message.as_line(), style=STYLES[message.level])
+                self._live.console.print(text, soft_wrap=True)
+
+    def begin(self, phase: Phase) -> None:
+        """Show a phase."""
+        with self._lock:
+            self._phases.append(phase)
+            if self._live is None:
+                self._start()
+
+    def end(self, phase: Phase) -> None:
+        """Take it away; without any, the terminal is as it was."""
+        with self._lock:
+            if phase in self._phases:
+                if self._live is not None and len(self._phases) == 1:
+                    self._stop()
+                self._phases.remove(phase)
+
+    def close(self) -> None:
+        """Take everything away."""
+        with self._lock:
+            self._stop()
+            self._phases.clear()
+
+    def last_words(self, messages: list[Message]) -> None:
+        """Draw no more, clear what is drawn as well as can be without a lock, and say it."""
+        if self._screen is not None and self._live is not None:
+            self._screen.is_closed = True
+            self.raw("\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._height - 1), descriptor=1)
+        super().last_words(messages)
+
+    def _start(self) -> None:
+        self._screen = _Screen(sys.stdout)
+        console = _Console(file=self._screen, force_terminal=True, highlight=False, emoji=False)  # type: ignore[arg-type]
+        self._live = live.Live(
+            console=console,
+            refresh_per_second=PER_SECOND,
+            transient=True,
+            redirect_stderr=self._has_stderr,
+            get_renderable=self._draw,
+        )
+        self._live.start(refresh=True)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self) -> Group:
+        """The present picture: for each phase a bar and how far it is, its details, its latest result."""
+        parts: list[Any] = []
+        for phase in tuple(self._phases):
+            parts.append(_bar(phase))
+            # Clipped, not wrapped: a terminal that is made narrower must not break what is drawn.
+            lines = (phase.detail, phase.outcome)
+            parts += [Text(f"  {printable(line)}", no_wrap=True, overflow="ellipsis") for line in lines if line]
+        self._height = max(len(parts), 1)
+        return Group(*parts)
+
+
+def _bar(phase: Phase) -> Table:
+    row = Table.grid(padding=(0, 1))
+    row.add_column(no_wrap=True)
+    row.add_column(no_wrap=True)
+    row.add_column(no_wrap=True, overflow="ellipsis")
+    left = phase.left()
+    told = [phase.share(), f"{clock(phase.seconds)} gone", "" if left is None else f"{clock(left)} left"]
+    mark: Any = Text(_SPINNER[int(phase.seconds * PER_SECOND) % len(_SPINNER)])
+    if phase.total:
+        mark = ProgressBar(total=phase.total, completed=phase.now(), width=24)
+    row.add_row(Text(printable(phase.name)), mark, Text("  ".join(part for part in told if part)))
+    return row
+
+
+class _Console(Console):
+    """A console that leaves the cursor visible."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Do nothing."""
+        return False
+
+
+class _Screen(io.TextIOBase):
+    """The terminal, which may go away while the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.is_closed = False
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        if not self.is_closed:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self._stream.write(text.encode("ascii", "replace").decode())
+            except (OSError, ValueError):
+                self.is_closed = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        if not self.is_closed:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.is_closed = True
+
+    def fileno(self) -> int:
+        """The descriptor below, which knows the terminal's width."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """What the terminal can show."""
+        return self._stream.encoding
+
+
+def _in_child() -> None:
+    """Give a forked process the plain streams: a thread of the parent may hold the display's locks for ever."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, FileProxy):
+            setattr(sys, name, stream.rich_proxied_file)
+
+
+os.register_at_fork(after_in_child=_in_child)

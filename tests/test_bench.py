@@ -1,0 +1,314 @@
+"""The benchmark: its arithmetic, its table, its memory of what was measured, and a small real race."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.race import __main__ as race
+from benchmarks.race import (
+    clis,
+    corpora,
+    environments,
+    flops,
+    llama,
+    machine,
+    measure,
+    ours,
+    runner,
+    summary,
+    systems,
+    table,
+)
+from benchmarks.race.results import Measurement, Store, plan
+from benchmarks.race.workloads import FULL, QUICK, Shape, Target, Workload
+
+NOTHING = measure.Sources(None, None, None)
+TINY = Shape(32, 2, 64, 2, 512)
+CHATS = replace(QUICK[1], model=TINY, rows=12, validation_rows=4, batch_size=4, r=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> measure.Prepared:
+    """A tiny Llama and a few chats."""
+    return measure.prepare(CHATS, NOTHING, tmp_path_factory.mktemp("race"))
+
+
+def result(system: str, seed: int, rate: float, **more: Any) -> dict[str, Any]:
+    """What a run that went well leaves behind."""
+    facts = {"workload": "quick-chats", "system": system, "seed": seed, "failed": None, "load": 0.1, "others": 0.01}
+    numbers = {
+        "samples_per_second": rate,
+        "tokens_per_second": 10 * rate,
+        "flops_per_second": 1e9 * rate,
+        "wall": 60 / rate,
+    }
+    own = {"tokens": None, "trained_parameters": 1, "steps": 3}
+    return {**facts, **numbers, "first_step": 3.0, "memory": 10**8, "quality": 1.5, "own": own, **more}
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    one = [result("hf_finetune", 1, 20.0), result("hf_finetune", 2, 10.0), result("hf_finetune", 3, 90.0)]
+    other = [result("plain", 2, 2.0), result("plain", 1, 10.0)]
+    assert summary.ratio(one, other, "samples_per_second") == summary.Spread(3.5, 2.0, 5.0, 2)
+
+
+def test_the_ratio_of_times_says_how_many_times_faster() -> None:
+    found = summary.ratio([result("a", 1, 20.0)], [result("b", 1, 10.0)], "wall", less_is_better=True)
+    assert found is not None
+    assert found.median == pytest.approx(2.0)
+
+
+def test_a_spread_of_nothing_is_none() -> None:
+    assert summary.Spread.of([None, None]) is None
+    assert summary.Spread.of([3.0, None, 1.0, 2.0]) == summary.Spread(2.0, 1.0, 3.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "seconds"),
+    [(Target("accuracy", 0.8), 20.0), (Target("accuracy", 0.95), None), (Target("loss", 0.5), 10.0)],
+)
+def test_the_time_to_a_target_is_that_of_the_first_evaluation_that_meets_it(
+    target: Target, seconds: float | None
+) -> None:
+    evaluations = [
+        {"seconds": 10.0, "accuracy": 0.7, "loss": 0.5},
+        {"seconds": 20.0, "accuracy": 0.8, "loss": 0.6},
+        {"seconds": 30.0, "accuracy": 0.9, "loss": 0.1},
+    ]
+    assert summary.time_to(evaluations, target) == seconds
+
+
+def test_flops_are_4_a_frozen_and_6_a_trained_weight_and_token() -> None:
+    assert flops.training(frozen=100, trained=10, tokens=3) == 3 * (400 + 60)
+
+
+def test_the_weights_that_tokens_meet_are_counted_as_peft_makes_them(prepared: measure.Prepared) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(prepared.model)
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
+    adapted: Any = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert (prepared.frozen, prepared.trained) == (linear, trained)
+
+
+def test_the_made_llama_is_the_same_every_time(tmp_path: Path) -> None:
+    texts = ["a b c", "two and two are four"]
+    files = [llama.make(tmp_path / name, TINY, texts) / "model.safetensors" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_stand_in_chats_are_the_same_every_time_and_add_up() -> None:
+    rows = corpora.gsm8k(None).train
+    assert rows == corpora.gsm8k(None).train
+    for row in rows[:50]:
+        for step in row["answer"].split("<<")[1:]:
+            sum_, _, total = step.partition(">>")[0].partition("=")
+            assert eval(sum_) == int(total)
+
+
+def test_a_workload_takes_the_same_rows_whoever_trains(prepared: measure.Prepared) -> None:
+    rows = [json.loads(line) for line in (prepared.folder / "train.jsonl").read_text().splitlines()]
+    assert rows == corpora.cut(corpora.gsm8k(None), CHATS).train
+    assert len(rows) == prepared.rows == 12
+
+
+def test_every_system_has_the_same_tokens(prepared: measure.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys_path = Path(measure.__file__).parent / "peers"
+    monkeypatch.syspath_prepend(str(sys_path))
+    import plain  # type: ignore[import-not-found]
+    from transformers import AutoTokenizer
+
+    job = {"kind": "chat", "max_length": 512, "train": str(prepared.folder / "train.jsonl")}
+    job["validation"] = str(prepared.folder / "validation.jsonl")
+    theirs = plain.encode(job, AutoTokenizer.from_pretrained(prepared.model))["train"]["input_ids"]
+    counted = corpora.lengths(corpora.cut(corpora.gsm8k(None), CHATS).train, prepared.model, 512)
+    assert [len(ids) for ids in theirs] == counted
+    assert sum(counted) == prepared.tokens
+
+
+def test_sst2_is_read_from_its_tsv_files(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text('sentence\tlabel\na "good film \t1\nbad\t0\n')
+    corpus = corpora.sst2(tmp_path)
+    assert corpus.train == [{"text": 'a "good film ', "label": "positive"}, {"text": "bad", "label": "negative"}]
+    assert corpus.note == ""
+
+
+def test_long_chats_fill_the_sequence() -> None:
+    long = replace(CHATS, max_length=2048, rows=3, validation_rows=1)
+    corpus = corpora.cut(corpora.gsm8k(None), long)
+    assert len(corpus.train) == 3
+    assert all(len(row["answer"]) >= 4 * 2048 for row in corpus.train)
+
+
+def test_every_second_round_goes_backwards() -> None:
+    order = [(found.system, found.seed) for found in plan("w", "d", ("a", "b"), 3)]
+    assert order == [("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+
+
+def test_what_was_measured_is_found_again_under_the_same_settings_only(tmp_path: Path) -> None:
+    store, measured = Store(tmp_path), Measurement("w", CHATS.digest(), "plain", 1)
+    store.put(measured, {"failed": None, "seed": 1})
+    assert store.get(measured) == {"failed": None, "seed": 1}
+    assert store.get(replace(measured, digest=replace(CHATS, rows=13).digest())) is None
+    assert replace(CHATS, title="else", goals={"plain": 9.0}).digest() == CHATS.digest()
+    store.forget(measured)
+    assert store.get(measured) is None
+
+
+def test_a_finished_race_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e11, "bf16": 4e11})
+    options = race.parse(["--quick", "--only", "quick-chats", "--rows", "4", "--seeds", "1", "--systems", "plain"])
+    one = race.Race(options, tmp_path)
+    one.prepare()
+    for prepared, measurement in one.plan():
+        one.store.put(measurement, {**result("plain", 1, 5.0), "digest": prepared.digest})
+    monkeypatch.setattr(measure, "measure", None)  # would not be survived
+    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e10, "bf16": 1e10})  # who is disturbed measures too little
+    one.run()
+    assert "| Trainer + PEFT, defaults | 1 | 5.0 |" in one.write()
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["share"]["median"] == pytest.approx(0.0125)
+
+
+def test_a_row_has_medians_ratios_and_how_many_seeds(prepared: measure.Prepared) -> None:
+    workload = replace(CHATS, goals={"plain": 8.0})
+    results = {
+        "hf_finetune": [result("hf_finetune", seed, 40.0 + seed) for seed in (1, 2, 3)],
+        "plain": [result("plain", seed, 10.0, memory=2 * 10**8) for seed in (1, 2)],
+    }
+    entries = table.rows(replace(prepared, workload=workload), results, 1e12)
+    text = table.markdown(replace(prepared, workload=workload), entries)
+    assert "| hf_finetune | 3 | 42.0 (41.0..43.0) | 420 (410..430) | 4.2% | 100 MB |" in text
+    assert "| 4.15 (4.10..4.20) x faster, goal 8 x, memory x 0.50 |" in text
+
+
+def test_a_peer_that_does_not_run_is_in_the_table_with_its_last_words(prepared: measure.Prepared) -> None:
+    failed = {"system": "trl", "seed": 1, "failed": "ERROR: No matching distribution found for trl|x"}
+    entries = table.rows(prepared, {"hf_finetune": [], "trl": [failed]}, 1e12)
+    text = table.markdown(prepared, entries)
+    assert "did not run: `ERROR: No matching distribution found for trl/x`" in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("| ")} == {11}
+
+
+def test_other_tokens_are_said_to_be_other_work(prepared: measure.Prepared) -> None:
+    own = {"tokens": prepared.tokens // 2, "trained_parameters": 1, "steps": 3}
+    entries = table.rows(prepared, {"plain": [result("plain", 1, 5.0, own=own)]}, 1e12)
+    assert "has 50.0% of the tokens" in table.markdown(prepared, entries)
+
+
+def test_a_package_that_can_not_be_had_is_an_install_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    (tmp_path / "constraints.txt").write_text("torch==0.0.1\n")
+    with pytest.raises(environments.InstallError, match=r"No matching distribution found for torch==0\.0\.1"):
+        environments.install(environments.Environment("test", ("torch",), is_pinned=False))
+
+
+def test_the_last_words_of_a_log_are_its_last_error() -> None:
+    log = "Traceback\n  File x\nValueError: no\n  0%|      | 0/2 [00:03<?, ?it/s]\n"
+    assert environments.last_line(log) == "ValueError: no"
+    assert environments.last_line("one\rtwo\n\n") == "two"
+    assert environments.last_line("") == "it said nothing"
+
+
+def test_a_gpu_workload_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    reasons = {race._impossible(workload, NOTHING) for workload in FULL if workload.needs_gpu}
+    assert reasons == {"no GPU here"}
+
+
+def test_targets_are_for_the_real_data_only() -> None:
+    workload = next(workload for workload in FULL if workload.name == "gsm8k-llama-12m-target")
+    assert "--gsm8k and --llama" in race._impossible(workload, NOTHING)
+    assert not race._impossible(workload, measure.Sources(None, Path("a"), Path("b")))
+
+
+def test_every_system_of_a_workload_is_known_and_has_a_goal_or_none() -> None:
+    for workload in (*QUICK, *FULL):
+        assert set(workload.systems) <= set(systems.SYSTEMS)
+        assert set(workload.goals) <= set(workload.systems)
+        assert workload.systems[0] == "hf_finetune"
+
+
+def test_a_run_is_watched_until_it_ends(tmp_path: Path) -> None:
+    code = "import time; print('one', flush=True); x = bytearray(50_000_000); time.sleep(0.5); print('two'); exit(3)"
+    launch = runner.Launch(
+        [sys.executable, "-c", code], None, lambda seen: [{"time": t, "line": s} for t, s in seen], tmp_path
+    )
+    watched = runner.run(launch, tmp_path / "log", tmp_path, 60.0)
+    assert watched.exit_code == 3
+    assert [event["line"] for event in watched.events] == ["one", "two"]
+    assert 0.3 < watched.events[1]["time"] - watched.events[0]["time"] < watched.wall
+    assert watched.peak_rss is None or watched.peak_rss > 50_000_000
+
+
+def test_a_run_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    launch = runner.Launch([sys.executable, "-c", "import time; time.sleep(60)"], None, lambda seen: [], tmp_path)
+    watched = runner.run(launch, tmp_path / "log", tmp_path, 0.3)
+    assert watched.timed_out
+    assert watched.wall < 30
+
+
+def test_our_probe_counts_as_training() -> None:
+    lines = [
+        (5.0, {"phase": "train", "step": 1, "loss": 1.0}),
+        (8.0, {"phase": "eval", "step": 4, "loss": 0.5, "accuracy": 0.7}),
+        (9.0, {"phase": "summary", "step": 4, "seconds": 3.0, "probe_seconds": 2.0, "trained_parameters": 7}),
+    ]
+    found = ours.events(lines)
+    assert [event["event"] for event in found] == ["first_step", "evaluated", "train_end"]
+    assert found[2]["seconds"] == 5.0
+
+
+def test_our_count_of_tokens_is_read_from_what_we_say() -> None:
+    assert ours.tokens("run folder x\ntrain: 1,024 rows, 27,001 tokens, longest 41\n") == 27_001
+    assert ours.tokens("") is None
+
+
+def test_the_trainers_own_words_become_events() -> None:
+    seen = [(1.0, "{'loss': '9.1', 'epoch': '1'}"), (2.0, "{'loss': '8'}"), (3.0, "{'train_runtime': '15.49', 'x': 1}")]
+    found = systems.printed_events(seen)
+    assert found == [{"event": "first_step", "time": 1.0}, {"event": "train_end", "time": 3.0, "seconds": 15.49}]
+
+
+@pytest.mark.parametrize("configure", [clis.llama_factory, clis.axolotl, clis.ms_swift])
+def test_peers_with_a_command_line_are_told_the_same(
+    configure: Any, prepared: measure.Prepared, tmp_path: Path
+) -> None:
+    job = measure.job_of(prepared, Measurement("quick-chats", prepared.digest, "x", 7), tmp_path)
+    command = configure(job).command
+    said = " ".join(command) + "".join(file.read_text() for file in tmp_path.glob("config.yaml"))
+    for fact in (job["model"], str(job["learning_rate"]), "512"):
+        assert fact in said
+
+
+@pytest.mark.slow
+def test_two_systems_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments.Environment, "python", sys.executable)
+    monkeypatch.setattr(environments, "install", lambda *_: 0.0)
+    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e11, "bf16": 4e11})
+    tiny: tuple[Workload, ...] = (replace(CHATS, systems=("hf_finetune", "plain")),)
+    monkeypatch.setattr(race, "QUICK", tiny)
+    one = race.Race(race.parse(["--quick", "--seeds", "1"]), tmp_path)
+    one.prepare()
+    one.run()
+    hf, plain = one.found()
+    assert hf["failed"] is plain["failed"] is None
+    assert (
+        hf["own"]
+        == plain["own"]
+        == {"tokens": one.prepared[0].tokens, "trained_parameters": one.prepared[0].trained, "steps": 3}
+    )
+    assert hf["quality"] == pytest.approx(plain["quality"], abs=0.02)
+    assert hf["samples_per_second"] > 0
+    assert not (tmp_path / "work" / "quick-chats" / "plain-seed1").exists()

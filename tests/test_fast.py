@@ -1,0 +1,222 @@
+"""Fast paths against the plain ones: outputs, gradients, fifty steps; and that each can be switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from hf_finetune.fast import attention, dropout, lora
+from hf_finetune.fast.head import FastHead
+from hf_finetune.language import token_loss
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+LLM: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 300, "attn_implementation": "eager"}
+LOSS = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+
+
+def llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A Llama of two layers with LoRA, whose B is not zero."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**LLM))
+    return adapted(model.to(dtype), task_type="CAUSAL_LM", **options)
+
+
+def bert(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A BERT of two layers with LoRA."""
+    torch.manual_seed(0)
+    options_of_bert: dict[str, Any] = {**SMALL, "vocab_size": 300, "attn_implementation": "eager"}
+    model: Any = BertForSequenceClassification(BertConfig(**options_of_bert))
+    return adapted(model.to(dtype), task_type="SEQ_CLS", **options)
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    """With LoRA in float32."""
+    config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
+    found: Any = get_peft_model(model, config)
+    for parameter in found.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return found.eval()
+
+
+def tokens(rows: int = 3, length: int = 40) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch with padding, a row without any label, and one with few."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(0, 300, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    labels, mask[2, 30:] = ids.clone(), 0
+    labels[0, :20], labels[1], labels[2, 30:] = -100, -100, -100
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By parameter."""
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference of a parameter's gradient."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+def plain_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
+    inputs, labels = tokens()
+    return token_loss.loss_sum(model(**inputs).logits, labels, smoothing)
+
+
+def fast_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
+    inputs, labels = tokens()
+    head = FastHead(model.get_base_model().get_output_embeddings(), smoothing)
+    with head.asked(labels):
+        logits = model(**inputs).logits
+    found = head.loss_sum(logits, labels)
+    head.remove()
+    return found
+
+
+def test_fused_lora_is_pefts_lora() -> None:
+    model = llama()
+    before = plain_loss(model)
+    wanted = gradients(model, before)
+    assert len(lora.install(model)) == 14
+    after = plain_loss(model)
+    assert after.item() == pytest.approx(before.item(), rel=1e-6)
+    assert distance(wanted, gradients(model, after)) < 1e-5
+
+
+def test_fused_lora_gives_its_input_the_same_gradient() -> None:
+    model = llama()
+    layer = next(module for module in model.modules() if lora.fits(module))
+    grads = []
+    for is_fused in (False, True):
+        if is_fused:
+            lora.install(model)
+        x = torch.linspace(-1, 1, 5 * 64).reshape(1, 5, 64).requires_grad_()
+        layer(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [plain_loss, fast_loss])
+def test_in_bf16_the_fast_paths_are_as_near_to_float32_as_the_plain_one(make: Callable[[Any], torch.Tensor]) -> None:
+    exact = llama()
+    wanted = gradients(exact, plain_loss(exact))
+    plain, fast = llama(torch.bfloat16), llama(torch.bfloat16)
+    lora.install(fast)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [
+            distance(wanted, gradients(model, loss(model))) for model, loss in ((plain, plain_loss), (fast, make))
+        ]
+    assert errors[1] < 1.2 * errors[0]
+
+
+@LOSS
+def test_the_fused_loss_is_the_plain_one(smoothing: float) -> None:
+    model = llama()
+    plain, fast = plain_loss(model, smoothing), fast_loss(model, smoothing)
+    assert fast.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert distance(gradients(model, plain_loss(model, smoothing)), gradients(model, fast)) < 1e-5
+
+
+@LOSS
+def test_a_head_that_learns_meets_trained_tokens_only(smoothing: float) -> None:
+    model = llama(target_modules=["q_proj", "lm_head"])
+    seen: list[int] = []
+    head = model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+    plain, fast = plain_loss(model, smoothing), fast_loss(model, smoothing)
+    assert fast.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert seen == [40, int(token_loss.counted(tokens()[1]).sum())]
+    assert distance(gradients(model, plain), gradients(model, fast_loss(model, smoothing))) < 1e-5
+
+
+def test_nothing_to_learn_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
+    model = llama()
+    inputs, labels = tokens()
+    head = FastHead(model.get_base_model().get_output_embeddings(), 0.0)
+    with head.asked(torch.full_like(labels, -100)):
+        loss = head.loss_sum(model(**inputs).logits, torch.full_like(labels, -100))
+    assert loss.item() == 0
+    assert all(not grad.any() for grad in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_plain_attention_is_eager_attention(make: Callable[[], Any]) -> None:
+    model, (inputs, _) = make(), tokens()
+    before = model(**inputs).logits
+    assert attention.install(model.get_base_model()) == "eager"
+    after = model(**inputs).logits
+    seen = inputs["attention_mask"].bool() if before.dim() == 3 else slice(None)
+    torch.testing.assert_close(after[seen], before[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400_000, requires_grad=True)
+    y = dropout.dropout(x, 0.3, training=True)
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.003)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.005)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)
+    assert torch.equal(dropout.dropout(x, 0.3, training=False), x)
+
+
+def test_dropout_draws_from_torchs_generator() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(dropout.multiplier(torch.ones(3, 7), 0.5))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_lora_dropout_drops_the_branch_alone() -> None:
+    model = llama(lora_dropout=0.5)
+    layer = next(module for module in model.modules() if lora.fits(module))
+    lora.install(model)
+    layer.train()
+    x = torch.ones(50_000, 64)
+    whole, branch = layer.base_layer(x), layer(x) - layer.base_layer(x)
+    layer.eval()
+    torch.testing.assert_close(branch.mean(0), (layer(x) - whole).mean(0), rtol=0.1, atol=0.03)
+    assert branch.std(0).mean() > 0.01
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_is_no_plain_lora_is_left_alone(options: dict[str, Any]) -> None:
+    assert lora.install(bert(**options)) == []
+
+
+def test_a_disabled_or_merged_adapter_counts_as_in_peft() -> None:
+    model, (inputs, _) = bert(), tokens()
+    with model.disable_adapter():
+        base = model(**inputs).logits
+    whole = model(**inputs).logits
+    lora.install(model)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, base)
+    model.merge_adapter()
+    torch.testing.assert_close(model(**inputs).logits, whole, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+
+
+def test_gemmas_capped_logits_are_not_fused_unnoticed() -> None:
+    torch.manual_seed(0)
+    model = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16, final_logit_softcapping=2.0)))
+    assert fast_loss(model).item() != pytest.approx(plain_loss(model).item(), rel=1e-4)

@@ -1,0 +1,330 @@
+"""The run report: what it says, how sure it is, and that it loses no run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import reported
+from reported import CHAT, CLASSES, EVIL
+from scipy import stats
+
+from hf_finetune import runreport
+from hf_finetune.classification import metrics
+from hf_finetune.recipe import Recipe
+from hf_finetune.records import Record
+from hf_finetune.runreport import intervals, markdown, told
+from hf_finetune.runreport.remains import Remains
+from hf_finetune.tasks import Targets
+from hf_finetune.tasks.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from conftest import Run
+
+    from hf_finetune.runfolder import RunFolder
+
+Array = np.ndarray[Any, Any]
+Runner = Callable[..., "Run"]
+NAMES = ["good", "bad", "odd", "rare"]
+
+
+def remains(folder: RunFolder, task: dict[str, Any]) -> Remains:
+    return Remains.read(folder, reported.recipe(folder.path.parent, task))
+
+
+def classes(count: int) -> Array:
+    """Logits and label id of four classes, the last of which nobody has or predicts."""
+    draw = np.random.default_rng(1)
+    labels = draw.integers(0, 3, count)
+    logits = draw.normal(size=(count, 4))
+    logits[np.arange(count), labels] += 1
+    logits[:, 3] = -9
+    return np.column_stack([logits, labels])
+
+
+def cells(count: int) -> Array:
+    draw = np.random.default_rng(2)
+    return np.column_stack([draw.normal(size=(count, 4)), draw.integers(0, 2, (count, 4))])
+
+
+SPLITS: dict[str, tuple[Array, dict[str, Any], dict[str, float]]] = {
+    "single_label": (
+        classes(200), {"names": NAMES}, metrics.single_label(classes(200)[:, :4], classes(200)[:, 4], NAMES)
+    ),
+    "multi_label": (
+        cells(200), {"names": NAMES, "threshold": 0.4},
+        metrics.multi_label(cells(200)[:, :4], cells(200)[:, 4:], NAMES, 0.4),
+    ),
+    "regression": (cells(200)[:, :2] + 1e3, {}, metrics.regression(*(cells(200)[:, :2] + 1e3).T)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", SPLITS)
+def test_metrics_of_sums_are_those_of_the_task(problem: str) -> None:
+    rows, facts, expected = SPLITS[problem]
+    sums = intervals.sums_of(rows, {"problem": problem, **facts})
+    assert sums is not None
+    found = sums.metrics(np.asarray(sums.of_rows @ np.ones((len(rows), 1))))
+    shared = {name: float(values[0]) for name, values in found.items() if name in expected}
+    assert shared == pytest.approx({name: expected[name] for name in shared})
+    assert {"loss", {"regression": "r2"}.get(problem, "f1_macro")} <= set(shared)
+
+
+def test_token_metrics_of_sums_are_those_of_the_task() -> None:
+    rows = np.column_stack([np.linspace(1, 9, 20), np.full(20, 4), np.arange(20) % 4])
+    sums = intervals.sums_of(rows, {"problem": None})
+    assert sums is not None
+    found = {name: float(values[0]) for name, values in sums.metrics(rows.sum(axis=0)[:, None]).items()}
+    task = CausalLM(kind="causal_lm", text="text")
+    assert found == pytest.approx(task.metrics(rows, Targets()))
+
+
+def test_an_interval_is_that_of_scipy() -> None:
+    rows = classes(300)
+    right = (rows[:, :4].argmax(axis=1) == rows[:, 4]).astype(float)
+    expected = stats.bootstrap(
+        (right,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    found = intervals.estimate(rows, {"problem": "single_label", "names": NAMES})
+    assert found.bounds["accuracy"] == pytest.approx((expected.low, expected.high))
+    assert found.method == "95% percentile bootstrap, 1,000 resamples of 300 rows"
+
+
+def test_an_interval_is_the_same_every_time() -> None:
+    rows, facts, _ = SPLITS["regression"]
+    once, twice, other = (intervals.estimate(rows, {"problem": "regression", **facts}, seed) for seed in (0, 0, 1))
+    assert once == twice != other
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(5)
+    covered = 0
+    for _ in range(100):
+        labels = (draw.random(100) > 0.8).astype(float)  # right in 80 of 100 rows
+        low, high = intervals.estimate(
+            np.column_stack([np.ones(100), np.zeros(100), labels]), {"problem": "single_label", "names": ["a", "b"]}
+        ).bounds["accuracy"]
+        covered += low <= 0.8 <= high
+    assert 88 <= covered <= 99
+
+
+def test_ten_thousand_rows_take_two_seconds_at_most() -> None:
+    rows = classes(10_000)
+    assert len(rows) * intervals.RESAMPLES <= intervals.DRAWS
+    assert intervals.estimate(rows, {"problem": "single_label", "names": NAMES}).resamples == 1000
+    huge = intervals.estimate(np.ones((200_000, 3)), {"problem": None})
+    assert huge.resamples == intervals.LEAST, "time grows with the rows from here on, not with the resamples"
+
+
+@pytest.mark.parametrize("rows", [np.empty((0, 3)), np.array([[1.0, 0.0, 0.0]]), np.ones((5, 7))])
+def test_rows_too_few_or_strange_have_no_interval(rows: Array) -> None:
+    assert intervals.estimate(rows, {"problem": "single_label", "names": ["a", "b"]}).bounds == {}
+
+
+def test_masked_rows_are_not_drawn() -> None:
+    rows = classes(60)
+    rows[:30, -1] = -100
+    assert intervals.estimate(rows, {"problem": "single_label", "names": NAMES}).rows == 30
+
+
+def test_the_last_evaluation_tells_about_the_model_that_is_saved(tmp_path: Path) -> None:
+    run = remains(reported.classifier(tmp_path), CLASSES)
+    record = run.record("predictions", "validation")
+    assert record is not None
+    assert record.step == 20
+    assert run.phases == {"validation": "eval", "test": "test"}
+    assert set(run.intervals) == {"validation", "test"}
+
+
+def test_a_final_evaluation_stands_before_the_last(tmp_path: Path) -> None:
+    folder = reported.classifier(tmp_path)
+    reported.predictions(40, "final").write(folder.observations)
+    run = remains(folder, CLASSES)
+    late = replace(run, lines=[*run.lines, {"step": 20, "phase": "final", "loss": 0.4}])
+    record = late.record("predictions", "validation")
+    assert record is not None
+    assert (record.phase, len(record.arrays["rows"])) == ("final", 40)
+    assert late.scores["validation"] == {"loss": 0.4}
+
+
+def test_a_run_that_went_on_after_its_end_has_an_older_final_evaluation(tmp_path: Path) -> None:
+    run = remains(reported.classifier(tmp_path), CLASSES)
+    longer = replace(run, lines=[{"step": 15, "phase": "final", "loss": 0.4}, *run.lines])
+    assert longer.phases["validation"] == "eval"
+
+
+def test_numbers_that_json_can_not_hold_stop_no_report(tmp_path: Path) -> None:
+    folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": "nan", "accuracy": 0.5}))
+    assert "| 20 | nan | 0.5000 |" in markdown.text(remains(folder, CLASSES), [])
+    assert "nan" in runreport.page(folder, reported.recipe(tmp_path, CLASSES))
+
+
+def test_an_older_record_is_not_taken_for_the_newest(tmp_path: Path) -> None:
+    folder = reported.classifier(tmp_path)
+    (folder.observations / "predictions" / "eval-00000020.npz").write_bytes(b"PK torn")
+    run = remains(folder, CLASSES)
+    assert run.record("predictions", "validation") is None
+    assert "The predictions on validation were not kept" in run.missing[0]
+
+
+def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
+    text = markdown.text(remains(reported.classifier(tmp_path), CLASSES), [])
+    assert re.search(r"\| accuracy \| 0\.8 \| 0\.\d+ to 0\.\d+ \|", text)
+    assert "Intervals: 95% percentile bootstrap, 1,000 resamples of 80 rows." in text
+    assert "| row | label | predicted | confidence | text |" in text
+    assert "| layer.1 | 0.002 |" in text
+
+
+def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:
+    text = markdown.text(remains(reported.classifier(tmp_path), CLASSES), [])
+    assert "<script" not in text
+    assert not set("\x1b\u202e") & set(text)
+    rows = [line for line in text.splitlines() if line.startswith("| 3 | good |")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [6]
+
+
+def test_cost_is_what_all_devices_took(tmp_path: Path) -> None:
+    told_ = dict(told.cost(remains(reported.classifier(tmp_path), CLASSES)))
+    assert told_["Cost"] == "2 device-hours of cuda (4 x 30:00)"
+    assert told_["A step"] == "data 0.1 s (10%), forward 0.2 s (20%), backward 0.5 s (50%), optimizer 0.2 s (20%)"
+    assert told_["Matmul peak"].startswith("25.0%")
+    assert told_["Peak memory"] == "2.00 GB on its device (rank 0)"
+
+
+def test_what_a_resumed_run_cost_is_said_to_be_a_part(tmp_path: Path) -> None:
+    folder = reported.classifier(tmp_path)
+    Record("environment", "train", 12, facts={"table": {}}).write(folder.observations)
+    cost = dict(told.cost(remains(folder, CLASSES)))
+    assert cost["Time"] == "30:00, evaluations in between included; from step 12 on, where the run was resumed"
+
+
+class Parsed(HTMLParser):
+    """Open elements, and what is loaded or linked."""
+
+    VOID = frozenset({"meta", "br", "wbr", "hr", "use", "path"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.references += [value or "" for name, value in attrs if name in {"href", "src", "xlink:href", "action"}]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module", params=["classifier", "speaker"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a hostile run, made from its folder alone."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run = getattr(reported, request.param)(folder)
+    return runreport.page(run, reported.recipe(folder, CLASSES if request.param == "classifier" else CHAT))
+
+
+def test_the_page_is_whole_and_refers_to_nothing_outside(made: str) -> None:
+    parsed = Parsed(made)
+    assert parsed.open == []
+    assert [name for name in parsed.references if not name.startswith("#")] == []
+    assert "url(http" not in made
+    assert {name[1:] for name in parsed.references} <= set(parsed.ids)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+
+
+def test_hostile_texts_are_texts(made: str) -> None:
+    assert not {"script", "img", "link", "iframe"} & Parsed(made).tags
+    assert "&lt;script&gt;window.pwned=1&lt;/script&gt;" in made
+    assert "{{ 7*7 }}" in made
+    assert not set("\x1b\u202e\u2028") & set(made)
+
+
+def test_the_same_folder_makes_the_same_page(tmp_path: Path) -> None:
+    folder, recipe = reported.speaker(tmp_path), reported.recipe(tmp_path, CHAT)
+    assert runreport.page(folder, recipe) == runreport.page(folder, recipe)
+
+
+def test_tokens_are_coloured_by_their_loss(tmp_path: Path) -> None:
+    page = runreport.page(reported.speaker(tmp_path), reported.recipe(tmp_path, CHAT))
+    assert '<span class="loss l9" title="loss 6 nats, entropy 1">▁the</span>' in page
+    assert '<span class="loss masked-token">&lt;s&gt;</span>' in page
+    assert "who?<br>" in page, "samples"
+
+
+def test_a_run_without_records_says_what_is_missing(tmp_path: Path) -> None:
+    folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": 1.0, "accuracy": 0.5}))
+    page = runreport.page(folder, reported.recipe(tmp_path, CLASSES))
+    assert "The predictions on validation were not kept" in page
+    assert '<td class="n">0.5</td>' in page
+    assert page.count("<svg") == 5
+
+
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "samples.jsonl", "observations"])
+def test_whatever_is_missing_there_is_a_page(tmp_path: Path, gone: str) -> None:
+    folder = reported.speaker(tmp_path)
+    (folder.path / gone).rename(tmp_path / "gone")
+    assert "Run report" in runreport.page(folder, reported.recipe(tmp_path, CHAT))
+
+
+def test_a_real_run_leaves_its_report(run: Runner) -> None:
+    done = run("training.epochs=3")
+    text, page = ((done.folder / name).read_text() for name in ("report.md", "report.html"))
+    images = {file.name for file in (done.folder / "plots").iterdir()}
+    assert {"loss.png", "confusion-validation.png", "reliability-validation.png"} <= images
+    assert set(re.findall(r"\(plots/([\w.-]+)\)", text)) == images
+    accuracy = done.outcome.scores["validation"]["accuracy"]
+    assert f"| accuracy | {accuracy:.6g} |" in text
+    assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.6g}</td>' in page
+    assert done.outcome.prepared.fingerprint in page
+    assert "AutoPeftModelForSequenceClassification.from_pretrained(" in page
+    again = runreport.plots(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml")))
+    assert {f"{name}.png" for name in again} == images
+    assert again["loss"] == (done.folder / "plots" / "loss.png").read_bytes()
+
+
+def test_a_report_that_can_not_be_written_loses_no_run(
+    run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    (tmp_path / "run" / "status.json").write_text('{"state": "failed", "step": 0}')
+    done = run()
+    assert (done.status["state"], done.status["exit_code"]) == ("done", 0)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "report" in line]
+    assert len(warnings) == 1
+    assert "is not complete (Is a directory); the run itself is" in warnings[0]
+    assert "## Result" in (done.folder / "report.md").read_text()
+
+
+def test_a_record_that_is_not_whole_loses_no_run(
+    run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run()
+    capsys.readouterr()
+    Record("examples", "eval", done.outcome.steps, facts={"rows": [{"row": 1}]}).write(done.folder / "observations")
+    runreport.write(done.outcome, done.lines("eval"))
+    told_ = capsys.readouterr().err.splitlines()
+    assert [line for line in told_ if "is not complete (KeyError: 'label')" in line] == told_
+
+
+def test_texts_end_no_block_of_code() -> None:
+    assert markdown.fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
+    assert EVIL not in markdown.cell(EVIL)
