@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import models
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,9 +19,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from hf_finetune import fast
 from hf_finetune.fast import attention, dropout, lora
 from hf_finetune.fast.head import FastHead
 from hf_finetune.language import token_loss
+
+if TYPE_CHECKING:
+    from conftest import Run
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 LLM: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "vocab_size": 300, "attn_implementation": "eager"}
@@ -116,11 +121,11 @@ def test_fused_lora_gives_its_input_the_same_gradient() -> None:
 def test_in_bf16_the_fast_paths_are_as_near_to_float32_as_the_plain_one(make: Callable[[Any], torch.Tensor]) -> None:
     exact = llama()
     wanted = gradients(exact, plain_loss(exact))
-    plain, fast = llama(torch.bfloat16), llama(torch.bfloat16)
-    lora.install(fast)
+    plain, quick = llama(torch.bfloat16), llama(torch.bfloat16)
+    lora.install(quick)
     with torch.autocast("cpu", torch.bfloat16):
         errors = [
-            distance(wanted, gradients(model, loss(model))) for model, loss in ((plain, plain_loss), (fast, make))
+            distance(wanted, gradients(model, loss(model))) for model, loss in ((plain, plain_loss), (quick, make))
         ]
     assert errors[1] < 1.2 * errors[0]
 
@@ -128,9 +133,9 @@ def test_in_bf16_the_fast_paths_are_as_near_to_float32_as_the_plain_one(make: Ca
 @LOSS
 def test_the_fused_loss_is_the_plain_one(smoothing: float) -> None:
     model = llama()
-    plain, fast = plain_loss(model, smoothing), fast_loss(model, smoothing)
-    assert fast.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert distance(gradients(model, plain_loss(model, smoothing)), gradients(model, fast)) < 1e-5
+    plain, quick = plain_loss(model, smoothing), fast_loss(model, smoothing)
+    assert quick.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert distance(gradients(model, plain_loss(model, smoothing)), gradients(model, quick)) < 1e-5
 
 
 @LOSS
@@ -139,8 +144,8 @@ def test_a_head_that_learns_meets_trained_tokens_only(smoothing: float) -> None:
     seen: list[int] = []
     head = model.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
-    plain, fast = plain_loss(model, smoothing), fast_loss(model, smoothing)
-    assert fast.item() == pytest.approx(plain.item(), rel=1e-6)
+    plain, quick = plain_loss(model, smoothing), fast_loss(model, smoothing)
+    assert quick.item() == pytest.approx(plain.item(), rel=1e-6)
     assert seen == [40, int(token_loss.counted(tokens()[1]).sum())]
     assert distance(gradients(model, plain), gradients(model, fast_loss(model, smoothing))) < 1e-5
 
@@ -220,3 +225,46 @@ def test_gemmas_capped_logits_are_not_fused_unnoticed() -> None:
     torch.manual_seed(0)
     model = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16, final_logit_softcapping=2.0)))
     assert fast_loss(model).item() != pytest.approx(plain_loss(model).item(), rel=1e-4)
+
+
+SWITCHES = ("fused_lora", "fused_loss", "plain_attention", "cheap_dropout")
+OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
+
+
+def losses(done: Run) -> list[float]:
+    return [line["loss"] for line in done.lines("train")]
+
+
+def test_fifty_steps_are_those_of_the_plain_paths(run: Callable[..., Run]) -> None:
+    setting = ("training.steps=50", "training.precision=fp32", "model.dropout=0", "adapter.dropout=0")
+    quick, plain = losses(run(*setting)), losses(run(*setting, *OFF, restart=True))
+    assert len(quick) == 50
+    assert quick == pytest.approx(plain, rel=2e-3)
+
+
+def test_with_dropout_and_in_bf16_as_much_is_learned(run: Callable[..., Run]) -> None:
+    setting = ("training.steps=60", "training.precision=bf16", "model.dropout=0.1", "adapter.dropout=0.1")
+    quick, plain = losses(run(*setting)), losses(run(*setting, *OFF, restart=True))
+    assert quick != plain
+    assert sum(quick[-10:]) == pytest.approx(sum(plain[-10:]), rel=0.25)
+
+
+def test_what_is_taken_is_said_and_what_is_switched_off_is_not(
+    run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("training.steps=1", "speed.cheap_dropout=false", "training.precision=bf16")
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fast paths: "))
+    assert "fused lora" in said
+    assert "dropout" not in said
+
+
+def test_a_model_that_would_say_something_else_takes_none() -> None:
+    torch.manual_seed(0)
+    model = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16, final_logit_softcapping=2.0)))
+    inputs, labels = tokens()
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    before = model(**inputs).logits
+    paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
+    assert list(paths.taken) == ["none"]
+    assert torch.equal(model(**inputs).logits, before)
+    assert paths.loss_sum(model, inputs, labels).item() == plain_loss(model).item()
