@@ -97,7 +97,7 @@ def take(
         return paths
     batch = {name: value[:ROWS] for name, value in batch.items()}
     with _quiet(adapted, machine):
-        before = _outputs(Paths(recipe.task, targets), adapted, batch)
+        before = _outputs(paths, adapted, batch)
         paths.install(adapted, recipe, machine)
         if not paths.taken:
             return paths
@@ -112,13 +112,15 @@ def take(
     return paths
 
 
-def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the positions that are no padding, and the summed loss."""
+def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Logits of the positions that are no padding, and a language model's summed loss."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "tokens")}
     logits = model(**inputs).logits.float()
     mask = inputs.get("attention_mask")
     seen = logits[mask.bool()] if mask is not None and logits.dim() == 3 else logits
-    return seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)
+    if paths.task.peft_type != "CAUSAL_LM":
+        return [seen]  # the loss follows from the logits
+    return [seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)]
 
 
 @contextmanager
