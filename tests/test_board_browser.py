@@ -5,6 +5,7 @@ HF_FINETUNE_SCREENSHOTS=FOLDER keeps pictures of the tabs there, for the README.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 TEXTS = """
 const found = [];
@@ -111,7 +113,9 @@ def open_tab(browser: Any, server: str, tab: str, *texts: str, query: str = "") 
     if folder := os.environ.get("HF_FINETUNE_SCREENSHOTS"):
         time.sleep(3.0)  # charts are drawn after their texts
         Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.save_screenshot(str(Path(folder) / f"tensorboard-{tab}.png"))
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png()))
+        # Without the bars, which show a path of this machine.
+        picture.crop((355, 66, picture.width - 20, picture.height)).save(Path(folder) / f"tensorboard-{tab}.png")
     return page
 
 

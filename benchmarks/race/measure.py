@@ -116,6 +116,7 @@ def measure(prepared: Prepared, measurement: Measurement, store: Store, timeout:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load": load,
         "others": watched.others,
+        "cpu": round(watched.cpu, 2),
         "failed": _failed(watched, timeout),
         "wall": round(watched.wall, 2),
         "versions": environments.versions(system.environment),

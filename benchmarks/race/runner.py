@@ -44,6 +44,8 @@ class Watched:
     peak_rss: int | None
     """Bytes of the largest process of the run, where the system tells."""
     log: str
+    cpu: float
+    """CPU seconds of the whole run: what is left of the truth on a busy machine."""
     others: float | None
     """Share of all cores' time that other processes used meanwhile; None where the system does not tell."""
     timed_out: bool = False
@@ -75,10 +77,11 @@ def run(launch: Launch, log: Path, folder: Path, timeout: float) -> Watched:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(LOOK)
         wall = time.time() - began
+    cpu = _spent() - own
     others = None if busy is None else _busy_since(busy, own) / (wall * (os.cpu_count() or 1))
     tail.look()
     text = log.read_text(errors="replace")
-    return Watched(process.returncode, began, wall, launch.events(tail.seen), peak or None, text, others, timed_out)
+    return Watched(process.returncode, began, wall, launch.events(tail.seen), peak or None, text, cpu, others, timed_out)
 
 
 def _busy() -> float | None:

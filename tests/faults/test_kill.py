@@ -160,6 +160,15 @@ def test_k13_tensorboard_shows_every_step_once(lab: Lab, step: int) -> None:
     readable(job)
 
 
+@pytest.mark.faults
+def test_k13_fifty_logged_steps_outlive_a_kill(lab: Lab) -> None:
+    job = lab.job("training.epochs=4")
+    assert job.go(kill("logged", 50)).code == -signal.SIGKILL
+    assert [line["step"] for line in job.lines("train")] == list(range(1, 51))
+    resume(lab, job, at=50)
+    readable(job)
+
+
 def test_k14_the_same_recipe_twice(lab: Lab) -> None:
     job = lab.job()
     assert job.go().code == 0
