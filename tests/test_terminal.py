@@ -27,6 +27,7 @@ from hf_finetune.terminal import Manner, Message, Phase, plain
 ROOT = Path(__file__).parent.parent
 BAR = "━"
 HIDDEN = "\x1b[?25l"
+Start = Callable[..., "subprocess.Popen[bytes]"]
 PAINT = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -61,7 +62,7 @@ def closed() -> Iterator[None]:
     terminal.close()
 
 
-def wait_for(text: str, shown: Terminal, seconds: float = 60) -> None:
+def wait_for(text: str, shown: Terminal, seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while text not in shown.output and time.monotonic() < until:
         time.sleep(0.02)
@@ -106,25 +107,36 @@ def test_a_run_shows_bars_and_leaves_nothing_but_its_lines(recipe: str, live: Ca
     assert HIDDEN not in screen.output
 
 
-def start(shown: Terminal, *command: str) -> subprocess.Popen[bytes]:
-    """A process on a terminal."""
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm"}
-    end = shown.theirs
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdin=end, stdout=end, stderr=end, env=environment)
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes on a terminal, none of which outlives the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(shown: Terminal, *command: str) -> subprocess.Popen[bytes]:
+        environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm"}
+        end = shown.theirs
+        words = [sys.executable, *command]
+        started.append(subprocess.Popen(words, cwd=ROOT, stdin=end, stdout=end, stderr=end, env=environment))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
 
 
-def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(recipe: str) -> None:
+def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(start: Start, recipe: str) -> None:
     words = ("-m", "hf_finetune", recipe, "training.epochs=10000", "training.log_every=20")
     with Terminal() as shown:
         process = start(shown, *words)
         wait_for("step 20/", shown)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(180) == 130
         resumed = start(shown, *words)
         wait_for("resuming from", shown)
         wait_for("step 60/", shown)
         resumed.terminate()
-        assert resumed.wait(60) == 143
+        assert resumed.wait(180) == 143
     assert HIDDEN not in shown.output
     assert f"training {BAR}" in PAINT.sub("", shown.output)
     told = [line for line in shown.screen() if "the same command goes on from checkpoints/checkpoint-" in line]
@@ -132,7 +144,7 @@ def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(recipe: str) -> None
     assert [line for line in shown.screen() if BAR in line or " gone" in line] == []
 
 
-def test_a_process_that_ends_by_force_leaves_a_clean_terminal() -> None:
+def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> None:
     code = (
         "import os, time; from hf_finetune import terminal\n"
         "terminal.open_for(terminal.Manner())\n"
@@ -140,12 +152,12 @@ def test_a_process_that_ends_by_force_leaves_a_clean_terminal() -> None:
         "terminal.last_words(['rank 1 died'], 10); time.sleep(0.6); os._exit(10)"
     )
     with Terminal() as shown:
-        assert start(shown, "-c", code).wait(30) == 10
+        assert start(shown, "-c", code).wait(180) == 10
     assert BAR in shown.output
     assert shown.screen() == ["hf_finetune: error: rank 1 died"]
 
 
-def test_drawn_lines_are_never_wider_than_the_terminal() -> None:
+def test_drawn_lines_are_never_wider_than_the_terminal(start: Start) -> None:
     code = (
         "import time; from hf_finetune import terminal\n"
         "terminal.open_for(terminal.Manner())\n"

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for one run")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no run is begun")
     parser.add_argument("--torch-index", help="a further package index, for a build of torch")
+    parser.add_argument("--no-quality", action="store_true", help="do not evaluate what was trained, for a trial")
     parser.add_argument("--table", action="store_true", help="measure nothing, print what is there")
     return parser.parse_args(arguments)
 
@@ -134,7 +135,8 @@ class Race:
             result: Result = {**asdict(measurement), "failed": f"pip: {error}"}
             self.store.put(measurement, result)
         else:
-            result = measure.measure(prepared, measurement, self.store, self.options.timeout)
+            is_evaluated, timeout = not self.options.no_quality, self.options.timeout
+            result = measure.measure(prepared, measurement, self.store, timeout, is_evaluated=is_evaluated)
         _tell(f"    {_short(result)}")
 
     def found(self) -> list[Result]:

@@ -88,7 +88,9 @@ def _model(workload: Workload, sources: Sources, place: Path, corpus: corpora.Co
     return str(llama.make(place / "models" / name, shape, corpus.texts(), bf16=workload.needs_gpu).resolve()), note
 
 
-def measure(prepared: Prepared, measurement: Measurement, store: Store, timeout: float) -> Result:
+def measure(
+    prepared: Prepared, measurement: Measurement, store: Store, timeout: float, *, is_evaluated: bool = True
+) -> Result:
     """Run a system once, evaluate what it saved, keep the result.
 
     Args:
@@ -96,6 +98,7 @@ def measure(prepared: Prepared, measurement: Measurement, store: Store, timeout:
         measurement: Which system and seed.
         store: Where the result goes.
         timeout: Seconds that training may take.
+        is_evaluated: Whether the quality of the adapter is measured.
     """
     system, workload = SYSTEMS[measurement.system], prepared.workload
     work = store.folder / "work" / measurement.name
@@ -124,7 +127,7 @@ def measure(prepared: Prepared, measurement: Measurement, store: Store, timeout:
     if result["failed"] is None:
         result |= _numbers(prepared, watched, baseline)
         result["own"]["tokens"] = result["own"]["tokens"] or ours.tokens(watched.log)
-        result |= _quality(job, launch.adapter, workload)
+        result |= _quality(job, launch.adapter, workload) if is_evaluated else {"quality_problem": "not evaluated"}
     store.put(measurement, result)
     shutil.rmtree(work, ignore_errors=True)
     return result

@@ -81,7 +81,9 @@ def run(launch: Launch, log: Path, folder: Path, timeout: float) -> Watched:
     others = None if busy is None else _busy_since(busy, own) / (wall * (os.cpu_count() or 1))
     tail.look()
     text = log.read_text(errors="replace")
-    return Watched(process.returncode, began, wall, launch.events(tail.seen), peak or None, text, cpu, others, timed_out)
+    return Watched(
+        process.returncode, began, wall, launch.events(tail.seen), peak or None, text, cpu, others, timed_out
+    )
 
 
 def _busy() -> float | None:

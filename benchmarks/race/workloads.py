@@ -82,11 +82,11 @@ LLAMA_8B = Shape(4096, 32, 14_336, 32, 32_768)
 QUICK = (
     Workload(
         "quick-sst2", "MiniLM-L6 classifier, LoRA r=16", "classification", "sst2", MINILM,
-        rows=1024, validation_rows=None, batch_size=32, max_length=128, learning_rate=1e-3, systems=CLASSIFIERS,
+        rows=640, validation_rows=None, batch_size=32, max_length=128, learning_rate=1e-3, systems=CLASSIFIERS,
     ),
     Workload(
         "quick-chats", "chats, tiny Llama (random weights), LoRA r=16", "chat", "gsm8k", TINY,
-        rows=192, validation_rows=64, batch_size=8, max_length=512, learning_rate=2e-3,
+        rows=128, validation_rows=64, batch_size=8, max_length=512, learning_rate=2e-3,
         systems=("hf_finetune", "plain", "trl", "trl-tuned", "trl-packing"),
     ),
 )  # fmt: skip
