@@ -286,7 +286,7 @@ def test_whatever_is_missing_there_is_a_page(tmp_path: Path, gone: str) -> None:
 
 
 def test_a_real_run_leaves_its_report(run: Runner) -> None:
-    done = run("training.epochs=3")
+    done = run("training.epochs=3", "tracking.report=true")
     text, page = ((done.folder / name).read_text() for name in ("report.md", "report.html"))
     images = {file.name for file in (done.folder / "plots").iterdir()}
     assert {"loss.png", "confusion-validation.png", "reliability-validation.png"} <= images
@@ -306,7 +306,7 @@ def test_a_report_that_can_not_be_written_loses_no_run(
 ) -> None:
     (tmp_path / "run" / "report.html").mkdir(parents=True)
     (tmp_path / "run" / "status.json").write_text('{"state": "failed", "step": 0}')
-    done = run()
+    done = run("tracking.report=true")
     assert (done.status["state"], done.status["exit_code"]) == ("done", 0)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "report" in line]
     assert len(warnings) == 1
@@ -317,7 +317,7 @@ def test_a_report_that_can_not_be_written_loses_no_run(
 def test_a_record_that_is_not_whole_loses_no_run(
     run: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run()
+    done = run("tracking.report=true")
     capsys.readouterr()
     Record("examples", "eval", done.outcome.steps, facts={"rows": [{"row": 1}]}).write(done.folder / "observations")
     runreport.write(done.outcome, done.lines("eval"))

@@ -21,7 +21,7 @@ Runner = Callable[..., "Run"]
 
 
 def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
-    done = run("training.epochs=3", "checkpoints.every=epoch")
+    done = run("training.epochs=3", "checkpoints.every=epoch", "tracking.report=true")
     assert {path.name for path in done.folder.iterdir()} == {
         ".lock", "adapter", "checkpoints", "metrics.jsonl", "observations", "plots", "recipe.yaml", "report.html",
         "report.md", "status.json", "tensorboard",

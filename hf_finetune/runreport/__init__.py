@@ -78,8 +78,10 @@ def _write(run: Remains) -> None:
     """
     from hf_finetune.runreport import figures, markdown, webpage
 
-    shown = figures.of(run)
+    shown = figures.of(run) if run.recipe.tracking.report else []
     write_atomically(run.folder.report, markdown.text(run, shown))
+    if not run.recipe.tracking.report:
+        return
     drawn = [webpage.drawn(chart) for chart in shown]
     write_atomically(run.folder.page, webpage.html(run, [each for each, _ in drawn]))
     _replace(run.folder.plots, {f"{each.chart.name}.png": image for each, image in drawn})

@@ -99,9 +99,10 @@ def summary_lines(outcome: Outcome) -> list[str]:
     for split, scores in outcome.scores.items():
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))
+    page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
     rows += [
         ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})"),
-        ("report", f"{outcome.folder.report}, {outcome.folder.page.name}"),
+        ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         ("watch it with", f"tensorboard --logdir {outcome.folder.tensorboard}"),
     ]

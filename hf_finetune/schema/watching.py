@@ -33,6 +33,8 @@ class Tracking(Section):
     """Rows as text: the most confidently wrong ones of a classifier, the loss of each token of an LLM."""
     embeddings: Often = "final"
     """What a classifier's head sees of each evaluated row, for the projector."""
+    report: bool = True
+    """Draw `report.html` and `plots/` at the end of a run; `report.md` is always written."""
     example_rows: Annotated[int, Field(ge=1, le=1000)] = 8
     """How many rows `examples` shows."""
     embedding_rows: Annotated[int, Field(ge=3, le=100_000)] = 1000

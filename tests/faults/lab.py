@@ -36,6 +36,7 @@ training:
   eval_every: 4
   group_by_length: false
 checkpoints: {{every: 5, keep: 2}}
+tracking: {{images: false, report: false}}
 output: {output}
 """
 STEPS = 26
