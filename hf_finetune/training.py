@@ -130,10 +130,10 @@ class _Run:
         trainer.keeper, trainer.guard, trainer.is_sharded = keeper, Guard(recipe.training), machine.is_sharded
         trainer.progress = self.watch.progress  # type: ignore[method-assign]
         trainer.throughput.arithmetic = learner.arithmetic
-        trainer.paths = _fast_paths(trainer, learner)
         observing = Observing(recipe, learner.prepared, machine, folder.observations, observers.record)
         observing.attend(trainer, say if machine.is_main else _keep_silent)
         with _out_of_memory(trainer, learner):
+            trainer.paths = _fast_paths(trainer, learner)
             seconds, scores = _train(trainer, learner, self.stop)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)
@@ -150,6 +150,7 @@ class _Run:
             warnings=tuple(self.findings.warnings),
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
+            probe_seconds=trainer.paths.seconds,
         )
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)

@@ -29,8 +29,8 @@ return poor;
 """Texts with less contrast than WCAG 2.2 asks for, 4.5 : 1."""
 
 
-def started(profile: Path) -> Iterator[Any]:
-    """A browser that reaches no host; HF_FINETUNE_BROWSER=required makes its absence a failure."""
+def started(profile: Path, *, loopback: bool = False) -> Iterator[Any]:
+    """A browser that reaches no host, or this one alone; HF_FINETUNE_BROWSER=required makes its absence a failure."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         reason = "needs Debian's packages chromium and chromium-driver"
@@ -43,7 +43,8 @@ def started(profile: Path) -> Iterator[Any]:
         options.add_argument(f"--{flag}")
     for flag in ("disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
+    options.add_argument("--window-size=1500,950")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND" + " , EXCLUDE 127.0.0.1" * loopback)
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -63,6 +64,13 @@ def visit(browser: Any, page: Path, width: int = 1400, scheme: str = "light") ->
     browser.get(page.as_uri())
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     return browser
+
+
+def heading_levels(browser: Any, page: Path) -> list[int]:
+    """Levels of the headings of a page, in order."""
+    script = "return [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(h => Number(h.tagName[1]))"
+    levels: list[int] = visit(browser, page).execute_script(script)
+    return levels
 
 
 def asked(browser: Any) -> list[str]:

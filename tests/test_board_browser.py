@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import started
 from PIL import Image
 
 TEXTS = """
@@ -67,25 +67,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, classifier: Path, chatter: 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium; HF_FINETUNE_BROWSER=required makes its absence a failure."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        reason = "needs Debian's packages chromium and chromium-driver"
-        (pytest.fail if os.environ.get("HF_FINETUNE_BROWSER") == "required" else pytest.skip)(reason)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = ["headless=new", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
-    flags += ["disable-sync", "disable-dev-shm-usage", "window-size=1500,950"]
-    for flag in (*flags, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
+    """A headless Chromium that reaches the server."""
+    yield from started(tmp_path_factory.mktemp("profile"), loopback=True)
 
 
 def wait_for(look: Callable[[], Any], what: str, seconds: float = 40.0) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import CONTRASTS, asked, started, visit
+from browsing import CONTRASTS, asked, heading_levels, started, visit
 from prepared import EVIL, PAIRS, hostile, make, write
 
 from hf_finetune.errors import DataError, Problem
@@ -90,8 +90,7 @@ def test_hostile_data_are_shown_as_text(pages: dict[str, Path], browser: Any) ->
 
 def test_headings_are_in_order(pages: dict[str, Path], browser: Any) -> None:
     for page in pages.values():
-        script = "return [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(h => Number(h.tagName[1]))"
-        levels = visit(browser, page).execute_script(script)
+        levels = heading_levels(browser, page)
         assert levels[0] == 1
         assert levels.count(1) == 1
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels))

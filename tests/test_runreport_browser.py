@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import reported
-from browsing import CONTRASTS, asked, started, visit
+from browsing import CONTRASTS, asked, heading_levels, started, visit
 from conftest import RECIPE
 from reported import CHAT, CLASSES
 
@@ -102,8 +102,7 @@ def test_a_chart_is_drawn_in_the_colours_of_its_page(pages: dict[str, Path], bro
 
 def test_headings_are_in_order(pages: dict[str, Path], browser: Any) -> None:
     for page in pages.values():
-        script = "return [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].map(h => Number(h.tagName[1]))"
-        levels = visit(browser, page).execute_script(script)
+        levels = heading_levels(browser, page)
         assert levels[0] == 1
         assert levels.count(1) == 1
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Paths:
     head: FastHead | None = None
     taken: dict[str, str] = field(default_factory=dict)
     """Setting -> what came of it, for people."""
+    seconds: float = 0.0
+    """What choosing took."""
     _removals: list[Remove] = field(default_factory=list)
 
     def loss_sum(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def take(
     Returns:
         What is installed; nothing, with the reason in `taken`, where the model then said something else.
     """
-    paths = Paths(recipe.task, targets)
+    paths, began = Paths(recipe.task, targets), time.perf_counter()
     if machine.is_sharded:
         return paths
     batch = {name: value[:ROWS] for name, value in batch.items()}
@@ -109,6 +112,7 @@ def take(
     if not difference <= tolerance:
         paths.remove()
         paths.taken = {"none": f"they would change this model's output by {difference:.1e} (allowed {tolerance:.0e})"}
+    paths.seconds = time.perf_counter() - began
     return paths
 
 

@@ -72,6 +72,7 @@ def summary_entry(outcome: Outcome) -> Entry:
         "step": outcome.steps,
         "phase": "summary",
         "seconds": round(outcome.seconds, 3),
+        "probe_seconds": round(outcome.probe_seconds, 3),
         "trained_parameters": trained,
         "parameters": total,
         "reload_difference": outcome.reload_difference,

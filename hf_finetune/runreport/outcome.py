@@ -37,3 +37,5 @@ class Outcome:
     """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
     reload_difference: float = 0.0
     """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
+    probe_seconds: float = 0.0
+    """Wall-clock seconds before training that went into choosing fast paths."""
