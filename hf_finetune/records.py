@@ -49,7 +49,9 @@ class Record:
         text = json.dumps(self.facts, ensure_ascii=False)
         np.savez_compressed(stream, allow_pickle=False, **{_FACTS: np.array(text)}, **self.arrays)
         file = folder / self.kind / f"{self.phase}-{self.step:08}.npz"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        # A run folder that somebody deleted stays deleted.
+        folder.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         write_atomically(file, stream.getvalue())
 
     @classmethod

@@ -206,6 +206,9 @@ class ResumableTrainer(Trainer):
         step = self.state.global_step
         if not self.evaluates_at(step) or step in (0, self.last_evaluated):
             return
+        if self.keeper is not None and self.keeper.resume_from is not None:
+            # The best model so far is saved at once, with these; the Trainer brings them back only later.
+            self._load_rng_state(str(self.keeper.resume_from))
         self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
         self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, 0.0)
         self.control.should_evaluate = self.control.should_save = False

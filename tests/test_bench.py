@@ -29,6 +29,8 @@ from benchmarks.race import (
 from benchmarks.race.results import Measurement, Store, plan
 from benchmarks.race.workloads import FULL, QUICK, Shape, Target, Workload
 
+pytestmark = pytest.mark.slow
+
 NOTHING = measure.Sources(None, None, None)
 TINY = Shape(32, 2, 64, 2, 512)
 CHATS = replace(QUICK[1], model=TINY, rows=12, validation_rows=4, batch_size=4, r=4, alpha=8)

@@ -1,5 +1,7 @@
 """The real TensorBoard on loopback, in a headless Chromium: it finds the run, and every tab shows what it should.
 
+pytestmark = pytest.mark.slow
+
 HF_FINETUNE_SCREENSHOTS=FOLDER keeps pictures of the tabs there, for the README.
 """
 

@@ -80,6 +80,8 @@ def interrupted(run: Runner, stop_at: Callable[..., None], at: int, *overrides: 
             "training.steps=14",
         ),
         ("training.best_metric=loss", "training.early_stopping={patience: 1}", "training.eval_every=2"),
+        ("training.best_metric=loss", "training.eval_every=2"),
+        ("training.best_metric=loss", "training.eval_every=2", "speed.cheap_dropout=false"),
     ],
     ids=lambda setting: " ".join(setting)[:60] or "plain",
 )

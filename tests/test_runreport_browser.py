@@ -22,6 +22,8 @@ from hf_finetune import runreport
 from hf_finetune.recipe import Recipe
 from hf_finetune.training import finetune
 
+pytestmark = pytest.mark.slow
+
 WINDOWS = [*itertools.product((380, 1400), ("light", "dark"))]
 NAMES = ("run", "classifier", "speaker")
 

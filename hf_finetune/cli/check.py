@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         report=arguments.report,
         as_json=arguments.format == "json",
     )
+    if options.as_json:  # what it does meanwhile is no part of the document
+        terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code = command.run(arguments.recipe, arguments.overrides, options)
     if code:

@@ -137,10 +137,11 @@ class Events:
                 item = b""
             if item is None:
                 break
+            if item:
+                records = records or self._open()
             if isinstance(item, tuple):
                 self._write_file(*item)
-            elif item:
-                records = records or self._open()
+            elif item and records is not None:
                 records.write(item)
                 self.written += 1
                 due = due or time.monotonic() + pause
@@ -164,6 +165,8 @@ class Events:
     def _write_file(self, name: str, content: bytes) -> None:
         path = f"{self.place.folder}/{name}"
         if not self.place.is_remote:
+            # A run folder that somebody deleted stays deleted.
+            Path(self.place.folder).stat()
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         stream = open_file(path)
         stream.write(content)
