@@ -1,7 +1,5 @@
 """The real TensorBoard on loopback, in a headless Chromium: it finds the run, and every tab shows what it should.
 
-pytestmark = pytest.mark.slow
-
 HF_FINETUNE_SCREENSHOTS=FOLDER keeps pictures of the tabs there, for the README.
 """
 
@@ -22,6 +20,8 @@ from typing import Any
 import pytest
 from browsing import started
 from PIL import Image
+
+pytestmark = pytest.mark.slow
 
 TEXTS = """
 const found = [];

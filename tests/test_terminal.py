@@ -432,3 +432,11 @@ def test_rows_are_counted_though_other_processes_encode_them(
     assert {name: (it.done, it.total) for name, it in seen.items() if it.total} == {
         "tokenising train": (300, 300), "tokenising validation": (100, 100)
     }  # fmt: skip
+
+
+def test_check_prints_one_json_document_however_long_it_takes(
+    recipe: str, closed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plain, "LONG_S", 0.0)
+    assert main("check", recipe, "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 0
