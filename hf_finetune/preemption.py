@@ -46,6 +46,7 @@ class StopRequest:
         self._deferred = False
         self._before: dict[int, Any] = {}
         self._group: Any = None
+        self._process = os.getpid()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Flags live on the host; a GPU's group would have to copy them.
             self._group = distributed.new_group(backend="gloo")
@@ -53,6 +54,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside, and restore the handlers afterwards."""
+        self._process = os.getpid()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         _follow_parent()
         try:
@@ -93,6 +95,9 @@ class StopRequest:
         return bool(told)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked worker: Python swallows what is raised right after a fork, and the pool would wait for ever.
+            os._exit(128 + number)
         if not self._deferred or self._received:
             raise Stopped(number)
         self._received = number
