@@ -187,7 +187,7 @@ def test_k14_the_same_loss_however_a_batch_is_cut(lab: Lab) -> None:
 
 @pytest.mark.faults
 def test_f10_twenty_kills_at_random_times_in_one_run(lab: Lab) -> None:
-    job, draw, begun = lab.job("training.epochs=16", "checkpoints.every=2"), random.Random(4), []
+    job, draw, begun = lab.job("training.epochs=40", "checkpoints.every=2"), random.Random(4), []
     for attempt in range(20):
         child = job.fork(["slow", {"seconds": 0.1}])[0]
         if attempt % 3:  # while it trains; else while it loads
