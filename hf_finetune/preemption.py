@@ -54,7 +54,6 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside, and restore the handlers afterwards."""
-        self._process = os.getpid()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         _follow_parent()
         try:

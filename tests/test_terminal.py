@@ -113,6 +113,7 @@ def start() -> Iterator[Start]:
 
     def begin(shown: Terminal, *command: str) -> subprocess.Popen[bytes]:
         environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm"}
+        environment["COLUMNS"] = "80"
         end = shown.theirs
         words = [sys.executable, *command]
         started.append(subprocess.Popen(words, cwd=ROOT, stdin=end, stdout=end, stderr=end, env=environment))

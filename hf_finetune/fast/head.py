@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_finetune.language.token_loss import CHUNK, counted
+from hf_finetune.language.token_loss import counted, loss_sum_of
 
 Tensor = torch.Tensor
 
@@ -78,9 +78,9 @@ class FastHead:
     def __init__(self, head: torch.nn.Module, smoothing: float) -> None:
         self.smoothing = smoothing
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
-        self._labels: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._wanted: Tensor | None = None
         self._hook = head.register_forward_pre_hook(self._pick, prepend=True)
-        self._plain = head.forward
         if self.is_fused:
             head.forward = MethodType(self._forward, head)
         self._head = head
@@ -98,39 +98,33 @@ class FastHead:
         Args:
             labels: (B, T), `IGNORE` where nothing counts.
         """
-        self._labels = labels
+        self._mask = counted(labels)
+        self._wanted = labels[:, 1:][self._mask]
         try:
             yield
         finally:
-            self._labels = None
+            self._mask = self._wanted = None
 
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss_sum(self, logits: Tensor) -> Tensor:
         """Sum of the cross entropy over all counted labels, a float32 scalar: like `token_loss.loss_sum`.
 
         Args:
-            logits: What the model returned inside `asked`.
-            labels: Those that were given there.
+            logits: What the model returned; ask inside `asked`.
         """
-        if self.is_fused:
-            return logits.float().sum()
-        wanted = labels[:, 1:][counted(labels)]
-        sums = [
-            torch.nn.functional.cross_entropy(part.float(), want, reduction="sum", label_smoothing=self.smoothing)
-            for part, want in zip(torch.split(logits[0], CHUNK), torch.split(wanted, CHUNK), strict=True)
-        ]
-        return torch.stack(sums).sum()
+        if self._wanted is None:
+            raise AssertionError("nobody asked for a loss")
+        return logits.float().sum() if self.is_fused else loss_sum_of(logits[0], self._wanted, self.smoothing)
 
     def _pick(self, head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._labels is None:
+        if self._mask is None:
             return None
         hidden, *rest = inputs
-        return (hidden[:, :-1][counted(self._labels)][None], *rest)
+        return (hidden[:, :-1][self._mask][None], *rest)
 
     def _forward(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-        if self._labels is None:
+        if self._wanted is None:
             return torch.nn.Linear.forward(head, hidden)
-        wanted = self._labels[:, 1:][counted(self._labels)]
         with torch.autocast(hidden.device.type, enabled=False):
             kept = hidden[0].to(head.weight.dtype)
-            total: Tensor = _HeadLoss.apply(kept, wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
+            total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
         return total.view(1, 1, 1)

@@ -51,8 +51,7 @@ class Paths:
         if self.head is None:
             return self.task.loss_sum(model(**inputs).logits, labels, self.targets)
         with self.head.asked(labels):
-            logits = model(**inputs).logits
-        return self.head.loss_sum(logits, labels)
+            return self.head.loss_sum(model(**inputs).logits)
 
     def remove(self) -> None:
         """Leave the model as it was."""

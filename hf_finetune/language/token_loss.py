@@ -31,10 +31,21 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0)
         labels: (B, T), `IGNORE` where nothing counts.
         smoothing: Share of the probability that is spread over the vocabulary (Szegedy et al. 2016, section 7).
     """
+    kept, wanted = _kept(logits, labels)
+    return loss_sum_of(kept, wanted, smoothing)
+
+
+def loss_sum_of(kept: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The same for positions that count, all of them.
+
+    Args:
+        kept: (N, V) logits.
+        wanted: (N,) labels.
+        smoothing: See `loss_sum`.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    kept, wanted = _kept(logits, labels)
     sums = [
         cross_entropy(part.float(), want, reduction="sum", label_smoothing=smoothing)
         for part, want in zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)

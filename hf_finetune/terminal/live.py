@@ -79,7 +79,10 @@ class Display(Voice):
 
     def _start(self) -> None:
         self._screen = _Screen(sys.stdout)
-        console = _Console(file=self._screen, force_terminal=True, highlight=False, emoji=False)  # type: ignore[arg-type]
+        # The terminal is asked for its size. An exported COLUMNS stays as it was when the window is made narrower.
+        told = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        file: Any = self._screen
+        console = _Console(file=file, force_terminal=True, highlight=False, emoji=False, _environ=told)
         self._live = live.Live(
             console=console,
             refresh_per_second=PER_SECOND,
