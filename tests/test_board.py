@@ -336,9 +336,14 @@ def kill(thread: threading.Thread) -> None:
         thread.join(0.05)
 
 
-def kill_the_writer() -> None:
-    """Wait for the thread of a board and end it."""
-    while not (found := [thread for thread in threading.enumerate() if thread.name == "tensorboard"]):
+def writers() -> list[threading.Thread]:
+    """The threads of all boards; tests before this one may have left some."""
+    return [thread for thread in threading.enumerate() if thread.name == "tensorboard"]
+
+
+def kill_the_next_writer(but: list[threading.Thread]) -> None:
+    """Wait for the thread of a new board and end it."""
+    while not (found := [thread for thread in writers() if thread not in but]):
         time.sleep(0.01)
     kill(found[0])
 
@@ -379,7 +384,7 @@ def test_a_run_whose_writer_dies_completes(
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "events.out.tfevents.1.other").write_bytes(b"")
-    killer = threading.Thread(target=kill_the_writer, daemon=True)
+    killer = threading.Thread(target=kill_the_next_writer, args=(writers(),), daemon=True)
     killer.start()
     done = run("training.steps=3", f"tracking.folder={logs}")
     killer.join(30)
