@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -63,6 +64,26 @@ class Job:
         collator = self.task.collator(self.tokenizer, packed=self.packed)
         for batch in batching.train_loader(train, batches, collator, pin=False):
             yield {key: value.to(device) for key, value in batch.items() if key not in COUNTS}
+
+    def typical(self, device: torch.device, count: int) -> list[Batch]:
+        """Micro-batches of this run on a device, from short rows to long ones: the same on every rank."""
+        division = replace(self.division, rank=0)
+        collator = self.task.collator(self.tokenizer, packed=self.packed)
+        train: Any = self.train
+        if self.batches is None:
+            stream = batching.StreamedBatches(train.stream, division, train.seed)
+            batches = list(islice(batching.train_loader(stream, None, collator, pin=False), count))
+        else:
+            batches = [collator([train[row] for row in rows]) for rows in self._spread(self.batches, division, count)]
+        return [{key: value.to(device) for key, value in batch.items() if key not in COUNTS} for batch in batches]
+
+    @staticmethod
+    def _spread(epoch: batching.GlobalBatches, division: batching.Division, count: int) -> list[list[int]]:
+        lengths = epoch.lengths.tolist()
+        order = batching.GlobalBatches(lengths, division, epoch.seed).global_batches()
+        whole = sorted(order, key=lambda batch: max(lengths[row] for row in batch))
+        places = [(2 * place + 1) * len(whole) // (2 * count) for place in range(count)]
+        return [division.share(whole[place])[0] for place in places]
 
     def probe(self, device: torch.device) -> Batch:
         """A few training rows as one plain batch, never packed: what any user of the saved model would feed it."""

@@ -48,8 +48,14 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.run_lock = self.path / "run.lock.json"
         self.lock = self.path / ".lock"
         self._held: IO[str] | None = None
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is anything to go on from, whole or not."""
+        return any(self.checkpoints.glob("checkpoint-*"))
 
     def previous(self) -> dict[str, Any] | None:
         """`status.json` of the run that this folder holds, or None for a new or empty folder.

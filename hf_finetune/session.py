@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
-from hf_finetune import continuation
+from hf_finetune import continuation, runlock
 from hf_finetune.errors import FinetuneError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.peers import Failure
     from hf_finetune.recipe import Recipe
+    from hf_finetune.tuning.choices import Choices
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,34 @@ def claim(folder: RunFolder, recipe: Recipe, machine: Machine, wishes: Wishes) -
             )
     broadcast_object_list(begin)
     return begin[0]
+
+
+def as_before(folder: RunFolder, recipe: Recipe, machine: Machine, start: Start) -> tuple[Machine, Choices | None]:
+    """What was chosen when the run began, so that it goes on with the very same arithmetic.
+
+    Args:
+        folder: Taken.
+        recipe: What it names is not open.
+        machine: As it was found now.
+        start: Whether a run goes on.
+
+    Returns:
+        The machine with the precision and the attention of the run's beginning, and all that was chosen then; None for
+        a new run, and where nothing can be read or the device is of another kind.
+    """
+    kept = [runlock.choices(folder.run_lock) if machine.is_main and start.kind == "resume" else None]
+    broadcast_object_list(kept)
+    choices = kept[0]
+    if choices is None or choices.device != machine.device:
+        if start.kind == "resume" and machine.is_main and folder.has_checkpoints:
+            why = "is not there, or damaged" if choices is None else f"is of a {choices.device}"
+            say(f"note: {folder.run_lock.name} {why}: what it kept is chosen anew, the next steps may differ in bits")
+        return machine, None
+    if recipe.training.precision == "auto":
+        machine = replace(machine, precision=choices.value("precision") or machine.precision)
+    if recipe.model.attention == "auto":
+        machine = replace(machine, attention=choices.value("attention") or machine.attention)
+    return machine, choices
 
 
 @contextmanager

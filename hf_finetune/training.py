@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -17,23 +17,19 @@ from hf_finetune import (
     arguments,
     evaluation,
     export,
-    fast,
     hardware,
     keeping,
-    matmul,
+    learning,
     memory,
     model,
     quiet,
+    runlock,
     runreport,
     session,
     terminal,
 )
-from hf_finetune.adapters import Setting
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
-from hf_finetune.flops import Flops
-from hf_finetune.job import Job
-from hf_finetune.language import packing
 from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
@@ -45,17 +41,15 @@ from hf_finetune.runreport import Outcome
 from hf_finetune.session import Wishes
 from hf_finetune.terminal import Message, phase, say
 from hf_finetune.tracking import Observers
-from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.trainer import FinetuneTrainer
 
 if TYPE_CHECKING:
-    from hf_finetune.arguments import Length
-    from hf_finetune.data import Prepared
     from hf_finetune.findings import Findings
-    from hf_finetune.hardware import Machine
+    from hf_finetune.learning import Learner
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.recipe import Recipe
     from hf_finetune.resumable import Keeper
+    from hf_finetune.tuning import Choices
 
 
 def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[str] = ()) -> Outcome | None:
@@ -89,13 +83,14 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
             return None  # not reached: a folder that can't be taken is an error
         if start.kind == "done":
             return None
+        machine, before = session.as_before(folder, recipe, machine, start)
         with session.status(folder, machine) as status:
             ready = heavy.prepare(recipe, machine, findings)
             # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
-                return _Run(ready, findings, folder, status, stop, watch).complete(start.notes)
+                return _Run(ready, findings, folder, status, stop, watch, before).complete(start.notes)
 
 
 @dataclass(frozen=True)
@@ -108,6 +103,8 @@ class _Run:
     status: Status
     stop: StopRequest
     watch: Watch
+    before: Choices | None
+    """What was chosen when the run began, if it is to go on."""
 
     def complete(self, notes: Sequence[str]) -> Outcome:
         """Load, train, evaluate, save, check what was saved, report."""
@@ -116,7 +113,7 @@ class _Run:
         for note in notes:
             tell(f"note: {note}")
         keeper = keeping.keeper(self.ready, folder, self.stop, tell)
-        learner = _learner(self.ready, self.findings)
+        learner = learning.learner(self.ready, self.findings, self.before)
         observers = Observers(recipe, folder, self.status, machine)
         try:
             return self._complete(learner, keeper, observers)
@@ -133,7 +130,10 @@ class _Run:
         observing = Observing(recipe, learner.prepared, machine, folder.observations, observers.record)
         observing.attend(trainer, say if machine.is_main else _keep_silent)
         with _out_of_memory(trainer, learner):
-            trainer.paths = _fast_paths(trainer, learner)
+            trainer.paths, choices = learning.fast_paths(trainer, learner, self.before)
+            if machine.is_main:
+                environment = observers.environment()
+                runlock.write(folder.run_lock, recipe, keeper.facts, environment, choices)
             seconds, scores = _train(trainer, learner, self.stop)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)
@@ -150,7 +150,7 @@ class _Run:
             warnings=tuple(self.findings.warnings),
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
-            probe_seconds=trainer.paths.seconds,
+            probe_seconds=learner.seconds + trainer.paths.seconds,
         )
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
@@ -160,61 +160,6 @@ class _Run:
             terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(folder.path)}))
         PartialState().wait_for_everyone()
         return outcome
-
-
-def _fast_paths(trainer: FinetuneTrainer, learner: Learner) -> fast.Paths:
-    """Install the fast paths, and say which."""
-    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
-        batch = next(iter(learner.job.sample(trainer.args.device)))
-    paths = fast.take(trainer.bare_model, learner.recipe, learner.machine, learner.job.targets, batch)
-    if learner.machine.is_main and paths.taken:
-        say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
-    return paths
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A model, adapted and ready, and what it will be trained on."""
-
-    recipe: Recipe
-    machine: Machine
-    prepared: Prepared
-    tokenizer: Any
-    adapted: torch.nn.Module
-    setting: Setting
-    job: Job
-    run_length: Length
-    arithmetic: Arithmetic
-
-
-def _learner(ready: Ready, findings: Findings) -> Learner:
-    """Load the weights and apply the adapter; says what is known on the way."""
-    recipe, machine, prepared, tokenizer = ready.recipe, ready.machine, ready.prepared, ready.tokenizer
-    job, run_length = ready.assignment.job, ready.assignment.length
-    tell = say if machine.is_main else _keep_silent
-    tell(f"run folder {recipe.output}: {machine.describe()}")
-    for line in [*runreport.data_lines(prepared), *(f"warning: {problem}" for problem in findings.warnings)]:
-        tell(line)
-
-    set_seed(recipe.training.seed)
-    with phase("loading the model"):
-        loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
-    if job.packed:
-        packing.check_packing(loaded.model)
-    setting = Setting(
-        peft_type=recipe.task.peft_type,
-        tokenizer=tokenizer,
-        total_steps=run_length.total_steps,
-        head_modules=loaded.head_modules,
-        labels=prepared.targets.names,
-        batches=lambda: job.sample(loaded.model.device),
-    )
-    with phase("applying the adapter"):
-        adapted = model.build(recipe, loaded, setting)
-    tell(runreport.model_line(recipe, model.parameter_counts(adapted)))
-    tell(runreport.plan_line(job.division, run_length))
-    arithmetic = Arithmetic(Flops.of(adapted), matmul.peak(machine) * machine.world_size)
-    return Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length, arithmetic)
 
 
 def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:

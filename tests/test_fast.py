@@ -18,9 +18,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_finetune import fast
-from hf_finetune.fast import attention, dropout, lora
+from hf_finetune.fast import attention, dropout, lora, norm
 from hf_finetune.fast.head import FastHead
 from hf_finetune.language import token_loss
 
@@ -226,7 +228,49 @@ def test_gemmas_capped_logits_are_not_fused_unnoticed() -> None:
     assert fast_loss(model).item() != pytest.approx(plain_loss(model).item(), rel=1e-4)
 
 
-SWITCHES = ("fused_lora", "fused_loss", "plain_attention", "cheap_dropout")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_norm_gives_the_same_output_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
+    plain: Any = LlamaRMSNorm(96).to(dtype).requires_grad_(False)
+    plain.weight.data.uniform_(0.5, 1.5)
+    x, towards = torch.randn(3, 7, 96).to(dtype), torch.randn(3, 7, 96).to(dtype)
+    found = []
+    for quick in (False, True):
+        assert len(norm.install(plain)) == 1 if quick else "forward" not in vars(plain)
+        one = x.clone().requires_grad_()
+        y = plain(one)
+        y.backward(towards)
+        found.append((y, one.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=tolerance, atol=tolerance)
+
+
+def test_norms_that_are_trained_or_of_another_formula_are_left_alone() -> None:
+    assert norm.install(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
+
+
+def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    inputs, labels = tokens()
+    found = []
+    for quick in (False, True):
+        model, paths = llama(), fast.Paths(made.task, models.TWO)
+        if quick:
+            paths.install(model, made, models.machine())
+            assert set(paths.taken) == {"fused_lora", "fused_norm", "plain_attention", "fused_loss"}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        steps = []
+        for _ in range(50):
+            loss = paths.loss_sum(model, inputs, labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            steps.append(loss.item())
+        found.append(steps)
+    assert found[0][-1] < 0.9 * found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+SWITCHES = ("fused_lora", "fused_loss", "fused_norm", "plain_attention", "cheap_dropout")
 OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
 
 

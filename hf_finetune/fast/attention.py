@@ -36,8 +36,9 @@ def attend(
     """
     rows, heads, length, size = query.shape
     kept, scaling = key.shape[1], options.get("scaling") or size**-0.5
-    grouped = query.reshape(rows, kept, -1, size)  # the heads that share a key lie side by side
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(rows, heads, length, -1) * scaling
+    # The heads that share a key lie side by side. Scaled are the queries: they are fewer than the scores.
+    grouped = (query * scaling).reshape(rows, kept, -1, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(rows, heads, length, -1)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[2]]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune.fast import attention, dropout, lora
+from hf_finetune.fast import attention, compiled, dropout, lora, norm
 from hf_finetune.fast.head import FastHead
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Paths:
     seconds: float = 0.0
     """What choosing took."""
     _removals: list[Remove] = field(default_factory=list)
+    _compiled: list[Any] = field(default_factory=list)
 
     def loss_sum(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """The forward pass and its summed loss, a float32 scalar; see `Task.loss_sum`.
@@ -53,8 +54,24 @@ class Paths:
         with self.head.asked(labels):
             return self.head.loss_sum(model(**inputs).logits)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether layers are compiled, or will be at their next training step."""
+        return bool(self._compiled)
+
+    def compile(self, base: Any) -> None:
+        """Compile the layers of the pretrained model inside, over whatever else is installed."""
+        if not self._compiled:
+            self._compiled = compiled.install(base)
+
+    def plain_layers(self) -> None:
+        """Undo `compile`."""
+        _plain_again(self._compiled)
+        self._compiled = []
+
     def remove(self) -> None:
         """Leave the model as it was."""
+        self.plain_layers()
         for remove in self._removals:
             remove()
         self._removals.clear()
@@ -66,6 +83,9 @@ class Paths:
         if speed.fused_lora and (layers := lora.install(adapted)):
             self._removals.append(lambda: _plain_again(layers))
             self.taken["fused_lora"] = f"{len(layers)} layers"
+        if speed.fused_norm and (norms := norm.install(adapted)):
+            self._removals.append(lambda: _plain_again(norms))
+            self.taken["fused_norm"] = f"{len(norms)} norms"
         if speed.cheap_dropout and on_cpu and (modules := dropout.install(adapted)):
             self._removals.append(lambda: _plain_again(modules))
             self.taken["cheap_dropout"] = f"{len(modules)} modules"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hf_finetune.plugins import Section
 
 
@@ -12,7 +14,11 @@ class Speed(Section):
     """Compute a frozen linear layer and its LoRA branch as one operation with fewer copies."""
     fused_loss: bool = True
     """Make an LLM's logits for trained tokens only, a chunk at a time, together with their gradient."""
+    fused_norm: bool = True
+    """Compute an RMSNorm with a frozen weight, and its gradient, as one operation with fewer copies."""
     plain_attention: bool = True
     """On a CPU, where attention is `eager`: without copies of keys and values that heads share."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers of a model without dropout for training; `auto` does where that pays within the run."""
     cheap_dropout: bool = True
     """On a CPU, draw 16 random bits an element for dropout instead of a double."""
