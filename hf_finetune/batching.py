@@ -196,19 +196,26 @@ class _Counting:
         return {**self.collator(rows), **counts}
 
 
-def eval_loader(rows: Rows, lengths: Sequence[int], division: Division, collator: Collator) -> DataLoader[Any]:
+def eval_loader(
+    rows: Rows, lengths: Sequence[int], division: Division, collator: Collator, tokens: int | None = None
+) -> DataLoader[Any]:
     """Loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
 
     Args:
         rows: The encoded split.
         lengths: Tokens of each row.
-        division: `batch_size` rows of one forward pass over all ranks.
+        division: `batch_size` rows of one forward pass over all ranks at most.
         collator: Pads and stacks rows.
+        tokens: Most tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
     """
-    order = torch.as_tensor(lengths).argsort(descending=True, stable=True)
-    batches = []
-    for chunk in torch.split(order, division.batch_size):
-        indices = chunk.tolist()
+    order: list[int] = torch.as_tensor(lengths).argsort(descending=True, stable=True).tolist()
+    batches, start = [], 0
+    while start < len(order):
+        size = division.micro_batch
+        if tokens is not None:
+            size = max(1, min(size, tokens // max(1, lengths[order[start]])))
+        indices = order[start : start + size * division.world_size]
+        start += len(indices)
         # Every rank gets equally many rows, so that results can be gathered.
         indices += [~indices[0]] * (-len(indices) % division.world_size)
         batches.append(indices[division.rank :: division.world_size])

@@ -31,10 +31,38 @@ every new shape of a batch; with these it does not. With 1 each the quickstart t
 and 16 none that could be measured."""
 
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
-"""Most tokens of a micro-batch that `micro_batch: auto` allows: rows x max_length."""
+"""Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is."""
 
 AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
-"""Most logits of a language model's micro-batch that `auto` allows: rows x max_length x vocabulary."""
+"""Most logits of a language model's micro-batch that `auto` allows: tokens x vocabulary."""
+
+
+EVALUATION_ROWS = 4
+"""Rows of an evaluation batch that `auto` allows at most, where they are short: times those of `data.max_length`."""
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """The most that one forward pass of one rank gets in evaluation."""
+
+    rows: int
+    tokens: int | None = None
+    """Rows times the longest of them; None where the recipe names the rows."""
+    tokens_of_logits: int | None = None
+    """The same where the logits of all of them are held at once."""
+
+    def budget(self, *, all_logits: bool) -> int | None:
+        """Most tokens of a batch, padding included.
+
+        Args:
+            all_logits: Whether the model's logits of the whole batch are held at once.
+        """
+        return self.tokens_of_logits if all_logits else self.tokens
+
+    def rows_of(self, longest: int, *, all_logits: bool) -> int:
+        """Rows of a batch whose longest has so many tokens."""
+        tokens = self.budget(all_logits=all_logits)
+        return self.rows if tokens is None else max(1, min(self.rows, tokens // max(1, longest)))
 
 
 @dataclass(frozen=True)
@@ -181,27 +209,36 @@ def cores() -> int:
     return available
 
 
-def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
+def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
     """Rows of one forward pass on one device.
 
     `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS` and `AUTO_LOGITS`.
 
     Args:
-        recipe: Global batch, `training.micro_batch`, `data.max_length`.
+        recipe: Global batch, `training.micro_batch`.
         machine: Its ranks.
         vocabulary: Logits of a token; 0 for a classifier.
+        longest: Tokens of the longest training row, or sequence where rows are packed.
     """
     if recipe.training.micro_batch != "auto":
         return recipe.training.micro_batch
     share = -(-recipe.training.batch_size // machine.world_size)
-    return min(share, _rows_that_fit(recipe, machine, vocabulary))
+    return min(share, _rows_that_fit(machine, vocabulary, longest))
 
 
-def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
-    """Rows of one forward pass in evaluation: for a classifier, which keeps nothing, four times as many."""
+def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
+    """What one forward pass gets in evaluation: for a classifier, which keeps nothing, four times as many tokens.
+
+    Args:
+        recipe: `training.eval_batch`, `data.max_length`.
+        machine: Its device.
+        vocabulary: Logits of a token; 0 for a classifier.
+    """
     if recipe.training.eval_batch != "auto":
-        return recipe.training.eval_batch
-    return _rows_that_fit(recipe, machine, vocabulary) * (1 if vocabulary else 4)
+        return EvalBatch(recipe.training.eval_batch)
+    tokens = AUTO_TOKENS[machine.device] * (1 if vocabulary else 4)
+    of_logits = min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1)) if vocabulary else tokens
+    return EvalBatch(EVALUATION_ROWS * max(1, tokens // recipe.data.max_length), tokens, of_logits)
 
 
 def cpu_has_bf16() -> bool:
@@ -211,9 +248,9 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
 
 
-def _rows_that_fit(recipe: Recipe, machine: Machine, vocabulary: int) -> int:
+def _rows_that_fit(machine: Machine, vocabulary: int, longest: int) -> int:
     tokens = min(AUTO_TOKENS[machine.device], AUTO_LOGITS[machine.device] // max(vocabulary, 1))
-    return max(1, tokens // recipe.data.max_length)
+    return max(1, tokens // longest)
 
 
 def _lead_to_the_process_group(device: Device) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from hf_finetune.adapters import Adapter
+    from hf_finetune.hardware import EvalBatch
     from hf_finetune.tasks import Batch, Questions, Targets, Task
 
 COUNTS = ("tokens", "squares")
@@ -39,8 +40,7 @@ class Job:
     batches: batching.GlobalBatches | None
     """Batch sampler of `train`; None for a stream."""
     division: batching.Division
-    eval_batch: int
-    """Rows of one forward pass of one rank in evaluation."""
+    eval_batch: EvalBatch
     questions: Mapping[str, Questions | None]
     """What the model is asked when a split (`validation`, `test`) is evaluated."""
     packed: bool

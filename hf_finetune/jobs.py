@@ -41,9 +41,11 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
             or answers are to be generated from sharded weights.
     """
     vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
-    micro_batch = hardware.micro_batch(recipe, machine, vocabulary)
+    rows, lengths = _rows(recipe, prepared)
+    longest = recipe.data.max_length if lengths is None else max(lengths, default=1)
+    micro_batch = hardware.micro_batch(recipe, machine, vocabulary, longest)
     division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
-    train, lengths = _train_rows(recipe, prepared, division)
+    train = batching.StreamedBatches(prepared.train, division, recipe.training.seed) if rows is None else rows
     if lengths is not None and len(lengths) < machine.world_size:
         message = f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
         raise DataError(Problem(message, key="data.train"))
@@ -73,10 +75,10 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     return Assignment(job, arguments.length(recipe, None if lengths is None else len(lengths)), lengths)
 
 
-def _train_rows(recipe: Recipe, prepared: Prepared, division: batching.Division) -> tuple[Any, list[int] | None]:
-    """The training set as the loader reads it, and the length of each of its rows (None for a stream)."""
+def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[int] | None]:
+    """The training set as the loader reads it, and the length of each of its rows; None of a stream."""
     if isinstance(prepared.train, data.Stream):
-        return batching.StreamedBatches(prepared.train, division, recipe.training.seed), None
+        return None, None
     rows = batching.Rows(prepared.train, recipe.task)
     lengths: list[int] = list(prepared.train["length"])
     if not recipe.data.packing:

@@ -78,13 +78,15 @@ class FinetuneTrainer(ResumableTrainer):
         """Loader of this rank's part of an encoded split."""
         encoded: Any = self.job.validation if eval_dataset is None else eval_dataset
         division = batching.Division(
-            batch_size=self.job.eval_batch * self.args.world_size,
-            micro_batch=self.job.eval_batch,
+            batch_size=self.job.eval_batch.rows * self.args.world_size,
+            micro_batch=self.job.eval_batch.rows,
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
         collator = self.job.task.collator(self.job.tokenizer)
-        return batching.eval_loader(batching.Rows(encoded, self.job.task), encoded["length"], division, collator)
+        rows = batching.Rows(encoded, self.job.task)
+        tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
+        return batching.eval_loader(rows, encoded["length"], division, collator, tokens)
 
     # ---- loss ----
 
@@ -265,10 +267,10 @@ class FinetuneTrainer(ResumableTrainer):
             self._look.announce(inputs)
         inputs = self._prepare_inputs(inputs)
         labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
         by_position = None if self._look is None else self._look.by_position
-        return None, self.job.task.eval_rows(logits, labels, by_position), row_ids
+        with torch.no_grad(), self.compute_loss_context_manager():
+            rows = self.paths.eval_rows(model, inputs, labels, by_position)
+        return None, rows, row_ids
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of a split, from rows that come in any order and with fillers."""

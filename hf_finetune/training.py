@@ -210,8 +210,9 @@ def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]
                 "halve training.micro_batch (the optimisation stays the same) or set training.activation_checkpointing"
             )
         else:
-            what = f"evaluating with {job.eval_batch} rows of up to {length} tokens"
-            hint = "halve training.eval_batch"
+            rows = job.eval_batch.rows_of(length, all_logits=trainer.paths.makes_all_logits)
+            what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"
+            hint = f"set training.eval_batch to {max(1, rows // 2)}"
         message = f"out of memory at step {trainer.state.global_step}, {what}; {hint}"
         raise OutOfMemoryError(Problem(message)) from error
 

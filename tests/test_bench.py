@@ -11,23 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.race import __main__ as race
+from benchmarks import marked
+from benchmarks.race import __main__ as command
 from benchmarks.race import (
     clis,
     corpora,
     environments,
     flops,
+    goals,
     llama,
     machine,
     measure,
     ours,
+    race,
     runner,
     summary,
     systems,
     table,
 )
 from benchmarks.race.results import Measurement, Store, plan
-from benchmarks.race.workloads import FULL, QUICK, Shape, Target, Workload
+from benchmarks.race.workloads import FULL, QUICK, Shape, Target
 
 pytestmark = pytest.mark.slow
 
@@ -87,8 +90,18 @@ def test_the_time_to_a_target_is_that_of_the_first_evaluation_that_meets_it(
     assert summary.time_to(evaluations, target) == seconds
 
 
-def test_flops_are_4_a_frozen_and_6_a_trained_weight_and_token() -> None:
-    assert flops.training(frozen=100, trained=10, tokens=3) == 3 * (400 + 60)
+def test_flops_are_4_a_frozen_and_6_a_trained_weight_and_token_and_the_head_counts_for_answers_alone() -> None:
+    assert flops.training(flops.Weights(frozen=100, trained=10, head=50), tokens=3, answers=2) == 3 * 460 + 2 * 200
+
+
+def test_answers_are_what_comes_after_the_questions(prepared: measure.Prepared) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(prepared.model)
+    rows = corpora.cut(corpora.gsm8k(None), CHATS).train
+    ended = [f"{row['answer']}<|im_end|>\n" for row in rows]
+    assert prepared.answers == sum(len(ids) for ids in tokenizer(ended, add_special_tokens=False)["input_ids"])
+    assert corpora.answers([{"text": "a", "label": "b"}], prepared.model, 8) == 0
 
 
 def test_the_weights_that_tokens_meet_are_counted_as_peft_makes_them(prepared: measure.Prepared) -> None:
@@ -99,7 +112,8 @@ def test_the_weights_that_tokens_meet_are_counted_as_peft_makes_them(prepared: m
     linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear))
     adapted: Any = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert (prepared.frozen, prepared.trained) == (linear, trained)
+    assert (prepared.weights.frozen + prepared.weights.head, prepared.weights.trained) == (linear, trained)
+    assert prepared.weights.head == base.get_output_embeddings().weight.numel()
 
 
 def test_the_made_llama_is_the_same_every_time(tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_every_system_has_the_same_tokens(prepared: measure.Prepared, monkeypatc
     import plain  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
-    job = {"kind": "chat", "max_length": 512, "train": str(prepared.folder / "train.jsonl")}
+    job = {"kind": "chat", "max_length": 512, "variant": "plain", "train": str(prepared.folder / "train.jsonl")}
     job["validation"] = str(prepared.folder / "validation.jsonl")
     theirs = plain.encode(job, AutoTokenizer.from_pretrained(prepared.model))["train"]["input_ids"]
     counted = corpora.lengths(corpora.cut(corpora.gsm8k(None), CHATS).train, prepared.model, 512)
@@ -153,8 +167,15 @@ def test_long_chats_fill_the_sequence() -> None:
 
 
 def test_every_second_round_goes_backwards() -> None:
-    order = [(found.system, found.seed) for found in plan("w", "d", ("a", "b"), 3)]
+    order = [(found.system, found.seed) for found in plan([("w", "d", ("a", "b"))], 3)]
     assert order == [("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+
+
+def test_workloads_take_turns_in_a_round() -> None:
+    found = plan([("one", "d", ("a", "b", "c")), ("two", "d", ("a",))], 2)
+    order = [(measurement.workload, measurement.system) for measurement in found]
+    assert order[:4] == [("one", "a"), ("two", "a"), ("one", "b"), ("one", "c")]
+    assert order[4:] == order[:4][::-1]
 
 
 def test_what_was_measured_is_found_again_under_the_same_settings_only(tmp_path: Path) -> None:
@@ -162,16 +183,34 @@ def test_what_was_measured_is_found_again_under_the_same_settings_only(tmp_path:
     store.put(measured, {"failed": None, "seed": 1})
     assert store.get(measured) == {"failed": None, "seed": 1}
     assert store.get(replace(measured, digest=replace(CHATS, rows=13).digest())) is None
-    assert replace(CHATS, title="else", goals={"plain": 9.0}).digest() == CHATS.digest()
+    told: dict[str, Any] = {
+        "goals": {"plain": 9.0},
+        "memory_goals": {"plain": 0.5},
+        "share_goal": 0.4,
+        "systems": ("plain",),
+    }
+    assert replace(CHATS, title="else", **told).digest() == CHATS.digest()
     store.forget(measured)
     assert store.get(measured) is None
 
 
-def test_a_finished_race_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e11, "bf16": 4e11})
-    options = race.parse(["--quick", "--only", "quick-chats", "--rows", "4", "--seeds", "1", "--systems", "plain"])
-    one = race.Race(options, tmp_path)
+def small(folder: Path, *words: str, systems: tuple[str, ...] = ("hf_finetune", "plain")) -> race.Race:
+    """A race on a tiny model that is ready to run."""
+    options = command.parse(["--quick", "--seeds", "1", *words])
+    one = race.Race(options, folder, [replace(CHATS, systems=systems)])
     one.prepare()
+    return one
+
+
+@pytest.fixture
+def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is spent on measuring the machine."""
+    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e11, "bf16": 4e11})
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_a_finished_race_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = small(tmp_path, systems=("plain",))
     for prepared, measurement in one.plan():
         one.store.put(measurement, {**result("plain", 1, 5.0), "digest": prepared.digest})
     monkeypatch.setattr(measure, "measure", None)  # would not be survived
@@ -181,22 +220,153 @@ def test_a_finished_race_measures_nothing_again(tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["share"]["median"] == pytest.approx(0.0125)
 
 
+@pytest.mark.usefixtures("known_peak")
+def test_nothing_is_begun_when_the_time_is_up_and_missing_ourselves_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = small(tmp_path, "--budget", "0")
+    monkeypatch.setattr(measure, "measure", None)
+    one.run()
+    assert "| hf_finetune | 0 | not measured: no time |" in one.write()
+    assert one.problems() == ["quick-chats: hf_finetune was not measured"]
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_a_peer_that_fails_is_no_failure_of_the_race_but_ours_is(tmp_path: Path) -> None:
+    one = small(tmp_path)
+    (_, ours_), (_, plain) = one.plan()
+    one.store.put(ours_, result("hf_finetune", 1, 5.0))
+    one.store.put(plain, {**result("plain", 1, 5.0), "failed": "ValueError: no"})
+    assert one.problems() == []
+    one.store.put(ours_, {**result("hf_finetune", 1, 5.0), "failed": "ValueError: no"})
+    assert one.problems() == ["quick-chats: hf_finetune failed: ValueError: no"]
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_a_peer_that_can_not_be_installed_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*arguments: Any) -> float:
+        asked.append(arguments)
+        raise environments.InstallError("ERROR: No matching distribution found for trl")
+
+    monkeypatch.setattr(environments, "install", refuse)
+    one = small(tmp_path, systems=("trl", "trl-tuned"))
+    one.run()
+    assert len(asked) == 1  # once for both
+    assert "did not run: `pip: ERROR: No matching distribution found for trl`" in one.write()
+    assert one.problems() == []
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_installing_that_takes_all_the_time_leaves_a_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(environment: Any, index: Any, timeout: float) -> float:
+        one.deadline -= timeout
+        raise environments.OutOfTimeError(f"not installed within {timeout:.0f} s")
+
+    monkeypatch.setattr(environments, "install", sleep)
+    monkeypatch.setattr(measure, "measure", None)  # would not be survived
+    one = small(tmp_path, "--budget", "100", systems=("trl",))
+    one.run()
+    assert one.found() == []
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_a_run_that_the_end_of_the_time_cuts_short_is_measured_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environments, "install", lambda *_: 0.0)
+    slow = {**result("plain", 1, 5.0), "failed": "did not end within 99 s", "timed_out": True}
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: slow)
+    one = small(tmp_path, "--budget", "100", "--timeout", "200", systems=("plain",))
+    one.run()
+    assert one.found() == []
+    patient = small(tmp_path, "--budget", "300", "--timeout", "200", systems=("plain",))
+    patient.run()
+    assert patient.found() == [slow]
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_a_second_run_is_not_begun_where_the_first_took_longer_than_is_left(tmp_path: Path) -> None:
+    one = small(tmp_path, "--budget", "100")
+    first = one.plan()[0][1]
+    one.store.put(first, {**result("hf_finetune", 1, 5.0), "wall": 150.0})
+    assert one.has_time_for(first)
+    assert not one.has_time_for(replace(first, seed=2))
+
+
+@pytest.mark.usefixtures("known_peak")
+def test_the_table_alone_needs_no_words_about_data_and_keeps_the_machine_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(20)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    small(tmp_path / "results", "--gsm8k", str(tmp_path))
+    monkeypatch.setattr(machine, "peaks", None)  # would not be survived
+    again = small(tmp_path / "results", "--table")
+    assert again.prepared[0].notes == ()
+    assert "fp32 0.10, bf16 0.40 TFLOP/s" in again.write()
+
+
 def test_a_row_has_medians_ratios_and_how_many_seeds(prepared: measure.Prepared) -> None:
-    workload = replace(CHATS, goals={"plain": 8.0})
+    workload = replace(CHATS, goals={"plain": 4.0}, memory_goals={"plain": 0.4}, share_goal=0.5)
     results = {
         "hf_finetune": [result("hf_finetune", seed, 40.0 + seed) for seed in (1, 2, 3)],
         "plain": [result("plain", seed, 10.0, memory=2 * 10**8) for seed in (1, 2)],
     }
     entries = table.rows(replace(prepared, workload=workload), results, 1e12)
-    text = table.markdown(replace(prepared, workload=workload), entries)
+    text = table.markdown(replace(prepared, workload=workload), entries, goals.check(workload, entries))
     assert "| hf_finetune | 3 | 42.0 (41.0..43.0) | 420 (410..430) | 4.2% | 100 MB |" in text
-    assert "| 4.15 (4.10..4.20) x faster, goal 8 x, memory x 0.50 |" in text
+    assert "| share of peak (goal 50%: missed) |" in text
+    assert "| 4.15 (4.10..4.20) x faster (goal 4 x: met), memory x 0.50 (goal at most 0.4 x: missed) |" in text
+
+
+def test_goals_say_what_was_measured_and_whether_it_is_enough(prepared: measure.Prepared) -> None:
+    workload = replace(CHATS, goals={"plain": 8.0, "tuned": 1.0, "trl": 5.0}, share_goal=0.04)
+    results = {
+        "hf_finetune": [result("hf_finetune", seed, 42.0, quality=1.5 + seed / 10) for seed in (1, 2, 3)],
+        "plain": [result("plain", seed, 10.0, quality=1.0 + seed / 10) for seed in (1, 2, 3)],
+        "tuned": [],
+    }
+    found = goals.check(workload, table.rows(replace(prepared, workload=workload), results, 1e12))
+    told = {(goal.what, goal.against): (goal.aim, goal.verdict) for goal in found}
+    assert told == {
+        ("rate", "plain"): ("8 x", "missed"),
+        ("rate", "tuned"): ("1 x", "not measured"),
+        ("share of the peak", ""): ("4%", "met"),
+        ("quality", "plain"): ("ranges overlap, or better", "missed"),  # our best loss, 1.6, is above their worst, 1.3
+    }
+    line = f"| `{CHATS.name}` | rate | plain | 8 x | 4.20 x (3 seeds) | missed |"
+    assert line in goals.markdown(found)
+
+
+def test_a_target_has_a_goal_of_its_own(prepared: measure.Prepared) -> None:
+    workload = replace(CHATS, target=Target("loss", 1.0), goals={"plain": 8.0})
+    results = {
+        "hf_finetune": [result("hf_finetune", 1, 1.0, time_to_target=10.0)],
+        "plain": [result("plain", 1, 1.0, time_to_target=90.0)],
+    }
+    rows = table.rows(replace(prepared, workload=workload), results, 1e12)
+    (goal,) = goals.check(workload, rows)
+    assert (goal.what, goal.measured, goal.is_met) == ("time to the target", "9.00 x (1 seeds)", True)
+
+
+def test_a_table_replaces_what_stands_between_its_marks_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- results: from a -->\nold\n<!-- results: end -->\nafter\n")
+    for _ in range(2):
+        marked.put(file, "results", "\nnew \\1\n")
+        text = "before\n<!-- results: from a -->\n\nnew \\1\n\n<!-- results: end -->\nafter\n"
+        assert file.read_text() == text
+    with pytest.raises(SystemExit, match="profile: end"):
+        marked.put(file, "profile", "x")
 
 
 def test_a_peer_that_does_not_run_is_in_the_table_with_its_last_words(prepared: measure.Prepared) -> None:
     failed = {"system": "trl", "seed": 1, "failed": "ERROR: No matching distribution found for trl|x"}
     entries = table.rows(prepared, {"hf_finetune": [], "trl": [failed]}, 1e12)
-    text = table.markdown(prepared, entries)
+    text = table.markdown(prepared, entries, [])
     assert "did not run: `ERROR: No matching distribution found for trl/x`" in text
     assert {line.count("|") for line in text.splitlines() if line.startswith("| ")} == {11}
 
@@ -204,7 +374,7 @@ def test_a_peer_that_does_not_run_is_in_the_table_with_its_last_words(prepared: 
 def test_other_tokens_are_said_to_be_other_work(prepared: measure.Prepared) -> None:
     own = {"tokens": prepared.tokens // 2, "trained_parameters": 1, "steps": 3}
     entries = table.rows(prepared, {"plain": [result("plain", 1, 5.0, own=own)]}, 1e12)
-    assert "has 50.0% of the tokens" in table.markdown(prepared, entries)
+    assert "has 50.0% of the tokens" in table.markdown(prepared, entries, [])
 
 
 def test_a_package_that_can_not_be_had_is_an_install_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,24 +391,28 @@ def test_the_last_words_of_a_log_are_its_last_error() -> None:
     assert environments.last_line(log) == "ValueError: no"
     assert environments.last_line("one\rtwo\n\n") == "two"
     assert environments.last_line("") == "it said nothing"
+    assert environments.last_line("OSError: no /a/b/lib/x.so, see https://a.b/c/d") == (
+        "OSError: no .../x.so, see https://a.b/c/d"
+    )
 
 
 def test_a_gpu_workload_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
-    reasons = {race._impossible(workload, NOTHING) for workload in FULL if workload.needs_gpu}
+    reasons = {race.impossible(workload, NOTHING) for workload in FULL if workload.needs_gpu}
     assert reasons == {"no GPU here"}
 
 
 def test_targets_are_for_the_real_data_only() -> None:
     workload = next(workload for workload in FULL if workload.name == "gsm8k-llama-12m-target")
-    assert "--gsm8k and --llama" in race._impossible(workload, NOTHING)
-    assert not race._impossible(workload, measure.Sources(None, Path("a"), Path("b")))
+    assert "--gsm8k and --llama" in race.impossible(workload, NOTHING)
+    assert not race.impossible(workload, measure.Sources(None, Path("a"), Path("b")))
 
 
 def test_every_system_of_a_workload_is_known_and_has_a_goal_or_none() -> None:
     for workload in (*QUICK, *FULL):
         assert set(workload.systems) <= set(systems.SYSTEMS)
-        assert set(workload.goals) <= set(workload.systems)
+        assert set(workload.goals) | set(workload.memory_goals) <= set(workload.systems)
+        assert workload.batch_size % (workload.micro_batch or workload.batch_size) == 0
         assert workload.systems[0] == "hf_finetune"
 
 
@@ -272,6 +446,26 @@ def test_our_probe_counts_as_training() -> None:
     assert found[2]["seconds"] == 5.0
 
 
+def test_memory_is_compared_where_micro_batches_are_equal(prepared: measure.Prepared) -> None:
+    ours_ = [result("hf_finetune", 1, 1.0, micro_batch=4)]
+    ratios = []
+    for rows in (4, 8):
+        theirs = [result("plain", 1, 1.0, micro_batch=rows, memory=2 * 10**8)]
+        ratios.append(table.rows(prepared, {"hf_finetune": ours_, "plain": theirs}, 1e12)[1]["times_less_memory"])
+    assert ratios == [summary.Spread(2.0, 2.0, 2.0, 1), None]
+
+
+def test_a_fixed_micro_batch_is_in_our_recipe_and_else_the_choice_is_ours(
+    prepared: measure.Prepared, tmp_path: Path
+) -> None:
+    for rows, said in ((None, "auto"), (2, "2")):
+        workload = replace(CHATS, micro_batch=rows)
+        measurement = Measurement("quick-chats", "d", "hf_finetune", 1)
+        job = measure.job_of(replace(prepared, workload=workload), measurement, tmp_path)
+        assert f"  micro_batch: {said}\n" in ours.write_recipe(job).read_text()
+        assert job["micro_batch"] == (rows or CHATS.batch_size)
+
+
 def test_our_count_of_tokens_is_read_from_what_we_say() -> None:
     assert ours.tokens("run folder x\ntrain: 1,024 rows, 27,001 tokens, longest 41\n") == 27_001
     assert ours.tokens("") is None
@@ -294,23 +488,33 @@ def test_peers_with_a_command_line_are_told_the_same(
         assert fact in said
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("known_peak")
 def test_two_systems_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments.Environment, "python", sys.executable)
     monkeypatch.setattr(environments, "install", lambda *_: 0.0)
-    monkeypatch.setattr(machine, "peaks", lambda: {"fp32": 1e11, "bf16": 4e11})
-    tiny: tuple[Workload, ...] = (replace(CHATS, systems=("hf_finetune", "plain")),)
-    monkeypatch.setattr(race, "QUICK", tiny)
-    one = race.Race(race.parse(["--quick", "--seeds", "1"]), tmp_path)
-    one.prepare()
+    one = small(tmp_path)
     one.run()
     hf, plain = one.found()
     assert hf["failed"] is plain["failed"] is None
-    assert (
-        hf["own"]
-        == plain["own"]
-        == {"tokens": one.prepared[0].tokens, "trained_parameters": one.prepared[0].trained, "steps": 3}
-    )
+    own = {"tokens": one.prepared[0].tokens, "trained_parameters": one.prepared[0].weights.trained, "steps": 3}
+    assert hf["own"] == plain["own"] == own
+    assert hf["micro_batch"] == plain["micro_batch"] == CHATS.batch_size
     assert hf["quality"] == pytest.approx(plain["quality"], abs=0.02)
     assert hf["samples_per_second"] > 0
     assert not (tmp_path / "work" / "quick-chats" / "plain-seed1").exists()
+
+
+def test_rows_padded_to_the_greatest_length_count_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(measure.__file__).parent / "peers"))
+    import plain
+    from transformers import AutoTokenizer
+
+    minilm = measure.packaged(str(QUICK[0].model))
+    rows = str(corpora.QUICKSTART / "validation.jsonl")
+    job = {"kind": "classification", "max_length": 64, "train": rows, "validation": rows, "variant": "plain-padded"}
+    job["labels"] = ["resolved", "unresolved"]
+    encoded = plain.encode(job, AutoTokenizer.from_pretrained(minilm))["train"]
+    assert {len(ids) for ids in encoded["input_ids"]} == {64}
+    counted = sum(sum(mask) for mask in encoded["attention_mask"])
+    whole = corpora.sst2(None).validation[: len(encoded)]
+    assert counted == sum(corpora.lengths(whole, minilm, 64))

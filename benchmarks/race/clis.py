@@ -21,6 +21,11 @@ class Configured:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def accumulation(job: Job) -> int:
+    """Micro-batches of a batch."""
+    return int(job["batch_size"] // job["micro_batch"])
+
+
 def llama_factory(job: Job) -> Configured:
     """LLaMA-Factory: data set as `alpaca` columns, template `chatml`, bf16."""
     output = Path(job["output"])
@@ -31,7 +36,8 @@ def llama_factory(job: Job) -> Configured:
         "model_name_or_path": job["model"], "dataset": "race", "dataset_dir": str(output),
         "cutoff_len": job["max_length"], "lora_rank": job["r"], "lora_alpha": job["alpha"],
         "lora_dropout": job["dropout"], "output_dir": str(output / "out"), "save_strategy": "no", "logging_steps": 1,
-        "per_device_train_batch_size": job["batch_size"], "gradient_accumulation_steps": 1, "report_to": "none",
+        "per_device_train_batch_size": job["micro_batch"], "gradient_accumulation_steps": accumulation(job),
+        "report_to": "none",
         "learning_rate": job["learning_rate"], "num_train_epochs": job["epochs"], "lr_scheduler_type": job["schedule"],
         "warmup_ratio": job["warmup_ratio"], "seed": job["seed"], "bf16": True, "use_cpu": job["device"] == "cpu",
     }  # fmt: skip
@@ -50,7 +56,8 @@ def ms_swift(job: Job) -> Configured:
         "model": job["model"], "dataset": str(output / "swift.jsonl"), "output_dir": str(output / "out"),
         "torch_dtype": "bfloat16", "max_length": job["max_length"], "lora_rank": job["r"], "lora_alpha": job["alpha"],
         "lora_dropout": job["dropout"], "target_modules": "all-linear", "logging_steps": 1, "save_strategy": "epoch",
-        "per_device_train_batch_size": job["batch_size"], "gradient_accumulation_steps": 1, "report_to": "none",
+        "per_device_train_batch_size": job["micro_batch"], "gradient_accumulation_steps": accumulation(job),
+        "report_to": "none",
         "learning_rate": job["learning_rate"], "num_train_epochs": job["epochs"], "lr_scheduler_type": job["schedule"],
         "warmup_ratio": job["warmup_ratio"], "seed": job["seed"], "add_version": "false", "use_hf": "true",
         "save_only_model": "true", "split_dataset_ratio": 0, "use_cpu": str(job["device"] == "cpu").lower(),
@@ -76,7 +83,8 @@ def axolotl(job: Job) -> Configured:
         "base_model": job["model"], "datasets": [data], "dataset_prepared_path": str(output / "prepared"),
         "output_dir": str(output / "out"), "adapter": "lora", "lora_r": job["r"], "lora_alpha": job["alpha"],
         "lora_dropout": job["dropout"], "lora_target_linear": True, "sequence_len": job["max_length"],
-        "micro_batch_size": job["batch_size"], "gradient_accumulation_steps": 1, "num_epochs": int(job["epochs"]),
+        "micro_batch_size": job["micro_batch"], "gradient_accumulation_steps": accumulation(job),
+        "num_epochs": int(job["epochs"]),
         "learning_rate": job["learning_rate"], "lr_scheduler": job["schedule"], "warmup_ratio": job["warmup_ratio"],
         "optimizer": "adamw_torch", "seed": job["seed"], "bf16": job["device"] != "cpu", "attn_implementation": "sdpa",
         "logging_steps": 1, "save_strategy": "no", "val_set_size": 0,

@@ -96,6 +96,23 @@ def lengths(rows: list[Row], model: str, max_length: int) -> list[int]:
     return [min(len(ids), max_length) for ids in encoded]
 
 
+def answers(rows: list[Row], model: str, max_length: int) -> int:
+    """Tokens that come after the questions of chats, at most `max_length` a row; 0 where rows are no chats."""
+    from transformers import AutoTokenizer
+
+    if not rows or "question" not in rows[0]:
+        return 0
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}], tokenize=False, add_generation_prompt=True
+        )
+        for row in rows
+    ]
+    questions = [len(ids) for ids in tokenizer(asked, add_special_tokens=False)["input_ids"]]
+    return sum(max(0, n - q) for n, q in zip(lengths(rows, model, max_length), questions, strict=True))
+
+
 def _draw(rows: list[Row], count: int | None) -> list[Row]:
     if count is None or count >= len(rows):
         return rows

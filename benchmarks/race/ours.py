@@ -23,6 +23,7 @@ adapter: {{kind: lora, r: {r}, alpha: {alpha}, dropout: {dropout}, target_module
 training:
   epochs: {epochs}
   batch_size: {batch_size}
+  micro_batch: {micro_batch}
   learning_rate: {learning_rate}
   schedule: {schedule}
   warmup_ratio: {warmup_ratio}
@@ -36,8 +37,11 @@ def write_recipe(job: Job) -> Path:
     """The recipe of a job: what it leaves open is left to hf_finetune."""
     # Without a target nobody evaluates while the clock runs.
     validation = f"validation: {job['validation']}" if job["eval_every"] else ""
-    options = {**job, "eval_every": job["eval_every"] or "null", "quantization": job["quantization"] or "null"}
-    text = RECIPE.format(**{**options, "task": TASKS[job["kind"]], "validation": validation})
+    # What the workload does not say, hf_finetune chooses.
+    options = {**job, "micro_batch": job["fixed_micro_batch"] or "auto"}
+    options |= {"eval_every": job["eval_every"] or "null", "quantization": job["quantization"] or "null"}
+    options |= {"task": TASKS[job["kind"]], "validation": validation}
+    text = RECIPE.format(**options)
     if not job["eval_every"]:
         text = text.replace(", sample_prompts: 0", "")
     recipe = Path(job["output"], "recipe.yaml")
@@ -64,6 +68,12 @@ def events(lines: list[tuple[float, Job]]) -> list[Job]:
             found.append({"event": "train_end", "time": seen, "steps": line["step"], "seconds": seconds})
             found[-1]["trained_parameters"] = line["trained_parameters"]
     return found
+
+
+def micro_batch(log: str) -> int | None:
+    """Rows of a forward pass, as a run says at its beginning."""
+    match = re.search(r"micro-batch(?:es)? of up to (\d+)", log)
+    return int(match[1]) if match else None
 
 
 def tokens(log: str) -> int | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OURS = "hf_finetune"
 Result = dict[str, Any]
 
 
@@ -63,10 +66,20 @@ class Store:
         self.file(measurement).unlink(missing_ok=True)
 
 
-def plan(workload: str, digest: str, systems: tuple[str, ...], seeds: int) -> list[Measurement]:
-    """All measurements of a workload, in the order in which they are made: every second round backwards."""
+def plan(workloads: Sequence[tuple[str, str, tuple[str, ...]]], seeds: int) -> list[Measurement]:
+    """All measurements in the order in which they are made: round after round, every second one backwards.
+
+    In a round the workloads take turns, so that each has had its first systems before any has its last.
+
+    Args:
+        workloads: Name, digest, systems.
+        seeds: Rounds.
+    """
     found = []
     for seed in range(1, seeds + 1):
-        order = systems if seed % 2 else systems[::-1]
-        found += [Measurement(workload, digest, system, seed) for system in order]
+        columns = [
+            [Measurement(name, digest, system, seed) for system in systems] for name, digest, systems in workloads
+        ]
+        order = [found for row in itertools.zip_longest(*columns) for found in row if found is not None]
+        found += order if seed % 2 else order[::-1]
     return found

@@ -89,6 +89,7 @@ SYSTEMS = {
     for name, title, environment, launch in (
         ("hf_finetune", "hf_finetune", "ours", _ours),
         ("plain", "Trainer + PEFT, defaults", "plain", partial(_script, "plain", "plain.py")),
+        ("plain-padded", "Trainer + PEFT, as run_glue", "plain", partial(_script, "plain", "plain.py")),
         ("tuned", "Trainer + PEFT, tuned by hand", "plain", partial(_script, "plain", "plain.py")),
         ("trl", "TRL SFTTrainer, defaults", "trl", partial(_script, "trl", "trl_sft.py")),
         ("trl-tuned", "TRL, bf16 base, grouped, eager", "trl", partial(_script, "trl", "trl_sft.py")),

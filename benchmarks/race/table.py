@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.race import goals
+from benchmarks.race.goals import Goal
 from benchmarks.race.measure import Prepared
-from benchmarks.race.results import Result
+from benchmarks.race.results import OURS, Result
 from benchmarks.race.summary import Spread, ratio
 from benchmarks.race.systems import SYSTEMS
 
-OURS = "hf_finetune"
 NUMBERS = ("samples_per_second", "tokens_per_second", "first_step", "wall", "memory", "quality", "time_to_target")
 HEAD = (
     "| system | seeds | samples/s | tokens/s | share of peak | memory | first step | whole command | {quality} "
@@ -31,7 +32,8 @@ def head(facts: dict[str, Any], results: list[Result]) -> str:
         f"{_spread(others, '.0%')}. Numbers are medians over the seeds, with (least..most); ratios are medians of the "
         "ratios round by round. Rates hold training, with whatever a system tries out or compiles for it; `whole "
         "command` also imports, loading, tokenisation and saving. Tokens are those of the data, without padding. "
-        "Memory is the peak of resident memory above what the imports take. Quality is measured by one evaluator, in "
+        "Memory is the peak of resident memory above what the imports take; it is compared where micro-batches are "
+        "equal. Quality is measured by one evaluator, in "
         "fp32, from the saved adapter.\n"
     )
 
@@ -45,20 +47,23 @@ def rows(prepared: Prepared, results: dict[str, list[Result]], peak: float) -> l
         row: dict[str, Any] = {"workload": prepared.workload.name, "system": system, "seeds": len(well)}
         row["failed"] = next((result["failed"] for result in measured if result["failed"]), None)
         row |= {key: Spread.of(result.get(key) for result in well) for key in NUMBERS}
+        row["cpu_seconds"] = Spread.of(result.get("cpu") for result in well)
         row["share"] = Spread.of(result["flops_per_second"] / peak for result in well)
         row["quality_problem"] = next((r["quality_problem"] for r in well if r.get("quality_problem")), None)
         if system != OURS:
             row["times_faster"] = ratio(ours, well, "samples_per_second")
-            row["times_less_memory"] = ratio(ours, well, "memory", less_is_better=True)
+            is_equal = len({result.get("micro_batch") for result in [*ours, *well]}) == 1
+            row["times_less_memory"] = ratio(ours, well, "memory", less_is_better=True) if is_equal else None
+            row["times_less_cpu"] = ratio(ours, well, "cpu", less_is_better=True)
             row["times_faster_whole"] = ratio(ours, well, "wall", less_is_better=True)
             row["times_faster_to_target"] = ratio(ours, well, "time_to_target", less_is_better=True)
-            row["goal"] = prepared.workload.goals.get(system)
         row["differs"] = _differs(prepared, well)
+        row["micro_batch"] = sorted({result.get("micro_batch") or 0 for result in well})
         found.append(row)
     return found
 
 
-def markdown(prepared: Prepared, entries: list[dict[str, Any]]) -> str:
+def markdown(prepared: Prepared, entries: list[dict[str, Any]], aims: list[Goal]) -> str:
     """One workload's part of the table."""
     workload = prepared.workload
     size = f"{prepared.rows:,} rows x {workload.epochs:g} epochs, {prepared.tokens:,} tokens an epoch"
@@ -71,7 +76,7 @@ def markdown(prepared: Prepared, entries: list[dict[str, Any]]) -> str:
     top = HEAD.format(quality=quality)
     if workload.target is not None:
         top = top.rstrip("\n") + "---|\n"
-    return text + top + "".join(_line(entry, has_target=workload.target is not None) for entry in entries)
+    return text + top + "".join(_line(entry, aims, has_target=workload.target is not None) for entry in entries)
 
 
 def missing(title: str, name: str, reason: str) -> str:
@@ -79,12 +84,12 @@ def missing(title: str, name: str, reason: str) -> str:
     return f"\n### {title}\n\n`{name}`: not measured: {reason}.\n"
 
 
-def _line(entry: dict[str, Any], *, has_target: bool) -> str:
+def _line(entry: dict[str, Any], aims: list[Goal], *, has_target: bool) -> str:
     title = SYSTEMS[entry["system"]].title
     if not entry["seeds"]:
         cells = [
             "0",
-            f"did not run: `{(entry['failed'] or 'not measured').replace('|', '/')}`",
+            f"did not run: `{entry['failed'].replace('|', '/')}`" if entry["failed"] else "not measured: no time",
             *[""] * (7 + has_target),
         ]
         return f"| {title} | {' | '.join(cells)} |\n"
@@ -101,23 +106,30 @@ def _line(entry: dict[str, Any], *, has_target: bool) -> str:
     ]
     if has_target:
         cells.append(_spread(entry["time_to_target"], ".0f", " s") if entry["time_to_target"] else "not reached")
-    cells.append(_ratios(entry))
+    cells.append(_ratios(entry, aims))
     note = f"<br>{entry['differs']}" if entry["differs"] else ""
     return f"| {title}{note} | {' | '.join(cells)} |\n"
 
 
-def _ratios(entry: dict[str, Any]) -> str:
-    if entry["system"] == OURS:
-        return "-"
-    faster = entry["times_faster_to_target"] if entry["time_to_target"] else None
-    parts = [f"{_spread(faster, '.2f')} x faster to the target"] if faster else []
+def _ratios(entry: dict[str, Any], aims: list[Goal]) -> str:
+    system = entry["system"]
+    if system == OURS:
+        return f"share of peak{_aim(aims, 'share of the peak', '')}" if goals.of(aims, "share of the peak", "") else "-"
+    parts = []
+    if entry["times_faster_to_target"]:
+        spread = _spread(entry["times_faster_to_target"], ".2f")
+        parts.append(f"{spread} x faster to the target{_aim(aims, 'time to the target', system)}")
     if entry["times_faster"]:
-        parts.append(f"{_spread(entry['times_faster'], '.2f')} x faster")
-    if entry["goal"]:
-        parts.append(f"goal {entry['goal']:g} x")
+        parts.append(f"{_spread(entry['times_faster'], '.2f')} x faster{_aim(aims, 'rate', system)}")
     if entry["times_less_memory"]:
-        parts.append(f"memory x {1 / entry['times_less_memory'].median:.2f}")
+        parts.append(f"memory x {1 / entry['times_less_memory'].median:.2f}{_aim(aims, 'memory', system)}")
     return ", ".join(parts) or "-"
+
+
+def _aim(aims: list[Goal], what: str, system: str) -> str:
+    """What was aimed at in a cell, and whether it was met."""
+    goal = goals.of(aims, what, system)
+    return f" (goal {goal.aim}: {goal.verdict})" if goal else ""
 
 
 def _well(results: list[Result]) -> list[Result]:

@@ -2,14 +2,15 @@
 
 The head and the loss take the logits of every position, padding and prompts included, in float32, and their gradient
 again. Here only positions whose next token counts meet the head, a chunk at a time, and each chunk leaves its gradient
-with respect to the hidden states behind (as in Hsu et al. 2024, Liger Kernel, section 3.2).
+with respect to the hidden states behind (as in Hsu et al. 2024, Liger Kernel, section 3.2). In evaluation each chunk
+leaves what is counted of it.
 
 Shapes: B rows, T tokens, H hidden size, V vocabulary, N counted positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_finetune.language.token_loss import counted, loss_sum_of
+from hf_finetune.language.token_loss import counted, each, loss_sum_of, row_sums_of
 
 Tensor = torch.Tensor
 
 CHUNK_BYTES = 1 << 25
 """Of the float32 logits that exist at a time: some of a CPU's cache, and enough rows for a full GEMM on a GPU."""
+FEW = 64
+"""Positions of a chunk at least, however large the vocabulary."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -31,7 +34,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: torch.nn.Linear, smoothing: float) -> Tensor:
         """The summed loss; keeps the gradient of the hidden states."""
-        size = max(64, CHUNK_BYTES // (4 * head.out_features))
+        size = _chunk(head.out_features)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for part, want, out in zip(*(torch.split(whole, size) for whole in (hidden, wanted, gradient)), strict=True):
@@ -47,6 +50,10 @@ class _HeadLoss(torch.autograd.Function):
         """That gradient, times the one of the loss."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None
+
+
+def _chunk(vocabulary: int) -> int:
+    return max(FEW, CHUNK_BYTES // (4 * vocabulary))
 
 
 def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
@@ -68,7 +75,7 @@ class FastHead:
     """Stands before the head of a language model while a loss is asked for.
 
     A head that is linear, frozen and without an adapter is fused with the loss; before any other one the positions that
-    count are picked.
+    count are picked. In evaluation every head gets these a chunk at a time.
 
     Args:
         head: The module that makes logits of hidden states.
@@ -78,8 +85,12 @@ class FastHead:
     def __init__(self, head: torch.nn.Module, smoothing: float) -> None:
         self.smoothing = smoothing
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
+        self.is_last = True
+        """Whether the model returns what the head makes; one that caps or scales it does not. See `notice`."""
         self._mask: Tensor | None = None
         self._wanted: Tensor | None = None
+        self._looked_at: Tensor | None = None
+        self._found: Tensor | None = None
         self._hook = head.register_forward_pre_hook(self._pick, prepend=True)
         if self.is_fused:
             head.forward = MethodType(self._forward, head)
@@ -115,11 +126,49 @@ class FastHead:
             raise AssertionError("nobody asked for a loss")
         return logits.float().sum() if self.is_fused else loss_sum_of(logits[0], self._wanted, self.smoothing)
 
+    def notice(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Find out whether the model changes what its head makes; returns the logits of all positions.
+
+        Args:
+            forward: Runs the model on some batch and returns its logits.
+        """
+        made: list[Tensor] = []
+        hook = self._head.register_forward_hook(lambda head, inputs, output: made.append(output.detach().clone()))
+        try:
+            logits = forward()
+        finally:
+            hook.remove()
+        self.is_last = len(made) == 1 and torch.equal(made[0].float(), logits.detach().float())
+        return logits
+
+    def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
+        """What `token_loss.row_sums` finds, (B, 3) float32, without ever holding the logits of the whole batch.
+
+        Args:
+            forward: Runs the model on the batch, without gradients, and returns its logits.
+            labels: (B, T).
+            by_position: See `token_loss.row_sums`.
+        """
+        self._mask = counted(labels)
+        wanted = labels[:, 1:][self._mask]
+        self._looked_at = wanted if self.is_last else None
+        try:
+            logits = forward()
+            found = each(logits[0], wanted) if self._found is None else self._found
+        finally:
+            self._mask = self._looked_at = self._found = None
+        return row_sums_of(found, labels, by_position)
+
     def _pick(self, head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._mask is None:
             return None
         hidden, *rest = inputs
-        return (hidden[:, :-1][self._mask][None], *rest)
+        kept = hidden[:, :-1][self._mask]
+        if self._looked_at is None:
+            return (kept[None], *rest)
+        self._mask = None  # for the calls that come of this one
+        self._found = _in_chunks(lambda part: head(part[None], *rest)[0], kept, self._looked_at)
+        return (hidden[:1, :1], *rest)  # the model wants some logits
 
     def _forward(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
         if self._wanted is None:
@@ -128,3 +177,13 @@ class FastHead:
             kept = hidden[0].to(head.weight.dtype)
             total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
         return total.view(1, 1, 1)
+
+
+def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
+    """What `token_loss.each` finds of all positions, of a chunk of logits at a time."""
+    logits = head(kept[:FEW])  # few: only now is it known how many one position has
+    size, found = _chunk(logits.shape[-1]), [each(logits, wanted[:FEW])]
+    del logits
+    for part, want in zip(torch.split(kept[FEW:], size), torch.split(wanted[FEW:], size), strict=True):
+        found.append(each(head(part), want))
+    return torch.cat(found, dim=1)

@@ -54,6 +54,26 @@ class Paths:
         with self.head.asked(labels):
             return self.head.loss_sum(model(**inputs).logits)
 
+    def eval_rows(
+        self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, by_position: Tensor | None = None
+    ) -> Tensor:
+        """The forward pass of an evaluation, and what is kept of its rows; see `Task.eval_rows`.
+
+        Args:
+            model: As in `loss_sum`.
+            inputs: Without labels.
+            labels: As the task's collator makes them.
+            by_position: See `Task.eval_rows`.
+        """
+        if self.head is None:
+            return self.task.eval_rows(model(**inputs).logits, labels, by_position)
+        return self.head.eval_rows(lambda: model(**inputs).logits, labels, by_position)
+
+    @property
+    def makes_all_logits(self) -> bool:
+        """Whether an evaluation step holds a language model's logits of a whole batch at once."""
+        return self.head is None or not self.head.is_last
+
     @property
     def is_compiled(self) -> bool:
         """Whether layers are compiled, or will be at their next training step."""
@@ -138,12 +158,16 @@ def take(
 def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Logits of the positions that are no padding, and a language model's summed loss."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "tokens")}
-    logits = model(**inputs).logits.float()
+    logits = _logits(paths, lambda: model(**inputs).logits).float()
     mask = inputs.get("attention_mask")
     seen = logits[mask.bool()] if mask is not None and logits.dim() == 3 else logits
     if paths.task.peft_type != "CAUSAL_LM":
         return [seen]  # the loss follows from the logits
     return [seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)]
+
+
+def _logits(paths: Paths, forward: Callable[[], Tensor]) -> Tensor:
+    return forward() if paths.head is None else paths.head.notice(forward)
 
 
 @contextmanager

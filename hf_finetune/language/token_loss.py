@@ -61,15 +61,37 @@ def row_sums(logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tens
         labels: (B, T).
         by_position: (2, T or more) sums that each counted token adds to at its position: its nats, and 1.
     """
+    return row_sums_of(each(*_kept(logits, labels)), labels, by_position)
+
+
+def each(kept: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of each counted position: nats, and 1 where the likeliest token is the wanted one; (2, N) float32.
+
+    Args:
+        kept: (N, V) logits.
+        wanted: (N,) labels.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    kept, wanted = _kept(logits, labels)
     parts = [
         torch.stack([cross_entropy(part.float(), want, reduction="none"), part.argmax(-1).eq(want).float()])
         for part, want in zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)
     ]
-    nll, correct = torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1)
+
+
+def row_sums_of(found: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None) -> torch.Tensor:
+    """The same as `row_sums`, from what `each` found of all counted positions.
+
+    Args:
+        found: (2, N).
+        labels: (B, T).
+        by_position: See `row_sums`.
+    """
+    import torch
+
+    nll, correct = found
     rows, before = counted(labels).nonzero(as_tuple=True)
     values = torch.stack([nll, torch.ones_like(nll), correct], dim=1)
     if by_position is not None:

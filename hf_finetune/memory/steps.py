@@ -83,8 +83,7 @@ class Step:
         with self._mode, ledger, torch.no_grad():
             inputs, labels = self._batch(shape, ledger)
             with self._autocast():
-                logits = self._forward()(**inputs).logits
-            self.recipe.task.eval_rows(logits, labels)
+                self._paths.eval_rows(self._forward(), inputs, labels)
         return self._found(ledger, earlier=True)
 
     def _loss(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Any:

@@ -64,7 +64,9 @@ def shapes(ready: Ready, of: Load) -> Shapes:
     evaluated = [rows for rows in (ready.prepared.validation, ready.prepared.test) if rows is not None]
     most = max((len(rows) for rows in evaluated), default=0)
     longest = max((max(rows["length"]) for rows in evaluated), default=0)
-    return Shapes(train=of.largest, evaluation=(min(ready.assignment.job.eval_batch, most), longest))
+    all_logits = ready.machine.is_sharded or not ready.recipe.speed.fused_loss
+    rows = ready.assignment.job.eval_batch.rows_of(longest, all_logits=all_logits)
+    return Shapes(train=of.largest, evaluation=(min(rows, most), longest))
 
 
 def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:

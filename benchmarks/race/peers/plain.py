@@ -2,8 +2,10 @@
 
     python plain.py JOB.json
 
-Variants: `plain` is what the examples do (fp32, random order, dynamic padding); `tuned` is what a careful user reaches
-with arguments alone (bf16 autocast, frozen weights stored in bf16, length-grouped batches, eager attention).
+Variants: `plain` is what `Trainer` does by itself (fp32, random order, batches padded to their longest row);
+`plain-padded` is what the example `run_glue.py` does by default: the same, every row padded to the greatest length;
+`tuned` is what a careful user reaches with arguments alone (bf16 autocast, frozen weights stored in bf16,
+length-grouped batches, eager attention).
 """
 
 from __future__ import annotations
@@ -61,9 +63,11 @@ def encode(job: Job, tokenizer: Any) -> Any:
     files = {split: job[split] for split in ("train", "validation")}
     data: Any = load_dataset("json", data_files=files)
     limit = job["max_length"]
+    padding = "max_length" if job["variant"] == "plain-padded" else False
 
     def text(row: Job) -> Job:
-        return {**tokenizer(row["text"], truncation=True, max_length=limit), "label": job["labels"].index(row["label"])}
+        encoded = tokenizer(row["text"], truncation=True, max_length=limit, padding=padding)
+        return {**encoded, "label": job["labels"].index(row["label"])}
 
     def chat(row: Job) -> Job:
         question = [{"role": "user", "content": row["question"]}]
@@ -110,7 +114,8 @@ def arguments(job: Job, *, is_tuned: bool) -> TrainingArguments:
         options |= {"eval_strategy": "steps", "eval_steps": job["eval_every"], "per_device_eval_batch_size": 32}
     return TrainingArguments(
         output_dir=f"{job['output']}/checkpoints",
-        per_device_train_batch_size=job["batch_size"],
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["batch_size"] // job["micro_batch"],
         num_train_epochs=job["epochs"],
         learning_rate=job["learning_rate"],
         lr_scheduler_type=job["schedule"],
@@ -144,7 +149,7 @@ def main() -> None:
     clock.note(
         "train_begin",
         rows=len(data["train"]),
-        tokens=sum(len(ids) for ids in data["train"]["input_ids"]),
+        tokens=sum(sum(mask) for mask in data["train"]["attention_mask"]),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     trainer.train()

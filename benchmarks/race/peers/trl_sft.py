@@ -71,9 +71,9 @@ def model_of(job: Job) -> Any:
 def settings(job: Job) -> Any:
     """SFTConfig."""
     options = dict(VARIANTS[job["variant"]])
-    batch = job["batch_size"]
+    rows, micro = job["batch_size"], job["micro_batch"]
     if options.get("packing"):
-        batch = max(1, round(batch * job["mean_tokens"] / job["max_length"]))
+        rows, micro = (max(1, round(count * job["mean_tokens"] / job["max_length"])) for count in (rows, micro))
     if not options.get("padding_free"):  # is refused together
         options["max_length"] = job["max_length"]
     else:
@@ -82,7 +82,8 @@ def settings(job: Job) -> Any:
         options |= {"eval_strategy": "steps", "eval_steps": job["eval_every"], "per_device_eval_batch_size": 32}
     return SFTConfig(
         output_dir=f"{job['output']}/checkpoints",
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=max(1, round(rows / micro)),
         num_train_epochs=job["epochs"],
         learning_rate=job["learning_rate"],
         lr_scheduler_type=job["schedule"],

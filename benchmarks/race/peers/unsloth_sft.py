@@ -58,7 +58,8 @@ def main() -> None:
         remove_columns=data.column_names,
     )
     options = {
-        "per_device_train_batch_size": job["batch_size"], "num_train_epochs": job["epochs"],
+        "per_device_train_batch_size": job["micro_batch"], "num_train_epochs": job["epochs"],
+        "gradient_accumulation_steps": job["batch_size"] // job["micro_batch"],
         "learning_rate": job["learning_rate"], "lr_scheduler_type": job["schedule"], "seed": job["seed"],
         "warmup_steps": job["warmup_ratio"], "save_strategy": "no", "report_to": "none",
     }  # fmt: skip
