@@ -134,6 +134,7 @@ class _Run:
             if machine.is_main:
                 environment = observers.environment()
                 runlock.write(folder.run_lock, recipe, keeper.facts, environment, choices)
+                observers.locked()
             seconds, scores = _train(trainer, learner, self.stop)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)

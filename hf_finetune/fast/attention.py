@@ -1,7 +1,7 @@
-"""Plain attention for a CPU: transformers' `eager` as one autograd function, without copies of shared keys and values.
+"""Plain attention for a CPU: transformers' `eager` as one autograd function, shared keys and values without copies.
 
-Autograd keeps the weights twice, in float32 and rounded, and makes several tensors of their size in each pass. Here only
-the rounded ones are kept, and what can be done in place is.
+Autograd keeps the weights twice, in float32 and rounded, and makes several tensors of their size in each pass. Here
+only the rounded ones are kept, and what can be done in place is.
 
 Shapes: B rows, H heads, K heads of keys and values (H = K G), T queries, S keys, D size of a head.
 """

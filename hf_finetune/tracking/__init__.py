@@ -115,6 +115,11 @@ class Observers:
         facts: dict[str, str] = environment.look(self.machine, 0).facts["table"]
         return facts
 
+    def locked(self) -> None:
+        """`run.lock.json` is there: show it."""
+        if self.board is not None:
+            self.board.add_lock()
+
     def record(self, record: Record) -> None:
         """Keep and draw what was seen of the model, on rank 0.
 
