@@ -268,6 +268,7 @@ class CausalLM(Task):
             prompts=self.prompts(first, tokenizer, self.generate_rows),
             max_new_tokens=self.max_new_tokens,
             score=lambda generations: self.answer_metrics(generations, references),
+            each=lambda generations: answers.each(generations, references, self.answer_pattern),
         )
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
