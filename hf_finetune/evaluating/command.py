@@ -128,7 +128,10 @@ def _against(run: Finished, name: str, other: Finished, wish: Wish, mine: tuple[
     """Score the other model on the same rows, and compare."""
     scored, one = mine
     if name == BASE:
-        return versus.compare(scored, _scored(run, run.base(), one), "the base model")
+        found = versus.compare(scored, _scored(run, run.base(), one), "the base model")
+        if run.recipe.task.peft_type == "SEQ_CLS":
+            found.notes.append("what the base lacks of a classifier, it is lent: the trained head")
+        return found
     with _same_rows(run, other, wish) as theirs:
         return versus.compare(scored, _scored(other, other.model(), theirs), name)
 
