@@ -207,6 +207,18 @@ def test_lines_go_through_a_pipe_and_a_reader_that_leaves_ends_it_quietly(classi
     process.stderr.close()
 
 
+def test_a_pipe_with_a_name_is_read_once(classifier: Path, tmp_path: Path) -> None:
+    import threading
+
+    os.mkfifo(tmp_path / "in")
+    writing = threading.Thread(target=lambda: (tmp_path / "in").write_text("text\na film\n"))
+    writing.start()
+    options = Options(str(classifier), input=str(tmp_path / "in"), output=str(tmp_path / "out.csv"), input_format="csv")
+    command.run(options)
+    writing.join()
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+
+
 def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"question": "what is one plus two ?", "id": 7}\n{"question": "what is ten plus one ?"}\n')

@@ -88,10 +88,12 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines from elsewhere."""
-    if sys.stdin is None:
+    """Lines from elsewhere; bytes that are no UTF-8 are shown as what they are not."""
+    stdin: Any = sys.stdin
+    if stdin is None:
         return
-    for line in sys.stdin:
+    stdin.reconfigure(encoding="utf-8", errors="replace")
+    for line in stdin:
         yield line.rstrip("\r\n")
 
 

@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     opened = open_run(options.run, options.overrides)
     key = _key(options, opened, source, form)
     target = None if options.output == "-" else options.output
-    with output.opened(target, key, restart=options.restart, resumable=options.input != "-") as taken:
+    with output.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as taken:
         made = predictor.make(opened, options.max_new_tokens)
         _refuse_tsv(form, made)
         try:

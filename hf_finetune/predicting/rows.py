@@ -61,16 +61,21 @@ class Input:
         """What messages call it."""
         return "standard input" if self.name == STDIN else self.name
 
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read once only: standard input, or a pipe that has a name."""
+        return self.name == STDIN or not Path(self.name).is_file()
+
     def identity(self) -> dict[str, Any]:
         """What tells whether this is the same input as before; nothing of a pipe."""
-        if self.name == STDIN:
+        if self.is_pipe:
             return {}
         with Path(self.name).open("rb") as stream:
             return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
     def count(self) -> int | None:
         """How many rows there are, for a progress bar; None where telling would take a second reading."""
-        if self.name == STDIN:
+        if self.is_pipe:
             return None
         if self.form == "parquet":
             import pyarrow.parquet as pq
