@@ -89,7 +89,7 @@ def start(run: Path, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
 def test_a_pipe_gets_labels_and_nothing_else(classifier: Path) -> None:
     process = start(classifier, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     out, errors = process.communicate(
-        b"the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nnot read\n", timeout=120
+        b"the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nnot read\n", timeout=300
     )
     lines = out.decode().splitlines()
     assert process.returncode == 0
@@ -106,7 +106,7 @@ def test_a_pipe_gets_labels_and_nothing_else(classifier: Path) -> None:
 def test_machines_get_an_object_an_answer(chatter: Path) -> None:
     words = ("--max-new-tokens", "4", "--log-format", "json", "--quiet")
     process = start(chatter, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, errors = process.communicate(ASKED.encode(), timeout=120)
+    out, errors = process.communicate(ASKED.encode(), timeout=300)
     assert (process.returncode, errors) == (0, b"")
     (told,) = [json.loads(line) for line in out.splitlines()]
     assert (told["event"], told["prompt"], told["stopped"]) == ("answer", ASKED, False)
@@ -126,11 +126,11 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(chatter: Path) ->
     until(ours, b"> ")
     assert process.poll() is None
     os.write(ours, b"\x04")
-    assert process.wait(timeout=60) == 0
+    code = process.wait(timeout=300)
     os.close(ours)
     assert process.stderr is not None
-    assert b"Traceback" not in process.stderr.read()
-    process.stderr.close()
+    with process.stderr as errors:
+        assert (code, errors.read()) == (0, b"")
 
 
 def until(terminal: int, wanted: bytes) -> bytes:

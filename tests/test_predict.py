@@ -190,7 +190,7 @@ def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(classifier: Path, 
 
 def test_lines_go_through_a_pipe_and_a_reader_that_leaves_ends_it_quietly(classifier: Path) -> None:
     process = start(str(classifier), stdin=subprocess.PIPE)
-    out, errors = process.communicate(b"the film is good\nthe plot is bad\n", timeout=120)
+    out, errors = process.communicate(b"the film is good\nthe plot is bad\n", timeout=300)
     assert (process.returncode, errors) == (0, b"")
     assert [row["text"] for row in objects(out.decode())] == ["the film is good", "the plot is bad"]
 
@@ -202,7 +202,7 @@ def test_lines_go_through_a_pipe_and_a_reader_that_leaves_ends_it_quietly(classi
     process.stdout.close()
     os.write(writing, b"a film\n")
     os.close(writing)
-    assert process.wait(timeout=120) == 141
+    assert process.wait(timeout=300) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
 
