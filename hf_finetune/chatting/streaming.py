@@ -74,13 +74,15 @@ class Speaker:
             finally:
                 streamer.end()  # whatever happened, nobody must wait for more
 
-        thread = threading.Thread(target=write, daemon=True, name="answer")
-        thread.start()
+        # No daemon: torch aborts the process where the interpreter ends under a thread that computes.
+        thread = threading.Thread(target=write, name="answer")
         try:
+            thread.start()
             yield from (piece for piece in streamer if piece)
         finally:
             asked.set()
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         for error in failed:
             if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
                 raise OutOfMemoryError(f"out of memory with a prompt of {len(prompt):,} tokens; chat less") from error
