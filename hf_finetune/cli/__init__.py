@@ -3,6 +3,7 @@
 accelerate launch -m hf_finetune RECIPE [key.path=value ...]
 hf-finetune train RECIPE [key.path=value ...] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
+hf-finetune merge RUN --to DIR [--dtype fp32|bf16|fp16] [--quantize int8|int4] [--onnx] [--data FILE] [--overwrite]
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
 hf-finetune tensorboard RUN [--rebuild]
 hf-finetune schema
@@ -10,6 +11,7 @@ hf-finetune schema
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,8 @@ from hf_finetune.errors import (
 )
 from hf_finetune.terminal import Message
 
+LOUD_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers that tell, while PEFT imports what is installed, of GPU kernels that are not there and of torch to come."""
 SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 """Every rank of a node finds these; its first one says them."""
 
@@ -52,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> None:
     arguments = parse(words)
+    for name in LOUD_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments.run(arguments)
     except FinetuneError as error:
