@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from hf_finetune.finished import Finished
     from hf_finetune.merging.options import Dtype
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Settings of a generation config that mean nothing where it does not sample."""
-
 
 @contextmanager
 def staged(place: str) -> Iterator[Path]:
@@ -126,11 +123,7 @@ def _generation(network: Any, tokenizer: Any) -> None:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    if not config.do_sample:
-        # transformers refuses to save such settings, with which many a base is published; they had no effect.
-        for name in SAMPLING:
-            if getattr(config, name, None) is not None:
-                setattr(config, name, None)
+    config._from_model_config = False  # else transformers may make it anew from config.json, which knows one end only
 
 
 def _commit(staging: Path, final: Path) -> None:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 RUN = "run"
-"""What the metrics of the adapter's model are called, as the run evaluates it."""
+"""What the metrics of the model are called as the run evaluates it: in its precision, on its quantised base."""
+ADAPTER = "adapter"
+"""The same model in fp32, before merging: what the others are compared with, so that a change is not one of
+arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Report:
     into: str
     checks: list[Check] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of `run`, `merged`, and what else was made."""
+    """Of `run`, `adapter`, `merged`, and what else was made."""
     packages: list[str] = field(default_factory=list)
     """Further ones that were used."""
 
@@ -60,17 +63,18 @@ class Report:
         for check in self.checks:
             lines.append(f"  {check.what:<19} logits equal to {check.difference:.1e} (allowed {check.tolerance:g})")
         for name, found in self.metrics.items():
-            change = "" if name == RUN else f"   ({self._told_change(name)})"
-            lines.append(f"  {name:<19} {self._told(found)}{change}")
+            change = "" if name in (RUN, ADAPTER) else f"   ({self._told_change(name)})"
+            told = f"{name} in fp32" if name == ADAPTER else name
+            lines.append(f"  {told:<19} {self._told(found)}{change}")
         lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
         lines.append(f"  folder              {place}")
         fields = {key: value for key, value in self._facts().items() if key != "made_by"}
         tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
 
     def change(self, name: str) -> dict[str, float]:
-        """Metrics of something that was made, less those of the run."""
-        of_run = self.metrics[RUN]
-        return {key: value - of_run[key] for key, value in self.metrics[name].items() if key in of_run}
+        """Metrics of something that was made, less those of the adapter in fp32."""
+        before = self.metrics[ADAPTER]
+        return {key: value - before[key] for key, value in self.metrics[name].items() if key in before}
 
     def _facts(self) -> dict[str, Any]:
         recipe, rows = self.run.recipe, self.rows
@@ -91,7 +95,7 @@ class Report:
             "checks": [vars(check) for check in self.checks],
             "rows": {"split": rows.split, "used": len(rows.encoded), "of": rows.whole, "sources": list(rows.sources)},
             "metrics": self.metrics,
-            "change": {name: self.change(name) for name in self.metrics if name != RUN},
+            "change": {name: self.change(name) for name in self.metrics if name not in (RUN, ADAPTER)},
             "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *self.packages]},
         }
 

@@ -12,7 +12,7 @@ from hf_finetune.finished import open_run
 from hf_finetune.merging import folder, onnxfile, plain, quantised, scoring, weights
 from hf_finetune.merging import rows as rows_of_run
 from hf_finetune.merging.options import Dtype, Options
-from hf_finetune.merging.report import RUN, Check, Report
+from hf_finetune.merging.report import ADAPTER, RUN, Check, Report
 from hf_finetune.model.pretrained import read_config
 from hf_finetune.terminal import phase
 
@@ -64,34 +64,39 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
 def _merged(run: Finished, rows: Rows, options: Options, staging: Path) -> Report:
     """Merge, write, load back, and compare with the run."""
     dtype = options.dtype or _stored_dtype(run)
-    probes = rows.probes()
-    merged = weights.merged(run, probes)
+    merged = weights.merged(rows)
     folder.check_space(Path(options.to), merged.network, dtype)
     with phase("writing the model"):
         folder.write(merged.network, run, dtype, options.shard_size, staging)
-    checks = [Check("merging", merged.difference, weights.TOLERANCE)]
-    into = merged.into
-    del merged
-    report = Report(run, rows, dtype, into, checks)
-    expected = _of_run(run, rows, report)
+    report = Report(run, rows, dtype, merged.into)
+    report.checks.append(Check("merging", merged.difference, weights.TOLERANCE))
+    expected, in_fp32 = merged.before, merged.metrics
+    del merged  # one model at a time
+    _compare_run(report, options, expected)
+    report.metrics[ADAPTER] = in_fp32
     network = plain.load(staging, run)
-    apart = scoring.difference(expected, scoring.logits(plain.logits_of(network), probes))
-    tolerance = _tolerance(run, dtype) if options.tolerance is None else options.tolerance
-    scoring.refuse(apart, tolerance, "what was written is not the model of the run", HINT)
+    apart = scoring.difference(expected, scoring.logits(plain.logits_of(network), rows.probes()))
+    tolerance = export.TOLERANCES[dtype] if options.tolerance is None else options.tolerance
+    scoring.refuse(apart, tolerance, "what was written is not the adapter's model", HINT)
     report.checks.append(Check("folder", apart, tolerance))
     report.metrics["merged"] = scoring.metrics("the merged model", rows, plain.rows_of(network, run))
     return report
 
 
-def _of_run(run: Finished, rows: Rows, report: Report) -> list[torch.Tensor]:
-    """Logits of the adapter's model, as the run evaluates it; its metrics go into the report."""
-    network = run.model()
-    served = run.serve(network)
-    plainly = plain.logits_of(network)
+def _compare_run(report: Report, options: Options, expected: list[torch.Tensor]) -> None:
+    """The model as the run evaluates it must be what was merged, also where its base is quantised."""
+    run, rows = report.run, report.rows
+    served = run.serve(run.model())
+    plainly = plain.logits_of(served.network)
     with served.running():
-        expected = scoring.logits(plainly, rows.probes())
+        apart = scoring.difference(expected, scoring.logits(plainly, rows.probes()))
+    tolerance = export.TOLERANCES[run.machine.precision]
+    if run.recipe.model.quantization == "int8":
+        tolerance = max(tolerance, INT8_BASE)
+    tolerance = tolerance if options.tolerance is None else options.tolerance
+    scoring.refuse(apart, tolerance, "what was merged is not the model of the run", HINT)
+    report.checks.append(Check("run", apart, tolerance))
     report.metrics[RUN] = scoring.metrics("the run's model", rows, served.rows)
-    return expected
 
 
 def _quantised(report: Report, options: Options, staging: Path) -> None:
@@ -118,9 +123,3 @@ def _stored_dtype(run: Finished) -> Dtype:
     """What the base's checkpoint is in; fp32 where it does not say, or says something else."""
     stored = getattr(read_config(run.recipe.model), "dtype", None)
     return next((name for name in get_args(Dtype) if hardware.DTYPES[name] is stored), "fp32")
-
-
-def _tolerance(run: Finished, dtype: Dtype) -> float:
-    """The coarser of what the run evaluates in and what is written."""
-    found = max(export.TOLERANCES[run.machine.precision], export.TOLERANCES[dtype])
-    return max(found, INT8_BASE) if run.recipe.model.quantization == "int8" else found
