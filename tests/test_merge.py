@@ -51,13 +51,14 @@ def bases(tiny_bert: str, tiny_llama: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("base", "task", "targets", "adapter"),
-    [(base, task, targets, adapter) for base, task, targets, _, adapter in CASES],
+    "case",
+    CASES,
     ids=[f"{base}-{task['kind']}-{name}" for base, task, _, name, _ in CASES],
 )
 def test_every_adapter_merges_into_a_folder_that_is_the_same_model(
-    base: str, task: Any, targets: Targets, adapter: Any, bases: dict[str, str], tmp_path: Path
+    case: tuple[str, Any, Targets, str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
+    base, task, targets, _, adapter = case
     run = finished(recipe(bases[base], adapter, task), targets, tmp_path / "run")
     merged = written(run, tmp_path / "folder")
     assert merged.difference < 1e-5
@@ -114,7 +115,7 @@ def test_numbers_that_fp16_lacks_are_refused(tiny_llama: str, tmp_path: Path) ->
     with torch.no_grad():
         next(merged.network.parameters())[0, 0] = 1e6
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ModelError, match="embed_tokens.weight holds numbers that fp16 can't; give --dtype bf16"):
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight holds numbers that fp16 can't; give --dtype bf16"):
         folder.write(merged.network, run, "fp16", "5GB", tmp_path / "folder")
 
 
@@ -184,7 +185,7 @@ def test_the_merged_classifier_has_the_metric_of_the_run_in_plain_transformers(
     raw: Any = prepared.raw_validation
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier_folder)
     network = transformers.AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
-    inputs = tokenizer(raw["text"], padding=True, truncation=True, max_length=32, return_tensors="pt")
+    inputs = tokenizer(list(raw["text"]), padding=True, truncation=True, max_length=32, return_tensors="pt")
     with torch.no_grad():
         guesses = [network.config.id2label[index] for index in network(**inputs).logits.argmax(-1).tolist()]
     accuracy = sum(one == two for one, two in zip(guesses, raw["label"], strict=True)) / len(guesses)

@@ -96,6 +96,6 @@ def test_a_model_that_torch_cannot_export_is_told_in_one_line(
         return values[0] if values[0].sum() > 0 else values[1]  # depends on data
 
     monkeypatch.setattr(onnxfile._Positional, "forward", fails)
-    with pytest.raises(ModelError, match="torch.onnx can't export this model: .*leave --onnx out"):
+    with pytest.raises(ModelError, match=r"torch\.onnx can't export this model: .*leave --onnx out"):
         merging.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []

@@ -70,9 +70,9 @@ def test_torchao_still_has_no_int4_weights_on_a_cpu() -> None:
 
     for packing in ("plain", "plain_int32", "tile_packed_to_4d"):
         layer: Any = torch.nn.Sequential(torch.nn.Linear(128, 128, dtype=torch.bfloat16))
-        with pytest.raises((ImportError, NotImplementedError, AssertionError, RuntimeError)):
-            quantize_(layer, Int4WeightOnlyConfig(group_size=32, int4_packing_format=packing))
-            layer(torch.ones(1, 128, dtype=torch.bfloat16))
+        config = Int4WeightOnlyConfig(group_size=32, int4_packing_format=packing)
+        with pytest.raises((ImportError, NotImplementedError, AssertionError)):
+            quantize_(layer, config)
 
 
 def test_the_size_of_int4_groups_fits_every_row(classifier: Path, folder: Path) -> None:

@@ -79,7 +79,7 @@ class Report:
     def _facts(self) -> dict[str, Any]:
         recipe, rows = self.run.recipe, self.rows
         place = resolve(recipe.model.name)
-        base = place if place == recipe.model.name else Path(place).name  # no path of this machine
+        base = Path(place).name if Path(place).is_absolute() else place  # no path of this machine
         return {
             "made_by": f"hf_finetune {__version__}",
             "run": self.run.folder.path.resolve().name,
