@@ -7,7 +7,6 @@ network = run.model()
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.targetsfile import Kept
 from hf_finetune.tasks import Targets
-from hf_finetune.terminal import say
+from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +93,6 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
         ModelError: The tokenizer can't be had.
     """
     quiet.hush()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
     folder = RunFolder(place)
@@ -156,7 +154,7 @@ def _as_in_training(folder: RunFolder, recipe: Recipe, machine: Machine) -> Mach
         where = (
             "run.lock.json is not there, or damaged" if choices is None else f"the run was made on a {choices.device}"
         )
-        say(f"note: {where}: precision and attention are those of this machine, numbers may differ in the last digits")
+        warn(f"{where}: precision and attention are those of this machine, numbers may differ in the last digits")
         return replace(machine, attention=model.attention(recipe, machine))
     if recipe.training.precision == "auto":
         machine = replace(machine, precision=choices.value("precision") or machine.precision)
