@@ -15,7 +15,7 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, recipe
 from hf_finetune import merging
 from hf_finetune.cli import main
 from hf_finetune.errors import DataError, ModelError, RecipeError, StorageError
-from hf_finetune.merging import Options, folder, story, weights
+from hf_finetune.merging import Options, folder, weights
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import Targets
 
@@ -352,7 +352,7 @@ def test_a_full_disk_is_told_before_anything_is_written(chatter: Path, tmp_path:
 
 def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise(chatter_folder: Path) -> None:
     assert report(chatter_folder)["dtype"] == "fp32"
-    assert story.Options(to="x").dtype is None
+    assert Options(to="x").dtype is None
 
 
 def test_json_lines_have_the_figures(classifier: Path, tmp_path: Path, capsys: Any) -> None:
