@@ -15,7 +15,7 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, recipe
 from hf_finetune import merging
 from hf_finetune.cli import main
 from hf_finetune.errors import DataError, ModelError, RecipeError, StorageError
-from hf_finetune.merging import Options, folder, weights
+from hf_finetune.merging import Options, folder, story, weights
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import Targets
 
@@ -350,9 +350,15 @@ def test_a_full_disk_is_told_before_anything_is_written(chatter: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise(chatter_folder: Path) -> None:
+def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise(
+    tiny_llama: str, chatter_folder: Path, tmp_path: Path
+) -> None:
     assert report(chatter_folder)["dtype"] == "fp32"
-    assert Options(to="x").dtype is None
+    half = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    run = finished(recipe(str(tmp_path / "base"), LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
+    assert story._stored_dtype(run) == "bf16"
 
 
 def test_json_lines_have_the_figures(classifier: Path, tmp_path: Path, capsys: Any) -> None:
