@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hf_finetune import (
     arguments,
+    card,
     evaluation,
     export,
     hardware,
@@ -155,7 +156,9 @@ class _Run:
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
         if machine.is_main:
-            runreport.write(outcome, observers.journal.entries)
+            run = runreport.write(outcome, observers.journal.entries)
+            if run is not None:
+                card.complete(run)
             lines = runreport.summary_lines(outcome)
             terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(folder.path)}))
         PartialState().wait_for_everyone()
