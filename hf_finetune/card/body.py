@@ -53,9 +53,7 @@ def _labels(targets: Targets) -> list[str]:
     if not targets.names:
         return []
     counts = targets.counts or ("",) * len(targets.names)
-    rows = [
-        [str(i), code(str(name)), str(n)] for i, (name, n) in enumerate(zip(targets.names, counts, strict=True))
-    ]
+    rows = [[str(i), code(str(name)), str(n)] for i, (name, n) in enumerate(zip(targets.names, counts, strict=True))]
     more = [f"{len(rows) - CLASSES:,} more labels are in `labels.json`."] if len(rows) > CLASSES else []
     return [_table(["Id", "Label", "Training rows"], rows[:CLASSES]), *more]
 

@@ -49,7 +49,8 @@ def _read(text: str, repo: str | None) -> dict[str, str]:
     from huggingface_hub import ModelCard
 
     try:
-        card: Any = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        card = data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
     found = {key: card[key] for key in KEYS if isinstance(card.get(key), str) and len(card[key]) <= LONGEST}

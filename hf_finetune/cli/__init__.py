@@ -4,6 +4,7 @@ accelerate launch -m hf_finetune RECIPE [key.path=value ...]
 hf-finetune train RECIPE [key.path=value ...] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
+hf-finetune push RUN [--repo OWNER/NAME] [--private|--public] [--as-pr] [--tag TAG] [--timeout SECONDS]
 hf-finetune tensorboard RUN [--rebuild]
 hf-finetune schema
 """

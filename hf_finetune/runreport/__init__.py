@@ -52,11 +52,11 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> Remains | None:
     try:
         run = replace(Remains.read(folder, outcome.recipe, outcome), lines=list(entries))
         _write(run)
-        return run
     except MISHAPS as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         terminal.warn(f"the report of {folder.path} is not complete ({reason}); the run itself is")
         return None
+    return run
 
 
 def page(folder: RunFolder, recipe: Recipe) -> str:
