@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune import card, model
+from hf_finetune import model
 from hf_finetune.adaptation import labelfile
 from hf_finetune.adaptation.lorainit import changed_base
+from hf_finetune.card import page
 from hf_finetune.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def save(
         tokenizer.save_pretrained(staging)
         labelfile.write(staging, recipe.task.model_options(targets))
         has_template = bool(tokenizer.chat_template)
-        text = card.plain(recipe, targets, _config(adapted), has_template=has_template)
-        (staging / card.FILE).write_text(text, encoding="utf-8")
+        text = page.plain(recipe, targets, _config(adapted), has_template=has_template)
+        (staging / page.FILE).write_text(text, encoding="utf-8")
         _sync(staging)
         _replace(staging, final)
     except OSError as error:

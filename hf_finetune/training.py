@@ -15,7 +15,6 @@ from transformers import set_seed
 
 from hf_finetune import (
     arguments,
-    card,
     evaluation,
     export,
     hardware,
@@ -29,6 +28,7 @@ from hf_finetune import (
     session,
     terminal,
 )
+from hf_finetune.card import page
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.hub import best, push
@@ -161,7 +161,7 @@ class _Run:
         if machine.is_main:
             run = runreport.write(outcome, observers.journal.entries)
             if run is not None:
-                card.complete(run)
+                page.complete(run)
             lines = runreport.summary_lines(outcome)
             terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(folder.path)}))
         PartialState().wait_for_everyone()

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
 
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, *arguments: Any) -> None:
         """Nothing."""
 
     def answer(self) -> None:
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self._go_wrong(fault)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
     def _chunks(self) -> bytes:
         parts = []
@@ -218,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, body: bytes) -> None:
         path = unquote(urlsplit(self.path).path)
-        routes = {
+        routes: dict[str, Callable[..., None]] = {
             r"/api/validate-yaml": self._validate,
             r"/api/whoami-v2": self._whoami,
             r"/api/repos/create": self._create,
@@ -354,7 +354,9 @@ class Handler(BaseHTTPRequestHandler):
             revision = f"refs/pr/{len(repo.pulls)}"
             pull = {"pullRequestUrl": f"{self.server.url}/{name}/discussions/{len(repo.pulls)}"}
         oid = repo.commit(files, message, revision)
-        raise Reply(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}", **pull})
+        raise Reply(
+            200, {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}", **pull}
+        )
 
     def _refs(self, body: bytes, name: str) -> None:
         repo = self._repo(name)

@@ -1,7 +1,7 @@
 """Uploading a finished adapter to the Hub: what may leave, the process that sends it, and how often it is tried.
 
 - secrets: tokens that are known to this process, and texts without them
-- outgoing: which files leave, and what in them is changed or refused
+- allowed, outgoing: which files leave, and what in them is changed or refused
 - order: what the uploading process is told, and what it answers
 - upload, commit: the uploading process; its tries and deadline, and what one try does
 - sending: starts it, listens to it, ends it

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from hf_finetune.hub.allowed import ALLOWED
 from hf_finetune.hub.order import Answer, Order
-from hf_finetune.hub.outgoing import ALLOWED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

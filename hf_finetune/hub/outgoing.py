@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,21 +12,11 @@ from typing import Any
 from hf_finetune.card.loading import moved
 from hf_finetune.errors import Problem, PushError
 from hf_finetune.hub import secrets
+from hf_finetune.hub.allowed import ALLOWED, WEIGHTS
 
 CARD, ADAPTER, CONFIG = "README.md", "adapter_config.json", "config.json"
 TELLING = (CARD, ADAPTER, CONFIG, "tokenizer_config.json", "generation_config.json")
 """Files that programs write names of folders into; vocabularies hold any text."""
-ALLOWED = re.compile(
-    r"README\.md|labels\.json|adapter_config\.json|adapter_model\.safetensors"
-    r"|config\.json|generation_config\.json|model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|processor_config\.json"
-    r"|vocab\.(?:json|txt)|merges\.txt|(?:tokenizer|spiece|sentencepiece\.bpe)\.model"
-    r"|chat_template\.(?:jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
-    r"|images/[\w.-]+\.png",
-    re.ASCII,
-)
-"""Everything that may leave. No optimiser, random state, pickle or event file has such a name."""
-WEIGHTS = re.compile(r"adapter_model\.safetensors|model(?:-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 TEXTS = (".md", ".json", ".txt", ".jinja")
 
 
