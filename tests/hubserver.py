@@ -226,6 +226,7 @@ class Handler(BaseHTTPRequestHandler):
             r"/api/models/([^/]+/[^/]+)/preupload/(.+)": self._preupload,
             r"/api/models/([^/]+/[^/]+)/commit/(.+)": self._commit,
             r"/api/models/([^/]+/[^/]+)/refs": self._refs,
+            r"/api/models/([^/]+/[^/]+)/commits/(.+)": self._commits,
             r"/api/models/([^/]+/[^/]+)/tag/(.+)": self._tag,
             r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?": self._tree,
             r"/api/models/([^/]+/[^/]+)/discussions": self._discussions,
@@ -363,6 +364,15 @@ class Handler(BaseHTTPRequestHandler):
         branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": repo.refs["main"]}]
         tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid} for tag, oid in repo.tags.items()]
         raise Reply(200, {"branches": branches, "converts": [], "tags": tags})
+
+    def _commits(self, body: bytes, name: str, revision: str) -> None:
+        self._at(self._repo(name), revision)
+        date = "2026-01-01T00:00:00.000Z"
+        told = [
+            {"id": oid, "title": title, "message": "", "authors": [], "date": date}
+            for oid, title in reversed(self._repo(name).log)
+        ]
+        raise Reply(200, told)
 
     def _tag(self, body: bytes, name: str, revision: str) -> None:
         repo, tag = self._repo(name), json.loads(body)["tag"]

@@ -31,7 +31,6 @@ def reach(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, token: str | No
     monkeypatch.delenv("HF_TOKEN", raising=False)
     for name, value in environment(url, home, token).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from hubserver import Hub, Repo, serving
-from huggingface_hub import constants
 from pushing import REPO, TOKEN, command, reach
 
 Push = Callable[..., int]
@@ -165,7 +164,7 @@ def test_without_a_token_or_offline_nothing_is_tried(
     monkeypatch.delenv("HF_TOKEN")
     assert push("--repo", REPO) == 8
     assert "there is no token; set HF_TOKEN, or run hf auth login" in capsys.readouterr().err
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert push("--repo", REPO) == 8
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
     assert hub.requests == []

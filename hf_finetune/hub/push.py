@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from hf_finetune.runreport import Outcome
 
 ID_DIGITS = 12
-OFFLINE = "HF_HUB_OFFLINE is set; unset it to upload"
-NOBODY = "there is no token; set HF_TOKEN, or run hf auth login"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TRUE = ("1", "ON", "YES", "TRUE")
+"""As huggingface_hub reads them."""
 
 
 def push(folder: RunFolder, hub: Hub, *, command: str) -> Answer:
@@ -78,11 +80,12 @@ def send(order: Order) -> Answer:
 
 def why_not() -> Answer | None:
     """A failure that is known before anything is sent; None where there is none."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
 
-    if constants.HF_HUB_OFFLINE:
-        return Answer("failed", OFFLINE)
-    return None if get_token() else Answer("failed", NOBODY)
+    # By the environment, which is what the uploading process goes by.
+    if any(os.environ.get(name, "").upper() in TRUE for name in OFFLINE):
+        return Answer("failed", "HF_HUB_OFFLINE is set; unset it to upload")
+    return None if get_token() else Answer("failed", "there is no token; set HF_TOKEN, or run hf auth login")
 
 
 def _say(answer: Answer, hub: Hub) -> None:
