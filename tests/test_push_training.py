@@ -20,14 +20,15 @@ from hf_finetune.errors import PushError
 Start = Callable[..., Run]
 BEST = ("training.best_metric=loss", "training.eval_every=1", "hub.every=best", f"hub.repo={REPO}")
 PREDICT = """
-import json, re, sys
-scope = {}
-exec(re.search(r"```python\\n(.*?)```", open(sys.argv[1]).read(), re.S).group(1), scope)
-import torch
-rows = json.load(open(sys.argv[2]))
-with torch.no_grad():
-    logits = [scope["model"](**scope["tokenizer"](row, return_tensors="pt")).logits[0].tolist() for row in rows]
-json.dump(logits, sys.stdout)
+import json, os, re, sys, torch
+rows, found = json.loads(sys.argv[1]), []
+for card, folder in (sys.argv[2:4], sys.argv[4:6]):
+    os.chdir(folder)
+    scope = {}
+    exec(re.search(r"```python\\n(.*?)```", open(card).read(), re.S).group(1), scope)
+    with torch.no_grad():
+        found.append([scope["model"](**scope["tokenizer"](row, return_tensors="pt")).logits.tolist() for row in rows])
+json.dump(found, sys.stdout)
 assert not any(name.startswith("hf_finetune") for name in sys.modules)
 """
 
@@ -59,16 +60,12 @@ def test_a_run_on_a_base_of_the_hub_loads_back_by_its_repository_id_with_equal_p
     uploaded.write_bytes(hub.files(REPO)["README.md"])
     assert b"base_model: me/tiny\n" in uploaded.read_bytes()
     assert "license_link: https://huggingface.co/me/tiny/blob/main/LICENSE" in uploaded.read_text()
-    (tmp_path / "rows.json").write_text(json.dumps(["the film is good .", "the plot was very dull ."]))
-    predict = [sys.executable, "-c", PREDICT]
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere, adapter = tmp_path / "elsewhere", tmp_path / "run" / "adapter"
     elsewhere.mkdir()
+    rows = json.dumps(["the film is good .", "the plot was very dull ."])
+    words = [rows, str(uploaded), str(elsewhere), str(adapter / "README.md"), str(adapter)]
     fresh = environment(hub.url, tmp_path / "fresh")
-    places = {uploaded: elsewhere, tmp_path / "run/adapter/README.md": tmp_path / "run/adapter"}
-    logits = [
-        json.loads(subprocess.check_output([*predict, str(card), str(tmp_path / "rows.json")], cwd=cwd, env=fresh))
-        for card, cwd in places.items()
-    ]
+    logits = json.loads(subprocess.check_output([sys.executable, "-c", PREDICT, *words], env=fresh))
     assert logits[0] == logits[1]
 
 

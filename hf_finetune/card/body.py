@@ -83,14 +83,14 @@ def _result(result: Result) -> list[str]:
 
 def _limits(run: Remains, targets: Targets) -> list[str]:
     """What became of the rows, and what the checks of the data counted."""
-    lines = [*told.fates(run), *_imbalance(targets)]
+    lines = [cell(line) for line in (*told.fates(run), *_imbalance(targets))]
     for name, level, splits in told.findings(run):
         counted = ", ".join(f"{count:,} in {split}" for split, count in splits.items() if count)
         if counted:
             lines.append(f"check of the data `{name}` ({level}): {counted}")
     if not run.scores:
         lines.append("There was no held-out split: nothing is known of how good it is.")
-    return ["## Limits", "\n".join(f"- {cell(line)}" for line in lines)] if lines else []
+    return ["## Limits", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _imbalance(targets: Targets) -> list[str]:
