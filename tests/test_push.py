@@ -11,6 +11,10 @@ import pytest
 from hubserver import Hub, Repo, serving
 from pushing import REPO, TOKEN, command, reach
 
+from hf_finetune import continuation
+from hf_finetune.recipe import Recipe
+from hf_finetune.schema import hub as schema
+
 Push = Callable[..., int]
 
 
@@ -225,3 +229,24 @@ def test_machines_are_told_in_json(push: Push, capsys: pytest.CaptureFixture[str
     assert (pushed["repo"], pushed["new"]) == (REPO, True)
     assert push("--repo", REPO, "--quiet") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_private_is_what_nobody_stated_and_hub_may_change_within_a_run(classifier: Path) -> None:
+    text = (classifier / "recipe.yaml").read_text()
+    assert schema.Hub(repo=REPO).private
+    changed = text.replace("hub: null", "hub: {repo: me/x, private: false, timeout: 5.0}")
+    assert changed != text
+    assert continuation.differences(text, changed) == {}
+
+
+def test_a_pull_request_has_no_tag_and_one_version() -> None:
+    recipe = {
+        "task": {"kind": "causal_lm", "text": "text"},
+        "model": {"name": "a/b"},
+        "data": {"train": "x.csv", "validation": "y.csv"},
+        "adapter": {"kind": "lora"},
+        "training": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "best_metric": "loss"},
+        "output": "run",
+    }
+    with pytest.raises(ValueError, match=r"hub\.as_pr: a pull request has no tag"):
+        Recipe.model_validate(recipe | {"hub": {"repo": REPO, "as_pr": True, "every": "best"}})
