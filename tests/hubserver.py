@@ -37,6 +37,7 @@ class Fault:
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
+    content: Any = field(default_factory=lambda: {"error": "as the test wants it"})
     after: bool = False
     """Whether the request has its effect first."""
 
@@ -199,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             while not self.server.ended.wait(0.2):
                 self.wfile.write(b" ")
         else:
-            self._send(Reply(fault.status, {"error": "as the test wants it"}, **fault.headers))
+            self._send(Reply(fault.status, fault.content, **fault.headers))
 
     def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Run
-from hubserver import serving
+from hubserver import Fault, Repo, serving
 from huggingface_hub import ModelCard, constants
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, build, loaded, recipe
+from pushing import environment
 
 from hf_finetune import export, model
 from hf_finetune.card import licence, loading, naming, page, settings
@@ -200,6 +202,22 @@ def test_the_licence_of_a_local_base_is_that_of_its_card(tiny_bert: str, tmp_pat
 
 def test_a_licence_on_the_hub_that_is_out_of_reach_is_left_out() -> None:
     assert licence.of_base(recipe("owner/name", LORA)) == {}
+
+
+def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> None:
+    with serving("none") as hub:
+        hub.repos["owner/name"] = Repo(private=False)
+        hub.repos["owner/name"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
+        script = "from models import recipe; from hf_finetune.card import licence; import sys; "
+        script += "print(licence.of_base(recipe('owner/name', {'kind': 'lora'})))"
+        env = environment(hub.url, tmp_path / "home", None) | {"PYTHONPATH": str(Path(__file__).parent)}
+        hub.faults = [Fault("GET .*/README.md", "reset", times=99)]
+        asked = [subprocess.check_output([sys.executable, "-c", script], env=env, text=True)]
+        hub.faults = []
+        asked += [subprocess.check_output([sys.executable, "-c", script], env=env, text=True)]
+    link = "https://huggingface.co/owner/name/blob/main/LICENSE"
+    known = {"license": "other", "license_name": "tiny", "license_link": link}
+    assert [ast.literal_eval(said) for said in asked] == [{}, known]
 
 
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:

@@ -33,7 +33,7 @@ def run(classifier: Path, tmp_path: Path) -> Path:
 PASSING = {
     "503_twice": [Fault("POST /api/repos/create", times=2)],
     "503_of_the_storage": [Fault("PUT /lfs", times=2)],
-    "503_about_the_card": [Fault("POST /api/validate-yaml")],
+    "503_about_the_card": [Fault("POST /api/validate-yaml", content=b"<html>no JSON</html>")],
     "429_with_retry_after": [Fault("GET /api/models/me/reviews$", status=429, headers={"Retry-After": "1"})],
     "409_at_the_commit": [Fault("POST .*/commit/", status=409)],
     "reset_in_the_middle_of_the_weights": [Fault("PUT /lfs", "reset")],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.card.naming import hub_base
+from hf_finetune.hub import transport
 from hf_finetune.schema.modelfolder import resolve
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _remote(repo: str, revision: str | None) -> str | None:
         cached = try_to_load_from_cache(repo, "README.md", revision=revision)
         place = cached if isinstance(cached, str) else hf_hub_download(repo, "README.md", revision=revision)
         return Path(place).read_text(encoding="utf-8")
-    except (HfHubHTTPError, OSError, ValueError):  # not there, offline, refused; text that is none
+    except (HfHubHTTPError, transport.lost(), OSError, ValueError):  # not there, offline, refused; text that is none
         return None
 
 

@@ -11,6 +11,7 @@ from hf_finetune.card.header import header
 from hf_finetune.card.loading import blocks
 from hf_finetune.card.pictures import chosen, copied
 from hf_finetune.runfolder import write_atomically
+from hf_finetune.runreport import MISHAPS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +56,7 @@ def complete(run: Remains) -> None:
         shown = [f"![{about}]({IMAGES}/{name})" for name, about in pictures]
         told = body(run.recipe, run.outcome.prepared.targets, how, run, shown)
         write_atomically(folder / FILE, _joined(header(run.recipe, run).to_yaml(), told))
-    except (OSError, ValueError) as error:
+    except MISHAPS as error:
         shutil.rmtree(folder / IMAGES, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         terminal.warn(f"the card {folder / FILE} has no metrics and charts ({reason}); the adapter itself is complete")

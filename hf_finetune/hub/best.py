@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 from hf_finetune import export, terminal
 from hf_finetune.errors import FinetuneError, Problem
-from hf_finetune.hub import outgoing
+from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.order import Order
-from hf_finetune.hub.push import run_id, why_not
+from hf_finetune.hub.push import run_id
 from hf_finetune.hub.sending import Sending
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ class _Watcher(TrainerCallback):
             return
         (order, staging), self.waiting = self.waiting, None
         self.uploads.begun += 1
-        refusal = why_not()
+        refusal = secrets.why_not()
         if refusal is not None:
-            self._failed(refusal.reason)
+            self._failed(refusal)
         else:
             self.sending = Sending(order), staging
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from hf_finetune.errors import Problem, PushError, RecipeError
-from hf_finetune.hub import outgoing
+from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.order import Answer, Order
 from hf_finetune.hub.sending import Sending
 from hf_finetune.recipe import Recipe
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from hf_finetune.runreport import Outcome
 
 ID_DIGITS = 12
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-TRUE = ("1", "ON", "YES", "TRUE")
-"""As huggingface_hub reads them."""
 
 
 def push(folder: RunFolder, hub: Hub, *, command: str) -> Answer:
@@ -75,17 +71,8 @@ def send(order: Order) -> Answer:
     Args:
         order: What to upload.
     """
-    return why_not() or Sending(order).wait()
-
-
-def why_not() -> Answer | None:
-    """A failure that is known before anything is sent; None where there is none."""
-    from huggingface_hub import get_token
-
-    # By the environment, which is what the uploading process goes by.
-    if any(os.environ.get(name, "").upper() in TRUE for name in OFFLINE):
-        return Answer("failed", "HF_HUB_OFFLINE is set; unset it to upload")
-    return None if get_token() else Answer("failed", "there is no token; set HF_TOKEN, or run hf auth login")
+    refusal = secrets.why_not()
+    return Answer("failed", refusal) if refusal else Sending(order).wait()
 
 
 def _say(answer: Answer, hub: Hub) -> None:

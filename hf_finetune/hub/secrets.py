@@ -11,6 +11,9 @@ from urllib.parse import quote
 from hf_finetune.schema import credentials
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TRUE = ("1", "ON", "YES", "TRUE")
+"""As huggingface_hub reads them."""
 SHORTEST = 8
 """Characters from which on a value counts as a secret."""
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
@@ -42,3 +45,13 @@ def hide(text: str) -> str:
         for form in forms(secret):
             text = text.replace(form, credentials.HIDDEN)
     return " ".join(_QUERY.sub(r"\1?...", credentials.redacted(text)).split())
+
+
+def why_not() -> str | None:
+    """Why nothing can be uploaded, as far as the environment tells; None where nothing is known against it."""
+    from huggingface_hub import get_token
+
+    # By the environment, which is what the uploading process goes by.
+    if any(os.environ.get(name, "").upper() in TRUE for name in OFFLINE):
+        return "HF_HUB_OFFLINE is set; unset it to upload"
+    return None if get_token() else "there is no token; set HF_TOKEN, or run hf auth login"

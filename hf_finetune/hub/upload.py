@@ -7,7 +7,6 @@ is a matter for huggingface_hub alone: from HF_TOKEN or the login store.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -15,10 +14,10 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from huggingface_hub import HfApi, get_session, set_client_factory
+from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_finetune.hub import secrets
+from hf_finetune.hub import secrets, transport
 from hf_finetune.hub.commit import Commit, RefusedError
 from hf_finetune.hub.order import Answer, Order
 
@@ -51,7 +50,7 @@ class Uploading:
         """Of the last failure that the Hub answered with."""
         self.longest_silence = min(SILENCE, max(1.0, order.timeout / 4))
         set_client_factory(self._client)
-        self.lost: type[Exception] = self._library().TransportError
+        self.lost = transport.lost()
         self.api = HfApi()
 
     @property
@@ -108,11 +107,6 @@ class Uploading:
     def _with_hint(self, error: BaseException) -> str:
         hint = HINTS.get(self._status(error), "").format(repo=self.order.repo)
         return f"{self.trouble}; {hint}" if hint else self.trouble
-
-    @staticmethod
-    def _library() -> Any:
-        """httpx, which huggingface_hub 2 has under another name."""
-        return importlib.import_module(type(get_session()).__module__.partition(".")[0])
 
     def _client(self) -> Any:
         """huggingface_hub's client, with a time limit and an ear for what is answered."""
