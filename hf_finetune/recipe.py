@@ -167,12 +167,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _versions_are_tagged(self) -> Self:
-        if self.hub is not None and self.hub.as_pr and (self.hub.tag or self.hub.every):
-            raise ValueError("hub.as_pr: a pull request has no tag and one version; remove tag and every, or as_pr")
-        return self
-
-    @model_validator(mode="after")
     def _something_is_kept(self) -> Self:
         nothing = self.checkpoints.every is None and self.training.best_metric is None
         if nothing and changed(self.checkpoints, "keep"):

@@ -208,9 +208,10 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
     with serving("none") as hub:
         hub.repos["owner/name"] = Repo(private=False)
         hub.repos["owner/name"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
-        script = "from models import recipe; from hf_finetune.card import licence; import sys; "
-        script += "print(licence.of_base(recipe('owner/name', {'kind': 'lora'})))"
-        env = environment(hub.url, tmp_path / "home", None) | {"PYTHONPATH": str(Path(__file__).parent)}
+        tree = recipe("owner/name", LORA).model_dump(mode="json")
+        script = f"from hf_finetune.recipe import Recipe; from hf_finetune.card import licence; tree = {tree!r}\n"
+        script += "print(licence.of_base(Recipe.model_validate(tree)))"
+        env = environment(hub.url, tmp_path / "home", None)
         hub.faults = [Fault("GET .*/README.md", "reset", times=99)]
         asked = [subprocess.check_output([sys.executable, "-c", script], env=env, text=True)]
         hub.faults = []

@@ -95,12 +95,12 @@ def test_f32_a_push_that_fails_loses_nothing_and_is_repeated_by_the_command_that
 def test_the_best_checkpoint_is_uploaded_while_training_goes_on_and_the_run_stays_the_same(
     run: Start, hub: Hub
 ) -> None:
-    done = run("training.steps=40", *BEST)
+    done = run("training.steps=20", *BEST)
     messages = [message for _, message in hub.repos[REPO].log[1:]]
     assert re.fullmatch(r"Run \w+, best checkpoint so far, step \d+", messages[0])
     assert re.fullmatch(r"Run \w+", messages[-1])
     assert len(hub.repos[REPO].tags) == 1
-    plain = run("training.steps=40", *BEST[:2], restart=True)
+    plain = run("training.steps=20", *BEST[:2], restart=True)
     assert [line["loss"] for line in plain.lines("train")] == [line["loss"] for line in done.lines("train")]
     assert not list(done.folder.glob(".upload-*"))
 
@@ -109,7 +109,7 @@ def test_f34_uploads_of_the_best_that_fail_are_counted_in_the_report_and_end_not
     run: Start, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.faults = [Fault("POST .*/commit/", status=403, times=1)]
-    done = run("training.steps=40", *BEST, "tracking.report=true")
+    done = run("training.steps=20", *BEST, "tracking.report=true")
     assert done.status["exit_code"] == 0
     assert [message for _, message in hub.repos[REPO].log][-1].startswith("Run ")
     told = r"hub.every: 1 of \d+ uploads of the best checkpoint so far failed, the last one: the Hub answered 403"

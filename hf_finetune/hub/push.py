@@ -152,9 +152,13 @@ def _settings(recipe: Recipe, given: Mapping[str, Any]) -> Hub:
     try:
         return Hub.model_validate({**own, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        option = "".join(f"--{part}" for part in first["loc"][:1])
-        raise RecipeError(Problem(f"{option}: {first['msg'].removeprefix('Value error, ')}")) from error
+        told = [f"{_option(found['loc'])}{found['msg'].removeprefix('Value error, ')}" for found in error.errors()]
+        raise RecipeError(map(Problem, told)) from error
+
+
+def _option(place: tuple[int | str, ...]) -> str:
+    """The option of a key of `hub`; nothing for a rule between several, which names them itself."""
+    return f"--{str(place[0]).replace('_', '-')}: " if place else ""
 
 
 def _note_success(folder: RunFolder) -> None:

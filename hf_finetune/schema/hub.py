@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from hf_finetune.plugins import Section
 from hf_finetune.schema.expectations import shown
@@ -62,3 +62,9 @@ class Hub(Section):
     """`best`: also upload each checkpoint that is the best so far (`training.best_metric`) while training goes on."""
     timeout: Seconds = 600.0
     """Seconds that an upload may take in all, with everything that is tried again."""
+
+    @model_validator(mode="after")
+    def _versions_are_tagged(self) -> Self:
+        if self.as_pr and (self.tag or self.every):
+            raise ValueError("as_pr: a pull request has no tag and one version; remove tag and every, or as_pr")
+        return self
