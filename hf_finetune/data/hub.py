@@ -44,9 +44,13 @@ class HubSplit:
 
     def identity(self, *, whole: bool) -> str:
         """Repository, subset, split and commit; the Hub is asked only where the recipe pins none."""
+        return f"{self.source} {self.subset} {self.split} {self.commit}"
+
+    @property
+    def commit(self) -> str:
+        """Of the data set; the Hub, or its cache, is asked only where the recipe pins none."""
         pinned = self.revision is not None and is_commit(self.revision)
-        commit = self.revision if pinned else self._builder().hash
-        return f"{self.source} {self.subset} {self.split} {commit}"
+        return str(self.revision if pinned else self._builder().hash)
 
     def scan(self, wanted: Wanted) -> list[Problem]:
         """Nothing: a data set of the Hub has columns with types."""

@@ -1,0 +1,17 @@
+"""`run.lock.json`: what a run was made from and on, so that it can be repeated, or refused where that is not possible.
+
+    lockfile      what stands in it; reading and writing
+    inputs        the files and commits that a run reads, with hashes
+    surroundings  versions of packages, what of the machine decides bits, the commit of the working directory
+    making        the lock of a run that is about to train
+    drift         what differs between a lock and here and now
+    repeating     `--locked`: the recipe out of a lock, and where the repeat goes
+
+Importing this is cheap: nothing here needs torch before a run is looked at.
+"""
+
+from __future__ import annotations
+
+from hf_finetune.runlock.lockfile import Lock, choices, read
+
+__all__ = ["Lock", "choices", "read"]

@@ -1,0 +1,41 @@
+"""The lock of a run that is about to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_finetune.runlock import inputs, surroundings
+from hf_finetune.runlock.lockfile import Lock, Made, RecipeText
+from hf_finetune.terminal import phase
+
+if TYPE_CHECKING:
+    from hf_finetune.hardware import Machine
+    from hf_finetune.preflight.heavy import Ready
+    from hf_finetune.tuning.choices import Choices
+
+
+def lock(ready: Ready, machine: Machine, choices: Choices) -> Lock:
+    """Everything that a repeat needs to be the same, or to be refused.
+
+    Args:
+        ready: The run; reads all of its local files, unless the data are streamed.
+        machine: With what was chosen for it.
+        choices: What this run's arithmetic depends on besides.
+    """
+    recipe = ready.recipe
+    with phase("hashing what the run reads"):
+        model = inputs.of_model(recipe, getattr(ready.outline.config, "_commit_hash", None))
+        adapter, data = inputs.of_adapter(recipe), inputs.of_data(recipe, asks=True)
+    return Lock(
+        recipe=RecipeText.of(recipe.dump()),
+        seed=recipe.training.seed,
+        model=model,
+        adapter=adapter,
+        fingerprint=ready.prepared.fingerprint,
+        data=data,
+        packages=surroundings.packages(recipe, machine),
+        hardware=surroundings.decisive(machine),
+        driver=surroundings.driver() if machine.device == "cuda" else None,
+        git=surroundings.checkout(),
+        choices=Made.model_validate(choices.dump()),
+    )
