@@ -6,22 +6,20 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import datasets
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
 from hf_finetune.data.faults import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema.complaints import suggestion
 from hf_finetune.schema.paths import is_commit
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
-_HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
-_ERRORS = (*READING_ERRORS, _HTTP_ERROR)
+_ERRORS = (*READING_ERRORS, HTTP_ERROR)
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class HubSplit:
     def _builder(self) -> Any:
         try:
             builder = _builder(self.source, self.subset, self.revision)
-        except (ConnectionError, _HTTP_ERROR) as error:
+        except (ConnectionError, HTTP_ERROR) as error:
             raise DataError(self._unreachable(error)) from error
         except READING_ERRORS as error:
             reason = str(error).strip().replace("\n", " ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_finetune.model import pretrained
 from hf_finetune.runlock import inputs, surroundings
 from hf_finetune.runlock.lockfile import Lock, Made, RecipeText
 from hf_finetune.terminal import phase
@@ -24,7 +25,7 @@ def lock(ready: Ready, machine: Machine, choices: Choices) -> Lock:
     """
     recipe = ready.recipe
     with phase("hashing what the run reads"):
-        model = inputs.of_model(recipe, getattr(ready.outline.config, "_commit_hash", None))
+        model = inputs.of_model(recipe, pretrained.commit(recipe.model))
         adapter, data = inputs.of_adapter(recipe), inputs.of_data(recipe, asks=True)
     return Lock(
         recipe=RecipeText.of(recipe.dump()),
