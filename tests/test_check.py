@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,16 +104,18 @@ def test_mistakes_of_recipe_data_and_model_come_in_one_report(recipe: Path, chec
 @pytest.mark.parametrize("verb", ["check", "train"])
 def test_recipe_mistakes_take_a_moment_and_no_torch(verb: str, recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("dropout", "dropuot").replace("lora,", "lora, dropuot: 0.1,"))
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, verb, str(recipe)], capture_output=True, text=True, check=False, timeout=60
     )
-    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor, not of the clock: that belongs to whoever else is busy.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 2
     assert f"{recipe}:4: adapter.dropuot: unknown key; did you mean 'dropout'?" in done.stderr
     modules = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert modules & {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "pandas"} == set()
-    assert seconds < 5  # under 1 s on a quiet machine; this one may be busy
+    assert seconds < 1
 
 
 def test_findings_for_machines(recipe: Path, check: Callable[..., Any]) -> None:
