@@ -10,9 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import QUICK
-from hubcache import DATA, FIRST, MODEL, keep_data, keep_model
+from hubcache import DATA, FIRST, MODEL, SECOND, keep_data, keep_model
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from test_resume import facts
+
+from hf_finetune import hubreach
+from hf_finetune.model import pretrained
+from hf_finetune.preflight.light import look_at_reading
+from hf_finetune.recipe import Recipe, read
+from hf_finetune.schema.blocks import Model
 
 TESTS = Path(__file__).parent
 RECIPE = """\
@@ -34,7 +44,7 @@ OFFLINE = {
     "compare": ["compare", "{run}", "{run}-repeat"],
 }
 """One line a command, in this order: every verb that works on a cached model, data set or run belongs here."""
-REFUSED = {name: [*OFFLINE[name], *QUICK] for name in ("train", "resume")} | {"check": OFFLINE["check"]}
+REFUSED = {"check": OFFLINE["check"]} | {name: [*OFFLINE[name], *QUICK] for name in ("train", "resume")}
 NAMESPACE = ["unshare", "--net", "--map-root-user"]
 """A network namespace of its own, in which not even the loopback is up."""
 
@@ -125,6 +135,71 @@ def test_an_offline_run_is_whole(offline: dict[str, Any]) -> None:
     assert [line["step"] for line in metrics if line["phase"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that refuses, for this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(model=MODEL, data=DATA, pin="", output="run"))
+    hubreach.settle(Recipe.load(str(file)))
+    assert "http://127.0.0.1:9 can't be reached" in capsys.readouterr().err
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (True, True)
+    hubreach.again()
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_who_needs_no_hub_does_not_ask(tmp_path: Path, tiny_bert: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(model=tiny_bert, data=tmp_path, pin="", output="run"))
+    hubreach.settle(Recipe.load(str(file)))
+    assert not constants.HF_HUB_OFFLINE
+    assert capsys.readouterr().err == ""
+
+
+def test_the_commit_of_a_model_is_what_its_branch_means(
+    cached: dict[str, str], tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        constants, "HF_HUB_CACHE", str(shutil.copytree(cached["HF_HUB_CACHE"], tmp_path / "hub", symlinks=True))
+    )
+    assert pretrained.commit(Model(name=MODEL)) == FIRST
+    place = tmp_path / "hub" / f"models--{MODEL.replace('/', '--')}"
+    (place / "snapshots" / FIRST).rename(place / "snapshots" / SECOND)
+    (place / "refs" / "main").write_text(SECOND)
+    assert pretrained.commit(Model(name=MODEL, revision="main")) == SECOND
+    assert pretrained.commit(Model(name=tiny_bert)) is None
+
+
+@pytest.mark.slow
+def test_s8_a_branch_that_moved_does_not_move_a_repeat(
+    cached: dict[str, str], offline: dict[str, Any], tmp_path: Path, tiny_bert: str
+) -> None:
+    hub = Path(shutil.copytree(cached["HF_HUB_CACHE"], tmp_path / "hub", symlinks=True))
+    other = Path(shutil.copytree(tiny_bert, tmp_path / "other"))
+    state = load_file(other / "model.safetensors")
+    save_file({name: value + 0.1 for name, value in state.items()}, other / "model.safetensors", {"format": "pt"})
+    keep_model(hub, str(other), SECOND)
+    lock = f"{offline['folder']}/run/run.lock.json"
+    commands = {
+        "plain": ["train", "{recipe}", "training.steps=6", *QUICK],
+        "locked": ["train", "--locked", lock, f"output={tmp_path / 'repeat'}", *QUICK],
+    }
+    env = environment({**cached, "HF_HUB_CACHE": str(hub)}, HF_HUB_OFFLINE="1")
+    found = run(tmp_path, commands, env)
+    assert (found["plain"]["code"], found["locked"]["code"]) == (0, 0), found["output"]
+    first = facts(Path(lock).parent)
+    assert facts(tmp_path / "repeat") == first != facts(tmp_path / "run")
+
+
 def test_s8_a_branch_is_resolved_to_a_commit_in_the_lock(offline: dict[str, Any]) -> None:
     lock = json.loads((offline["folder"] / "run" / "run.lock.json").read_text())
     found = [lock["model"], lock["data"]["data.train"], lock["data"]["data.validation"]]
@@ -133,8 +208,6 @@ def test_s8_a_branch_is_resolved_to_a_commit_in_the_lock(offline: dict[str, Any]
 
 
 def test_s8_a_repeat_pins_what_the_lock_resolved(offline: dict[str, Any]) -> None:
-    from hf_finetune.recipe import Recipe
-
     repeated = Recipe.load(str(offline["folder"] / "run-repeat" / "recipe.yaml"))
     assert (repeated.model.revision, repeated.data.revision) == (FIRST, FIRST)
 
@@ -144,9 +217,6 @@ def test_s8_a_repeat_pins_what_the_lock_resolved(offline: dict[str, Any]) -> Non
 def test_s8_a_branch_is_refused_where_commits_are_required(
     key: str, revision: str | None, offline: dict[str, Any]
 ) -> None:
-    from hf_finetune.preflight.light import look_at_reading
-    from hf_finetune.recipe import read
-
     reading = read(str(offline["folder"] / "pinned.yaml"), [f"{key}={revision or 'null'}"])
     findings = look_at_reading(reading, restart=False)
     assert findings.exit_code == 2

@@ -273,6 +273,15 @@ def replace_input(one: Input, **changes: Any) -> Input:
     return one.model_copy(update=changes)
 
 
+def test_splits_that_come_or_go_are_told(locked: Path) -> None:
+    lock = read_lock(str(locked))
+    train = recipe_of(lock).data.train
+    _, reading = read(str(locked), None, [f"data.test={train}"])
+    assert told(lock, recipe=reading.checked()) == ["data.test: was not given, is 1 local file; put back what it was"]
+    tested = lock.model_copy(update={"data": {**lock.data, "data.test": lock.data["data.train"]}})
+    assert told(tested) == ["data.test: was 1 local file, is not given; put back what it was"]
+
+
 def test_files_may_lie_elsewhere(locked: Path, tmp_path: Path) -> None:
     lock = read_lock(str(locked))
     recipe = recipe_of(lock)

@@ -10,6 +10,7 @@ hf-finetune schema
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> None:
     arguments = parse(words)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     try:
         arguments.run(arguments)
     except FinetuneError as error:

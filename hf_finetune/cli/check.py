@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -46,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if options.as_json:  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code = command.run(given.reading, options)
     if code:
         sys.exit(code)

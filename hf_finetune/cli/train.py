@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
@@ -47,7 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
     if repeat is not None:
         terminal.say(f"note: repeats the run of {repeat.file} in {reading.recipe.output}")
     # Imported after the recipe is known to be right: this takes seconds.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     with terminal.phase("starting", is_told=False):
         from hf_finetune.training import finetune
 

@@ -75,8 +75,9 @@ def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Inp
         data = inputs.of_data(recipe)
     except (DataError, RecipeError):
         data = {}
-    for key in sorted(lock.data.keys() & data.keys()):
-        yield key, lock.data[key], data[key]
+    gone = {f"data.{name}" for name in ("train", "validation", "test") if getattr(recipe.data, name) is None}
+    for key in sorted(data.keys() | (lock.data.keys() & gone)):
+        yield key, lock.data.get(key), data.get(key)
     try:
         yield "model.name", lock.model, inputs.of_model(recipe)
         yield "adapter.from", lock.adapter, inputs.of_adapter(recipe)
@@ -105,7 +106,9 @@ def _changed(was: Input | None, now: Input | None) -> Iterator[str]:
 def _where(what: Input | None) -> str:
     if what is None:
         return "not given"
-    return f"{what.source} on the Hub" if what.source else f"{len(what.files)} local files"
+    if what.source:
+        return f"{what.source} on the Hub"
+    return f"{len(what.files)} local file{'' if len(what.files) == 1 else 's'}"
 
 
 def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:

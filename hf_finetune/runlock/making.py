@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_finetune.errors import DataError, Problem
 from hf_finetune.model import pretrained
 from hf_finetune.runlock import inputs, surroundings
 from hf_finetune.runlock.lockfile import Lock, Made, RecipeText
@@ -22,11 +23,17 @@ def lock(ready: Ready, machine: Machine, choices: Choices) -> Lock:
         ready: The run; reads all of its local files, unless the data are streamed.
         machine: With what was chosen for it.
         choices: What this run's arithmetic depends on besides.
+
+    Raises:
+        DataError: A file that was read is gone.
     """
     recipe = ready.recipe
     with phase("hashing what the run reads"):
-        model = inputs.of_model(recipe, pretrained.commit(recipe.model))
-        adapter, data = inputs.of_adapter(recipe), inputs.of_data(recipe, asks=True)
+        try:
+            model = inputs.of_model(recipe, pretrained.commit(recipe.model))
+            adapter, data = inputs.of_adapter(recipe), inputs.of_data(recipe, asks=True)
+        except OSError as error:
+            raise DataError(Problem("is gone since the run began; start again", file=str(error.filename))) from error
     return Lock(
         recipe=RecipeText.of(recipe.dump()),
         seed=recipe.training.seed,
