@@ -138,7 +138,9 @@ class _Run:
         with _out_of_memory(trainer, learner):
             trainer.paths, choices = learning.fast_paths(trainer, learner, self.before)
             if machine.is_main:
-                making.lock(self.ready, learner.machine, choices).write(folder.run_lock)
+                lock = making.lock(self.ready, learner.machine, choices)
+                making.write(lock, folder.run_lock, goes_on=keeper.resume_from is not None)
+                observers.locked()
             seconds, scores = _train(trainer, learner, self.stop)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -104,18 +103,17 @@ def test_mistakes_of_recipe_data_and_model_come_in_one_report(recipe: Path, chec
 @pytest.mark.parametrize("verb", ["check", "train"])
 def test_recipe_mistakes_take_a_moment_and_no_torch(verb: str, recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("dropout", "dropuot").replace("lora,", "lora, dropuot: 0.1,"))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, verb, str(recipe)], capture_output=True, text=True, check=False, timeout=60
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of the processor, not of the clock: that belongs to whoever else is busy.
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == 2
     assert f"{recipe}:4: adapter.dropuot: unknown key; did you mean 'dropout'?" in done.stderr
     modules = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert modules & {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "pandas"} == set()
-    assert seconds < 1
+    assert seconds < 1  # of processor time, as this machine may be busy; under half a second on a quiet one
 
 
 def test_findings_for_machines(recipe: Path, check: Callable[..., Any]) -> None:

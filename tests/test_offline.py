@@ -37,8 +37,8 @@ output: {output}
 OFFLINE = {
     "check": ["check", "{recipe}", "--show", "1"],
     "train": ["train", "{recipe}"],
-    "resume": ["train", "{recipe}", "training.steps=6", "--allow-change", "training.steps", *QUICK],
     "locked": ["train", "--locked", "{run}/run.lock.json", *QUICK],
+    "resume": ["train", "{recipe}", "training.steps=6", "--allow-change", "training.steps", *QUICK],
     "pinned": ["train", "{pinned}", *QUICK],
     "tensorboard": ["tensorboard", "{run}", "--rebuild"],
     "compare": ["compare", "{run}", "{run}-repeat"],
@@ -180,24 +180,28 @@ def test_the_commit_of_a_model_is_what_its_branch_means(
 
 
 @pytest.mark.slow
-def test_s8_a_branch_that_moved_does_not_move_a_repeat(
-    cached: dict[str, str], offline: dict[str, Any], tmp_path: Path, tiny_bert: str
-) -> None:
+def test_s8_a_branch_that_moved_does_not_move_a_repeat(cached: dict[str, str], tmp_path: Path, tiny_bert: str) -> None:
     hub = Path(shutil.copytree(cached["HF_HUB_CACHE"], tmp_path / "hub", symlinks=True))
     other = Path(shutil.copytree(tiny_bert, tmp_path / "other"))
     state = load_file(other / "model.safetensors")
     save_file({name: value + 0.1 for name, value in state.items()}, other / "model.safetensors", {"format": "pt"})
     keep_model(hub, str(other), SECOND)
-    lock = f"{offline['folder']}/run/run.lock.json"
-    commands = {
-        "plain": ["train", "{recipe}", "training.steps=6", *QUICK],
-        "locked": ["train", "--locked", lock, f"output={tmp_path / 'repeat'}", *QUICK],
-    }
-    env = environment({**cached, "HF_HUB_CACHE": str(hub)}, HF_HUB_OFFLINE="1")
-    found = run(tmp_path, commands, env)
+    first, then = tmp_path / "first", tmp_path / "then"
+    first.mkdir()
+    then.mkdir()
+    env = environment(cached, HF_HUB_OFFLINE="1")
+    assert run(first, {"train": ["train", "{recipe}", *QUICK]}, env)["train"]["code"] == 0
+    locked = ["train", "--locked", f"{first / 'run'}/run.lock.json", f"output={then / 'repeat'}", *QUICK]
+    commands = {"plain": ["train", "{recipe}", *QUICK], "locked": locked}
+    found = run(then, commands, {**env, "HF_HUB_CACHE": str(hub)})
     assert (found["plain"]["code"], found["locked"]["code"]) == (0, 0), found["output"]
-    first = facts(Path(lock).parent)
-    assert facts(tmp_path / "repeat") == first != facts(tmp_path / "run")
+    assert facts(then / "repeat") == facts(first / "run") != facts(then / "run")
+
+
+def test_a_run_that_was_changed_on_the_way_says_so_in_its_lock(offline: dict[str, Any]) -> None:
+    lock = json.loads((offline["folder"] / "run" / "run.lock.json").read_text())
+    assert lock["changed"] == ["training.steps was 4, is 6"]
+    assert json.loads((offline["folder"] / "run-repeat" / "run.lock.json").read_text())["changed"] == []
 
 
 def test_s8_a_branch_is_resolved_to_a_commit_in_the_lock(offline: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from hf_finetune import continuation, hardware
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
-from hf_finetune.runlock import Lock, drift, lockfile, surroundings
+from hf_finetune.runlock import Lock, drift, lockfile, making, surroundings
 from hf_finetune.runlock import read as read_lock
 from hf_finetune.runlock.lockfile import File, Git, Input, RecipeText
 from hf_finetune.runlock.repeating import Repeat, read
@@ -217,10 +217,30 @@ def test_packages_and_hardware_may_differ_where_it_is_allowed(
     assert all("as --allow-change says: bits may differ" in note for note in notes)
 
 
+def test_a_run_that_was_changed_while_it_went_on_is_not_what_its_recipe_says(locked: Path) -> None:
+    first = read_lock(str(locked))
+    same = making.going_on(first, locked)
+    assert same.changed == []
+    recipe = RecipeText.of(first.recipe.whole.replace("learning_rate: 0.003", "learning_rate: 0.004"))
+    other = first.model_copy(update={"recipe": recipe, "hardware": {**first.hardware, "ranks": 2}})
+    second = making.going_on(other, locked)
+    assert second.changed == ["training.learning_rate was 0.003, is 0.004", "lock.hardware.ranks was 1, is 2"]
+    second.write(locked)
+    assert making.going_on(first, locked).changed[:2] == second.changed
+    back = first.model_copy(update={"changed": second.changed[:1]})
+    (line,) = told(back)
+    assert line.startswith("lock.changed: the run was changed while it went on: training.learning_rate was 0.003, is")
+    assert told(back, "lock.changed") == []
+    locked.write_text("{}")
+    assert making.going_on(first, locked).changed == ["an earlier start left no lock that can be read"]
+
+
 @pytest.mark.parametrize("key", ["lock.data", "lock.model", "lock.packagesx", "lock."])
 def test_nothing_else_may_differ(key: str, locked: Path) -> None:
     lock = read_lock(str(locked))
-    with pytest.raises(RecipeError, match=r"only lock.packages and lock.hardware may; train without --locked"):
+    with pytest.raises(
+        RecipeError, match=r"only lock.packages, lock.hardware, lock.changed may; train without --locked"
+    ):
         Repeat(str(locked), lock, (key,)).drift(recipe_of(lock), here(lock))
 
 

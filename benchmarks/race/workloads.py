@@ -107,13 +107,13 @@ QUICK = (
 FULL = (
     Workload(
         "sst2-minilm", "SST-2, MiniLM-L6 classifier, LoRA r=16", "classification", "sst2", MINILM,
-        rows=8192, validation_rows=None, batch_size=32, max_length=128, learning_rate=1e-3,
+        rows=4096, validation_rows=None, batch_size=32, max_length=128, learning_rate=1e-3,
         systems=(*CLASSIFIERS, "ms-swift"), goals={"plain": 8.0, "plain-padded": 8.0, "tuned": 2.5},
     ),
     Workload(
         "gsm8k-llama-85m", "GSM8K chats, Llama of 85 M parameters (random weights), LoRA r=16", "chat", "gsm8k",
         LLAMA_85M,
-        rows=512, validation_rows=128, batch_size=8, max_length=512, learning_rate=1e-3,
+        rows=192, validation_rows=64, batch_size=8, max_length=512, learning_rate=1e-3,
         systems=(*CHATS, *OTHERS), goals={"trl": 5.0, "trl-tuned": 3.0, "trl-packing": 3.0, "trl-padding-free": 3.0},
         share_goal=0.40,
     ),
@@ -125,7 +125,7 @@ FULL = (
     ),
     Workload(
         "gsm8k-llama-12m", "GSM8K chats, reviews-llama-12m, LoRA r=16", "chat", "gsm8k", "llama",
-        rows=1024, validation_rows=256, batch_size=16, max_length=512, learning_rate=2e-3,
+        rows=512, validation_rows=128, batch_size=16, max_length=512, learning_rate=2e-3,
         systems=(*CHATS, *OTHERS), goals={},
     ),
     Workload(

@@ -1,27 +1,99 @@
-"""Plain attention for a CPU: transformers' `eager` with `fast.dropout`, and without copies of shared keys and values.
+"""Plain attention for a CPU: transformers' `eager` as one autograd function, shared keys and values without copies.
+
+Autograd keeps the weights twice, in float32 and rounded, and makes several tensors of their size in each pass. Here
+only the rounded ones are kept, and what can be done in place is.
 
 Shapes: B rows, H heads, K heads of keys and values (H = K G), T queries, S keys, D size of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from hf_finetune.fast.dropout import dropout
+from hf_finetune.fast.dropout import multiplier
 
 Tensor = torch.Tensor
 
 NAME = "hf_finetune"
+SHORT = 128
+"""Fewer keys than that: torch's softmax gradient of half precision is ten times slower than that of float32."""
+
+
+class _How(NamedTuple):
+    """What attention needs besides tensors that learn."""
+
+    mask: Tensor | None
+    """(B or 1, 1, T, S), added."""
+    scaling: float
+    p: float
+    """Dropout of the weights."""
+
+
+class _Attend(torch.autograd.Function):
+    """softmax(q k^T scaling + mask) v (Vaswani et al. 2017, section 3.2), the softmax in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
+        """(B, T, H, D) from (B, H, T, D) and twice (B, K, S, D); keeps these and the rounded weights."""
+        rows, heads, length, size = query.shape
+        kept, ctx.like = key.shape[1], (query.shape, query.dtype, key.dtype, value.dtype)
+        dtype = _arithmetic(query)
+        key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
+        # The heads that share a key lie side by side. Scaled are the queries: they are fewer than the scores.
+        query = (query * how.scaling).to(dtype).reshape(rows, kept, -1, size)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = torch.matmul(query, key.transpose(2, 3))
+            if how.mask is not None:
+                scores.view(rows, heads, length, -1).add_(how.mask[..., : key.shape[2]])
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+            keep = multiplier(weights, how.p) if how.p else None
+            out = torch.matmul(weights if keep is None else weights * keep, value)
+        ctx.save_for_backward(query, key, value, weights, keep)
+        ctx.scaling = how.scaling
+        return out.view(rows, heads, length, size).transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
+        query, key, value, weights, keep = ctx.saved_tensors
+        shape, *dtypes = ctx.like
+        grad = gradients[0].to(query.dtype).transpose(1, 2).reshape(query.shape)
+        used = weights if keep is None else weights * keep
+        grad_value = torch.matmul(used.transpose(2, 3), grad)
+        grad_weights = torch.matmul(grad, value.transpose(2, 3))
+        if keep is not None:
+            grad_weights.mul_(keep)
+        grad_scores = _softmax_gradient(grad_weights, weights)
+        grad_query = torch.matmul(grad_scores, key).view(shape).mul_(ctx.scaling)
+        grad_key = torch.matmul(grad_scores.transpose(2, 3), query)
+        found = (grad_query, grad_key, grad_value)
+        return *(tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)), None
+
+
+def _arithmetic(like: Tensor) -> torch.dtype:
+    """What products are computed in here: autocast's type where it is on."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
+def _softmax_gradient(gradient: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the scores from that of the weights; sums are in float32."""
+    dtype = weights.dtype
+    if dtype != torch.float32 and weights.shape[-1] < SHORT:
+        gradient, weights = gradient.float(), weights.float()
+    return torch._softmax_backward_data(gradient, weights, -1, weights.dtype).to(dtype)
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """softmax(q k^T scaling + mask) v (Vaswani et al. 2017, section 3.2), the softmax in float32.
+    """See `_Attend`.
 
     Args:
         module: Tells whether this is training.
@@ -34,17 +106,10 @@ def attend(
     Returns:
         (B, T, H, D), and no weights.
     """
-    rows, heads, length, size = query.shape
-    kept, scaling = key.shape[1], options.get("scaling") or size**-0.5
-    # The heads that share a key lie side by side. Scaled are the queries: they are fewer than the scores.
-    grouped = (query * scaling).reshape(rows, kept, -1, size)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(rows, heads, length, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    weights = dropout(weights, options.get("dropout", 0.0), training=module.training)
-    out = torch.matmul(weights.view(rows, kept, -1, key.shape[2]), value).view(rows, heads, length, -1)
-    return out.transpose(1, 2).contiguous(), None
+    p = options.get("dropout", 0.0) if module.training else 0.0
+    how = _How(attention_mask, options.get("scaling") or query.shape[-1] ** -0.5, p)
+    out: Tensor = _Attend.apply(query, key, value, how)  # type: ignore[no-untyped-call]
+    return out, None
 
 
 def install(base: Any) -> str | None:

@@ -23,11 +23,12 @@ COMPARED_BY_CONTENT = (
     "model.name", "model.revision",
 )  # fmt: skip
 """Keys that say where something lies: it may lie elsewhere, if it is the same."""
-ALLOWED = ("lock.packages", "lock.hardware")
+ALLOWED = ("lock.packages", "lock.hardware", "lock.changed")
 """What `--allow-change` may name, also with the name of one thing in it: `lock.packages.numpy`."""
 HINTS = {
     "lock.packages": "install what it was",
     "lock.hardware": "repeat it where it is the same",
+    "lock.changed": "repeat a run that was not changed",
     "lock.hardware.ranks": "start as many processes",
     "lock.hardware.ranks_a_node": "start as many processes on each node",
 }
@@ -59,10 +60,17 @@ def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -
         if key not in COMPARED_BY_CONTENT:
             how = "a repeat changes nothing; leave it as it was, or train without --locked"
             drift.problems.append(Problem(f"was {_plain(was)}, is {_plain(now)}: {how}", key=key))
+    for text in lock.changed:
+        said = f"the run was changed while it went on: {text}"
+        _add(drift, "lock.changed", said, allowed)
     for key, was, now in _inputs(lock, recipe):
         drift.problems += [Problem(text, key=key) for text in _changed(was, now)]
-    _values(drift, "lock.packages", lock.packages, surroundings.packages(recipe, machine), allowed)
-    _values(drift, "lock.hardware", lock.hardware, surroundings.decisive(machine), allowed)
+    packages, hardware = surroundings.packages(recipe, machine), surroundings.decisive(machine)
+    for key, text in (
+        *_values("lock.packages", lock.packages, packages),
+        *_values("lock.hardware", lock.hardware, hardware),
+    ):
+        _add(drift, key, text, allowed)
     here = surroundings.checkout() if lock.git is not None else None
     if lock.git is not None and here is not None and here != lock.git:
         drift.notes.append(f"the working directory was {_described(lock.git)}, is {_described(here)}")
@@ -133,18 +141,33 @@ def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
         yield "its files are read in another order; give them in that of the lock"
 
 
-def _values(drift: Drift, group: str, was: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> None:
+def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
+    """Key and sentence for all that differs between two starts of one run and may decide bits."""
+    for key, (old, new) in continuation.differences(was.recipe.whole, now.recipe.whole, free=BITLESS).items():
+        if key not in COMPARED_BY_CONTENT:
+            yield key, f"was {_plain(old)}, is {_plain(new)}"
+    for key in sorted(was.data.keys() | now.data.keys()):
+        yield from ((key, text) for text in _changed(was.data.get(key), now.data.get(key)))
+    yield from _values("lock.packages", was.packages, now.packages)
+    yield from _values("lock.hardware", was.hardware, now.hardware)
+
+
+def _values(group: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in [*was, *(name for name in now if name not in was)]:
         before, after = was.get(name), now.get(name)
-        if before == after:
-            continue
-        key, told = f"{group}.{name}", f"was {_plain(before)}, is {_plain(after)}"
-        if group in allowed or key in allowed:
-            drift.notes.append(f"{key} {told}, as --allow-change says: bits may differ")
-        else:
-            how = HINTS.get(key) or HINTS[group]
-            message = f"{told}: bits may differ; {how}, or give --allow-change {group}"
-            drift.problems.append(Problem(message, key=key))
+        if before != after:
+            yield f"{group}.{name}", f"was {_plain(before)}, is {_plain(after)}"
+
+
+def _add(drift: Drift, key: str, text: str, allowed: Sequence[str]) -> None:
+    """Keep a difference that may be allowed, as a problem or as a note."""
+    group = ".".join(key.split(".")[:2])
+    if group in allowed or key in allowed:
+        drift.notes.append(f"{key} {text}, as --allow-change says: bits may differ")
+    else:
+        how = HINTS.get(key) or HINTS[group]
+        message = f"{text}: bits may differ; {how}, or give --allow-change {group}"
+        drift.problems.append(Problem(message, key=key))
 
 
 def _described(git: Git) -> str:

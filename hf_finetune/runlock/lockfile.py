@@ -113,6 +113,8 @@ class Lock(_Part):
     """Of the GPU; told, never compared."""
     git: Git | None = None
     choices: Made
+    changed: list[str] = []
+    """What differed from its beginning when the run went on from a checkpoint: a repeat would do without."""
 
     def write(self, file: Path) -> None:
         """Write the lock of a run, anew at each start.

@@ -48,7 +48,7 @@ class Repeat:
 
         for key in self.allowed:
             if not any(key == group or key.startswith(f"{group}.") for group in drift.ALLOWED):
-                message = f"may not change in a repeat, only {' and '.join(drift.ALLOWED)} may; train without --locked"
+                message = f"may not change in a repeat, only {', '.join(drift.ALLOWED)} may; train without --locked"
                 raise RecipeError(Problem(message, key=key))
         found = drift.find(self.lock, recipe, machine, self.allowed)
         found.problems = [replace(problem, file=problem.file or self.file) for problem in found.problems]

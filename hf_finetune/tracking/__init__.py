@@ -108,6 +108,11 @@ class Observers:
                 warn(f"{place.folder} can't be cleared ({error.strerror}): TensorBoard shows some steps twice")
             replay(self.board, self.journal.entries)
 
+    def locked(self) -> None:
+        """`run.lock.json` is there: show it."""
+        if self.board is not None:
+            self.board.add_lock()
+
     def record(self, record: Record) -> None:
         """Keep and draw what was seen of the model, on rank 0.
 

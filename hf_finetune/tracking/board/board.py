@@ -80,6 +80,12 @@ class Board(Watcher):
         """Show answers to the fixed prompts, lines of samples.jsonl."""
         self._add(summary.text(samples.TAG, samples.text(lines)), step, self._time("eval", step))
 
+    def add_lock(self) -> None:
+        """Show what the run was made from and on; it is known once everything is chosen."""
+        if self.folder.run_lock.is_file():
+            text = self.folder.run_lock.read_text(encoding="utf-8")
+            self._add(summary.text("lock", block(text)), 0, self._time("train", 0))
+
     def draw(self, record: Record) -> None:
         """Draw a record, as often as the recipe wants it; a kind that this knows nothing of is left out."""
         if record.kind == "environment":
@@ -173,9 +179,6 @@ class Board(Watcher):
         self._has_begun = True
         made = [*hparams.start(self.recipe, at), layout.layout(self.recipe)]
         made.append(summary.text("recipe", block(self.recipe.dump())))
-        lock = self.folder.path / "run.lock.json"
-        if lock.is_file():
-            made.append(summary.text("lock", block(lock.read_text(encoding="utf-8"))))
         for found in made:
             self.events.add(found, 0, at)
 

@@ -89,6 +89,7 @@ def _write(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     events = Events(place, said.append)
     board = Board(recipe, folder, events)
     replay(board, read(folder.metrics))
+    board.add_lock()
     board.close()
     if said:
         raise StorageError(Problem(said[0].partition(": events")[0], key=KEY))
