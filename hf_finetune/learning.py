@@ -85,10 +85,14 @@ def learner(ready: Ready, findings: Findings, before: Choices | None) -> Learner
     )
     with phase("applying the adapter"):
         adapted = model.build(recipe, loaded, setting)
+    if machine.activation_checkpointing:
+        model.enable_activation_checkpointing(loaded.model)
     tell(runreport.model_line(recipe, model.parameter_counts(adapted)))
     tell(runreport.plan_line(job.division, run_length))
     arithmetic = Arithmetic(Flops.of(adapted), matmul.peak(machine) * machine.world_size)
     choices = tuning.Choices.ruled(recipe, machine)
+    for name, made in ready.chosen.items():
+        choices = choices.plus(name, made)
     found = Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length, arithmetic, choices)
     return _with_attention(found, before)
 

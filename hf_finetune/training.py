@@ -33,7 +33,7 @@ from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Prob
 from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
-from hf_finetune.preflight import heavy, light
+from hf_finetune.preflight import fitting, heavy, light
 from hf_finetune.resources import is_out_of_memory
 from hf_finetune.resumable import EvaluationStopped
 from hf_finetune.runfolder import RunFolder, Start, Status
@@ -90,6 +90,7 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
+                ready = fitting.fit(ready, before, findings)
                 return _Run(ready, findings, folder, status, stop, watch, before).complete(start.notes)
 
 

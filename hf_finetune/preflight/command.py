@@ -93,13 +93,14 @@ def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False, al
     seen = None
     if reading.recipe is not None:
         from hf_finetune import hardware, quiet
-        from hf_finetune.preflight import heavy
+        from hf_finetune.preflight import fitting, heavy
         from hf_finetune.preflight.plan import lines
 
         quiet.hush()
         seen = heavy.examine(reading.recipe, hardware.alone(reading.recipe), findings)
         if not findings.exit_code:
-            plan = lines(heavy.complete(seen), findings)
+            with findings.collect():
+                plan = lines(fitting.ahead(heavy.complete(seen)), findings)
     return Result(reading, findings.located(reading.locate), plan, seen)
 
 

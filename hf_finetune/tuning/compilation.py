@@ -54,7 +54,7 @@ def _choose(bench: Bench, paths: Paths) -> Choice:
 
 def _hindrance(bench: Bench) -> str:
     """Why layers can't be compiled; nothing where they can."""
-    if bench.machine.is_sharded or bench.recipe.training.activation_checkpointing:
+    if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"
     if not compiled.fits(bench.base):
         return "by rule: the model has dropout in its layers, or no layers that repeat"

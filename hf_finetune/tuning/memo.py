@@ -43,7 +43,7 @@ class Memo:
             "versions": [__version__, *(version(package) for package in ("torch", "transformers", "peft"))],
             "model": bench.base.config.to_json_string(use_diff=False),
             "recipe": bench.recipe.model_dump(mode="json", include={"adapter", "speed"}),
-            "checkpointing": bench.recipe.training.activation_checkpointing,
+            "checkpointing": bench.machine.activation_checkpointing,
             "shapes": [_shape(batch) for batch in batches],
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
