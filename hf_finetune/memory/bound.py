@@ -13,22 +13,25 @@ if TYPE_CHECKING:
 
 TRAINED = 4 + 4 + 8 + 4
 """Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange."""
-COPIES = 4
-"""How often what a layer makes of a token is kept: as it is, cast, after an activation or dropout, in a sum."""
-SCORES = 3
-"""The same for the score of a token with another: before and after softmax, and its dropout."""
+NUMBER = {"fp32": 4, "bf16": 3, "fp16": 3}
+"""Bytes of a number that a layer keeps; where the precision is mixed, some are cast to fp32."""
+COPIES = 2
+"""How often what a layer makes of a token is kept: as it is, and cast, activated or dropped out."""
+SCORES = 2
+"""The same for the score of a token with another: before and after softmax."""
 LOGITS = 3
-"""The same for a language model's logits: as they are, in fp32, their gradient."""
-LEFT = 2.0
+"""The same for a language model's logits, in fp32: as they are, cast, their gradient."""
+LEFT = 1.6
 """On a CPU, times that for what batches of other shapes leave, and for holes."""
 
 
 def bound(recipe: Recipe, base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:
-    """Bytes that a training step can't exceed, without what the process holds before.
+    """Bytes that a training step will hardly exceed, without what the process holds before.
 
     Every weight counts as trained and in fp32: an adapter has fewer than its base. A layer keeps of each token what it
-    makes of it, in fp32, `COPIES` times, and attention the scores of all pairs, as in
-    https://arxiv.org/abs/2205.05198, section 4.1, but for any architecture: widths are read from the modules.
+    makes of it, `COPIES` times, and attention the scores of all pairs, as in https://arxiv.org/abs/2205.05198, section
+    4.1, but for any architecture: widths are read from the modules. It is 1.3 to 4.5 times what `memory.estimate` finds
+    for the models of `benchmarks/memory_estimate.py`.
 
     Args:
         recipe: Names the task.
@@ -42,9 +45,10 @@ def bound(recipe: Recipe, base: nn.Module, machine: Machine, shape: tuple[int, i
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     vocabulary = int(config.vocab_size) if recipe.task.peft_type == "CAUSAL_LM" else 0
     width = sum(_width(module) for module in base.modules())
-    a_token = COPIES * width + SCORES * layers * heads * tokens + LOGITS * vocabulary
+    a_token = NUMBER[machine.precision] * (COPIES * width + SCORES * layers * heads * tokens)
+    a_token += torch.float32.itemsize * LOGITS * vocabulary
     needed = TRAINED * sum(parameter.numel() for parameter in base.parameters())
-    needed += rows * tokens * a_token * torch.float32.itemsize
+    needed += rows * tokens * a_token
     return int(needed * LEFT) if machine.device == "cpu" else needed
 
 

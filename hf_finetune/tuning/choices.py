@@ -53,9 +53,17 @@ class Choices:
         return asdict(self)
 
     @classmethod
-    def ruled(cls, recipe: Recipe, machine: Machine) -> Choices:
-        """Before anything is measured: the precision."""
+    def ruled(cls, recipe: Recipe, machine: Machine, before: Choices | None) -> Choices:
+        """Before anything is measured: the precision.
+
+        Args:
+            recipe: May name it.
+            machine: Has it.
+            before: What was chosen when the run began, if it is to go on.
+        """
         asked = recipe.training.precision
+        if before is not None and asked == "auto" and before.value("precision") == machine.precision:
+            return cls(machine.device, {"precision": before.made["precision"]})
         why = "asked for" if asked == machine.precision else _why(machine)
         return cls(machine.device, {"precision": Choice(machine.precision, why)})
 
