@@ -122,22 +122,37 @@ def ask(packages: Iterable[Package], options: Sequence[str]) -> list[Advisory]:
         command = [sys.executable, "-m", "pip_audit", *flags, f"--cache-dir={folder}/cache", f"--requirement={file}"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     try:
-        answers: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
+        return answers(done.stdout, len(wanted))
     except (ValueError, KeyError, TypeError):
         said = done.stderr.strip().splitlines()
         raise CouldNotAskError(said[-1] if said else f"pip-audit ended with {done.returncode}") from None
-    skipped = [answer for answer in answers if "skip_reason" in answer]
+
+
+def answers(document: str, wanted: int) -> list[Advisory]:
+    """Read what pip-audit writes.
+
+    Args:
+        document: Its JSON.
+        wanted: How many packages it was asked about.
+
+    Raises:
+        CouldNotAskError: It does not tell about one of them.
+        ValueError: It is no JSON.
+        KeyError: It is of another form.
+    """
+    told: list[dict[str, Any]] = json.loads(document)["dependencies"]
+    skipped = [answer["skip_reason"] for answer in told if "skip_reason" in answer]
     if skipped:
-        raise CouldNotAskError(f"{len(skipped)} of {len(wanted)} packages, e.g.: {skipped[0]['skip_reason']}")
-    if len(answers) != len(wanted):
-        raise CouldNotAskError(f"{len(answers)} answers about {len(wanted)} packages")
+        raise CouldNotAskError(f"{len(skipped)} of {wanted} packages, e.g.: {skipped[0]}")
+    if len(told) != wanted:
+        raise CouldNotAskError(f"{len(told)} answers about {wanted} packages")
     return [
         Advisory(
             (answer["name"], answer["version"]),
             frozenset([found["id"], *found["aliases"]]),
             tuple(found["fix_versions"]),
         )
-        for answer in answers
+        for answer in told
         for found in answer["vulns"]
     ]
 

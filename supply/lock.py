@@ -92,8 +92,8 @@ def listed(index: str, version: str) -> str:
         SystemExit: There are none.
     """
     address = f"{index.rstrip('/')}/torch/"
-    if not address.startswith(("https://", "file://", "http://127.0.0.1:")):
-        sys.exit(f"lock: {address} is neither https nor a folder")
+    if not address.startswith(("https://", "http://127.0.0.1:")):
+        sys.exit(f"lock: {address} is not https")
     with urllib.request.urlopen(address, timeout=60) as page:  # noqa: S310 - the schemes were looked at
         text = page.read().decode()
     found = {urllib.parse.unquote(name): digest for _, name, digest in _LINK.findall(text)}
