@@ -5,7 +5,7 @@ hf-finetune train RECIPE [key.path=value ...] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
 hf-finetune tensorboard RUN [--rebuild]
-hf-finetune schema
+hf-finetune schema [--format json|markdown]
 """
 
 from __future__ import annotations
