@@ -19,7 +19,6 @@ COMMANDS = {
 IN_README = {
     "make demo": "ci",
     "pip install .": "gpu",
-    "python benchmarks/": "ci",
 }
 """Beginnings of the README's blocks that need something, for those without a comment."""
 

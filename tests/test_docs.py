@@ -93,4 +93,4 @@ def test_the_readmes_have_the_same_numbers() -> None:
 
 def table_numbers(page: Path) -> list[str]:
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    return [number for row in rows for number in re.findall(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?%?(?![\w])", row)]
+    return [number for row in rows for number in re.findall(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?%?(?![\w])", row)]
