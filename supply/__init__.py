@@ -1,1 +1,1 @@
-"""What the project is built from: hash locks, advisories, the bill of materials. A tool of development, not packaged."""
+"""What the project is built from: hash locks, advisories, the bill of materials. Not packaged."""

@@ -74,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     locked = sorted({(pin.name, pin.public) for file in arguments.files for pin in read(file)})
     excuses = list(excused(arguments.vex))
     try:
-        if not ask([CONTROL], options):
-            name = "==".join(CONTROL)
-            raise CouldNotAskError(f"the service knows no advisory about {name}, of which there are: it knows nothing")
-        advisories = ask(locked, options)
+        advisories = examined(locked, options)
     except CouldNotAskError as error:
         print(f"audit: could not ask: {error}", file=sys.stderr)
         return 2
@@ -85,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"audit: {problem}", file=sys.stderr)
     if not problems:
-        print(f"audit: {len(locked)} packages, {len(advisories)} advisories, all of them excused in {arguments.vex.name}")
+        told = f"{len(locked)} packages, {len(advisories)} advisories"
+        print(f"audit: {told}, all of them excused in {arguments.vex.name}")
     return 1 if problems else 0
 
 
@@ -101,6 +99,18 @@ def verdict(locked: Iterable[Package], advisories: Sequence[Advisory], excuses: 
             yield f"{what}: that version is not locked; look whether it still holds, and change or remove it"
         elif not any(excuse.covers(advisory) for advisory in advisories):
             yield f"{what}: the service has no such advisory any more; remove it"
+
+
+def examined(packages: Iterable[Package], options: Sequence[str]) -> list[Advisory]:
+    """What a service that was put to the test knows about packages; arguments and result like `ask`.
+
+    Raises:
+        CouldNotAskError: See `ask`; or it does not know what every service knows.
+    """
+    if not ask([CONTROL], options):
+        name = "==".join(CONTROL)
+        raise CouldNotAskError(f"the service knows no advisory about {name}, of which there are: it knows nothing")
+    return ask(packages, options)
 
 
 def ask(packages: Iterable[Package], options: Sequence[str]) -> list[Advisory]:

@@ -23,7 +23,7 @@ def osv(known: Known) -> loopback.Answer:
         name = asked["package"]["name"]
         ids = known.get((name, asked["version"]), [])
         affected = [{"package": {"name": name, "ecosystem": "PyPI"}, "versions": [asked["version"]]}]
-        vulns = [{"id": id, "aliases": [f"X-{id}"], "summary": "a hole", "affected": affected} for id in ids]
+        vulns = [{"id": name, "aliases": [f"X-{name}"], "summary": "a hole", "affected": affected} for name in ids]
         return 200, {"vulns": vulns} if vulns else {}
 
     return answer
@@ -105,7 +105,7 @@ def test_a_service_that_is_not_there_never_passes(tmp_path: Path, capsys: pytest
 def test_a_package_that_is_passed_over_fails() -> None:
     """pip-audit itself would exit with 0."""
     skipping = json.dumps({"dependencies": [{"name": "rich", "skip_reason": "not found on the index"}]})
-    with pytest.raises(audit.CouldNotAskError, match="1 of 1 packages, e.g.: not found on the index"):
+    with pytest.raises(audit.CouldNotAskError, match=r"1 of 1 packages, e\.g\.: not found on the index"):
         audit.answers(skipping, 1)
     with pytest.raises(audit.CouldNotAskError, match="0 answers about 1 packages"):
         audit.answers('{"dependencies": []}', 1)

@@ -11,9 +11,9 @@ HEAD = """\
 
 Every key of a recipe. Made from its schema by `hf-finetune schema --format markdown`; do not edit.
 
-A recipe is one YAML file. Keys that are not listed here are errors, and so are values of another type: `"5"` is no number. Whatever
-has a default may be left out. Any value can be replaced on the command line, `training.learning_rate=1e-4`; `extends: base.yaml` puts
-a recipe on top of another one.
+A recipe is one YAML file. Keys that are not listed here are errors, and so are values of another type: `"5"` is no
+number. Whatever has a default may be left out. Any value can be replaced on the command line,
+`training.learning_rate=1e-4`; `extends: base.yaml` puts a recipe on top of another one.
 """
 _BOUNDS = {
     "minimum": "at least {}",
