@@ -81,10 +81,11 @@ def test_another_version_of_a_run_gets_another_tag_and_leaves_no_old_file(push: 
     push("--repo", REPO)
     (run / "adapter" / "labels.json").unlink()
     (run / "adapter" / "README.md").open("a").write("\nEdited by hand.\n")
-    hub.repos[REPO].commits[hub.repos[REPO].refs["main"]]["notes.txt"] = b"somebody's"
+    theirs = {"notes.txt": b"somebody's", "model.safetensors": b"a model", "images/old.png": b"of an earlier version"}
+    hub.repos[REPO].commits[hub.repos[REPO].refs["main"]] |= theirs
     assert push("--repo", REPO) == 0
-    assert "labels.json" not in hub.files(REPO)
-    assert "notes.txt" in hub.files(REPO)
+    assert {"labels.json", "images/old.png"} & set(hub.files(REPO)) == set()
+    assert {"notes.txt", "model.safetensors"} <= set(hub.files(REPO))
     assert b"Edited by hand." in hub.files(REPO)["README.md"]
     first, second = hub.repos[REPO].tags
     assert second == f"{first}-2"
@@ -149,7 +150,8 @@ def test_a_path_or_a_token_is_refused_before_anything_leaves(
 def test_a_pull_request_is_opened_once_and_brought_up_to_date(push: Push, hub: Hub, run: Path) -> None:
     theirs = "you/model"
     hub.repos[theirs] = Repo(private=False)
-    hub.repos[theirs].commit({"README.md": b"# Theirs\n"}, "initial commit", "main")
+    there = {"README.md": b"# Theirs\n", "model.safetensors": b"theirs", "chat_template.jinja": b"theirs"}
+    hub.repos[theirs].commit(there, "initial commit", "main")
     assert push("--repo", theirs, "--public") == 8
     assert push("--repo", theirs, "--public", "--as-pr") == 0
     assert push("--repo", theirs, "--public", "--as-pr") == 0
@@ -158,7 +160,8 @@ def test_a_pull_request_is_opened_once_and_brought_up_to_date(push: Push, hub: H
     assert push("--repo", theirs, "--public", "--as-pr") == 0
     assert len(hub.repos[theirs].pulls) == 1
     assert hub.repos[theirs].refs["refs/pr/1"] != first
-    assert hub.files(theirs) == {"README.md": b"# Theirs\n"}
+    assert hub.files(theirs) == there
+    assert there.keys() < hub.files(theirs, "refs/pr/1").keys()
     assert hub.repos[theirs].tags == {}
 
 

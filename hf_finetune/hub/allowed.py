@@ -1,4 +1,4 @@
-"""The names of files that may leave."""
+"""The names of files that may leave, and of those that a later version removes."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ ALLOWED = re.compile(
 )
 """Everything that may leave. No optimiser, random state, pickle or event file has such a name."""
 WEIGHTS = re.compile(r"adapter_model\.safetensors|model(?:-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+STALE = re.compile(
+    r"labels\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(?:jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja|images/[\w.-]+\.png",
+    re.ASCII,
+)
+"""Removed where this version has none: they would change how it reads, or show another one. Never weights and configs,
+which may be somebody's model."""

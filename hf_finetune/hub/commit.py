@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hf_finetune.hub.allowed import ALLOWED
+from hf_finetune.hub.allowed import STALE
 from hf_finetune.hub.order import Answer, Order
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Commit:
         """
         info = self._repository()
         if self.order.as_pr:
-            return self._pull_request(info)
+            return self._pull_request()
         made = self.api.create_commit(
             self.order.repo, self._operations(_names(info)), commit_message=self.order.message
         )
@@ -69,24 +69,28 @@ class Commit:
         return info
 
     def _operations(self, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """New objects, for huggingface_hub uses them up; what an earlier version had and this one has not goes."""
+        """New objects, for huggingface_hub uses them up.
+
+        Args:
+            there: Files of the repository, of which those that an earlier version left are removed.
+        """
         files = self.order.files
-        gone = [name for name in there if ALLOWED.fullmatch(name) and name not in files]
+        gone = [name for name in there if STALE.fullmatch(name) and name not in files]
         added = [CommitOperationAdd(name, file) for name, file in files.items()]
         return [*added, *(CommitOperationDelete(name) for name in gone)]
 
-    def _pull_request(self, info: ModelInfo) -> Answer:
-        """Open one, or bring the one of this run up to date."""
+    def _pull_request(self) -> Answer:
+        """Open one, or bring the one of this run up to date; it removes nothing: the rest is somebody's."""
         repo, message = self.order.repo, self.order.message
         opened = self.api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open")
         earlier = next((found for found in opened if found.title == message), None)
         if earlier is None:
-            made = self.api.create_commit(repo, self._operations(_names(info)), commit_message=message, create_pr=True)
+            made = self.api.create_commit(repo, self._operations(()), commit_message=message, create_pr=True)
             url = made.pr_url or made.commit_url
             return Answer("done", url=str(url), commit=made.oid, is_new=made.pr_url is not None)
         branch = f"refs/pr/{earlier.num}"
         before = self.api.model_info(repo, revision=branch)
-        made = self.api.create_commit(repo, self._operations(_names(before)), commit_message=message, revision=branch)
+        made = self.api.create_commit(repo, self._operations(()), commit_message=message, revision=branch)
         return Answer("done", url=earlier.url, commit=made.oid, is_new=made.oid != before.sha)
 
     def _tag(self, commit: str) -> str | None:
