@@ -95,9 +95,7 @@ def _inner_group(name: str, shapes: list[list[int]], has_r: bool) -> str:
 
 
 def _is_loss(around: str) -> bool:
-    return any(
-        word in around for word in ("HeadLoss", "cross_entropy", "nll_loss", "NllLoss", "log_softmax", "LogSoft")
-    )
+    return any(word in around for word in LOSSES)
 
 
 def grouped(events: Iterable[Any], sizes: Sizes) -> Counter[str]:

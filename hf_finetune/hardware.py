@@ -237,7 +237,7 @@ def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
     if recipe.training.eval_batch != "auto":
         return EvalBatch(recipe.training.eval_batch)
     tokens = AUTO_TOKENS[machine.device] * (1 if vocabulary else 4)
-    of_logits = min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1)) if vocabulary else tokens
+    of_logits = _within_logits(tokens, machine, vocabulary)
     return EvalBatch(EVALUATION_ROWS * max(1, tokens // recipe.data.max_length), tokens, of_logits)
 
 
@@ -249,8 +249,12 @@ def cpu_has_bf16() -> bool:
 
 
 def _rows_that_fit(machine: Machine, vocabulary: int, longest: int) -> int:
-    tokens = min(AUTO_TOKENS[machine.device], AUTO_LOGITS[machine.device] // max(vocabulary, 1))
-    return max(1, tokens // longest)
+    return max(1, _within_logits(AUTO_TOKENS[machine.device], machine, vocabulary) // longest)
+
+
+def _within_logits(tokens: int, machine: Machine, vocabulary: int) -> int:
+    """So many tokens, or fewer where their logits would be more than `AUTO_LOGITS`; a classifier has next to none."""
+    return min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1))
 
 
 def _lead_to_the_process_group(device: Device) -> None:

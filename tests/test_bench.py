@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -380,11 +381,10 @@ def test_other_tokens_are_said_to_be_other_work(prepared: measure.Prepared) -> N
 def test_a_package_that_can_not_be_had_is_an_install_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # a machine's own constraints refuse in other words
     monkeypatch.setattr(environments, "ROOT", tmp_path)
     (tmp_path / "constraints.txt").write_text("torch==0.0.1\n")
-    # The second where a machine has pip constraints of its own.
-    refused = r"No matching distribution found for torch==0\.0\.1|ResolutionImpossible"
-    with pytest.raises(environments.InstallError, match=refused):
+    with pytest.raises(environments.InstallError, match=r"No matching distribution found for torch==0\.0\.1"):
         environments.install(environments.Environment("test", ("torch",), is_pinned=False))
 
 

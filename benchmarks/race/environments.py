@@ -151,10 +151,24 @@ def _pinned(environment: Environment) -> list[str]:
     return [torch if name == "torch" else name for name in environment.requirements]
 
 
-def _run(words: list[str], timeout: float) -> None:
+def finished(words: list[str], timeout: float, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What a command came to.
+
+    Args:
+        words: The command.
+        timeout: Seconds; may be infinite, which `subprocess` does not take.
+        folder: Its working directory.
+
+    Raises:
+        TimeoutExpired: It took longer.
+    """
     limit = None if timeout == float("inf") else timeout
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, timeout=limit)
+
+
+def _run(words: list[str], timeout: float) -> None:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=limit)
+        done = finished(words, timeout)
     except subprocess.TimeoutExpired as error:
         raise OutOfTimeError(f"not installed within {timeout:.0f} s") from error
     if done.returncode:

@@ -213,9 +213,8 @@ def _quality(job: Job, adapter: Path, workload: Workload, timeout: float) -> Res
     if not found:
         return {"quality": None, "quality_problem": "no adapter was saved"}
     words = [sys.executable, "-m", "benchmarks.race.evaluator", str(Path(job["output"], "job.json")), str(found[-1])]
-    limit = None if timeout == float("inf") else timeout
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, timeout=limit)
+        done = environments.finished(words, timeout, ROOT)
     except subprocess.TimeoutExpired:
         return {"quality": None, "quality_problem": "not evaluated: the time was up"}
     if done.returncode:

@@ -146,9 +146,10 @@ class Race:
     def problems(self) -> list[str]:
         """Where hf_finetune itself has failed, or was never run."""
         found = []
+        results = [result for result in self.found() if result["system"] == OURS]
         for prepared in self.prepared:
             name = prepared.workload.name
-            own = [r for r in self.found() if r["workload"] == name and r["system"] == OURS]
+            own = [result for result in results if result["workload"] == name]
             found += [f"{name}: hf_finetune failed: {r['failed']}" for r in own if r["failed"]]
             if not own and OURS in prepared.workload.systems:
                 found.append(f"{name}: hf_finetune was not measured")

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from hf_finetune.fast.arithmetic import dtype_of
 from hf_finetune.fast.dropout import multiplier
 
 Tensor = torch.Tensor
@@ -42,7 +43,7 @@ class _Attend(torch.autograd.Function):
         """(B, T, H, D) from (B, H, T, D) and twice (B, K, S, D); keeps these and the rounded weights."""
         rows, heads, length, size = query.shape
         kept, ctx.like = key.shape[1], (query.shape, query.dtype, key.dtype, value.dtype)
-        dtype = _arithmetic(query)
+        dtype = dtype_of(query)
         key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
         # The heads that share a key lie side by side. Scaled are the queries: they are fewer than the scores.
         query = (query * how.scaling).to(dtype).reshape(rows, kept, -1, size)
@@ -74,12 +75,6 @@ class _Attend(torch.autograd.Function):
         grad_key = torch.matmul(grad_scores.transpose(2, 3), query)
         found = (grad_query, grad_key, grad_value)
         return *(tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)), None
-
-
-def _arithmetic(like: Tensor) -> torch.dtype:
-    """What products are computed in here: autocast's type where it is on."""
-    device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
 def _softmax_gradient(gradient: Tensor, weights: Tensor) -> Tensor:

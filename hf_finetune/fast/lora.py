@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch.autograd.function import once_differentiable
 
+from hf_finetune.fast.arithmetic import dtype_of
 from hf_finetune.fast.dropout import multiplier
 
 Tensor = torch.Tensor
@@ -82,8 +83,7 @@ def _forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tenso
     active: list[str] = layer.active_adapters
     frozen: Any = layer.base_layer
     plain = arguments or options or layer.disable_adapters or layer.merged or len(active) != 1
-    computes = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if plain or active[0] not in layer.lora_A or frozen.weight.dtype != computes:
+    if plain or active[0] not in layer.lora_A or frozen.weight.dtype != dtype_of(x):
         out: Tensor = type(layer).forward(layer, x, *arguments, **options)
         return out
     name = active[0]
