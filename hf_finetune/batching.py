@@ -208,14 +208,8 @@ def eval_loader(
         collator: Pads and stacks rows.
         tokens: Most tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
     """
-    order: list[int] = torch.as_tensor(lengths).argsort(descending=True, stable=True).tolist()
-    batches, start = [], 0
-    while start < len(order):
-        size = division.micro_batch
-        if tokens is not None:
-            size = max(1, min(size, tokens // max(1, lengths[order[start]])))
-        indices = order[start : start + size * division.world_size]
-        start += len(indices)
+    batches = []
+    for indices in by_length(lengths, division.micro_batch, tokens, division.world_size):
         # Every rank gets equally many rows, so that results can be gathered.
         indices += [~indices[0]] * (-len(indices) % division.world_size)
         batches.append(indices[division.rank :: division.world_size])
@@ -223,6 +217,25 @@ def eval_loader(
     return DataLoader(
         _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
     )
+
+
+def by_length(lengths: Sequence[int], most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
+    """Row numbers of batches, longest rows first.
+
+    Args:
+        lengths: Tokens of each row.
+        most: Most rows of a rank.
+        tokens: Most tokens of a rank, padding included, but a row is never left out; None sets no bound.
+        ranks: How many share a batch.
+    """
+    order: list[int] = torch.as_tensor(lengths, dtype=torch.int64).argsort(descending=True, stable=True).tolist()
+    start = 0
+    while start < len(order):
+        size = most
+        if tokens is not None:
+            size = max(1, min(size, tokens // max(1, lengths[order[start]])))
+        yield order[start : start + size * ranks]
+        start += size * ranks
 
 
 class _Numbered(Dataset[Any]):

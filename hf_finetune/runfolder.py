@@ -48,6 +48,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.targets = self.path / "targets.json"
         self.run_lock = self.path / "run.lock.json"
         self.lock = self.path / ".lock"
         self._held: IO[str] | None = None

@@ -26,6 +26,7 @@ from hf_finetune import (
     runlock,
     runreport,
     session,
+    targetsfile,
     terminal,
 )
 from hf_finetune.divergence import Guard
@@ -224,6 +225,7 @@ def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> floa
     if not learner.machine.is_main:
         return 0.0
     trained = trainer.accelerator.unwrap_model(trainer.model) if state is None else _whole(learner, state)
+    targetsfile.write(folder.targets, learner.prepared.targets)
     export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
     batch = learner.job.probe(next(trained.parameters()).device)
     return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)

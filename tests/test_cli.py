@@ -96,7 +96,9 @@ def test_nothing_at_all_is_a_usage_error() -> None:
     assert "usage: hf-finetune" in done.stderr
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["check"], ["compare"], ["tensorboard"], ["schema"]])
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["check"], ["evaluate"], ["predict"], ["chat"], ["compare"], ["tensorboard"], ["schema"]]
+)
 def test_help_takes_a_moment_and_imports_next_to_nothing(words: list[str]) -> None:
     code = (
         "import sys, time; began = time.perf_counter()\nfrom hf_finetune.cli import main\n"

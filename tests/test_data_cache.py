@@ -14,7 +14,7 @@ import pytest
 from test_data import CLASSES, LONG, MACHINE, TEXTS, mixed, recipe, write, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune import data, targetsfile
 from hf_finetune.data import cache
 from hf_finetune.errors import DataError, PeerError, StorageError
 from hf_finetune.hardware import Machine
@@ -66,8 +66,8 @@ def test_labels_survive_the_cache(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", mixed(8))
     weighted = {**CLASSES, "class_weights": "balanced"}
     assert prepare(llama, weighted).targets == prepare(llama, weighted).targets
-    stored = cache._targets_to(Targets(names=("a", "b"), id_of={3: 0, "3": 1}))
-    assert cache._targets_from(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
+    stored = targetsfile.to_json(Targets(names=("a", "b"), id_of={3: 0, "3": 1}))
+    assert targetsfile.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
 
 
 def test_only_the_entry_stays_behind(llama: PreTrainedTokenizerBase, tmp_path: Path) -> None:

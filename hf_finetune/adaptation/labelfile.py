@@ -44,6 +44,15 @@ def read(folder: str | Path) -> tuple[str, ...] | None:
         raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
 
 
+def problem_type(folder: str | Path) -> str | None:
+    """The problem as transformers names it, e.g. `regression`; None where the folder does not say."""
+    try:
+        found = json.loads((Path(folder) / FILE).read_text("utf-8")).get("problem_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if found is None else str(found)
+
+
 def check(folder: str | Path, names: Sequence[str]) -> None:
     """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
 

@@ -153,18 +153,24 @@ def train_in_fp32(adapted: PeftModel) -> None:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    heads_in_fp32(adapted)
+
+
+def heads_in_fp32(adapted: nn.Module) -> None:
+    """Cast the copies behind `modules_to_save` to fp32, in a base of any dtype."""
+    import torch
     from peft.utils import ModulesToSaveWrapper
 
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save:
-            _bridge(module.modules_to_save[ADAPTER], module.original_module)
+            outer = next((p.dtype for p in module.original_module.parameters() if p.is_floating_point()), torch.float32)
+            bridge(module.modules_to_save[ADAPTER].float(), outer)
 
 
-def _bridge(trained: nn.Module, original: nn.Module) -> None:
-    """Let an fp32 copy take and give the dtype of the model around it, so that it also runs without autocast."""
+def bridge(trained: nn.Module, outer: torch.dtype) -> None:
+    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast."""
     import torch
 
-    outer = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
     if outer == torch.float32:
         return
     trained.register_forward_pre_hook(lambda _, args: _cast(args, torch.float32))

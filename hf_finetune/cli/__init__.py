@@ -3,6 +3,9 @@
 accelerate launch -m hf_finetune RECIPE [key.path=value ...]
 hf-finetune train RECIPE [key.path=value ...] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
+hf-finetune evaluate RUN [key.path=value ...] [--data FILE | --split NAME] [--by COLUMN] [--against RUN|base]
+hf-finetune predict RUN [key.path=value ...] [--input FILE|-] [--output FILE|-]
+hf-finetune chat RUN [key.path=value ...]
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
 hf-finetune tensorboard RUN [--rebuild]
 hf-finetune schema

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import sys
 from typing import Any
 
+from hf_finetune import tables
 from hf_finetune.comparison.table import ABSENT, Comparison, metric_text, outcome_rows, value_text
 from hf_finetune.terminal.message import printable
 
 Section = tuple[str, list[tuple[str, list[str]]]]
 """Heading, and rows of a name and one text a run."""
-UNLIMITED = 100_000
-"""Characters of a line that goes to no terminal."""
 
 
 def render(comparison: Comparison, form: str) -> str:
@@ -40,24 +37,9 @@ def _sections(comparison: Comparison, mark: str) -> list[Section]:
 
 def _text(comparison: Comparison) -> str:
     """By rich: folds what is too wide for the terminal, and never cuts."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("", *(run.path for run in comparison.runs)):
-        table.add_column(Text(printable(name)), overflow="fold")
-    for number, (_, rows) in enumerate(_sections(comparison, " *")):
-        if number:
-            table.add_section()
-        for name, texts in rows:
-            table.add_row(*(Text(printable(text)) for text in (name, *texts)))
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    drawn = io.StringIO()
-    Console(width=None if is_terminal else UNLIMITED, color_system=None, file=drawn).print(table)
-    lines = [line.rstrip() for line in drawn.getvalue().splitlines()]
-    return "\n".join([*lines, *_remarks(comparison)])
+    heads = ["", *(run.path for run in comparison.runs)]
+    sections = [[[name, *texts] for name, texts in rows] for _, rows in _sections(comparison, " *")]
+    return "\n".join([*tables.text(heads, sections), *_remarks(comparison)])
 
 
 def _remarks(comparison: Comparison) -> list[str]:
@@ -72,22 +54,14 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 def _markdown(comparison: Comparison) -> str:
     blocks = []
-    heads = [_cell(run.path) for run in comparison.runs]
+    heads = [tables.cell(run.path) for run in comparison.runs]
     for title, rows in _sections(comparison, "\0"):
         lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for name, texts in rows:
-            cells = [f"**{_cell(text[:-1])}**" if text.endswith("\0") else _cell(text) for text in texts]
-            lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+            cells = [f"**{tables.cell(text[:-1])}**" if text.endswith("\0") else tables.cell(text) for text in texts]
+            lines.append(f"| {tables.cell(name)} | {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _cell(text: str) -> str:
-    """Any text as the text of a cell: no markup, no HTML, no second cell, no second line."""
-    text = printable(text.replace("\n", " ")).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "|`*_[]":
-        text = text.replace(mark, f"\\{mark}")
-    return text
 
 
 def _json(comparison: Comparison) -> str:

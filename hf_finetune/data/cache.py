@@ -20,14 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import datasets
 
-from hf_finetune import errors
+from hf_finetune import errors, targetsfile
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
@@ -91,7 +90,7 @@ class Entry:
             return Content(
                 encoded={name: datasets.load_from_disk(self.path / "encoded" / name) for name in meta["encoded"]},
                 raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
-                targets=_targets_from(meta["targets"]),
+                targets=targetsfile.from_json(meta["targets"]),
                 reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
                 facts={name: Facts.from_json(facts) for name, facts in meta["facts"].items()},
             )
@@ -227,7 +226,7 @@ def _write(content: Content, folder: Path) -> None:
         "about": "tokenised data of hf_finetune; may be deleted",
         "encoded": list(content.encoded),
         "raw": list(content.raw),
-        "targets": _targets_to(content.targets),
+        "targets": targetsfile.to_json(content.targets),
         "reports": {name: asdict(report) for name, report in content.reports.items()},
         "facts": {name: asdict(facts) for name, facts in content.facts.items()},
         "files": _sizes(folder),
@@ -242,14 +241,3 @@ def _sizes(folder: Path) -> dict[str, int]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != "meta.json"
     }
-
-
-def _targets_to(targets: Targets) -> dict[str, Any]:
-    plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
-    # A list of pairs, as JSON would turn integer keys into text.
-    return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
-
-
-def _targets_from(stored: dict[str, Any]) -> Targets:
-    plain = {name: tuple(value) for name, value in stored.items() if name != "id_of"}
-    return Targets(**plain, id_of=dict(stored["id_of"]))

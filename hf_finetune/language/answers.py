@@ -27,15 +27,18 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
     Raises:
         DataError: The pattern matches nothing in a reference, so that no answer could be right.
     """
-    if not references:
-        return {}
+    found = each(generations, references, pattern)
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def each(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, list[float]]:
+    """The values of which `compare` takes the means, one an answer; arguments and errors as there."""
     wanted = right_answers(references, pattern)
     given = [extract(generation.text, pattern) for generation in generations]
-    equal = sum(one == two for one, two in zip(given, wanted, strict=True))
     return {
-        "exact_match": equal / len(references),
-        "ended": sum(generation.ended for generation in generations) / len(references),
-        "generated_tokens": sum(generation.tokens for generation in generations) / len(references),
+        "exact_match": [float(one == two) for one, two in zip(given, wanted, strict=True)],
+        "ended": [float(generation.ended) for generation in generations],
+        "generated_tokens": [float(generation.tokens) for generation in generations],
     }
 
 

@@ -74,6 +74,22 @@ class Reader:
         chat = self.chat(row)
         return renderer.text(chat.upto(chat.answers[-1]) if chat.answers else chat, ask=True)
 
+    def open_chat(self, row: Row) -> Chat:
+        """The chat that waits for an answer, of a row that needs none: up to its last assistant turn if it ends so."""
+        if self.messages is None:
+            return self.asked(self.open_text(row))
+        chat = Chat.parse(_cell(row, self.messages), _cell(row, self.tools) if self.tools else None)
+        ends = bool(chat.answers) and chat.answers[-1] == len(chat.messages) - 1
+        return chat.upto(chat.answers[-1]) if ends else chat
+
+    def open_text(self, row: Row) -> str:
+        """The prompt, or the plain text, that is to be continued; not blank."""
+        template = self.prompt if self.text is None else ""
+        text = text_template.fill(text_template.parse(template) if template else [("", self.text)], row)
+        if not text.strip():
+            raise DataError("the prompt is empty; remove the row or fill it in")
+        return text
+
     def reference(self, row: Row) -> str:
         """What the last assistant turn says."""
         chat = self.chat(row)

@@ -32,6 +32,7 @@ __all__ = [
     "enable_activation_checkpointing",
     "examine",
     "fresh_base",
+    "fresh_base_and_gaps",
     "load",
     "load_tokenizer",
     "parameter_counts",
@@ -222,9 +223,17 @@ def fresh_base(recipe: Recipe, options: dict[str, Any], machine: Machine) -> Pre
     Raises:
         ModelError: The weights can't be loaded.
     """
+    return fresh_base_and_gaps(recipe, options, machine)[0]
+
+
+def fresh_base_and_gaps(
+    recipe: Recipe, options: dict[str, Any], machine: Machine
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """`fresh_base`, and the names of its parameters that the checkpoint does not hold: those are random numbers."""
     config = read_config(recipe.model, options)
     dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
-    return _weights(recipe, config, machine, dtype)[0]
+    model, missing = _weights(recipe, config, machine, dtype)
+    return model, frozenset(missing)
 
 
 def _config(recipe: Recipe, targets: Targets) -> PreTrainedConfig:

@@ -63,21 +63,55 @@ def estimate(rows: Array, facts: Mapping[str, Any], seed: int = 0) -> Intervals:
         facts: Of that record: `problem`, `names`, `threshold`.
         seed: Of the draws.
     """
+    sums = sums_of(rows, facts)
+    return Intervals() if sums is None else of_sums(sums, seed)
+
+
+def of_sums(sums: Sums, seed: int = 0) -> Intervals:
+    """Intervals of whatever follows from sums over rows."""
+    return _bootstrap(sums.of_rows.shape[1], lambda drawn: sums.metrics(_added(sums, drawn)), seed)
+
+
+def of_differences(one: Sums, other: Sums, seed: int = 0) -> Intervals:
+    """Intervals of how much more one model's metrics are than another's on the same rows: a paired bootstrap.
+
+    Args:
+        one: Of one model.
+        other: Of the other; the same rows in the same order.
+        seed: Of the draws.
+    """
+
+    def differences(drawn: Array) -> dict[str, Array]:
+        mine, theirs = one.metrics(_added(one, drawn)), other.metrics(_added(other, drawn))
+        return {name: mine[name] - theirs[name] for name in mine if name in theirs}
+
+    return _bootstrap(one.of_rows.shape[1], differences, seed)
+
+
+def of_means(columns: Mapping[str, Array]) -> Sums:
+    """Sums of which the metrics are plain means over rows.
+
+    Args:
+        columns: Values (N,) by name of the metric.
+    """
+    names, count = list(columns), len(next(iter(columns.values())))
+    stacked = np.stack([*(np.asarray(values, dtype=np.float64) for values in columns.values()), np.ones(count)])
+    return Sums(stacked, lambda added: {name: added[row] / added[-1] for row, name in enumerate(names)})
+
+
+def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int) -> Intervals:
+    """Percentile intervals of metrics of (B, N) drawn rows."""
     from scipy import stats  # half a second
 
-    sums = sums_of(rows, facts)
-    if sums is None:
-        return Intervals()
-    count = sums.of_rows.shape[1]
     if count < 2:
         return Intervals(rows=count)
     resamples = int(np.clip(DRAWS // count, LEAST, RESAMPLES))
-    names = list(sums.metrics(_added(sums, np.arange(count)[None])))
+    names = list(metrics(np.arange(count)[None]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             (np.arange(count),),
-            lambda drawn, axis: np.stack(list(sums.metrics(_added(sums, np.atleast_2d(drawn))).values())),
+            lambda drawn, axis: np.stack(list(metrics(np.atleast_2d(drawn)).values())),
             n_resamples=resamples,
             batch=max(1, BATCH // count),
             vectorized=True,

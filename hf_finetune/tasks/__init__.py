@@ -203,3 +203,5 @@ class Questions:
     max_new_tokens: int
     score: Callable[[list[Any]], dict[str, float]]
     """Metrics of the `Generation`s, in the order of `prompts`."""
+    each: Callable[[list[Any]], dict[str, list[float]]]
+    """The values of which these are the means, one a `Generation`."""

@@ -239,6 +239,25 @@ class CausalLM(Task):
         ids = marking.prompt_ids(tokenizer, [prompt or text for prompt, text in pairs], plain=True)
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
 
+    def asked_columns(self) -> list[str]:
+        """Columns that a row must have to be answered; `tools` may be absent."""
+        if self.prompt is None:
+            return [column for column in (self.messages, self.text) if column is not None]
+        return text_template.columns(self.prompt)
+
+    def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Token ids of rows up to where the model is to answer, whether they hold an answer or not.
+
+        Raises:
+            RowsError: Rows can't be rendered; all of them, by their number within the batch.
+        """
+        reader = self._reader
+        if self._is_chat(tokenizer):
+            renderer = Renderer(tokenizer)
+            texts = examples.each(rows, lambda row: renderer.text(reader.open_chat(row), ask=True))
+            return marking.prompt_ids(tokenizer, texts, plain=False)
+        return marking.prompt_ids(tokenizer, examples.each(rows, reader.open_text), plain=True)
+
     def references(self, rows: Rows, n: int) -> list[str]:
         """What the data answer to the first `n` prompts.
 
@@ -268,6 +287,7 @@ class CausalLM(Task):
             prompts=self.prompts(first, tokenizer, self.generate_rows),
             max_new_tokens=self.max_new_tokens,
             score=lambda generations: self.answer_metrics(generations, references),
+            each=lambda generations: answers.each(generations, references, self.answer_pattern),
         )
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -24,8 +24,8 @@ from hf_finetune.terminal.phase import Phase, Phases, clock, unseen
 from hf_finetune.terminal.plain import Voice
 
 __all__ = [
-    "Manner", "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "last_words", "open_for",
-    "phase", "rank", "report", "say", "show", "tell", "unseen", "warn",
+    "Manner", "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "finish", "last_words",
+    "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
 ]  # fmt: skip
 
 _voice = Voice()
@@ -82,6 +82,16 @@ def say(line: str) -> None:
 def show(document: str) -> None:
     """Print what a command was given to print, as it is, in every manner."""
     _voice.show(document)
+
+
+def write(piece: str) -> None:
+    """Write a part of something that is said bit by bit, such as an answer; `finish` follows."""
+    _voice.piece(piece)
+
+
+def finish(message: Message) -> None:
+    """What was written bit by bit is complete: machines get it in one message."""
+    _voice.finish(message)
 
 
 def warn(text: str) -> None:

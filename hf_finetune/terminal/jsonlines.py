@@ -46,6 +46,13 @@ class JsonLines(Voice):
         """Print a document as it is: it was asked for in its own format."""
         self._write("stdout", document)
 
+    def piece(self, text: str) -> None:
+        """Nothing: an object is written once it is whole."""
+
+    def finish(self, message: Message) -> None:
+        """Write the object."""
+        self.tell(message)
+
     def begin(self, phase: Phase) -> None:
         """Tell that a phase begins."""
         self._tell_phase(phase, "begin", {})

@@ -62,7 +62,7 @@ class Message:
         """One JSON object in one line of ASCII; NaN and infinity, which JSON can't hold, are written as text."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head = {"time": now, "level": self.level, "event": self.event, "message": self.text}
-        rest = {name: _plain(value) for name, value in self.fields.items() if name not in head}
+        rest = {name: jsonable(value) for name, value in self.fields.items() if name not in head}
         return json.dumps(head | rest, allow_nan=False, default=str)
 
 
@@ -71,9 +71,10 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
-def _plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The value with NaN and infinity as text, tuples as lists and keys as text: what strict JSON holds."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(name): jsonable(item) for name, item in value.items()}
+    return [jsonable(item) for item in value] if isinstance(value, list | tuple) else value

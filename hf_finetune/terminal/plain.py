@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import TextIO
 
-from hf_finetune.terminal.message import LEVELS, Level, Message, Stream
+from hf_finetune.terminal.message import LEVELS, Level, Message, Stream, printable
 from hf_finetune.terminal.phase import Phase, clock
 
 LONG_S = 5.0
@@ -59,6 +59,13 @@ class Voice:
     def show(self, document: str) -> None:
         """Print a document as it is."""
         write("stdout", document + "\n")
+
+    def piece(self, text: str) -> None:
+        """Write a part of something that is said bit by bit, and was asked for."""
+        write("stdout", printable(text))
+
+    def finish(self, message: Message) -> None:
+        """It is said; the whole of it."""
 
     def begin(self, phase: Phase) -> None:
         """A phase begins; it is told once it turns out to be long."""

@@ -1,0 +1,1 @@
+"""What a finished run is worth: metrics with intervals on any labelled rows, by slice, and against another model."""

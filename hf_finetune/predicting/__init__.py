@@ -1,0 +1,1 @@
+"""Predictions for any number of rows: read, predicted and written in windows, in order, in bounded memory."""

@@ -1,0 +1,257 @@
+"""Predicts windows of rows: labels, numbers or generated text; what is wrong with a row is told, not raised.
+
+Shapes: N rows, C labels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from scipy import special
+
+from hf_finetune import batching, hardware
+from hf_finetune.badrows import RowsError
+from hf_finetune.errors import DivergedError, RecipeError
+from hf_finetune.predicting.rows import LINE, Row
+
+if TYPE_CHECKING:
+    from hf_finetune.finished import Finished, Serving
+    from hf_finetune.hardware import EvalBatch
+    from hf_finetune.tasks.causal_lm import CausalLM
+    from hf_finetune.tasks.text_classification import TextClassification
+
+Array = np.ndarray[Any, Any]
+Kind = Literal["text", "texts", "number", "truth"]
+"""Of an output column: text, a list of texts, a number, true or false."""
+Outputs = dict[str, Any]
+"""Output columns of a row, by their plain names."""
+
+LABELLED, GENERATED = 1024, 128
+"""Rows of a window."""
+CHARACTERS = 1 << 23
+"""Of the texts of a window: a longer one ends sooner."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What became of a window; lists have one entry a row."""
+
+    outputs: list[Outputs | None]
+    """None where a row has a fault."""
+    faults: list[str]
+    """Empty text where there is none."""
+    cut: int = 0
+    """Rows that were over-long and cut, or left no room for an answer."""
+
+
+class Predictor(ABC):
+    """Predicts windows of rows.
+
+    Args:
+        run: The run.
+        served: Its model.
+    """
+
+    window: int
+    """Rows of a window."""
+    cut_means: str
+    """What `cut` counts, for people."""
+
+    def __init__(self, run: Finished, served: Serving) -> None:
+        self.run, self.served = run, served
+
+    @property
+    @abstractmethod
+    def needed(self) -> list[str]:
+        """Columns that a row must have."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Mapping[str, Kind]:
+        """Output columns by their plain names."""
+
+    @abstractmethod
+    def _encoded(self, columns: dict[str, list[Any]]) -> list[Any]:
+        """Rows that are all well.
+
+        Raises:
+            RowsError: They are not.
+        """
+
+    @abstractmethod
+    def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        """Outputs in order, and how many rows were cut."""
+
+    def column_of_lines(self) -> str:
+        """The column that a plain line stands for.
+
+        Raises:
+            RecipeError: There are several.
+        """
+        if len(self.needed) != 1:
+            names = ", ".join(self.needed)
+            raise RecipeError(f"a plain line is one text, and this model reads {names}; give csv, jsonl or parquet")
+        return self.needed[0]
+
+    def predict(self, rows: Sequence[Row], *, lines: bool) -> Predicted:
+        """Predict a window.
+
+        Args:
+            rows: As they were read.
+            lines: Whether they are plain lines.
+        """
+        faults = [row.fault for row in rows]
+        fit = [index for index, fault in enumerate(faults) if not fault]
+        columns = self._columns([rows[index] for index in fit], lines=lines)
+        encoded: list[Any] = []
+        while fit:
+            try:
+                encoded = self._encoded(columns)
+                break
+            except RowsError as error:
+                for what, struck in error.found.items():
+                    for index in struck:
+                        faults[fit[index]] = faults[fit[index]] or what
+                kept = [index for index, place in enumerate(fit) if not faults[place]]
+                fit = [fit[index] for index in kept]
+                columns = {name: [values[index] for index in kept] for name, values in columns.items()}
+        outputs: list[Outputs | None] = [None] * len(rows)
+        found, cut = self._predict(encoded) if fit else ([], 0)
+        for index, output in zip(fit, found, strict=True):
+            outputs[index] = output
+        return Predicted(outputs, faults, cut)
+
+    def _columns(self, rows: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
+        if lines:
+            return {self.column_of_lines(): [row.cells[LINE] for row in rows]}
+        optional = self.run.recipe.task.optional_columns()
+        return {name: [row.cells.get(name) for row in rows] for name in (*self.needed, *optional)}
+
+
+class Labels(Predictor):
+    """A classifier's labels, or a regression's numbers."""
+
+    window = LABELLED
+    cut_means = "cut to data.max_length"
+
+    def __init__(self, run: Finished, served: Serving) -> None:
+        super().__init__(run, served)
+        self.task: TextClassification = run.recipe.task  # type: ignore[assignment]
+        self.most: EvalBatch = hardware.eval_batch(run.recipe, run.machine, 0)
+        self.collator = self.task.collator(run.tokenizer)
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns of text."""
+        return self.task.text_columns()
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """`label`, `score` and `probability.NAME` of each label; `value` for a regression."""
+        if self.task.problem == "regression":
+            return {"value": "number"}
+        label: Kind = "texts" if self.task.problem == "multi_label" else "text"
+        probabilities: dict[str, Kind] = {f"probability.{name}": "number" for name in self.run.targets.names}
+        return {"label": label, "score": "number", **probabilities}
+
+    def _encoded(self, columns: dict[str, list[Any]]) -> list[Any]:
+        encoded: list[Any] = self.task.encode(
+            columns, self.run.tokenizer, self.run.targets, self.run.recipe.data.max_length
+        )
+        longest = self.run.recipe.data.max_length
+        if self.run.recipe.data.overlong == "error":
+            over = [index for index, row in enumerate(encoded) if row["length"] > longest]
+            if over:
+                raise RowsError({f"has more than {longest} tokens; give data.overlong=truncate": over})
+        return encoded
+
+    def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        lengths = [len(row["input_ids"]) for row in encoded]
+        made: Array = np.empty((len(encoded), max(len(self.run.targets.names), 1)), dtype=np.float64)
+        for batch in batching.by_length(lengths, self.most.rows, self.most.budget(all_logits=False)):
+            inputs = self.collator([encoded[index] for index in batch])
+            made[batch] = self.served.logits(inputs).cpu().numpy()
+        if not np.isfinite(made).all():
+            raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
+        longest = self.run.recipe.data.max_length
+        return self._named(made), sum(row["length"] > longest for row in encoded)
+
+    def _named(self, logits: Array) -> list[Outputs]:
+        """Outputs of (N, C) logits."""
+        names = self.run.targets.names
+        if self.task.problem == "regression":
+            return [{"value": _short(value)} for value in logits[:, 0].tolist()]
+        single = self.task.problem == "single_label"
+        shares: Array = special.softmax(logits, axis=1) if single else special.expit(logits)
+        outputs = []
+        for row, probabilities in zip(logits, shares, strict=True):
+            best = int(row.argmax())
+            label: Any = names[best]
+            if not single:
+                label = [name for name, p in zip(names, probabilities, strict=True) if p >= self.task.threshold]
+            each = {f"probability.{name}": _short(p) for name, p in zip(names, probabilities.tolist(), strict=True)}
+            outputs.append({"label": label, "score": _short(float(probabilities[best])), **each})
+        return outputs
+
+
+class Answers(Predictor):
+    """What a language model writes."""
+
+    window = GENERATED
+    cut_means = "whose prompt leaves the model no room for an answer"
+
+    def __init__(self, run: Finished, served: Serving, max_new_tokens: int | None) -> None:
+        super().__init__(run, served)
+        self.task: CausalLM = run.recipe.task  # type: ignore[assignment]
+        self.max_new_tokens = max_new_tokens or self.task.max_new_tokens
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns of the prompt."""
+        return self.task.asked_columns()
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """`generated`, and whether the model ended it itself."""
+        return {"generated": "text", "ended": "truth"}
+
+    def _encoded(self, columns: dict[str, list[Any]]) -> list[Any]:
+        return self.task.ask(columns, self.run.tokenizer)
+
+    def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        from hf_finetune.language.generation import BATCH, generate
+
+        rows = self.run.recipe.training.eval_batch
+        with self.served.running():
+            found = generate(
+                self.served.network,
+                self.run.tokenizer,
+                encoded,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=BATCH if rows == "auto" else rows,
+            )
+        outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]
+        return outputs, sum(answer.tokens == 0 for answer in found)
+
+
+def make(run: Finished, max_new_tokens: int | None) -> Predictor:
+    """The predictor for a run's task; loads its model.
+
+    Raises:
+        RecipeError: The run generates nothing, and tokens are asked for.
+        ModelError: The model can't be loaded.
+    """
+    if run.recipe.task.peft_type == "CAUSAL_LM":
+        return Answers(run, run.serve(run.model()), max_new_tokens)
+    if max_new_tokens is not None:
+        raise RecipeError("--max-new-tokens is for language models; leave it out")
+    return Labels(run, run.serve(run.model()))
+
+
+def _short(value: float) -> float:
+    """Eight digits: more than float32 has."""
+    return float(f"{value:.8g}")

@@ -1,0 +1,57 @@
+"""Tables of text: for a terminal, and in markdown; nothing that is in a cell breaks out of it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+from hf_finetune.terminal.message import printable
+
+UNLIMITED = 100_000
+"""Characters of a line that goes to no terminal."""
+
+
+def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+    """The lines of a table, by rich: folds what is too wide for the terminal, and never cuts.
+
+    Args:
+        heads: One a column.
+        sections: Rows of cells; a line is drawn between sections.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in heads:
+        table.add_column(Text(printable(name)), overflow="fold")
+    for number, rows in enumerate(sections):
+        if number:
+            table.add_section()
+        for row in rows:
+            table.add_row(*(Text(printable(content)) for content in row))
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    drawn = io.StringIO()
+    Console(width=None if is_terminal else UNLIMITED, color_system=None, file=drawn).print(table)
+    return [line.rstrip() for line in drawn.getvalue().splitlines()]
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown.
+
+    Args:
+        heads: One a column.
+        rows: Of cells.
+    """
+    lines = [f"| {' | '.join(map(cell, heads))} |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])
+
+
+def cell(content: str) -> str:
+    """Any text as the text of a cell: no markup, no HTML, no second cell, no second line."""
+    content = printable(content.replace("\n", " ")).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "|`*_[]":
+        content = content.replace(mark, f"\\{mark}")
+    return content

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RECIPE, finished
+
+from hf_finetune import batching, targetsfile
+from hf_finetune.errors import CheckpointError, RecipeError
+from hf_finetune.finished import Finished, open_run
+from hf_finetune.records import Record, stored
+from hf_finetune.tasks import Targets
+
+
+def last_predictions(run: Path) -> Record:
+    """What training's last evaluation saw of the validation split."""
+    return [record for record in stored(run / "observations", "predictions") if record.phase in ("eval", "final")][-1]
+
+
+def evaluated(run: Finished, network: Any) -> np.ndarray[Any, Any]:
+    """The rows of the validation split, evaluated as the training does it."""
+    from hf_finetune import data, hardware
+
+    prepared = data.prepare(run.recipe, run.tokenizer, run.machine)
+    encoded: Any = prepared.validation
+    vocabulary = len(run.tokenizer) if run.recipe.task.peft_type == "CAUSAL_LM" else 0
+    most = hardware.eval_batch(run.recipe, run.machine, vocabulary)
+    rows = batching.Rows(encoded, run.recipe.task)
+    served = run.serve(network)
+    collator = run.recipe.task.collator(run.tokenizer)
+    tokens = most.budget(all_logits=served.paths.makes_all_logits)
+    loader = batching.eval_loader(rows, encoded["length"], batching.Division(most.rows, most.rows), collator, tokens)
+    found: list[Any] = [None] * len(encoded)
+    for batch in loader:
+        for row, values in zip(batch["row_ids"].tolist(), served.rows(batch).tolist(), strict=True):
+            found[row] = values
+    return np.array(found, dtype=np.float32)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "chatter"])
+def test_a_run_that_is_opened_says_what_it_said_in_training(kind: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    run = open_run(str(folder))
+    record = last_predictions(folder)
+    np.testing.assert_array_equal(evaluated(run, run.model())[record.arrays["ids"]], record.arrays["rows"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["training.precision=bf16"],
+        ["adapter={kind: full}", "training.learning_rate=1e-3"],
+        ["adapter={kind: ia3}"],
+        ["training.precision=bf16", "adapter={kind: lora, r: 4, modules_to_save: [bert.pooler]}"],
+    ],
+    ids=["bf16", "full", "ia3", "bf16-pooler"],
+)
+def test_also_in_half_precision_and_with_other_adapters(changes: list[str], run: Callable[..., Any]) -> None:
+    made = run(*changes)
+    opened = open_run(str(made.folder))
+    record = last_predictions(made.folder)
+    found = evaluated(opened, opened.model())[record.arrays["ids"]]
+    np.testing.assert_allclose(found, record.arrays["rows"], atol=1e-5)
+
+
+def test_the_base_of_a_classifier_has_the_trained_head_and_nothing_else(classifier: Path) -> None:
+    run = open_run(str(classifier))
+    base, adapted = run.base(), run.model()
+    weights = dict(base.named_parameters())
+    head: Any = adapted.get_submodule("base_model.model.classifier.modules_to_save.default")
+    assert torch.equal(weights["classifier.weight"], head.weight)
+    assert not any("lora" in name for name in weights)
+    assert not base.training
+    assert not any(weight.requires_grad for weight in weights.values())
+    record = last_predictions(classifier)
+    assert np.abs(evaluated(run, base)[record.arrays["ids"]] - record.arrays["rows"]).max() > 1e-3
+
+
+def test_the_base_of_a_language_model_is_the_pretrained_one(chatter: Path, tiny_llama: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    base = open_run(str(chatter)).base().state_dict()
+    assert all(torch.equal(plain[name], base[name]) for name in plain)
+
+
+def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Path) -> None:
+    targets = Targets(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
+    targetsfile.write(tmp_path / "targets.json", targets)
+    kept = targetsfile.read(tmp_path / "targets.json")
+    assert kept is not None
+    assert (kept.targets, kept.started_in) == (targets, Path.cwd())
+    assert [file.name for file in tmp_path.iterdir()] == ["targets.json"]
+
+
+def test_a_folder_without_a_run_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"holds no run.*`output` of the recipe"):
+        open_run(str(tmp_path))
+    with pytest.raises(RecipeError, match="is not there"):
+        open_run(str(tmp_path / "none"))
+
+
+@pytest.fixture
+def copied(classifier: Path, tmp_path: Path) -> Path:
+    """A run that may be damaged."""
+    return Path(shutil.copytree(classifier, tmp_path / "run"))
+
+
+def test_a_run_that_is_not_finished_says_how_to_go_on(copied: Path) -> None:
+    status = {"state": "preempted", "reason": "stopped by SIGTERM"}
+    (copied / "status.json").write_text(json.dumps(status))
+    with pytest.raises(CheckpointError, match=r"not finished \(preempted: stopped by SIGTERM\).*command goes on"):
+        open_run(str(copied))
+    (copied / "status.json").write_text(json.dumps({"state": "running"}))
+    with pytest.raises(CheckpointError, match="wait for it"):
+        open_run(str(copied))
+
+
+def test_a_missing_adapter_and_missing_or_damaged_labels_are_named(copied: Path) -> None:
+    (copied / "targets.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"targets\.json: is damaged"):
+        open_run(str(copied))
+    (copied / "targets.json").unlink()
+    with pytest.raises(CheckpointError, match="an earlier version made this run"):
+        open_run(str(copied))
+    shutil.rmtree(copied / "adapter")
+    with pytest.raises(CheckpointError, match="the adapter is not there"):
+        open_run(str(copied))
+
+
+def test_what_the_model_is_made_of_can_not_be_overridden(classifier: Path) -> None:
+    for word in ("adapter.r=8", "task.labels=[a, b]", "training.epochs=9", "output=x", "nonsense"):
+        with pytest.raises(RecipeError):
+            open_run(str(classifier), [word])
+    assert open_run(str(classifier), ["data.max_length=16"]).recipe.data.max_length == 16
+
+
+def test_relative_paths_lead_from_where_the_run_was_started(
+    tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work [1]"
+    work.mkdir()
+    shutil.copytree(tiny_bert, work / "base")
+    shutil.copy(reviews(32), work / "train.csv")
+    monkeypatch.chdir(work)
+    text = RECIPE.format(model="./base", data="train.csv", output="run").replace("epochs: 2", "steps: 1")
+    finished(work, text + "tracking: {images: false, report: false}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = open_run(str(work / "run"))
+    assert run.recipe.model.name == str(work / "base")
+    assert Path(str(run.recipe.data.train)) == work / "train.csv"
+    run.model()
+    work.rename(tmp_path / "moved")
+    with pytest.raises(Exception, match=r"there is no folder '\./base'"):
+        open_run(str(tmp_path / "moved" / "run"))
+    assert open_run(str(tmp_path / "moved" / "run"), [f"model.name={tiny_bert}"]).recipe.model.name == tiny_bert
+
+
+def test_a_run_is_used_by_one_process(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="accelerate launch"):
+        open_run(str(classifier))
