@@ -6,6 +6,7 @@ hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report F
 hf-finetune evaluate RUN [key.path=value ...] [--data FILE | --split NAME] [--by COLUMN] [--against RUN|base]
 hf-finetune predict RUN [key.path=value ...] [--input FILE|-] [--output FILE|-]
 hf-finetune chat RUN [key.path=value ...]
+hf-finetune merge RUN --to DIR [--dtype fp32|bf16|fp16] [--quantize int8|int4] [--onnx] [--data FILE] [--overwrite]
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
 hf-finetune tensorboard RUN [--rebuild]
 hf-finetune schema
@@ -13,6 +14,7 @@ hf-finetune schema
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ from hf_finetune.errors import (
 )
 from hf_finetune.terminal import Message
 
+LOUD_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers that tell, while PEFT imports what is installed, of GPU kernels that are not there and of torch to come."""
 SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 """Every rank of a node finds these; its first one says them."""
 
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> None:
     arguments = parse(words)
+    for name in LOUD_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments.run(arguments)
     except FinetuneError as error:

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import Any, NoReturn, Protocol
 
 from hf_finetune import __version__, terminal
-from hf_finetune.cli import chat, check, compare, evaluate, predict, schema, tensorboard, train
+from hf_finetune.cli import chat, check, compare, evaluate, merge, predict, schema, tensorboard, train
 from hf_finetune.terminal import Manner, Message
 
-VERBS = (train, check, evaluate, predict, chat, compare, tensorboard, schema)
+VERBS = (train, check, evaluate, predict, chat, merge, compare, tensorboard, schema)
 EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 

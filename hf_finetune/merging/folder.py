@@ -1,0 +1,143 @@
+"""The model folder: what transformers, vLLM and llama.cpp read, staged beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_finetune.adaptation import labelfile
+from hf_finetune.checkpoints.disk import discard, free_bytes, sync_folder
+from hf_finetune.errors import ModelError, Problem, StorageError
+from hf_finetune.hardware import DTYPES
+from hf_finetune.language import generation
+from hf_finetune.model.pretrained import silence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_finetune.finished import Finished
+    from hf_finetune.merging.options import Dtype
+
+
+@contextmanager
+def staged(place: str) -> Iterator[Path]:
+    """A folder to write into; it takes its place when the body is through, and is gone if it raises.
+
+    Raises:
+        StorageError: The disk does not take it.
+    """
+    final = Path(place)
+    staging = final.with_name(f".{final.name}.partial")
+    try:
+        with reported(final):
+            discard(staging)
+            staging.mkdir(parents=True)
+        yield staging
+        with reported(final):
+            _commit(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one line.
+
+    Raises:
+        StorageError: Instead.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise StorageError(Problem(f"can't be written: {reason}", file=str(folder))) from error
+
+
+def check_space(folder: Path, network: PreTrainedModel, dtype: Dtype) -> None:
+    """Refuse before anything is written what will not fit.
+
+    Raises:
+        StorageError: There is too little room.
+    """
+    needed = sum(parameter.numel() for parameter in network.parameters()) * DTYPES[dtype].itemsize
+    free = free_bytes(folder.parent)
+    if free < needed:
+        message = f"the weights need {needed:,} bytes, {free:,} are free; make room, or name a folder elsewhere"
+        raise StorageError(Problem(message, file=str(folder)))
+
+
+def write(network: PreTrainedModel, run: Finished, dtype: Dtype, shard_size: str, folder: Path) -> None:
+    """Write weights, config, generation config, tokenizer, chat template and labels.
+
+    Args:
+        network: Full weights; they are cast in place.
+        run: Its tokenizer and labels.
+        dtype: Of the weights.
+        shard_size: Most bytes of one weight file.
+        folder: An empty folder.
+
+    Raises:
+        ModelError: A weight is too large for the dtype.
+        StorageError: The disk does not take it.
+    """
+    _cast(network, dtype)
+    if run.recipe.task.peft_type == "CAUSAL_LM":
+        _generation(network, run.tokenizer)
+    if getattr(network.config, "use_cache", None) is False:
+        network.config.use_cache = True  # off in training only, where it has no use
+    with reported(folder), silence():
+        network.save_pretrained(folder, max_shard_size=shard_size)
+        add_tokenizer(run, folder)
+
+
+def add_tokenizer(run: Finished, folder: Path) -> None:
+    """Write what is not weights: tokenizer, chat template, and the names of labels for programs."""
+    run.tokenizer.save_pretrained(folder)
+    labelfile.write(folder, run.recipe.task.model_options(run.targets))
+
+
+def _cast(network: PreTrainedModel, dtype: Dtype) -> None:
+    wanted = DTYPES[dtype]
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(wanted)
+        if not bool(torch.isfinite(parameter.data).all()):
+            raise ModelError(f"{name} holds numbers that {dtype} can't; give --dtype bf16 or fp32")
+    network.config.dtype = wanted
+
+
+def _generation(network: Any, tokenizer: Any) -> None:
+    """Stop where training taught the model to stop, whoever generates."""
+    config = network.generation_config
+    ends = generation.end_tokens(network, tokenizer)
+    if ends:
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    config._from_model_config = False  # else transformers may make it anew from config.json, which knows one end only
+
+
+def _commit(staging: Path, final: Path) -> None:
+    """Make it durable and rename it into place; an earlier folder is moved aside first and then removed."""
+    for path in [*staging.rglob("*"), staging]:
+        if path.is_dir():
+            sync_folder(path)
+            continue
+        with path.open("rb") as opened:
+            os.fsync(opened.fileno())
+    old = final.with_name(f".{final.name}.old")
+    discard(old)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    sync_folder(final.parent)
+    discard(old)

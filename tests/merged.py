@@ -1,0 +1,62 @@
+"""Finished runs of every kind without a training run, and their merged folders, for the tests of merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from models import batch, build, machine, train
+
+from hf_finetune import export, model
+from hf_finetune.finished import Finished
+from hf_finetune.hardware import Precision
+from hf_finetune.merging import folder, weights
+from hf_finetune.merging.options import Dtype
+from hf_finetune.merging.rows import Rows
+from hf_finetune.recipe import Recipe
+from hf_finetune.runfolder import RunFolder
+from hf_finetune.tasks import Targets
+
+
+def finished(made: Recipe, targets: Targets, place: Path, precision: Precision = "fp32") -> Finished:
+    """A model of the recipe, trained for a few steps and saved, as a run that is done."""
+    adapted = build(made, targets, precision)
+    train(adapted, made)
+    tokenizer = model.load_tokenizer(made.model)
+    export.save(adapted, made, targets, tokenizer, place / "adapter")
+    return Finished(RunFolder(str(place)), made, machine(precision), targets, tokenizer)
+
+
+def rows(run: Finished) -> Rows:
+    """Rows of random tokens, of several lengths."""
+    made = batch(run.tokenizer, 8)["input_ids"].tolist()
+    ids = [row[: 3 + index] for index, row in enumerate(made)]
+    language = run.recipe.task.peft_type == "CAUSAL_LM"
+    labels: Any = ids if language else [index % max(1, len(run.targets.names)) for index in range(len(ids))]
+    encoded = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
+    return Rows(run, encoded, "validation", (), len(ids))
+
+
+def written(run: Finished, place: Path, dtype: Dtype = "fp32", shard_size: str = "5GB") -> weights.Merged:
+    """The run's merged folder."""
+    merged = weights.merged(rows(run))
+    place.mkdir(parents=True)
+    folder.write(merged.network, run, dtype, shard_size, place)
+    return merged
+
+
+def plain(place: Path, made: Recipe, **options: Any) -> Any:
+    """The folder as anyone loads it."""
+    network = getattr(transformers, made.task.auto_model).from_pretrained(place, **options)
+    return network.eval()
+
+
+def logits(network: Any, run: Finished) -> torch.Tensor:
+    """Of the first probe of `rows`."""
+    probe = rows(run).probes()[0]
+    with torch.no_grad():
+        found: torch.Tensor = network(**probe).logits.float()
+    return found
