@@ -21,6 +21,8 @@ FREE = (
     "data.cache",
     "data.workers",
     "data.checks.*",
+    "hub",
+    "hub.*",
     "task.sample_prompts*",
     "training.log_every",
     "training.loss_spike*",

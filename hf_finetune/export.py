@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune import card, model
+from hf_finetune import model
 from hf_finetune.adaptation import labelfile
 from hf_finetune.adaptation.lorainit import changed_base
+from hf_finetune.card import page
 from hf_finetune.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 def save(
     adapted: nn.Module, recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
-    """Write weights (safetensors), tokenizer, chat template, labels and model card.
+    """Write weights (safetensors), tokenizer, chat template, labels and the model card without metrics.
 
     The folder appears whole or not at all.
 
@@ -55,8 +56,9 @@ def save(
         recipe.adapter.save(adapted, str(staging))
         tokenizer.save_pretrained(staging)
         labelfile.write(staging, recipe.task.model_options(targets))
-        text = card.text(recipe, targets, _config(adapted))
-        (staging / "README.md").write_text(text, encoding="utf-8")
+        has_template = bool(tokenizer.chat_template)
+        text = page.plain(recipe, targets, _config(adapted), has_template=has_template)
+        (staging / page.FILE).write_text(text, encoding="utf-8")
         _sync(staging)
         _replace(staging, final)
     except OSError as error:

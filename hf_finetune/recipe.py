@@ -12,6 +12,7 @@ from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
+from hf_finetune.schema.hub import Hub
 from hf_finetune.schema.paths import NO_COMMIT, is_commit
 from hf_finetune.schema.reading import Reading
 from hf_finetune.schema.speed import Speed
@@ -47,6 +48,8 @@ class Recipe(Section):
     """Which fast paths it may take."""
     tracking: Tracking = Tracking()
     """What is shown of it on the way."""
+    hub: Hub | None = None
+    """Where the finished adapter is uploaded to; null uploads nothing."""
     output: Name
     """The run folder: everything this run writes."""
     require_pinned: bool = False
@@ -155,6 +158,12 @@ class Recipe(Section):
             for key, part in parts.items():
                 if part.revision is not None and not is_commit(part.revision):
                     raise ValueError(f"{key}.revision: {NO_COMMIT}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        if self.hub is not None and self.hub.every == "best" and self.training.best_metric is None:
+            raise ValueError("hub.every: best needs training.best_metric, e.g. best_metric: loss")
         return self
 
     @model_validator(mode="after")

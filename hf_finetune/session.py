@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import broadcast_object_list
 
 from hf_finetune import continuation, runlock
-from hf_finetune.errors import FinetuneError
+from hf_finetune.errors import FinetuneError, PushError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
 from hf_finetune.terminal import say
@@ -88,6 +88,9 @@ def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
     told.start()
     try:
         yield told
+    except PushError as error:
+        told.finish("done", error.exit_code, str(error))
+        raise
     except FinetuneError as error:
         told.finish("failed", error.exit_code, str(error))
         raise

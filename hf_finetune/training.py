@@ -29,8 +29,10 @@ from hf_finetune import (
     targetsfile,
     terminal,
 )
+from hf_finetune.card import page
 from hf_finetune.divergence import Guard
 from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
+from hf_finetune.hub import best, push
 from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
@@ -91,7 +93,9 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
-                return _Run(ready, findings, folder, status, stop, watch, before).complete(start.notes)
+                outcome = _Run(ready, findings, folder, status, stop, watch, before).complete(start.notes)
+            push.after_training(outcome)
+            return outcome
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class _Run:
         trainer.throughput.arithmetic = learner.arithmetic
         observing = Observing(recipe, learner.prepared, machine, folder.observations, observers.record)
         observing.attend(trainer, say if machine.is_main else _keep_silent)
-        with _out_of_memory(trainer, learner):
+        with _out_of_memory(trainer, learner), best.uploaded(trainer, learner, folder) as uploads:
             trainer.paths, choices = learning.fast_paths(trainer, learner, self.before)
             if machine.is_main:
                 environment = observers.environment()
@@ -149,7 +153,7 @@ class _Run:
             seconds=seconds,
             rates=trainer.throughput.rates(),
             scores=scores,
-            warnings=tuple(self.findings.warnings),
+            warnings=(*self.findings.warnings, *uploads.problems),
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
             probe_seconds=learner.seconds + trainer.paths.seconds,
@@ -157,7 +161,9 @@ class _Run:
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
         if machine.is_main:
-            runreport.write(outcome, observers.journal.entries)
+            run = runreport.write(outcome, observers.journal.entries)
+            if run is not None:
+                page.complete(run)
             lines = runreport.summary_lines(outcome)
             terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(folder.path)}))
         PartialState().wait_for_everyone()

@@ -295,7 +295,7 @@ def test_a_real_run_leaves_its_report(run: Runner) -> None:
     assert f"| accuracy | {accuracy:.6g} |" in text
     assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.6g}</td>' in page
     assert done.outcome.prepared.fingerprint in page
-    assert "AutoPeftModelForSequenceClassification.from_pretrained(" in page
+    assert "PeftModel.from_pretrained(model, folder)" in page
     again = runreport.plots(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml")))
     assert {f"{name}.png" for name in again} == images
     assert again["loss"] == (done.folder / "plots" / "loss.png").read_bytes()

@@ -8,15 +8,15 @@ from itertools import pairwise
 from typing import Any, NoReturn, Protocol
 
 from hf_finetune import __version__, terminal
-from hf_finetune.cli import chat, check, compare, evaluate, merge, predict, schema, tensorboard, train
+from hf_finetune.cli import chat, check, compare, evaluate, merge, predict, push, schema, tensorboard, train
 from hf_finetune.terminal import Manner, Message
 
-VERBS = (train, check, evaluate, predict, chat, merge, compare, tensorboard, schema)
+VERBS = (train, check, evaluate, predict, chat, merge, push, compare, tensorboard, schema)
 EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 
 exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 6 diverged, 7 out of memory,
-  9 no valid checkpoint, 10 a peer died or hung, 130 interrupted, 143 preempted, 1 a bug
+  8 trained, but not uploaded, 9 no valid checkpoint, 10 a peer died or hung, 130 interrupted, 143 preempted, 1 a bug
 """
 _FORMAT = "--log-format"
 

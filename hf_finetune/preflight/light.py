@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
+from hf_finetune.hub import secrets
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import datafiles, modelfolder, paths
 from hf_finetune.tracking.board import place
@@ -34,6 +35,9 @@ def look(recipe: Any) -> Findings:
     if board is not None:
         with findings.collect():
             place.check(board)
+    refusal = secrets.why_not() if _given(recipe, "hub", "repo") is not None else None
+    if refusal is not None:
+        findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():

@@ -38,12 +38,15 @@ MISHAPS = (OSError, ArithmeticError, AttributeError, LookupError, MemoryError, R
 """What reading, drawing or writing may end in: a full disk, a damaged record, too little memory."""
 
 
-def write(outcome: Outcome, entries: Sequence[Entry]) -> None:
+def write(outcome: Outcome, entries: Sequence[Entry]) -> Remains | None:
     """Write the report of a run that has ended; a warning where that fails.
 
     Args:
         outcome: What it came to.
         entries: Lines of metrics.jsonl, as the process has them: the file may have lost some.
+
+    Returns:
+        What it was made from; None where it could not be written.
     """
     folder = outcome.folder
     try:
@@ -52,6 +55,8 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> None:
     except MISHAPS as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         terminal.warn(f"the report of {folder.path} is not complete ({reason}); the run itself is")
+        return None
+    return run
 
 
 def page(folder: RunFolder, recipe: Recipe) -> str:

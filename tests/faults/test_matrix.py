@@ -10,13 +10,16 @@ import pytest
 from faults.lab import ROOT
 
 FAULTS = [*(f"F{number}" for number in range(1, 41)), *(f"K{number}" for number in range(1, 16))]
+HERE = Path(__file__).parent
+FILES = [*HERE.glob("test_*.py"), *HERE.parent.glob("test_push*.py")]
+"""Faults of the Hub are tried where the Hub for tests is."""
 DOCUMENT = (ROOT / "docs" / "reliability.md").read_text()
 
 
 def covered() -> set[str]:
     """Ids that names of tests carry: `test_f25_f26_...`, `test_f1_to_f9_...`."""
     found = set()
-    for file in Path(__file__).parent.glob("test_*.py"):
+    for file in FILES:
         for name in re.findall(r"^def test_(\w+)", file.read_text(), re.MULTILINE):
             for letter, first, last in re.findall(r"(?:^|_)([fk])(\d+)(?:_to_[fk](\d+))?(?=_)", name):
                 found |= {f"{letter.upper()}{number}" for number in range(int(first), int(last or first) + 1)}
@@ -43,4 +46,4 @@ def test_every_fault_is_tried_or_has_a_reason(fault: str) -> None:
 
 def test_the_document_names_tests_that_there_are() -> None:
     named = set(re.findall(r"`(test_\w+\.py)`", DOCUMENT))
-    assert named == {file.name for file in Path(__file__).parent.glob("test_*.py")} - {"test_matrix.py"}
+    assert named == {file.name for file in HERE.glob("test_*.py")} - {"test_matrix.py"}
