@@ -61,16 +61,17 @@ ALLOWED = (
 """Keys that may change where `--allow-change` names them: training goes on, but is not the one that was begun."""
 
 
-def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
+def differences(before: str, now: str, free: Iterable[str] = FREE) -> dict[str, tuple[Any, Any]]:
     """Dotted keys with another value than in an earlier resolved recipe: what it was, what it is.
 
     Args:
         before: `recipe.yaml` of the run folder.
         now: The resolved recipe that is to go on, as YAML.
+        free: Patterns of keys that may differ.
     """
     old, new = _flat(_resolved(before)), _flat(_resolved(now))
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    return {key: (old.get(key), new.get(key)) for key in sorted(changed) if not _among(key, FREE)}
+    return {key: (old.get(key), new.get(key)) for key in sorted(changed) if not _among(key, free)}
 
 
 def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
@@ -108,6 +109,12 @@ def refuse_unknown(allowed: Iterable[str]) -> None:
         CheckpointError: One may never change within a run.
     """
     wrong = [key for key in allowed if not _among(key, (*ALLOWED, *FREE))]
+    if any(key.startswith("lock.") for key in wrong):
+        raise CheckpointError(
+            Problem("is about a lock; give --locked RUN/run.lock.json too", key=key)
+            for key in wrong
+            if key.startswith("lock.")
+        )
     if wrong:
         message = "may not change within a run; start anew with --restart, or in another output folder"
         raise CheckpointError(Problem(message, key=key) for key in wrong)

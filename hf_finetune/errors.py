@@ -97,7 +97,7 @@ class PushError(FinetuneError, RuntimeError):
 
 
 class CheckpointError(FinetuneError, RuntimeError):
-    """There is no checkpoint that is whole and fits this run."""
+    """There is no checkpoint that is whole and fits this run, or a repeat differs from its lock."""
 
     exit_code = 9
 

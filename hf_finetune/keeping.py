@@ -12,7 +12,7 @@ from accelerate import PartialState
 from hf_finetune import checkpoints, hardware
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
-from hf_finetune.model import weights
+from hf_finetune.model import pretrained, weights
 from hf_finetune.resumable import Keeper
 from hf_finetune.runstate import Progress
 
@@ -82,11 +82,10 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
 
 def _facts(ready: Ready) -> Facts:
     """What this run's checkpoints are made from."""
-    commit = getattr(ready.outline.config, "_commit_hash", None)
     return Facts(
         recipe=hashlib.sha256(ready.recipe.dump().encode()).hexdigest(),
         data=ready.prepared.fingerprint,
-        model=weights.identity(ready.recipe.model, commit),
+        model=weights.identity(ready.recipe.model, pretrained.commit(ready.recipe.model)),
         versions={name: version(name) for name in PACKAGES},
     )
 

@@ -17,6 +17,7 @@ from hf_finetune.job import Job
 from hf_finetune.language import packing
 from hf_finetune.terminal import phase, say
 from hf_finetune.tracking.throughput import Arithmetic
+from hf_finetune.tuning import Choice
 
 if TYPE_CHECKING:
     from hf_finetune.arguments import Length
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
     from hf_finetune.trainer import FinetuneTrainer
     from hf_finetune.tuning import Choices
+
+
+PATHS = ("fused_lora", "fused_norm", "cheap_dropout", "plain_attention", "fused_loss")
+"""Settings of `speed` that the lock keeps as they came out."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def fast_paths(trainer: FinetuneTrainer, found: Learner, before: Choices | None)
     tell = _voice(found.machine)
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed
         batch = next(iter(found.job.sample(trainer.args.device)))
-    paths = fast.take(trainer.bare_model, found.recipe, found.machine, found.job.targets, batch)
+    allowed = _as_then(found.recipe, before)
+    paths = fast.take(trainer.bare_model, allowed, found.machine, found.job.targets, batch)
     if paths.taken:
         tell("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
     began = time.perf_counter()
@@ -129,7 +135,19 @@ def fast_paths(trainer: FinetuneTrainer, found: Learner, before: Choices | None)
     paths.seconds += time.perf_counter() - began
     choices = found.choices.plus("compiled", known)
     tell(f"chosen here: {choices.describe()}")
-    return paths, choices
+    taken = {name: name in paths.taken for name in PATHS if getattr(found.recipe.speed, name)}
+    then = {} if before is None else before.value("fast_paths") or {}
+    other = [name for name, was in then.items() if taken.get(name, was) != was]
+    if other:
+        tell(f"warning: {', '.join(other)}: not as when the run began, the next steps may differ in bits")
+    return paths, choices.plus("fast_paths", Choice(taken, "compared with the plain ones"))
+
+
+def _as_then(recipe: Recipe, before: Choices | None) -> Recipe:
+    """The recipe without the fast paths that were not taken when the run began."""
+    then = {} if before is None else before.value("fast_paths") or {}
+    left_out = {name: False for name in PATHS if not then.get(name, True)}
+    return recipe.model_copy(update={"speed": recipe.speed.model_copy(update=left_out)}) if left_out else recipe
 
 
 def _voice(machine: Machine) -> Callable[[str], None]:

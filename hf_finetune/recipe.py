@@ -187,6 +187,17 @@ def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
     return reading.read(Recipe, path, overrides)
 
 
+def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
+    """Read a recipe that stands inside another file; like `read`.
+
+    Args:
+        text: Its YAML.
+        file: What holds it, for messages.
+        overrides: Each `key.path=value`.
+    """
+    return reading.read_text(Recipe, text, file, overrides)
+
+
 def explain(path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
     """Every value of the resolved recipe: dotted key, value as YAML, and `file:line`, `command line` or `default`.
 

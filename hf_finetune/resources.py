@@ -1,7 +1,9 @@
-"""How much memory this process may use."""
+"""What this process may use: memory, and which processor."""
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,16 @@ def _left_by_cgroup() -> int | None:
     except OSError:
         return None
     return max(0, int(limit) - int(used)) if limit.isdigit() else None
+
+
+def processor(device: str) -> str:
+    """Name of the GPU, or of the CPU as its maker writes it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

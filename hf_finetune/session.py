@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import broadcast_object_list
 
 from hf_finetune import continuation, runlock
-from hf_finetune.errors import FinetuneError, PushError
+from hf_finetune.errors import CheckpointError, FinetuneError, PushError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
 from hf_finetune.terminal import say
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.peers import Failure
     from hf_finetune.recipe import Recipe
+    from hf_finetune.runlock.repeating import Repeat
     from hf_finetune.tuning.choices import Choices
 
 
@@ -30,6 +31,8 @@ class Wishes:
     """Move it aside."""
     allow_change: tuple[str, ...] = ()
     """Keys that may differ from its recipe."""
+    repeat: Repeat | None = None
+    """The locked run that this one repeats."""
 
 
 def claim(folder: RunFolder, recipe: Recipe, machine: Machine, wishes: Wishes) -> Start | FinetuneError:
@@ -38,7 +41,9 @@ def claim(folder: RunFolder, recipe: Recipe, machine: Machine, wishes: Wishes) -
     if machine.is_main:
         try:
             continuation.refuse_unknown(wishes.allow_change)
-            begin = [folder.claim(recipe.dump(), restart=wishes.restart, allowed=wishes.allow_change)]
+            notes = [] if wishes.repeat is None else _refuse_drift(wishes.repeat, recipe, machine)
+            start = folder.claim(recipe.dump(), restart=wishes.restart, allowed=wishes.allow_change)
+            begin = [replace(start, notes=(*notes, *start.notes))]
         except FinetuneError as error:
             # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
             begin = [error]
@@ -50,14 +55,29 @@ def claim(folder: RunFolder, recipe: Recipe, machine: Machine, wishes: Wishes) -
     return begin[0]
 
 
-def as_before(folder: RunFolder, recipe: Recipe, machine: Machine, start: Start) -> tuple[Machine, Choices | None]:
-    """What was chosen when the run began, so that it goes on with the very same arithmetic.
+def _refuse_drift(repeat: Repeat, recipe: Recipe, machine: Machine) -> list[str]:
+    """Compare a repeat with its lock; returns a sentence for each difference that is allowed.
+
+    Raises:
+        CheckpointError: Something else differs; it carries every difference.
+    """
+    drift = repeat.drift(recipe, machine)
+    if drift.problems:
+        raise CheckpointError(drift.problems)
+    return drift.notes
+
+
+def as_before(
+    folder: RunFolder, recipe: Recipe, machine: Machine, start: Start, repeat: Repeat | None = None
+) -> tuple[Machine, Choices | None]:
+    """What was chosen when the run began, so that it goes on, or is repeated, with the very same arithmetic.
 
     Args:
         folder: Taken.
         recipe: What it names is not open.
         machine: As it was found now.
         start: Whether a run goes on.
+        repeat: The locked run that is repeated.
 
     Returns:
         The machine with the precision and the attention of the run's beginning, and all that was chosen then; None for
@@ -65,9 +85,9 @@ def as_before(folder: RunFolder, recipe: Recipe, machine: Machine, start: Start)
     """
     kept = [runlock.choices(folder.run_lock) if machine.is_main and start.kind == "resume" else None]
     broadcast_object_list(kept)
-    choices = kept[0]
+    choices = kept[0] if repeat is None else repeat.choices()
     if choices is None or choices.device != machine.device:
-        if start.kind == "resume" and machine.is_main and folder.has_checkpoints:
+        if machine.is_main and (repeat is not None or (start.kind == "resume" and folder.has_checkpoints)):
             why = "is not there, or damaged" if choices is None else f"is of a {choices.device}"
             say(f"note: {folder.run_lock.name} {why}: what it kept is chosen anew, the next steps may differ in bits")
         return machine, None

@@ -23,7 +23,6 @@ from hf_finetune import (
     memory,
     model,
     quiet,
-    runlock,
     runreport,
     session,
     targetsfile,
@@ -40,6 +39,7 @@ from hf_finetune.preflight import heavy, light
 from hf_finetune.resources import is_out_of_memory
 from hf_finetune.resumable import EvaluationStopped
 from hf_finetune.runfolder import RunFolder, Start, Status
+from hf_finetune.runlock import making
 from hf_finetune.runreport import Outcome
 from hf_finetune.session import Wishes
 from hf_finetune.terminal import Message, phase, say
@@ -52,16 +52,20 @@ if TYPE_CHECKING:
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.recipe import Recipe
     from hf_finetune.resumable import Keeper
+    from hf_finetune.runlock.repeating import Repeat
     from hf_finetune.tuning import Choices
 
 
-def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[str] = ()) -> Outcome | None:
+def finetune(
+    recipe: Recipe, *, restart: bool = False, allow_change: Sequence[str] = (), repeat: Repeat | None = None
+) -> Outcome | None:
     """Run one recipe from beginning to end, or from where an earlier run of it was stopped.
 
     Args:
         recipe: What to do.
         restart: Move an earlier run in the same folder aside instead of going on with it.
         allow_change: Keys of the recipe that may differ from those of the run that goes on.
+        repeat: The locked run that this is to be once more, bit for bit; anything that differs is refused.
 
     Returns:
         What came of it; None where the folder already holds this very run, finished.
@@ -73,12 +77,13 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
     quiet.hush()
     findings = light.look(recipe)
     machine = hardware.survey(recipe)
+    machine = machine if repeat is None else repeat.as_locked(machine)
     stop = StopRequest()
     folder = RunFolder(recipe.output)
     with stop.listening():
         start = None
         if not findings.blame("output"):
-            start = session.claim(folder, recipe, machine, Wishes(restart, tuple(allow_change)))
+            start = session.claim(folder, recipe, machine, Wishes(restart, tuple(allow_change), repeat))
         if isinstance(start, FinetuneError):
             findings.add(start)
         if not isinstance(start, Start):
@@ -86,14 +91,15 @@ def finetune(recipe: Recipe, *, restart: bool = False, allow_change: Sequence[st
             return None  # not reached: a folder that can't be taken is an error
         if start.kind == "done":
             return None
-        machine, before = session.as_before(folder, recipe, machine, start)
+        machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine) as status:
             ready = heavy.prepare(recipe, machine, findings)
+            notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
             # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
-                outcome = _Run(ready, findings, folder, status, stop, watch, before).complete(start.notes)
+                outcome = _Run(ready, findings, folder, status, stop, watch, before).complete(notes)
             push.after_training(outcome)
             return outcome
 
@@ -137,8 +143,8 @@ class _Run:
         with _out_of_memory(trainer, learner), best.uploaded(trainer, learner, folder) as uploads:
             trainer.paths, choices = learning.fast_paths(trainer, learner, self.before)
             if machine.is_main:
-                environment = observers.environment()
-                runlock.write(folder.run_lock, recipe, keeper.facts, environment, choices)
+                lock = making.lock(self.ready, learner.machine, choices)
+                making.write(lock, folder.run_lock, goes_on=keeper.resume_from is not None)
                 observers.locked()
             seconds, scores = _train(trainer, learner, self.stop)
             with phase("saving the adapter"):

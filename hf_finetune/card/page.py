@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from hf_finetune import terminal
+from hf_finetune import runlock, terminal
 from hf_finetune.card.body import body
 from hf_finetune.card.header import header
 from hf_finetune.card.loading import blocks
@@ -54,8 +54,9 @@ def complete(run: Remains) -> None:
         how = _code(folder / FILE)
         pictures = copied(chosen(run), run.folder.plots, folder / IMAGES)
         shown = [f"![{about}]({IMAGES}/{name})" for name, about in pictures]
-        told = body(run.recipe, run.outcome.prepared.targets, how, run, shown)
-        write_atomically(folder / FILE, _joined(header(run.recipe, run).to_yaml(), told))
+        recipe = runlock.as_trained(run.recipe, run.folder.run_lock)
+        told = body(recipe, run.outcome.prepared.targets, how, run, shown)
+        write_atomically(folder / FILE, _joined(header(recipe, run).to_yaml(), told))
     except MISHAPS as error:
         shutil.rmtree(folder / IMAGES, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error

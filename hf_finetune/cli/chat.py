@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: The run or the command line is wrong.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.chatting import command
     from hf_finetune.errors import RecipeError
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
-from hf_finetune.cli.recipes import add_recipe
+from hf_finetune.cli import recipes
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -19,7 +18,7 @@ HELP = "say everything that is wrong with a recipe, its data and its model; load
 def add(verbs: Verbs, common: Parser) -> None:
     """Declare the verb."""
     parser = verbs.add_parser("check", parents=[common], help=HELP, description=f"{HELP[0].upper()}{HELP[1:]}.")
-    add_recipe(parser)
+    recipes.add_recipe(parser)
     parser.add_argument("--explain", action="store_true", help="say where each value came from")
     parser.add_argument("--show", metavar="N", type=_count, default=0, help="N training rows as the model sees them")
     parser.add_argument("--report", metavar="FILE.html", help="write a page about the data")
@@ -34,9 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     if terminal.rank():
         return  # one look is enough, and one report
+    given = recipes.read(arguments)
     options = command.Options(
         restart=arguments.restart,
-        allow_change=tuple(arguments.allow_change),
+        allow_change=given.allowed,
+        repeat=given.repeat,
         explain=arguments.explain,
         show=arguments.show,
         report=arguments.report,
@@ -44,8 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if options.as_json:  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    code = command.run(arguments.recipe, arguments.overrides, options)
+    code = command.run(given.reading, options)
     if code:
         sys.exit(code)
 

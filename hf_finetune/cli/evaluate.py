@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
@@ -48,7 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.format != "text":  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     overrides = tuple(arguments.overrides)
     if arguments.lm_eval:
         from hf_finetune.evaluating import harness

@@ -16,7 +16,8 @@ EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 
 exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 6 diverged, 7 out of memory,
-  8 trained, but not uploaded, 9 no valid checkpoint, 10 a peer died or hung, 130 interrupted, 143 preempted, 1 a bug
+  8 trained, but not uploaded, 9 no valid checkpoint, or not as locked, 10 a peer died or hung, 130 interrupted,
+  143 preempted, 1 a bug
 """
 _FORMAT = "--log-format"
 

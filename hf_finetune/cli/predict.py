@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
@@ -48,7 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns while PEFT imports it
     from hf_finetune.predicting import command
 
     options = command.Options(

@@ -1,18 +1,63 @@
-"""Arguments of the verbs that take a recipe."""
+"""Arguments of the verbs that take a recipe, or a lock with one."""
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_finetune.errors import RecipeError
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.runlock.repeating import Repeat
+    from hf_finetune.schema.reading import Reading
 
 
 def add_recipe(parser: Parser) -> None:
     """The recipe, what replaces its values, and what is done about an earlier run."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; may be left out with --locked")
     help_overrides = "replaces a value of the recipe, e.g. training.learning_rate=1e-4; the value in YAML"
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)
     parser.add_argument("--restart", action="store_true", help="move an earlier run in the same folder aside")
     help_allow = "go on with an earlier run though this key was changed; may be given several times"
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=help_allow)
+    help_locked = (
+        "repeat the run that wrote this run.lock.json, into RUN-repeat or output=...; refuses whatever differs"
+    )
+    parser.add_argument("--locked", metavar="RUN/run.lock.json", help=help_locked)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says to do."""
+
+    reading: Reading[Recipe]
+    repeat: Repeat | None
+    """With `--locked`."""
+    allowed: tuple[str, ...]
+    """Keys of `--allow-change` that are about the recipe."""
+
+
+def read(arguments: argparse.Namespace) -> Given:
+    """Read the recipe, or the lock.
+
+    Raises:
+        RecipeError: There is neither, or the lock can't be used; what is wrong with a recipe is in its reading.
+    """
+    from hf_finetune import recipe
+    from hf_finetune.runlock import repeating
+
+    path, overrides = arguments.recipe, list(arguments.overrides)
+    if arguments.locked is None:
+        if path is None:
+            raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
+        return Given(recipe.read(path, overrides), None, tuple(arguments.allow_change))
+    if path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
+        path, overrides = None, [path, *overrides]
+    lock, reading = repeating.read(arguments.locked, path, overrides)
+    of_lock = tuple(key for key in arguments.allow_change if key.startswith(repeating.KEYS))
+    others = tuple(key for key in arguments.allow_change if not key.startswith(repeating.KEYS))
+    return Given(reading, repeating.Repeat(arguments.locked, lock, of_lock), others)

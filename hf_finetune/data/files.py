@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 from collections.abc import Sequence
@@ -60,9 +61,13 @@ class LocalFiles:
             whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
         """
         digest = hashlib.sha256(self.suffix.encode())
-        for file in self.files:
-            digest.update(_digest(file, whole=whole))
+        for one in self.digests(whole=whole):
+            digest.update(one)
         return digest.hexdigest()
+
+    def digests(self, *, whole: bool) -> list[bytes]:
+        """SHA-256 of each file: see `identity`. A file that did not change since it was asked for is not read again."""
+        return [_digest(*stamp, whole=whole) for stamp in self.stamps()]
 
     def scan(self, wanted: Wanted) -> list[Problem]:
         """Everything that is wrong with the files, and that the libraries would repair in silence or not locate."""
@@ -128,11 +133,12 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> LocalFi
     return LocalFiles(key, tuple(found.files))
 
 
-def _digest(file: str, *, whole: bool) -> bytes:
+@functools.cache
+def _digest(file: str, size: int, changed: int, *, whole: bool) -> bytes:
+    """SHA-256 of a file; size in bytes and time of change in ns tell whether an earlier answer still holds."""
     with Path(file).open("rb") as stream:
         if whole:
             return hashlib.file_digest(stream, "sha256").digest()
-        size = Path(file).stat().st_size
         digest = hashlib.sha256(str(size).encode())
         digest.update(stream.read(SAMPLE_BYTES))
         stream.seek(max(0, size - SAMPLE_BYTES))

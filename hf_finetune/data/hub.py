@@ -6,22 +6,20 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import datasets
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.data.diagnosis import READING_ERRORS, reading_error
 from hf_finetune.data.faults import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema.complaints import suggestion
 from hf_finetune.schema.paths import is_commit
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
-_HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
-_ERRORS = (*READING_ERRORS, _HTTP_ERROR)
+_ERRORS = (*READING_ERRORS, HTTP_ERROR)
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,13 @@ class HubSplit:
 
     def identity(self, *, whole: bool) -> str:
         """Repository, subset, split and commit; the Hub is asked only where the recipe pins none."""
+        return f"{self.source} {self.subset} {self.split} {self.commit}"
+
+    @property
+    def commit(self) -> str:
+        """Of the data set; the Hub, or its cache, is asked only where the recipe pins none."""
         pinned = self.revision is not None and is_commit(self.revision)
-        commit = self.revision if pinned else self._builder().hash
-        return f"{self.source} {self.subset} {self.split} {commit}"
+        return str(self.revision if pinned else self._builder().hash)
 
     def scan(self, wanted: Wanted) -> list[Problem]:
         """Nothing: a data set of the Hub has columns with types."""
@@ -93,7 +95,7 @@ class HubSplit:
     def _builder(self) -> Any:
         try:
             builder = _builder(self.source, self.subset, self.revision)
-        except (ConnectionError, _HTTP_ERROR) as error:
+        except (ConnectionError, HTTP_ERROR) as error:
             raise DataError(self._unreachable(error)) from error
         except READING_ERRORS as error:
             reason = str(error).strip().replace("\n", " ")

@@ -100,6 +100,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     _refuse_foreign(overrides)
     kept = targetsfile.read(folder.targets)
     recipe = places.read(folder, None if kept is None else kept.started_in, overrides)
+    recipe = runlock.as_trained(recipe, folder.run_lock)
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
     return Finished(folder, recipe, machine, _targets(folder, recipe, kept), model.load_tokenizer(recipe.model))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from hf_finetune import runlock
 from hf_finetune.errors import Problem, PushError, RecipeError
 from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.order import Answer, Order
@@ -89,9 +90,9 @@ def run_id(folder: RunFolder) -> str:
         folder: The run.
     """
     parts = [folder.recipe.read_bytes()]
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        lock: Any = json.loads(folder.run_lock.read_text(encoding="utf-8"))
-        parts += [str(lock["data"]["fingerprint"]).encode(), str(lock["model"]["identity"]).encode()]
+    with suppress(RecipeError):
+        lock = runlock.read(str(folder.run_lock))
+        parts += [lock.fingerprint.encode(), lock.model.model_dump_json().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:ID_DIGITS]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema.modelfolder import KEY, resolve
 
 if TYPE_CHECKING:
@@ -48,6 +50,19 @@ def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrain
     return config
 
 
+def commit(model: Model) -> str | None:
+    """The commit of the Hub that the model's config was read at, as the cache knows it; None for a local folder.
+
+    Configs of transformers 5 no longer say it.
+    """
+    place = resolve(model.name)
+    if Path(place).is_absolute():
+        return None
+    config = try_to_load_from_cache(place, "config.json", revision=model.revision)
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(config).as_posix()) if isinstance(config, str) else None
+    return found[1] if found else None
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token.
 
@@ -77,7 +92,7 @@ def reading(model: Model) -> Iterator[None]:
     """Turn what transformers raises about missing or unreadable files into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, HTTP_ERROR) as error:
         if isinstance(error, ModelError):
             raise
         at = f" at {model.revision}" if model.revision else ""

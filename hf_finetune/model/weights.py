@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.errors import ModelError, Problem
+from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.model.pretrained import reading
 from hf_finetune.schema.blocks import Model
 from hf_finetune.schema.modelfolder import KEY, resolve
@@ -70,7 +70,7 @@ def _on_the_hub(repository: str, revision: str | None) -> list[str]:
     """Names of a repository's files."""
     try:
         return list(HfApi().list_repo_files(repository, revision=revision))
-    except (OSError, HfHubHTTPError):
+    except (OSError, HTTP_ERROR):
         snapshot = snapshot_download(repository, revision=revision, local_files_only=True)
         return sorted(file.name for file in Path(snapshot).iterdir())
 

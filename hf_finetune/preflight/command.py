@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_finetune.preflight import light
-from hf_finetune.recipe import read
 from hf_finetune.terminal import Message, say, show, tell
 from hf_finetune.terminal.message import Level, printable
 
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from hf_finetune.findings import Findings
     from hf_finetune.preflight.heavy import Examined
     from hf_finetune.recipe import Recipe
+    from hf_finetune.runlock.repeating import Repeat
     from hf_finetune.schema.reading import Reading
 
 Origins = list[tuple[str, str, str]]
@@ -32,6 +31,8 @@ class Options:
     """An earlier run in the folder would be moved aside."""
     allow_change: tuple[str, ...] = ()
     """Keys that may differ from those of an earlier run."""
+    repeat: Repeat | None = None
+    """The locked run that this one is to repeat."""
     explain: bool = False
     """Say where each value came from."""
     show: int = 0
@@ -47,23 +48,23 @@ class Result:
 
     reading: Reading[Recipe]
     findings: Findings
+    notes: list[str]
     plan: list[tuple[str, str]] = field(default_factory=list)
     seen: Examined | None = None
     """None where the recipe has mistakes: then nothing else was looked at."""
 
 
-def run(path: str, overrides: Sequence[str], options: Options) -> int:
+def run(reading: Reading[Recipe], options: Options) -> int:
     """Check a recipe and print what was found.
 
     Args:
-        path: The recipe.
-        overrides: Each `key.path=value`.
+        reading: The recipe, as it was read.
         options: What to print.
 
     Returns:
         The exit code: 0, or that of the gravest kind of finding (2, 3, 4 or 5).
     """
-    result = check(path, overrides, restart=options.restart, allowed=options.allow_change)
+    result = check(reading, options)
     origins = _origins(result.reading) if options.explain else []
     rows = []
     # First of all, as a row of a stream may be unreadable: what is found then belongs to the findings.
@@ -76,19 +77,17 @@ def run(path: str, overrides: Sequence[str], options: Options) -> int:
     return result.findings.exit_code
 
 
-def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False, allowed: Sequence[str] = ()) -> Result:
+def check(reading: Reading[Recipe], options: Options) -> Result:
     """Find everything that can be known to be wrong before weights load.
 
     Recipe mistakes alone import neither torch nor transformers.
 
     Args:
-        path: The recipe.
-        overrides: Each `key.path=value`.
-        restart: An earlier run in the folder would be moved aside.
-        allowed: Keys that may differ from those of an earlier run.
+        reading: The recipe, as it was read.
+        options: What is done about an earlier run, and which run this repeats.
     """
-    reading = read(path, overrides)
-    findings = light.look_at_reading(reading, restart=restart, allowed=allowed)
+    findings = light.look_at_reading(reading, restart=options.restart, allowed=options.allow_change)
+    repeat, notes = options.repeat, list[str]()
     plan: list[tuple[str, str]] = []
     seen = None
     if reading.recipe is not None:
@@ -97,10 +96,17 @@ def check(path: str, overrides: Sequence[str] = (), *, restart: bool = False, al
         from hf_finetune.preflight.plan import lines
 
         quiet.hush()
-        seen = heavy.examine(reading.recipe, hardware.alone(reading.recipe), findings)
+        machine = hardware.alone(reading.recipe)
+        if repeat is not None:
+            machine = repeat.as_locked(machine)
+            notes = repeat.told(reading.recipe, machine, findings)
+        seen = heavy.examine(reading.recipe, machine, findings)
+        if repeat is not None and seen.prepared is not None and not findings.exit_code:
+            with findings.collect():
+                notes += repeat.notes_on_rows(seen.prepared.fingerprint)
         if not findings.exit_code:
             plan = lines(heavy.complete(seen), findings)
-    return Result(reading, findings.located(reading.locate), plan, seen)
+    return Result(reading, findings.located(reading.locate), [*reading.notes, *notes], plan, seen)
 
 
 def _print(result: Result, origins: Origins, rows: list[str]) -> None:
@@ -109,7 +115,7 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
     for finding in result.findings:
         level: Level = "error" if finding.kind else "warning"
         tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
-    for note in result.reading.notes:
+    for note in result.notes:
         say(f"note: {note}")
     width = max((len(name) for name, _ in result.plan), default=0)
     for name, text in result.plan:
@@ -149,7 +155,7 @@ def _print_json(result: Result, origins: Origins, rows: list[str]) -> None:
     told = {
         "exit_code": result.findings.exit_code,
         "findings": [finding.as_json() for finding in result.findings],
-        "notes": result.reading.notes,
+        "notes": result.notes,
         "plan": dict(result.plan),
         "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
         "rows": rows,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import data, hardware, jobs, model, terminal
+from hf_finetune import data, hardware, hubreach, jobs, model, terminal
 from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
@@ -63,6 +63,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
     """
     with findings.collect():
         hardware.check(recipe, machine)
+    hubreach.settle(recipe)
     tokenizer = prepared = assignment = None
     if findings.blame("model", RecipeError):  # its name is malformed or must not be read
         return Examined(recipe, machine)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_finetune import memory, resources, runreport
 from hf_finetune.errors import Problem, StorageError
 from hf_finetune.memory import Shapes
+from hf_finetune.model import pretrained
 from hf_finetune.runfolder import nearest_existing
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def size(count: float) -> str:
 
 def _commit(ready: Ready) -> str:
     """Which commit of the Hub the model is, and how to keep it."""
-    commit = getattr(ready.outline.config, "_commit_hash", None)
+    commit = pretrained.commit(ready.recipe.model)
     if commit is None:
         return ""
     pinned = ready.recipe.model.revision == commit

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema import credentials, yamlfile
-from hf_finetune.schema.origin import Origin
+from hf_finetune.schema.origin import Origin, Place
 from hf_finetune.schema.replaced import VARIANTS, drop
 from hf_finetune.schema.roots import outside
 from hf_finetune.schema.yamlfile import Document, KeyPath
@@ -66,6 +66,27 @@ def load(path: str) -> Layer:
         _merge(layer, document.value)
         layer.origin.add(document, name)
         layer.origin.forget((EXTENDS,))
+    return layer
+
+
+def of_text(text: str, file: str) -> Layer:
+    """A recipe that does not lie in a file of its own, without `extends`.
+
+    Args:
+        text: The YAML.
+        file: What holds it, for messages; lines of the text are none of this file.
+
+    Raises:
+        RecipeError: The text can't be read.
+    """
+    document = yamlfile.parse(text, file)
+    if not isinstance(document.value, dict):
+        raise RecipeError(Problem("holds no recipe: a mapping of keys to values", file=file))
+    layer = Layer({}, Origin(file), files=[file])
+    _clean(document, file, layer)
+    layer.tree = document.value
+    layer.origin.places = dict.fromkeys(document.lines, Place(file))
+    layer.origin.written = document.written
     return layer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema import complaints, overrides, yamlwriter
 from hf_finetune.schema.credentials import redacted
-from hf_finetune.schema.layers import Layer, load
+from hf_finetune.schema.layers import Layer, load, of_text
 from hf_finetune.schema.origin import Origin
 from hf_finetune.schema.partial import assemble
 from hf_finetune.schema.replaced import Dropped
@@ -81,10 +81,26 @@ def read(model: type[Block], path: str, given: Sequence[str]) -> Reading[Block]:
         path: The YAML file.
         given: Each `key.path=value`, the value in YAML.
     """
+    return _read(model, lambda: load(path), path, given)
+
+
+def read_text(model: type[Block], text: str, file: str, given: Sequence[str]) -> Reading[Block]:
+    """Read a recipe that stands inside another file; like `read`.
+
+    Args:
+        model: Class of the recipe.
+        text: Its YAML.
+        file: What holds it.
+        given: Each `key.path=value`, the value in YAML.
+    """
+    return _read(model, lambda: of_text(text, file), file, given)
+
+
+def _read(model: type[Block], load_layer: Callable[[], Layer], file: str, given: Sequence[str]) -> Reading[Block]:
     try:
-        layer = load(path)
+        layer = load_layer()
     except RecipeError as error:
-        return Reading(None, [_hidden(problem) for problem in error.problems], None, Origin(path), [])
+        return Reading(None, [_hidden(problem) for problem in error.problems], None, Origin(file), [])
     gone = overrides.apply(given, layer)
     recipe, found, partial = _validate(model, layer)
     layer.problems += found

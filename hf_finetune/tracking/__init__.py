@@ -108,13 +108,6 @@ class Observers:
                 warn(f"{place.folder} can't be cleared ({error.strerror}): TensorBoard shows some steps twice")
             replay(self.board, self.journal.entries)
 
-    def environment(self) -> dict[str, str]:
-        """Versions of packages, and the machine, by name."""
-        from hf_finetune.tracking.board.kinds import environment
-
-        facts: dict[str, str] = environment.look(self.machine, 0).facts["table"]
-        return facts
-
     def locked(self) -> None:
         """`run.lock.json` is there: show it."""
         if self.board is not None:

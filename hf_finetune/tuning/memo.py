@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hf_finetune import __version__
+from hf_finetune import __version__, resources
 from hf_finetune.data import cache
 from hf_finetune.runfolder import write_atomically
 
@@ -36,7 +33,7 @@ class Memo:
     def __init__(self, question: str, bench: Bench, batches: list[Batch]) -> None:
         facts = {
             "question": question,
-            "processor": _processor(bench.machine.device),
+            "processor": resources.processor(bench.machine.device),
             "threads": bench.machine.threads,
             "ranks": bench.machine.local_world_size,
             "precision": bench.machine.precision,
@@ -67,12 +64,3 @@ class Memo:
 def _shape(batch: Batch) -> tuple[int, int]:
     rows, tokens = batch["input_ids"].shape
     return rows, -(-tokens // STEP) * STEP
-
-
-def _processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return platform.processor() or platform.machine()

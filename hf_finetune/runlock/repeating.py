@@ -1,0 +1,143 @@
+"""`--locked LOCK`: the recipe out of a lock, where its repeat goes, and what is taken over from the locked run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_finetune import recipe as recipes
+from hf_finetune.errors import CheckpointError, Problem, RecipeError
+from hf_finetune.recipe import Recipe
+from hf_finetune.runlock import lockfile
+from hf_finetune.runlock.lockfile import Lock
+from hf_finetune.runlock.pinning import pinned
+from hf_finetune.schema import yamlfile
+from hf_finetune.schema.origin import OVERRIDE
+
+if TYPE_CHECKING:
+    from hf_finetune.findings import Findings
+    from hf_finetune.hardware import Machine
+    from hf_finetune.runlock.drift import Drift
+    from hf_finetune.schema.reading import Reading
+    from hf_finetune.tuning.choices import Choices
+
+KEYS = "lock."
+"""How keys of `--allow-change` begin that are for a lock."""
+SUFFIX = "-repeat"
+"""What the folder of a repeat has behind the name of the locked run's, where no other is given."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A locked run that is to be done once more."""
+
+    file: str
+    """The lock."""
+    lock: Lock
+    allowed: tuple[str, ...] = ()
+    """Keys of `--allow-change` that begin with `lock.`."""
+
+    def drift(self, recipe: Recipe, machine: Machine) -> Drift:
+        """What differs now, each with the lock as its file.
+
+        Raises:
+            RecipeError: `--allow-change` names what may not change.
+        """
+        from hf_finetune.runlock import drift
+
+        for key in self.allowed:
+            if not any(key == group or key.startswith(f"{group}.") for group in drift.ALLOWED):
+                message = f"may not change in a repeat, only {', '.join(drift.ALLOWED)} may; train without --locked"
+                raise RecipeError(Problem(message, key=key))
+        found = drift.find(self.lock, recipe, machine, self.allowed)
+        found.problems = [replace(problem, file=problem.file or self.file) for problem in found.problems]
+        return found
+
+    def told(self, recipe: Recipe, machine: Machine, findings: Findings) -> list[str]:
+        """What differs, as findings; returns a sentence for each difference that is allowed."""
+        with findings.collect():
+            drift = self.drift(recipe, machine)
+            if drift.problems:
+                findings.add(CheckpointError(drift.problems))
+            return drift.notes
+        return []
+
+    def choices(self) -> Choices:
+        """What was chosen for the locked run."""
+        from hf_finetune.tuning.choices import Choices
+
+        return Choices.read(self.lock.choices.model_dump())
+
+    def as_locked(self, machine: Machine) -> Machine:
+        """The machine with as many threads as the locked run had, where it has the cores: their number decides bits."""
+        import torch
+
+        threads = self.lock.hardware.get("threads")
+        if isinstance(threads, int) and 0 < threads < machine.threads and machine.device == "cpu":
+            torch.set_num_threads(threads)
+            return replace(machine, threads=threads)
+        return machine
+
+    def notes_on_rows(self, fingerprint: str) -> list[str]:
+        """Compare the rows that came of the data with those of the locked run.
+
+        Args:
+            fingerprint: Of the data that were prepared.
+
+        Returns:
+            A note where they differ because other packages are allowed.
+
+        Raises:
+            CheckpointError: They differ, though nothing else did.
+        """
+        if fingerprint == self.lock.fingerprint:
+            return []
+        if any(key.startswith("lock.packages") for key in self.allowed):
+            return ["the rows may not be those of the lock: other packages read, describe or tokenise them"]
+        message = "the rows are not those of the lock, though all files are: tokenizer or task say something else"
+        raise CheckpointError(Problem(f"{message}; train without --locked", key="data", file=self.file))
+
+
+def read(file: str, path: str | None, overrides: Sequence[str]) -> tuple[Lock, Reading[Recipe]]:
+    """Read a lock, and the recipe of the repeat: that of the lock, with every revision as the commit that it meant.
+
+    Args:
+        file: The lock.
+        path: A recipe that must resolve to that of the lock; None takes the lock's own.
+        overrides: Each `key.path=value`.
+
+    Raises:
+        RecipeError: The lock can't be used, or the repeat would write into the locked run.
+    """
+    lock = lockfile.read(file)
+    reading = recipes.read(path, overrides) if path else recipes.read_text(lock.recipe.whole, file, overrides)
+    if reading.recipe is None:
+        return lock, reading
+    is_asked = any(override.partition("=")[0] == "output" for override in overrides)
+    recipe = _elsewhere(pinned(reading.recipe, lock), lock, Path(file), is_asked=is_asked)
+    return lock, replace(reading, recipe=recipe, partial=recipe)
+
+
+def _elsewhere(recipe: Recipe, lock: Lock, file: Path, *, is_asked: bool) -> Recipe:
+    """With a folder that is not the locked run's.
+
+    Args:
+        recipe: Of the repeat.
+        lock: Of the run.
+        file: Where the lock lies.
+        is_asked: Whether the command line names a folder.
+
+    Raises:
+        RecipeError: It names the locked run's.
+    """
+    first = str(yamlfile.parse(lock.recipe.whole, str(file)).value["output"])
+    output = recipe.output
+    if not is_asked and output == first:
+        output = f"{output.rstrip('/')}{SUFFIX}"
+    taken = [file.parent, *([Path(first)] if Path(first).exists() else [])]
+    if any(Path(output).resolve() == folder.resolve() for folder in taken):
+        message = f"{output} holds the locked run, which a repeat leaves alone; give output=ANOTHER_FOLDER"
+        raise RecipeError(Problem(message, key="output", file=OVERRIDE if is_asked else str(file)))
+    return recipe.model_copy(update={"output": output})
