@@ -14,7 +14,7 @@ import datasets
 import pytest
 from conftest import QUICK
 from hubcache import DATA, FIRST, MODEL, SECOND, keep_data, keep_model
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from test_resume import facts
 
@@ -42,6 +42,9 @@ OFFLINE = {
     "pinned": ["train", "{pinned}", *QUICK],
     "tensorboard": ["tensorboard", "{run}", "--rebuild"],
     "compare": ["compare", "{run}", "{run}-repeat"],
+    "evaluate": ["evaluate", "{run}", "--by", "label"],
+    "predict": ["predict", "{run}", "--input", "{texts}", "--output", "{run}.csv"],
+    "merge": ["merge", "{run}", "--to", "{run}-merged"],
 }
 """One line a command, in this order: every verb that works on a cached model, data set or run belongs here."""
 REFUSED = {"check": OFFLINE["check"]} | {name: [*OFFLINE[name], *QUICK] for name in ("train", "resume")}
@@ -73,6 +76,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> dict[str
 def run(folder: Path, commands: dict[str, list[str]], env: dict[str, str], *start: str) -> dict[str, Any]:
     """What came of each command; `output` holds what all of them printed."""
     places = {name: str(folder / f"{name}.yaml") for name in ("recipe", "pinned")} | {"run": str(folder / "run")}
+    places["texts"] = str(folder / "texts.txt")
+    (folder / "texts.txt").write_text("the film is good\nthe plot is dull\n")
     pin = f", revision: {FIRST}"
     (folder / "recipe.yaml").write_text(RECIPE.format(model=MODEL, data=DATA, pin="", output=places["run"]))
     pinned = RECIPE.format(model=MODEL, data=DATA, pin=pin, output=folder / "pinned") + "require_pinned: true\n"
@@ -214,6 +219,15 @@ def test_s8_a_branch_is_resolved_to_a_commit_in_the_lock(offline: dict[str, Any]
 def test_s8_a_repeat_pins_what_the_lock_resolved(offline: dict[str, Any]) -> None:
     repeated = Recipe.load(str(offline["folder"] / "run-repeat" / "recipe.yaml"))
     assert (repeated.model.revision, repeated.data.revision) == (FIRST, FIRST)
+
+
+def test_the_card_and_the_adapter_name_the_commit_that_was_trained_on(offline: dict[str, Any]) -> None:
+    folder = offline["folder"] / "run" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == FIRST
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == MODEL
+    assert {result.dataset_revision for result in card.data.eval_results} == {FIRST}
+    assert f"at revision `{FIRST}`" in card.text
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", None])

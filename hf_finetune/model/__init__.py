@@ -14,7 +14,7 @@ from hf_finetune.errors import ModelError, Problem
 from hf_finetune.findings import Findings
 from hf_finetune.model import checks as modelchecks
 from hf_finetune.model import dropout, heads, weights
-from hf_finetune.model.pretrained import load_tokenizer, read_config, reading, silence
+from hf_finetune.model.pretrained import commit, load_tokenizer, read_config, reading, silence
 from hf_finetune.schema.modelfolder import resolve
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def load(
 
 
 def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
-    """Apply the adapter; `adapter_config.json` will name the base as `from_pretrained` finds it, and its revision.
+    """Apply the adapter; `adapter_config.json` will name the base as `from_pretrained` finds it, and its commit.
 
     Raises:
         RecipeError: The adapter does not fit the model.
@@ -173,7 +173,7 @@ def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
     adapted = recipe.adapter.apply(loaded.model, setting)
     for config in getattr(adapted, "peft_config", {}).values():
         config.base_model_name_or_path = resolve(recipe.model.name)
-        config.revision = recipe.model.revision
+        config.revision = commit(recipe.model) or recipe.model.revision
     if recipe.training.activation_checkpointing:
         enable_activation_checkpointing(loaded.model)
     return adapted
