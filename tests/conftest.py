@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hubserver import Hub
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="1")
 # A busy machine is no defect of what is tested.
@@ -275,6 +278,17 @@ def finished(folder: Path, recipe: str) -> Path:
     (folder / "recipe.yaml").write_text(recipe)
     finetune(Recipe.load(str(folder / "recipe.yaml")))
     return folder / "run"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty Hub, which this process and those that it starts reach."""
+    from hubserver import serving
+    from pushing import TOKEN, reach
+
+    with serving(TOKEN) as made:
+        reach(monkeypatch, made.url, tmp_path / "home")
+        yield made
 
 
 @pytest.fixture

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hubserver import Hub, Repo, serving
-from pushing import REPO, TOKEN, command, reach
+from hubserver import Hub, Repo
+from pushing import REPO, TOKEN, command
 
 from hf_finetune import continuation
 from hf_finetune.recipe import Recipe
 from hf_finetune.schema import hub as schema
 
 Push = Callable[..., int]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty Hub."""
-    with serving(TOKEN) as made:
-        reach(monkeypatch, made.url, tmp_path / "home")
-        yield made
 
 
 @pytest.fixture

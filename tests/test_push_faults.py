@@ -5,23 +5,15 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hubserver import Fault, Hub, Repo, refused, serving
-from pushing import REPO, TOKEN, advised, command, environment, reach, start
+from hubserver import Fault, Hub, Repo, refused
+from pushing import REPO, TOKEN, advised, command, environment, start
 
 from hf_finetune.hub import secrets
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty Hub."""
-    with serving(TOKEN) as made:
-        reach(monkeypatch, made.url, tmp_path / "home")
-        yield made
 
 
 @pytest.fixture

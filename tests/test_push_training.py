@@ -7,13 +7,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import RECIPE, Run
-from hubserver import Fault, Hub, Repo, refused, serving
-from pushing import REPO, TOKEN, advised, command, environment, reach, start
+from hubserver import Fault, Hub, Repo, refused
+from pushing import REPO, advised, command, environment, start
 
 from hf_finetune.errors import PushError
 
@@ -31,14 +31,6 @@ for card, folder in (sys.argv[2:4], sys.argv[4:6]):
 json.dump(found, sys.stdout)
 assert not any(name.startswith("hf_finetune") for name in sys.modules)
 """
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """An empty Hub."""
-    with serving(TOKEN) as made:
-        reach(monkeypatch, made.url, tmp_path / "home")
-        yield made
 
 
 def test_a_run_on_a_base_of_the_hub_loads_back_by_its_repository_id_with_equal_predictions(
