@@ -171,7 +171,7 @@ def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: boo
     from hf_finetune.tasks import Targets
 
     valid = Recipe.model_validate(recipe)
-    machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded)
+    machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded, activation_checkpointing=True)
     return memory.estimate(valid, Targets(), model.load_tokenizer(valid.model), machine, memory.Shapes(shape))
 
 
@@ -208,7 +208,6 @@ def _recipe(folder: Path, adapter: dict[str, Any], rows: int, length: int) -> di
         "adapter": adapter,
         "training": {
             "epochs": 1, "batch_size": rows, "micro_batch": rows, "learning_rate": 1e-4,
-            "activation_checkpointing": True,
         },
         "output": str(folder / "run"),
     }  # fmt: skip

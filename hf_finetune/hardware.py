@@ -81,6 +81,8 @@ class Machine:
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
     """Whether no rank holds all weights (FSDP, DeepSpeed ZeRO-3)."""
+    activation_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass."""
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +102,8 @@ class Machine:
         """One line for people."""
         ranks = f"{self.world_size} x {self.device}"
         threads = f", {self.threads} threads each" if self.device == "cpu" else ""
-        return f"{ranks}{threads}, {self.precision}, {self.attention} attention"
+        recomputed = ", activation checkpointing" if self.activation_checkpointing else ""
+        return f"{ranks}{threads}, {self.precision}, {self.attention} attention{recomputed}"
 
 
 def survey(recipe: Recipe) -> Machine:
@@ -144,6 +147,7 @@ def alone(recipe: Recipe) -> Machine:
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
         is_sharded=_is_sharded(),
+        activation_checkpointing=recipe.training.activation_checkpointing is True,
     )
 
 
@@ -210,7 +214,7 @@ def cores() -> int:
 
 
 def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
-    """Rows of one forward pass on one device.
+    """Rows of one forward pass on one device, before anyone asks whether they fit its memory.
 
     `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS` and `AUTO_LOGITS`.
 

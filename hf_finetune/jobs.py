@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import arguments, batching, data, hardware
@@ -73,6 +73,18 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
         message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
         raise RecipeError(Problem(message, key="task.generate_rows"))
     return Assignment(job, arguments.length(recipe, None if lengths is None else len(lengths)), lengths)
+
+
+def divided(assignment: Assignment, micro_batch: int) -> Assignment:
+    """The same work in micro-batches of so many rows at most; the global batches and their order stay."""
+    job = assignment.job
+    division = replace(job.division, micro_batch=micro_batch)
+    batches, train = job.batches, job.train
+    if batches is not None:
+        batches = batching.GlobalBatches(batches.lengths.tolist(), division, batches.seed)
+    if isinstance(train, batching.StreamedBatches):
+        train = batching.StreamedBatches(train.stream, division, train.seed)
+    return replace(assignment, job=replace(job, division=division, batches=batches, train=train))
 
 
 def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[int] | None]:

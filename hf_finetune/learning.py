@@ -90,17 +90,21 @@ def learner(ready: Ready, findings: Findings, before: Choices | None) -> Learner
     )
     with phase("applying the adapter"):
         adapted = model.build(recipe, loaded, setting)
+    if machine.activation_checkpointing:
+        model.enable_activation_checkpointing(loaded.model)
     tell(runreport.model_line(recipe, model.parameter_counts(adapted)))
     tell(runreport.plan_line(job.division, run_length))
     arithmetic = Arithmetic(Flops.of(adapted), matmul.peak(machine) * machine.world_size)
-    choices = tuning.Choices.ruled(recipe, machine)
+    choices = tuning.Choices.ruled(recipe, machine, before)
+    for name, made in ready.chosen.items():
+        choices = choices.plus(name, made)
     found = Learner(recipe, machine, prepared, tokenizer, adapted, setting, job, run_length, arithmetic, choices)
     return _with_attention(found, before)
 
 
 def _with_attention(found: Learner, before: Choices | None) -> Learner:
     """The learner with the attention that is fastest; with that of `before`, if any, it is loaded already."""
-    if before is not None and "attention" in before.made:
+    if before is not None and "attention" in before.made and found.recipe.model.attention == "auto":
         return replace(found, choices=found.choices.plus("attention", before.made["attention"]))
     began = time.perf_counter()
     with phase("choosing the attention"):
@@ -130,6 +134,9 @@ def fast_paths(trainer: FinetuneTrainer, found: Learner, before: Choices | None)
     if known is None:
         with phase("choosing whether to compile"):
             known = tuning.choose_compilation(found.bench, paths)
+    elif known.value and (why := tuning.hindrance(found.bench)):
+        tell(f"note: layers were compiled when the run began, not now ({why}): the next steps may differ in bits")
+        known = tuning.Choice(value=False, why=why)
     elif known.value:
         paths.compile(found.bench.base)
     paths.seconds += time.perf_counter() - began

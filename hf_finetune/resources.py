@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from hf_finetune.errors import RecipeError
+
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
 
+VARIABLE = "HF_FINETUNE_MEMORY"
+"""Most free memory that a rank reckons with, e.g. `8GB`; for whoever shares a device."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def memory_available(machine: Machine) -> int | None:
     """Bytes that one rank may take on its device; None where that can't be known.
 
-    On a CPU the node's free memory, or what its control group (cgroup v2) leaves, divided by the ranks of the node.
+    On a CPU the node's free memory, or what its control groups (cgroup v2) leave, divided by the ranks of the node. No
+    more than `HF_FINETUNE_MEMORY` says, where it is set.
+
+    Raises:
+        RecipeError: It says no amount of memory.
     """
+    known = [amount for amount in (_said(), _free_on(machine)) if amount is not None]
+    return min(known, default=None)
+
+
+def _said() -> int | None:
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
+    if found is None:
+        raise RecipeError(f"{VARIABLE}={text} is no amount of memory; write e.g. 8GB, or the bytes")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _free_on(machine: Machine) -> int | None:
     if machine.device == "cuda":
         return int(torch.cuda.mem_get_info(machine.local_rank)[0])
-    known = [amount for amount in (_free(), _left_by_cgroup()) if amount is not None]
+    known = [amount for amount in (_free(), _left_by_cgroups()) if amount is not None]
     return min(known) // machine.local_world_size if known else None
 
 
@@ -35,13 +62,25 @@ def _free() -> int | None:
     return None if found is None else int(found) * 1024
 
 
-def _left_by_cgroup() -> int | None:
+def _left_by_cgroups() -> int | None:
+    """What the tightest of this process's control groups leaves; a limit of a group holds for those inside it, too."""
     try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = (CGROUP / "memory.current").read_text(encoding="ascii").strip()
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() else None
+    own = CGROUP / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    groups = [own, *(group for group in own.parents if group.is_relative_to(CGROUP))]
+    return min((left for left in map(_left_by, groups) if left is not None), default=None)
+
+
+def _left_by(group: Path) -> int | None:
+    """Bytes that a group leaves; cached files are given back before anyone is refused, and do not count as used."""
+    try:
+        limit, used, kinds = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current", "stat"))
+    except OSError:
+        return None
+    cached = next((int(line.split()[1]) for line in kinds.splitlines() if line.startswith("inactive_file ")), 0)
+    return max(0, int(limit) - int(used) + cached) if limit.strip().isdigit() else None
 
 
 def processor(device: str) -> str:

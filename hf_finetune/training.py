@@ -35,7 +35,7 @@ from hf_finetune.hub import best, push
 from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
 from hf_finetune.preemption import Stopped, StopRequest
-from hf_finetune.preflight import heavy, light
+from hf_finetune.preflight import fitting, heavy, light
 from hf_finetune.resources import is_out_of_memory
 from hf_finetune.resumable import EvaluationStopped
 from hf_finetune.runfolder import RunFolder, Start, Status
@@ -99,6 +99,7 @@ def finetune(
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
+                ready = fitting.fit(ready, before, findings)
                 outcome = _Run(ready, findings, folder, status, stop, watch, before).complete(notes)
             push.after_training(outcome)
             return outcome

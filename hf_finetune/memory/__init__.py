@@ -64,11 +64,18 @@ class Estimate:
     """When it is needed: `training`, `evaluation`, `loading` or `saving`."""
     parameters: tuple[int, int]
     """Trained parameters, and all of them, the adapter's included."""
+    training: int
+    """Bytes at the peak of a training step, without what the process holds before."""
 
     @property
     def total(self) -> int:
         """Bytes in all."""
         return sum(self.parts.values())
+
+    @property
+    def more(self) -> int:
+        """Bytes besides what the process holds already."""
+        return self.total - self.parts.get(state.PROCESS, 0)
 
 
 def outline(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase) -> Outline:
@@ -114,7 +121,8 @@ def estimate(
     process = state.process(machine)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**process, **phases[phase]}
-    return Estimate({name: size for name, size in parts.items() if size}, phase, parameters)
+    training = sum(phases["training"].values())
+    return Estimate({name: size for name, size in parts.items() if size}, phase, parameters, training)
 
 
 def peak(device: str) -> int | None:

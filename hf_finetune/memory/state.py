@@ -26,6 +26,7 @@ NF4_TABLES = 4 * (16 + 256) + 4
 """Bytes of the two code books and the offset of each layer."""
 
 FILES = "weights on disk"
+PROCESS = "process and libraries"
 
 
 def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
@@ -89,7 +90,7 @@ def process(machine: Machine) -> dict[str, int]:
     """On a CPU what this process holds now: Python, the libraries and the data; training starts from there."""
     if machine.device != "cpu":
         return {}
-    return {"process and libraries": resident("VmRSS") or 0}
+    return {PROCESS: resident("VmRSS") or 0}
 
 
 def resident(field: str) -> int | None:

@@ -40,7 +40,7 @@ class Step:
     def __post_init__(self) -> None:
         base = state.base(self.adapted)
         base.set_attn_implementation(self.attention)
-        if self.recipe.training.activation_checkpointing:
+        if self.machine.activation_checkpointing:
             model.enable_activation_checkpointing(base)
         self._paths = Paths(self.recipe.task, self.targets)
         if not self.machine.is_sharded:

@@ -174,8 +174,6 @@ def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
     for config in getattr(adapted, "peft_config", {}).values():
         config.base_model_name_or_path = resolve(recipe.model.name)
         config.revision = commit(recipe.model) or recipe.model.revision
-    if recipe.training.activation_checkpointing:
-        enable_activation_checkpointing(loaded.model)
     return adapted
 
 

@@ -92,7 +92,7 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
     seen = None
     if reading.recipe is not None:
         from hf_finetune import hardware, quiet
-        from hf_finetune.preflight import heavy
+        from hf_finetune.preflight import fitting, heavy
         from hf_finetune.preflight.plan import lines
 
         quiet.hush()
@@ -105,7 +105,8 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
             with findings.collect():
                 notes += repeat.notes_on_rows(seen.prepared.fingerprint)
         if not findings.exit_code:
-            plan = lines(heavy.complete(seen), findings)
+            with findings.collect():
+                plan = lines(fitting.ahead(heavy.complete(seen)), findings)
     return Result(reading, findings.located(reading.locate), [*reading.notes, *notes], plan, seen)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.jobs import Assignment
     from hf_finetune.recipe import Recipe
+    from hf_finetune.tuning.choices import Choice
 
 UNKNOWN = Targets(names=("first", "second"))
 """Labels of a model whose data could not be read: its body can be looked at all the same."""
@@ -51,6 +53,8 @@ class Ready:
     outline: PreTrainedModel
     assignment: Assignment
     looked: Look | None = None
+    chosen: Mapping[str, Choice] = field(default_factory=dict)
+    """What was chosen so that it fits the memory; see `preflight.fitting`."""
 
 
 def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:

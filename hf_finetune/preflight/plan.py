@@ -2,72 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_finetune import memory, resources, runreport
 from hf_finetune.errors import Problem, StorageError
-from hf_finetune.memory import Shapes
 from hf_finetune.model import pretrained
+from hf_finetune.preflight.load import load, shapes
 from hf_finetune.runfolder import nearest_existing
+from hf_finetune.tuning.choices import Choices
 
 if TYPE_CHECKING:
     from hf_finetune.findings import Findings
     from hf_finetune.preflight.heavy import Ready
 
-BATCHES_LOOKED_AT = 2_000
-"""Global batches of the first epoch from which padding and the largest micro-batch are read."""
 LOGS = 20_000_000
 """Bytes set aside for metrics, event files, tokenizer and reports."""
 SHARE_OF_MEMORY = 0.95
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the micro-batches of an epoch hold."""
-
-    tokens: int
-    """Without padding."""
-    cells: int
-    """With padding."""
-    largest: tuple[int, int]
-    """Rows and tokens of the micro-batch with most cells."""
-
-    @property
-    def padding(self) -> float:
-        """Share of the cells that is padding."""
-        return 1.0 - self.tokens / self.cells if self.cells else 0.0
-
-
-def load(ready: Ready) -> Load:
-    """Count rows and padding of the first epoch's micro-batches on every rank; of a stream only what is the most."""
-    job, lengths = ready.assignment.job, ready.assignment.lengths
-    if job.batches is None or lengths is None:
-        return Load(0, 0, (job.division.micro_batch, ready.recipe.data.max_length))
-    ranks = [replace(job.division, rank=rank) for rank in range(job.division.world_size)]
-    tokens = cells = 0
-    largest = (0, 0)
-    for batch in itertools.islice(job.batches.global_batches(), BATCHES_LOOKED_AT):
-        for rows in itertools.chain.from_iterable(division.share(batch) for division in ranks):
-            held = [lengths[row] for row in rows if row >= 0] or [lengths[~rows[0]]]
-            tokens += sum(held)
-            cells += len(held) * max(held)
-            largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
-    return Load(tokens, cells, largest)
-
-
-def shapes(ready: Ready, of: Load) -> Shapes:
-    """The largest batches that the model will see."""
-    evaluated = [rows for rows in (ready.prepared.validation, ready.prepared.test) if rows is not None]
-    most = max((len(rows) for rows in evaluated), default=0)
-    longest = max((max(rows["length"]) for rows in evaluated), default=0)
-    all_logits = ready.machine.is_sharded or not ready.recipe.speed.fused_loss
-    rows = ready.assignment.job.eval_batch.rows_of(longest, all_logits=all_logits)
-    return Shapes(train=of.largest, evaluation=(min(rows, most), longest))
 
 
 def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
@@ -80,7 +34,7 @@ def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
     recipe, machine = ready.recipe, ready.machine
     job, length, of = ready.assignment.job, ready.assignment.length, load(ready)
     estimate = memory.estimate(recipe, ready.prepared.targets, ready.tokenizer, machine, shapes(ready, of))
-    _fits(ready, estimate.total, findings)
+    _fits(ready, estimate.more, findings)
     disk = _disk(ready, estimate.parameters[0])
     with findings.collect():
         _has_room(Path(recipe.output), disk)
@@ -92,6 +46,7 @@ def lines(ready: Ready, findings: Findings) -> list[tuple[str, str]]:
         ("steps", runreport.plan_line(job.division, length)),
         ("padding", f"{of.padding:.1%}" if of.cells else "unknown for a stream"),
         ("machine", machine.describe()),
+        *([("chosen", Choices(machine.device, ready.chosen).describe())] if ready.chosen else []),
         ("memory", f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}"),
         ("disk", f"{size(disk)} in {recipe.output}"),
     ]
@@ -132,11 +87,16 @@ def _fits(ready: Ready, needed: int, findings: Findings) -> None:
     """Warn where the estimate is more than the device has; it is an estimate, so it stops nothing."""
     free = resources.memory_available(ready.machine)
     if free is not None and needed > free * SHARE_OF_MEMORY:
-        message = (
-            f"about {size(needed)} of memory are needed and {size(free)} are there; lower it, or data.max_length, or "
-            "set training.activation_checkpointing"
-        )
-        findings.warn([Problem(message, key="training.micro_batch")])
+        findings.warn([too_little(ready, needed, free)])
+
+
+def too_little(ready: Ready, needed: int, free: int) -> Problem:
+    """That a run needs more memory than there is, and what is left to do about it."""
+    ways = ["lower it"] if ready.assignment.job.division.micro_batch > 1 else []
+    ways += ["lower data.max_length"]
+    ways += [] if ready.machine.activation_checkpointing else ["set training.activation_checkpointing"]
+    message = f"about {size(needed)} of memory are needed and {size(free)} are free; {', or '.join(ways)}"
+    return Problem(message, key="training.micro_batch")
 
 
 def _disk(ready: Ready, trained: int) -> int:

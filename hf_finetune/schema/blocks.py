@@ -175,7 +175,8 @@ class Training(Section):
     """Global batch: rows of one optimiser step (packed sequences where `data.packing` is on), across every device and
     accumulation step."""
     micro_batch: Count | Literal["auto"] = "auto"
-    """Rows of one forward pass on one device; accumulation follows from it."""
+    """Rows of one forward pass on one device; accumulation follows from it. `auto` takes as many as a device is kept
+    busy with, and halves them until the estimated memory fits what is free."""
     learning_rate: Annotated[float, Field(gt=0.0, le=10.0)]
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -196,8 +197,9 @@ class Training(Section):
     """Gradients are scaled down to this global norm; null turns clipping off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; trained weights and the optimiser stay in fp32."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto` does where an eighth of
+    the usual micro-batch, by the estimate, needs more memory than is free."""
     early_stopping: EarlyStopping | None = None
     """Stop when `best_metric` no longer improves."""
     best_metric: Name | None = None

@@ -14,6 +14,6 @@ from __future__ import annotations
 from hf_finetune.tuning.attention import choose_attention
 from hf_finetune.tuning.bench import Bench
 from hf_finetune.tuning.choices import Choice, Choices
-from hf_finetune.tuning.compilation import choose_compilation
+from hf_finetune.tuning.compilation import choose_compilation, hindrance
 
-__all__ = ["Bench", "Choice", "Choices", "choose_attention", "choose_compilation"]
+__all__ = ["Bench", "Choice", "Choices", "choose_attention", "choose_compilation", "hindrance"]

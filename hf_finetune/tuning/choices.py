@@ -32,7 +32,7 @@ class Choices:
     device: str
     """Kind of device that they were made on."""
     made: Mapping[str, Choice] = field(default_factory=dict)
-    """precision, attention, compiled."""
+    """precision, micro_batch, activation_checkpointing, attention, compiled."""
 
     def value(self, name: str) -> Any:
         """The value of what was chosen; None where nothing was."""
@@ -41,8 +41,8 @@ class Choices:
 
     def describe(self) -> str:
         """One line for people."""
-        shown = {True: "yes", False: "no"}
-        return ", ".join(f"{name} {shown.get(made.value, made.value)} ({made.why})" for name, made in self.made.items())
+        told = [f"{name.replace('_', ' ')} {_shown(made.value)} ({made.why})" for name, made in self.made.items()]
+        return ", ".join(told)
 
     def plus(self, name: str, choice: Choice) -> Choices:
         """With one more."""
@@ -53,9 +53,17 @@ class Choices:
         return asdict(self)
 
     @classmethod
-    def ruled(cls, recipe: Recipe, machine: Machine) -> Choices:
-        """Before anything is measured: the precision."""
+    def ruled(cls, recipe: Recipe, machine: Machine, before: Choices | None) -> Choices:
+        """Before anything is measured: the precision.
+
+        Args:
+            recipe: May name it.
+            machine: Has it.
+            before: What was chosen when the run began, if it is to go on.
+        """
         asked = recipe.training.precision
+        if before is not None and asked == "auto" and before.value("precision") == machine.precision:
+            return cls(machine.device, {"precision": before.made["precision"]})
         why = "asked for" if asked == machine.precision else _why(machine)
         return cls(machine.device, {"precision": Choice(machine.precision, why)})
 
@@ -69,6 +77,10 @@ class Choices:
             AttributeError: It is something else.
         """
         return cls(str(kept["device"]), {name: Choice(**choice) for name, choice in kept["made"].items()})
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _why(machine: Machine) -> str:

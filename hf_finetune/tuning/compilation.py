@@ -41,7 +41,7 @@ def choose_compilation(bench: Bench, paths: Paths) -> Choice:
 
 def _choose(bench: Bench, paths: Paths) -> Choice:
     asked = bench.recipe.speed.compile
-    if reason := "asked for" if asked is False else _hindrance(bench):
+    if reason := "asked for" if asked is False else hindrance(bench):
         return Choice(value=False, why=reason)
     if asked is True:
         return Choice(value=True, why="asked for")
@@ -52,9 +52,9 @@ def _choose(bench: Bench, paths: Paths) -> Choice:
     return _weigh(bench, paths)
 
 
-def _hindrance(bench: Bench) -> str:
+def hindrance(bench: Bench) -> str:
     """Why layers can't be compiled; nothing where they can."""
-    if bench.machine.is_sharded or bench.recipe.training.activation_checkpointing:
+    if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"
     if not compiled.fits(bench.base):
         return "by rule: the model has dropout in its layers, or no layers that repeat"

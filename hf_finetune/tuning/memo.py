@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from hf_finetune.tasks import Batch
     from hf_finetune.tuning.bench import Bench
 
+RECIPE: Any = {
+    "adapter": True,
+    "speed": True,
+    "model": {"quantization", "dropout"},
+    "data": {"packing"},
+    "training": {"deterministic"},
+}
+"""Keys that change how long a step takes, or what it may be made of."""
 STEP = 32
 """Tokens of a row that count as the same shape."""
 
@@ -39,8 +47,9 @@ class Memo:
             "precision": bench.machine.precision,
             "versions": [__version__, *(version(package) for package in ("torch", "transformers", "peft"))],
             "model": bench.base.config.to_json_string(use_diff=False),
-            "recipe": bench.recipe.model_dump(mode="json", include={"adapter", "speed"}),
-            "checkpointing": bench.recipe.training.activation_checkpointing,
+            "recipe": bench.recipe.model_dump(mode="json", include=RECIPE),
+            "task": bench.recipe.task.kind,
+            "checkpointing": bench.machine.activation_checkpointing,
             "shapes": [_shape(batch) for batch in batches],
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,30 @@
+"""What one of several ranks chooses when each sees another amount of free memory; started by test_fitting.py.
+
+accelerate launch ... tests/least_memory.py RECIPE FOLDER AMOUNT AMOUNT ...        an amount for each rank
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from hf_finetune import hardware
+from hf_finetune.findings import Findings
+from hf_finetune.preflight import fitting, heavy
+from hf_finetune.recipe import Recipe
+
+
+def main() -> None:
+    recipe, folder, *amounts = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    os.environ["HF_FINETUNE_MEMORY"] = amounts[rank]
+    made = Recipe.load(recipe)
+    ready = fitting.fit(heavy.prepare(made, hardware.survey(made), Findings()), None, Findings())
+    told = [ready.assignment.job.division.micro_batch, ready.machine.activation_checkpointing]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
