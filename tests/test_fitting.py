@@ -170,7 +170,7 @@ def test_what_is_learned_does_not_depend_on_the_memory(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     out = capsys.readouterr().out
-    assert re.search(r"micro batch 4 \(estimated: 4 rows need 4\d\d kB of 600 kB free, 16 rows need 1 MB\)", out)
+    assert re.search(r"micro batch 4 \(estimated: 4 rows need \d\d\d kB of 600 kB free, 16 rows need 1 MB\)", out)
     assert re.search(r"activation checkpointing yes \(estimated: without it 2 rows need 2\d\d kB\)", out)
     assert "fp32, sdpa attention, activation checkpointing" in out
 
