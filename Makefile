@@ -79,7 +79,7 @@ sbom: .venv/test.stamp
 	.venv/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o build/sbom.json $(ENV)/bin/python
 
 docs: .venv-docs/docs.stamp
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 .venv-docs/docs.stamp: requirements/docs.txt | .venv-docs/bin/python
 	.venv-docs/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements/docs.txt

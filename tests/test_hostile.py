@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -84,13 +85,12 @@ def test_code_of_a_known_model_is_passed_over(folder: Path, sentinel: Path) -> N
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["no terminal", "terminal"])
 def test_code_of_an_unknown_model_is_refused_without_a_question(
-    terminal: bool, folder: Path, sentinel: Path, tmp_path: Path
+    terminal: bool, folder: Path, sentinel: Path, tmp_path: Path, reviews: Callable[[int], str]
 ) -> None:
     (folder / "evil.py").write_text(CODE.format(sentinel=str(sentinel)))
     edit(folder / "config.json", model_type="evil", auto_map=MAP)
-    (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\n")
     file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(model=folder, data=tmp_path / "rows.csv", output=tmp_path / "run"))
+    file.write_text(RECIPE.format(model=folder, data=reviews(96), output=tmp_path / "run"))
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 9)
     done = subprocess.run(
@@ -105,7 +105,8 @@ def test_code_of_an_unknown_model_is_refused_without_a_question(
     os.close(ours)
     os.close(theirs)
     assert done.returncode == 4, done.stderr
-    assert f"{folder} can't be loaded" in done.stderr
+    assert f"{folder} can't be loaded: it needs code of its own, which is never run here" in done.stderr
+    assert "trust_remote_code" not in done.stderr
     assert not sentinel.exists()
 
 
@@ -173,14 +174,17 @@ def test_torch_reads_weights_only() -> None:
 def test_a_tokenizer_stays_in_its_folder(changes: dict[str, object], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("topsecret\n")
     edit(folder / "tokenizer_config.json", **changes)
-    before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
+    target = tmp_path / "a" / "adapter"
+
+    def outside() -> set[Path]:
+        return {path for path in tmp_path.rglob("*") if not {folder, target} & {path, *path.parents}} - {target.parent}
+
+    before = outside()
     with suppress(ModelError, ValueError):
         tokenizer = pretrained.load_tokenizer(recipe(str(folder), LORA).model)
         assert "topsecret" not in tokenizer.get_vocab()
-        target = tmp_path / "a" / "adapter"
         tokenizer.save_pretrained(target)
-        before |= {path for path in tmp_path.rglob("*") if target in (path, *path.parents)} | {target.parent}
-    assert {path for path in tmp_path.rglob("*") if folder not in path.parents} - before == set()
+    assert outside() == before
 
 
 # S13, S25 ----------------------------------------------------------------------------------------------------------
