@@ -9,11 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = ("ci", "docker", "gpu", "hub", "kubectl", "slurm")
+NEEDS = ("ci", "docker", "gpu", "hours", "kubectl", "slurm")
 """What a block may need: `<!-- needs: gpu -->` on the line before it. `ci`: make targets, which .ci/run runs."""
 COMMANDS = {
     "accelerate", "cat", "curl", "docker", "echo", "export", "git", "hf-finetune", "kubectl", "make", "mkdir", "pip",
-    "python", "sbatch", "squeue", "srun", "tensorboard",
+    "printf", "python", "sbatch", "squeue", "srun", "taskset", "tensorboard",
 }  # fmt: skip
 """First words that make an indented block one of the shell's."""
 IN_README = {
@@ -37,11 +37,15 @@ class Block:
     needs: tuple[str, ...] = ()
 
     @property
+    def quick(self) -> bool:
+        """Whether it is one look at something, which takes some seconds."""
+        started = re.findall(r"\b(?:accelerate|hf-finetune|python|tensorboard) (\S+)", self.text)
+        return not started or (len(started) == 1 and started[0] in ("check", "compare", "schema"))
+
+    @property
     def trains(self) -> bool:
-        """Whether it takes long: more than a check or a question."""
-        return len(re.findall(r"^(?:accelerate|hf-finetune|python|tensorboard)\b", self.text, re.MULTILINE)) > 1 or (
-            re.search(r"accelerate launch|hf-finetune (?:train |\S+\.yaml)|tensorboard", self.text) is not None
-        )
+        """Whether it makes a run of a recipe of its own, as opposed to using one."""
+        return re.search(r"(?:hf-finetune|hf_finetune) recipes/", self.text) is not None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -64,16 +68,12 @@ def _shell(page: Path) -> Iterator[Block]:
             at = end + 1
         elif lines[at].startswith("    ") and not lines[at - 1].strip():
             end = next((n for n in range(at, len(lines)) if not lines[n].startswith("    ")), len(lines))
-            if lines[at].split()[0] in COMMANDS and not _is_list(lines[at]):
+            first = next(word for word in lines[at].split() if not re.match(r"[A-Z_]+=", word))
+            if first in COMMANDS:
                 yield _block(name, lines, at, end, above=at - 2)
             at = end
         else:
             at += 1
-
-
-def _is_list(line: str) -> bool:
-    """`make test    a part of three minutes`: a command and what it does, to read."""
-    return re.search(r"\S {3,}[^#\s\\]", line.strip()) is not None
 
 
 def _block(name: str, lines: list[str], first: int, end: int, above: int) -> Block:
