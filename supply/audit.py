@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         advisories = examined(locked, options)
     except CouldNotAskError as error:
-        print(f"audit: could not ask: {error}", file=sys.stderr)
+        print(
+            f"audit: could not ask: {error}; try where the service can be reached, or ask another one", file=sys.stderr
+        )
         return 2
     problems = list(verdict(locked, advisories, excuses))
     for problem in problems:

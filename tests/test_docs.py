@@ -53,6 +53,16 @@ def test_a_page_begins_with_its_title_and_links_stay_in_the_site(page: Path) -> 
     assert re.findall(r"\]\(\.\./[^)]*\)", page.read_text(encoding="utf-8")) == []
 
 
+def test_the_list_of_the_security_page_is_whole_and_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (S\d+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [f"S{number}" for number in range(1, 27)]
+    for name, _, shown in rows:
+        files = re.findall(r"`(tests/[\w/.]+)`", shown)
+        assert files or shown == "-", name
+        assert all((ROOT / file).exists() for file in files), name
+
+
 def test_the_site_has_a_page_for_every_entry() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     entries = re.findall(r"[\w-]+\.md", str(nav))
