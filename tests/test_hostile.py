@@ -83,7 +83,9 @@ def test_code_of_a_known_model_is_passed_over(folder: Path, sentinel: Path) -> N
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("terminal", [False, True], ids=["no terminal", "terminal"])
+@pytest.mark.parametrize(
+    "terminal", [pytest.param(False, marks=pytest.mark.slow, id="no terminal"), pytest.param(True, id="terminal")]
+)
 def test_code_of_an_unknown_model_is_refused_without_a_question(
     terminal: bool, folder: Path, sentinel: Path, tmp_path: Path, reviews: Callable[[int], str]
 ) -> None:
