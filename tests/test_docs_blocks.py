@@ -163,11 +163,12 @@ def execute(script: str, folder: Path, tools: str, **more: str) -> subprocess.Co
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Surroundings in which a Hub on the loopback is the Hub."""
+    """Surroundings in which a Hub on the loopback is the Hub; something has to be committed there."""
     with hubserver.serving(pushing.TOKEN) as server:
         names = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HOME", "HF_TOKEN")
         told = pushing.environment(server.url, tmp_path / "home")
         yield {name: told[name] for name in names}
+        assert server.asked("POST .*/commit/")
 
 
 def _cases() -> Iterator[Any]:
