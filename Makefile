@@ -8,7 +8,11 @@
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
 #   make lint          style, format, types
-#   make lock          renew constraints.txt and constraints-lowest.txt
+#   make test-jobs     what runs as a job: image, Slurm, several nodes, an installation from the lock: docs/jobs.md
+#   make audit         are there advisories about what is locked? Fails where that can't be asked: docs/security.md
+#   make sbom          build/sbom.json, CycloneDX, of the environment at ENV=.venv
+#   make docs          the documentation as a site in build/site
+#   make lock          renew constraints.txt, constraints-lowest.txt and requirements/
 #   make clean         remove environments and caches
 #
 # Where the package index has only CUDA builds of torch and you want the small CPU build:
@@ -19,6 +23,10 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 # What `make bench` is to use, and whatever else `python -m benchmarks.race --help` knows.
 BENCH ?=
+# Options of pip-audit for `make audit`, e.g. AUDIT="--vulnerability-service osv".
+AUDIT ?=
+# The environment that `make sbom` lists.
+ENV ?= .venv
 
 TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
@@ -28,23 +36,26 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-faults test-lowest bench-quick bench lint lock clean
+.PHONY: demo test test-slow test-faults test-lowest bench-quick bench lint test-jobs audit sbom docs lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	. .venv/bin/activate && ACCELERATE_LOG_LEVEL=error accelerate launch -m hf_finetune recipes/quickstart.yaml --restart
 
 test: .venv/test.stamp
-	.venv/bin/python $(PYTEST) -m "not slow and not faults and not gpu"
+	.venv/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu"
 
 test-slow: .venv/test.stamp
-	.venv/bin/python $(PYTEST) -m "slow and not gpu"
+	.venv/bin/python $(PYTEST) -m "slow and not jobs and not gpu"
 
 test-faults: .venv/test.stamp
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
 
+test-jobs: .venv/test.stamp
+	.venv/bin/python -m pytest -m jobs tests/jobs
+
 test-lowest: .venv-lowest/test.stamp
-	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not gpu and not lint"
+	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu and not lint"
 
 # Anew each time, and within ten minutes, of which making .venv takes some.
 bench-quick: BEGAN := $(shell date +%s)
@@ -59,6 +70,20 @@ lint: .venv/test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+audit: .venv/test.stamp
+	.venv/bin/python -m supply.audit constraints.txt $(wildcard requirements/*.txt) -- $(AUDIT)
+
+sbom: .venv/test.stamp
+	mkdir -p build
+	.venv/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o build/sbom.json $(ENV)/bin/python
+
+docs: .venv-docs/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/docs.stamp: requirements/docs.txt | .venv-docs/bin/python
+	.venv-docs/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements/docs.txt
+	touch $@
 
 .venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/python $(INSTALL) -c constraints.txt -e '.[demo]'
@@ -87,6 +112,8 @@ lock:
 	.venv-lowest/bin/python $(INSTALL) -c .venv-lock/lowest.txt '$(TORCH_PIN)' -e '.[test]'
 	echo "# The lowest versions that pyproject.toml admits, torch excepted. Made by \`make lock\`." > constraints-lowest.txt
 	.venv-lowest/bin/python $(FREEZE) >> constraints-lowest.txt
+	.venv-lock/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements/lock.txt
+	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python -m supply.lock $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 	rm -rf .venv-lock
 
 clean:

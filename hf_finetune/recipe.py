@@ -11,6 +11,7 @@ from hf_finetune.adapters import Adapter
 from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
+from hf_finetune.schema import reference as page
 from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
 from hf_finetune.schema.hub import Hub
 from hf_finetune.schema.paths import NO_COMMIT, is_commit
@@ -223,3 +224,8 @@ def dropped(path: str, overrides: Sequence[str]) -> list[str]:
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file, for editors; where `extends` is given, nothing else is required."""
     return editor.schema(Recipe.model_json_schema())
+
+
+def reference() -> str:
+    """Every key of a recipe as Markdown, for people; what `docs/recipe.md` holds."""
+    return page.markdown(Recipe.model_json_schema())

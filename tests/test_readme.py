@@ -36,3 +36,12 @@ def test_the_table_of_data_checks_is_that_of_the_recipe() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (error|warn|off) \| `?([^|`]*)`? \| (.*) \|$", README, re.MULTILINE)
     told = [(name, default, limit.strip(), meaning) for name, default, limit, meaning in rows]
     assert told == [(c.name, c.default, c.limit, c.meaning.rstrip(".")) for c in table()]
+
+
+def test_every_guarantee_links_to_tests() -> None:
+    rows = re.findall(r"^\| .+ \| ((?:\[[\w ]+\]\(tests/[\w/]+\.py\)(?:, )?)+) \|$", README, re.MULTILINE)
+    table = README.partition("| guarantee | test |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) == len(table) >= 12
+    for row in table:
+        for file in re.findall(r"\(([\w/]+\.py)\)", row):
+            assert "\ndef test_" in (ROOT / file).read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ hf-finetune merge RUN --to DIR [--dtype fp32|bf16|fp16] [--quantize int8|int4] [
 hf-finetune compare RUN RUN ... [--format text|json|markdown]
 hf-finetune push RUN [--repo OWNER/NAME] [--private|--public] [--as-pr] [--tag TAG] [--timeout SECONDS]
 hf-finetune tensorboard RUN [--rebuild]
-hf-finetune schema
+hf-finetune schema [--format json|markdown]
 """
 
 from __future__ import annotations

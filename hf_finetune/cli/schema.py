@@ -1,4 +1,4 @@
-"""`hf-finetune schema`: the JSON Schema of a recipe, for editors."""
+"""`hf-finetune schema`: the JSON Schema of a recipe for editors, or its reference for readers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Print the JSON Schema of a recipe. Editors complete and check a recipe that begins with
 # yaml-language-server: $schema=recipe.schema.json
+With --format markdown, print the same as a page to read: docs/recipe.md.
 """
 
 
@@ -19,12 +20,13 @@ def add(verbs: Verbs, common: Parser) -> None:
     """Declare the verb."""
     help_schema = "print the JSON Schema of a recipe, for editors"
     parser = verbs.add_parser("schema", parents=[common], help=help_schema, description=DESCRIPTION)
+    parser.add_argument("--format", choices=("json", "markdown"), default="json", help="markdown: a page to read")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print it."""
-    from hf_finetune.recipe import json_schema
+    from hf_finetune.recipe import json_schema, reference
     from hf_finetune.terminal import show
 
-    show(json.dumps(json_schema(), indent=2))
+    show(reference() if arguments.format == "markdown" else json.dumps(json_schema(), indent=2))

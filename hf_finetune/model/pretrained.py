@@ -97,6 +97,8 @@ def reading(model: Model) -> Iterator[None]:
             raise
         at = f" at {model.revision}" if model.revision else ""
         reason = " ".join(str(error).split())[:400]
+        if "trust_remote_code" in str(error):  # transformers advises to run the code; this project never does
+            reason = "it needs code of its own, which is never run here; take a model that transformers has a class for"
         raise ModelError(Problem(f"{model.name}{at} can't be loaded: {reason}", key=KEY)) from error
 
 

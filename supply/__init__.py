@@ -1,0 +1,1 @@
+"""What the project is built from: hash locks, advisories, the bill of materials. Not packaged."""

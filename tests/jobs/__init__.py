@@ -1,0 +1,1 @@
+"""What runs as a job: slow, and with the machine's own tools. `make test-jobs`."""

@@ -1,0 +1,191 @@
+"""What the README and the pages of docs/ tell people to type works: each shell block is run as it stands there.
+
+It is run in a folder that looks like a checkout, with the shipped recipes on tiny models and a few rows, finished runs
+where a block uses one, and a Hub on the loopback. What needs a GPU, docker and the like is not run, but listed and
+counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import documents
+import hubserver
+import pushing
+import pytest
+import yaml
+from documents import ROOT, Block
+from test_recipes_run import stand_in
+
+from hf_finetune.recipe import Recipe
+
+BLOCKS = [block for page in documents.PAGES for block in documents.blocks(page)]
+RUN = [block for block in BLOCKS if not block.needs]
+NOT_RUN = {"README.md": 2, "docs/performance.md": 2, "docs/reliability.md": 1, "docs/scaling.md": 4}
+"""How many blocks need something, by page."""
+INSTALLED = f"""\
+import re, sys, tomllib
+from importlib.metadata import version
+from packaging.requirements import Requirement
+extra = re.fullmatch(r"\\.\\[(\\w+)\\]", sys.argv[1])[1]
+with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
+    needed = tomllib.load(file)["project"]["optional-dependencies"][extra]
+for requirement in map(Requirement, needed):
+    assert requirement.specifier.contains(version(requirement.name)), requirement
+"""
+"""Of `pip install '.[EXTRA]'`: is what it would install here already?"""
+
+
+def test_what_is_not_run_is_listed_and_counted() -> None:
+    assert [str(block) for block in BLOCKS if set(block.needs) - set(documents.NEEDS)] == []
+    counted = Counter(block.page for block in BLOCKS if block.needs)
+    listed = "\n".join(f"{block}: needs {', '.join(block.needs)}" for block in BLOCKS if block.needs)
+    assert counted == NOT_RUN, listed
+    assert len(RUN) >= 20
+
+
+def test_commands_are_found_and_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\n    X=1 hf-finetune check a\n\n    - no command\n\n```sh\nmkdir a\n```\n\n```yaml\na: 1\n```\n\n"
+        "<!-- needs: gpu -->\n\n    accelerate launch \\\n        x\n\n"
+        "<!-- needs: slurm, gpu -->\n```sh\nsbatch a\n```\n"
+    )
+    assert [(block.line, block.text, block.needs) for block in documents.blocks(page)] == [
+        (3, "X=1 hf-finetune check a\n", ()),
+        (8, "mkdir a\n", ()),
+        (17, "accelerate launch \\\n    x\n", ("gpu",)),
+        (22, "sbatch a\n", ("slurm", "gpu")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: str, classifier: Path) -> Path:
+    """A folder in which the commands of the pages make sense."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("accelerate_configs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+        _shrink(recipe, folder, tiny_bert, tiny_llama)
+    (folder / "recipe.yaml").write_text((folder / "recipes" / "quickstart.yaml").read_text())
+    (folder / "path/to").mkdir(parents=True)
+    (folder / "path/to/model").symlink_to(tiny_bert)
+    (folder / "reviews-llama-12m").symlink_to(tiny_llama)
+    for name in ("path/to/folder", "sst2"):
+        _tables(folder / name)
+    for name in ("RUN", "runs/a", "runs/b"):
+        shutil.copytree(classifier, folder / name)
+    (folder / "new.csv").write_text("text\nthe film is good .\nthe plot is dull .\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worked(checkout: Path, tools: str) -> Path:
+    """The same folder after two recipes were run in it, under the names that the pages give to runs."""
+    train(checkout, tools, "recipes/quickstart.yaml")
+    train(checkout, tools, "recipes/gsm8k_sft_lora.yaml", "output=runs/gsm8k")
+    for name in ("sst2", "sst2_lora"):
+        shutil.copytree(checkout / "runs/quickstart", checkout / "runs" / name)
+    return checkout
+
+
+def train(folder: Path, tools: str, *words: str) -> None:
+    done = execute(f"hf-finetune {shlex.join(words)}", folder, tools)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def _shrink(path: Path, folder: Path, bert: str, llama: str) -> None:
+    """A shipped recipe on a tiny model, for two steps on a few local rows with the columns that it names."""
+    recipe = Recipe.load(str(path))
+    told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    splits = [split for split in ("train", "validation", "test") if getattr(recipe.data, split)]
+    rows = folder / "recipes" / path.stem
+    rows.mkdir(parents=True)
+    for number, split in enumerate(splits):
+        lines = [json.dumps(stand_in(recipe, number, index) | {"family": "xy"[index % 2]}) for index in range(24)]
+        (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    told["model"] = {"name": llama if recipe.task.kind == "causal_lm" else bert}
+    told["data"] = {split: f"recipes/{path.stem}/{split}.jsonl" for split in splits}
+    told["data"] |= {"max_length": 64, "checks": {"unknown_tokens": "off"}}
+    told["training"] = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "eval_every": 1}
+    if recipe.task.kind == "causal_lm":
+        told["task"] |= {"generate_rows": 2, "max_new_tokens": 4}
+    (folder / "recipes" / path.name).write_text(yaml.safe_dump(told))
+    if path.stem.startswith("gsm8k"):
+        shutil.copytree(rows, folder / "gsm8k")
+        shutil.copy(rows / "validation.jsonl", folder / "gsm8k" / "test.jsonl")
+
+
+def _tables(folder: Path) -> None:
+    """SST-2 as GLUE gives it: tsv with a header, labels 0 and 1."""
+    folder.mkdir(parents=True)
+    recipe = Recipe.load(str(ROOT / "recipes" / "sst2_lora.yaml"))
+    for number, split in enumerate(("train", "dev")):
+        rows = [stand_in(recipe, number, index) for index in range(24)]
+        text = "".join(f"{row['sentence']}\t{'ab'.index(row['label'])}\n" for row in rows)
+        (folder / f"{split}.tsv").write_text(f"sentence\tlabel\n{text}")
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PATH with this environment's commands.
+
+    TensorBoard takes a free port and is ended after a while; pip installs nothing, but looks whether all is there.
+    """
+    folder = tmp_path_factory.mktemp("bin")
+    board = folder / "tensorboard"
+    real = Path(sys.prefix) / "bin" / "tensorboard"
+    board.write_text(f'#!/bin/sh\ntimeout 12 {real} --port 0 "$@"\n[ $? = 124 ]\n')
+    board.chmod(0o755)
+    pip = folder / "pip"
+    pip.write_text(f'#!/bin/sh\n[ "$1" = install ] && exec {sys.executable} -c {shlex.quote(INSTALLED)} "$2"\n')
+    pip.chmod(0o755)
+    return f"{folder}:{sys.prefix}/bin:{os.environ['PATH']}"
+
+
+def execute(script: str, folder: Path, tools: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run commands; the code is that of this checkout, whatever is installed."""
+    own = {"PATH": tools, "PYTHONPATH": str(ROOT), "ACCELERATE_LOG_LEVEL": "error", **more}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    words = ["bash", "-c", f"set -euo pipefail\n{script}"]
+    return subprocess.run(words, cwd=folder, env={**os.environ, **own}, check=False, **pipes)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Surroundings in which a Hub on the loopback is the Hub; something has to be committed there."""
+    with hubserver.serving(pushing.TOKEN) as server:
+        names = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HOME", "HF_TOKEN")
+        told = pushing.environment(server.url, tmp_path / "home")
+        yield {name: told[name] for name in names}
+        assert server.asked("POST .*/commit/")
+
+
+def _cases() -> Iterator[Any]:
+    for block in RUN:
+        yield pytest.param(block, id=str(block), marks=[] if block.quick else [pytest.mark.slow])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("block", list(_cases()))
+def test_a_block_does_what_it_says(block: Block, tools: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    surroundings = "checkout" if block.quick or block.trains else "worked"
+    folder = shutil.copytree(request.getfixturevalue(surroundings), tmp_path / "here", symlinks=True)
+    if block.trains:
+        shutil.rmtree(folder / "runs")
+    pushes = "hf-finetune push" in block.text
+    text = block.text.replace("HF_TOKEN=...", f"HF_TOKEN={pushing.TOKEN}")
+    done = execute(text, folder, tools, **(request.getfixturevalue("hub") if pushes else {}))
+    # A reader that leaves, as `head` does, ends a command with 141.
+    allowed = (0, 141) if "| head" in text else (0,)
+    assert done.returncode in allowed, f"{block}\n{text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
