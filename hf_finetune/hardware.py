@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
+from hf_finetune import patience
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for its peers before it gives up."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -261,7 +258,7 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
+    PartialState(cpu=device == "cpu", timeout=patience.collective())
 
 
 def _precision(asked: str, device: Device) -> Precision:

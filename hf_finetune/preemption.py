@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import distributed
 
+from hf_finetune import patience
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED, PREEMPTED = 130, 143
 """Exit codes: from the keyboard, and by whoever runs the job."""
@@ -49,7 +51,7 @@ class StopRequest:
         self._process = os.getpid()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Flags live on the host; a GPU's group would have to copy them.
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=patience.collective())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
