@@ -4,6 +4,7 @@
 #   make test          the test suite
 #   make test-slow     the tests that take longer
 #   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
+#   make test-jobs     the image, Kubernetes, Slurm, several nodes: docs/jobs.md; needs Debian and root
 #   make test-lowest   the suite with the lowest versions that pyproject.toml admits
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
@@ -28,23 +29,27 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-faults test-lowest bench-quick bench lint lock clean
+.PHONY: demo test test-slow test-faults test-jobs test-lowest bench-quick bench lint lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	. .venv/bin/activate && ACCELERATE_LOG_LEVEL=error accelerate launch -m hf_finetune recipes/quickstart.yaml --restart
 
 test: .venv/test.stamp
-	.venv/bin/python $(PYTEST) -m "not slow and not faults and not gpu"
+	.venv/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu"
 
 test-slow: .venv/test.stamp
-	.venv/bin/python $(PYTEST) -m "slow and not gpu"
+	.venv/bin/python $(PYTEST) -m "slow and not jobs and not gpu"
 
 test-faults: .venv/test.stamp
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
 
+# One at a time: each of them fills the machine, and measures time.
+test-jobs: .venv/test.stamp
+	.venv/bin/python -m pytest -m jobs tests/jobs
+
 test-lowest: .venv-lowest/test.stamp
-	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not gpu and not lint"
+	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu and not lint"
 
 # Anew each time, and within ten minutes, of which making .venv takes some.
 bench-quick: BEGAN := $(shell date +%s)
