@@ -1,1 +1,1 @@
-"""Runs as others start them: from an image, by Slurm, on several nodes. `make test-jobs`."""
+"""The image, Kubernetes, Slurm, several nodes: what runs a recipe as a job."""
