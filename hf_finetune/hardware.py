@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from torch import distributed
+from torch.distributed import distributed_c10d
 
 from hf_finetune import patience
 from hf_finetune.errors import Problem, RecipeError
@@ -258,7 +260,10 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    PartialState(cpu=device == "cpu", timeout=patience.collective())
+    limit = patience.collective()
+    PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed_c10d._set_pg_timeout(limit)
 
 
 def _precision(asked: str, device: Device) -> Precision:

@@ -16,6 +16,9 @@ COLLECTIVE, COLLECTIVE_S = "HF_FINETUNE_COLLECTIVE_TIMEOUT", 600.0
 It must be longer than the slowest rank is late at any step, and than the first rank hashes and syncs a checkpoint.
 """
 
+MEETING = timedelta(minutes=10)
+"""How much later than the first one the last node may start, at least."""
+
 
 def peer() -> float:
     """The limit of silence.

@@ -41,9 +41,9 @@ def missing() -> str:
     return "" if tried.returncode == 0 else f"namespaces can't be made here: {tried.stderr.decode().strip()}"
 
 
-def need_hosts() -> None:
-    """Skip where hosts can't be made; on a Debian machine as root that is a failure."""
-    why = missing()
+def need_hosts(besides: str = "") -> None:
+    """Skip where hosts can't be made, or what is needed besides; on a Debian machine as root that is a failure."""
+    why = missing() or besides
     if why:
         is_debian_root = Path("/etc/debian_version").exists() and not os.geteuid()
         (pytest.fail if is_debian_root else pytest.skip)(why)

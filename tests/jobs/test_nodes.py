@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from faults.lab import Job, Lab
-from faults.oracle import finished, resume
+from faults.oracle import finished, resume, resumed_at
 
 from jobs.hosts import START, Network, Nodes, need_hosts, network
 
@@ -20,7 +20,7 @@ OWN = "data.cache=null"
 PLAIN = ("adapter.dropout=0", "model.dropout=0")
 """Random numbers belong to a rank: one rank and two see the same only without."""
 STEP = 13
-TIMEOUT_S = 20
+TIMEOUT_S = 30
 PATIENCE = 90.0
 """Seconds that the end of a run may take, on a busy machine, beyond its time limit."""
 LIMITS = {"HF_FINETUNE_PEER_TIMEOUT": str(TIMEOUT_S), "HF_FINETUNE_COLLECTIVE_TIMEOUT": str(TIMEOUT_S)}
