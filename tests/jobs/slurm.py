@@ -38,7 +38,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmctldTimeout=60
-SlurmdTimeout=60
+SlurmdTimeout=20
 KillWait=60
 NodeName=node[1-{count}] NodeAddr=10.0.0.[1-{count}] CPUs=1 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP
@@ -59,6 +59,7 @@ class Slurm:
     def __init__(self, made: Network, folder: Path) -> None:
         self.made, self.folder = made, folder
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Start the daemons, and wait until all nodes are idle."""
@@ -77,10 +78,20 @@ class Slurm:
         self.until(lambda: (munge / "socket").exists())
         self._run(self._on(self.made.hosts[0], "slurmctld", "-D"))
         for host in self.made.hosts:
-            self._run(self._on(host, "slurmd", "-D"))
+            self.power_on(host)
         self.until(
             lambda: self.ask("sinfo", "--noheader", "--format=%D %t").split() == [str(len(self.made.hosts)), "idle"]
         )
+
+    def power_on(self, host: Host) -> None:
+        """Start a node's daemon."""
+        self._daemons[host.number] = self._run(self._on(host, "slurmd", "-D"))
+
+    def power_off(self, host: Host) -> None:
+        """Let a node lose its power: the daemon and all that it started are gone at once."""
+        lost = self._daemons.pop(host.number)
+        lost.kill()
+        lost.wait()
 
     def stop(self) -> None:
         """End all daemons and what they started."""
@@ -124,10 +135,11 @@ class Slurm:
     def _on(self, host: Host, *words: str) -> list[str]:
         return host.command(words, (self.folder / "names", Path("/etc/hosts")))
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: list[str]) -> subprocess.Popen[bytes]:
         with (self.folder / "daemons.log").open("ab") as output:
             started = subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
         self._processes.append(started)
+        return started
 
 
 @contextmanager

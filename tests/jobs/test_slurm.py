@@ -92,6 +92,19 @@ def test_a_job_on_two_nodes_is_preempted_and_ends_with_the_same_bits(slurm: Slur
     finished(lab, job)
 
 
+def test_a_node_that_is_lost_starts_the_job_again_on_whole_ones(slurm: Slurm, lab: Lab) -> None:
+    job = lab.job(*LONG, ranks=2)
+    number = submit(slurm, job, "--nodes=2")
+    until_step(slurm, job)
+    slurm.power_off(slurm.made.hosts[1])
+    slurm.until(lambda: slurm.state(number)["Restarts"] == "1", START)
+    slurm.power_on(slurm.made.hosts[1])
+    state = ended(slurm, job, number)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), log(job)
+    assert resumed_at(log(job)) > 0
+    finished(lab, job)
+
+
 def test_scancel_with_a_signal_asks_for_a_checkpoint_and_scancel_alone_for_the_end(slurm: Slurm, lab: Lab) -> None:
     job = lab.job(*LONG)
     number = submit(slurm, job)
