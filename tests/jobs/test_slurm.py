@@ -135,16 +135,30 @@ def test_a_container_that_is_not_described_is_refused(slurm: Slurm, lab: Lab, ki
     assert expected in log(job)
 
 
+def stand_in(job: Job, name: str, script: str) -> str:
+    """A PATH on which a program comes first that shows what it is asked to do."""
+    file = job.folder / "bin" / name
+    file.parent.mkdir()
+    file.write_text(f'#!/bin/sh\necho "{name} $*"\n{script}\n')
+    file.chmod(0o755)
+    return f"{file.parent}:{os.environ['PATH']}"
+
+
+def test_pyxis_is_asked_for_the_image_and_the_folders(slurm: Slurm, lab: Lab) -> None:
+    # pyxis needs enroot, which Debian has not: what srun would be given is shown, and no more.
+    job = lab.job()
+    variables = {"HF_FINETUNE_CONTAINER": "pyxis", "HF_FINETUNE_IMAGE": "image.sqsh", "HF_FINETUNE_MOUNTS": "/mnt:/mnt"}
+    state = ended(slurm, job, submit(slurm, job, PATH=stand_in(job, "srun", ":"), **variables))
+    assert state["ExitCode"] == "0:0", log(job)
+    folder = job.folder
+    asked = f"--container-image=image.sqsh --container-mounts={folder}:{folder},/mnt:/mnt --container-workdir={folder}"
+    assert asked in log(job)
+
+
 def test_apptainer_runs_the_same_command_inside(slurm: Slurm, lab: Lab) -> None:
     # apptainer itself is not among Debian's packages: a program of its name shows what it is asked to do, and does it.
     job = lab.job()
-    stand_in = job.folder / "bin" / "apptainer"
-    stand_in.parent.mkdir()
-    stand_in.write_text(
-        '#!/bin/sh\necho "apptainer $*"\nwhile [ "$1" != image.sif ]; do shift; done\nshift\nexec "$@"\n'
-    )
-    stand_in.chmod(0o755)
-    path = f"{stand_in.parent}:{os.environ['PATH']}"
+    path = stand_in(job, "apptainer", 'while [ "$1" != image.sif ]; do shift; done; shift; exec "$@"')
     variables = {
         "HF_FINETUNE_CONTAINER": "apptainer",
         "HF_FINETUNE_IMAGE": "image.sif",
