@@ -4,11 +4,11 @@
 #   make test          the test suite
 #   make test-slow     the tests that take longer
 #   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
+#   make test-jobs     the image, Kubernetes, Slurm, several nodes, an installation from the lock; needs Debian and root
 #   make test-lowest   the suite with the lowest versions that pyproject.toml admits
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
 #   make lint          style, format, types
-#   make test-jobs     what runs as a job: image, Slurm, several nodes, an installation from the lock: docs/jobs.md
 #   make audit         are there advisories about what is locked? Fails where that can't be asked: docs/security.md
 #   make sbom          build/sbom.json, CycloneDX, of the environment at ENV=.venv
 #   make docs          the documentation as a site in build/site
@@ -36,7 +36,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-faults test-lowest bench-quick bench lint test-jobs audit sbom docs lock clean
+.PHONY: demo test test-slow test-faults test-jobs test-lowest bench-quick bench lint audit sbom docs lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -51,6 +51,7 @@ test-slow: .venv/test.stamp
 test-faults: .venv/test.stamp
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
 
+# One at a time: each of them fills the machine, and measures time.
 test-jobs: .venv/test.stamp
 	.venv/bin/python -m pytest -m jobs tests/jobs
 

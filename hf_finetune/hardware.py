@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from torch import distributed
+from torch.distributed import distributed_c10d
 
+from hf_finetune import patience
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for its peers before it gives up."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -265,7 +264,10 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
+    limit = patience.collective()
+    PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed_c10d._set_pg_timeout(limit)
 
 
 def _precision(asked: str, device: Device) -> Precision:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from hf_finetune import checkpoints, hardware
+from hf_finetune import checkpoints, patience
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
@@ -41,7 +41,7 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         CheckpointError: There are checkpoints, but none is whole, or they are of other data or another model.
         StorageError: The folder can't be written.
     """
-    ranks = checkpoints.join(ready.machine.local_rank, hardware.COLLECTIVE_TIMEOUT)
+    ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
     store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.checkpoints.keep)
     facts, found = _facts(ready), store.resume_point()
     for name, reason in found.skipped:

@@ -1,8 +1,9 @@
 """One agreed decision to stop: a signal to any rank ends all of them at the same step, with a checkpoint.
 
 SIGTERM, SIGINT and SIGUSR1 only set a flag while training runs; at the end of each step, and at each step of an
-evaluation, the ranks compare their flags. A second signal does not wait. Outside of training there is nothing to save,
-and a signal ends the process at once.
+evaluation, the ranks compare their flags. A second signal does not wait, unless it is a copy of the first: a scheduler
+signals every process of a job, and the launcher, which is one of them, hands on its own. Outside of training there is
+nothing to save, and a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,9 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import distributed
 
+from hf_finetune import patience
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED, PREEMPTED = 130, 143
 """Exit codes: from the keyboard, and by whoever runs the job."""
+ECHO_S = 5.0
+"""Under a launcher, the same signal within so many seconds is the same wish."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,13 +49,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = 0
+        """By any rank, as far as this one knows."""
+        self._own, self._since = 0, 0.0
+        """The first that came here, and when."""
+        self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Flags live on the host; a GPU's group would have to copy them.
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=patience.collective())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -97,7 +107,15 @@ class StopRequest:
         if os.getpid() != self._process:
             # A forked worker: Python swallows what is raised right after a fork, and the pool would wait for ever.
             os._exit(128 + number)
-        if not self._deferred or self._received:
+        now = time.monotonic()
+        if number == self._own and now - self._since < self._echo:
+            return
+        is_first = not self._own
+        if is_first:
+            self._own, self._since = number, now
+        if is_first and self._received:
+            return  # another rank was told before, and all of them are stopping already
+        if not is_first or not self._deferred:
             raise Stopped(number)
         self._received = number
 

@@ -281,6 +281,12 @@ class Status:
             self._thread.join()
         self._write(state, exit_code=exit_code, reason=reason)
 
+    def says_running(self) -> bool:
+        """Whether the file is there and says that the run goes on."""
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(json.loads(self.file.read_text(encoding="utf-8")).get("state") == "running")
+        return False
+
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             self._write()

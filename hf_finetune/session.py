@@ -130,12 +130,16 @@ def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
 def peer_failed(status: Status, machine: Machine, failure: Failure) -> None:
     """Keep status.json true where another rank has failed and this process is about to end because of it.
 
+    Rank 0 says it, whatever it ends with. Where rank 0 may be the one that is lost, so do rank 1 and the first rank of
+    each node, unless somebody has: a node may take all of its ranks with it.
+
     Args:
-        status: This rank's; that of rank 0 keeps the file, and where rank 0 is the one that failed, rank 1's does.
+        status: This rank's.
         machine: Tells which rank this is.
-        failure: Which rank, why, and the exit code.
+        failure: Which rank, why, and the exit code; of this very rank where nobody knows who is to blame.
     """
-    if machine.rank != (1 if failure.rank == 0 else 0):
+    may_be_first = failure.rank in (0, machine.rank) and (machine.rank == 1 or machine.is_node_main)
+    if not machine.is_main and not (may_be_first and status.says_running()):
         return
     states: dict[int, State] = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
     status.finish(states.get(failure.exit_code, "failed"), failure.exit_code, failure.reason)

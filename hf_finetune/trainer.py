@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_finetune import batching
+from hf_finetune import batching, buckets
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
@@ -42,6 +42,7 @@ class FinetuneTrainer(ResumableTrainer):
     observing: Observing | None = None
     """Watches evaluations."""
     _look: Look | None = None
+    _is_settled: bool = False
 
     def __init__(
         self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
@@ -141,10 +142,21 @@ class FinetuneTrainer(ResumableTrainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """One micro-batch; adds its share to the loss of the step, on the device, and waits for nothing."""
         self.progress(self.state.global_step, "training")
+        if not self._is_settled:
+            self._settle(*arguments[:2])
         with self.times.micro_batch():
             loss: torch.Tensor = super().training_step(*arguments, **options)
         self._step_loss = self._step_loss + loss
         return loss
+
+    def _settle(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Before the first step: where a run goes on, gradients are to be added up as they were."""
+        self._is_settled = True
+        if self.steps_done():
+            model.train()
+            rows = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                buckets.settle(model, lambda: self._loss(model, dict(rows)))
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> Any:
         """Gradient norm, looked at before the optimiser takes the step.

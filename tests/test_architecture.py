@@ -31,6 +31,7 @@ LAYERS = {
     "training": 8,
     "hf_finetune": 9,
     "cli": 10,
+    "launch": 11,
     "__main__": 11,
 }
 VERSION = {"hf_finetune"}

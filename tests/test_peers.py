@@ -17,11 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from hf_finetune import session
 from hf_finetune.errors import CheckpointError, DataError, PeerError, Problem, RecipeError
+from hf_finetune.hardware import Machine
 from hf_finetune.peers import Failure, Watch, is_of_a_peer, process, verdict, watch
 from hf_finetune.peers.beat import Beat, launch
 from hf_finetune.peers.process import Process, uptime
 from hf_finetune.peers.verdict import Peer
+from hf_finetune.runfolder import Status
 
 RANK = """
 import os, sys, threading, time
@@ -395,6 +398,56 @@ def test_one_process_has_nobody_to_watch(tmp_path: Path) -> None:
         this.progress(1, "training")
         assert this.error_of(RuntimeError("Connection closed by peer")) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def seen_to_beat(this: Watch, folder: Path) -> None:
+    for count in (1, 2):
+        beat(count=count).write(folder / ".ranks" / "1.json")
+        this._look(passed=0)
+
+
+def test_whose_node_has_lost_its_power_is_named_when_connections_break(tmp_path: Path) -> None:
+    this = alone(tmp_path)
+    seen_to_beat(this, tmp_path)
+    failure = this._cause(RuntimeError("Connection closed by peer [10.0.0.2]:7"))
+    assert failure is not None
+    assert (failure.rank, failure.exit_code) == (1, 10)
+    assert "rank 1 (elsewhere, process 4711) has not answered" in failure.reason
+    own = Beat.read(tmp_path / ".ranks" / "0.json")
+    assert own is not None  # whoever looks for the cause goes on beating, and so is not blamed itself
+    assert own.count > 5
+
+
+def test_where_all_are_alive_the_network_is_to_blame(tmp_path: Path) -> None:
+    this = alone(tmp_path)
+    seen_to_beat(this, tmp_path)
+    failure = verdict.unexplained(this._beat, this._known(), RuntimeError("Timed out waiting 7ms"))
+    assert "look at the network between the nodes" in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "lost", "said", "writes"),
+    [
+        (0, 0, 2, "running", True),
+        (0, 0, 0, "failed", True),  # rank 0 does not know who is lost
+        (1, 1, 0, "running", True),
+        (8, 0, 0, "running", True),  # the first node is lost, with all of its ranks
+        (8, 0, 8, "running", True),
+        (8, 0, 8, "failed", False),
+        (9, 1, 0, "running", False),
+        (8, 0, 2, "running", False),  # rank 0 lives, and says it
+        (8, 0, 0, "", False),  # the folder is on a disk of another node
+    ],
+)
+def test_who_says_in_the_status_that_a_peer_failed(
+    tmp_path: Path, rank: int, local_rank: int, lost: int, said: str, *, writes: bool
+) -> None:
+    file = tmp_path / "status.json"
+    if said:
+        file.write_text(json.dumps({"state": said}))
+    machine = Machine("cpu", rank, local_rank, 16, 8, 1, "fp32", "eager")
+    session.peer_failed(Status(file), machine, Failure(lost, "it is gone", 10))
+    assert (file.exists() and "it is gone" in file.read_text()) == writes
 
 
 def test_files_of_ranks_that_are_no_more_go(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ State = Literal["running", "done", "stopped", "failed"]
 
 FOLDER = ".ranks"
 _LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+_BUFFERS = "_distributed_broadcast_coalesced"
+"""Where DDP, before a forward pass, waits for the buffers of rank 0."""
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")  # noqa: PTH118  # compared with text
 
 
@@ -96,4 +98,5 @@ def look_at(thread: int) -> tuple[bool, str]:
     if frame is None:
         return False, ""
     code = frame.f_code
-    return code.co_filename.endswith(_COLLECTIVES), f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
+    waits = code.co_filename.endswith(_COLLECTIVES) or code.co_name == _BUFFERS
+    return waits, f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"

@@ -125,6 +125,9 @@ def likely(peers: Peers, own: Beat, timeout: float) -> Iterator[Failure]:
 def unexplained(own: Beat, peers: Peers, error: BaseException) -> Failure:
     """A collective failed, and nobody seems to be to blame: no rank of this node, at least."""
     text = f"rank {own.rank} lost the others after step {own.step}, while {own.phase}: {_first_line(error)}"
+    alive = [peer for peer in peers.values() if peer.beat.state == "running" and peer.silent < LOST_S]
+    if len(alive) == len(peers) and any(not peer.is_here for peer in alive):
+        text += "; all of them are alive, so look at the network between the nodes"
     return Failure(own.rank, f"{text}; {steps(peers, own)}; {_RESUME}", PeerError.exit_code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import signal
 import sys
@@ -15,20 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from hf_finetune import terminal
-from hf_finetune.errors import FinetuneError, PeerError, Problem, RecipeError, StorageError
+from hf_finetune import patience, terminal
+from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.peers import verdict
 from hf_finetune.peers.beat import FOLDER, Beat, Failure, State, launch, look_at
 from hf_finetune.peers.process import Process, born, uptime
 from hf_finetune.peers.verdict import Peer
 
-TIMEOUT = "HF_FINETUNE_PEER_TIMEOUT"
-"""Environment variable: seconds after which a rank that does not answer is given up."""
-TIMEOUT_S, BEAT_S, LOOK_S = 600.0, 1.0, 0.25
+BEAT_S, LOOK_S = 1.0, 0.25
 READS = 32
 """Most files that are read at a time."""
 IDLE_S = 2.0
 """After this long without progress, a rank says where it is."""
+MISSED_BEATS = 2.5
+"""So many make a rank of another node suspect, when a collective fails."""
 PATIENCE_S = 3.0
 """How long the reason of a failed collective is looked for."""
 CALLBACK_S, EXIT_S = 10.0, 5.0
@@ -68,7 +67,7 @@ class Watch:
         timeout: float | None = None,
     ) -> None:
         self.folder, self.rank, self.world_size = folder / FOLDER, rank, world_size
-        self.timeout = _timeout() if timeout is None else timeout
+        self.timeout = patience.peer() if timeout is None else timeout
         self._on_failure = on_failure
         self._mark = (0, "starting")
         self._seen = self._mark
@@ -233,19 +232,32 @@ class Watch:
         if not is_lost and (is_own or not isinstance(error, RuntimeError | SystemExit)):
             return None
         # Connections close some time before the kernel shows a process as gone; a signal came from outside.
-        rounds = 1 if isinstance(error, SystemExit) else max(1, round(PATIENCE_S / LOOK_S))
-        for number in range(rounds):
-            if number:
+        least, waited = LOOK_S if isinstance(error, SystemExit) else PATIENCE_S, 0.0
+        while waited < least or (is_lost and self._is_anybody_late()):
+            if waited:
                 time.sleep(LOOK_S)
+                self._show()  # whoever looks for the cause is alive; the thread waits for the lock
+            waited += LOOK_S
             for rank in range(self.world_size):
                 if rank != self.rank:
                     self._read(rank)
             failure = self._sure(patient=False)
             if failure is not None:
                 return failure
+            for peer in self._peers.values():
+                peer.silent += LOOK_S
         known = self._known()
         rest = None if is_own or not is_lost else verdict.unexplained(self._beat, known, error)
         return next(verdict.likely(known, self._beat, self.timeout), rest) if is_lost else None
+
+    def _is_anybody_late(self) -> bool:
+        """Whether a rank of another node misses beats, but not yet for so long that it is to blame.
+
+        Its process can't be looked at; a lost connection does not tell whose end is at fault.
+        """
+        lost = min(verdict.LOST_S, self.timeout / 2)
+        far = [peer for peer in self._known().values() if not peer.is_here and peer.beat.state == "running"]
+        return any(MISSED_BEATS * BEAT_S <= peer.silent < lost for peer in far)
 
     def _end(self, failure: Failure) -> None:
         """Say it, and end this process."""
@@ -314,19 +326,3 @@ def _signals_later(*, matter: bool) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for received in came if matter else ():
             signal.raise_signal(received)
-
-
-def _timeout() -> float:
-    """The time limit from the environment.
-
-    Raises:
-        RecipeError: It is no positive number.
-    """
-    text = os.environ.get(TIMEOUT, str(TIMEOUT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise RecipeError(f"the environment variable {TIMEOUT} is {text!r}; give seconds, e.g. 600")
-    return seconds

@@ -1,1 +1,1 @@
-"""What runs as a job: slow, and with the machine's own tools. `make test-jobs`."""
+"""What runs a recipe as a job: the image, Kubernetes, Slurm, several nodes. `make test-jobs`."""

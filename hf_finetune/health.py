@@ -1,0 +1,71 @@
+"""Whether the run of this container is alive, by the heartbeat in its `status.json`: for HEALTHCHECK and probes.
+
+    python -m hf_finetune.health [RUN]       one line; exit code 0 alive, starting or ended, 1 its heart stopped
+
+Without RUN it looks where `hf_finetune.launch` wrote the run folder's path: the file that `HF_FINETUNE_RUN_FILE` names.
+It imports nothing heavy, so that it can be asked every half minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+VARIABLE = "HF_FINETUNE_RUN_FILE"
+LIMIT = 60.0
+"""Seconds without a heartbeat, of which there is one every five, that make a run unhealthy."""
+STARTING = 120.0
+"""Seconds in which a new process may import, and find the heartbeat of one that was killed."""
+
+
+def point_to(output: Path) -> None:
+    """Leave the run folder's path for the check, where `HF_FINETUNE_RUN_FILE` names a file."""
+    if name := os.environ.get(VARIABLE):
+        Path(name).write_text(f"{output.absolute()}\n", encoding="utf-8")
+
+
+def look(run: Path, started: float, now: float) -> tuple[int, str]:
+    """How a run is.
+
+    Args:
+        run: The run folder.
+        started: When its process did, in seconds since the epoch.
+        now: In seconds since the epoch.
+
+    Returns:
+        0 or 1, and a line for people.
+    """
+    try:
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+        state, beat = status["state"], datetime.fromisoformat(status["heartbeat"]).timestamp()
+    except FileNotFoundError:
+        return 0, f"{run}: starting"
+    except (OSError, ValueError, KeyError) as error:
+        return 1, f"{run}: status.json can't be read: {error}"
+    silent = now - beat
+    if state != "running" or silent <= LIMIT:
+        return 0, f"{run}: {state}, step {status.get('step', 0)}"
+    if now - started <= STARTING:
+        return 0, f"{run}: starting"
+    return 1, f"{run}: running, but no heartbeat for {silent:.0f} s"
+
+
+def main() -> None:
+    """Say how the run is, and exit."""
+    pointer = Path(os.environ.get(VARIABLE, ""))
+    run, started = "", 0.0
+    if sys.argv[1:]:
+        run = sys.argv[1]
+    elif pointer.is_file():
+        run, started = pointer.read_text(encoding="utf-8").strip(), pointer.stat().st_mtime
+    code, line = look(Path(run), started, time.time()) if run else (0, "no run has begun")
+    sys.stdout.write(f"{line}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

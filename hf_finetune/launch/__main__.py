@@ -1,0 +1,49 @@
+"""`python -m hf_finetune.launch RECIPE ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hf_finetune import health, terminal
+from hf_finetune.cli.parser import complete, manner, parse
+from hf_finetune.errors import FinetuneError
+from hf_finetune.launch import starting
+from hf_finetune.launch.node import Node
+
+
+def main() -> None:
+    """Start the processes, and exit with the code of the run."""
+    words = complete(sys.argv[1:])
+    if words[:1] != ["train"]:
+        starting.replace(words)
+    terminal.open_for(manner(words))
+    try:
+        output = _output(words)
+        health.point_to(output)
+        node = Node.of(os.environ)
+        if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+            starting.replace(words)
+        code = starting.several(node, words, output / "status.json")
+    except FinetuneError as error:
+        terminal.report(error.problems, error.exit_code)
+        code = error.exit_code
+    finally:
+        terminal.close()
+    sys.exit(code)
+
+
+def _output(words: list[str]) -> Path:
+    """The run folder; of a recipe with mistakes one process tells, and ends with the right code."""
+    from hf_finetune.cli import recipes
+
+    arguments = parse(words)
+    reading = recipes.read(arguments).reading
+    if reading.recipe is None:
+        starting.replace(words)
+    return Path(reading.recipe.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Starts the processes of this node, hands signals to them, and finds out how they ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.launch.node import Node
+
+CONFIG = Path(__file__).with_name("ddp.yaml")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What `preemption` listens to."""
+MODULE = "hf_finetune"
+
+
+def replace(words: list[str]) -> NoReturn:
+    """Become the one process that runs the command: signals and exit codes are its own."""
+    os.execv(sys.executable, [sys.executable, "-m", MODULE, *words])  # noqa: S606, no shell is the point
+
+
+def several(node: Node, words: list[str], status: Path) -> int:
+    """Run the command in all processes of this node, by accelerate's launcher, to the end.
+
+    Args:
+        node: Which processes.
+        words: Arguments of the command line.
+        status: `status.json` of the run folder.
+
+    Returns:
+        The exit code.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    before = _read(status)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told by the processes
+    for number in SIGNALS:
+        signal.signal(number, _hand_on)
+    failed = 0
+    try:
+        _launch(node, words)
+    except ChildFailedError as error:
+        failed = exit_code(error.get_first_failure()[1].exitcode)
+    return failed and (told(before, _read(status)) or failed)
+
+
+def exit_code(code: int) -> int:
+    """The exit code of a process as a shell says it: 128 and its number for a signal (Python says the negative)."""
+    return code if code >= 0 else 128 - code
+
+
+def told(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """What `status.json` says of a run that failed; 0 where it says nothing, or is of an earlier run.
+
+    Args:
+        before: What it said before the start.
+        after: What it says now.
+    """
+    if after == before or after.get("state") == "running":
+        return 0
+    return int(after.get("exit_code") or 0)
+
+
+def _launch(node: Node, words: list[str]) -> None:
+    """Call `accelerate launch`.
+
+    torchrun would kill what does not end within 30 s of a SIGTERM (torch 2.13, `PContext.wait`), and a checkpoint may
+    take longer: it is told to leave the signals of `SIGNALS` to us.
+
+    Raises:
+        ChildFailedError: A process failed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    config = os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG") or str(CONFIG)
+    if not Path(config).is_file():
+        raise RecipeError(Problem(f"{config}: no such file", key="HF_FINETUNE_LAUNCHER_CONFIG"))
+    options = ["--config_file", config, "--num_processes", str(node.all_processes)]
+    options += ["--num_machines", str(node.nodes), "--machine_rank", str(node.rank)]
+    if node.nodes > 1:
+        options += ["--main_process_ip", node.address, "--main_process_port", str(node.port), "--same_network"]
+    else:
+        options += ["--main_process_port", "0"]
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # torchrun would read them again, some of them otherwise
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    launch_command(launch_command_parser().parse_args([*options, "-m", MODULE, *words]))
+
+
+def _hand_on(number: int, _frame: FrameType | None) -> None:
+    """Give a signal to the processes, once; the end is theirs. Before there are any, it is ours."""
+    import psutil  # type: ignore[import-untyped]
+
+    children = psutil.Process().children()
+    for child in children:
+        try:
+            child.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    if not children:
+        sys.exit(128 + number)
+
+
+def _read(status: Path) -> dict[str, Any]:
+    """What `status.json` says; empty where there is none."""
+    try:
+        said: dict[str, Any] = json.loads(status.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said

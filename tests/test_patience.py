@@ -1,0 +1,24 @@
+"""Time limits from the environment."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from hf_finetune import patience
+from hf_finetune.errors import RecipeError
+
+
+def test_ten_minutes_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (patience.peer(), patience.collective()) == (600.0, timedelta(minutes=10))
+    monkeypatch.setenv(patience.PEER, "7.5")
+    monkeypatch.setenv(patience.COLLECTIVE, "90")
+    assert (patience.peer(), patience.collective()) == (7.5, timedelta(seconds=90))
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", ""])
+def test_a_limit_is_a_positive_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(patience.COLLECTIVE, text)
+    with pytest.raises(RecipeError, match=f"{patience.COLLECTIVE} is .*; give seconds, e.g. 600"):
+        patience.collective()
