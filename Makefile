@@ -4,7 +4,7 @@
 #   make test          the test suite
 #   make test-slow     the tests that take longer
 #   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
-#   make test-jobs     the image, Kubernetes, Slurm, several nodes: docs/jobs.md; needs Debian and root
+#   make test-jobs     what runs as a job: image, Slurm, several nodes, an installation from the lock: docs/jobs.md
 #   make test-lowest   the suite with the lowest versions that pyproject.toml admits
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
@@ -44,7 +44,6 @@ test-slow: .venv/test.stamp
 test-faults: .venv/test.stamp
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
 
-# One at a time: each of them fills the machine, and measures time.
 test-jobs: .venv/test.stamp
 	.venv/bin/python -m pytest -m jobs tests/jobs
 
