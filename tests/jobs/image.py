@@ -59,9 +59,8 @@ class Builder:
         return Image(root, described["config"], json.dumps(described["history"]), log)
 
     def close(self) -> None:
-        """Unmount what was mounted and forget what has no name; the base and the last build stay."""
+        """Unmount what was mounted. Images stay, and layers, for the next build; `make clean` removes them."""
         self("rm", "--all")
-        self("rmi", "--prune", "--force")
 
     def _base(self) -> None:
         root = self.folder / "base"
