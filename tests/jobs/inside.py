@@ -49,6 +49,7 @@ def furnish(root: Path, order: dict[str, Any]) -> None:
         mount("--bind", source, str(root / place[1:]))
     for place in order["read_only"]:
         mount("-o", "remount,bind,ro", str(root / place[1:]))
+    (root / "etc/hosts").write_text("127.0.0.1 localhost\n")  # an engine brings its own
     mount("-t", "proc", "proc", str(root / "proc"))
     mount("-t", "sysfs", "-o", "ro", "sysfs", str(root / "sys"))
     mount("-t", "tmpfs", "-o", "mode=1777,size=512m", "tmpfs", str(root / "tmp"))
