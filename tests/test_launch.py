@@ -129,3 +129,11 @@ def test_a_recipe_with_mistakes_ends_with_2_before_anything_starts(start: Callab
 def test_a_launcher_configuration_that_is_not_there_is_refused(start: Callable[..., subprocess.Popen[str]]) -> None:
     code, output = ends(start(HF_FINETUNE_LAUNCHER_CONFIG="none.yaml"))
     assert (code, "none.yaml: no such file" in output) == (2, True)
+
+
+def test_a_file_for_the_health_check_that_can_not_be_written_is_told(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    code, output = ends(start(HF_FINETUNE_RUN_FILE="/proc/none"))
+    assert (code, "HF_FINETUNE_RUN_FILE: /proc/none can't be written" in output) == (5, True)
+    assert "Traceback" not in output

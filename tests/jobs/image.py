@@ -42,10 +42,10 @@ class Builder:
         self.folder = kept("image")
         self._storage = ["--root", str(self.folder / "storage"), "--runroot", str(self.folder / "run")]
 
-    def __call__(self, *words: str, **options: Any) -> str:
+    def __call__(self, *words: str) -> str:
         """Run buildah; its stdout."""
         command = ["buildah", *self._storage, "--storage-driver", "overlay", *words]
-        done = subprocess.run(command, check=False, text=True, capture_output=True, timeout=900, **options)
+        done = subprocess.run(command, check=False, text=True, capture_output=True, timeout=900)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done.stdout + (done.stderr if words[0] == "build" else "")
 
