@@ -51,7 +51,6 @@ test-slow: .venv/test.stamp
 test-faults: .venv/test.stamp
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
 
-# One at a time: each of them fills the machine, and measures time.
 test-jobs: .venv/test.stamp
 	.venv/bin/python -m pytest -m jobs tests/jobs
 
@@ -118,5 +117,5 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-* .jobs .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from hf_finetune.errors import Problem, StorageError
+
 VARIABLE = "HF_FINETUNE_RUN_FILE"
 LIMIT = 60.0
 """Seconds without a heartbeat, of which there is one every five, that make a run unhealthy."""
@@ -23,9 +25,19 @@ STARTING = 120.0
 
 
 def point_to(output: Path) -> None:
-    """Leave the run folder's path for the check, where `HF_FINETUNE_RUN_FILE` names a file."""
-    if name := os.environ.get(VARIABLE):
+    """Leave the run folder's path for the check, where `HF_FINETUNE_RUN_FILE` names a file.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return
+    try:
         Path(name).write_text(f"{output.absolute()}\n", encoding="utf-8")
+    except OSError as error:
+        message = f"{name} can't be written: {error.strerror}; give the container a writable /tmp, or unset it"
+        raise StorageError(Problem(message, key=VARIABLE)) from error
 
 
 def look(run: Path, started: float, now: float) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = ("ci", "docker", "gpu", "hours", "kubectl", "slurm")
+NEEDS = ("ci", "docker", "gpu", "hours", "kubectl", "nodes", "slurm")
 """What a block may need: `<!-- needs: gpu -->` on the line before it. `ci`: make targets, which .ci/run runs."""
 COMMANDS = {
     "accelerate", "cat", "curl", "docker", "echo", "export", "git", "hf-finetune", "kubectl", "make", "mkdir", "pip",

@@ -18,20 +18,33 @@ def main() -> None:
     words = complete(sys.argv[1:])
     if words[:1] != ["train"]:
         starting.replace(words)
-    terminal.open_for(manner(words))
     try:
-        output = _output(words)
-        health.point_to(output)
-        node = Node.of(os.environ)
-        if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
-            starting.replace(words)
-        code = starting.several(node, words, output / "status.json")
+        code = _train(words)
     except FinetuneError as error:
+        # Not before: a live display belongs to the processes.
+        terminal.open_for(manner(words))
         terminal.report(error.problems, error.exit_code)
-        code = error.exit_code
-    finally:
         terminal.close()
+        code = error.exit_code
     sys.exit(code)
+
+
+def _train(words: list[str]) -> int:
+    """Train; one process takes the place of this one.
+
+    Returns:
+        The exit code of several.
+
+    Raises:
+        RecipeError: A variable, or the launcher's configuration, is wrong.
+        StorageError: The file that is to name the run folder can't be written.
+    """
+    output = _output(words)
+    health.point_to(output)
+    node = Node.of(os.environ)
+    if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+        starting.replace(words)
+    return starting.several(node, words, output / "status.json")
 
 
 def _output(words: list[str]) -> Path:

@@ -1,0 +1,139 @@
+"""The entry point of a job: which processes it starts, and the exit code that it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_finetune.errors import RecipeError
+from hf_finetune.launch import starting
+from hf_finetune.launch.node import Node
+
+
+def test_a_node_is_alone_where_nothing_is_said() -> None:
+    assert Node.of({}) == Node(1)
+
+
+def test_what_torchrun_and_kubeflow_set_is_understood() -> None:
+    said = {
+        "PET_NPROC_PER_NODE": "4",
+        "PET_NNODES": "3",
+        "PET_NODE_RANK": "2",
+        "PET_MASTER_ADDR": "a",
+        "PET_MASTER_PORT": "5",
+    }
+    node = Node.of(said)
+    assert node == Node(4, 3, 2, "a", 5)
+    assert node.all_processes == 12
+    assert Node.of({"PET_NPROC_PER_NODE": "auto", "PET_MASTER_ADDR": "a"}) == Node(1)
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({"PET_NPROC_PER_NODE": "many"}, "PET_NPROC_PER_NODE"),
+        ({"PET_NPROC_PER_NODE": "0"}, "1 at least"),
+        ({"PET_NNODES": "1:4"}, "PET_NNODES"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "a"}, "counts from 0"),
+        ({"PET_NNODES": "2"}, "PET_MASTER_ADDR"),
+    ],
+)
+def test_a_place_that_can_not_be_is_refused(said: dict[str, str], word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        Node.of(said)
+
+
+def test_the_code_is_what_the_status_says_of_this_run() -> None:
+    before = {"state": "preempted", "exit_code": 143}
+    assert starting.told(before, {"state": "failed", "exit_code": 7}) == 7
+    assert starting.told(before, before) == 0, "an earlier run's"
+    assert starting.told(before, {"state": "running", "exit_code": None}) == 0
+    assert starting.told({}, {"state": "done", "exit_code": 8}) == 8
+    assert starting.exit_code(-signal.SIGTERM) == 143
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a small recipe by the entry point."""
+    from conftest import RECIPE
+
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))
+
+    def begin(*words: str, **variables: str) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "hf_finetune.launch",
+            str(tmp_path / "recipe.yaml"),
+            "tracking.images=false",
+            *words,
+        ]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=os.environ | variables, **pipe)  # type: ignore[call-overload, no-any-return]
+
+    return begin
+
+
+def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output."""
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Of the run."""
+    found: dict[str, Any] = json.loads((folder / "run" / "status.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_is_handed_on_and_143_comes_back(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, processes: str
+) -> None:
+    process = start("training.epochs=500", "tracking.report=false", PET_NPROC_PER_NODE=processes)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        assert process.poll() is None, ends(process)[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    code, output = ends(process)
+    assert code == 143, output
+    assert (status(tmp_path)["state"], status(tmp_path)["resumable"]) == ("preempted", True)
+    assert "Traceback" not in output
+
+
+def test_a_mistake_of_one_of_two_processes_is_told_once(start: Callable[..., subprocess.Popen[str]]) -> None:
+    code, output = ends(start("data.max_length=4000", PET_NPROC_PER_NODE="2"))
+    assert code in (2, 4), output
+    assert output.count("hf_finetune: error:") == 1, output
+    assert "Traceback" not in output
+
+
+def test_a_recipe_with_mistakes_ends_with_2_before_anything_starts(start: Callable[..., subprocess.Popen[str]]) -> None:
+    code, output = ends(start("training.epochs=-1", PET_NPROC_PER_NODE="2"))
+    assert code == 2
+    assert output.count("error:") == 1
+
+
+def test_a_launcher_configuration_that_is_not_there_is_refused(start: Callable[..., subprocess.Popen[str]]) -> None:
+    code, output = ends(start(HF_FINETUNE_LAUNCHER_CONFIG="none.yaml"))
+    assert (code, "none.yaml: no such file" in output) == (2, True)
+
+
+def test_a_file_for_the_health_check_that_can_not_be_written_is_told(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    code, output = ends(start(HF_FINETUNE_RUN_FILE="/proc/none"))
+    assert (code, "HF_FINETUNE_RUN_FILE: /proc/none can't be written" in output) == (5, True)
+    assert "Traceback" not in output
