@@ -80,6 +80,14 @@ class Started:
         pid = self.process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether process 1 is the entry point already, and no longer what makes its place."""
+        try:
+            return Path(f"/proc/{self.first}/cmdline").read_text().startswith("tini")
+        except (IndexError, FileNotFoundError):
+            return False
+
     def stop(self) -> None:
         """What `docker stop` and the kubelet do: SIGTERM to process 1."""
         os.kill(self.first, signal.SIGTERM)

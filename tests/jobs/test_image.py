@@ -177,7 +177,7 @@ def test_the_exit_code_of_a_mistake_comes_through(bench: Bench, word: str, code:
 
 def test_a_signal_while_it_starts_ends_it_at_once(bench: Bench) -> None:
     running = bench.container.start("job/recipe.yaml", *LONG)
-    running.until(lambda: "hf_finetune" in Path(f"/proc/{running.first}/cmdline").read_text())
+    running.until(lambda: running.has_begun)
     running.stop()
     ended = running.end(20)
     assert ended.code == 143, ended.output
