@@ -4,7 +4,7 @@
 #   docker build -t hf_finetune:cpu --build-arg VARIANT=cpu .      small
 #   docker run --gpus all -v "$PWD:/work" hf_finetune recipes/sst2_lora.yaml
 
-# The digest is that of tag 3.11.16-slim-bookworm for all architectures; ten public repositories that were looked at
+# The digest is that of tag 3.11.16-slim-bookworm for all architectures; ten public files that were looked at
 # name the same one for it (September and October 2026). Python and Debian are the ones that the tests run on.
 ARG BASE=python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 

@@ -90,6 +90,8 @@ def finetune(
             heavy.prepare(recipe, machine, findings)
             return None  # not reached: a folder that can't be taken is an error
         if start.kind == "done":
+            if machine.is_main:
+                push.once_more(folder, recipe)
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine) as status:

@@ -73,8 +73,10 @@ def test_f32_a_push_that_fails_loses_nothing_and_is_repeated_by_the_command_that
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
     assert (tmp_path / "run/report.md").is_file()
     capsys.readouterr()
-    assert run("training.steps=2", f"hub.repo={REPO}", "hub.timeout=3").outcome is None
+    with pytest.raises(PushError):
+        run("training.steps=2", f"hub.repo={REPO}", "hub.timeout=3")
     assert "already holds this run, finished" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/status.json").read_text()) == status
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     words = advised(status["reason"])
     assert words == ["push", str(tmp_path / "run")]
@@ -82,6 +84,20 @@ def test_f32_a_push_that_fails_loses_nothing_and_is_repeated_by_the_command_that
     assert len(hub.repos[REPO].log) == 2
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"], status["reason"]) == ("done", 0, None)
+
+
+def test_a_scheduler_that_gives_the_same_command_again_uploads_what_failed(
+    run: Start, hub: Hub, tmp_path: Path
+) -> None:
+    hub.faults = [Fault("POST .*/commit/", status=403, times=1)]
+    words = ("training.steps=2", f"hub.repo={REPO}")
+    with pytest.raises(PushError):
+        run(*words)
+    for _ in range(2):
+        assert run(*words).outcome is None
+        status = json.loads((tmp_path / "run/status.json").read_text())
+        assert (status["state"], status["exit_code"], status["reason"]) == ("done", 0, None)
+    assert len(hub.repos[REPO].log) == 2
 
 
 def test_the_best_checkpoint_is_uploaded_while_training_goes_on_and_the_run_stays_the_same(

@@ -179,14 +179,36 @@ def after_training(outcome: Outcome) -> None:
     Raises:
         PushError: It was not uploaded, also because a signal came.
     """
+    hub = outcome.recipe.hub
+    if hub is not None and outcome.machine.is_main:
+        _push_or_tell(outcome.folder, hub)
+
+
+def once_more(folder: RunFolder, recipe: Recipe) -> None:
+    """Upload a finished run that could not be uploaded when it ended, because its command was given again.
+
+    Args:
+        folder: The run.
+        recipe: May say where to.
+
+    Raises:
+        PushError: It was not uploaded.
+    """
+    if recipe.hub is not None and (folder.previous() or {}).get("exit_code") == PushError.exit_code:
+        _push_or_tell(folder, recipe.hub)
+        _note_success(folder)
+
+
+def _push_or_tell(folder: RunFolder, hub: Hub) -> None:
+    """Upload; a signal is a failure like any other.
+
+    Raises:
+        PushError: It was not uploaded.
+    """
     from hf_finetune.preemption import Stopped
 
-    hub = outcome.recipe.hub
-    if hub is None or not outcome.machine.is_main:
-        return
     try:
-        push(outcome.folder, hub, command=command(outcome.folder))
+        push(folder, hub, command=command(folder))
     except Stopped as stopped:
-        told = f"{outcome.folder.adapter} is finished and whole, but was not uploaded: {stopped.reason}"
-        problem = Problem(f"{told}; try it again with: {command(outcome.folder)}", key="hub.repo")
-        raise PushError(problem) from stopped
+        told = f"{folder.adapter} is finished and whole, but was not uploaded: {stopped.reason}"
+        raise PushError(Problem(f"{told}; try it again with: {command(folder)}", key="hub.repo")) from stopped
