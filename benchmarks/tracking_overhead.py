@@ -1,6 +1,6 @@
 """What watching costs: the same run with everything on (default settings) and with nothing, in turns, in one process.
 
-    taskset -c 1 python benchmarks/tracking_overhead.py --repeats 5 --steps 40
+    taskset -c 0 python -m benchmarks.tracking_overhead --repeats 5 --steps 40
 
 CPU seconds of the process, all threads together, as other processes make the wall's clock useless on a shared machine.
 Both make the same steps of the same batches. Of each step the fastest of all repeats is taken, as noise only ever adds;
