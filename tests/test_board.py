@@ -337,8 +337,8 @@ def kill(thread: threading.Thread) -> None:
 
 
 def writers() -> list[threading.Thread]:
-    """The threads of all boards; tests before this one may have left some."""
-    return [thread for thread in threading.enumerate() if thread.name == "tensorboard"]
+    """The threads of all boards; tests before this one may have left some, and one that only begins is not alive."""
+    return [thread for thread in threading.enumerate() if thread.name == "tensorboard" and thread.is_alive()]
 
 
 def kill_the_next_writer(but: list[threading.Thread]) -> None:

@@ -144,7 +144,7 @@ def until(is_true: Callable[[], object], seconds: float = 60.0) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_upload_outlives_the_command(number: signal.Signals, hub: Hub, run: Path, tmp_path: Path) -> None:
     hub.faults = [Fault(".", "hang", times=99)]
-    process = start(environment(hub.url, tmp_path / "home"), "push", str(run), "--repo", REPO)
+    process = start(environment(hub.url, tmp_path / "home"), "push", str(run), "--repo", REPO, preexec_fn=listen)
     until(lambda: hub.requests)
     (child,) = children(process.pid)
     process.send_signal(number)
@@ -152,6 +152,11 @@ def test_no_upload_outlives_the_command(number: signal.Signals, hub: Hub, run: P
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in output + errors
     until(lambda: not is_alive(child))
+
+
+def listen() -> None:
+    """Hear of Ctrl-C, also where the tests were started in the background, and so ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_alive(pid: int) -> bool:

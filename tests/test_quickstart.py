@@ -107,6 +107,7 @@ def test_the_untrained_model_is_near_chance(rows: Rows, encoder: str) -> None:
     assert np.mean(right) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_bag_of_words_is_eight_points_worse(rows: Rows, fine_tuned: float) -> None:
     for kind in (CountVectorizer, TfidfVectorizer):
         vectorizer = kind()
@@ -115,6 +116,7 @@ def test_a_bag_of_words_is_eight_points_worse(rows: Rows, fine_tuned: float) -> 
         assert fitted(features, rows) <= fine_tuned - 0.08
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_are_two_points_worse(rows: Rows, encoder: str, fine_tuned: float) -> None:
     from transformers import AutoModel, AutoTokenizer
 

@@ -73,7 +73,9 @@ def test_a_lock_holds_everything_and_reads_back_equal(locked: Path, classifier: 
     assert lock.hardware["threads"] == len(os.sched_getaffinity(0))
     assert lock.seed == 42
     assert len(lock.fingerprint) == 64
-    assert set(lock.choices.made) == {"precision", "attention", "compiled", "fast_paths"}
+    assert set(lock.choices.made) == {
+        "precision", "micro_batch", "activation_checkpointing", "attention", "compiled", "fast_paths",
+    }  # fmt: skip
     assert lock.choices.made["fast_paths"].value["fused_lora"] is True
     lock.write(locked)
     assert read_lock(str(locked)) == lock

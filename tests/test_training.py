@@ -24,7 +24,7 @@ def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
     done = run("training.epochs=3", "checkpoints.every=epoch", "tracking.report=true")
     assert {path.name for path in done.folder.iterdir()} == {
         ".lock", "adapter", "checkpoints", "metrics.jsonl", "observations", "plots", "recipe.yaml", "report.html",
-        "report.md", "run.lock.json", "status.json", "tensorboard",
+        "report.md", "run.lock.json", "status.json", "targets.json", "tensorboard",
     }  # fmt: skip
     assert done.status["state"] == "done"
     assert done.status["exit_code"] == 0
