@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHAT_RECIPE, RECIPE, finished
+from huggingface_hub import ModelCard
 from scipy import stats
 
 from hf_finetune.errors import CheckpointError, DataError, RecipeError
@@ -62,6 +63,21 @@ def answering(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = CHAT_RECIPE.format(model=tiny_llama, data=folder / "sums.jsonl", output=folder / "run")
     return finished(folder, text.replace("sample_prompts: 2", "sample_prompts: 0, generate_rows: 8") + QUIET)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_figures_of_the_card_are_those_of_evaluate(
+    split: str, tested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card: Any = ModelCard.load(tested / "adapter" / "README.md").data
+    told = {result.metric_name: result for result in card.eval_results if result.dataset_split == split}
+    found = evaluate(capsys, tested, split=split)["metrics"]
+    assert {"loss", "accuracy", "f1_macro"} <= told.keys() <= found.keys()
+    for name, result in told.items():
+        assert result.metric_value == pytest.approx(found[name]["value"], abs=1e-6)
+        said = (result.metric_args or {}).get("confidence_interval")
+        assert said == (pytest.approx([found[name]["low"], found[name]["high"]], abs=1e-6) if said else None)
+    assert "confidence_interval" in told["accuracy"].metric_args
 
 
 @pytest.mark.parametrize(
