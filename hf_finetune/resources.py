@@ -48,7 +48,7 @@ def _said() -> int | None:
 
 def _free_on(machine: Machine) -> int | None:
     if machine.device == "cuda":
-        return int(torch.cuda.mem_get_info(machine.local_rank)[0])
+        return int(torch.cuda.mem_get_info()[0])
     known = [amount for amount in (_free(), _left_by_cgroups()) if amount is not None]
     return min(known) // machine.local_world_size if known else None
 

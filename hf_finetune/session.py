@@ -13,6 +13,7 @@ from hf_finetune import continuation, runlock
 from hf_finetune.errors import CheckpointError, FinetuneError, PushError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
+from hf_finetune.runlock import surroundings
 from hf_finetune.terminal import say
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def as_before(
         The machine with the precision and the attention of the run's beginning, and all that was chosen then; None for
         a new run, and where nothing can be read or the device is of another kind.
     """
-    kept = [runlock.choices(folder.run_lock) if machine.is_main and start.kind == "resume" else None]
+    kept = [_kept(folder, machine) if machine.is_main and start.kind == "resume" else None]
     broadcast_object_list(kept)
     choices = kept[0] if repeat is None else repeat.choices()
     if choices is None or choices.device != machine.device:
@@ -91,11 +92,15 @@ def as_before(
             why = "is not there, or damaged" if choices is None else f"is of a {choices.device}"
             say(f"note: {folder.run_lock.name} {why}: what it kept is chosen anew, the next steps may differ in bits")
         return machine, None
-    if recipe.training.precision == "auto":
-        machine = replace(machine, precision=choices.value("precision") or machine.precision)
-    if recipe.model.attention == "auto":
-        machine = replace(machine, attention=choices.value("attention") or machine.attention)
-    return machine, choices
+    return choices.onto(machine, recipe), choices
+
+
+def _kept(folder: RunFolder, machine: Machine) -> Choices | None:
+    """What was chosen when the run began, but for what was chosen for a memory that is not this one."""
+    choices = runlock.choices(folder.run_lock)
+    if choices is None or (folder.has_checkpoints and surroundings.is_same_memory(folder.run_lock, machine)):
+        return choices
+    return choices.without("micro_batch", "activation_checkpointing")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def finetune(
     quiet.hush()
     findings = light.look(recipe)
     machine = hardware.survey(recipe)
-    machine = machine if repeat is None else repeat.as_locked(machine)
+    machine = machine if repeat is None else repeat.as_locked(machine, recipe)
     stop = StopRequest()
     folder = RunFolder(recipe.output)
     with stop.listening():
@@ -102,7 +102,7 @@ def finetune(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
                 ready = fitting.fit(ready, before, findings)
-                outcome = _Run(ready, findings, folder, status, stop, watch, before).complete(notes)
+                outcome = _Run(ready, findings, folder, status, stop, watch, before, repeat).complete(notes)
             push.after_training(outcome)
             return outcome
 
@@ -119,6 +119,8 @@ class _Run:
     watch: Watch
     before: Choices | None
     """What was chosen when the run began, if it is to go on."""
+    repeat: Repeat | None = None
+    """The locked run that this one repeats."""
 
     def complete(self, notes: Sequence[str]) -> Outcome:
         """Load, train, evaluate, save, check what was saved, report."""
@@ -145,6 +147,8 @@ class _Run:
         observing.attend(trainer, say if machine.is_main else _keep_silent)
         with _out_of_memory(trainer, learner), best.uploaded(trainer, learner, folder) as uploads:
             trainer.paths, choices = learning.fast_paths(trainer, learner, self.before)
+            if self.repeat is not None:
+                self.repeat.refuse_other(choices)
             if machine.is_main:
                 lock = making.lock(self.ready, learner.machine, choices)
                 making.write(lock, folder.run_lock, goes_on=keeper.resume_from is not None)

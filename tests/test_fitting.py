@@ -83,6 +83,15 @@ def test_where_nothing_fits_the_most_frugal_way_is_kept(ready: Callable[..., Rea
     assert found.lacking == KNOWN[1, True] > 1000
 
 
+def test_a_model_that_can_not_recompute_takes_fewer_rows(
+    ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ready()
+    monkeypatch.setattr(type(made.outline), "supports_gradient_checkpointing", False)
+    found = fitting._Search(made, 1000, KNOWN).fit().made
+    assert (found["micro_batch"].value, found["activation_checkpointing"].value) == (1, False)
+
+
 def test_what_the_recipe_says_stays(ready: Callable[..., Ready]) -> None:
     asked = ready("training.micro_batch=8")
     assert searched(asked, 1_500_000) == (8, False)

@@ -23,8 +23,9 @@ from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 from hf_finetune.runlock import Lock, drift, lockfile, making, surroundings
 from hf_finetune.runlock import read as read_lock
-from hf_finetune.runlock.lockfile import File, Git, Input, RecipeText
+from hf_finetune.runlock.lockfile import File, Git, Input, Made, RecipeText
 from hf_finetune.runlock.repeating import Repeat, read
+from hf_finetune.tuning import Choice
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -335,12 +336,53 @@ def test_a_repeat_takes_as_many_threads_as_the_run_had(locked: Path) -> None:
     repeat, machine = Repeat("lock", lock), here(lock)
     try:
         torch.set_num_threads(2 if before == 1 else before + 1)
-        assert repeat.as_locked(replace(machine, threads=64)).threads == lock.hardware["threads"]
+        recipe = recipe_of(lock)
+        assert repeat.as_locked(replace(machine, threads=64), recipe).threads == lock.hardware["threads"]
         assert torch.get_num_threads() == lock.hardware["threads"]
         few = replace(machine, threads=0)
-        assert repeat.as_locked(few) is few
+        assert repeat.as_locked(few, recipe).threads == 0
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_repeat_takes_the_attention_that_was_chosen_before_anything_is_compared(locked: Path) -> None:
+    lock = edited(locked, lambda lock: lock["choices"]["made"]["attention"].update(value="other"))
+    assert Repeat("lock", lock).as_locked(here(lock), recipe_of(lock)).attention == "other"
+
+
+def test_a_repeat_that_can_not_do_what_was_chosen_is_refused(locked: Path) -> None:
+    lock = read_lock(str(locked))
+    repeat = Repeat("lock", lock)
+    repeat.refuse_other(repeat.choices())
+    other = repeat.choices().plus("compiled", Choice(True, "asked for"))
+    with pytest.raises(CheckpointError) as refusal:
+        repeat.refuse_other(other)
+    assert [str(problem.key) for problem in refusal.value.problems] == ["lock.choices.compiled"]
+    Repeat("lock", lock, ("lock.hardware",)).refuse_other(other)
+    made = Made.model_validate(other.dump())
+    (told,) = making.going_on(lock.model_copy(update={"choices": made}), locked).changed
+    assert told.startswith("lock.choices.compiled was ")
+
+
+def test_a_repeat_is_uploaded_only_where_the_command_says_to(locked: Path) -> None:
+    lock = read_lock(str(locked))
+    text = lock.recipe.whole.replace("hub: null", "hub: {repo: me/first}")
+    assert text != lock.recipe.whole
+    lock.model_copy(update={"recipe": RecipeText.of(text)}).write(locked)
+    (_, plain), (_, asked) = read(str(locked), None, []), read(str(locked), None, ["hub.repo=me/other"])
+    assert plain.recipe is not None
+    assert plain.recipe.hub is None
+    assert asked.recipe is not None
+    assert asked.recipe.hub is not None
+    assert asked.recipe.hub.repo == "me/other"
+    assert told(read_lock(str(locked)), recipe=asked.recipe) == []
+
+
+def test_memory_is_another_where_device_or_ranks_are(locked: Path) -> None:
+    lock = read_lock(str(locked))
+    assert surroundings.is_same_memory(locked, here(lock))
+    assert not surroundings.is_same_memory(locked, replace(here(lock), world_size=2))
+    assert surroundings.is_same_memory(locked.with_name("none.json"), here(lock))
 
 
 # ---- the recipe of a repeat, and where it goes

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_finetune.runreport import Outcome
 
 ID_DIGITS = 12
+NAMELESS = {"output", "hub", "tracking", "checkpoints"}
+"""Blocks that change nothing of what is uploaded."""
 
 
 def push(folder: RunFolder, hub: Hub, *, command: str) -> Answer:
@@ -89,7 +91,8 @@ def run_id(folder: RunFolder) -> str:
     Args:
         folder: The run.
     """
-    parts = [folder.recipe.read_bytes()]
+    recipe = Recipe.load(str(folder.recipe)).model_dump(mode="json", exclude=NAMELESS)
+    parts = [json.dumps(recipe, sort_keys=True).encode()]
     with suppress(RecipeError):
         lock = runlock.read(str(folder.run_lock))
         parts += [lock.fingerprint.encode(), lock.model.model_dump_json().encode()]
@@ -181,7 +184,7 @@ def after_training(outcome: Outcome) -> None:
     """
     hub = outcome.recipe.hub
     if hub is not None and outcome.machine.is_main:
-        _push_or_tell(outcome.folder, hub)
+        _push_or_tell(outcome.folder, hub, command(outcome.folder))
 
 
 def once_more(folder: RunFolder, recipe: Recipe) -> None:
@@ -195,12 +198,17 @@ def once_more(folder: RunFolder, recipe: Recipe) -> None:
         PushError: It was not uploaded.
     """
     if recipe.hub is not None and (folder.previous() or {}).get("exit_code") == PushError.exit_code:
-        _push_or_tell(folder, recipe.hub)
+        _push_or_tell(folder, recipe.hub, "the same command")
         _note_success(folder)
 
 
-def _push_or_tell(folder: RunFolder, hub: Hub) -> None:
+def _push_or_tell(folder: RunFolder, hub: Hub, how: str) -> None:
     """Upload; a signal is a failure like any other.
+
+    Args:
+        folder: The run.
+        hub: Where to.
+        how: What to say to try it again.
 
     Raises:
         PushError: It was not uploaded.
@@ -208,7 +216,7 @@ def _push_or_tell(folder: RunFolder, hub: Hub) -> None:
     from hf_finetune.preemption import Stopped
 
     try:
-        push(folder, hub, command=command(folder))
+        push(folder, hub, command=how)
     except Stopped as stopped:
         told = f"{folder.adapter} is finished and whole, but was not uploaded: {stopped.reason}"
-        raise PushError(Problem(f"{told}; try it again with: {command(folder)}", key="hub.repo")) from stopped
+        raise PushError(Problem(f"{told}; try it again with: {how}", key="hub.repo")) from stopped

@@ -98,7 +98,7 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
         quiet.hush()
         machine = hardware.alone(reading.recipe)
         if repeat is not None:
-            machine = repeat.as_locked(machine)
+            machine = repeat.as_locked(machine, reading.recipe)
             notes = repeat.told(reading.recipe, machine, findings)
         seen = heavy.examine(reading.recipe, machine, findings)
         if repeat is not None and seen.prepared is not None and not findings.exit_code:

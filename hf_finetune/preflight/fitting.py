@@ -143,6 +143,8 @@ class _Search:
         rows = [self.ready.assignment.job.division.micro_batch]
         while _is_open(self.ready, ROWS) and rows[-1] > 1:
             rows.append(rows[-1] // 2)
+        if _is_open(self.ready, AGAIN) and not self.ready.outline.supports_gradient_checkpointing:
+            return rows, []
         if _is_open(self.ready, AGAIN):
             return [few for few in rows if few * SMALL >= rows[0]], rows
         return ([], rows) if self.ready.machine.activation_checkpointing else (rows, [])

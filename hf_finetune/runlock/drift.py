@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune import continuation
 from hf_finetune.errors import DataError, ModelError, Problem, RecipeError
 from hf_finetune.runlock import inputs, surroundings
-from hf_finetune.runlock.lockfile import File, Git, Input, Lock
+from hf_finetune.runlock.lockfile import File, Git, Input, Lock, Made
 from hf_finetune.schema.expectations import shown
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
 
-BITLESS = ("output", "version", "require_pinned", "checkpoints.*", "data.cache", "data.workers", "tracking.*")
+BITLESS = (
+    "output", "version", "require_pinned", "checkpoints.*", "data.cache", "data.checks.*", "data.workers", "hub",
+    "hub.*", "tracking.*",
+)  # fmt: skip
 """Keys that change no bit of metrics or weights."""
 COMPARED_BY_CONTENT = (
     "adapter.from", "data.revision", "data.source", "data.subset", "data.test", "data.train", "data.validation",
@@ -150,6 +153,14 @@ def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
         yield from ((key, text) for text in _changed(was.data.get(key), now.data.get(key)))
     yield from _values("lock.packages", was.packages, now.packages)
     yield from _values("lock.hardware", was.hardware, now.hardware)
+    yield from other_choices(was.choices, now.choices)
+
+
+def other_choices(was: Made, now: Made) -> Iterator[tuple[str, str]]:
+    """Key and sentence for all that came out otherwise; what an older version did not choose is no difference."""
+    both = [name for name in was.made if name in now.made]
+    before, after = ({name: made.made[name].value for name in both} for made in (was, now))
+    yield from _values("lock.choices", before, after)
 
 
 def _values(group: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -70,15 +70,38 @@ class Repeat:
 
         return Choices.read(self.lock.choices.model_dump())
 
-    def as_locked(self, machine: Machine) -> Machine:
-        """The machine with as many threads as the locked run had, where it has the cores: their number decides bits."""
+    def as_locked(self, machine: Machine, recipe: Recipe) -> Machine:
+        """The machine as the locked run had it, as far as it can be: what of it decides bits, and is open.
+
+        That is the number of threads, where it has the cores, and the precision and attention that were chosen.
+        """
         import torch
 
+        choices = self.choices()
+        if choices.device == machine.device:
+            machine = choices.onto(machine, recipe)
         threads = self.lock.hardware.get("threads")
         if isinstance(threads, int) and 0 < threads < machine.threads and machine.device == "cpu":
             torch.set_num_threads(threads)
             return replace(machine, threads=threads)
         return machine
+
+    def refuse_other(self, choices: Choices) -> None:
+        """Compare what was chosen for this repeat with what was chosen for the locked run.
+
+        Raises:
+            CheckpointError: It is something else, because the machine can't do what it was.
+        """
+        from hf_finetune.runlock.drift import other_choices
+        from hf_finetune.runlock.lockfile import Made
+
+        if any(key.startswith(("lock.hardware", "lock.packages")) for key in self.allowed):
+            return
+        how = "bits would differ; repeat it where it is the same, or give --allow-change lock.hardware"
+        found = other_choices(self.lock.choices, Made.model_validate(choices.dump()))
+        problems = [Problem(f"{text}: {how}", key=key, file=self.file) for key, text in found]
+        if problems:
+            raise CheckpointError(problems)
 
     def notes_on_rows(self, fingerprint: str) -> list[str]:
         """Compare the rows that came of the data with those of the locked run.
@@ -117,6 +140,8 @@ def read(file: str, path: str | None, overrides: Sequence[str]) -> tuple[Lock, R
         return lock, reading
     is_asked = any(override.partition("=")[0] == "output" for override in overrides)
     recipe = _elsewhere(pinned(reading.recipe, lock), lock, Path(file), is_asked=is_asked)
+    if not any(override.startswith(("hub=", "hub.")) for override in overrides):
+        recipe = recipe.model_copy(update={"hub": None})  # the locked run's repository holds the locked run
     return lock, replace(reading, recipe=recipe, partial=recipe)
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_finetune import __version__, hardware, resources
+from hf_finetune.errors import RecipeError
+from hf_finetune.runlock import lockfile
 from hf_finetune.runlock.lockfile import Git
 
 if TYPE_CHECKING:
@@ -62,6 +64,21 @@ def decisive(machine: Machine) -> dict[str, str | int | bool | None]:
         "threads": machine.threads,
         "sharded": machine.is_sharded,
     }
+
+
+def is_same_memory(file: Path, machine: Machine) -> bool:
+    """Whether a run that left a lock had as much memory as it has here, as far as can be told by device and ranks.
+
+    Args:
+        file: `run.lock.json`; one that can't be read tells of no other machine.
+        machine: This one.
+    """
+    try:
+        was = lockfile.read(str(file)).hardware
+    except RecipeError:
+        return True
+    now = decisive(machine)
+    return all(was.get(name) == now[name] for name in ("processor", "ranks", "ranks_a_node", "sharded"))
 
 
 def driver() -> str | None:

@@ -48,6 +48,23 @@ class Choices:
         """With one more."""
         return replace(self, made={**self.made, name: choice})
 
+    def onto(self, machine: Machine, recipe: Recipe) -> Machine:
+        """The machine with this precision and attention, where the recipe leaves them open.
+
+        Args:
+            machine: Of this kind of device.
+            recipe: May name them.
+        """
+        if recipe.training.precision == "auto":
+            machine = replace(machine, precision=self.value("precision") or machine.precision)
+        if recipe.model.attention == "auto":
+            machine = replace(machine, attention=self.value("attention") or machine.attention)
+        return machine
+
+    def without(self, *names: str) -> Choices:
+        """Without some of them."""
+        return replace(self, made={name: made for name, made in self.made.items() if name not in names})
+
     def dump(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return asdict(self)
