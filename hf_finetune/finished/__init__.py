@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import hardware, model, quiet, runlock, targetsfile
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
-from hf_finetune.finished import loading, places
+from hf_finetune.finished import loading, places, samebase
 from hf_finetune.finished.serving import Serving
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
@@ -89,7 +89,8 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
 
     Raises:
         RecipeError: There is no run, an override is wrong, or this is one of several processes.
-        CheckpointError: The run is not finished, its adapter is missing, or it is of a version that kept no labels.
+        CheckpointError: The run is not finished, its adapter is missing, it is of a version that kept no labels, or its
+            base is another one now.
         ModelError: The tokenizer can't be had.
     """
     quiet.hush()
@@ -102,7 +103,9 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     recipe = places.read(folder, None if kept is None else kept.started_in, overrides)
     recipe = runlock.as_trained(recipe, folder.run_lock)
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
-    return Finished(folder, recipe, machine, _targets(folder, recipe, kept), model.load_tokenizer(recipe.model))
+    targets, tokenizer = _targets(folder, recipe, kept), model.load_tokenizer(recipe.model)
+    samebase.check(recipe, folder)
+    return Finished(folder, recipe, machine, targets, tokenizer)
 
 
 def _refuse_unfinished(folder: RunFolder) -> None:

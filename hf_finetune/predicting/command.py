@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_finetune import terminal
 from hf_finetune.badrows import SHOWN, numbers
 from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.finished import open_run
+from hf_finetune.finished import open_run, samebase
 from hf_finetune.predicting import output, predictor, rows, sinks
 from hf_finetune.predicting.output import Output
 from hf_finetune.predicting.predictor import CHARACTERS, Predicted, Predictor
@@ -91,6 +91,8 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if (base := samebase.locked(opened.folder)) is not None:
+        digest.update(base.model_dump_json().encode())
     machine = opened.machine
     settings = [source.form, form, options.on_bad_row, options.max_new_tokens, options.prefix]
     precision = [machine.device, machine.precision, machine.attention]
