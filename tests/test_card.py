@@ -221,6 +221,21 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
     assert [ast.literal_eval(said) for said in asked] == [{}, known]
 
 
+def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    licence._remote.cache_clear()
+    with serving("none") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        hub.repos["owner/limited"] = Repo(private=False)
+        hub.repos["owner/limited"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
+        hub.faults = [Fault("GET .*/README.md", "status", status=429, times=99)]
+        found = [licence.of_base(recipe("owner/limited", LORA)) for _ in range(2)]
+        assert (found, len(hub.asked("README.md"))) == ([{}, {}], 1)
+    licence._remote.cache_clear()
+
+
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:
     made = recipe("owner/base", LORA)
     config = loaded(recipe(tiny_bert, LORA)).model.config
