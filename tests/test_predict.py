@@ -20,7 +20,7 @@ from test_finished import last_predictions
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.predicting import command
 from hf_finetune.predicting.command import Options
-from hf_finetune.predicting.sinks import prefix_for
+from hf_finetune.predicting.sinks import Sink, prefix_for
 
 Predict = Callable[..., str]
 
@@ -142,6 +142,38 @@ def test_parquet_keeps_its_types(classifier: Path, tmp_path: Path) -> None:
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.select(["text", "n", "l"]).equals(table)
     assert found.schema.field("score").type == pa.float64()
+
+
+@pytest.mark.parametrize(
+    ("rows", "late", "says"),
+    [
+        ([{"a": 1}], [{"a": 1}, {"a": 2, "b": 1}], "x:12: has the key 'b', which its first rows lack"),
+        ([{"a": {"b": 1}}], [{"a": None}, {"a": {"b": 2, "c": 1}}], r"x:12: has the key 'a\.c', which"),
+        ([{"a": [{"b": 1}]}], [{"a": [{"b": 2}, {"c": 1}]}], r"x:11: has the key 'a\.c', which"),
+        ([{"a": 1}, {"a": None}, {"a": "z"}, {"a": 3}], [], "x:3: column 'a' holds what .* give --format jsonl"),
+        ([{"a": 1}, {"a": 2**70}], [], "x:2: column 'a' holds what"),
+        ([{"a": 1}], [{"a": 2}, {"a": "z"}], "x:12: column 'a' holds what"),
+        ([{"a": {}}], [], "x: column 'a' holds what"),
+    ],
+)
+def test_parquet_drops_nothing_and_says_what_it_can_not_hold(rows: list[Any], late: list[Any], says: str) -> None:
+    sink = Sink("parquet", ["a"], {"score": "number"})
+    windows = [
+        {first + n: row | {"score": 0.5} for n, row in enumerate(cells)} for first, cells in ((1, rows), (11, late))
+    ]
+    with pytest.raises(DataError, match=says):
+        [sink.body(window, "x") for window in windows]
+
+
+def test_parquet_holds_categories_as_what_they_name(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("a", pa.dictionary(pa.int8(), pa.string()))])
+    sink = Sink("parquet", ["a"], {"score": "number"}, schema)
+    rows = [{"a": "x", "score": 0.5}, {"a": None, "score": 1.0}]
+    (tmp_path / "partial").write_bytes(sink.body(dict(enumerate(rows)), "x"))
+    sink.finish(tmp_path / "partial", tmp_path / "final")
+    assert pq.read_table(tmp_path / "final").to_pylist() == rows
 
 
 def test_a_finished_output_is_not_replaced_unless_asked(predict: Predict) -> None:

@@ -170,20 +170,20 @@ class _Predicting:
             found.append(row if fault == row.fault else Row(row.number, row.cells, fault))
         return found
 
-    def _judged(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> list[Cells]:
-        """Rows as they are written; faulty ones raise, are left out, or have no outputs.
+    def _judged(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
+        """Rows as they are written, by number; faulty ones raise, are left out, or have no outputs.
 
         Raises:
             DataError: There are faulty rows, and they must not be.
         """
         self._note(window, predicted)
-        kept = []
+        kept = {}
         for row, outputs in zip(window, predicted.outputs, strict=True):
             if outputs is None and self.options.on_bad_row == "skip":
                 continue
             cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
             named = {sink_name: None if outputs is None else outputs[name] for sink_name, name in self._names(sink)}
-            kept.append(cells | named)
+            kept[row.number] = cells | named
         return kept
 
     def _names(self, sink: Sink) -> Iterator[tuple[str, str]]:
