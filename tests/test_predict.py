@@ -18,7 +18,7 @@ from scipy import special
 from test_finished import last_predictions
 
 from hf_finetune.errors import DataError, RecipeError
-from hf_finetune.predicting import command
+from hf_finetune.predicting import command, rows
 from hf_finetune.predicting.command import Options
 from hf_finetune.predicting.sinks import Sink, prefix_for
 
@@ -159,7 +159,8 @@ def test_parquet_keeps_its_types(classifier: Path, tmp_path: Path) -> None:
 def test_parquet_drops_nothing_and_says_what_it_can_not_hold(rows: list[Any], late: list[Any], says: str) -> None:
     sink = Sink("parquet", ["a"], {"score": "number"})
     windows = [
-        {first + n: row | {"score": 0.5} for n, row in enumerate(cells)} for first, cells in ((1, rows), (11, late))
+        {first + n: {"a": None, "score": 0.5, **cells} for n, cells in enumerate(window)}
+        for first, window in ((1, rows), (11, late))
     ]
     with pytest.raises(DataError, match=says):
         [sink.body(window, "x") for window in windows]
@@ -170,7 +171,7 @@ def test_parquet_holds_categories_as_what_they_name(tmp_path: Path) -> None:
 
     schema = pa.schema([("a", pa.dictionary(pa.int8(), pa.string()))])
     sink = Sink("parquet", ["a"], {"score": "number"}, schema)
-    rows = [{"a": "x", "score": 0.5}, {"a": None, "score": 1.0}]
+    rows: list[Any] = [{"a": "x", "score": 0.5}, {"a": None, "score": 1.0}]
     (tmp_path / "partial").write_bytes(sink.body(dict(enumerate(rows)), "x"))
     sink.finish(tmp_path / "partial", tmp_path / "final")
     assert pq.read_table(tmp_path / "final").to_pylist() == rows
@@ -283,6 +284,33 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
 def test_mistakes_of_the_command_line(classifier: Path, options: dict[str, Any], kind: Any, says: str) -> None:
     with pytest.raises(kind, match=says):
         command.run(Options(str(classifier), **options))
+
+
+def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_finetune.evaluating import command as evaluation
+    from hf_finetune.evaluating import harness
+    from hf_finetune.finished import open_run
+
+    monkeypatch.setenv("HF_FINETUNE_ROOT", str(classifier))
+    with pytest.raises(RecipeError, match=r"--input /etc/hosts: lies outside[^$]*--output /x: lies outside"):
+        command.run(Options(str(classifier), input="/etc/hosts", output="/x"))
+    with pytest.raises(RecipeError, match="--data /x: lies outside"):
+        evaluation.run(evaluation.Options(str(classifier), files=("/x",)))
+    with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
+        harness.run(str(classifier), (), harness.Wish(("a",), "/x"), "text")
+    with pytest.raises(RecipeError, match="lies outside"):
+        open_run(str(classifier.parent))
+
+
+def test_an_input_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    locked = rows.Input(str(tmp_path / "locked.csv"), "csv")
+    (tmp_path / "in.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: can't be read as parquet"):
+        rows.Input(str(tmp_path / "in.parquet"), "parquet").count()
+    if os.geteuid():  # root reads anything
+        (tmp_path / "locked.csv").touch(mode=0)
+        with pytest.raises(DataError, match="can't be read: Permission denied"):
+            locked.identity()
 
 
 def test_a_file_that_is_no_text_is_refused(classifier: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _local(folder: Path) -> str | None:
 def _remote(repo: str, revision: str | None) -> str | None:
     """A card on the Hub, from the cache or asked for once a process, without retries: whoever trains waits for it."""
     from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     try:
         cached = try_to_load_from_cache(repo, "README.md", revision=revision)

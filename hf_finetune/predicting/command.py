@@ -20,6 +20,7 @@ from hf_finetune.predicting.output import Output
 from hf_finetune.predicting.predictor import CHARACTERS, Predicted, Predictor
 from hf_finetune.predicting.rows import Input, Row
 from hf_finetune.predicting.sinks import Cells, Sink
+from hf_finetune.schema.roots import refuse_outside
 
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished
@@ -53,6 +54,8 @@ def run(options: Options) -> None:
         RecipeError: The run, a format or an option is wrong, or the output belongs to something else.
         FinetuneError: Data or model are unfit, or the output can't be written.
     """
+    named = (("--input", options.input), ("--output", options.output))
+    refuse_outside((option, path) for option, path in named if path != "-")
     source = rows.find(options.input, options.input_format)
     form = _out_format(options, source)
     opened = open_run(options.run, options.overrides)
