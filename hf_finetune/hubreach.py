@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: asked once a run, for where it can't each of many requests waits for itself.
+"""Whether the Hub can be reached: asked once a process, for where it can't each of many requests waits for itself.
 
 huggingface_hub 2.4 tries a refused connection five more times in 23 seconds when it lists files, and transformers 5.23
 has files listed whenever it loads a tokenizer, though all of it is cached.
@@ -33,10 +33,11 @@ _cut_off: list[str] = []
 def settle(recipe: Recipe) -> None:
     """Where the recipe needs the Hub and it can't be reached, go by what is cached, as with HF_HUB_OFFLINE=1; say so.
 
+    A process that has found out so goes by it until `again`.
+
     Args:
         recipe: Names model and data.
     """
-    again()
     if not _needs_hub(recipe) or constants.HF_HUB_OFFLINE:
         return
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, build, loaded, recipe
 from pushing import environment
 
 from hf_finetune import export, model
-from hf_finetune.card import licence, loading, naming, page, settings
+from hf_finetune.card import body, header, licence, loading, naming, page, settings
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import Targets
 
@@ -93,8 +94,6 @@ def test_limits_tell_what_was_cut_and_how_uneven_the_labels_are(run: Any) -> Non
 
 
 def test_uneven_labels_are_a_limit(classifier: Path) -> None:
-    from hf_finetune.card import body
-
     assert body._imbalance(TWO) == []
     assert body._imbalance(replace(TWO, counts=(3, 30))) == ["uneven labels: 30 rows of positive, 3 of negative"]
 
@@ -124,6 +123,24 @@ def test_the_recipe_of_a_card_names_nothing_of_this_machine(classifier: Path, ti
 )
 def test_paths_addresses_and_tokens_are_hidden(text: str, hidden: str) -> None:
     assert settings.hidden(text) == hidden
+
+
+def test_a_card_says_that_its_code_loads_no_quantised_base(tiny_bert: str) -> None:
+    made = recipe(tiny_bert, LORA)
+    assert "quantised" not in "".join(body.body(made, TWO, ["code"]))
+    made = made.model_copy(update={"model": made.model.model_copy(update={"quantization": "nf4"})})
+    told = "\n".join(body.body(made, TWO, ["code"])).partition("```python")[0]
+    assert "every metric here measured, on the base quantised to nf4" in told
+
+
+def test_rows_cut_off_the_training_split_are_not_called_the_hubs_validation(tiny_bert: str) -> None:
+    tree = recipe(tiny_bert, LORA).model_dump(mode="json")
+    tree["data"] = {"source": "nyu-mll/glue", "train": "train", "validation_share": 0.1, "limit": 50}
+    result: Any = SimpleNamespace(split="validation", method="")
+    score: Any = SimpleNamespace(name="accuracy", value=0.5, bounds=None)
+    made = header._result(Recipe.model_validate(tree), result, score)
+    seed = tree["training"]["seed"]
+    assert (made.dataset_split, made.dataset_args) == ("train", {"share": 0.1, "limit": 50, "seed": seed})
 
 
 def test_data_of_the_hub_are_named_and_files_are_not(tiny_bert: str) -> None:
@@ -219,6 +236,21 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
     link = "https://huggingface.co/owner/name/blob/main/LICENSE"
     known = {"license": "other", "license_name": "tiny", "license_link": link}
     assert [ast.literal_eval(said) for said in asked] == [{}, known]
+
+
+def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    licence._remote.cache_clear()
+    with serving("none") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        hub.repos["owner/limited"] = Repo(private=False)
+        hub.repos["owner/limited"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
+        hub.faults = [Fault("GET .*/README.md", "status", status=429, times=99)]
+        found = [licence.of_base(recipe("owner/limited", LORA)) for _ in range(2)]
+        assert (found, len(hub.asked("README.md"))) == ([{}, {}], 1)
+    licence._remote.cache_clear()
 
 
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:

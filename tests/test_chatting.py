@@ -86,15 +86,15 @@ def start(run: Path, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, **streams)
 
 
-def test_a_pipe_gets_labels_and_nothing_else(classifier: Path) -> None:
+def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_commands(classifier: Path) -> None:
     process = start(classifier, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     out, errors = process.communicate(
-        b"the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nnot read\n", timeout=300
+        b"the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nis read\n", timeout=300
     )
     lines = out.decode().splitlines()
     assert process.returncode == 0
-    assert len(lines) == 2
-    assert b"there is no /nothing" in errors
+    assert len(lines) == 5
+    assert errors == b""
     run = open_run(str(classifier))
     labels = Labels(run, run.serve(run.model()))
     from hf_finetune.chatting.partners import Labeller

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from scipy import stats
 
 from hf_finetune.errors import CheckpointError, DataError, RecipeError
-from hf_finetune.evaluating import command, rendering
+from hf_finetune.evaluating import command, rendering, versus
 from hf_finetune.evaluating.command import Options
 from hf_finetune.evaluating.scoring import Scored
 from hf_finetune.evaluating.versus import compare
@@ -157,6 +158,27 @@ def test_a_language_model_is_compared_by_answers_and_loss(answering: Path, capsy
     assert document["against"][0]["differences"]["loss"]["high"] < 0
     assert document["against"][0]["mcnemar"]["metric"] == "exact_match"
     assert document["metrics"]["generated_tokens"]["value"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "pattern", "kept", "says"),
+    [
+        (3, "x", 3, "compared on the 3 rows that both answer"),
+        (5, "x", 5, None),
+        (0, "x", 0, "answer no row in common"),
+        (3, "y", 0, "has another task.answer_pattern"),
+    ],
+)
+def test_only_answers_to_the_same_rows_are_compared(rows: int, pattern: str, kept: int, says: str | None) -> None:
+    def scored(count: int, pattern: str) -> Any:
+        answers = {"exact_match": np.ones(count)} if count else {}
+        task: Any = SimpleNamespace(answer_pattern=pattern)
+        return Scored(task, Targets(), np.ones((5, 2)), np.arange(5), np.arange(count), answers)
+
+    *both, told = versus._same_answers(scored(5, "x"), scored(rows, pattern), "other")
+    assert [len(one.answered) for one in both] == [kept, kept]
+    assert [list(one.answers) for one in both] == [["exact_match"] if kept else []] * 2
+    assert [says in note for note in told] == [True] if says else told == []
 
 
 @pytest.mark.parametrize(

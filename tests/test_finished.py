@@ -13,8 +13,9 @@ from conftest import RECIPE, finished
 
 from hf_finetune import batching, targetsfile
 from hf_finetune.errors import CheckpointError, RecipeError
-from hf_finetune.finished import Finished, open_run
+from hf_finetune.finished import Finished, open_run, samebase
 from hf_finetune.records import Record, stored
+from hf_finetune.runlock.lockfile import Input
 from hf_finetune.tasks import Targets
 
 
@@ -162,6 +163,35 @@ def test_relative_paths_lead_from_where_the_run_was_started(
     with pytest.raises(Exception, match=r"there is no folder '\./base'"):
         open_run(str(tmp_path / "moved" / "run"))
     assert open_run(str(tmp_path / "moved" / "run"), [f"model.name={tiny_bert}"]).recipe.model.name == tiny_bert
+
+
+def test_a_base_that_is_another_one_is_refused(
+    classifier: Path, copied: Path, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = Path(shutil.copytree(tiny_bert, tmp_path / "moved"))
+    open_run(str(classifier), [f"model.name={moved}"])
+    with (moved / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x01")
+    with pytest.raises(CheckpointError, match=r"model\.name: .*model\.safetensors changed; put it back, or give"):
+        open_run(str(classifier), [f"model.name={moved}"])
+    (copied / "run.lock.json").write_text("{")
+    capsys.readouterr()
+    open_run(str(copied), [f"model.name={moved}"])
+    assert "the base is still the same could not be compared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ({"source": "a/b", "commit": "1" * 40}, None),
+        ({"source": "a/c", "commit": "1" * 40}, "it was a/b, is a/c"),
+        ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
+    ],
+)
+def test_a_base_of_the_hub_is_compared_by_name_and_commit(now: dict[str, Any], says: str | None) -> None:
+    found = samebase._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
+    assert found is None if says is None else says in str(found)
 
 
 def test_a_run_is_used_by_one_process(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,6 +329,13 @@ def test_paths_outside_the_root_are_refused(chatter: Path, tmp_path: Path, monke
     assert len(raised.value.problems) == 2
 
 
+@pytest.mark.parametrize("to", [".", "..", "/"])
+def test_the_folder_one_is_in_is_no_place_for_a_model(to: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="is the folder you are in, or holds it"):
+        Options(to=to).check("/run")
+
+
 def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path, tmp_path: Path) -> None:
     overrides = [f"data.train={tmp_path / 'gone.jsonl'}"]
     with pytest.raises(DataError, match="rows to compare on can also be given with --data FILE"):

@@ -157,6 +157,9 @@ def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
     hubreach.settle(Recipe.load(str(file)))
     assert "http://127.0.0.1:9 can't be reached" in capsys.readouterr().err
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (True, True)
+    hubreach.settle(Recipe.load(str(file)))
+    assert capsys.readouterr().err == ""
+    assert constants.HF_HUB_OFFLINE
     hubreach.again()
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 

@@ -18,9 +18,9 @@ from scipy import special
 from test_finished import last_predictions
 
 from hf_finetune.errors import DataError, RecipeError
-from hf_finetune.predicting import command
+from hf_finetune.predicting import command, rows
 from hf_finetune.predicting.command import Options
-from hf_finetune.predicting.sinks import prefix_for
+from hf_finetune.predicting.sinks import Sink, prefix_for
 
 Predict = Callable[..., str]
 
@@ -144,6 +144,39 @@ def test_parquet_keeps_its_types(classifier: Path, tmp_path: Path) -> None:
     assert found.schema.field("score").type == pa.float64()
 
 
+@pytest.mark.parametrize(
+    ("rows", "late", "says"),
+    [
+        ([{"a": 1}], [{"a": 1}, {"a": 2, "b": 1}], "x:12: has the key 'b', which its first rows lack"),
+        ([{"a": {"b": 1}}], [{"a": None}, {"a": {"b": 2, "c": 1}}], r"x:12: has the key 'a\.c', which"),
+        ([{"a": [{"b": 1}]}], [{"a": [{"b": 2}, {"c": 1}]}], r"x:11: has the key 'a\.c', which"),
+        ([{"a": 1}, {"a": None}, {"a": "z"}, {"a": 3}], [], "x:3: column 'a' holds what .* give --format jsonl"),
+        ([{"a": 1}, {"a": 2**70}], [], "x:2: column 'a' holds what"),
+        ([{"a": 1}], [{"a": 2}, {"a": "z"}], "x:12: column 'a' holds what"),
+        ([{"a": {}}], [], "x: column 'a' holds what"),
+    ],
+)
+def test_parquet_drops_nothing_and_says_what_it_can_not_hold(rows: list[Any], late: list[Any], says: str) -> None:
+    sink = Sink("parquet", ["a"], {"score": "number"})
+    windows = [
+        {first + n: {"a": None, "score": 0.5, **cells} for n, cells in enumerate(window)}
+        for first, window in ((1, rows), (11, late))
+    ]
+    with pytest.raises(DataError, match=says):
+        [sink.body(window, "x") for window in windows]
+
+
+def test_parquet_holds_categories_as_what_they_name(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("a", pa.dictionary(pa.int8(), pa.string()))])
+    sink = Sink("parquet", ["a"], {"score": "number"}, schema)
+    rows: list[Any] = [{"a": "x", "score": 0.5}, {"a": None, "score": 1.0}]
+    (tmp_path / "partial").write_bytes(sink.body(dict(enumerate(rows)), "x"))
+    sink.finish(tmp_path / "partial", tmp_path / "final")
+    assert pq.read_table(tmp_path / "final").to_pylist() == rows
+
+
 def test_a_finished_output_is_not_replaced_unless_asked(predict: Predict) -> None:
     first = predict("text\na film\n")
     with pytest.raises(RecipeError, match="is there already"):
@@ -251,6 +284,33 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
 def test_mistakes_of_the_command_line(classifier: Path, options: dict[str, Any], kind: Any, says: str) -> None:
     with pytest.raises(kind, match=says):
         command.run(Options(str(classifier), **options))
+
+
+def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_finetune.evaluating import command as evaluation
+    from hf_finetune.evaluating import harness
+    from hf_finetune.finished import open_run
+
+    monkeypatch.setenv("HF_FINETUNE_ROOT", str(classifier))
+    with pytest.raises(RecipeError, match=r"--input /etc/hosts: lies outside[^$]*--output /x: lies outside"):
+        command.run(Options(str(classifier), input="/etc/hosts", output="/x"))
+    with pytest.raises(RecipeError, match="--data /x: lies outside"):
+        evaluation.run(evaluation.Options(str(classifier), files=("/x",)))
+    with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
+        harness.run(str(classifier), (), harness.Wish(("a",), "/x"), "text")
+    with pytest.raises(RecipeError, match="lies outside"):
+        open_run(str(classifier.parent))
+
+
+def test_an_input_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    locked = rows.Input(str(tmp_path / "locked.csv"), "csv")
+    (tmp_path / "in.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: can't be read as parquet"):
+        rows.Input(str(tmp_path / "in.parquet"), "parquet").count()
+    if os.geteuid():  # root reads anything
+        (tmp_path / "locked.csv").touch(mode=0)
+        with pytest.raises(DataError, match="can't be read: Permission denied"):
+            locked.identity()
 
 
 def test_a_file_that_is_no_text_is_refused(classifier: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from hubserver import Hub, Repo
 from pushing import REPO, TOKEN, command
 
 from hf_finetune import continuation
+from hf_finetune.errors import PushError
+from hf_finetune.hub import outgoing
 from hf_finetune.recipe import Recipe
 from hf_finetune.schema import hub as schema
 
@@ -246,3 +248,16 @@ def test_a_pull_request_has_no_tag_and_one_version() -> None:
     }
     with pytest.raises(ValueError, match="as_pr: a pull request has no tag"):
         Recipe.model_validate(recipe | {"hub": {"repo": REPO, "as_pr": True, "every": "best"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("README.md", b"\xff"), ("adapter_config.json", b"{"), ("config.json", b"[]")]
+)
+def test_a_damaged_card_or_configuration_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    folder, staging = tmp_path / "adapter", tmp_path / "staging"
+    folder.mkdir()
+    staging.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    (folder / name).write_bytes(content)
+    with pytest.raises(PushError, match=rf"{name}: is damaged"):
+        outgoing.gather(folder, REPO, staging)

@@ -41,7 +41,7 @@ def body(
         f"# {title(recipe)}",
         f"{kind} {base(recipe)}. Trained by hf_finetune {__version__}.",
         *_labels(targets),
-        *_how(how),
+        *_how(how, _measured_on(recipe)),
         *(_results(run) if run is not None else []),
         *pictures,
         *(_limits(run, targets) if run is not None else []),
@@ -58,10 +58,19 @@ def _labels(targets: Targets) -> list[str]:
     return [_table(["Id", "Label", "Training rows"], rows[:CLASSES]), *more]
 
 
-def _how(blocks: Sequence[str]) -> list[str]:
+def _how(blocks: Sequence[str], before: Sequence[str]) -> list[str]:
     where = "Run this in the folder of this file, or put its path or Hub id for `folder`."
-    parts = ["## How to load it", where, f"```python\n{blocks[0]}```"]
+    parts = ["## How to load it", where, *before, f"```python\n{blocks[0]}```"]
     return parts + [part for text in blocks[1:] if text for part in ("## How to use it", f"```python\n{text}```")]
+
+
+def _measured_on(recipe: Recipe) -> list[str]:
+    """That the code loads another base than the one that was measured, where the run had a quantised one."""
+    kind = recipe.model.quantization
+    if kind is None:
+        return []
+    what = f"It was trained, and every metric here measured, on the base quantised to {kind}."
+    return [f"{what} This code loads the base as it is published, not quantised: that gives other numbers."]
 
 
 def _results(run: Remains) -> list[str]:

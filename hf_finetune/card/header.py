@@ -64,7 +64,8 @@ def _results(recipe: Recipe, run: Remains) -> Iterator[EvalResult]:
 def _result(recipe: Recipe, result: Result, score: Score) -> EvalResult:
     data, kind = recipe.data, METRICS.get(score.name, (score.name, {}))
     on_hub = is_on_hub(data.source)
-    named = getattr(data, result.split) if on_hub else None
+    cut = result.split == "validation" and data.validation_share is not None
+    named = getattr(data, "train" if cut else result.split) if on_hub else None
     arguments: dict[str, Any] = dict(kind[1])
     if score.bounds is not None:
         arguments |= {"confidence_level": CONFIDENCE, "confidence_interval": list(score.bounds)}
@@ -75,9 +76,25 @@ def _result(recipe: Recipe, result: Result, score: Score) -> EvalResult:
         dataset_name=str(data.source) if on_hub else "data that are not published",
         dataset_config=data.subset if on_hub else None,
         dataset_revision=data.revision if on_hub else None,
+        dataset_args=_part(recipe, cut=cut) or None,
         dataset_split=named if isinstance(named, str) else result.split,
         metric_type=kind[0],
         metric_name=score.name,
         metric_value=score.value,
         metric_args=arguments or None,
     )
+
+
+def _part(recipe: Recipe, *, cut: bool) -> dict[str, Any]:
+    """Which rows of a split were evaluated; empty where it was all of them.
+
+    Args:
+        recipe: What was run.
+        cut: Whether they were cut off the training split.
+    """
+    data, found = recipe.data, {}
+    if cut:
+        found["share"] = data.validation_share
+    if data.limit is not None:
+        found["limit"] = data.limit
+    return {**found, "seed": recipe.training.seed} if found else {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.card.naming import hub_base
-from hf_finetune.hub import transport
+from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema.modelfolder import resolve
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 KEYS = ("license", "license_name", "license_link")
 LONGEST = 200
+OK = 200
+SECONDS = 10.0
+"""How long the Hub may take to answer."""
 
 
 def of_base(recipe: Recipe) -> dict[str, Any]:
@@ -33,15 +37,22 @@ def _local(folder: Path) -> str | None:
         return None
 
 
+@cache
 def _remote(repo: str, revision: str | None) -> str | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    """A card on the Hub, from the cache or asked for once a process, without retries: whoever trains waits for it."""
+    from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     try:
         cached = try_to_load_from_cache(repo, "README.md", revision=revision)
-        place = cached if isinstance(cached, str) else hf_hub_download(repo, "README.md", revision=revision)
-        return Path(place).read_text(encoding="utf-8")
-    except (HfHubHTTPError, transport.lost(), OSError, ValueError):  # not there, offline, refused; text that is none
+        if isinstance(cached, str):
+            return Path(cached).read_text(encoding="utf-8")
+        if constants.HF_HUB_OFFLINE:
+            return None
+        address = hf_hub_url(repo, "README.md", revision=revision)
+        answer = get_session().get(address, headers=build_hf_headers(), timeout=SECONDS, follow_redirects=True)
+        return answer.content.decode("utf-8") if answer.status_code == OK else None
+    except (HTTP_ERROR, OSError, ValueError):  # out of reach, refused; text that is none
         return None
 
 

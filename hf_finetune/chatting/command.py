@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     for text in _typed() if is_terminal else _piped():
         if not text.strip():
             continue
-        if text.startswith("/"):
+        if is_terminal and text.startswith("/"):
             if not _commanded(text, partner):
                 return
         else:

@@ -17,6 +17,7 @@ from hf_finetune.errors import RecipeError
 from hf_finetune.evaluating import rendering, scoring, versus
 from hf_finetune.evaluating.document import Evaluation, Slice
 from hf_finetune.finished import Finished, open_run
+from hf_finetune.schema.roots import refuse_outside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,7 @@ def run(options: Options) -> None:
         RecipeError: There is no such run, split or slice, or an override is wrong.
         FinetuneError: Data or model are unfit, or the document can't be written.
     """
+    refuse_outside(("--data", file) for file in options.files)
     opened = open_run(options.run, options.overrides)
     others = [
         (name, opened if name == BASE else open_run(name, _shared(options.overrides))) for name in options.against

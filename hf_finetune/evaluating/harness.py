@@ -13,6 +13,7 @@ from hf_finetune.comparison.table import metric_text
 from hf_finetune.errors import RecipeError
 from hf_finetune.evaluating import document
 from hf_finetune.finished import open_run
+from hf_finetune.schema.roots import refuse_outside
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def run(place: str, overrides: Sequence[str], wish: Wish, form: str) -> None:
         RecipeError: lm-eval is not installed, knows no such task, or the run is no language model.
         FinetuneError: The run can't be opened.
     """
+    if wish.folder is not None:
+        refuse_outside([("--lm-eval-tasks", wish.folder)])
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

@@ -45,15 +45,14 @@ class Scored:
 
     def only(self, numbers: Array) -> Scored:
         """The part that is about some raw rows."""
-        kept, answered = np.isin(self.numbers, numbers), np.isin(self.answered, numbers)
-        answers = {name: values[answered] for name, values in self.answers.items()} if answered.any() else {}
-        return replace(
-            self,
-            rows=self.rows[kept],
-            numbers=self.numbers[kept],
-            answered=self.answered[answered],
-            answers=answers,
-        )
+        kept = np.isin(self.numbers, numbers)
+        return replace(self, rows=self.rows[kept], numbers=self.numbers[kept]).answering(numbers)
+
+    def answering(self, numbers: Array) -> Scored:
+        """The same, with the generated answers to some raw rows alone."""
+        kept = np.isin(self.answered, numbers)
+        answers = {name: values[kept] for name, values in self.answers.items()} if kept.any() else {}
+        return replace(self, answered=self.answered[kept], answers=answers)
 
     def metrics(self) -> dict[str, float]:
         """The task's metrics; those that are undefined on these rows are left out.

@@ -63,7 +63,8 @@ def compare(this: Scored, other: Scored, name: str) -> Versus:
         raise DataError(f"{name} evaluated none of the rows that this run did; look at what was dropped")
     left_out = len(this.numbers) - len(common)
     notes = [f"{left_out:,} rows are left out: {name} drops them"] if left_out else []
-    this, other = this.only(common), other.only(common)
+    this, other, unlike = _same_answers(this.only(common), other.only(common), name)
+    notes += unlike
     mine, theirs = this.metrics(), other.metrics()
     if not _same_tokens(this, other):
         notes.append("loss, perplexity and token_accuracy are not compared: the tokenizers cut texts into other tokens")
@@ -83,6 +84,24 @@ def _refuse_strangers(this: Scored, other: Scored, name: str) -> None:
     if names[0] != names[1] and kinds[0][1] != "regression":
         strange = ", ".join(sorted(names[0] ^ names[1])[:5])
         raise RecipeError(f"{name} knows other labels than this run ({strange}); they can't be compared")
+
+
+def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Scored, list[str]]:
+    """Both with the generated answers that can be compared, and what is said of the others."""
+    if not this.answers and not other.answers:
+        return this, other, []
+    common = np.intersect1d(this.answered, other.answered)
+    patterns = [getattr(scored.task, "answer_pattern", None) for scored in (this, other)]
+    told = []
+    if patterns[0] != patterns[1]:
+        common = common[:0]
+        told = [f"generated answers are not compared: {name} has another task.answer_pattern; give one to both"]
+    elif not len(common):
+        told = [f"generated answers are not compared: {name} and this run answer no row in common; "
+                "give task.generate_rows"]  # fmt: skip
+    elif max(len(this.answered), len(other.answered)) > len(common):
+        told = [f"generated answers are compared on the {len(common):,} rows that both answer"]
+    return this.answering(common), other.answering(common), told
 
 
 def _same_tokens(this: Scored, other: Scored) -> bool:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import hardware, model, quiet, runlock, targetsfile
+from hf_finetune import hardware, hubreach, model, quiet, runlock, targetsfile
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
-from hf_finetune.finished import loading, places
+from hf_finetune.finished import loading, places, samebase
 from hf_finetune.finished.serving import Serving
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
+from hf_finetune.schema.roots import outside
 from hf_finetune.targetsfile import Kept
 from hf_finetune.tasks import Targets
 from hf_finetune.terminal import warn
@@ -88,21 +89,28 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
         overrides: Each `key.path=value`; keys of which the trained model depends are refused.
 
     Raises:
-        RecipeError: There is no run, an override is wrong, or this is one of several processes.
-        CheckpointError: The run is not finished, its adapter is missing, or it is of a version that kept no labels.
+        RecipeError: There is no run, it lies outside `HF_FINETUNE_ROOT`, an override is wrong, or this is one of
+            several processes.
+        CheckpointError: The run is not finished, its adapter is missing, it is of a version that kept no labels, or its
+            base is another one now.
         ModelError: The tokenizer can't be had.
     """
     quiet.hush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
+    if (why := outside(place)) is not None:
+        raise RecipeError(Problem(why, file=place))
     folder = RunFolder(place)
     _refuse_unfinished(folder)
     _refuse_foreign(overrides)
     kept = targetsfile.read(folder.targets)
     recipe = places.read(folder, None if kept is None else kept.started_in, overrides)
     recipe = runlock.as_trained(recipe, folder.run_lock)
+    hubreach.settle(recipe)
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
-    return Finished(folder, recipe, machine, _targets(folder, recipe, kept), model.load_tokenizer(recipe.model))
+    targets, tokenizer = _targets(folder, recipe, kept), model.load_tokenizer(recipe.model)
+    samebase.check(recipe, folder)
+    return Finished(folder, recipe, machine, targets, tokenizer)
 
 
 def _refuse_unfinished(folder: RunFolder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,27 @@ def _is_plain(file: Path) -> bool:
 
 def _changed(files: dict[str, Path], repo: str) -> dict[str, str]:
     """The texts that differ from those of the run folder."""
-    texts = {name: files[name].read_text(encoding="utf-8") for name in (CARD, ADAPTER, CONFIG) if name in files}
     told = {CARD: lambda text: moved(text, repo), ADAPTER: _without_base, CONFIG: _without_name}
-    made = {name: told[name](text) for name, text in texts.items()}
-    return {name: text for name, text in made.items() if text != texts[name]}
+    made: dict[str, str] = {}
+    for name, change in told.items():
+        if name in files:
+            text, changed = _retold(files[name], change)
+            made |= {name: changed} if changed != text else {}
+    return made
+
+
+def _retold(file: Path, change: Callable[[str], str]) -> tuple[str, str]:
+    """A text, and what is told in its place.
+
+    Raises:
+        PushError: It is none.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return text, change(text)
+    except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no object in it
+        message = f"is damaged ({error}); bring it back, or train anew with --restart"
+        raise PushError(Problem(message, file=str(file))) from error
 
 
 def _without_base(text: str) -> str:

@@ -56,10 +56,15 @@ class Options:
             RecipeError: An option is wrong, a package is missing, or the folder may not be written or replaced.
         """
         findings = Findings()
-        for refusal in (self._folder(Path(run)), self._size(), *self._packages(), *self._outside()):
+        for refusal in (self._place() or self._folder(Path(run)), self._size(), *self._packages(), *self._outside()):
             if refusal:
                 findings.add(RecipeError(refusal))
         findings.raise_errors()
+
+    def _place(self) -> str | None:
+        if Path.cwd().is_relative_to(Path(self.to).resolve()):
+            return f"--to {self.to}: is the folder you are in, or holds it; name another folder"
+        return None
 
     def _folder(self, run: Path) -> str | None:
         folder, source = Path(self.to).resolve(), run.resolve()

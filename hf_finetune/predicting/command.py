@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_finetune import terminal
 from hf_finetune.badrows import SHOWN, numbers
 from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.finished import open_run
+from hf_finetune.finished import open_run, samebase
 from hf_finetune.predicting import output, predictor, rows, sinks
 from hf_finetune.predicting.output import Output
 from hf_finetune.predicting.predictor import CHARACTERS, Predicted, Predictor
 from hf_finetune.predicting.rows import Input, Row
 from hf_finetune.predicting.sinks import Cells, Sink
+from hf_finetune.schema.roots import refuse_outside
 
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished
@@ -53,6 +54,8 @@ def run(options: Options) -> None:
         RecipeError: The run, a format or an option is wrong, or the output belongs to something else.
         FinetuneError: Data or model are unfit, or the output can't be written.
     """
+    named = (("--input", options.input), ("--output", options.output))
+    refuse_outside((option, path) for option, path in named if path != "-")
     source = rows.find(options.input, options.input_format)
     form = _out_format(options, source)
     opened = open_run(options.run, options.overrides)
@@ -91,6 +94,8 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if (base := samebase.locked(opened.folder)) is not None:
+        digest.update(base.model_dump_json().encode())
     machine = opened.machine
     settings = [source.form, form, options.on_bad_row, options.max_new_tokens, options.prefix]
     precision = [machine.device, machine.precision, machine.attention]
@@ -168,20 +173,20 @@ class _Predicting:
             found.append(row if fault == row.fault else Row(row.number, row.cells, fault))
         return found
 
-    def _judged(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> list[Cells]:
-        """Rows as they are written; faulty ones raise, are left out, or have no outputs.
+    def _judged(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
+        """Rows as they are written, by number; faulty ones raise, are left out, or have no outputs.
 
         Raises:
             DataError: There are faulty rows, and they must not be.
         """
         self._note(window, predicted)
-        kept = []
+        kept = {}
         for row, outputs in zip(window, predicted.outputs, strict=True):
             if outputs is None and self.options.on_bad_row == "skip":
                 continue
             cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
             named = {sink_name: None if outputs is None else outputs[name] for sink_name, name in self._names(sink)}
-            kept.append(cells | named)
+            kept[row.number] = cells | named
         return kept
 
     def _names(self, sink: Sink) -> Iterator[tuple[str, str]]:

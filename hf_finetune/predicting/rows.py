@@ -67,20 +67,25 @@ class Input:
         return self.name == STDIN or not Path(self.name).is_file()
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether this is the same input as before; nothing of a pipe."""
+        """What tells whether this is the same input as before; nothing of a pipe.
+
+        Raises:
+            DataError: The file can't be read.
+        """
         if self.is_pipe:
             return {}
-        with Path(self.name).open("rb") as stream:
-            return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        try:
+            with Path(self.name).open("rb") as stream:
+                return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
 
     def count(self) -> int | None:
         """How many rows there are, for a progress bar; None where telling would take a second reading."""
         if self.is_pipe:
             return None
         if self.form == "parquet":
-            import pyarrow.parquet as pq
-
-            return int(pq.ParquetFile(self.name).metadata.num_rows)
+            return int(self._parquet_file().metadata.num_rows)
         lines = 0
         with Path(self.name).open("rb") as stream:
             while chunk := stream.read(CHUNK):
@@ -131,16 +136,19 @@ class Input:
             with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:
                 yield stream
         except OSError as error:
-            raise DataError(Problem(f"can't be read: {error.strerror}", file=self.name)) from error
+            raise _unreadable(self.name, error) from error
 
-    def _parquet(self, needed: Sequence[str]) -> Iterator[Row]:
+    def _parquet_file(self) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            opened = pq.ParquetFile(self.name)
+            return pq.ParquetFile(self.name)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(Problem(f"can't be read as parquet: {error}", file=self.name)) from error
+
+    def _parquet(self, needed: Sequence[str]) -> Iterator[Row]:
+        opened = self._parquet_file()
         problems = missing_columns(opened.schema_arrow.names, needed, self.name)
         if problems:
             raise DataError(problems)
@@ -154,9 +162,11 @@ class Input:
         """Arrow schema of a parquet file; None of any other."""
         if self.form != "parquet":
             return None
-        import pyarrow.parquet as pq
+        return self._parquet_file().schema_arrow
 
-        return pq.ParquetFile(self.name).schema_arrow
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    return DataError(Problem(f"can't be read: {error.strerror}", file=name))
 
 
 def find(name: str, form: str | None) -> Input:

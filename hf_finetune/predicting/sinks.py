@@ -6,7 +6,8 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +58,11 @@ class Sink:
         """All columns, in order."""
         return [*self.inputs, *self.kinds]
 
-    def body(self, rows: Sequence[Cells], place: str) -> bytes:
+    def body(self, rows: Mapping[int, Cells], place: str) -> bytes:
         """A window of rows.
 
         Args:
-            rows: Input and output cells.
+            rows: Input and output cells, by the row's number.
             place: What messages call the input.
 
         Raises:
@@ -70,18 +71,19 @@ class Sink:
         if not rows:
             return b""
         if self.form == "jsonl":
-            return b"".join(_json(row) for row in rows)
-        if self.form == "parquet":
-            return self._frame(rows, place)
+            return b"".join(_json(row) for row in rows.values())
         known = set(self.columns)
-        strange = next((name for row in rows for name in row if name not in known), None)
-        if strange is not None:
-            message = f"has the key {strange!r}, which its first rows lack, and {self.form} needs all columns at once"
-            raise DataError(Problem(f"{message}; give --format jsonl", file=place))
-        if self.form == "tsv" and any(set("\t\r\n") & set(_cell(value)) for row in rows for value in row.values()):
-            message = "holds a tab or a line end inside a cell, which tsv can't; give --format csv or jsonl"
-            raise DataError(Problem(message, file=place))
-        return self._table(rows)
+        for number, row in rows.items():
+            if strange := [name for name in row if name not in known]:
+                raise self._late(strange[0], place, number)
+            if self.form == "tsv" and any(set("\t\r\n") & set(_cell(value)) for value in row.values()):
+                message = "holds a tab or a line end inside a cell, which tsv can't; give --format csv or jsonl"
+                raise DataError(Problem(message, file=place, line=number))
+        return self._frame(rows, place) if self.form == "parquet" else self._table(list(rows.values()))
+
+    def _late(self, key: str, place: str, number: int) -> DataError:
+        message = f"has the key {key!r}, which its first rows lack, and {self.form} needs all columns at once"
+        return DataError(Problem(f"{message}; give --format jsonl", file=place, line=number))
 
     def _table(self, rows: Sequence[Cells]) -> bytes:
         text = io.StringIO(newline="")
@@ -105,29 +107,58 @@ class Sink:
 
             self._parquet = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(state)))
 
-    def _frame(self, rows: Sequence[Cells], place: str) -> bytes:
+    def _frame(self, rows: Mapping[int, Cells], place: str) -> bytes:
         import pyarrow as pa
 
-        self._parquet = self._parquet if self._parquet is not None else self._found(rows)
+        values = list(rows.values())
         try:
-            batch = pa.RecordBatch.from_pylist(list(rows), schema=self._parquet)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            message = f"holds a value of another type than its first rows ({error}); give --format jsonl"
-            raise DataError(Problem(message, file=place)) from error
+            self._parquet = self._parquet if self._parquet is not None else self._found(values)
+            batch = pa.RecordBatch.from_pylist(values, schema=self._parquet)
+        except _refusals() as error:
+            number, column = self._culprit(rows)
+            reason = str(error).partition("\n")[0]
+            message = f"column {column!r} holds what its parquet type, that of the first rows, can't ({reason})"
+            raise DataError(Problem(f"{message}; give --format jsonl", file=place, line=number)) from error
+        for number, row in rows.items():
+            if lost := next((key for f in self._parquet for key in _lost(row.get(f.name), f)), None):
+                raise self._late(lost, place, number)
         frame: bytes = batch.serialize().to_pybytes()
         return len(frame).to_bytes(8) + frame
 
+    def _culprit(self, rows: Mapping[int, Cells]) -> tuple[int | None, str]:
+        """Number and column of the cell that no Arrow array takes beside those before it."""
+        import pyarrow as pa
+
+        def is_refused(cells: Sequence[Any], kind: Any) -> bool:
+            try:
+                pa.array(cells, kind)
+            except _refusals():
+                return True
+            return False
+
+        schema = self._parquet if self._parquet is not None else self.schema
+        for name in self.inputs:
+            kind = None if schema is None else schema.field(name).type
+            cells = [row.get(name) for row in rows.values()]
+            if is_refused(cells, kind):
+                most = bisect_left(range(1, len(cells)), True, key=lambda count: is_refused(cells[:count], kind))
+                return list(rows)[most], name
+        return None, ", ".join(self.inputs)
+
     def _found(self, rows: Sequence[Cells]) -> Any:
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         schema = self.schema
         if schema is None:
             inner = [{name: row.get(name) for name in self.inputs} for row in rows]
             found = pa.Table.from_pylist(inner).schema
             schema = pa.schema([pa.field(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in found])
+        schema = pa.schema([f.with_type(_plain(f.type)) for f in schema], metadata=schema.metadata)
         types = {"text": pa.string(), "texts": pa.list_(pa.string()), "number": pa.float64(), "truth": pa.bool_()}
         for name, kind in self.kinds.items():
             schema = schema.append(pa.field(name, types[kind]))
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # raises now what it would raise after all rows
         return schema
 
     def finish(self, partial: Path, final: Path) -> None:
@@ -146,6 +177,43 @@ class Sink:
                 writer.write_batch(batch)
         made.replace(final)
         partial.unlink()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What pyarrow raises where a value is of no type, or not of the one that it should be."""
+    import pyarrow as pa
+
+    return pa.ArrowException, OverflowError, ValueError, TypeError
+
+
+def _plain(kind: Any) -> Any:
+    """An Arrow type without dictionaries: batches that stand alone can't share one."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_plain(f.type)) for f in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
+
+
+def _lost(value: Any, column: Any) -> Iterator[str]:
+    """Paths of keys inside a cell that its Arrow type has no place for, and would drop."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_struct(kind) and isinstance(value, dict):
+        inner = {f.name: f for f in kind}
+        for name, part in value.items():
+            if name not in inner:
+                yield f"{column.name}.{name}"
+            else:
+                yield from (f"{column.name}.{path}" for path in _lost(part, inner[name]))
+    elif pa.types.is_list(kind) and isinstance(value, list):
+        inside = kind.value_field.with_name(column.name)
+        yield from (path for part in value for path in _lost(part, inside))
 
 
 def _json(row: Cells) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from hf_finetune.errors import Problem, RecipeError
 
 VARIABLE = "HF_FINETUNE_ROOT"
 
@@ -22,3 +25,21 @@ def outside(path: str) -> str | None:
     except (OSError, RuntimeError, ValueError):  # a loop of symlinks, an unknown user, a NUL
         is_inside = False
     return None if is_inside else f"lies outside {VARIABLE}, {root}; name a path inside it"
+
+
+def refuse_outside(named: Iterable[tuple[str, str]]) -> None:
+    """Refuse paths of a command line.
+
+    Args:
+        named: Option and path.
+
+    Raises:
+        RecipeError: Some lie outside the root.
+    """
+    problems = [
+        Problem(f"{option} {path}: {why}", file="command line")
+        for option, path in named
+        if (why := outside(path)) is not None
+    ]
+    if problems:
+        raise RecipeError(problems)
