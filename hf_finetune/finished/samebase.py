@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_finetune import runlock
-from hf_finetune.errors import CheckpointError, Problem, RecipeError
+from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained
 from hf_finetune.runlock import inputs
 from hf_finetune.terminal import warn
@@ -26,10 +26,8 @@ def locked(folder: RunFolder) -> Input | None:
     Args:
         folder: The run.
     """
-    try:
-        return runlock.read(str(folder.run_lock)).model
-    except RecipeError:
-        return None
+    lock = runlock.find(folder.run_lock)
+    return None if lock is None else lock.model
 
 
 def check(recipe: Recipe, folder: RunFolder) -> None:

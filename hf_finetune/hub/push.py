@@ -93,8 +93,8 @@ def run_id(folder: RunFolder) -> str:
     """
     recipe = Recipe.load(str(folder.recipe)).model_dump(mode="json", exclude=NAMELESS)
     parts = [json.dumps(recipe, sort_keys=True).encode()]
-    with suppress(RecipeError):
-        lock = runlock.read(str(folder.run_lock))
+    lock = runlock.find(folder.run_lock)
+    if lock is not None:
         parts += [lock.fingerprint.encode(), lock.model.model_dump_json().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:ID_DIGITS]
 

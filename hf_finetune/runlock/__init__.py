@@ -13,7 +13,7 @@ Importing this is cheap: nothing here needs torch before a run is looked at.
 
 from __future__ import annotations
 
-from hf_finetune.runlock.lockfile import Lock, choices, read
+from hf_finetune.runlock.lockfile import Lock, choices, find, read
 from hf_finetune.runlock.pinning import as_trained
 
-__all__ = ["Lock", "as_trained", "choices", "read"]
+__all__ = ["Lock", "as_trained", "choices", "find", "read"]

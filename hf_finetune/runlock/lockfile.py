@@ -156,6 +156,18 @@ def read(file: str) -> Lock:
     return lock
 
 
+def find(file: Path) -> Lock | None:
+    """The lock of a run that goes on, or is used; None where there is none that can be read.
+
+    Args:
+        file: `run.lock.json` of its folder.
+    """
+    try:
+        return read(str(file))
+    except RecipeError:
+        return None
+
+
 def choices(file: Path) -> Choices | None:
     """What was chosen when a run began; None where its lock is not there, or is damaged."""
     from hf_finetune.tuning.choices import Choices

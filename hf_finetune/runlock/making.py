@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.errors import DataError, Problem
 from hf_finetune.model import pretrained
 from hf_finetune.runlock import drift, inputs, surroundings
-from hf_finetune.runlock.lockfile import Lock, Made, RecipeText, read
+from hf_finetune.runlock.lockfile import Lock, Made, RecipeText, find
 from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
@@ -72,9 +72,8 @@ def going_on(now: Lock, file: Path) -> Lock:
         now: Of this start.
         file: The lock of the start before.
     """
-    try:
-        before = read(str(file))
-    except RecipeError:
+    before = find(file)
+    if before is None:
         return now.model_copy(update={"changed": ["an earlier start left no lock that can be read"]})
     told = [f"{key} {text}" for key, text in drift.between(before, now)]
     return now.model_copy(update={"changed": [*before.changed, *told]})

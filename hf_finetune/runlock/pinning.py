@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.errors import RecipeError
 from hf_finetune.runlock import lockfile
 
 if TYPE_CHECKING:
@@ -41,7 +40,5 @@ def as_trained(recipe: Recipe, file: Path) -> Recipe:
         recipe: Of the run.
         file: Its `run.lock.json`.
     """
-    try:
-        return pinned(recipe, lockfile.read(str(file)))
-    except RecipeError:
-        return recipe
+    lock = lockfile.find(file)
+    return recipe if lock is None else pinned(recipe, lock)

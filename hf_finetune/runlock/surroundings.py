@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_finetune import __version__, hardware, resources
-from hf_finetune.errors import RecipeError
 from hf_finetune.runlock import lockfile
 from hf_finetune.runlock.lockfile import Git
 
@@ -73,12 +72,11 @@ def is_same_memory(file: Path, machine: Machine) -> bool:
         file: `run.lock.json`; one that can't be read tells of no other machine.
         machine: This one.
     """
-    try:
-        was = lockfile.read(str(file)).hardware
-    except RecipeError:
+    was = lockfile.find(file)
+    if was is None:
         return True
     now = decisive(machine)
-    return all(was.get(name) == now[name] for name in ("processor", "ranks", "ranks_a_node", "sharded"))
+    return all(was.hardware.get(name) == now[name] for name in ("processor", "ranks", "ranks_a_node", "sharded"))
 
 
 def driver() -> str | None:
