@@ -241,6 +241,9 @@ def test_compiling_is_tried_measured_and_compared(
     monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
     made = chosen(run("training.steps=2", *LLAMA, f"model.name={tiny_llama}")).made["compiled"]
     assert re.fullmatch(r"measured: \d\.\d\d x the time of a step, \d+ s to compile", made.why)
-    assert made.value is False  # two steps never earn it back
     (kept,) = own_cache.glob("compile-*.json")
-    assert json.loads(kept.read_text()).keys() == {"plain", "compiled", "cost"}
+    seconds = json.loads(kept.read_text())
+    assert seconds.keys() == {"plain", "compiled", "cost"}
+    # Where the compiler has its own cache warm it costs next to nothing, and may pay within two steps.
+    saved = 2 * (seconds["plain"] - seconds["compiled"]) - seconds["cost"]
+    assert made.value is (saved > 0 and seconds["compiled"] < compilation.GAIN * seconds["plain"])
