@@ -48,8 +48,8 @@ class StopRequest:
     """Notes signals, and lets the ranks agree on them. Made by every rank, after the process group."""
 
     def __init__(self) -> None:
-        self._received = 0
-        """By any rank, as far as this one knows."""
+        self._agreed = 0
+        """What any rank received. Written by `agreed` alone, and `_own` by the handler alone: it may run in between."""
         self._own, self._since = 0, 0.0
         """The first that came here, and when."""
         self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
@@ -84,16 +84,16 @@ class StopRequest:
     @property
     def is_asked(self) -> bool:
         """Whether this rank received a signal."""
-        return bool(self._received)
+        return bool(self._own or self._agreed)
 
     def agreed(self) -> int:
         """The signal that any rank received, 0 for none; the same on every rank, which all call this together."""
         if self._group is None:
-            return self._received
-        flag = torch.tensor([self._received], dtype=torch.int32)
+            return self._own
+        flag = torch.tensor([self._agreed or self._own], dtype=torch.int32)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
-        self._received = int(flag)
-        return self._received
+        self._agreed = int(flag)
+        return self._agreed
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank says so; every rank asks at the same moment."""
@@ -113,11 +113,10 @@ class StopRequest:
         is_first = not self._own
         if is_first:
             self._own, self._since = number, now
-        if is_first and self._received:
+        if is_first and self._agreed:
             return  # another rank was told before, and all of them are stopping already
         if not is_first or not self._deferred:
             raise Stopped(number)
-        self._received = number
 
 
 def _follow_parent() -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import distributed
 
 from hf_finetune import preemption
 from hf_finetune.preemption import Stopped, StopRequest
@@ -49,7 +56,7 @@ def test_a_later_signal_or_another_one_is_no_copy() -> None:
 def test_the_first_signal_of_a_rank_that_knows_already_changes_nothing() -> None:
     stop = StopRequest()
     with stop.listening(), stop.deferred():
-        stop._received = signal.SIGTERM  # as `agreed` leaves it where another rank was told before
+        stop._agreed = signal.SIGTERM  # as `agreed` leaves it where another rank was told before
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
@@ -59,3 +66,30 @@ def test_before_training_a_signal_ends_at_once() -> None:
     stop = StopRequest()
     with stop.listening(), pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
+
+
+def signalled_while_it_waits(rank: int, store: str, told: Any) -> None:
+    """Rank 0 is signalled inside of the collective, where rank 1 comes late."""
+    distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
+    stop = StopRequest()
+    with stop.listening(), stop.deferred():
+        if rank == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            time.sleep(1.5)
+        told.put([stop.agreed(), stop.agreed()])
+    distributed.destroy_process_group()
+
+
+def test_a_signal_that_comes_while_the_ranks_compare_is_not_lost(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    ranks = [
+        context.Process(target=signalled_while_it_waits, args=(rank, str(tmp_path / "store"), told)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    answers = [told.get(timeout=120) for _ in ranks]
+    for rank in ranks:
+        rank.join(60)
+    assert answers == [[0, signal.SIGTERM]] * 2
