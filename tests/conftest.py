@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from forked import Server
     from hubserver import Hub
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="1")
@@ -141,6 +142,16 @@ def _isolated_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     caches = tmp_path_factory.mktemp("caches")
     os.environ["HF_FINETUNE_CACHE"] = str(caches / "hf_finetune")
     os.environ["HF_DATASETS_CACHE"] = str(caches / "datasets")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, _isolated_caches: None) -> Iterator[Server]:
+    """Starts processes of the command line that have the libraries loaded: `server.run("check", recipe)`."""
+    from forked import Server
+
+    made = Server(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
