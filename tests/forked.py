@@ -25,6 +25,21 @@ PATIENCE = 90.0
 Stream = int | IO[Any] | None
 
 
+def ranks(count: int) -> list[dict[str, str]]:
+    """What a launcher adds to the environment of each of its processes."""
+    port = str(free_port())
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class Child:
     """A process that the fork server made."""
 

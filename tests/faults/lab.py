@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forked import PATIENCE, ROOT, TESTS, Child, Server
+from forked import PATIENCE, ROOT, TESTS, Child, Server, ranks
 
 __all__ = ["ROOT", "TESTS", "Child", "Ended", "Job", "Lab", "Server"]
 
@@ -89,15 +88,9 @@ class Job:
 
     def fork(self, *plugins: Any, more: Sequence[str] = ()) -> list[Child]:
         """Start it through the fork server; one child a rank."""
-        port = str(free_port())
-        children = []
-        for rank in range(self.ranks):
-            env = {**os.environ, "PYTHONUNBUFFERED": "1", **self.env}
-            if self.ranks > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                env |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks)}
-            children.append(self.server.start(*self.command, *more, env=env, plugins=plugins))
-        return children
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **self.env}
+        own = ranks(self.ranks) if self.ranks > 1 else [{}]
+        return [self.server.start(*self.command, *more, env=env | rank, plugins=plugins) for rank in own]
 
     def go(self, *plugins: Any, more: Sequence[str] = (), seconds: float = PATIENCE) -> Ended:
         """Start it and wait for its end; where a rank dies by SIGKILL, the others are killed too."""
@@ -190,11 +183,3 @@ class Lab:
             assert ended.codes == [0] * ranks, ended.output
             self._references[key] = job
         return self._references[key]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
