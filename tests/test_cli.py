@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE
+from conftest import QUICK, RECIPE
 from forked import Server
 
 from hf_finetune.cli import main, parser
@@ -143,7 +143,7 @@ TWO = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_proc
 
 
 def test_two_processes_print_once(recipe: str) -> None:
-    done = hf_finetune("--log-format", "json", recipe, "--restart", "training.epochs=1", launcher=TWO)
+    done = hf_finetune("--log-format", "json", recipe, "training.epochs=1", *QUICK, launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["level"] for line in done.stdout.splitlines()].count("error") == 0
     assert done.stdout.count("watch it with") == 1
@@ -166,7 +166,7 @@ def test_accelerate_launch_uses_every_core(recipe: str) -> None:
         "sys.argv = ['accelerate', '-m', 'hf_finetune', *sys.argv[1:]]\n"
         "runpy.run_module('accelerate.commands.launch', run_name='__main__')"
     )
-    done = hf_finetune(recipe, "training.epochs=1", launcher=("-c", code))
+    done = hf_finetune(recipe, "training.epochs=1", *QUICK, launcher=("-c", code))
     assert done.returncode == 0, done.stderr
     assert f"{os.cpu_count()} threads each" in done.stdout
 
@@ -186,7 +186,7 @@ def test_sigterm_leaves_a_true_status(server: Server, recipe: str, tmp_path: Pat
 def test_a_dropped_key_is_told(server: Server, recipe: str, tiny_bert: str) -> None:
     text = Path(recipe).read_text().replace(f"{{name: {tiny_bert}}}", "{name: some/model, revision: abcdef0}")
     Path(recipe).write_text(text)
-    done = server.run(recipe, f"model.name={tiny_bert}", "training.epochs=1")
+    done = server.run(recipe, f"model.name={tiny_bert}", "training.epochs=1", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "note: model.revision of the recipe is not used, because model.name was overridden" in done.stdout
 
