@@ -63,6 +63,7 @@ def test_the_documented_advisory_alone_passes(run: Callable[..., tuple[int, str]
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has pip-audit run in this process, which spares two starts each; the test above starts it as it is."""
     from pip_audit import _cli
+    from pip_audit._service.interface import ServiceError
 
     def start(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:3] == [sys.executable, "-m", "pip_audit"]
@@ -73,7 +74,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
                 _cli.audit()
             except SystemExit as end:
                 code = int(end.code or 0)
-            except (OSError, ValueError):
+            except (OSError, ValueError, ServiceError):
                 code = 1
                 traceback.print_exc()
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
