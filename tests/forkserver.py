@@ -81,7 +81,6 @@ def become(order: Order, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(order["env"])
     sys.stdin, sys.stdout, sys.stderr = (anew(number) for number in range(3))
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv = ["hf_finetune", *order["argv"]]
 
 
@@ -90,7 +89,7 @@ def anew(number: int) -> io.TextIOWrapper:
     is_unbuffered = bool(number and os.environ.get("PYTHONUNBUFFERED"))
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
     return io.TextIOWrapper(
-        open(number, "wb" if number else "rb", 0 if is_unbuffered else -1, closefd=False),  # type: ignore[arg-type]
+        open(number, "wb" if number else "rb", 0 if is_unbuffered else -1, closefd=False),
         encoding=encoding or "utf-8",
         errors="backslashreplace" if number == 2 else errors or "strict",
         line_buffering=number == 2 or os.isatty(number),

@@ -79,7 +79,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
                 traceback.print_exc()
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
-    monkeypatch.setattr(audit.subprocess, "run", start)
+    monkeypatch.setattr("supply.audit.subprocess.run", start)
 
 
 @pytest.mark.usefixtures("here")

@@ -109,7 +109,7 @@ def test_machines_get_an_object_an_answer(server: Server, chatter: Path) -> None
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(chatter: Path) -> None:
     ours, theirs = pty.openpty()
     line = [sys.executable, "-m", "hf_finetune", "chat", str(chatter), "--max-new-tokens", "90"]
-    streams: dict[str, int] = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
     process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, **streams)
     os.close(theirs)
     assert b"Ctrl-D ends" in until(ours, b"> ")

@@ -94,7 +94,7 @@ def steps(jobs: Callable[[str], dict[str, Any]], tmp_path_factory: pytest.TempPa
         recipes, result = folder / f"{world}.json", folder / f"{world} result.json"
         recipes.write_text(json.dumps(jobs(world)))
         environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
-        words = [*commands[world], recipes, result]
+        words = [*commands[world], str(recipes), str(result)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         found: Steps = json.loads(result.read_text())
