@@ -70,7 +70,7 @@ def test_before_training_a_signal_ends_at_once() -> None:
 
 def signalled_while_it_waits(rank: int, store: str, told: Any) -> None:
     """Rank 0 is signalled inside of the collective, where rank 1 comes late."""
-    distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
+    distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)  # type: ignore[attr-defined]
     stop = StopRequest()
     with stop.listening(), stop.deferred():
         if rank == 0:
