@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from forked import Server
     from hubserver import Hub
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="1")
@@ -31,76 +34,12 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = [
-    "the",
-    "a",
-    "an",
-    "is",
-    "was",
-    "it",
-    "this",
-    "that",
-    "film",
-    "movie",
-    "story",
-    "plot",
-    "acting",
-    "cast",
-    "scene",
-    "music",
-    "good",
-    "great",
-    "fine",
-    "lovely",
-    "warm",
-    "funny",
-    "bad",
-    "poor",
-    "dull",
-    "weak",
-    "cold",
-    "boring",
-    "not",
-    "very",
-    "quite",
-    "never",
-    "so",
-    "and",
-    "but",
-    "with",
-    "of",
-    "for",
-    "in",
-    "on",
-    "by",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "plus",
-    "minus",
-    "equals",
-    "what",
-    "how",
-    "many",
-    "answer",
-    "user",
-    "assistant",
-    "system",
-    "yes",
-    "no",
-    ".",
-    ",",
-    "?",
-    "!",
-    ":",
-    "\n",
-]
+    "the", "a", "an", "is", "was", "it", "this", "that", "film", "movie", "story", "plot", "acting", "cast",
+    "scene", "music", "good", "great", "fine", "lovely", "warm", "funny", "bad", "poor", "dull", "weak", "cold",
+    "boring", "not", "very", "quite", "never", "so", "and", "but", "with", "of", "for", "in", "on", "by", "one",
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "plus", "minus", "equals", "what",
+    "how", "many", "answer", "user", "assistant", "system", "yes", "no", ".", ",", "?", "!", ":", "\n",
+]  # fmt: skip
 
 
 RECIPE = """\
@@ -141,6 +80,36 @@ def _isolated_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     caches = tmp_path_factory.mktemp("caches")
     os.environ["HF_FINETUNE_CACHE"] = str(caches / "hf_finetune")
     os.environ["HF_DATASETS_CACHE"] = str(caches / "datasets")
+
+
+_frozen = [0]
+"""How many modules were loaded when their objects were last put out of the garbage collector's sight."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_runs() -> Iterator[None]:
+    """Spares each run in this process what a test does not look at.
+
+    transformers collects garbage at the begin of each training, which takes half a second where all the libraries are
+    looked through; and how fast the machine multiplies is measured in two products, not for 0.2 s.
+    """
+    yield
+    if len(sys.modules) > _frozen[0] + 100:
+        _frozen[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+    if "hf_finetune.matmul" in sys.modules:
+        sys.modules["hf_finetune.matmul"].LONGEST = 0.0  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, _isolated_caches: None) -> Iterator[Server]:
+    """Starts processes of the command line that have the libraries loaded: `server.run("check", recipe)`."""
+    from forked import Server
+
+    made = Server(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def test_cpu_is_one_process_with_every_core(tmp_path: Path) -> None:
     assert survey("cpu.yaml", tmp_path) == [f"0/1 cpu None {cores}"]
 
 
+@pytest.mark.slow
 def test_cpu_2_processes_are_two_gloo_ranks_that_share_the_cores(tmp_path: Path) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert survey("cpu_2_processes.yaml", tmp_path) == [f"{rank}/2 cpu gloo {threads}" for rank in (0, 1)]

@@ -266,7 +266,9 @@ def test_the_lowest_set_is_the_lower_bounds() -> None:
 
 @pytest.mark.lint
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+@pytest.mark.parametrize(
+    "command", ["ruff check .", "ruff format --check .", pytest.param("mypy", marks=pytest.mark.slow)]
+)
 def test_style_and_types(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, check=False

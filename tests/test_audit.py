@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pytest
 from supply import audit
 
 Known = dict[tuple[str, str], list[str]]
+PASSES = "audit: 2 packages, 1 advisories, all of them excused in vex.json\n"
 CONTROL: Known = {audit.CONTROL: ["CVE-2019-10906"]}
 
 
@@ -50,9 +56,33 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[
 
 def test_the_documented_advisory_alone_passes(run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(osv({**CONTROL, ("accelerate", "1.15.0"): ["PYSEC-2026-3804"]}))
-    assert (code, said) == (0, "audit: 2 packages, 1 advisories, all of them excused in vex.json\n")
+    assert (code, said) == (0, PASSES)
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has pip-audit run in this process, which spares two starts each; the test above starts it as it is."""
+    from pip_audit import _cli
+    from pip_audit._service.interface import ServiceError
+
+    def start(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "pip_audit"]
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", command[2:])
+            try:
+                _cli.audit()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except (OSError, ValueError, ServiceError):
+                code = 1
+                traceback.print_exc()
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    monkeypatch.setattr("supply.audit.subprocess.run", start)
+
+
+@pytest.mark.usefixtures("here")
 def test_an_advisory_fails(run: Callable[..., tuple[int, str]]) -> None:
     known = {**CONTROL, ("accelerate", "1.15.0"): ["PYSEC-2026-3804"], ("rich", "15.0.0"): ["CVE-2027-1"]}
     code, said = run(osv(known))
@@ -61,11 +91,13 @@ def test_an_advisory_fails(run: Callable[..., tuple[int, str]]) -> None:
     assert said.count("\n") == 1
 
 
+@pytest.mark.usefixtures("here")
 def test_another_advisory_about_the_excused_package_fails(run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(osv({**CONTROL, ("accelerate", "1.15.0"): ["PYSEC-2026-3804", "CVE-2027-2"]}))
     assert (code, "accelerate==1.15.0: CVE-2027-2" in said) == (1, True)
 
 
+@pytest.mark.usefixtures("here")
 def test_an_excuse_that_excuses_nothing_has_to_go(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, said = run(osv(CONTROL))
     assert (code, "the service has no such advisory any more; remove it" in said) == (1, True)
@@ -88,6 +120,7 @@ def test_an_excuse_that_excuses_nothing_has_to_go(run: Callable[..., tuple[int, 
     ],
     ids=["knows nothing", "503", "a page", "404"],
 )
+@pytest.mark.usefixtures("here")
 def test_a_service_that_does_not_answer_never_passes(
     run: Callable[..., tuple[int, str]], answer: loopback.Answer, says: str
 ) -> None:
@@ -95,6 +128,7 @@ def test_a_service_that_does_not_answer_never_passes(
     assert (code, says in said, said.count("\n")) == (2, True, 1)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_service_that_is_not_there_never_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.txt").write_text("rich==15.0.0\n")
     service = ["--vulnerability-service", "osv", "--osv-url", "http://127.0.0.1:9", "--timeout", "2"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Server
 
 from hf_finetune.chatting import command
 from hf_finetune.chatting.command import Options
@@ -81,20 +82,13 @@ def test_a_classifier_has_no_language_models_options(classifier: Path) -> None:
         command.run(Options(str(classifier), temperature=1.0))
 
 
-def start(run: Path, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "hf_finetune", "chat", str(run), *words]
-    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, **streams)
-
-
-def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_commands(classifier: Path) -> None:
-    process = start(classifier, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, errors = process.communicate(
-        b"the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nis read\n", timeout=300
-    )
-    lines = out.decode().splitlines()
-    assert process.returncode == 0
-    assert len(lines) == 5
-    assert errors == b""
+def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_commands(
+    server: Server, classifier: Path
+) -> None:
+    told = "the film is good .\n\nthe plot is bad .\n/nothing\n/exit\nis read\n"
+    done = server.run("chat", str(classifier), read=told)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, len(lines), done.stderr) == (0, 5, "")
     run = open_run(str(classifier))
     labels = Labels(run, run.serve(run.model()))
     from hf_finetune.chatting.partners import Labeller
@@ -103,19 +97,20 @@ def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_comman
     assert lines[0].startswith(("positive  (positive 0.", "negative  (negative 0."))
 
 
-def test_machines_get_an_object_an_answer(chatter: Path) -> None:
+def test_machines_get_an_object_an_answer(server: Server, chatter: Path) -> None:
     words = ("--max-new-tokens", "4", "--log-format", "json", "--quiet")
-    process = start(chatter, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, errors = process.communicate(ASKED.encode(), timeout=300)
-    assert (process.returncode, errors) == (0, b"")
-    (told,) = [json.loads(line) for line in out.splitlines()]
+    done = server.run("chat", str(chatter), *words, read=ASKED)
+    assert (done.returncode, done.stderr) == (0, "")
+    (told,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert (told["event"], told["prompt"], told["stopped"]) == ("answer", ASKED, False)
     assert told["answer"] == told["message"]
 
 
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(chatter: Path) -> None:
     ours, theirs = pty.openpty()
-    process = start(chatter, "--max-new-tokens", "90", stdin=theirs, stdout=theirs, start_new_session=True)
+    line = [sys.executable, "-m", "hf_finetune", "chat", str(chatter), "--max-new-tokens", "90"]
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, **streams)
     os.close(theirs)
     assert b"Ctrl-D ends" in until(ours, b"> ")
     os.write(ours, b"/system the film\n")

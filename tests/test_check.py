@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import RECIPE
+from forked import Server
+from huggingface_hub import constants
 
 from hf_finetune import cli
 
@@ -212,14 +214,20 @@ def test_a_report_that_cannot_be_written_is_an_error_like_others(recipe: Path, c
     assert code == json.loads(out)["exit_code"] == 5
 
 
-@pytest.mark.parametrize("end", ["| head -c 1", "--show 1"])
-def test_neither_a_closed_pipe_nor_a_narrow_encoding_is_a_traceback(end: str, recipe: Path) -> None:
-    command = f"set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -m hf_finetune check {recipe} --explain {end}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("leaves", [True, False])
+def test_neither_a_closed_pipe_nor_a_narrow_encoding_is_a_traceback(
+    server: Server, leaves: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    reader = subprocess.Popen(["head", "-c", "1"] if leaves else ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    done = server.run("check", str(recipe), "--explain", "--show", "1", streams=(None, reader.stdin, None))
+    said, _ = reader.communicate()
+    assert (done.returncode, done.stderr, len(said) == 1) == (0, "", leaves)
 
 
-def test_what_the_hub_lacks_is_asked_for_once(recipe: Path) -> None:
+def test_what_the_hub_lacks_is_asked_for_once(
+    recipe: Path, check: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -233,11 +241,13 @@ def test_what_the_hub_lacks_is_asked_for_once(recipe: Path) -> None:
             """Keep quiet."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        address = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-m", "hf_finetune", "check", str(recipe), "model.name=owner/nothing"]
-        done = subprocess.run(command, env={**os.environ, **address}, capture_output=True, text=True, check=False)
+        threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        code, _, _ = check(recipe, "model.name=owner/nothing")
         hub.shutdown()
-    assert done.returncode == 4
+    assert code == 4
     assert "config.json" in asked
     assert not any(name.startswith("tokenizer") for name in asked)

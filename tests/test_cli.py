@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE
+from conftest import QUICK, RECIPE
+from forked import Server
 
 from hf_finetune.cli import compare, main, parser
 
@@ -67,8 +69,8 @@ def test_every_mistake_is_told_once_with_its_line(recipe: str) -> None:
         ("output=/proc/none", 5, "/proc/none"),
     ],
 )
-def test_what_is_wrong_decides_the_exit_code(recipe: str, override: str, code: int, says: str) -> None:
-    done = hf_finetune(recipe, override)
+def test_what_is_wrong_decides_the_exit_code(server: Server, recipe: str, override: str, code: int, says: str) -> None:
+    done = server.run(recipe, override)
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert says in done.stderr
@@ -137,27 +139,24 @@ def test_the_schema_is_printed() -> None:
     assert set(json.loads(done.stdout)["properties"]) >= {"task", "model", "data", "adapter", "training"}
 
 
-def test_two_processes_print_once_and_both_end(recipe: str, tmp_path: Path) -> None:
-    config = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        "0",
-        "-m",
-        "hf_finetune",
-    )
-    done = hf_finetune("--log-format", "json", recipe, "--restart", "training.epochs=1", launcher=launch)
+CONFIG = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+TWO = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0", "-m", "hf_finetune")
+
+
+def test_two_processes_print_once(recipe: str) -> None:
+    done = hf_finetune("--log-format", "json", recipe, "training.epochs=1", *QUICK, launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["level"] for line in done.stdout.splitlines()].count("error") == 0
     assert done.stdout.count("watch it with") == 1
     assert "2 x cpu" in done.stdout
-    failed = hf_finetune(recipe, "output=" + str(tmp_path / "other"), "task.label=lable", launcher=launch)
+
+
+@pytest.mark.slow
+def test_two_processes_both_end(recipe: str, tmp_path: Path) -> None:
+    failed = hf_finetune(recipe, "task.label=lable", launcher=TWO)
     assert failed.returncode == 1
     assert failed.stderr.count("did you mean 'label'") == 1
-    status = json.loads((tmp_path / "other" / "status.json").read_text())
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
 
 
@@ -168,33 +167,34 @@ def test_accelerate_launch_uses_every_core(recipe: str) -> None:
         "sys.argv = ['accelerate', '-m', 'hf_finetune', *sys.argv[1:]]\n"
         "runpy.run_module('accelerate.commands.launch', run_name='__main__')"
     )
-    done = hf_finetune(recipe, "training.epochs=1", launcher=("-c", code))
+    done = hf_finetune(recipe, "training.epochs=1", *QUICK, launcher=("-c", code))
     assert done.returncode == 0, done.stderr
     assert f"{os.cpu_count()} threads each" in done.stdout
 
 
-def test_sigterm_leaves_a_true_status(recipe: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hf_finetune", recipe, "training.epochs=10000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert any(line.startswith("step 1/") for line in process.stdout)
-    process.terminate()
-    assert process.wait(200) == 143
+def test_sigterm_leaves_a_true_status(server: Server, recipe: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    child = server.start(recipe, "training.epochs=10000", streams=(None, writing, None))
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        assert any(line.startswith("step 1/") for line in said)
+        child.send(signal.SIGTERM)
+        assert child.wait() == 143
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 143)
 
 
-def test_a_dropped_key_is_told(recipe: str, tiny_bert: str) -> None:
+def test_a_dropped_key_is_told(server: Server, recipe: str, tiny_bert: str) -> None:
     text = Path(recipe).read_text().replace(f"{{name: {tiny_bert}}}", "{name: some/model, revision: abcdef0}")
     Path(recipe).write_text(text)
-    done = hf_finetune(recipe, f"model.name={tiny_bert}", "training.epochs=1")
+    done = server.run(recipe, f"model.name={tiny_bert}", "training.epochs=1", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "note: model.revision of the recipe is not used, because model.name was overridden" in done.stdout
 
 
-def test_what_is_found_later_has_its_line_too(recipe: str) -> None:
+def test_what_is_found_later_has_its_line_too(server: Server, recipe: str) -> None:
     Path(recipe).write_text(Path(recipe).read_text().replace("target_modules: all-linear", "target_modules: [qery]"))
-    assert f"error: {recipe}:4: adapter.target_modules: " in hf_finetune(recipe).stderr
+    assert f"error: {recipe}:4: adapter.target_modules: " in server.run(recipe).stderr
 
 
 def _asks_for_too_much(_arguments: argparse.Namespace) -> None:

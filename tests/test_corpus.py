@@ -6,19 +6,17 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Server, ranks
 
 from hf_finetune import cli
 from hf_finetune.errors import Problem
 from hf_finetune.terminal.message import printable
 
-ROOT = Path(__file__).parent.parent
 CORPUS = Path(__file__).parent / "corpus"
 Finding = dict[str, Any]
 
@@ -276,14 +274,12 @@ def test_an_unusual_recipe_trains(case: str, place: Place) -> None:
 
 
 @pytest.mark.parametrize("case", [TWELVE, UNFIT])
-def test_two_processes_tell_each_mistake_once(case: str, place: Place) -> None:
+def test_two_processes_tell_each_mistake_once(server: Server, case: str, place: Place) -> None:
     wanted = place(case)
-    config = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
-    launch = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    command = [sys.executable, "-m", *launch, "-m", "hf_finetune", "recipe.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if line.startswith("hf_finetune: error: ")]
+    children = [server.start("recipe.yaml", env=os.environ | rank, cwd=Path.cwd()) for rank in ranks(2)]
+    assert [child.wait() for child in children] == [wanted["exit_code"]] * 2
+    lines = [line for child in children for line in child.output.splitlines()]
+    told = [line for line in lines if line.startswith("hf_finetune: error: ")]
     assert len(told) == len(set(told)) == len(wanted["findings"]) == {TWELVE: 12, UNFIT: 7}[case]
     for finding in wanted["findings"]:
         says = [finding["says"]] if isinstance(finding["says"], str) else finding["says"]

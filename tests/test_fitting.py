@@ -237,6 +237,7 @@ def test_a_run_that_may_not_fit_is_warned_of(run: Runner, monkeypatch: pytest.Mo
     assert "training.micro_batch: about " in (done.folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_all_ranks_reckon_with_the_least_of_them(ready: Callable[..., Ready], tmp_path: Path) -> None:
     ready()
     script = str(Path(__file__).with_name("least_memory.py"))

@@ -9,8 +9,6 @@ import pickle
 import pty
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 from conftest import RECIPE
+from forked import Server
 from models import TWO, recipe
 
 from hf_finetune import model, runstate
@@ -83,27 +82,17 @@ def test_code_of_a_known_model_is_passed_over(folder: Path, sentinel: Path) -> N
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize(
-    "terminal", [pytest.param(False, marks=pytest.mark.slow, id="no terminal"), pytest.param(True, id="terminal")]
-)
+@pytest.mark.parametrize("terminal", [pytest.param(False, id="no terminal"), pytest.param(True, id="terminal")])
 def test_code_of_an_unknown_model_is_refused_without_a_question(
-    terminal: bool, folder: Path, sentinel: Path, tmp_path: Path, reviews: Callable[[int], str]
+    server: Server, terminal: bool, folder: Path, sentinel: Path, reviews: Callable[[int], str]
 ) -> None:
     (folder / "evil.py").write_text(CODE.format(sentinel=str(sentinel)))
     edit(folder / "config.json", model_type="evil", auto_map=MAP)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(model=folder, data=reviews(96), output=tmp_path / "run"))
+    file = folder.parent / "recipe.yaml"
+    file.write_text(RECIPE.format(model=folder, data=reviews(96), output=folder.parent / "run"))
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 9)
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_finetune", "check", str(file)],
-        stdin=theirs if terminal else subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = server.run("check", str(file), streams=(theirs if terminal else None, None, None))
     os.close(ours)
     os.close(theirs)
     assert done.returncode == 4, done.stderr

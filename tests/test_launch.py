@@ -95,7 +95,7 @@ def status(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_signal_is_handed_on_and_143_comes_back(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, processes: str
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_signal_is_handed_on_and_143_comes_back(
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_of_two_processes_is_told_once(start: Callable[..., subprocess.Popen[str]]) -> None:
     code, output = ends(start("data.max_length=4000", PET_NPROC_PER_NODE="2"))
     assert code in (2, 4), output

@@ -438,6 +438,7 @@ def by_place(run: Path) -> dict[tuple[str, str, int], Record]:
     return {at: record for at, record in found.items() if at[0] != "environment"}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_records_of_one(data: dict[str, Any], start: Start, tmp_path: Path) -> None:
     tasks = {
         "classifier": {"task": CLASSIFIER, "data": data},

@@ -19,7 +19,7 @@ from hf_finetune.merging import Options, onnxfile
 AUTO = {"classifier": "AutoModelForSequenceClassification", "chatter": "AutoModelForCausalLM"}
 
 
-@pytest.fixture(scope="module", params=["classifier", "chatter"])
+@pytest.fixture(scope="module", params=["classifier", pytest.param("chatter", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -4,8 +4,7 @@ import csv
 import io
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from forked import Server
 from scipy import special
 from test_finished import last_predictions
 
@@ -184,33 +184,28 @@ def test_a_finished_output_is_not_replaced_unless_asked(predict: Predict) -> Non
     assert predict("text\na film\n", restart=True) == first
 
 
-def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    command_line = [sys.executable, "-m", "hf_finetune", "predict", *arguments]
-    root = Path(__file__).parent.parent
-    return subprocess.Popen(command_line, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-@pytest.mark.parametrize("to", ["csv", "parquet"])
-def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(classifier: Path, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize("to", ["csv", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(
+    server: Server, classifier: Path, tmp_path: Path, to: str
+) -> None:
     source = tmp_path / "in.csv"
-    source.write_text("n,text\n" + "".join(f"{n},the film is{' very' * (n % 7)} good\n" for n in range(30_000)))
+    source.write_text("n,text\n" + "".join(f"{n},the film is{' very' * (n % 7)} good\n" for n in range(8_000)))
     command.run(Options(str(classifier), input=str(source), output=str(tmp_path / f"whole.{to}")))
     target = tmp_path / f"out.{to}"
     arguments = (str(classifier), "--input", str(source), "--output", str(target))
     state = tmp_path / f"out.{to}.partial.json"
-    process = start(*arguments)
+    child = server.start("predict", *arguments)
     deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not state.exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -9
+    child.send(signal.SIGKILL)
+    assert child.wait() == -9
     rows = json.loads(state.read_text())["progress"]["rows"]
-    assert 0 < rows < 30_000
+    assert 0 < rows < 8_000
     with (tmp_path / f"out.{to}.partial").open("ab") as torn:
-        torn.write(b"29999,half a li")
+        torn.write(b"7999,half a li")
     changed = source.read_text()
-    source.write_text(changed + "30000,more\n")
+    source.write_text(changed + "8000,more\n")
     with pytest.raises(RecipeError, match="was begun with another input"):
         command.run(Options(str(classifier), input=str(source), output=str(target)))
     source.write_text(changed)
@@ -221,23 +216,20 @@ def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(classifier: Path, 
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_lines_go_through_a_pipe_and_a_reader_that_leaves_ends_it_quietly(classifier: Path) -> None:
-    process = start(str(classifier), stdin=subprocess.PIPE)
-    out, errors = process.communicate(b"the film is good\nthe plot is bad\n", timeout=300)
-    assert (process.returncode, errors) == (0, b"")
-    assert [row["text"] for row in objects(out.decode())] == ["the film is good", "the plot is bad"]
+def test_lines_go_through_a_pipe(server: Server, classifier: Path) -> None:
+    done = server.run("predict", str(classifier), read="the film is good\nthe plot is bad\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row["text"] for row in objects(done.stdout)] == ["the film is good", "the plot is bad"]
 
+
+def test_a_reader_that_leaves_ends_it_quietly(server: Server, classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("a film\n")
     reading, writing = os.pipe()
-    process = start(str(classifier), stdin=reading)
     os.close(reading)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    os.write(writing, b"a film\n")
+    with (tmp_path / "in").open() as rows:
+        done = server.run("predict", str(classifier), streams=(rows, writing, None))
     os.close(writing)
-    assert process.wait(timeout=300) == 141
-    assert process.stderr.read() == b""
-    process.stderr.close()
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_pipe_with_a_name_is_read_once(classifier: Path, tmp_path: Path) -> None:

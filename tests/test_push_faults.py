@@ -22,6 +22,8 @@ def run(classifier: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(classifier, tmp_path / "run"))
 
 
+QUICK = ("503_twice", "409_at_the_commit", "reset_after_the_commit", "hangs_once", "503", "hangs", "429_for_an_hour")
+"""Of those below, for `make test`."""
 PASSING = {
     "503_twice": [Fault("POST /api/repos/create", times=2)],
     "503_of_the_storage": [Fault("PUT /lfs", times=2)],
@@ -36,7 +38,9 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("case", PASSING)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in PASSING]
+)
 def test_f33_what_passes_is_tried_again_and_makes_one_commit(case: str, hub: Hub, run: Path) -> None:
     hub.faults = [replace(fault) for fault in PASSING[case]]
     assert command("push", str(run), "--repo", REPO, "--timeout", "30" if "hangs" not in case else "12") == 0
@@ -91,7 +95,9 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("case", LASTING)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in LASTING]
+)
 def test_f33_what_does_not_pass_ends_at_the_deadline_with_8(
     case: str, hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,9 @@ from hf_finetune.training import finetune
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
+FEW = ("quickstart", "qwen_sft_lora")
+"""A classifier and a language model for `make test`; the others are in `make test-slow`."""
+
 
 def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 5
@@ -26,7 +29,9 @@ def stand_in(recipe: Recipe, split: int, index: int) -> dict[str, str]:
     return row | ({"label": "ab"[index % 2]} if "label" in row else {})
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.stem))
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[] if path.stem in FEW else pytest.mark.slow) for path in RECIPES]
+)
 def test_a_shipped_recipe_runs(
     path: Path, tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,19 @@ EXACT = ("step", "phase", "loss", "grad_norm", "learning_rate", "accuracy")
 STEPS = ("training.steps=12", "model.dropout=0.1", "training.micro_batch=6", "training.eval_every=5")
 
 
+RARER = (
+    ("training.optimizer=sgd", "training.max_grad_norm=null"),
+    ("adapter={kind: ia3}",),
+    ("adapter={kind: full}",),
+    ("adapter.dora=true",),
+    ("adapter.init=pissa",),
+    ("training.best_metric=loss", "training.early_stopping={patience: 1}", "training.eval_every=2"),
+    ("training.best_metric=loss", "training.eval_every=2"),
+    ("training.best_metric=loss", "training.eval_every=2", "speed.cheap_dropout=false"),
+)
+"""Settings that `make test-slow` tries; `make test-faults` tries more."""
+
+
 def facts(folder: Path) -> tuple[list[Any], str]:
     """Every number that does not depend on the clock, in full, and the hash of the adapter's weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -70,18 +83,8 @@ def interrupted(run: Runner, stop_at: Callable[..., None], at: int, *overrides: 
         ("checkpoints.every=4", "training.log_every=5"),
         ("training.steps=null", "training.epochs=3", "training.eval_every=epoch", "training.best_metric=accuracy"),
         ("training.group_by_length=false", "training.schedule=cosine", "training.warmup_steps=3"),
-        ("training.optimizer=sgd", "training.max_grad_norm=null"),
-        ("adapter={kind: ia3}",),
-        ("adapter={kind: full}",),
-        ("adapter.dora=true",),
-        ("adapter.init=pissa",),
-        (
-            "adapter={kind: adalora, init_r: 4, target_r: 2, interval: 1}",
-            "training.steps=14",
-        ),
-        ("training.best_metric=loss", "training.early_stopping={patience: 1}", "training.eval_every=2"),
-        ("training.best_metric=loss", "training.eval_every=2"),
-        ("training.best_metric=loss", "training.eval_every=2", "speed.cheap_dropout=false"),
+        ("adapter={kind: adalora, init_r: 4, target_r: 2, interval: 1}", "training.steps=14"),
+        *(pytest.param(setting, marks=pytest.mark.slow) for setting in RARER),
     ],
     ids=lambda setting: " ".join(setting)[:60] or "plain",
 )

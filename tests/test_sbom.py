@@ -8,11 +8,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 from supply.pins import normal
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_bill_of_materials_is_the_installed_set(tmp_path: Path) -> None:
     recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "cyclonedx-py" in line)
     environment = f"{sys.prefix}/bin/python"

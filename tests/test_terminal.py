@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import RECIPE
+from forked import Server
 from screens import Terminal
 
 from hf_finetune import cli, terminal
@@ -125,17 +126,18 @@ def start() -> Iterator[Start]:
         process.wait()
 
 
-def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(start: Start, recipe: str) -> None:
+def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, start: Start, recipe: str) -> None:
     words = ("-m", "hf_finetune", recipe, "training.epochs=10000", "training.log_every=20")
     with Terminal() as shown:
         process = start(shown, *words)
         wait_for("step 20/", shown)
         process.send_signal(signal.SIGINT)
         assert process.wait(180) == 130
-        resumed = start(shown, *words)
+        env = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm", "COLUMNS": "80"}
+        resumed = server.start(*words[2:], env=env, streams=(shown.theirs,) * 3)
         wait_for("resuming from", shown)
         wait_for("step 60/", shown)
-        resumed.terminate()
+        resumed.send(signal.SIGTERM)
         assert resumed.wait(180) == 143
     assert HIDDEN not in shown.output
     assert f"training {BAR}" in PAINT.sub("", shown.output)

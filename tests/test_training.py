@@ -133,7 +133,7 @@ def test_cut_and_dropped_rows_are_reported(run: Runner, capsys: pytest.CaptureFi
 CHAT = 'task={kind: causal_lm, prompt: "the {label} film", completion: text, generate_rows: 4, max_new_tokens: 8}'
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing: str) -> None:
     done = run(
         CHAT, f"model.name={tiny_llama}", f"data.packing={packing}", "data.max_length=64",

@@ -1,22 +1,14 @@
-"""The laboratory: a fork server, a tiny model, a small data set."""
+"""The laboratory: the fork server, a tiny model, a small data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import WORDS
+from forked import Server
 
-from faults.lab import Lab, Server, rows
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, _isolated_caches: None) -> Iterator[Server]:
-    """Starts processes that have the libraries loaded."""
-    made = Server(tmp_path_factory.mktemp("server"))
-    yield made
-    made.close()
+from faults.lab import Lab, rows
 
 
 @pytest.fixture(scope="session")

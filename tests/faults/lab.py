@@ -6,20 +6,17 @@ import json
 import os
 import random
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-TESTS = ROOT / "tests"
-PATIENCE = 90.0
-"""Seconds that anything may take."""
+from forked import PATIENCE, ROOT, TESTS, Child, Server, ranks
+
+__all__ = ["ROOT", "TESTS", "Child", "Ended", "Job", "Lab", "Server"]
+
 
 RECIPE = """\
 task: {{kind: text_classification, text: text, label: label}}
@@ -53,74 +50,6 @@ def rows(count: int, seed: int, words: Sequence[str]) -> str:
         text = " ".join([*draw.choices(words, k=draw.randint(2, 18)), said])
         lines.setdefault(text, "positive" if is_good else "negative")
     return "text,label\n" + "".join(f"{text},{label}\n" for text, label in lines.items())
-
-
-class Child:
-    """A process that the fork server made."""
-
-    def __init__(self, connection: socket.socket, stdout: Path, stderr: Path) -> None:
-        self._stream = connection.makefile()
-        self._connection = connection
-        self.pid = int(self._stream.readline())
-        self._files = (stdout, stderr)
-        self._from = tuple(file.stat().st_size if file.exists() else 0 for file in self._files)
-        self.code: int | None = None
-
-    def wait(self, seconds: float = PATIENCE) -> int:
-        """Exit code; negative where a signal ended it.
-
-        Raises:
-            TimeoutError: It goes on for longer; it is killed.
-        """
-        if self.code is None:
-            self._connection.settimeout(seconds)
-            try:
-                self.code = int(self._stream.readline())
-            except TimeoutError:
-                self.send(signal.SIGKILL)
-                raise TimeoutError(f"process {self.pid} still runs after {seconds:.0f} s:\n{self.output}") from None
-        return self.code
-
-    def send(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
-
-    @property
-    def output(self) -> str:
-        """All that it has printed."""
-        return "".join(file.read_text(errors="replace") for file in self._files if file.exists())
-
-
-class Server:
-    """The client's side of the fork server."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "server"
-        self.folder = folder
-        # pyarrow's allocator would start a thread, and a process with threads is not safely forked.
-        quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-        own = {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", **quiet}
-        environment = os.environ | own
-        command = [sys.executable, "-m", "faults.server", str(self.path)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-        self.count = 0
-
-    def start(self, argv: list[str], env: dict[str, str], plugins: list[Any]) -> Child:
-        """Run the command line in a new process."""
-        self.count += 1
-        stdout, stderr = self.folder / f"out-{self.count}", self.folder / f"err-{self.count}"
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(self.path))
-        order = {"argv": argv, "env": env, "plugins": plugins, "stdout": str(stdout), "stderr": str(stderr)}
-        connection.sendall(json.dumps(order).encode() + b"\n")
-        return Child(connection, stdout, stderr)
-
-    def close(self) -> None:
-        """End the server."""
-        self.process.kill()
-        self.process.wait()
 
 
 @dataclass
@@ -159,15 +88,9 @@ class Job:
 
     def fork(self, *plugins: Any, more: Sequence[str] = ()) -> list[Child]:
         """Start it through the fork server; one child a rank."""
-        port = str(free_port())
-        children = []
-        for rank in range(self.ranks):
-            env = dict(self.env)
-            if self.ranks > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                env |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks)}
-            children.append(self.server.start([*self.command, *more], env, list(plugins)))
-        return children
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **self.env}
+        own = ranks(self.ranks) if self.ranks > 1 else [{}]
+        return [self.server.start(*self.command, *more, env=env | rank, plugins=plugins) for rank in own]
 
     def go(self, *plugins: Any, more: Sequence[str] = (), seconds: float = PATIENCE) -> Ended:
         """Start it and wait for its end; where a rank dies by SIGKILL, the others are killed too."""
@@ -260,11 +183,3 @@ class Lab:
             assert ended.codes == [0] * ranks, ended.output
             self._references[key] = job
         return self._references[key]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -69,6 +69,7 @@ def test_f25_f26_one_of_each(lab: Lab, killed: Job) -> None:
     spoilt(lab, killed, "scheduler.pt", Path.unlink)
 
 
+@pytest.mark.faults
 def test_f27_no_whole_checkpoint_is_never_a_new_start(lab: Lab, killed: Job) -> None:
     killed.back()
     flip(killed.checkpoint(15) / "trained.safetensors", 0.7)
@@ -87,6 +88,7 @@ def test_f27_no_whole_checkpoint_is_never_a_new_start(lab: Lab, killed: Job) -> 
     shutil.rmtree(killed.folder / "run.old-1")
 
 
+@pytest.mark.faults
 def test_f37_newest_means_the_highest_step_whatever_the_clock_says(lab: Lab, killed: Job) -> None:
     killed.back()
     for path in [killed.checkpoint(15), *killed.checkpoint(15).iterdir()]:

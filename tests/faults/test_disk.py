@@ -84,6 +84,7 @@ def test_f21_two_processes_end_together_on_a_full_disk(lab: Lab) -> None:
         resume(lab, job, at=5)
 
 
+@pytest.mark.faults
 def test_f21_a_limit_on_the_size_of_files(lab: Lab) -> None:
     job = lab.job()
     ended = job.go(["at", {"place": "forward", "step": 8, "action": "limit", "name": "FSIZE", "value": 20_000}])
@@ -178,7 +179,8 @@ def test_f23_a_disk_that_becomes_read_only_while_training(lab: Lab) -> None:
         resume(lab, job, at=5)
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("step", [8, 2])
+@pytest.mark.faults
 def test_f24_an_output_folder_that_is_deleted_is_told(lab: Lab, step: int) -> None:
     job = lab.job()
     ended = job.go(["at", {"place": "forward", "step": step, "action": "remove", "path": str(job.run)}])

@@ -14,7 +14,7 @@ from faults.lab import ROOT, STEPS, Child, Job, Lab
 from faults.oracle import finished, readable, resume, resumed_at
 
 PLACES = ("forward", "step_end", "logged")
-FEW = (1, 7, 13, 20, 26)
+FEW = (13,)
 """Steps that are tried on every `make test`; the others are in `make test-faults`."""
 
 
@@ -83,6 +83,7 @@ def test_k2_under_the_launcher(lab: Lab) -> None:
     finished(lab, job)
 
 
+@pytest.mark.faults
 def test_k1_from_outside_through_the_real_command_line(lab: Lab) -> None:
     job = lab.job()
     entry = (sys.executable, str(ROOT / "tests" / "faults" / "entry.py"))
@@ -99,6 +100,7 @@ def test_k1_from_outside_through_the_real_command_line(lab: Lab) -> None:
     finished(lab, job)
 
 
+@pytest.mark.faults
 def test_k3_killed_five_times(lab: Lab) -> None:
     job, expected = lab.job(), [0, 0, 5, 10, 20]
     for step, begin in zip((4, 8, 13, 21, 25), expected, strict=True):
@@ -108,7 +110,7 @@ def test_k3_killed_five_times(lab: Lab) -> None:
     resume(lab, job, at=20)
 
 
-@pytest.mark.parametrize("micro_batch", [8, pytest.param(4, marks=pytest.mark.faults), 2])
+@pytest.mark.parametrize("micro_batch", [*(pytest.param(n, marks=pytest.mark.faults) for n in (8, 4)), 2])
 def test_k4_accumulation_with_a_remainder(lab: Lab, micro_batch: int) -> None:
     job = lab.job(f"training.micro_batch={micro_batch}", "checkpoints.every=13")
     assert job.go(kill("forward", 26)).code == -signal.SIGKILL
@@ -116,6 +118,7 @@ def test_k4_accumulation_with_a_remainder(lab: Lab, micro_batch: int) -> None:
     assert {line["step"]: line["loss"] for line in job.lines("train")}.keys() == set(range(1, STEPS + 1))
 
 
+@pytest.mark.faults
 def test_k5_at_the_boundary_of_an_epoch(lab: Lab) -> None:
     job = lab.job("checkpoints.every=epoch")
     assert job.go(kill("data", 14)).code == -signal.SIGKILL
@@ -123,6 +126,7 @@ def test_k5_at_the_boundary_of_an_epoch(lab: Lab) -> None:
     resume(lab, job, at=13)
 
 
+@pytest.mark.faults
 def test_k5_after_the_last_step(lab: Lab) -> None:
     job = lab.job("checkpoints.every=13")
     assert job.go(kill("logged", 26)).code == -signal.SIGKILL
@@ -146,7 +150,8 @@ def test_k5_a_finished_run_is_left_as_it_is(lab: Lab) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize("log_every", [3, pytest.param(7, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("log_every", [3, 7])
+@pytest.mark.faults
 def test_k10_logs_that_do_not_divide_the_checkpoints(lab: Lab, log_every: int) -> None:
     job = lab.job(f"training.log_every={log_every}")
     assert job.go(kill("step_end", 17)).code == -signal.SIGKILL
@@ -159,9 +164,8 @@ def test_k12_warmup_and_cosine_go_on(lab: Lab) -> None:
     resume(lab, job, at=10)
 
 
-@pytest.mark.parametrize(
-    "step", [7, pytest.param(11, marks=pytest.mark.faults), pytest.param(23, marks=pytest.mark.faults)]
-)
+@pytest.mark.parametrize("step", [7, 11, 23])
+@pytest.mark.faults
 def test_k13_tensorboard_shows_every_step_once(lab: Lab, step: int) -> None:
     job = lab.job()
     assert job.go(kill("step_end", step)).code == -signal.SIGKILL
@@ -178,6 +182,7 @@ def test_k13_fifty_logged_steps_outlive_a_kill(lab: Lab) -> None:
     readable(job)
 
 
+@pytest.mark.faults
 def test_k14_the_same_recipe_twice(lab: Lab) -> None:
     job = lab.job()
     assert job.go().code == 0
@@ -221,6 +226,7 @@ def commits(job: Job, before: str | None) -> bool:
     return bool(job.status["checkpoint"] != before)
 
 
+@pytest.mark.faults
 def test_a_restart_keeps_the_killed_run_aside(lab: Lab) -> None:
     job = lab.job()
     assert job.go(kill("logged", 12)).code == -signal.SIGKILL

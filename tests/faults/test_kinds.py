@@ -33,7 +33,7 @@ KINDS = {
     "eval_at_start": ("training.eval_at_start=true",),
     "streamed": STREAMED,
 }
-QUICK = {"adalora", "full", "grouped"}
+QUICK = {"grouped"}
 
 
 def killed(job: Job, step: int, place: str = "step_end") -> Job:
@@ -52,11 +52,12 @@ def test_k7_k9_k11_every_kind_of_run(lab: Lab, kind: str) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param((), marks=pytest.mark.faults, id="plain"),
+        pytest.param((), id="plain"),
         pytest.param(("data.packing=true", "training.batch_size=2", "training.micro_batch=1"), id="packed"),
-        pytest.param(("task.generate_rows=0", "task.sample_prompts=2"), marks=pytest.mark.faults, id="samples"),
+        pytest.param(("task.generate_rows=0", "task.sample_prompts=2"), id="samples"),
     ],
 )
+@pytest.mark.faults
 def test_language_models(lab: Lab, tiny_llama: str, more: tuple[str, ...]) -> None:
     job = lab.job(*LM, f"model.name={tiny_llama}", *BY_STEPS, *more)
     resume(lab, killed(job, 18), at=15)
@@ -85,9 +86,8 @@ STOPPING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "back", [2, pytest.param(5, marks=pytest.mark.faults), pytest.param(8, marks=pytest.mark.faults)]
-)
+@pytest.mark.parametrize("back", [2, 5, 8])
+@pytest.mark.faults
 def test_k6_early_stopping_stops_at_the_same_step_with_the_same_best(lab: Lab, back: int) -> None:
     reference = lab.reference(STOPPING)
     last = reference.lines("train")[-1]["step"]
@@ -147,6 +147,7 @@ def test_the_rows_after_a_resume_are_those_that_were_due(lab: Lab) -> None:
     assert in_order(cut) == [micro for micro in in_order(whole) if micro[0] > 15]
 
 
+@pytest.mark.faults
 def test_a_moved_run_folder_goes_on(lab: Lab) -> None:
     job = killed(lab.job(), 12)
     elsewhere = job.folder / "elsewhere" / "run"

@@ -29,6 +29,7 @@ def job(lab: Lab, hub: Hub, tmp_path: Path) -> Job:
     return made
 
 
+@pytest.mark.faults
 def test_f20_a_stopped_run_uploads_nothing_until_it_is_finished(job: Job, hub: Hub) -> None:
     for step in (3, 9):
         stop = {"place": "forward", "step": step, "action": "die", "number": signal.SIGTERM, "wait": 0}

@@ -67,9 +67,7 @@ def expected(place: str) -> int:
     return 11 if place == "save" else STEP
 
 
-@pytest.mark.parametrize(
-    "place", ["forward", "eval", *(pytest.param(p, marks=pytest.mark.faults) for p in ("data", "save"))]
-)
+@pytest.mark.parametrize("place", ["forward", *(pytest.param(p, marks=pytest.mark.faults) for p in PLACES[1:])])
 def test_f14_sigterm_to_one_process(lab: Lab, place: str) -> None:
     job = lab.job()
     children = job.fork(pause(job, place))
@@ -152,6 +150,7 @@ def test_f17_as_process_1_the_launcher_of_one_hears_no_sigterm(lab: Lab) -> None
     assert job.status["state"] == "done"
 
 
+@pytest.mark.faults
 def test_f18_a_second_sigterm_does_not_wait(lab: Lab) -> None:
     job = lab.job()
     children = job.fork(pause(job, "forward"))
@@ -178,6 +177,7 @@ def test_f18_two_sigterms_in_a_save_leave_nothing_torn(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("number", "code", "state"), [("SIGINT", 130, "interrupted"), ("SIGUSR1", 143, "preempted")])
+@pytest.mark.faults
 def test_f19_sigint_and_sigusr1(lab: Lab, number: str, code: int, state: str) -> None:
     job = lab.job()
     children = job.fork(pause(job, "forward"))
@@ -199,6 +199,7 @@ def test_f19_ctrl_c_in_a_terminal_reaches_both_ranks_and_the_launcher(lab: Lab) 
     resume(lab, job, at=stopped(job, 130, "interrupted", "SIGINT"))
 
 
+@pytest.mark.faults
 def test_f20_a_stopped_run_writes_no_adapter_and_can_be_stopped_again(lab: Lab) -> None:
     job, begun = lab.job(), []
     for step in (3, 9, 16):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from faults.conftest import data_folder, lab, server
+from faults.conftest import data_folder, lab
 
-__all__ = ["data_folder", "lab", "server"]
+__all__ = ["data_folder", "lab"]
