@@ -93,6 +93,8 @@ def processor(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate memory: on a GPU it has a class for that, on a CPU only a text."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch could not allocate memory: for a GPU torch has a class, for a CPU only a text."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

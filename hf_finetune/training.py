@@ -221,8 +221,8 @@ def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         job, length = learner.job, learner.recipe.data.max_length
         if trainer.is_in_train and learner.adapted.training:

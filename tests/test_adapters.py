@@ -382,3 +382,19 @@ def test_dora_on_8_bit_weights_is_refused_on_a_cpu(tiny_llama: str) -> None:
 def test_methods_that_change_the_base_refuse_quantised_weights(adapter: dict[str, Any], tiny_llama: str) -> None:
     with pytest.raises(ValidationError, match=r"model\.quantization"):
         recipe(tiny_llama, adapter, LANGUAGE_MODEL, quantization="nf4")
+
+
+@pytest.mark.parametrize("kept", [None, 100], ids=["lost", "cut short"])
+def test_a_whole_model_whose_weights_are_damaged_is_told_in_one_line(
+    kept: int | None, tiny_bert: str, tmp_path: Path
+) -> None:
+    made = recipe(tiny_bert, {"kind": "full"})
+    made.adapter.save(build(made), str(tmp_path / "out"))
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    if kept is None:
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ModelError, match="the trained weights can't be read") as error:
+        made.adapter.load(plain_base(made), str(tmp_path / "out"))
+    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 from conftest import QUICK, RECIPE
 from forked import Server
 
-from hf_finetune.cli import main, parser
+from hf_finetune.cli import compare, main, parser
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent
@@ -194,3 +195,18 @@ def test_a_dropped_key_is_told(server: Server, recipe: str, tiny_bert: str) -> N
 def test_what_is_found_later_has_its_line_too(server: Server, recipe: str) -> None:
     Path(recipe).write_text(Path(recipe).read_text().replace("target_modules: all-linear", "target_modules: [qery]"))
     assert f"error: {recipe}:4: adapter.target_modules: " in server.run(recipe).stderr
+
+
+def _asks_for_too_much(_arguments: argparse.Namespace) -> None:
+    import torch
+
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_no_memory_ends_any_verb_with_7(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compare, "run", _asks_for_too_much)
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "a", "b"])
+    assert end.value.code == 7
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hf_finetune: error: out of memory: ")

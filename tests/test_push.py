@@ -250,6 +250,19 @@ def test_a_pull_request_has_no_tag_and_one_version() -> None:
         Recipe.model_validate(recipe | {"hub": {"repo": REPO, "as_pr": True, "every": "best"}})
 
 
+def test_as_pr_of_the_command_line_leaves_out_the_tag_and_the_uploads_of_the_recipe(
+    push: Push, hub: Hub, run: Path
+) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    own = f"hub: {{repo: {REPO}, tag: v1}}"
+    (run / "recipe.yaml").write_text(recipe.replace("hub: null", own))
+    assert own in (run / "recipe.yaml").read_text()
+    assert push("--repo", REPO) == 0  # makes the repository
+    (run / "adapter" / "README.md").write_text((run / "adapter" / "README.md").read_text() + "changed\n")
+    assert push("--as-pr") == 0
+    assert (list(hub.repos[REPO].tags), len(hub.repos[REPO].pulls)) == (["v1"], 1)
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("README.md", b"\xff"), ("adapter_config.json", b"{"), ("config.json", b"[]")]
 )

@@ -44,9 +44,15 @@ class Full(Adapter):
         """Put the saved weights into `model`.
 
         Raises:
-            ModelError: The folder holds another model.
+            ModelError: The folder holds another model, or none that can be read.
         """
-        saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
+        from safetensors import SafetensorError
+
+        try:
+            saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ModelError(f"{folder}: the trained weights can't be read: {reason}") from error
         result = model.load_state_dict(saved.state_dict(), strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise ModelError(f"{folder}: holds other weights than this model, e.g. {_first(result)}")

@@ -84,7 +84,7 @@ class Speaker:
             if thread.ident is not None:
                 thread.join()
         for error in failed:
-            if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(f"out of memory with a prompt of {len(prompt):,} tokens; chat less") from error
             raise error
 

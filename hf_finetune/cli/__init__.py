@@ -28,6 +28,8 @@ from hf_finetune.errors import (
     DivergedError,
     FinetuneError,
     ModelError,
+    OutOfMemoryError,
+    Problem,
     RecipeError,
     StorageError,
 )
@@ -70,6 +72,16 @@ def _run(words: list[str], *, debug: bool) -> None:
         if not debug and (_local_rank() == 0 or not isinstance(error, SAID_ONCE)):
             terminal.report(error.problems, error.exit_code)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        from hf_finetune.resources import is_out_of_memory
+
+        if debug or not is_out_of_memory(error):
+            raise
+        # What training and evaluation know of it they say themselves; this is for what any verb does beside.
+        reason = str(error).partition("\n")[0] or "Python could not allocate"
+        problem = Problem(f"out of memory: {reason}; free some, or give smaller batches (training.eval_batch=1)")
+        terminal.report([problem], OutOfMemoryError.exit_code)
+        sys.exit(OutOfMemoryError.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -158,7 +158,7 @@ def memory(most: EvalBatch, longest: int, *, all_logits: bool) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         rows = most.rows_of(longest, all_logits=all_logits)
         message = f"out of memory with {rows} rows of {longest} tokens; give training.eval_batch={max(1, rows // 2)}"

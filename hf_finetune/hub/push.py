@@ -151,6 +151,8 @@ def _finished(folder: RunFolder) -> Recipe:
 
 def _settings(recipe: Recipe, given: Mapping[str, Any]) -> Hub:
     own = recipe.hub.model_dump() if recipe.hub is not None else {}
+    if given.get("as_pr"):  # a pull request has neither, and the recipe's are for the run's own uploads
+        own = {key: value for key, value in own.items() if key not in ("tag", "every")}
     if "repo" not in own and "repo" not in given:
         raise RecipeError(Problem("nothing says where to upload; give --repo OWNER/NAME"))
     try:
