@@ -55,6 +55,8 @@ class Display(Voice):
             self._phases.append(phase)
             if self._live is None:
                 self._start()
+            else:
+                self._live.refresh()  # at once: what it does next may leave the thread that paints no time
 
     def end(self, phase: Phase) -> None:
         """Take it away; without any, the terminal is as it was."""
