@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -120,6 +121,7 @@ class RunFolder:
                 self._set_aside()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
+            self._sweep()
             write_atomically(self.recipe, recipe_yaml)
         except RecipeError:
             raise
@@ -170,6 +172,12 @@ class RunFolder:
         stream.flush()
         self._held = stream
 
+    def _sweep(self) -> None:
+        """Remove what a run left that was killed inside of `write_atomically`; `peers` sweeps the marks of ranks."""
+        for path in self.path.rglob(".*"):
+            if TEMPORARY.fullmatch(path.name) and path.parent.name != ".ranks":
+                path.unlink(missing_ok=True)
+
     def release(self) -> None:
         """Let go of the folder."""
         if self._held is not None:
@@ -217,6 +225,10 @@ def _is_alive(status: dict[str, Any]) -> bool:
 def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+TEMPORARY = re.compile(r"\..+\.\d+")
+"""Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

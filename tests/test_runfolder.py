@@ -82,6 +82,21 @@ def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> No
         folder.look("a: 1\n", restart=False)
 
 
+def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim("a: 1\n", restart=False)
+    folder.release()
+    folder.metrics.write_text('{"step": 1}\n')
+    (folder.path / "observations").mkdir()
+    (folder.path / ".ranks").mkdir()
+    left = [folder.path / name for name in (".status.json.123", "observations/.1.npz.45")]
+    kept = [folder.path / name for name in (".ranks/.1.json.6", ".gitignore", "observations/x.1")]
+    for file in (*left, *kept):
+        file.touch()
+    assert folder.claim("a: 1\n", restart=False) == Start("resume")
+    assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
+
+
 def test_a_run_that_never_trained_is_in_nobodys_way(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "failed", step=0)
