@@ -83,7 +83,7 @@ def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> No
 
 
 def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)
     folder.release()
     folder.metrics.write_text('{"step": 1}\n')
