@@ -175,7 +175,7 @@ class RunFolder:
     def _sweep(self) -> None:
         """Remove what a run left that was killed inside of `write_atomically`; `peers` sweeps the marks of ranks."""
         for path in self.path.rglob(".*"):
-            if TEMPORARY.fullmatch(path.name) and path.parent.name != ".ranks":
+            if TEMPORARY.fullmatch(path.name) and path.parent.name != RANKS:
                 path.unlink(missing_ok=True)
 
     def release(self) -> None:
@@ -227,6 +227,8 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
+RANKS = ".ranks"
+"""Folder in a run folder with the ranks' signs of life, which they write before anybody has claimed it."""
 TEMPORARY = re.compile(r"\..+\.\d+")
 """Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
 

@@ -39,7 +39,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         try:
             adapted = get_peft_model(model, config)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise RecipeError(Problem(f"PEFT refuses: {_one_line(error)}", key="adapter")) from error
+            raise RecipeError(Problem(f"PEFT refuses: {one_line(error)}", key="adapter")) from error
     train_in_fp32(adapted)
     return adapted
 
@@ -63,7 +63,7 @@ def read(model: PreTrainedModel, folder: str, *, config: PeftConfig | None = Non
         try:
             adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=train)
         except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{folder}: this adapter does not fit the model: {_one_line(error)}") from error
+            raise ModelError(f"{folder}: this adapter does not fit the model: {one_line(error)}") from error
     if train:
         train_in_fp32(adapted)
     return adapted
@@ -185,7 +185,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What a library says, as a part of one line."""
     return " ".join(str(error).split())[:500]
 
 
@@ -243,7 +244,7 @@ def adapted_modules(folder: str) -> set[str]:
         with safe_open(f"{folder}/{WEIGHTS}", "pt") as opened:
             names = list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: {WEIGHTS} can't be read: {_one_line(error)}") from error
+        raise ModelError(f"{folder}: {WEIGHTS} can't be read: {one_line(error)}") from error
     matrices = [name.partition(".lora_") for name in names]
     return {path.removeprefix("base_model.model.") for path, found, _ in matrices if found}
 
@@ -260,4 +261,4 @@ def stored_config(folder: str) -> Any:
         try:
             return PeftConfig.from_pretrained(folder)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise ModelError(f"{folder}: {CONFIG} can't be read: {_one_line(error)}") from error
+            raise ModelError(f"{folder}: {CONFIG} can't be read: {one_line(error)}") from error

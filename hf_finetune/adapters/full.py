@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_finetune.adaptation import peftio
 from hf_finetune.adapters import Adapter, Setting
 from hf_finetune.errors import ModelError
 
@@ -51,8 +52,7 @@ class Full(Adapter):
         try:
             saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise ModelError(f"{folder}: the trained weights can't be read: {reason}") from error
+            raise ModelError(f"{folder}: the trained weights can't be read: {peftio.one_line(error)}") from error
         result = model.load_state_dict(saved.state_dict(), strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise ModelError(f"{folder}: holds other weights than this model, e.g. {_first(result)}")

@@ -150,9 +150,9 @@ def _finished(folder: RunFolder) -> Recipe:
 
 
 def _settings(recipe: Recipe, given: Mapping[str, Any]) -> Hub:
-    own = recipe.hub.model_dump() if recipe.hub is not None else {}
-    if given.get("as_pr"):  # a pull request has neither, and the recipe's are for the run's own uploads
-        own = {key: value for key, value in own.items() if key not in ("tag", "every")}
+    # A pull request has neither, and the recipe's are for the run's own uploads.
+    left_out = {"tag", "every"} if given.get("as_pr") else set()
+    own = recipe.hub.model_dump(exclude=left_out) if recipe.hub is not None else {}
     if "repo" not in own and "repo" not in given:
         raise RecipeError(Problem("nothing says where to upload; give --repo OWNER/NAME"))
     try:

@@ -16,7 +16,6 @@ from hf_finetune.runfolder import write_atomically
 State = Literal["running", "done", "stopped", "failed"]
 """`stopped`: by a signal, as was agreed or on its own."""
 
-FOLDER = ".ranks"
 _LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 _BUFFERS = "_distributed_broadcast_coalesced"
 """Where DDP, before a forward pass, waits for the buffers of rank 0."""

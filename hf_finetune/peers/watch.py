@@ -17,9 +17,10 @@ from types import FrameType, TracebackType
 from hf_finetune import patience, terminal
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.peers import verdict
-from hf_finetune.peers.beat import FOLDER, Beat, Failure, State, launch, look_at
+from hf_finetune.peers.beat import Beat, Failure, State, launch, look_at
 from hf_finetune.peers.process import Process, born, uptime
 from hf_finetune.peers.verdict import Peer
+from hf_finetune.runfolder import RANKS
 
 BEAT_S, LOOK_S = 1.0, 0.25
 READS = 32
@@ -66,7 +67,7 @@ class Watch:
         on_failure: Callable[[Failure], None],
         timeout: float | None = None,
     ) -> None:
-        self.folder, self.rank, self.world_size = folder / FOLDER, rank, world_size
+        self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
         self.timeout = patience.peer() if timeout is None else timeout
         self._on_failure = on_failure
         self._mark = (0, "starting")
