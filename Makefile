@@ -21,6 +21,8 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 WORKERS ?= 2
+# Further options of pytest for the test targets, e.g. PYTEST_OPTIONS=--last-failed
+PYTEST_OPTIONS ?=
 # What `make bench` is to use, and whatever else `python -m benchmarks.race --help` knows.
 BENCH ?=
 # Options of pip-audit for `make audit`, e.g. AUDIT="--vulnerability-service osv".
@@ -31,7 +33,7 @@ ENV ?= .venv
 TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
 RACE = HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.race $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH)
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
@@ -49,10 +51,10 @@ test-slow: .venv/test.stamp
 	.venv/bin/python $(PYTEST) -m "slow and not jobs and not gpu"
 
 test-faults: .venv/test.stamp
-	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS) -m faults tests/faults
 
 test-jobs: .venv/test.stamp
-	.venv/bin/python -m pytest -m jobs tests/jobs
+	.venv/bin/python -m pytest $(PYTEST_OPTIONS) -m jobs tests/jobs
 
 test-lowest: .venv-lowest/test.stamp
 	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu and not lint"

@@ -33,8 +33,9 @@ PAINT = re.compile(r"\x1b\[[\d;]*m")
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> str:
-    """A small recipe that runs."""
+def recipe(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small recipe that runs and reads its data: no other test has prepared the same."""
+    monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=tiny_bert, data=reviews(32), output=tmp_path / "run"))
     return str(file)
