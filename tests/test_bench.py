@@ -416,6 +416,9 @@ def test_every_system_of_a_workload_is_known_and_has_a_goal_or_none() -> None:
         assert set(workload.goals) | set(workload.memory_goals) <= set(workload.systems)
         assert workload.batch_size % (workload.micro_batch or workload.batch_size) == 0
         assert workload.systems[0] == "hf_finetune"
+        # The others don't read it.
+        told = workload.activation_checkpointing is not None
+        assert not told or all(name == "hf_finetune" or name.startswith("trl") for name in workload.systems)
 
 
 def test_a_run_is_watched_until_it_ends(tmp_path: Path) -> None:
@@ -455,6 +458,20 @@ def test_memory_is_compared_where_micro_batches_are_equal(prepared: measure.Prep
         theirs = [result("plain", 1, 1.0, micro_batch=rows, memory=2 * 10**8)]
         ratios.append(table.rows(prepared, {"hf_finetune": ours_, "plain": theirs}, 1e12)[1]["times_less_memory"])
     assert ratios == [summary.Spread(2.0, 2.0, 2.0, 1), None]
+
+
+def test_who_recomputes_activations_is_said_to_all_or_left_to_each(prepared: measure.Prepared, tmp_path: Path) -> None:
+    for value, said in ((None, "auto"), (True, "true"), (False, "false")):
+        workload = replace(CHATS, activation_checkpointing=value)
+        assert (workload.digest() == CHATS.digest()) == (value is None)
+        measurement = Measurement("quick-chats", "d", "hf_finetune", 1)
+        job = measure.job_of(replace(prepared, workload=workload), measurement, tmp_path)
+        assert f"  activation_checkpointing: {said}\n" in ours.write_recipe(job).read_text()
+        assert job["activation_checkpointing"] is value
+
+
+def test_results_kept_from_before_a_later_field_are_still_found() -> None:
+    assert next(workload for workload in FULL if workload.name == "sst2-minilm").digest() == "acdca1ef39b6"
 
 
 def test_a_fixed_micro_batch_is_in_our_recipe_and_else_the_choice_is_ours(

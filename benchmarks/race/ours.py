@@ -24,6 +24,7 @@ training:
   epochs: {epochs}
   batch_size: {batch_size}
   micro_batch: {micro_batch}
+  activation_checkpointing: {activation_checkpointing}
   learning_rate: {learning_rate}
   schedule: {schedule}
   warmup_ratio: {warmup_ratio}
@@ -38,7 +39,9 @@ def write_recipe(job: Job) -> Path:
     # Without a target nobody evaluates while the clock runs.
     validation = f"validation: {job['validation']}" if job["eval_every"] else ""
     # What the workload does not say, hf_finetune chooses.
+    recomputes = job["activation_checkpointing"]
     options = {**job, "micro_batch": job["fixed_micro_batch"] or "auto"}
+    options["activation_checkpointing"] = "auto" if recomputes is None else str(recomputes).lower()
     options |= {"eval_every": job["eval_every"] or "null", "quantization": job["quantization"] or "null"}
     options |= {"task": TASKS[job["kind"]], "validation": validation}
     text = RECIPE.format(**options)

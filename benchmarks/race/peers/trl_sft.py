@@ -71,6 +71,8 @@ def model_of(job: Job) -> Any:
 def settings(job: Job) -> Any:
     """SFTConfig."""
     options = dict(VARIANTS[job["variant"]])
+    if job["activation_checkpointing"] is not None:
+        options["gradient_checkpointing"] = job["activation_checkpointing"]
     rows, micro = job["batch_size"], job["micro_batch"]
     if options.get("packing"):
         rows, micro = (max(1, round(count * job["mean_tokens"] / job["max_length"])) for count in (rows, micro))
