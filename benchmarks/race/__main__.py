@@ -7,6 +7,7 @@ on where it was. The table is written there, too: table.md and table.json.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from benchmarks.race.systems import SYSTEMS
 from benchmarks.race.workloads import FULL, QUICK, Workload
 
 MARK = "results"
+LOUD_IMPORTS = ("torchao", "torch.utils._pytree")
+"""Loggers that tell, while transformers imports what is installed, of GPU kernels that are not there."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +61,8 @@ def chosen(options: argparse.Namespace) -> list[Workload]:
 def main() -> None:
     """Measure, print; fails where hf_finetune itself has failed or was not measured."""
     options = parse()
+    for name in LOUD_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     folder = options.results or Path("runs", "bench-quick" if options.quick else "bench")
     race = Race(options, folder, chosen(options))
     race.prepare()
