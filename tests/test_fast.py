@@ -22,7 +22,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_finetune import fast
-from hf_finetune.fast import attention, dropout, lora, norm
+from hf_finetune.fast import attention, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
 from hf_finetune.language import token_loss
 
@@ -248,6 +248,72 @@ def test_norms_that_are_trained_or_of_another_formula_are_left_alone() -> None:
     assert norm.install(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
 
 
+def passed(model: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss and gradients of a training step with autocast, and how many bytes of tensors it kept between the passes."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    torch.manual_seed(seed)
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = plain_loss(model)
+    found = gradients(model, loss)
+    model.eval()
+    return loss.detach(), found, sum(kept.values())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj"], ["down_proj"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_layer_keeps_less_and_gives_the_same_bits(dtype: torch.dtype, targets: Any) -> None:
+    model = llama(dtype, lora_dropout=0.25, target_modules=targets)
+    lora.install(model)
+    loss, wanted, before = passed(model)
+    assert len(mlp.install(model)) == 2
+    again, found, after = passed(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert wanted.keys() == found.keys()
+    # Of (3 rows, 40 tokens, 96): the activation, and the product where LoRA sees it, in each layer whose gate learns.
+    tensors = {"all-linear": 4, "gate_proj": 2, "down_proj": 2}[targets if isinstance(targets, str) else targets[-1]]
+    assert before - after == tensors * 3 * 40 * 96 * dtype.itemsize
+
+
+def test_a_gated_layer_is_plain_where_its_last_part_is_listened_to_or_switched_off() -> None:
+    model = llama()
+    wanted = model(**tokens()[0]).logits
+    with model.disable_adapter():
+        base = model(**tokens()[0]).logits
+    lora.install(model)
+    layers: list[Any] = mlp.install(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**tokens()[0]).logits, base, rtol=1e-4, atol=1e-5)
+    heard: list[int] = []
+    hook = layers[0].down_proj.register_forward_hook(lambda *_: heard.append(1))
+    torch.testing.assert_close(model(**tokens()[0]).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert heard == [1]
+    hook.remove()
+    model(**tokens()[0])
+    assert heard == [1]
+
+
+def test_gated_layers_of_another_formula_are_left_alone() -> None:
+    torch.manual_seed(0)
+    gelu = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16)))
+    assert mlp.install(gelu) == []
+    doubled = llama()
+    for module in doubled.modules():
+        if hasattr(module, "gate_proj"):
+            module.forward = lambda x, at=module: 2 * at.down_proj(at.act_fn(at.gate_proj(x)) * at.up_proj(x))
+    assert mlp.install(doubled) == []
+
+
 def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
     made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
     inputs, labels = tokens()
@@ -256,7 +322,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
         model, paths = llama(), fast.Paths(made.task, models.TWO)
         if quick:
             paths.install(model, made, models.machine())
-            assert set(paths.taken) == {"fused_lora", "fused_norm", "plain_attention", "fused_loss"}
+            assert set(paths.taken) == {"fused_lora", "fused_norm", "fused_mlp", "plain_attention", "fused_loss"}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(50):
@@ -270,7 +336,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
     assert found[1] == pytest.approx(found[0], rel=5e-3)
 
 
-SWITCHES = ("fused_lora", "fused_loss", "fused_norm", "plain_attention", "cheap_dropout")
+SWITCHES = ("fused_lora", "fused_loss", "fused_norm", "fused_mlp", "plain_attention", "cheap_dropout")
 OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
 
 

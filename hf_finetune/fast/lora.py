@@ -9,6 +9,7 @@ Shapes: N rows (batch x tokens), I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from hf_finetune.fast.dropout import multiplier
 Tensor = torch.Tensor
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
     """What a layer's forward pass needs besides tensors that learn."""
 
     frozen: torch.nn.Linear
@@ -31,44 +32,91 @@ class _How(NamedTuple):
     """Dropout of the branch."""
 
 
+class Kept(NamedTuple):
+    """What its backward pass needs, besides the input: all in the type of the arithmetic."""
+
+    keep: Tensor | None
+    """(N, I): what dropout multiplied the branch's input with."""
+    low: Tensor
+    """(N, r): the input's projection."""
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x W^T + bias + scale d(x) A^T B^T (Hu et al. 2021, section 4.1), d the dropout of the branch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, how: _How) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, how: How) -> Tensor:
         """Y from x; keeps one input and its projection."""
-        frozen, scale, p = how
-        weight = frozen.weight
-        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        keep = _keep(rows, p) if p else None
-        seen = rows if keep is None else rows * keep
-        low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
-        low = seen @ low_a.t()
-        out = rows @ weight.t() if frozen.bias is None else torch.addmm(frozen.bias, rows, weight.t())
-        out.addmm_(low, low_b.t(), alpha=scale)
-        ctx.save_for_backward(seen, keep, low, weight, low_a, low_b)
-        ctx.scale, ctx.like, ctx.dtypes = scale, (x.shape, x.dtype), (a.dtype, b.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(how.frozen.weight.dtype)
+        out, seen, kept = project(rows, a, b, how)
+        ctx.save_for_backward(seen, *kept)
+        ctx.scale, ctx.like, ctx.dtypes = how.scale, (x.shape, x.dtype), (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        seen, keep, low, weight, a, b = ctx.saved_tensors
-        (shape, dtype), (dtype_a, dtype_b) = ctx.like, ctx.dtypes
-        grad = gradients[0].reshape(-1, gradients[0].shape[-1]).to(weight.dtype)
-        grad_low = (grad @ b).mul_(ctx.scale)
-        grad_a = (grad_low.t() @ seen).to(dtype_a) if ctx.needs_input_grad[1] else None
-        grad_b = (grad.t() @ low).mul_(ctx.scale).to(dtype_b) if ctx.needs_input_grad[2] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if keep is None:
-                grad_x.addmm_(grad_low, a)
-            else:
-                grad_x.addcmul_(grad_low @ a, keep)
-            grad_x = grad_x.view(shape).to(dtype)
-        return grad_x, grad_a, grad_b, None
+        seen, *kept = ctx.saved_tensors
+        (shape, dtype), kinds = ctx.like, ctx.dtypes
+        grad = gradients[0].reshape(-1, gradients[0].shape[-1])
+        grad_a, grad_b, grad_rows = gradients_of(grad, seen, Kept(*kept), ctx.scale, ctx.needs_input_grad[:3])
+        grad_x = None if grad_rows is None else grad_rows.view(shape).to(dtype)
+        return grad_x, cast(grad_a, kinds[0]), cast(grad_b, kinds[1]), None
+
+
+def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tensor, Kept]:
+    """The layer's output (N, O), what the branch sees of its input (N, I), and what else the backward pass needs.
+
+    Args:
+        rows: (N, I), in the type of the frozen weights.
+        a: (r, I).
+        b: (O, r).
+        how: The frozen layer, and the branch's scale and dropout.
+    """
+    frozen, scale, p = how
+    weight = frozen.weight
+    keep = _keep(rows, p) if p else None
+    seen = rows if keep is None else rows * keep
+    low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
+    low = seen @ low_a.t()
+    out = rows @ weight.t() if frozen.bias is None else torch.addmm(frozen.bias, rows, weight.t())
+    out.addmm_(low, low_b.t(), alpha=scale)
+    return out, seen, Kept(keep, low, weight, low_a, low_b)
+
+
+def gradients_of(
+    grad: Tensor, seen: Tensor, kept: Kept, scale: float, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of A, B and the input's rows; None for those that nobody needs.
+
+    Args:
+        grad: Of the output, (N, O).
+        seen: What the branch saw of its input, (N, I).
+        kept: As `project` gave it.
+        scale: Of the branch.
+        needed: Which gradients are: of the input, A and B.
+    """
+    grad = grad.to(kept.weight.dtype)
+    grad_low = (grad @ kept.b).mul_(scale)
+    grad_a = grad_low.t() @ seen if needed[1] else None
+    grad_b = (grad.t() @ kept.low).mul_(scale) if needed[2] else None
+    if not needed[0]:
+        return grad_a, grad_b, None
+    grad_rows = grad @ kept.weight
+    if kept.keep is None:
+        grad_rows.addmm_(grad_low, kept.a)
+    else:
+        grad_rows.addcmul_(grad_low @ kept.a, kept.keep)
+    return grad_a, grad_b, grad_rows
+
+
+def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in the type of what it is of."""
+    return None if gradient is None else gradient.to(dtype)
 
 
 def _keep(rows: Tensor, p: float) -> Tensor:
@@ -78,18 +126,28 @@ def _keep(rows: Tensor, p: float) -> Tensor:
     return torch.nn.functional.dropout(torch.ones_like(rows), p)
 
 
-def _forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """In place of PEFT's forward, wherever that would do the same."""
+def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
+    """A, B and the rest of what the layer would do to x; None where PEFT's forward does anything else."""
     active: list[str] = layer.active_adapters
     frozen: Any = layer.base_layer
-    plain = arguments or options or layer.disable_adapters or layer.merged or len(active) != 1
-    if plain or active[0] not in layer.lora_A or frozen.weight.dtype != dtype_of(x):
-        out: Tensor = type(layer).forward(layer, x, *arguments, **options)
-        return out
+    if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
+        return None
+    if frozen.weight.dtype != dtype_of(x):
+        return None
     name = active[0]
     p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-    how = _How(frozen, layer.scaling[name], p)
-    fused: Tensor = _LoraLinear.apply(x, layer.lora_A[name].weight, layer.lora_B[name].weight, how)  # type: ignore[no-untyped-call]
+    a: Any = layer.lora_A[name]
+    b: Any = layer.lora_B[name]
+    return a.weight, b.weight, How(frozen, layer.scaling[name], p)
+
+
+def _forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """In place of PEFT's forward, wherever that would do the same."""
+    found = None if arguments or options else how(layer, x)
+    if found is None:
+        out: Tensor = type(layer).forward(layer, x, *arguments, **options)
+        return out
+    fused: Tensor = _LoraLinear.apply(x, *found)  # type: ignore[no-untyped-call]
     return fused
 
 
@@ -112,3 +170,8 @@ def install(model: torch.nn.Module) -> list[Any]:
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
     return layers
+
+
+def is_installed(layer: torch.nn.Module) -> bool:
+    """Whether a layer computes in this way."""
+    return getattr(vars(layer).get("forward"), "__func__", None) is _forward

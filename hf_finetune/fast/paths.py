@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune.fast import attention, compiled, dropout, lora, norm
+from hf_finetune.fast import attention, compiled, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ class Paths:
         if speed.fused_norm and (norms := norm.install(adapted)):
             self._removals.append(lambda: _plain_again(norms))
             self.taken["fused_norm"] = f"{len(norms)} norms"
+        if speed.fused_mlp and (gated := mlp.install(adapted)):
+            self._removals.append(lambda: _plain_again(gated))
+            self.taken["fused_mlp"] = f"{len(gated)} layers"
         if speed.cheap_dropout and on_cpu and (modules := dropout.install(adapted)):
             self._removals.append(lambda: _plain_again(modules))
             self.taken["cheap_dropout"] = f"{len(modules)} modules"

@@ -16,6 +16,8 @@ class Speed(Section):
     """Make an LLM's logits for trained tokens only, a chunk at a time, together with their gradient."""
     fused_norm: bool = True
     """Compute an RMSNorm with a frozen weight, and its gradient, as one operation with fewer copies."""
+    fused_mlp: bool = True
+    """Compute a gated feed-forward layer (SwiGLU) so that it keeps half as much for its gradient."""
     plain_attention: bool = True
     """On a CPU, where attention is `eager`: without copies of keys and values that heads share."""
     compile: bool | Literal["auto"] = "auto"
