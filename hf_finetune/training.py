@@ -247,6 +247,7 @@ def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> floa
     targetsfile.write(folder.targets, learner.prepared.targets)
     export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
     batch = learner.job.probe(next(trained.parameters()).device)
+    memory.give_back()  # a second model follows, and what training left free would lie beside it
     return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
 
 

@@ -13,7 +13,7 @@ from test_adapters import ADAPTERS
 
 from hf_finetune import memory, model
 from hf_finetune.memory import Estimate, Shapes, state
-from hf_finetune.memory.heap import MAPPED, Heap
+from hf_finetune.memory.heap import MAPPED, Heap, can_give_back
 from hf_finetune.memory.ledger import Ledger
 from hf_finetune.tasks import Targets
 
@@ -168,3 +168,15 @@ def test_the_peak_is_not_the_parents() -> None:
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(child.stdout) < (memory.peak("cpu") or 0)
     assert block.numel()
+
+
+@pytest.mark.skipif(not can_give_back(), reason="this C library keeps what it has")
+def test_what_the_heap_holds_and_nobody_uses_is_given_back() -> None:
+    # Each below what is mapped apart, with something small and lasting after it.
+    blocks = [(torch.ones(2 * MB), torch.ones(1024)) for _ in range(32)]
+    small = [keep for _, keep in blocks]
+    before = state.resident("VmRSS") or 0
+    del blocks
+    memory.give_back()
+    assert before - (state.resident("VmRSS") or 0) > 150 * MB
+    assert len(small) == 32

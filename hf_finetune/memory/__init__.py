@@ -17,6 +17,7 @@ from torch import nn
 from hf_finetune import model
 from hf_finetune.memory import outline as outlines
 from hf_finetune.memory import state, steps
+from hf_finetune.memory.heap import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ OTHER_SHAPES = 0.35
 for each shape, and the holes around them. Measured with `benchmarks/memory_estimate.py` and the caches that `hardware`
 sets: 0.23 to 0.59 in six runs of three models. The simulation of one step can't see it."""
 
-__all__ = ["Estimate", "Outline", "Shapes", "estimate", "outline", "peak"]
+__all__ = ["Estimate", "Outline", "Shapes", "estimate", "give_back", "outline", "peak"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ of the same size. Tensors of `MAPPED` bytes and more are mapped apart and leave 
 from __future__ import annotations
 
 import bisect
+import ctypes
+from collections.abc import Callable
+from functools import cache
 
 MAPPED = 32 << 20
 """Where glibc's own threshold settles (`DEFAULT_MMAP_THRESHOLD_MAX`); it rises to the largest tensor freed below."""
@@ -90,3 +93,23 @@ class Heap:
         del self._ends[start + size]
         self._holes.pop(bisect.bisect_left(self._holes, (size, start)))
         return size
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """The `malloc_trim` of glibc (https://man7.org/linux/man-pages/man3/malloc_trim.3.html); other libraries lack it."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def can_give_back() -> bool:
+    """Whether `give_back` does anything here."""
+    return _trim() is not None
+
+
+def give_back() -> None:
+    """Return to the system what the heap holds and nothing uses, holes between tensors included."""
+    if trim := _trim():
+        trim(0)

@@ -14,7 +14,7 @@ from hf_finetune import model
 from hf_finetune.fast import Paths
 from hf_finetune.hardware import DTYPES
 from hf_finetune.memory import state
-from hf_finetune.memory.heap import Heap
+from hf_finetune.memory.heap import Heap, can_give_back
 from hf_finetune.memory.ledger import Ledger, fake
 
 if TYPE_CHECKING:
@@ -106,14 +106,17 @@ class Step:
     def second_copy(self, *, cast: bool) -> dict[str, int]:
         """After the steps, the saved model is loaded next to the trained one and compared.
 
-        Where weights are cast, they come from `malloc` and lie in what it kept; else they are the mapped files. Without
-        an adapter there are two more: the fresh base, and the saved weights that are to replace its own.
+        What the steps left free is given back before, where that can be done. Else weights that are cast lie in it, as
+        they come from `malloc`; those that are not are the mapped files. Without an adapter there are two more: the
+        fresh base, and the saved weights that are to replace its own.
         """
         copies = 1 if self.recipe.adapter.freezes_base else 2
         sizes = [state.size(tensor) for tensor in self._weights] * copies
         if self.machine.device != "cpu":
             # Unpacked weights make room first; packed ones can't move.
             return {COPY: state.weights(self.recipe, self.adapted)} if self._unpacked else {}
+        if can_give_back():
+            return {COPY: sum(sizes)}
         kept = self._heap.held
         if not cast:
             return {KEPT: kept, COPY: sum(sizes)}
