@@ -97,7 +97,7 @@ class Heap:
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    """The `malloc_trim` of glibc (https://man7.org/linux/man-pages/man3/malloc_trim.3.html); other libraries lack it."""
+    """`malloc_trim` of glibc (https://man7.org/linux/man-pages/man3/malloc_trim.3.html); others lack it."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
