@@ -283,7 +283,8 @@ def test_events_in_an_object_store_hide_those_of_an_earlier_process(tmp_path: Pa
         store.attach("projector_config.pbtxt", b"x")
         store.close()
     assert [(event.step, event.value) for event in events_of(tmp_path).Scalars("a")] == [(0, 3), (1, 3), (2, 3)]
-    assert sum("tfevents" in path.name for path in (tmp_path / "tensorboard").iterdir()) == 2
+    # They are named by the second.
+    assert sum("tfevents" in path.name for path in (tmp_path / "tensorboard").iterdir()) in (1, 2)
 
 
 class Stub:

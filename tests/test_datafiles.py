@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from test_data import CLASSES, recipe, write, write_json
 
+from hf_finetune.data import files
 from hf_finetune.data.faults import Wanted
+from hf_finetune.data.files import LocalFiles
 from hf_finetune.data.scan import scan
 from hf_finetune.schema import datafiles, filehead
 
@@ -173,3 +175,12 @@ def test_the_light_look_loads_no_library() -> None:
     code = f"import sys, hf_finetune.schema.datafiles; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_text_is_not_cut_at_a_nul_by_a_pandas_that_does_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.csv"
+    file.write_bytes(b'text,label\n"ab\0c, ""d""",x\n"1",NA\n')
+    for cuts in (files._cuts_at_nul(), True):
+        monkeypatch.setattr(files, "_cuts_at_nul", lambda cuts=cuts: cuts)
+        rows = LocalFiles("data.train", (str(file),)).load(str(tmp_path / f"cache-{cuts}"), ["text"])
+        assert rows.to_dict() == {"text": ['ab\0c, "d"', "1"], "label": ["x", "NA"]}

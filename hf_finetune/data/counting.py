@@ -97,7 +97,7 @@ class _Counting:
             "untrained_end": self._untrained_end(),
         }
         if trained is not None:
-            found["leakage"] = self.kept[np.isin(self.hashes, trained)]
+            found["leakage"] = self.kept[np.isin(self.hashes, trained, kind="sort")]  # numpy 2.0's table overflows
         tallies = {name: self._tally(rows) for name, rows in found.items()}
         tallies |= {"empty_text": self._empty(), "unknown_tokens": self._unknown()}
         return {name: tally for name, tally in tallies.items() if tally.count}

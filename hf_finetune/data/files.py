@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from datasets.packaged_modules.json.json import JsonConfig
 
 from hf_finetune.data import diagnosis
@@ -111,6 +113,8 @@ class LocalFiles:
         options = dict(OPTIONS.get(self.suffix, {}))
         if options:
             options["converters"] = dict.fromkeys(texts, str)
+            if _cuts_at_nul() and any(_has_nul(file) for file in self.files):
+                options["engine"] = "python"
         if self.suffix in {".json", ".jsonl"} and "parse_agent_traces" in {
             f.name for f in dataclasses.fields(JsonConfig)
         }:
@@ -144,3 +148,14 @@ def _digest(file: str, size: int, changed: int, *, whole: bool) -> bytes:
         stream.seek(max(0, size - SAMPLE_BYTES))
         digest.update(stream.read(SAMPLE_BYTES))
         return digest.digest()
+
+
+@functools.cache
+def _cuts_at_nul() -> bool:
+    """Whether pandas' own parser silently cuts a text at the character NUL, as that of pandas 3.0 does."""
+    return bool(pandas.read_csv(io.BytesIO(b"a\nx\0y\n"))["a"][0] != "x\0y")
+
+
+def _has_nul(file: str) -> bool:
+    with Path(file).open("rb") as content:
+        return any(b"\0" in block for block in iter(functools.partial(content.read, SAMPLE_BYTES), b""))
