@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas
+from datasets.packaged_modules.csv import csv as csv_builder
 from datasets.packaged_modules.json.json import JsonConfig
 
 from hf_finetune.data import diagnosis
@@ -152,8 +152,8 @@ def _digest(file: str, size: int, changed: int, *, whole: bool) -> bytes:
 
 @functools.cache
 def _cuts_at_nul() -> bool:
-    """Whether pandas' own parser silently cuts a text at the character NUL, as that of pandas 3.0 does."""
-    return bool(pandas.read_csv(io.BytesIO(b"a\nx\0y\n"))["a"][0] != "x\0y")
+    """Whether the parser of pandas, which `datasets` calls, silently cuts a text at a NUL, as that of 3.0 does."""
+    return bool(csv_builder.pd.read_csv(io.BytesIO(b"a\nx\0y\n"))["a"][0] != "x\0y")
 
 
 def _has_nul(file: str) -> bool:
