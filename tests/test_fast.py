@@ -307,11 +307,15 @@ def test_gated_layers_of_another_formula_are_left_alone() -> None:
     torch.manual_seed(0)
     gelu = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16)))
     assert mlp.install(gelu) == []
-    doubled = llama()
-    for module in doubled.modules():
-        if hasattr(module, "gate_proj"):
-            module.forward = lambda x, at=module: 2 * at.down_proj(at.act_fn(at.gate_proj(x)) * at.up_proj(x))
-    assert mlp.install(doubled) == []
+    for change in (lambda y, at: 2 * y, lambda y, at: nn.functional.dropout(y, 0.5, at.training)):
+        other = llama()
+        for module in other.modules():
+            if hasattr(module, "gate_proj"):
+                module.forward = lambda x, at=module, change=change: change(
+                    at.down_proj(at.act_fn(at.gate_proj(x)) * at.up_proj(x)), at
+                )
+        assert mlp.install(other) == []
+        assert not any(module.training for module in other.modules())
 
 
 def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:

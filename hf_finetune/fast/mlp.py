@@ -115,9 +115,9 @@ def install(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _is_equal(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether this is the formula, not one of its relatives: with another activation, a scale, a sparse gate."""
-    gate = module.gate_proj
-    if not isinstance(getattr(module, "act_fn", None), SILU) or module._forward_pre_hooks:
+    """Whether this is the formula, not one of its relatives: with a scale, dropout, a sparse gate."""
+    gate, children = module.gate_proj, {name for name, _ in module.named_children()}
+    if children != {*PARTS, "act_fn"} or not isinstance(module.act_fn, SILU) or module._forward_pre_hooks:
         return False
     weight = getattr(getattr(gate, "base_layer", gate), "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(gate, "in_features"):
@@ -126,8 +126,13 @@ def _is_equal(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
         return True
     x = torch.linspace(-2.0, 3.0, 3 * gate.in_features, device=weight.device).view(1, 3, -1)
     x = x.to(weight.dtype if weight.is_floating_point() else torch.float32)
-    with torch.no_grad():
-        try:
+    was_training = module.training
+    # Of the module alone: dropout that it calls as a function must show, that of LoRA's layers must not.
+    module.training = True
+    try:
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
             return bool(torch.equal(module(x), forward(module, x)))
-        except (TypeError, RuntimeError):  # it takes more than one input, or another shape
-            return False
+    except (TypeError, RuntimeError):  # it takes more than one input, or another shape
+        return False
+    finally:
+        module.training = was_training
