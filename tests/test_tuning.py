@@ -244,6 +244,5 @@ def test_compiling_is_tried_measured_and_compared(
     (kept,) = own_cache.glob("compile-*.json")
     seconds = json.loads(kept.read_text())
     assert seconds.keys() == {"plain", "compiled", "cost"}
-    # Where the compiler has its own cache warm it costs next to nothing, and may pay within two steps.
-    saved = 2 * (seconds["plain"] - seconds["compiled"]) - seconds["cost"]
-    assert made.value is (saved > 0 and seconds["compiled"] < compilation.GAIN * seconds["plain"])
+    # What compiling cost is spent by now, so only the steps to come count.
+    assert made.value is (seconds["compiled"] < compilation.GAIN * seconds["plain"])
