@@ -187,6 +187,7 @@ def test_s15_a_system_turn_cannot_end_the_code(tiny_llama: str) -> None:
     assert fence, "the recipe quotes the turn within a longer fence"
 
 
+@pytest.mark.slow
 def test_the_code_of_a_card_uses_the_model(tiny_bert: str, tiny_llama: str, tmp_path: Path) -> None:
     cases: dict[str, tuple[str, dict[str, Any], Targets, str]] = {
         "single": (tiny_bert, CLASSIFIER, FOUR, "|".join(re.escape(name) for name in FOUR.names)),

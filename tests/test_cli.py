@@ -160,6 +160,7 @@ def test_two_processes_both_end(recipe: str, tmp_path: Path) -> None:
     assert (status["state"], status["exit_code"]) == ("failed", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_accelerate_launch_uses_every_core(recipe: str) -> None:
     code = (

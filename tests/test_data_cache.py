@@ -164,6 +164,7 @@ def run_rank(tokenizer: str, jobs: list[tuple[Machine, str]], together: Any, ans
             answers.put((job, "rows", prepared.train["length"][:]))
 
 
+@pytest.mark.slow
 def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
     write_lengths("race.jsonl", range(1, 4))
     write_lengths("wait.jsonl", range(4, 7))

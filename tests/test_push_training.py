@@ -33,6 +33,7 @@ assert not any(name.startswith("hf_finetune") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_base_of_the_hub_loads_back_by_its_repository_id_with_equal_predictions(
     hub: Hub, tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_the_best_checkpoint_is_uploaded_while_training_goes_on_and_the_run_stay
     assert not list(done.folder.glob(".upload-*"))
 
 
+@pytest.mark.slow
 def test_f34_uploads_of_the_best_that_fail_are_counted_in_the_report_and_end_nothing(
     run: Start, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
