@@ -132,7 +132,7 @@ def _is_equal(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
             return bool(torch.equal(module(x), forward(module, x)))
-    except (TypeError, RuntimeError):  # it takes more than one input, or another shape
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes more than one input, or another shape
         return False
     finally:
         module.training = was_training
