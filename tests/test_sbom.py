@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_the_bill_of_materials_is_the_installed_set(tmp_path: Path) -> None:
     bill = json.loads((tmp_path / "sbom.json").read_text(encoding="utf-8"))
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "hf-finetune")
     listed = {(normal(part["name"]), part["version"]) for part in bill["components"]}
-    installed = {(normal(found.name), found.version) for found in metadata.distributions()}
+    # Not all of sys.path: setuptools puts the packages that it brings along there when something imports it.
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(ROOT)]
+    installed = {(normal(found.name), found.version) for found in metadata.distributions(path=places)}
     ours = {pair for pair in installed if pair[0] == "hf-finetune"}
     assert listed - ours == installed - ours
     assert all(part["purl"].startswith("pkg:pypi/") for part in bill["components"] if part["name"] != "hf-finetune")
