@@ -143,6 +143,7 @@ CONFIG = str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
 TWO = ("-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0", "-m", "hf_finetune")
 
 
+@pytest.mark.slow
 def test_two_processes_print_once(recipe: str) -> None:
     done = hf_finetune("--log-format", "json", recipe, "training.epochs=1", *QUICK, launcher=TWO)
     assert done.returncode == 0, done.stderr
