@@ -153,7 +153,6 @@ def job_of(prepared: Prepared, measurement: Measurement, work: Path) -> Job:
         **{key: value for key, value in asdict(workload).items() if key not in {*UNTOLD, "target", "data"}},
         "micro_batch": workload.micro_batch or workload.batch_size,
         "fixed_micro_batch": workload.micro_batch,
-        "activation_checkpointing": workload.activation_checkpointing,
         "model": prepared.model,
         "train": str((prepared.folder / "train.jsonl").resolve()),
         "validation": str((prepared.folder / "validation.jsonl").resolve()),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,14 @@ Remove = Callable[[], None]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much."""
+MODULES: tuple[tuple[str, Any, str], ...] = (
+    ("fused_lora", lora, "layers"),
+    ("fused_norm", norm, "norms"),
+    ("fused_mlp", mlp, "layers"),
+    ("cheap_dropout", dropout, "modules"),
+)
+"""Setting, who replaces forward functions of modules for it, and what people call those. `mlp` looks at what
+`lora` did; `dropout` is for CPUs."""
 ROWS = 2
 """Of the batch that is compared, at most."""
 
@@ -100,18 +109,10 @@ class Paths:
     def install(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
         """Install what the recipe allows, and fits the model and the machine."""
         speed, on_cpu = recipe.speed, machine.device == "cpu"
-        if speed.fused_lora and (layers := lora.install(adapted)):
-            self._removals.append(lambda: _plain_again(layers))
-            self.taken["fused_lora"] = f"{len(layers)} layers"
-        if speed.fused_norm and (norms := norm.install(adapted)):
-            self._removals.append(lambda: _plain_again(norms))
-            self.taken["fused_norm"] = f"{len(norms)} norms"
-        if speed.fused_mlp and (gated := mlp.install(adapted)):
-            self._removals.append(lambda: _plain_again(gated))
-            self.taken["fused_mlp"] = f"{len(gated)} layers"
-        if speed.cheap_dropout and on_cpu and (modules := dropout.install(adapted)):
-            self._removals.append(lambda: _plain_again(modules))
-            self.taken["cheap_dropout"] = f"{len(modules)} modules"
+        for name, room, unit in MODULES:
+            if getattr(speed, name) and (on_cpu or room is not dropout) and (found := room.install(adapted)):
+                self._removals.append(partial(_plain_again, found))
+                self.taken[name] = f"{len(found)} {unit}"
         base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
         if speed.plain_attention and on_cpu and (before := attention.install(base)):
             self._removals.append(lambda: base.set_attn_implementation(before))
