@@ -171,7 +171,13 @@ READING = 2
 
 
 def _versions() -> list[str]:
-    return [str(READING), hf_finetune.__version__, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    return [
+        str(READING),
+        hf_finetune.__version__,
+        datasets.__version__,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
 
 
 def _sha256(value: Any) -> str:

@@ -180,7 +180,7 @@ class Loading:
         """The types of the columns, and what is wrong with the files together."""
         mixed = [problem for labels in self.labels.values() if (problem := labels.mixed()) is not None]
         problems = [problem for problem in mixed if not self.wanted.mixed]
-        lacking = [column for column in self.wanted.expected if column not in self.found]
+        lacking = [c for c in self.wanted.expected if c in self.wanted.optional and c not in self.found]
         if lacking and self.found:
             problems += filehead.missing_columns(sorted(self.found), lacking, files[0])
         return datasets.Features({column: self._feature(column) for column in self.wanted.columns}), problems
