@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
+from hf_finetune.packs import pack
 
 
 class Echo:
