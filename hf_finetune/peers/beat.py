@@ -1,4 +1,5 @@
-"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second."""
+"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second,
+of more than fifty ranks less often."""
 
 from __future__ import annotations
 
