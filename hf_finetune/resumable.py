@@ -126,11 +126,16 @@ class ResumableTrainer(Trainer):
             skipped=0 if self.guard is None else self.guard.skipped,
             lines={file.name: _lines(file) for file in self.keeper.journals},
             throughput=self.throughput_so_far(),
+            stream=self.stream_so_far(),
         )
 
     def throughput_so_far(self) -> dict[str, float]:
         """Rows, tokens, slots and seconds of the run until now."""
         return {}
+
+    def stream_so_far(self) -> list[int]:
+        """What was used up of a stream until now; empty where rows are not streamed."""
+        return []
 
     # ---- reading ----
 

@@ -50,6 +50,8 @@ class Progress:
     """Lines of each journal at this moment, by file name."""
     throughput: dict[str, float] = field(default_factory=dict)
     """Rows, tokens, slots and seconds of the run so far."""
+    stream: list[int] = field(default_factory=list)
+    """Of streamed rows: how many each lane has used up, and what became of them; see `batching.Streamed`."""
 
     def write(self, folder: Path) -> None:
         """Write `progress.json`."""

@@ -8,7 +8,7 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
 from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
+from hf_finetune.runstate import Progress
 from hf_finetune.tracking.step_times import DATA, FORWARD, StepTimes
 from hf_finetune.tracking.throughput import Tally, Throughput
 
@@ -54,6 +55,7 @@ class FinetuneTrainer(ResumableTrainer):
         self.paths = Paths(job.task, job.targets)
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
+        self._streamed: torch.Tensor | None = None
         super().__init__(
             model=model,
             args=args,
@@ -73,7 +75,16 @@ class FinetuneTrainer(ResumableTrainer):
         if self.job.batches is not None and (done := self.steps_done()):
             # The Trainer skips what was trained on; which batches these are follows from the epoch.
             self.job.batches.set_epoch(done // self._steps_per_epoch())
-        return self.job.loader(pin=self.args.device.type == "cuda")
+        return replace(self.job, train=self._from_its_place(self.job.train)).loader(pin=self.args.device.type == "cuda")
+
+    def _from_its_place(self, train: Any) -> Any:
+        """The training set; a stream from where the run goes on. The Trainer skips what comes before."""
+        keeper, done = self.keeper, self.steps_done()
+        if not isinstance(train, batching.StreamedBatches) or keeper is None or keeper.resume_from is None:
+            return train
+        stream = Progress.read(keeper.resume_from).stream
+        self._streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
+        return replace(train, done=done, used=tuple(stream[: self.job.division.batch_size]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Loader of this rank's part of an encoded split."""
@@ -101,13 +112,34 @@ class FinetuneTrainer(ResumableTrainer):
         """Items of the global batch: the divisor of the loss. Tokens and rows are counted in the same exchange."""
         if not batch_samples:
             return None
+        for batch in batch_samples:
+            if batching.FAILED in batch:
+                raise batch[batching.FAILED]
         task, targets = self.job.task, self.job.targets
         items = sum(task.items(batch["labels"], targets).to(torch.float64) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
+        streamed = [batch.pop(batching.STREAMED) for batch in batch_samples if batching.STREAMED in batch]
+        if streamed:
+            counts = torch.cat([counts, batching.merged(torch.stack(streamed)).to(torch.float64)])
+        ranks = counts[None]
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
+            ranks = self.accelerator.gather(ranks.to(device)).cpu()
+        counts = ranks[:, :5].sum(0)
         self.throughput.count(counts[1:].tolist())
+        if streamed:
+            self._count_streamed(ranks[:, 5:])
         return counts[0].to(torch.float32).to(device)
+
+    def _count_streamed(self, ranks: torch.Tensor) -> None:
+        """Note what the ranks used up of the stream for the next step; float64, a row a rank."""
+        before = [] if self._streamed is None else [self._streamed[None]]
+        self._streamed = batching.merged(torch.cat([*before, ranks]))
+        train: Any = self.job.train
+        train.stream.count(batching.report(self._streamed))
+
+    def stream_so_far(self) -> list[int]:
+        """For a checkpoint."""
+        return [] if self._streamed is None else [int(count) for count in self._streamed.tolist()]
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """The forward pass, timed; see `_loss`."""
