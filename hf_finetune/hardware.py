@@ -154,7 +154,8 @@ def check(recipe: Recipe, machine: Machine) -> None:
     """Compare what the recipe asks of the machine with what there is.
 
     Raises:
-        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or CPUs are to shard.
+        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, CPUs are to shard, or the
+            adapter can't be sharded.
     """
     asked, problems = recipe.training.precision, []
     if asked not in ("auto", machine.precision):
@@ -164,6 +165,9 @@ def check(recipe: Recipe, machine: Machine) -> None:
     if machine.is_sharded and machine.device == "cpu":
         # accelerate 1.15 would run plain DDP and say nothing.
         problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
+    if machine.is_sharded and (why := recipe.adapter.why_not_sharded()):
+        message = f"{recipe.adapter.kind} can't train sharded weights (FSDP, ZeRO-3): {why}; take lora, or plain DDP"
+        problems.append(Problem(message, key="adapter.kind"))
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -186,6 +190,8 @@ def find_device() -> Device:
 def _make_deterministic() -> None:
     """Choose deterministic CUDA kernels; an operation that has none warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     # On by default with the above, and slow: fills every new tensor.

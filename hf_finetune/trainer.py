@@ -8,6 +8,8 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,13 +58,17 @@ class FinetuneTrainer(ResumableTrainer):
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
         self._streamed: torch.Tensor | None = None
+        self._last: tuple[Any, Any] = 0.0, 0.0
+        """Loss and gradient norm of the step that is being taken."""
+        self._is_left_out = False
+        """Whether that step is left out."""
         super().__init__(
             model=model,
             args=args,
             train_dataset=job.train,
             eval_dataset=job.validation,
             compute_metrics=self._metrics,
-            callbacks=[self.throughput, *callbacks],
+            callbacks=[_AfterStep(self), self.throughput, *callbacks],
         )
         # Read instead of `loss_is_scaled_for_ga` by transformers < 5.20, with the same effect.
         self.model_accepts_loss_kwargs = True
@@ -199,31 +205,69 @@ class FinetuneTrainer(ResumableTrainer):
         trainer: Any = super()
         norm = trainer._get_grad_norm(*arguments, **options)
         loss, self._step_loss = self._step_loss, 0.0
-        # fp16 alone may overflow; its scaler skips such steps.
-        finite = self.args.fp16 or bool(torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(torch.as_tensor(loss)))
+        self._last = loss, norm
+        finite, can_step = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
+        if self.accelerator.scaler is None:
+            finite = can_step = finite and can_step
         if self.guard is not None and self.keeper is not None:
-            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite))
+            finite = not self.keeper.stop.any_rank(not finite)
+            with self._diverging():
+                self._is_left_out = not self._judge(loss, finite=finite, can_step=can_step)
+            if self._is_left_out:
+                self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
         return norm
 
-    def _judge(self, loss: Any, norm: Any, *, finite: bool) -> None:
-        """Leave a step out, or end training and say where it was.
+    def _judge(self, loss: Any, *, finite: bool, can_step: bool) -> bool:
+        """Whether the optimiser may take the step.
+
+        Args:
+            loss: This rank's.
+            finite: Whether the loss and, without a loss scaler, the gradient are, on every rank. In fp16 only the
+                backward pass is scaled: a loss must be finite there, too.
+            can_step: Whether the gradient is finite, which is the same on every rank.
 
         Raises:
             DivergedError: See `Guard`.
         """
         guard, step = self.guard, self.state.global_step + 1
         if guard is None:
-            return
+            return True
+        if not guard.takes(step, finite=finite):
+            return False
+        if self.accelerator.scaler is not None and not guard.fits(
+            step, finite=can_step, scale=self.accelerator.scaler.get_scale()
+        ):
+            return False
+        if guard.training.loss_spike is not None:
+            guard.see(step, self._mean_over_ranks(loss))
+        return True
+
+    def after_step(self) -> None:
+        """Say whether the optimiser took the step, to all who ask `optimizer.step_was_skipped`, as the schedule does.
+
+        accelerate 1.15 only sees that a loss scaler did not call the optimiser; a fused one is called all the same.
+        """
+        self.optimizer._is_overflow = self._is_left_out
+
+    @contextmanager
+    def _diverging(self) -> Iterator[None]:
+        """Log the present step where the body finds that training diverged."""
         try:
-            if not guard.takes(step, finite=finite):
-                self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
-            elif guard.training.loss_spike is not None:
-                guard.see(step, self._mean_over_ranks(loss))
+            yield
         except DivergedError:
-            self.state.global_step = step
+            self.state.global_step += 1
+            loss, norm = self._last
             logs = {"loss": self._mean_over_ranks(loss), "grad_norm": float(norm)}
             self.log(logs | {"learning_rate": self._get_learning_rate()})
             raise
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log, with the steps that were not taken so far, if any, and what fp16 multiplies the loss by."""
+        if "loss" in logs and self.guard is not None and self.guard.not_taken:
+            logs["steps_not_taken"] = self.guard.not_taken
+        if "loss" in logs and self.accelerator.scaler is not None:
+            logs["loss_scale"] = self.accelerator.scaler.get_scale()
+        super().log(logs, *arguments, **options)
 
     def _mean_over_ranks(self, loss: Any) -> float:
         """The loss of the global batch: each rank holds its share times the number of ranks."""
@@ -340,3 +384,14 @@ class FinetuneTrainer(ResumableTrainer):
             )
         self.stop_evaluation_if_asked()
         return questions.score(answers)
+
+
+class _AfterStep(TrainerCallback):
+    """Hears of a step before everyone else who wants to know whether it was taken."""
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimiser is done."""
+        self.trainer.after_step()
