@@ -154,8 +154,7 @@ def check(recipe: Recipe, machine: Machine) -> None:
     """Compare what the recipe asks of the machine with what there is.
 
     Raises:
-        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, CPUs are to shard, or the
-            adapter can't be sharded.
+        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or CPUs are to shard.
     """
     asked, problems = recipe.training.precision, []
     if asked not in ("auto", machine.precision):
@@ -165,9 +164,6 @@ def check(recipe: Recipe, machine: Machine) -> None:
     if machine.is_sharded and machine.device == "cpu":
         # accelerate 1.15 would run plain DDP and say nothing.
         problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
-    if machine.is_sharded and (why := recipe.adapter.why_not_sharded()):
-        message = f"{recipe.adapter.kind} can't train sharded weights (FSDP, ZeRO-3): {why}; take lora, or plain DDP"
-        problems.append(Problem(message, key="adapter.kind"))
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "

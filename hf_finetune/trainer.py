@@ -8,8 +8,6 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -58,10 +56,8 @@ class FinetuneTrainer(ResumableTrainer):
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
         self._streamed: torch.Tensor | None = None
-        self._last: tuple[Any, Any] = 0.0, 0.0
-        """Loss and gradient norm of the step that is being taken."""
         self._is_left_out = False
-        """Whether that step is left out."""
+        """Whether the step that is being made is left out."""
         super().__init__(
             model=model,
             args=args,
@@ -190,6 +186,11 @@ class FinetuneTrainer(ResumableTrainer):
     def _settle(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """Before the first step: where a run goes on, gradients are to be added up as they were."""
         self._is_settled = True
+        if self.paths.is_unproven:
+            rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
+            labels = rows.pop("labels")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.paths.prove(model.eval(), rows, labels)
         if self.steps_done():
             model.train()
             rows = self._prepare_inputs(inputs)
@@ -205,42 +206,43 @@ class FinetuneTrainer(ResumableTrainer):
         trainer: Any = super()
         norm = trainer._get_grad_norm(*arguments, **options)
         loss, self._step_loss = self._step_loss, 0.0
-        self._last = loss, norm
-        finite, can_step = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
+        finite, fits = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
         if self.accelerator.scaler is None:
-            finite = can_step = finite and can_step
+            finite = fits = finite and fits
         if self.guard is not None and self.keeper is not None:
-            finite = not self.keeper.stop.any_rank(not finite)
-            with self._diverging():
-                self._is_left_out = not self._judge(loss, finite=finite, can_step=can_step)
-            if self._is_left_out:
-                self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
+            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite), fits=fits)
         return norm
 
-    def _judge(self, loss: Any, *, finite: bool, can_step: bool) -> bool:
-        """Whether the optimiser may take the step.
+    def _judge(self, loss: Any, norm: Any, *, finite: bool, fits: bool = True) -> None:
+        """Leave a step out, or end training and say where it was.
 
         Args:
             loss: This rank's.
+            norm: Of the gradient.
             finite: Whether the loss and, without a loss scaler, the gradient are, on every rank. In fp16 only the
                 backward pass is scaled: a loss must be finite there, too.
-            can_step: Whether the gradient is finite, which is the same on every rank.
+            fits: Whether the scaled gradient is finite, which is the same on every rank.
 
         Raises:
             DivergedError: See `Guard`.
         """
-        guard, step = self.guard, self.state.global_step + 1
+        guard, step, scaler = self.guard, self.state.global_step + 1, self.accelerator.scaler
         if guard is None:
-            return True
-        if not guard.takes(step, finite=finite):
-            return False
-        if self.accelerator.scaler is not None and not guard.fits(
-            step, finite=can_step, scale=self.accelerator.scaler.get_scale()
-        ):
-            return False
-        if guard.training.loss_spike is not None:
-            guard.see(step, self._mean_over_ranks(loss))
-        return True
+            return
+        try:
+            taken = guard.takes(step, finite=finite)
+            if taken and (scaler is not None or not fits):
+                taken = guard.fits(step, finite=fits, scale=float("inf") if scaler is None else scaler.get_scale())
+            self._is_left_out = not taken
+            if not taken:
+                self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
+            elif guard.training.loss_spike is not None:
+                guard.see(step, self._mean_over_ranks(loss))
+        except DivergedError:
+            self.state.global_step = step
+            logs = {"loss": self._mean_over_ranks(loss), "grad_norm": float(norm)}
+            self.log(logs | {"learning_rate": self._get_learning_rate()})
+            raise
 
     def after_step(self) -> None:
         """Say whether the optimiser took the step, to all who ask `optimizer.step_was_skipped`, as the schedule does.
@@ -248,18 +250,6 @@ class FinetuneTrainer(ResumableTrainer):
         accelerate 1.15 only sees that a loss scaler did not call the optimiser; a fused one is called all the same.
         """
         self.optimizer._is_overflow = self._is_left_out
-
-    @contextmanager
-    def _diverging(self) -> Iterator[None]:
-        """Log the present step where the body finds that training diverged."""
-        try:
-            yield
-        except DivergedError:
-            self.state.global_step += 1
-            loss, norm = self._last
-            logs = {"loss": self._mean_over_ranks(loss), "grad_norm": float(norm)}
-            self.log(logs | {"learning_rate": self._get_learning_rate()})
-            raise
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log, with the steps that were not taken so far, if any, and what fp16 multiplies the loss by."""

@@ -43,10 +43,6 @@ class Adapter(Plugin):
         """Why this method can't work on quantised base weights, or None where it can."""
         return None
 
-    def why_not_sharded(self) -> str | None:
-        """Why this method can't train sharded weights (FSDP, ZeRO-3), or None where it can."""
-        return None
-
     @abstractmethod
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Check every target name and pattern against the model's modules; weights may be on the meta device.

@@ -96,10 +96,6 @@ class AdaLora(Adapter):
             )
         return peftio.wrap(model, config)
 
-    def why_not_sharded(self) -> str | None:
-        """PEFT's allocator needs each weight and gradient in one piece, and checkpoints of shards lack its state."""
-        return "the importance of a rank is taken from whole weights and gradients"
-
     def save(self, adapted: torch.nn.Module, folder: str) -> None:
         """Write the ranks that are left; PEFT leaves the pruned ones out of the file."""
         peftio.write(adapted, folder)
