@@ -170,6 +170,7 @@ class _Run:
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
             probe_seconds=learner.seconds + trainer.paths.seconds,
+            not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
         )
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
@@ -198,6 +199,7 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
 
     Raises:
         Stopped: The ranks agreed to.
+        DivergedError: The optimiser took no step at all.
     """
     # Ranks see different rows, so they should drop different units too.
     set_seed(learner.recipe.training.seed + learner.machine.rank)
@@ -206,6 +208,9 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
         trainer.train_on()
         seconds = time.perf_counter() - started
         if not trainer.stopped:
+            if trainer.guard is not None:
+                trainer.guard.conclude(trainer.state.global_step)
+            learner.recipe.adapter.finish(trainer.bare_model)
             scores = evaluation.final(trainer, learner.prepared)
     if trainer.stopped:
         raise Stopped(trainer.stopped)

@@ -65,7 +65,10 @@ class Adapter(Plugin):
 
     @abstractmethod
     def save(self, adapted: torch.nn.Module, folder: str) -> None:
-        """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base."""
+        """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.
+
+        The model stays as it is, in every bit: it may be in the middle of its training.
+        """
 
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
@@ -85,6 +88,10 @@ class Adapter(Plugin):
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """A regularisation term that this method adds to the loss of every step, or None."""
         return None
+
+    def finish(self, adapted: torch.nn.Module) -> None:
+        """Make the model, after training and on every rank, exactly what `save` writes and `load` reads."""
+        return
 
     def callbacks(self) -> list[TrainerCallback]:
         """What this method must do between steps."""

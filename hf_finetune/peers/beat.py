@@ -1,5 +1,6 @@
 """The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second,
-of more than fifty ranks less often."""
+of more than fifty ranks less often.
+"""
 
 from __future__ import annotations
 
