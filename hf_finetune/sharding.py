@@ -18,6 +18,7 @@ import torch
 from torch import distributed, nn
 
 from hf_finetune import hardware, model
+from hf_finetune.adaptation import targets
 from hf_finetune.language import packing
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bo
     return asked and possible
 
 
-def suit(accelerator: Accelerator, base: PreTrainedModel, machine: Machine) -> None:
-    """Set what accelerate's launcher configuration can't know of a model; nothing without FSDP.
+def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None:
+    """Make the model fit for FSDP2, and set what a launcher's configuration can't know of it; nothing without FSDP.
 
     Args:
         accelerator: Of a trainer that has not begun.
-        base: The pretrained model, adapted or not.
+        adapted: The model with its adapter.
         machine: Its precision.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
@@ -96,6 +97,8 @@ def suit(accelerator: Accelerator, base: PreTrainedModel, machine: Machine) -> N
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+    untie(adapted)
+    base = getattr(adapted, "get_base_model", lambda: adapted)()
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         plugin.transformer_cls_names_to_wrap = units(base, plugin.transformer_cls_names_to_wrap)
     if machine.precision != "fp32":
@@ -104,6 +107,28 @@ def suit(accelerator: Accelerator, base: PreTrainedModel, machine: Machine) -> N
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32, output_dtype=half
         )
+
+
+def untie(adapted: nn.Module) -> None:
+    """Give input and output embedding frozen weights of their own, where an adapter works on one of them.
+
+    accelerate 1.15 ties weights again after it has sharded them, as the config says and by names that an adapter's
+    layers have changed: that fails, or trains something else. Each rank calls it.
+    """
+    base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
+    embeddings = (base.get_input_embeddings(), targets.output_embedding(base))
+    is_adapted = any(type(layer).__module__.startswith("peft.") for layer in embeddings)
+    seen: set[nn.Parameter] = set()
+    is_tied = False
+    for module, name, parameter in _places(adapted):
+        if parameter in seen and is_adapted and not parameter.requires_grad:
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        else:
+            is_tied = is_tied or parameter in seen
+        seen.add(parameter)
+    if not is_tied:
+        # Also where a checkpoint holds two weights that its config calls tied.
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:

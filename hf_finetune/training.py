@@ -192,7 +192,7 @@ def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> Finet
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
     trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
-    sharding.suit(trainer.accelerator, learner.bench.base, learner.machine)
+    sharding.suit(trainer.accelerator, learner.adapted, learner.machine)
     return trainer
 
 
