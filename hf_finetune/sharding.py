@@ -18,7 +18,8 @@ import torch
 from torch import distributed, nn
 
 from hf_finetune import hardware, model
-from hf_finetune.adaptation import targets
+from hf_finetune.adaptation import peftio, targets
+from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.language import packing
 
 if TYPE_CHECKING:
@@ -68,13 +69,38 @@ def load(
     return received
 
 
+def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
+    """Refuse what FSDP2 can't shard of this model.
+
+    Raises:
+        RecipeError: Single tokens of tied embeddings are to be trained: PEFT shares their rows between two layers.
+    """
+    output = targets.output_embedding(outline)
+    is_tied = output is not None and output.weight is outline.get_input_embeddings().weight
+    if not (uses_fsdp(machine) and is_tied):
+        return
+    adapter: Any = recipe.adapter
+    keys = ["adapter.trainable_tokens"] if getattr(adapter, "trainable_tokens", None) else []
+    if getattr(adapter, "continue_from", None):
+        stored = peftio.stored_config(peftio.find(adapter.continue_from, "adapter.from"))
+        keys += ["adapter.from"] if getattr(stored, "trainable_token_indices", None) else []
+    why = "single tokens can't be trained where input and output embedding are one sharded weight"
+    if keys:
+        raise RecipeError([Problem(f"{why}; remove it, use modules_to_save, or train with DDP", key=key) for key in keys])
+
+
+def uses_fsdp(machine: Machine) -> bool:
+    """Whether the weights are sharded by FSDP; else nobody does, or DeepSpeed."""
+    return machine.is_sharded and hardware.uses_fsdp()
+
+
 def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bool:
     """Whether rank 0 alone reads the weights; where it can't be so, transformers and accelerate are told.
 
     accelerate 1.15 can't hand out quantised weights or persistent buffers, and an adapter whose shapes follow from data
     needs the weights on each rank.
     """
-    if not (machine.is_sharded and hardware.uses_fsdp()):
+    if not uses_fsdp(machine):
         return False
     asked = os.environ.get(READS_ONCE, "").lower() in {"1", "true", "yes"} and machine.world_size > 1
     has_buffers = bool(outline.state_dict().keys() - {name for name, _ in outline.named_parameters(remove_duplicate=False)})
