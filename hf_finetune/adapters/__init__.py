@@ -43,6 +43,11 @@ class Adapter(Plugin):
         """Why this method can't work on quantised base weights, or None where it can."""
         return None
 
+    @property
+    def shapes_follow_data(self) -> bool:
+        """Whether `outline` can't tell the shapes of what is trained, because data decide them."""
+        return False
+
     @abstractmethod
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Check every target name and pattern against the model's modules; weights may be on the meta device.
