@@ -166,8 +166,18 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     return [type(tokenizer).__name__, state, special, tokenizer.chat_template, sides]
 
 
+READING = 2
+"""Raised where the same files are read as other rows, so that nothing of a cache is taken that was read otherwise."""
+
+
 def _versions() -> list[str]:
-    return [hf_finetune.__version__, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    return [
+        str(READING),
+        hf_finetune.__version__,
+        datasets.__version__,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
 
 
 def _sha256(value: Any) -> str:

@@ -34,6 +34,8 @@ class Chat:
             DataError: This is no list of `{role, content, ...}` turns, or no list of tools.
         """
         turns = [_turn(number, turn) for number, turn in enumerate(_listed(messages, "the messages"), start=1)]
+        if isinstance(tools, str) and not tools.strip():
+            tools = None
         return cls(turns, None if tools is None else _without_nulls(_listed(tools, "the tools")) or None)
 
     def upto(self, turns: int) -> Chat:
@@ -59,7 +61,9 @@ def _listed(value: Any, what: str) -> list[Any]:
 
 def _turn(number: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}; write it so")
+        # Not the text of the turn: the same fault of many rows is told once.
+        have = f"it has the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else "it is no object"
+        raise DataError(f"turn {number} is no {{role, content}}: {have}; write it so")
     clean: dict[str, Any] = _without_nulls(turn)
     if _is_misnamed(clean["role"]):
         # Most templates render it all the same, and nothing of it would be trained.

@@ -96,6 +96,10 @@ class Task(Plugin):
         """The columns that a row may lack."""
         return []
 
+    def declares_labels(self) -> bool:
+        """Whether the recipe says what may stand in the label columns; else the training rows show it."""
+        return True
+
     def blank(self, rows: Rows) -> list[bool]:
         """Which rows of a batch hold nothing to read: a null or blank text, completion or chat."""
         return [False] * len(next(iter(rows.values()), []))
