@@ -36,14 +36,17 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: Something is wrong.
     """
-    from hf_finetune.preflight.light import look_at_reading
+    from hf_finetune.preflight import light
 
     given = recipes.read(arguments)
     reading, repeat = given.reading, given.repeat
+    if reading.recipe is not None and _is_worker():
+        looked = light.look(reading.recipe)  # another process may have taken the run folder already
+    else:
+        looked = light.look_at_reading(reading, restart=arguments.restart, allowed=given.allowed)
+    if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
+        looked.located(reading.locate).raise_errors()
     if reading.recipe is None:
-        look_at_reading(reading, restart=arguments.restart, allowed=given.allowed).located(
-            reading.locate
-        ).raise_errors()
         raise AssertionError("a recipe that can't be read has a problem")
     if arguments.processes is not None and not _is_worker():
         _start_several(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.adaptation import peftio
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.hub import secrets
@@ -38,10 +39,14 @@ def look(recipe: Any) -> Findings:
     refusal = secrets.why_not() if _given(recipe, "hub", "repo") is not None else None
     if refusal is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
+    start = _given(recipe, "adapter", "continue_from")
+    if start is not None and not findings.blame("adapter"):
+        with findings.collect():
+            peftio.find(start, "adapter.from")
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
-            modelfolder.resolve(name)
+            modelfolder.refuse_uncached(modelfolder.resolve(name), _given(recipe, "model", "revision"))
     return findings
 
 
