@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_finetune.classification import likeness
 from hf_finetune.data import rawtext
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
@@ -100,6 +101,7 @@ class _Counting:
             found["leakage"] = self.kept[np.isin(self.hashes, trained, kind="sort")]  # numpy 2.0's table overflows
         tallies = {name: self._tally(rows) for name, rows in found.items()}
         tallies |= {"empty_text": self._empty(), "unknown_tokens": self._unknown()}
+        tallies["similar_labels"] = self._similar_labels()
         return {name: tally for name, tally in tallies.items() if tally.count}
 
     def _tally(self, rows: Array) -> Tally:
@@ -151,6 +153,17 @@ class _Counting:
             return {}
         counts = np.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(axis=0)
         return dict(zip(names, counts.tolist(), strict=True))
+
+    def _similar_labels(self) -> Tally:
+        """Rows whose label is like a commoner one; remembered is the first row of each such label, in their order."""
+        labels, counts = self._label_cells(), self._labels()
+        alike = [name for group in likeness.groups(counts) for name in group[1:]]
+        if labels is None or not alike:
+            return Tally()
+        ids = [self.setting.targets.names.index(name) for name in alike if counts[name]]
+        rows = [np.flatnonzero(labels == index if labels.ndim == 1 else labels[:, index] == 1) for index in ids]
+        count = sum(len(found) for found in rows)
+        return Tally(count, self._tally(self.kept[[found[0] for found in rows]]).rows) if count else Tally()
 
     def _doubled_bos(self) -> Array:
         starts, ends, bos = self.starts[:-1][self.kept], self.starts[1:][self.kept], self.setting.tokenizer.bos_token_id

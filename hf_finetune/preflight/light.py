@@ -9,6 +9,7 @@ from hf_finetune.adaptation import peftio
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.hub import secrets
+from hf_finetune.preflight import advice
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import datafiles, modelfolder, paths
 from hf_finetune.tracking.board import place
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from hf_finetune.schema.reading import Reading
 
 
-def look(recipe: Any) -> Findings:
+def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     """Look at the files that a recipe names.
 
     Args:
         recipe: A Recipe, or what could be read of one: a field that is missing or wrong raises AttributeError.
+        is_whole: Whether it is a Recipe, of which more can be said.
     """
     findings = Findings()
+    if is_whole:
+        findings.warn(advice.of(recipe))
     found = paths.problems(recipe)
     if found:
         findings.add(RecipeError(found))
@@ -46,7 +50,9 @@ def look(recipe: Any) -> Findings:
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
-            modelfolder.refuse_uncached(modelfolder.resolve(name), _given(recipe, "model", "revision"))
+            place = modelfolder.resolve(name)
+            if is_whole:
+                modelfolder.refuse_uncached(place, recipe.model.revision)
     return findings
 
 
@@ -63,7 +69,7 @@ def look_at_reading(reading: Reading[Recipe], *, restart: bool, allowed: Sequenc
         findings.add(RecipeError(reading.problems))
     if reading.partial is None:
         return findings
-    findings.merge(look(reading.partial))
+    findings.merge(look(reading.partial, is_whole=reading.recipe is not None))
     output = _given(reading.partial, "output")
     if output is not None and not findings.blame("output"):
         with findings.collect():
