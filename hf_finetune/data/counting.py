@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
+from hf_finetune.classification import likeness
 from hf_finetune.data import rawtext
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
@@ -170,7 +171,8 @@ class _Counting:
         empty = np.flatnonzero(self.missing)
         if len(empty):
             tallies["empty_text"] = Tally(len(empty), tuple(self.split.where(int(row)) for row in empty[:SHOWN]))
-        return tallies
+        similar = self._similar_labels()
+        return tallies | ({"similar_labels": similar} if similar.count else {})
 
     def _place(self, row: int) -> tuple[str, int]:
         """Source of an encoded row, and its number there."""
@@ -286,6 +288,17 @@ class _Counting:
             return {}
         counts = np.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(axis=0)
         return dict(zip(names, counts.tolist(), strict=True))
+
+    def _similar_labels(self) -> Tally:
+        """Count rows whose label is like a commoner one; remember the first row of each such label, in their order."""
+        alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
+        if self.labels is None or not alike:
+            return Tally()
+        labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
+        ids = [self.setting.targets.names.index(name) for name in alike]
+        first = [int((labels == index if labels.ndim == 1 else labels[:, index]).argmax()) for index in ids]
+        places = tuple(self._place(int(row)) for row in kept[first[:SHOWN]])
+        return Tally(sum(self.counts[name] for name in alike), places)
 
     def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
         """The most frequent tokens of each label, special ones left out."""
