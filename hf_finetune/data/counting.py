@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from hf_finetune.data import rawtext
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
+from hf_finetune.language import escaping
+from hf_finetune.tasks import REMARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,10 +97,12 @@ class _Counting:
             "missing_words": np.flatnonzero(marks & rawtext.MISSING) if is_table else np.empty(0, int),
             "doubled_bos": self.kept[self._doubled_bos()],
             "untrained_end": self._untrained_end(),
+            "special_tokens": np.flatnonzero(marks & rawtext.SPECIAL),
+            **{check: np.flatnonzero(marks & bit) for check, bit in REMARKS.items()},
         }
         if trained is not None:
             found["leakage"] = self.kept[np.isin(self.hashes, trained, kind="sort")]  # numpy 2.0's table overflows
-        tallies = {name: self._tally(rows) for name, rows in found.items()}
+        tallies = {name: replace(self._tally(rows), detail=self._detail(name, rows)) for name, rows in found.items()}
         tallies |= {"empty_text": self._empty(), "unknown_tokens": self._unknown()}
         return {name: tally for name, tally in tallies.items() if tally.count}
 
@@ -106,6 +110,17 @@ class _Counting:
         places = self.split.places
         shown = [(places[self.column[PART][row]], int(self.column[ROW][row])) for row in rows[:SHOWN]]
         return Tally(len(rows), tuple(shown))
+
+    def _detail(self, check: str, rows: Array) -> str:
+        """What exactly is found in the first of the rows."""
+        if not len(rows) or (check != "special_tokens" and check not in REMARKS):
+            return ""
+        index, setting = int(self.column[INDEX][rows[0]]), self.setting
+        raw = replace(self.split, rows=self.split.rows.select([index])).raw()[:]
+        if check in REMARKS:
+            return setting.task.remark(raw, setting.tokenizer, check)
+        specials = escaping.pattern(setting.tokenizer)
+        return repr(rawtext.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
 
     def _untrained(self) -> Array:
         over = self.column["whole"] > self.setting.max_length
