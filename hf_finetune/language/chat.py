@@ -164,18 +164,15 @@ class Renderer:
             header = self._render(chat.upto(chat.answers[-1]))[0]
             shared = next((at for at, (a, b) in enumerate(zip(header, text, strict=False)) if a != b), len(header))
             spans = [span for span in spans if span[0] >= shared]
-        elif chat.muted and len(spans) != len(turns):
+            return spans if chat.trained[-1:] == chat.answers[-1:] else []
+        if not chat.muted:
+            return spans
+        if len(spans) != len(turns):
             raise DataError(
                 f"the template marks {len(spans)} parts for {len(turns)} answers, so that which have weight 0 can't be "
                 "told; remove the weights"
             )
-        else:
-            spans = (
-                [span for index, span in zip(chat.answers, spans, strict=False) if index not in chat.muted]
-                if (chat.muted)
-                else spans
-            )
-        return [] if last and chat.trained[-1:] != chat.answers[-1:] else spans
+        return [span for index, span in zip(chat.answers, spans, strict=True) if index not in chat.muted]
 
     def _prefix_spans(self, chat: Chat, text: str) -> list[Span]:
         spans = []

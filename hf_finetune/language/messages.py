@@ -98,7 +98,7 @@ def _turn(number: int, turn: Any) -> dict[str, Any]:
 
 
 def _right_name(role: str) -> str | None:
-    """How a role is written that is a misspelt one of `ROLES`, or another word for it; others are up to the template."""
+    """How a role is written that is one of `ROLES` misspelt, or another word for it; others the template may take."""
     if role in ROLES:
         return None
     plain = role.strip().lower()

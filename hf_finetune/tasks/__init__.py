@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
 from hf_finetune.plugins import Plugin
 
@@ -101,6 +101,10 @@ class Task(Plugin):
     def optional_columns(self) -> list[str]:
         """The columns that a row may lack."""
         return []
+
+    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task with all that depends on the day on which its run begins, as YYYY-MM-DD; most depend on none."""
+        return self
 
     def blank(self, rows: Rows) -> list[bool]:
         """Which rows of a batch hold nothing to read: a null or blank text, completion or chat."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.errors import ModelError, Problem
-from hf_finetune.language import answers, examples, marking, text_template, token_loss
+from hf_finetune.language import answers, dates, examples, marking, text_template, token_loss
 from hf_finetune.language.chat import Renderer, Spoken
 from hf_finetune.language.packing import Packing, Padding, check_packing
 from hf_finetune.schema.blocks import changed
@@ -146,6 +146,11 @@ class CausalLM(Task):
         """`exact_match` can select the best model only where answers are generated."""
         always = {"loss": False, "perplexity": False, "token_accuracy": True}
         return {**always, "exact_match": True} if self.generate_rows else always
+
+    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task with the date that its chat template prints, where it prints one and the recipe names none."""
+        prints = self.date is None and self.text is None and dates.reads_clock(tokenizer)
+        return self.model_copy(update={"date": day}) if prints else self
 
     def columns(self) -> list[str]:
         """Columns that the data must have."""
