@@ -96,7 +96,7 @@ def finetune(
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine) as status:
-            ready = heavy.prepare(recipe, machine, findings)
+            ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
             notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
             # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
