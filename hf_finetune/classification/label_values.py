@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from hf_finetune.badrows import BadRows
+from hf_finetune.classification import likeness
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 
@@ -128,6 +129,13 @@ def unknown(text: str, names: Sequence[str], hint: str = "") -> str:
     """What is wrong with the text of a label that is none of the known names."""
     if text in map(str, UNLABELLED):
         return f"is {text}: the row has no label{hint or _NOTHING}"
+    near = likeness.like(text, names)
+    if near is not None:
+        differing = likeness.difference([text, near])
+        known = likeness.shown(near)
+        return (
+            f"holds {likeness.shown(text)}, which differs from the known label {known} by {differing}; write it alike"
+        )
     remedy = "correct it, or list every label in task.labels"
     return f"holds {text!r}, which is none of the known labels: {listed(names)}; {remedy}"
 
