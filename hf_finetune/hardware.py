@@ -228,6 +228,8 @@ def find_device() -> Device:
 def _make_deterministic() -> None:
     """Choose deterministic CUDA kernels; an operation that has none warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     # On by default with the above, and slow: fills every new tensor.

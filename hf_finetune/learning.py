@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hf_finetune.tuning import Choices
 
 
-PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss")
+PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss", "no_mask")
 """Settings of `speed` that the lock keeps as they came out."""
 
 
@@ -150,7 +150,8 @@ def fast_paths(trainer: FinetuneTrainer, found: Learner, before: Choices | None)
 def _as_then(recipe: Recipe, before: Choices | None) -> Recipe:
     """The recipe without the fast paths that were not taken when the run began."""
     then = {} if before is None else before.value("fast_paths") or {}
-    left_out = {name: False for name in PATHS if not then.get(name, True)}
+    # A path that is younger than the run was not taken either.
+    left_out = {name: False for name in PATHS if not then.get(name, not then)}
     return recipe.model_copy(update={"speed": recipe.speed.model_copy(update=left_out)}) if left_out else recipe
 
 

@@ -86,7 +86,9 @@ def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
         keys += ["adapter.from"] if getattr(stored, "trainable_token_indices", None) else []
     why = "single tokens can't be trained where input and output embedding are one sharded weight"
     if keys:
-        raise RecipeError([Problem(f"{why}; remove it, use modules_to_save, or train with DDP", key=key) for key in keys])
+        raise RecipeError(
+            [Problem(f"{why}; remove it, use modules_to_save, or train with DDP", key=key) for key in keys]
+        )
 
 
 def uses_fsdp(machine: Machine) -> bool:
@@ -103,7 +105,9 @@ def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bo
     if not uses_fsdp(machine):
         return False
     asked = os.environ.get(READS_ONCE, "").lower() in {"1", "true", "yes"} and machine.world_size > 1
-    has_buffers = bool(outline.state_dict().keys() - {name for name, _ in outline.named_parameters(remove_duplicate=False)})
+    has_buffers = bool(
+        outline.state_dict().keys() - {name for name, _ in outline.named_parameters(remove_duplicate=False)}
+    )
     possible = recipe.model.quantization is None and not has_buffers and not recipe.adapter.shapes_follow_data
     os.environ[READS_ONCE] = str(asked and possible).lower()
     return asked and possible
