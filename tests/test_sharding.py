@@ -100,3 +100,26 @@ def test_sharded_training_equals_one_process_through_a_kill(make: Make, tmp_path
 @pytest.mark.parametrize(("kind", "way"), [pair for pair in MATRIX if pair != ("encoder", "lora")])
 def test_every_kind_of_model_and_way_of_training_does(make: Make, tmp_path: Path, kind: str, way: str) -> None:
     goes_through_a_kill_as_one_process_goes(make, tmp_path, kind, way)
+
+
+@pytest.mark.slow
+def test_a_changed_learning_rate_counts_after_a_resume(make: Make) -> None:
+    job = make("encoder", "training.steps=3")
+    job.go(["at", {"place": "logged", "step": 2, "action": "die"}])
+    changed = ["training.learning_rate=6e-3", "--allow-change", "training.learning_rate"]
+    ended = job.go(more=changed)
+    assert ended.codes == [0, 0], ended.output
+    before, after = [line["learning_rate"] for line in job.lines("train")][1:]
+    assert after == pytest.approx(before)  # half of the way down, of twice the rate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [1, 2])
+def test_a_run_does_not_go_on_sharded_where_it_was_not(make: Make, begun: int) -> None:
+    job = make("encoder", ranks=begun)
+    job.go(["at", {"place": "logged", "step": 3, "action": "die"}])
+    assert job.checkpoints == [2]
+    job.ranks, job.env = 3 - begun, fsdp() if begun == 1 else {}
+    ended = job.go()
+    assert set(ended.codes) == {9}, ended.output
+    assert "FSDP, and this run is" in ended.output
