@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from models import recipe
 
 from hf_finetune import hardware
+from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import RecipeError
+from hf_finetune.hardware import Machine
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -62,14 +64,32 @@ def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
     assert machine.base_dtype(frozen=False) == torch.float32
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}],
-)
-def test_sharding_without_gpus_is_refused(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RecipeError, match="need GPUs"):
+def test_deepspeed_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(RecipeError, match="need"):
         run()
+
+
+def test_adafactor_is_refused_with_fsdp(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"training\.optimizer: adafactor does not update sharded weights"):
+        run("training.optimizer=adafactor")
+
+
+def test_a_model_lies_on_its_device_before_anything_is_computed_with_it(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[torch.device] = []
+    plain = Lora.apply
+
+    def note(adapter: Lora, model: Any, setting: Any) -> Any:
+        places.append(model.device)
+        return plain(adapter, model, setting)
+
+    monkeypatch.setattr(Lora, "apply", note)
+    # The meta device stands for a GPU: nothing there has a value, so the run fails as soon as it computes one.
+    monkeypatch.setattr(Machine, "place", torch.device("meta"))
+    with pytest.raises(Exception, match="meta"):
+        run("training.steps=1")
+    assert places == [torch.device("meta")]
