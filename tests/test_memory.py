@@ -89,15 +89,15 @@ def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
 
 
 def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_llama: str) -> None:
-    made, shapes = recipe(tiny_llama, {"kind": "full"}, LANGUAGE_MODEL), Shapes((1, 8))
-    alone = replace(machine(), device="cuda")
-    sharded = replace(alone, world_size=8, is_sharded=True)
-    whole, share = (on(device, made, shapes) for device in (alone, sharded))
-    assert share.total < whole.total / 4
-    quantised = recipe(tiny_llama, {"kind": "lora", "r": 4}, LANGUAGE_MODEL, quantization="nf4")
-    outline = memory.outline(quantised, Targets(), model.load_tokenizer(made.model)).model
-    loads = [state.loading(quantised, outline, device)["weights"] for device in (alone, sharded)]
-    assert loads[0] == loads[1]
+    sharded = replace(GPU, world_size=8, is_sharded=True)
+    shares = []
+    for quantization in (None, "nf4"):
+        made = recipe(tiny_llama, {"kind": "lora", "r": 4}, LANGUAGE_MODEL, quantization=quantization)
+        outline = memory.outline(made, Targets(), model.load_tokenizer(made.model)).model
+        share, whole = (state.loading(made, outline, device)["weights"] for device in (sharded, GPU))
+        shares.append(share / whole)
+    assert shares[0] < 0.3
+    assert shares[1] == 1
 
 
 def test_evaluation_can_be_the_peak(tiny_llama: str) -> None:

@@ -101,9 +101,7 @@ def test_sharded_training_equals_one_process_through_a_kill(make: Make, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "way"), [*MATRIX[1:], ("language model", "loraplus"), ("language model", "embedding")]
-)
+@pytest.mark.parametrize(("kind", "way"), MATRIX[1:])
 def test_every_kind_of_model_and_way_of_training_does(make: Make, tmp_path: Path, kind: str, way: str) -> None:
     goes_through_a_kill_as_one_process_goes(make, tmp_path, kind, way)
 
@@ -126,15 +124,16 @@ def test_nf4_weights_are_sharded_and_half_precision_trains_a_head(make: Make, tm
 def test_only_rank_0_reads_the_weights(make: Make, tmp_path: Path, tiny_llama: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(tiny_llama, vocab_size=1 << 17, hidden_size=256, intermediate_size=32)
+    config = AutoConfig.from_pretrained(tiny_llama, vocab_size=1 << 16, hidden_size=256, intermediate_size=32)
     large: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     large.save_pretrained(tmp_path / "large")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "large")
     size = large.num_parameters() * 4
     # Cast, so that it can't stay a file that is mapped and not yet looked at.
-    once = ("training.precision=bf16", "training.steps=1", "training.batch_size=2", "data.limit=8")
+    once = ("training.precision=bf16", "training.steps=1", "training.batch_size=6", "data.limit=12")
     job = make("decoder", f"model.name={tmp_path / 'large'}", *once)
-    job.go(["weigh", {"folder": str(tmp_path)}])
+    ended = job.go(["weigh", {"folder": str(tmp_path)}])
+    assert ended.codes == [0, 0], ended.output
     held = [json.loads((tmp_path / f"rank-{rank}.json").read_text())["memory"] for rank in (0, 1)]
     assert held[0] - held[1] > 0.8 * size
 
