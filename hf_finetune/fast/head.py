@@ -24,7 +24,7 @@ from hf_finetune.language.token_loss import counted, each, loss_sum_of, row_sums
 Tensor = torch.Tensor
 
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
-"""Of the float32 logits that exist at a time: part of a CPU's cache; on a GPU enough for `MANY` at most vocabularies."""
+"""Of the float32 logits that exist at a time: part of a CPU cache; on a GPU, enough for `MANY` of most vocabularies."""
 FEW, MANY = 64, 1024
 """Positions of a chunk, at least and at most. Each chunk reads the head's weight twice: a GPU computes 150 to 300
 products while it reads a number, so that 64 positions would leave it waiting for memory, and 1,024 do not."""
