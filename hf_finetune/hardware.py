@@ -156,7 +156,7 @@ def alone(recipe: Recipe) -> Machine:
     )
 
 
-UNSHARDED = {
+NOT_WITH_FSDP = {
     "training.optimizer": {
         # bitsandbytes 0.50 has no sharding strategy for its update.
         "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
@@ -168,7 +168,7 @@ UNSHARDED = {
     # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
     "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
 }
-"""Keys -> values that sharded weights exclude, and why."""
+"""Key -> values that FSDP2 can't train, and why."""
 
 
 def check(recipe: Recipe, machine: Machine) -> None:
@@ -183,8 +183,10 @@ def check(recipe: Recipe, machine: Machine) -> None:
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
-    if machine.is_sharded:
-        problems += _sharding_problems(recipe, machine)
+    if uses_fsdp():
+        problems += _fsdp_problems(recipe)
+    elif machine.is_sharded and machine.device == "cpu":
+        problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -195,8 +197,8 @@ def check(recipe: Recipe, machine: Machine) -> None:
         raise RecipeError(problems)
 
 
-def _sharding_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
-    """Why this recipe's weights can't be sharded here."""
+def _fsdp_problems(recipe: Recipe) -> list[Problem]:
+    """Why FSDP can't shard this recipe's weights."""
     problems = []
     asked = {
         "training.optimizer": recipe.training.optimizer,
@@ -204,12 +206,8 @@ def _sharding_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
         "adapter.kind": recipe.adapter.kind,
     }
     for key, value in asked.items():
-        if value is not None and value in UNSHARDED[key]:
-            problems.append(Problem(UNSHARDED[key][value], key=key))
-    if not uses_fsdp():
-        if machine.device == "cpu":
-            problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
-        return problems
+        if value is not None and value in NOT_WITH_FSDP[key]:
+            problems.append(Problem(NOT_WITH_FSDP[key][value], key=key))
     if "LOCAL_RANK" not in os.environ:
         # accelerate would train without FSDP and say nothing.
         problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))

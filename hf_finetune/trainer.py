@@ -297,7 +297,12 @@ class FinetuneTrainer(ResumableTrainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             options = {**options, "weight_decay": self.args.weight_decay}
             self.optimizer = self.job.adapter.optimizer(trained, cls, options)
-        return super().create_optimizer(model)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        filled = [group for group in made.param_groups if group["params"]]
+        if self.is_sharded and len(filled) < len(made.param_groups) - 1:
+            # torch's sharded checkpoints (2.13) give back the state of an optimiser with one empty group at most.
+            made.param_groups[:] = filled
+        return made
 
     # ---- evaluation ----
 
