@@ -328,7 +328,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
         model, paths = llama(), fast.Paths(made.task, models.TWO)
         if quick:
             paths.install(model, made, models.machine())
-            assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout"}
+            assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout", "apart"}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(50):
@@ -387,6 +387,45 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
     assert not paths.leaves_mask_out
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([160], [160])])
+def test_packed_documents_attend_apart(
+    name: str, lengths: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    made = made.model_copy(update={"data": made.data.model_copy(update={"packing": True})})
+    ids = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    inputs, labels = {"input_ids": ids, "position_ids": positions}, ids.clone()
+    labels[positions == 0] = -100
+    found, sizes = [], []
+    plain = nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append((query.shape[2], options["attn_mask"] is not None))
+        return plain(query, *arguments, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    for quick in (False, True):
+        model = llama()
+        model.get_base_model().set_attn_implementation(name)
+        model.config.use_cache = False
+        paths = fast.Paths(made.task, models.TWO)
+        if quick:
+            paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
+            assert "apart" in paths.taken
+        sizes.clear()
+        loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone()}, labels)
+        found.append({**gradients(model, loss), "loss": loss.detach()[None]})
+    assert distance(*found) < 1e-4
+    if name == "sdpa" and lengths[0] == [70, 90]:
+        assert sizes == [(size, False) for size in (70, 90, 100, 30, 30)] * 2
+    if name == "sdpa" and lengths[0] == [9, 3, 148]:
+        assert sizes == [(160, True)] * 2, "short ones in one call"
+    paths.remove()
+    assert model.get_base_model().config._attn_implementation == name
+
+
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_fused_loss_of_weights_that_fsdp_shards(
     capped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -427,7 +466,16 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
         distributed.destroy_process_group()
 
 
-SWITCHES = ("fused_lora", "fused_loss", "fused_norm", "fused_mlp", "plain_attention", "cheap_dropout", "no_mask")
+SWITCHES = (
+    "fused_lora",
+    "fused_loss",
+    "fused_norm",
+    "fused_mlp",
+    "plain_attention",
+    "cheap_dropout",
+    "no_mask",
+    "apart",
+)
 OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from hf_finetune.fast import attention, compiled, dropout, lora, mlp, norm
+from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
 from hf_finetune.tasks import IGNORE
 
@@ -121,7 +121,7 @@ class Paths:
     def remove(self) -> None:
         """Leave the model as it was."""
         self.plain_layers()
-        for remove in self._removals:
+        for remove in reversed(self._removals):
             remove()
         self._removals.clear()
         self.head, self.leaves_mask_out, self.is_unproven = None, False, False
@@ -137,6 +137,9 @@ class Paths:
         if speed.plain_attention and on_cpu and (before := attention.install(base)):
             self._removals.append(lambda: base.set_attn_implementation(before))
             self.taken["plain_attention"] = f"in place of {before}"
+        if speed.apart and recipe.data.packing and (inner := documents.install(base)):
+            self._removals.append(lambda: base.set_attn_implementation(inner))
+            self.taken["apart"] = "packed documents"
         self._install_outer(base, recipe)
 
     def install_sharded(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
