@@ -6,7 +6,6 @@ is the same optimisation on any number of devices.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import itertools
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -28,8 +28,16 @@ if TYPE_CHECKING:
 
 STREAMED, FAILED = "streamed", "failed"
 _PR_SET_PDEATHSIG = 1
+Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
+"""Tokens of each row."""
+
 BATCHES_PER_POOL = 50
 """Length grouping sorts pools of so many global batches, so that an epoch stays random at any larger scale."""
+
+
+def lengths_of(encoded: Any) -> np.ndarray[Any, Any]:
+    """Tokens of each encoded row, (rows,) int64; read column by column: `encoded["length"]` alone goes row by row."""
+    return np.asarray(encoded.with_format("numpy")["length"][:], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class GlobalBatches(Sampler[list[int]]):
         seed: With the epoch, fixes the order.
     """
 
-    def __init__(self, lengths: Sequence[int], division: Division, seed: int) -> None:
+    def __init__(self, lengths: Lengths, division: Division, seed: int) -> None:
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.division = division
         self.seed = seed
@@ -124,15 +132,37 @@ class GlobalBatches(Sampler[list[int]]):
     def global_batches(self) -> Iterator[list[int]]:
         """Row numbers of each global batch of the epoch, in order; the last may be smaller."""
         size = self.division.batch_size
+        for by_length, order in self._pools():
+            yield from (by_length[place * size : (place + 1) * size].tolist() for place in order)
+
+    def _pools(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """The rows of each pool, short ones first, and the order in which its batches, cut off one by one, come."""
+        size = self.division.batch_size
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
-        for pool in torch.split(order, size * BATCHES_PER_POOL):
-            by_length = pool[self.lengths[pool].argsort(stable=True)]
-            batches = list(torch.split(by_length, size))
+        for start in range(0, len(order), size * BATCHES_PER_POOL):
+            pool = order[start : start + size * BATCHES_PER_POOL]
+            full, rest = divmod(len(pool), size)
             # The short batch stays at the end of the epoch, where accumulation may be smaller.
-            full = len(batches) - (len(batches[-1]) < size)
-            for index in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
-                yield batches[index].tolist()
+            batches = [*torch.randperm(full, generator=generator).tolist(), *range(full, full + bool(rest))]
+            yield pool[self.lengths[pool].argsort(stable=True)], batches
+
+    def spread(self, count: int) -> list[list[int]]:
+        """So many global batches of the epoch, from short rows to long ones, at equal distances."""
+        size, found = self.division.batch_size, list[np.ndarray[Any, Any]]()
+        for by_length, order in self._pools():
+            ends = np.minimum((np.array(order) + 1) * size, len(by_length)) - 1
+            found.append(self.lengths[by_length].numpy()[ends])
+        by_longest = np.concatenate(found).argsort(kind="stable")
+        places = [int(by_longest[(2 * place + 1) * len(by_longest) // (2 * count)]) for place in range(count)]
+        # Only these are made: all batches of an epoch as lists are 40 bytes a row.
+        first, chosen = 0, dict[int, list[int]]()
+        for by_length, order in self._pools():
+            for place in {place for place in places if first <= place < first + len(order)}:
+                start = order[place - first] * size
+                chosen[place] = by_length[start : start + size].tolist()
+            first += len(order)
+        return [chosen[place] for place in places]
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
@@ -296,7 +326,7 @@ class _Counting:
 
 
 def eval_loader(
-    rows: Rows, lengths: Sequence[int], division: Division, collator: Collator, tokens: int | None = None
+    rows: Rows, lengths: Lengths, division: Division, collator: Collator, tokens: int | None = None
 ) -> DataLoader[Any]:
     """Loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
 
@@ -307,32 +337,52 @@ def eval_loader(
         collator: Pads and stacks rows.
         tokens: Most tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
     """
-    batches = []
-    for indices in by_length(lengths, division.micro_batch, tokens, division.world_size):
-        # Every rank gets equally many rows, so that results can be gathered.
-        indices += [~indices[0]] * (-len(indices) % division.world_size)
-        batches.append(indices[division.rank :: division.world_size])
+    batches = _EvalBatches(lengths, division, tokens)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
     )
 
 
-def by_length(lengths: Sequence[int], most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
+class _EvalBatches(Sampler[list[int]]):
+    """Batch sampler: this rank's rows of each batch of `by_length`."""
+
+    def __init__(self, lengths: Lengths, division: Division, tokens: int | None) -> None:
+        self.division = division
+        self.batches = list(_by_length(lengths, division.micro_batch, tokens, division.world_size))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ranks = self.division.world_size
+        for batch in self.batches:
+            indices: list[int] = batch.tolist()
+            # Every rank gets equally many rows, so that results can be gathered.
+            indices += [~indices[0]] * (-len(indices) % ranks)
+            yield indices[self.division.rank :: ranks]
+
+
+def by_length(lengths: Lengths, most: int, tokens: int | None = None) -> Iterator[list[int]]:
     """Row numbers of batches, longest rows first.
 
     Args:
         lengths: Tokens of each row.
-        most: Most rows of a rank.
-        tokens: Most tokens of a rank, padding included, but a row is never left out; None sets no bound.
-        ranks: How many share a batch.
+        most: Most rows of a batch.
+        tokens: Most tokens of a batch, padding included, but a row is never left out; None sets no bound.
     """
-    order: list[int] = torch.as_tensor(lengths, dtype=torch.int64).argsort(descending=True, stable=True).tolist()
+    yield from (batch.tolist() for batch in _by_length(lengths, most, tokens, ranks=1))
+
+
+def _by_length(lengths: Lengths, most: int, tokens: int | None, ranks: int) -> Iterator[torch.Tensor]:
+    """The same for several ranks that share a batch; `most` and `tokens` are those of each."""
+    sizes = torch.as_tensor(lengths, dtype=torch.int64)
+    order = sizes.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):
         size = most
         if tokens is not None:
-            size = max(1, min(size, tokens // max(1, lengths[order[start]])))
+            size = max(1, min(size, tokens // max(1, int(sizes[order[start]]))))
         yield order[start : start + size * ranks]
         start += size * ranks
 
@@ -357,32 +407,3 @@ class _NumberedCollator:
     def __call__(self, numbered: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
         ids, rows = zip(*numbered, strict=True)
         return {**self.collator(list(rows)), "row_ids": torch.tensor(ids)}
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put documents into as few sequences as a greedy rule finds: best-fit decreasing bin packing.
-
-    Source: D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the optimum plus a constant.
-
-    Args:
-        lengths: Tokens of each document, each at most `capacity`.
-        capacity: Tokens of a sequence.
-
-    Returns:
-        Document numbers of each sequence.
-    """
-    packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
-    for document in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[document]
-        place = bisect.bisect_left(free, (length, -1))
-        if place == len(free):
-            packs.append([document])
-            left, target = capacity - length, len(packs) - 1
-        else:
-            left, target = free.pop(place)
-            packs[target].append(document)
-            left -= length
-        if left > 0:
-            bisect.insort(free, (left, target))
-    return packs

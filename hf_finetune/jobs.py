@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import arguments, batching, data, hardware
+import numpy as np
+
+from hf_finetune import arguments, batching, data, hardware, packs
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.job import Job
 
@@ -26,7 +28,7 @@ class Assignment:
 
     job: Job
     length: Length
-    lengths: list[int] | None
+    lengths: np.ndarray[Any, Any] | None
     """Tokens of each row of the training set, of each sequence where rows are packed; None for a stream."""
 
 
@@ -46,7 +48,7 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     """
     vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
     rows, lengths = _rows(recipe, prepared)
-    longest = recipe.data.max_length if lengths is None else max(lengths, default=1)
+    longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
     micro_batch = hardware.micro_batch(recipe, machine, vocabulary, longest)
     division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
     train = rows
@@ -59,7 +61,7 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
         raise DataError(Problem(message, key="data.train"))
     batches = None
     if lengths is not None:
-        grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)
+        grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
         batches = batching.GlobalBatches(grouped, division, recipe.training.seed)
     job = Job(
         task=recipe.task,
@@ -89,7 +91,7 @@ def divided(assignment: Assignment, micro_batch: int) -> Assignment:
     division = replace(job.division, micro_batch=micro_batch)
     batches, train = job.batches, job.train
     if batches is not None:
-        batches = batching.GlobalBatches(batches.lengths.tolist(), division, batches.seed)
+        batches = batching.GlobalBatches(batches.lengths, division, batches.seed)
     if isinstance(train, batching.StreamedBatches):
         train = replace(train, division=division)
     return replace(assignment, job=replace(job, division=division, batches=batches, train=train))
@@ -104,13 +106,13 @@ def _stream_workers(recipe: Recipe, machine: Machine) -> int:
     return max(1, min(STREAM_WORKERS, hardware.cores() // machine.local_world_size - 1))
 
 
-def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[int] | None]:
+def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, np.ndarray[Any, Any] | None]:
     """The training set as the loader reads it, and the length of each of its rows; None of a stream."""
     if isinstance(prepared.train, data.Stream):
         return None, None
     rows = batching.Rows(prepared.train, recipe.task)
-    lengths: list[int] = list(prepared.train["length"])
+    lengths = batching.lengths_of(prepared.train)
     if not recipe.data.packing:
         return rows, lengths
-    packs = batching.pack(lengths, recipe.data.max_length)
-    return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]
+    packed = packs.pack(lengths, recipe.data.max_length)
+    return batching.PackedRows(rows, packed), packed.sums(lengths)

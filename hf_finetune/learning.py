@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from hf_finetune import fast, matmul, model, runreport, tuning
+from hf_finetune import fast, matmul, model, runreport, sharding, tuning
 from hf_finetune.adapters import Setting
 from hf_finetune.flops import Flops
 from hf_finetune.job import Job
-from hf_finetune.language import packing
 from hf_finetune.terminal import phase, say
 from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.tuning import Choice
@@ -77,9 +76,7 @@ def learner(ready: Ready, findings: Findings, before: Choices | None) -> Learner
 
     set_seed(recipe.training.seed)
     with phase("loading the model"):
-        loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
-    if job.packed:
-        packing.check_packing(loaded.model)
+        loaded = sharding.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
     setting = Setting(
         peft_type=recipe.task.peft_type,
         tokenizer=tokenizer,

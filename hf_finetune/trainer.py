@@ -100,7 +100,7 @@ class FinetuneTrainer(ResumableTrainer):
         collator = self.job.task.collator(self.job.tokenizer)
         rows = batching.Rows(encoded, self.job.task)
         tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
-        return batching.eval_loader(rows, encoded["length"], division, collator, tokens)
+        return batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
 
     # ---- loss ----
 

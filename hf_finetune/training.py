@@ -25,6 +25,7 @@ from hf_finetune import (
     quiet,
     runreport,
     session,
+    sharding,
     targetsfile,
     terminal,
 )
@@ -95,7 +96,7 @@ def finetune(
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine) as status:
-            ready = heavy.prepare(recipe, machine, findings)
+            ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
             notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
             # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
@@ -191,7 +192,9 @@ def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> Finet
         recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
-    return FinetuneTrainer(learner.adapted, options, job, callbacks)
+    trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    sharding.suit(trainer.accelerator, learner.adapted, learner.machine)
+    return trainer
 
 
 def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tuple[float, dict[str, dict[str, float]]]:

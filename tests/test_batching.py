@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
 from hf_finetune.data.lanes import Lanes, Raw
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import DataError
+from hf_finetune.packs import pack
 
 
 class Echo:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import peftio, targets
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import DivergedError, Problem, RecipeError
 from hf_finetune.schema.blocks import Count, Share
 
@@ -22,6 +22,8 @@ Rank = Annotated[int, Field(ge=1, le=65_536)]
 
 class AdaLora(Adapter):
     """Low-rank updates in SVD form; unimportant ranks are pruned while training."""
+
+    usual_rates: ClassVar[Rates | None] = Rates(5e-4, 2.2e-3, "Zhang et al. 2023, arXiv 2303.10512, appendix")
 
     init_r: Rank = 12
     """Rank of every layer at the start."""

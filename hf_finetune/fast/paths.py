@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import distributed
 
 from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
+from hf_finetune.hardware import uses_fsdp
 from hf_finetune.tasks import IGNORE
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Paths:
 
     def install_sharded(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
         """Install what fits a model that FSDP will shard, and must be proven then: what is outside its layers."""
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if uses_fsdp():
             self._install_outer(getattr(adapted, "get_base_model", lambda: adapted)(), recipe)
             self.is_unproven = bool(self.taken)
             if self.head is not None:
