@@ -26,6 +26,13 @@ EXACT = ("step", "phase", "loss", "grad_norm", "learning_rate", "accuracy")
 STEPS = ("training.steps=12", "model.dropout=0.1", "training.micro_batch=6", "training.eval_every=5")
 
 
+STREAMED = (
+    "data.streaming=true", "data.validation_share=null", "data.shuffle_buffer=16", "task.labels=[negative,positive]",
+    "data.max_length=9", "data.overlong=drop", "data.workers=2", "training.eval_every=null",
+)  # fmt: skip
+"""Rows that are dropped, and micro-batches that two processes encode."""
+
+
 RARER = (
     ("training.optimizer=sgd", "training.max_grad_norm=null"),
     ("adapter={kind: ia3}",),
@@ -84,6 +91,7 @@ def interrupted(run: Runner, stop_at: Callable[..., None], at: int, *overrides: 
         ("training.steps=null", "training.epochs=3", "training.eval_every=epoch", "training.best_metric=accuracy"),
         ("training.group_by_length=false", "training.schedule=cosine", "training.warmup_steps=3"),
         ("adapter={kind: adalora, init_r: 4, target_r: 2, interval: 1}", "training.steps=14"),
+        STREAMED,
         *(pytest.param(setting, marks=pytest.mark.slow) for setting in RARER),
     ],
     ids=lambda setting: " ".join(setting)[:60] or "plain",
