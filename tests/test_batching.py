@@ -201,11 +201,15 @@ def test_a_bad_row_of_a_stream_is_the_same_error_from_another_process(workers: i
     batches = StreamedBatches(Broken(), Division(4, 1), 0, asked_workers=workers)
     assert batches.workers == workers
     seen = []
-    with pytest.raises(DataError, match=r"a.csv:9: row 9 is bad\nand again"):
+
+    def train() -> None:
         for batch in train_loader(batches, None, stack, pin=False):
             if FAILED in batch:
                 raise batch[FAILED]
             seen.append(int(batch["labels"]))
+
+    with pytest.raises(DataError, match=r"a.csv:9: row 9 is bad\nand again"):
+        train()
     assert len(seen) == len(set(seen)) >= 8
 
 
