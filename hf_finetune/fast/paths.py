@@ -171,7 +171,7 @@ class Paths:
             labels: As the task's collator makes them.
         """
         self.is_unproven = False
-        rows = _with_padding({name: value[:ROWS, :TOKENS] for name, value in {**inputs, "labels": labels}.items()})
+        rows = _telling({name: value[:ROWS, :TOKENS] for name, value in {**inputs, "labels": labels}.items()})
         labels = rows.pop("labels")
         expected = self.task.loss_sum(_logits(self, lambda: model(**rows).logits), labels, self.targets)
         found = self.loss_sum(model, rows, labels)
@@ -204,7 +204,7 @@ def take(
     if machine.is_sharded:
         paths.install_sharded(adapted, recipe, machine)
         return paths
-    batch = _with_padding({name: value[:ROWS] for name, value in batch.items()})
+    batch = _telling({name: value[:ROWS] for name, value in batch.items()})
     with _quiet(adapted, machine):
         before = _outputs(paths, adapted, batch)
         paths.install(adapted, recipe, machine)
@@ -233,14 +233,17 @@ def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) 
     return [seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)]
 
 
-def _with_padding(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same batch, of a language model's rows the last tokens masked: else nothing may show who sees padding."""
+def _telling(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A language model's batch that shows more: every token is a label, and the last ones are padding if any may be."""
     batch = dict(batch)
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is not None and labels is not None and labels.shape == mask.shape:
-        end = -max(1, mask.shape[1] // 4)
-        batch["attention_mask"], batch["labels"] = mask.clone(), labels.clone()
-        batch["attention_mask"][:, end:], batch["labels"][:, end:] = 0, IGNORE
+    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    if labels is None or labels.shape != ids.shape:
+        return batch
+    batch["labels"] = ids
+    if mask is not None:
+        mask = mask.clone()
+        mask[:, -max(1, mask.shape[1] // 4) :] = 0
+        batch["attention_mask"], batch["labels"] = mask, ids.masked_fill(mask == 0, IGNORE)
     return batch
 
 
