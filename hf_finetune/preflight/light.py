@@ -50,9 +50,9 @@ def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
-            place = modelfolder.resolve(name)
+            found_at = modelfolder.resolve(name)
             if is_whole:
-                modelfolder.refuse_uncached(place, recipe.model.revision)
+                modelfolder.refuse_uncached(found_at, recipe.model.revision)
     return findings
 
 
