@@ -145,9 +145,9 @@ def test_what_stands_below_a_wrong_kind_is_checked_too(load: Load, kind: str, to
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("training.learning_rate=0.5", "0.5 is too high: lora was published with 6e-5 to 0.0005"),
+        ("training.learning_rate=0.5", "0.5 is too high for adapter.kind lora, published with 6e-5 to 0.0005"),
         ("training.learning_rate=1e-7", "1e-7 is too low"),
-        ("adapter={kind: full}", "0.002 is too high: full was published with 1e-5 to 5e-5"),
+        ("adapter={kind: full}", "0.002 is too high for adapter.kind full, published with 1e-5 to 5e-5"),
         ("data.validation=null", "data.validation: is not given, so nothing will show whether the model learns"),
     ],
 )

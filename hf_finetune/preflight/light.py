@@ -51,7 +51,7 @@ def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
             found_at = modelfolder.resolve(name)
-            if is_whole:
+            if is_whole and not findings.blame("model"):
                 modelfolder.refuse_uncached(found_at, recipe.model.revision)
     return findings
 

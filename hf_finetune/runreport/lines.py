@@ -104,7 +104,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})"),
+        ("saved and reloaded", f"{outcome.folder.adapter} (logits differ by {outcome.reload_difference:.1e} at most)"),
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         *_how_to_watch(outcome),
