@@ -16,7 +16,8 @@ import datasets
 from datasets.packaged_modules.csv import csv as csv_builder
 from datasets.packaged_modules.json.json import JsonConfig
 
-from hf_finetune.data import diagnosis
+from hf_finetune import digests
+from hf_finetune.data import cache, diagnosis
 from hf_finetune.data.faults import Wanted
 from hf_finetune.data.scan import scan
 from hf_finetune.errors import DataError, Problem
@@ -44,6 +45,8 @@ class LocalFiles:
     key: str
     """The recipe key that names them, e.g. `data.train`."""
     files: tuple[str, ...]
+    cache: str | None = None
+    """The recipe's `data.cache`: beside it stands what is known about the content of files."""
 
     @property
     def suffix(self) -> str:
@@ -69,7 +72,10 @@ class LocalFiles:
 
     def digests(self, *, whole: bool) -> list[bytes]:
         """SHA-256 of each file: see `identity`. A file that did not change since it was asked for is not read again."""
-        return [_digest(*stamp, whole=whole) for stamp in self.stamps()]
+        if not whole:
+            return [_sampled(*stamp) for stamp in self.stamps()]
+        root = cache.root(self.cache)
+        return [_digest(*stamp, root) for stamp in self.stamps()]
 
     def scan(self, wanted: Wanted) -> list[Problem]:
         """Everything that is wrong with the files, and that the libraries would repair in silence or not locate."""
@@ -138,11 +144,15 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> LocalFi
 
 
 @functools.cache
-def _digest(file: str, size: int, changed: int, *, whole: bool) -> bytes:
+def _digest(file: str, size: int, changed: int, root: Path) -> bytes:
     """SHA-256 of a file; size in bytes and time of change in ns tell whether an earlier answer still holds."""
+    return digests.sha256(file, root)
+
+
+@functools.cache
+def _sampled(file: str, size: int, changed: int) -> bytes:
+    """SHA-256 of size and both ends of a file; arguments as for `_digest`."""
     with Path(file).open("rb") as stream:
-        if whole:
-            return hashlib.file_digest(stream, "sha256").digest()
         digest = hashlib.sha256(str(size).encode())
         digest.update(stream.read(SAMPLE_BYTES))
         stream.seek(max(0, size - SAMPLE_BYTES))
