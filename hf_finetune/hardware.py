@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import PartialState
@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import patience
+from hf_finetune import determinism, patience
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def survey(recipe: Recipe) -> Machine:
     _lead_to_the_process_group(device)
     machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
-        _make_deterministic()
+        determinism.enforce()
     if device == "cpu":
         for name, kernels in KERNEL_CACHES.items():
             os.environ.setdefault(name, kernels)  # read at the first operation
@@ -223,18 +223,6 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _make_deterministic() -> None:
-    """Choose deterministic CUDA kernels; an operation that has none warns."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
-    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    # On by default with the above, and slow: fills every new tensor.
-    settings: Any = torch.utils.deterministic
-    settings.fill_uninitialized_memory = False
 
 
 def _is_sharded() -> bool:

@@ -231,8 +231,10 @@ class FinetuneTrainer(ResumableTrainer):
             return
         try:
             taken = guard.takes(step, finite=finite)
-            if taken and (scaler is not None or not fits):
-                taken = guard.fits(step, finite=fits, scale=float("inf") if scaler is None else scaler.get_scale())
+            if taken:
+                # Asking for the scale waits for the device.
+                scale = float("inf") if fits or scaler is None else scaler.get_scale()
+                taken = guard.fits(step, finite=fits, scale=scale)
             self._is_left_out = not taken
             if not taken:
                 self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
