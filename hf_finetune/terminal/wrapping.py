@@ -41,7 +41,7 @@ def _wrapped(line: str, columns: int) -> str:
     body = _COMMAND.sub(lambda command: command.group().replace(" ", _SPACE), line[len(head) :])
     fields = _GAP.split(body)
     if len(fields) > 4:  # with the gaps between them: `loss 0.5  accuracy 0.9`, each of which stays whole
-        body = "".join(_SINGLE.sub(_SPACE, field) if len(field) < columns // 3 else field for field in fields)
+        body = "".join(_SINGLE.sub(_SPACE, field) if len(field) < columns // 2 else field for field in fields)
     whole = head + body
     pieces = textwrap.wrap(
         whole,
