@@ -104,7 +104,10 @@ def summary_lines(outcome: Outcome) -> list[str]:
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} (logits differ by {outcome.reload_difference:.1e} at most)"),
+        (
+            "saved and reloaded",
+            f"{outcome.folder.adapter} (logits differ by {outcome.reload_difference:.1e} of the largest)",
+        ),
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         *_how_to_watch(outcome),

@@ -100,7 +100,7 @@ def trained(run: Remains) -> list[tuple[str, str]]:
     if outcome is not None:
         rows += [("Machine", outcome.machine.describe()), ("Data fingerprint", outcome.prepared.fingerprint)]
     if "step" in summary:
-        rows.append(("Steps", f"{summary['step']:,} of {run.recipe.training.batch_size} rows"))
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows"))
     if "reload_difference" in summary:
         rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
     return rows
