@@ -70,6 +70,11 @@ class Lora(Adapter):
             return None
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
 
+    @property
+    def shapes_follow_data(self) -> bool:
+        """EVA moves ranks between layers."""
+        return self.init == "eva"
+
     def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:

@@ -38,6 +38,23 @@ _ROWS = {
         "{have} no end-of-turn or EOS token that is trained, so that the model does not learn to stop",
         "end each chat with an assistant turn, and check the chat template",
     ),
+    "split_token": (
+        "{have} a token that holds both the end of the prompt and the begin of the answer, so that a model that is "
+        "asked gets other tokens",
+        "move the white space from the end of the prompt to the begin of the answer",
+    ),
+    "dropped_reasoning": (
+        "{have} reasoning that the chat template drops",
+        "name a model whose template writes it, or set task.train_on: last where it is in the last answer",
+    ),
+    "dropped_keys": (
+        "{have} turns of which the chat template drops a part",
+        "remove it, or write it into the content of a turn of its own",
+    ),
+    "special_tokens": (
+        "{have} special tokens of the tokenizer in the text, which are read as such",
+        "remove them if they are not meant",
+    ),
 }
 """Check without a limit -> what its rows have, and what to do."""
 _DROPPED = ("empty_text", "no_trained_token")
@@ -128,8 +145,12 @@ class _Split:
         """Checks that strike at the first row."""
         for check, (what, remedy) in _ROWS.items():
             tally = self.facts.tallies.get(check)
-            if tally is not None:
-                message = f"{self._counted(tally)} {_conjugated(what, tally)} ({_where(tally)}); {remedy}"
+            escapes = getattr(self.recipe.task, "escape_special_tokens", None)
+            if tally is not None and not (check == "special_tokens" and escapes):
+                where = f"{_where(tally)}: {tally.detail}" if tally.detail else _where(tally)
+                message = f"{self._counted(tally)} {_conjugated(what, tally)} ({where}); {remedy}"
+                if check == "special_tokens" and escapes is not None:
+                    message += ", or set task.escape_special_tokens: true to read them as text"
                 yield check, self._problem(message + self._way_out(check), tally)
 
     def shares(self) -> Iterator[Found]:

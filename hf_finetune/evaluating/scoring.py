@@ -118,15 +118,15 @@ def _rows(run: Finished, served: Serving, encoded: Any, most: EvalBatch) -> Arra
     task, tokens = run.recipe.task, most.budget(all_logits=served.paths.makes_all_logits)
     division = batching.Division(most.rows, most.rows)
     rows, collator = batching.Rows(encoded, task), task.collator(run.tokenizer)
-    loader = batching.eval_loader(rows, encoded["length"], division, collator, tokens)
+    loader = batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
     found: list[Array] = []
-    order: list[int] = []
+    order: list[Array] = []
     with phase("evaluating", len(encoded), "rows") as shown:
         for batch in loader:
-            order += batch["row_ids"].tolist()
+            order.append(batch["row_ids"].numpy())
             found.append(served.rows(batch).cpu().numpy())
-            shown.done = len(order)
-    made: Array = np.concatenate(found)[np.argsort(order)]
+            shown.done += len(order[-1])
+    made: Array = np.concatenate(found)[np.argsort(np.concatenate(order))]
     return made
 
 

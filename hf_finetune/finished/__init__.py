@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import hardware, hubreach, model, opening, quiet, runlock
@@ -96,7 +97,18 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
     targets, tokenizer = _targets(folder, recipe, kept), model.load_tokenizer(recipe.model)
     samebase.check(recipe, folder)
+    recipe = _dated(recipe, tokenizer)
     return Finished(folder, recipe, machine, targets, tokenizer)
+
+
+def _dated(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """The recipe with the date that its chat template prints, where the run kept none."""
+    today = date.today().isoformat()
+    task = recipe.task.on(today, tokenizer)
+    if task is not recipe.task:
+        kept = "the chat template prints the date, and the run kept none"
+        warn(f"{kept}: it prints {today}; give task.date=YYYY-MM-DD for another")
+    return recipe.model_copy(update={"task": task})
 
 
 def _targets(folder: RunFolder, recipe: Recipe, kept: Kept | None) -> Targets:

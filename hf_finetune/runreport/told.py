@@ -100,7 +100,9 @@ def trained(run: Remains) -> list[tuple[str, str]]:
     if outcome is not None:
         rows += [("Machine", outcome.machine.describe()), ("Data fingerprint", outcome.prepared.fingerprint)]
     if "step" in summary:
-        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows"))
+        left_out = summary.get("steps_not_taken", 0)
+        told = f"; {left_out:,} were not taken, as loss or gradient was not finite" if left_out else ""
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{told}"))
     if "reload_difference" in summary:
         rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
     return rows
