@@ -107,8 +107,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
+    compared = f"logits differ by {outcome.reload_difference:.1e} of the largest"
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} (logits differ by {outcome.reload_difference:.1e} at most)"),
+        ("saved and reloaded", f"{outcome.folder.adapter} ({compared})"),
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         *_how_to_watch(outcome),
