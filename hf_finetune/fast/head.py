@@ -190,7 +190,8 @@ class FastHead:
             kept = hidden[0].to(head.weight.dtype)
             total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
         self._total = total
-        return total.view(1, 1, 1)
+        # A copy: FSDP2 warns of what may be a view.
+        return total.view(1, 1, 1).clone()
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
