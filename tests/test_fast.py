@@ -388,7 +388,9 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-@pytest.mark.parametrize("lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([160], [160])])
+@pytest.mark.parametrize(
+    "lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([83, 75, 2], [160]), ([160], [160])]
+)
 def test_packed_documents_attend_apart(
     name: str, lengths: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
