@@ -439,7 +439,7 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
     made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
     inputs, labels = tokens()
     torch.manual_seed(0)
-    cap = {"head_dim": 16, "final_logit_softcapping": 2.0}
+    cap: dict[str, Any] = {"head_dim": 16, "final_logit_softcapping": 2.0}
     base: Any = Gemma2ForCausalLM(Gemma2Config(**LLM, **cap)) if capped else LlamaForCausalLM(LlamaConfig(**LLM))
     model = adapted(base, task_type="CAUSAL_LM")
     plain = fast.Paths(made.task, models.TWO).loss_sum(model, inputs, labels)
