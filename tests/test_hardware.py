@@ -109,7 +109,8 @@ def test_attention_takes_deterministic_kernels_and_nothing_else_is_an_error(monk
         assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         out = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-        out.grad_fn.register_prehook(lambda _: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
+        made: Any = out.grad_fn
+        made.register_prehook(lambda _: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         (gradient,) = torch.autograd.grad(out.sum(), query)
         assert seen == [False], "an error within, which makes torch take the deterministic kernel"
