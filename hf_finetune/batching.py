@@ -6,17 +6,28 @@ is the same optimisation on any number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from hf_finetune.data.splitreport import COUNTS, NAMES, SplitReport
+from hf_finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
+    from hf_finetune.data.lanes import Lanes
     from hf_finetune.tasks import Collator, Encoded, Task
 
+STREAMED, FAILED = "streamed", "failed"
+_PR_SET_PDEATHSIG = 1
 Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
 """Tokens of each row."""
 
@@ -165,24 +176,90 @@ class GlobalBatches(Sampler[list[int]]):
 class Endless(Protocol):
     """A source of encoded rows that never ends."""
 
-    def rows(self, seed: int) -> Iterator[Encoded]:
-        """Encoded rows, in the same order on every rank."""
+    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+        """Its rows by their place in the global batch."""
+
+    def filler(self, seed: int) -> Encoded:
+        """A row that counts as nothing."""
+
+    def count(self, report: SplitReport) -> None:
+        """Hears what became of the rows in the first pass, on all ranks together."""
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A micro-batch of a stream, and what was used up for it."""
+
+    rows: list[Any]
+    counts: torch.Tensor
+    """Rows that each lane of the global batch has used up, then the counts of `SplitReport`; int64."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In place of a micro-batch: why there is none. An error can't leave a process of the loader as what it is."""
+
+    error: FinetuneError
+
+
+@dataclass(eq=False)
 class StreamedBatches(IterableDataset[Any]):
-    """This rank's micro-batches of an endless stream; every rank reads the same rows and takes its share."""
+    """This rank's micro-batches of an endless stream, encoded by this rank alone; see `data.lanes`."""
 
-    def __init__(self, stream: Endless, division: Division, seed: int) -> None:
-        self.stream = stream
-        self.division = division
-        self.seed = seed
+    stream: Endless
+    division: Division
+    seed: int
+    asked_workers: int = 0
+    """Processes that may encode, besides this one."""
+    done: int = 0
+    """Global batches that were trained on before: their micro-batches are None, and nothing is encoded for them."""
+    used: tuple[int, ...] = ()
+    """How many rows each lane has used up for these; empty at the begin."""
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        source = self.stream.rows(self.seed)
+    @property
+    def workers(self) -> int:
+        """Processes that encode: each has the same micro-batches in every global batch, and so lanes of its own."""
+        accumulation = self.division.accumulation
+        return max(count for count in range(self.asked_workers + 1) if count == 0 or accumulation % count == 0)
+
+    def __iter__(self) -> Iterator[Streamed | Failed | None]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        shares = self.division.share(range(self.division.batch_size))[first::step]
+        yield from itertools.repeat(None, self.done * len(shares))
+        try:
+            yield from self._micro_batches(shares)
+        except FinetuneError as error:
+            if worker is None:
+                raise
+            yield Failed(error)
+
+    def _micro_batches(self, shares: list[list[int]]) -> Iterator[Streamed]:
+        size = self.division.batch_size
+        own = {place for share in shares for place in share if place >= 0}
+        lanes = self.stream.lanes(self.seed, own, self.used or [self.done] * size)
+        filler: Encoded | None = None
         while True:
-            batch = [next(source) for _ in range(self.division.batch_size)]
-            for share in self.division.share(range(len(batch))):
-                yield [batch[index] for index in share]
+            for share in shares:
+                taken = lanes.take([place for place in share if place >= 0])
+                rows: list[Any] = taken.rows
+                if not rows:  # every rank must take part in every backward pass
+                    filler = filler or self.stream.filler(self.seed)
+                    rows = [filler]
+                used = [taken.used.get(place, 0) for place in range(size)]
+                yield Streamed(rows, torch.tensor([*used, *COUNTS(taken.report)]))
+
+
+def merged(counts: torch.Tensor) -> torch.Tensor:
+    """The counts of several `Streamed` together, (C,) from (N, C): sums, and of the longest row the maximum."""
+    whole, column = counts.sum(0), counts.shape[1] - len(NAMES) + NAMES.index("longest")
+    whole[column] = counts[:, column].max()
+    return whole
+
+
+def report(counts: torch.Tensor) -> SplitReport:
+    """What became of the rows that `counts` counts."""
+    return SplitReport(*counts[-len(NAMES) :].to(torch.int64).tolist())
 
 
 class _Loader(DataLoader[Any]):
@@ -208,18 +285,40 @@ def train_loader(
     # Its own generator: a DataLoader draws a seed at every start, and evaluation must not shift the training's RNG.
     generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"collate_fn": _Counting(collator), "pin_memory": pin, "generator": generator}
-    if batches is None:
+    if isinstance(rows, StreamedBatches):
+        if rows.workers:
+            # Set before the processes are forked, or the tokenizers in them warn that they turn it off.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            options |= {"num_workers": rows.workers, "worker_init_fn": _end_with_parent}
         return _Loader(rows, batch_size=None, **options)
     return _Loader(rows, batch_sampler=batches, **options)
 
 
+def _end_with_parent(worker: int) -> None:
+    """Have a process of the loader killed with its parent: it holds the lock of the run folder, too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class _Counting:
-    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask."""
+    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask.
+
+    Of a stream it adds what was used up, `STREAMED`, or why there is no batch, `FAILED`.
+    """
 
     collator: Collator
 
-    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, found: Any) -> dict[str, Any]:
+        if found is None:
+            return {}
+        if isinstance(found, Failed):
+            return {FAILED: found.error}
+        if isinstance(found, Streamed):
+            return {**self._collated(found.rows), STREAMED: found.counts}
+        return self._collated(found)
+
+    def _collated(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
         lengths = [len(document["input_ids"]) for document in documents]
         counts = {"tokens": torch.tensor(sum(lengths)), "squares": torch.tensor(sum(n * n for n in lengths))}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import EvalBatch
     from hf_finetune.tasks import Batch, Questions, Targets, Task
 
-COUNTS = ("tokens", "squares")
+COUNTS = ("tokens", "squares", batching.STREAMED)
 """What the loader of training batches adds to them, and no model takes."""
 SAMPLE_ROWS = 8
 """Rows of a batch that is looked at besides training."""

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
 
+STREAM_WORKERS = 4
+"""Processes of a rank that encode streamed rows, at most, where the recipe names no number: each reads all rows."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What is trained, in which pieces, for how long."""
@@ -47,7 +51,11 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
     micro_batch = hardware.micro_batch(recipe, machine, vocabulary, longest)
     division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
-    train = batching.StreamedBatches(prepared.train, division, recipe.training.seed) if rows is None else rows
+    train = rows
+    if rows is None:
+        train = batching.StreamedBatches(
+            prepared.train, division, recipe.training.seed, _stream_workers(recipe, machine)
+        )
     if lengths is not None and len(lengths) < machine.world_size:
         message = f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
         raise DataError(Problem(message, key="data.train"))
@@ -85,8 +93,17 @@ def divided(assignment: Assignment, micro_batch: int) -> Assignment:
     if batches is not None:
         batches = batching.GlobalBatches(batches.lengths, division, batches.seed)
     if isinstance(train, batching.StreamedBatches):
-        train = batching.StreamedBatches(train.stream, division, train.seed)
+        train = replace(train, division=division)
     return replace(assignment, job=replace(job, division=division, batches=batches, train=train))
+
+
+def _stream_workers(recipe: Recipe, machine: Machine) -> int:
+    """Processes of this rank that encode streamed rows while it trains; none on a CPU, which trains with every core."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers if recipe.data.workers > 1 else 0
+    if machine.device == "cpu":
+        return 0
+    return max(1, min(STREAM_WORKERS, hardware.cores() // machine.local_world_size - 1))
 
 
 def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, np.ndarray[Any, Any] | None]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 
+from hf_finetune.classification import likeness
 from hf_finetune.data import rawtext
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
+from hf_finetune.language import escaping
+from hf_finetune.tasks import REMARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,16 +169,31 @@ class _Counting:
             places = np.minimum(np.searchsorted(trained, self.hashes), len(trained) - 1)
             self._strike("leakage", trained[places] == self.hashes)
         struck = {name: self.struck[name] for name in _ORDER if name in self.struck}
-        tallies = {name: Tally(one.count, tuple(map(self._place, one.rows))) for name, one in struck.items()}
+        tallies = {
+            name: Tally(one.count, tuple(map(self._place, one.rows)), self._detail(name, one.rows[0]))
+            for name, one in struck.items()
+        }
         empty = np.flatnonzero(self.missing)
         if len(empty):
             tallies["empty_text"] = Tally(len(empty), tuple(self.split.where(int(row)) for row in empty[:SHOWN]))
-        return tallies
+        similar = self._similar_labels()
+        return tallies | ({"similar_labels": similar} if similar.count else {})
 
     def _place(self, row: int) -> tuple[str, int]:
         """Source of an encoded row, and its number there."""
         found = self.encoding.whole.select_columns([PART, ROW])[row]
         return self.split.places[found[PART]], found[ROW]
+
+    def _detail(self, check: str, row: int) -> str:
+        """What exactly a check finds in an encoded row; empty where the check says all."""
+        if check != "special_tokens" and check not in REMARKS:
+            return ""
+        index, setting = self.encoding.whole.select_columns([INDEX])[row][INDEX], self.setting
+        raw = replace(self.split, rows=self.split.rows.select([index])).raw()[:]
+        if check in REMARKS:
+            return setting.task.remark(raw, setting.tokenizer, check)
+        specials = escaping.pattern(setting.tokenizer)
+        return repr(rawtext.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
 
     def _strike(self, check: str, mask: Array) -> None:
         """Some of the kept rows have what a check looks for."""
@@ -191,6 +209,7 @@ class _Counting:
         marks, places = stretch.column[MARKS], self.split.places
         is_table = any(place.partition(" (and ")[0].lower().endswith((".csv", ".tsv")) for place in places)
         found = {"nul_characters": rawtext.NUL, "control_characters": rawtext.CONTROL}
+        found |= {"special_tokens": rawtext.SPECIAL, **REMARKS}
         for check, bit in (found | {"missing_words": rawtext.MISSING} if is_table else found).items():
             self._add(check, stretch.start + np.flatnonzero(marks & bit))
         self.missing[stretch.column[INDEX]] = False
@@ -287,6 +306,17 @@ class _Counting:
         counts = np.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(axis=0)
         return dict(zip(names, counts.tolist(), strict=True))
 
+    def _similar_labels(self) -> Tally:
+        """Count rows whose label is like a commoner one; remember the first row of each such label, in their order."""
+        alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
+        if self.labels is None or not alike:
+            return Tally()
+        labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
+        ids = [self.setting.targets.names.index(name) for name in alike]
+        first = [int((labels == index if labels.ndim == 1 else labels[:, index]).argmax()) for index in ids]
+        places = tuple(self._place(int(row)) for row in kept[first[:SHOWN]])
+        return Tally(sum(self.counts[name] for name in alike), places)
+
     def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
         """The most frequent tokens of each label, special ones left out."""
         counts, tokenizer = self.frequent, self.setting.tokenizer
@@ -328,6 +358,8 @@ _ORDER = (
     "missing_words",
     "doubled_bos",
     "untrained_end",
+    "special_tokens",
+    *REMARKS,
     "leakage",
     "unknown_tokens",
 )

@@ -75,7 +75,8 @@ class Scored:
         """95 % bootstrap intervals of those metrics."""
         parts = [intervals.of_sums(sums) for sums in self.sums()]
         bounds = {name: pair for part in parts for name, pair in part.bounds.items()}
-        return Intervals(bounds, parts[0].resamples, parts[0].rows) if parts else Intervals()
+        wilson = tuple(name for part in parts for name in part.by_wilson)
+        return Intervals(bounds, parts[0].resamples, parts[0].rows, wilson) if parts else Intervals()
 
     def right(self) -> tuple[str, Array, Array] | None:
         """A metric that counts right rows, the numbers of the rows, and which are right; None where none does."""
