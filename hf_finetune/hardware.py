@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,8 +265,17 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    limit = patience.collective()
-    PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    PartialState(cpu=device == "cpu", timeout=max(patience.collective(), patience.MEETING))
+    limit_collectives(patience.wait())
+
+
+def limit_collectives(limit: timedelta) -> None:
+    """Set how long this rank waits for the others in a collective from now on; all ranks do it at the same moment.
+
+    Args:
+        limit: That of steps (`patience.collective`) while all of them train; else that of long work
+            (`patience.wait`), which one rank or node may do while the others wait.
+    """
     if distributed.is_available() and distributed.is_initialized():
         distributed_c10d._set_pg_timeout(limit)
 

@@ -41,7 +41,7 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         CheckpointError: There are checkpoints, but none is whole, or they are of other data or another model.
         StorageError: The folder can't be written.
     """
-    ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
+    ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
     store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.checkpoints.keep)
     facts, found = _facts(ready), store.resume_point()
     for name, reason in found.skipped:

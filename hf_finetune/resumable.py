@@ -62,9 +62,10 @@ class ResumableTrainer(Trainer):
     """Step of the last evaluation of the watched split that was completed."""
     is_sharded: bool = False
     _ends_at_once: bool = False
+    _has_saved: bool = False
 
-    def progress(self, step: int, phase: str) -> None:
-        """Tells the other ranks that this one has come on."""
+    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
+        """Tells the other ranks that this one has come on; see `peers.Watch.progress`."""
 
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""
@@ -87,13 +88,14 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         self.store_flos()
-        self.progress(self.state.global_step, "saving")
+        self.progress(self.state.global_step, "saving", is_long=True)
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
         with phase("saving a checkpoint"):
             store.write(step, self._write_state, self.keeper.facts, protect)
         self.keeper.committed(step)
+        self._has_saved = True
 
     def _write_state(self, folder: Path) -> None:
         """The files of this rank."""
@@ -242,7 +244,11 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
         try:
+            self._has_saved = False
             super()._maybe_log_save_evaluate(*arguments, **options)
+            if self._has_saved and self.keeper is not None:
+                # Rank 0 may have copied the model for an upload: nobody waits for that in a collective of a step.
+                self.keeper.store.ranks.barrier()
             if self._globalstep_last_logged == self.state.global_step:
                 self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
         except EvaluationStopped:

@@ -22,6 +22,7 @@ from hf_finetune import (
     learning,
     memory,
     model,
+    patience,
     quiet,
     runreport,
     session,
@@ -95,12 +96,11 @@ def finetune(
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine) as status:
-            ready = heavy.prepare(recipe, machine, findings)
-            notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
-            # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
+                ready = heavy.prepare(recipe, machine, findings)
+                notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
                 ready = fitting.fit(ready, before, findings)
                 outcome = _Run(ready, findings, folder, status, stop, watch, before, repeat).complete(notes)
             push.after_training(outcome)
@@ -153,7 +153,12 @@ class _Run:
                 lock = making.lock(self.ready, learner.machine, choices)
                 making.write(lock, folder.run_lock, goes_on=keeper.resume_from is not None)
                 observers.locked()
+            # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
+            keeper.store.ranks.barrier()
+            hardware.limit_collectives(patience.collective())
             seconds, scores = _train(trainer, learner, self.stop)
+            hardware.limit_collectives(patience.wait())
+            self.watch.progress(trainer.state.global_step, "saving the adapter", is_long=True)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)
         outcome = Outcome(
