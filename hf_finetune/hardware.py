@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import patience
+from hf_finetune import patience, zero
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Machine:
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
     """Whether no rank holds all weights (FSDP, DeepSpeed ZeRO-3)."""
+    zero_stage: int = 0
+    """What DeepSpeed divides among the ranks: the optimiser's state, gradients too, weights too; 0 without it."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
 
@@ -146,7 +148,8 @@ def alone(recipe: Recipe) -> Machine:
         threads=max(1, cores() // local_world_size),
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
-        is_sharded=_is_sharded(),
+        is_sharded=_is_fsdp() or zero.stage() == 3,
+        zero_stage=zero.stage(),
         activation_checkpointing=recipe.training.activation_checkpointing is True,
     )
 
@@ -162,7 +165,8 @@ def check(recipe: Recipe, machine: Machine) -> None:
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
-    if machine.is_sharded and machine.device == "cpu":
+    problems += zero.check(recipe, machine)
+    if (machine.is_sharded or machine.zero_stage) and machine.device == "cpu":
         # accelerate 1.15 would run plain DDP and say nothing.
         problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
     if recipe.training.batch_size < machine.world_size:
@@ -194,12 +198,9 @@ def _make_deterministic() -> None:
     settings.fill_uninitialized_memory = False
 
 
-def _is_sharded() -> bool:
+def _is_fsdp() -> bool:
     """What `accelerate launch` was told, by its environment variables."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return True
-    has_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return has_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def cores() -> int:

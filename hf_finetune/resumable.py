@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
-from hf_finetune import runstate
+from hf_finetune import runstate, zero
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
 from hf_finetune.terminal import phase
@@ -102,7 +102,9 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         runstate.save_rank(folder, self.args.process_index, float(self._tr_loss))
-        if self.is_sharded:
+        if self.is_deepspeed_enabled:
+            self._save_optimizer_and_scheduler(str(folder))  # and the trained weights, each rank its part
+        elif self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
         elif self.keeper.store.is_writer:
@@ -146,7 +148,7 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimiser and the schedule."""
-        if checkpoint is None or self.is_sharded:
+        if checkpoint is None or self.is_sharded or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
@@ -170,7 +172,7 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The best checkpoint's weights."""
         best = self.state.best_model_checkpoint
-        if best is None or self.is_sharded:
+        if best is None or self.is_sharded or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         runstate.load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
@@ -287,6 +289,8 @@ class _Flow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the checkpoint ends."""
+        if self.trainer.is_deepspeed_enabled:
+            zero.hold_back(self.trainer.accelerator)
         self.trainer._resume()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

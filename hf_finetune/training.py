@@ -28,6 +28,7 @@ from hf_finetune import (
     session,
     targetsfile,
     terminal,
+    zero,
 )
 from hf_finetune.card import page
 from hf_finetune.divergence import Guard
@@ -243,33 +244,46 @@ def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]
         raise OutOfMemoryError(Problem(message)) from error
 
 
-def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float:
-    """Write `adapter/`, load it back from disk, and return how far its logits are from those in memory."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if learner.machine.is_sharded else None
-    if not learner.machine.is_main:
-        return 0.0
-    trained = trainer.accelerator.unwrap_model(trainer.model) if state is None else _whole(learner, state)
+def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float | None:
+    """Write `adapter/`, then read it back and compare it with the model in memory; see `Outcome.reload_difference`.
+
+    Weights that are divided among ranks are gathered before, by all of them; what follows is the first rank's alone.
+    """
+    recipe, machine = learner.recipe, learner.machine
+    trained = trainer.bare_model
+    state = _gathered(trainer, trained) if machine.is_sharded or machine.zero_stage else None
+    if not machine.is_main:
+        return None
     targetsfile.write(folder.targets, learner.prepared.targets)
-    export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
+    export.save(trained, recipe, learner.prepared.targets, learner.tokenizer, folder.adapter, state)
+    if state is not None or recipe.model.quantization is not None:
+        export.compare(trained, recipe, folder.adapter, state)
+        return None
     batch = learner.job.probe(next(trained.parameters()).device)
     memory.give_back()  # a second model follows, and what training left free would lie beside it
-    return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
+    return export.verify(trained, recipe, machine, batch, folder.adapter)
 
 
-def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The trained model in one piece on the CPU, from the gathered weights of a sharded one.
+def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained weights in one piece, on the CPU of the first rank; every rank takes part.
 
     Raises:
-        ModelError: A trained weight was not gathered.
+        ModelError: One was not given back.
     """
-    set_seed(learner.recipe.training.seed)
-    loaded = model.load(learner.recipe, learner.prepared.targets, learner.machine, learner.tokenizer)
-    whole = model.build(learner.recipe, loaded, learner.setting)
-    missing = {name for name, parameter in whole.named_parameters() if parameter.requires_grad} - state.keys()
-    if missing:
+    if trainer.is_deepspeed_enabled:
+        return zero.trained(trained)
+    wanted = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    state: dict[str, torch.Tensor]
+    if trainer.accelerator.is_fsdp2:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(trainer.model_wrapped, options=options)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.process_index == 0 and (missing := wanted - state.keys()):
         raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
-    whole.load_state_dict(state, strict=False)
-    return whole
+    return state
 
 
 def _keep_silent(text: str) -> None:

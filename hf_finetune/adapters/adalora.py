@@ -96,7 +96,7 @@ class AdaLora(Adapter):
             )
         return peftio.wrap(model, config)
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write what the ranks that are left hold."""
         config: Any = peftio.adapter_config(adapted)
         tuner: Any = adapted.base_model
@@ -104,7 +104,13 @@ class AdaLora(Adapter):
         if config.rank_pattern and allocator is not None:
             # Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too.
             allocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
-        peftio.write(adapted, folder)
+        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What the ranks that are left hold."""
+        return peftio.weights(adapted, state)
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the pruned adapter onto a fresh base."""

@@ -75,10 +75,13 @@ def summary_entry(outcome: Outcome) -> Entry:
         "probe_seconds": round(outcome.probe_seconds, 3),
         "trained_parameters": trained,
         "parameters": total,
-        "reload_difference": outcome.reload_difference,
         "device": outcome.machine.device,
         "world_size": outcome.machine.world_size,
     }
+    if outcome.reload_difference is None:
+        facts["read_back"] = "equal"
+    else:
+        facts["reload_difference"] = outcome.reload_difference
     if outcome.peak_memory is not None:
         facts["peak_memory"] = outcome.peak_memory
     return facts | outcome.rates | scores
@@ -101,8 +104,12 @@ def summary_lines(outcome: Outcome) -> list[str]:
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
+    if outcome.reload_difference is None:
+        saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
+    else:
+        saved = ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})")
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})"),
+        saved,
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         ("watch it with", f"tensorboard --logdir {outcome.folder.tensorboard}"),
