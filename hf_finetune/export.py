@@ -38,6 +38,7 @@ def save(
     targets: Targets,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
+    *,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write weights (safetensors), tokenizer, chat template, labels and the model card without metrics.
@@ -78,7 +79,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     """Load the folder onto a fresh base and compare logits with the model in memory, in eval mode.
 
     Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device
-    never holds two bases. For models that are whole and not quantised; `compare` is for the others.
+    never holds two bases. For runs that have the room (`Machine.reloads`); `compare` is for the others.
 
     Args:
         adapted: The model in memory.
@@ -139,9 +140,7 @@ def compare(
         raise ModelError(f"{folder} can't be read back: {peftio.one_line(error)}; keep the checkpoints") from error
     # Tied weights are stored under one of their names.
     stored = [expected[name] for name in seen & expected.keys()]
-    lost += [
-        name for name in expected.keys() - seen if not any(_is_same(expected[name], tensor) for tensor in stored)
-    ]
+    lost += [name for name in expected.keys() - seen if not any(_is_same(expected[name], tensor) for tensor in stored)]
     if lost or not seen:
         what = f"{len(lost)} weights differ, e.g. {min(lost)}" if lost else "it holds no weights"
         raise ModelError(f"{folder} does not hold the trained model: {what}; keep the checkpoints and report this")

@@ -100,6 +100,14 @@ class Machine:
         """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
         return DTYPES[self.precision] if frozen else torch.float32
 
+    def reloads(self, recipe: Recipe) -> bool:
+        """Whether what was saved is loaded onto a second base to compare logits; it must fit beside nothing else.
+
+        Weights that are quantised fill the device, and those that are divided fit no single one: of them, the saved
+        weights are compared bit by bit.
+        """
+        return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
+
     def describe(self) -> str:
         """One line for people."""
         ranks = f"{self.world_size} x {self.device}"

@@ -255,13 +255,20 @@ def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> floa
     if not machine.is_main:
         return None
     targetsfile.write(folder.targets, learner.prepared.targets)
-    export.save(trained, recipe, learner.prepared.targets, learner.tokenizer, folder.adapter, state)
-    if state is not None or recipe.model.quantization is not None:
+    export.save(trained, recipe, learner.prepared.targets, learner.tokenizer, folder.adapter, state=state)
+    if not machine.reloads(recipe):
         export.compare(trained, recipe, folder.adapter, state)
         return None
     batch = learner.job.probe(next(trained.parameters()).device)
     memory.give_back()  # a second model follows, and what training left free would lie beside it
-    return export.verify(trained, recipe, machine, batch, folder.adapter)
+    try:
+        return export.verify(trained, recipe, machine, batch, folder.adapter)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    say("note: a second model does not fit in memory: the saved weights are compared bit by bit, not by their logits")
+    export.compare(trained, recipe, folder.adapter)
+    return None
 
 
 def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, torch.Tensor]:

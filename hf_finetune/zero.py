@@ -47,7 +47,9 @@ def check(recipe: Recipe, machine: Machine) -> list[Problem]:
         return []
     config, problems = _config() or {}, []
     if not machine.zero_stage:
-        problems.append(Problem("DeepSpeed without ZeRO is not supported; set zero_stage to 1, 2 or 3, or take ddp.yaml"))
+        problems.append(
+            Problem("DeepSpeed without ZeRO is not supported; set zero_stage to 1, 2 or 3, or take ddp.yaml")
+        )
     for section in ("optimizer", "scheduler"):
         if section in config:
             message = f"has a section {section!r}, but the recipe decides that; remove it from there"
@@ -136,7 +138,9 @@ def _config() -> Mapping[str, Any] | None:
         text = path.read_text("utf-8") if path.is_file() else base64.urlsafe_b64decode(place).decode("utf-8")
         config = json.loads(text)
     except (OSError, ValueError) as error:
-        raise RecipeError(Problem("this DeepSpeed configuration can't be read as JSON; correct it", file=place)) from error
+        raise RecipeError(
+            Problem("this DeepSpeed configuration can't be read as JSON; correct it", file=place)
+        ) from error
     if not isinstance(config, dict):
         raise RecipeError(Problem("this DeepSpeed configuration is not a JSON object; correct it", file=place))
     return config

@@ -180,7 +180,9 @@ class Watch:
         mark, before = self._mark, self._seen
         idle, self._seen = self._beat.idle + passed if mark is before else 0.0, mark
         waits, place = look_at(threading.main_thread().ident or 0) if idle >= IDLE_S else (False, "")
-        self._beat = replace(self._beat, step=mark[0], phase=mark[1], allowed=mark[2], idle=idle, waits=waits, place=place)
+        self._beat = replace(
+            self._beat, step=mark[0], phase=mark[1], allowed=mark[2], idle=idle, waits=waits, place=place
+        )
         return mark[1] != before[1]
 
     def _show(self) -> bool:
