@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from hf_finetune import checkpoints, patience
+from hf_finetune import checkpoints, patience, zero
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
@@ -46,7 +46,8 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
     facts, found = _facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
-    if found.manifest is not None:
+    if found.manifest is not None and found.path is not None:
+        zero.check_checkpoint(found.path, found.manifest.world_size, ready.machine)
         _compare(facts, found.manifest, ready.machine.world_size, tell)
     return Keeper(
         store=store, facts=facts, stop=stop, journals=(folder.metrics, folder.samples), resume_from=found.path

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
@@ -64,6 +64,36 @@ def check(recipe: Recipe, machine: Machine) -> list[Problem]:
         message = f"ZeRO-3 can't divide {recipe.model.quantization} weights; take ddp.yaml or ZeRO-2, or remove it"
         problems.append(Problem(message, key="model.quantization"))
     return problems
+
+
+def check_checkpoint(checkpoint: Path, ranks: int, machine: Machine) -> None:
+    """Refuse a checkpoint that this launch can't go on from.
+
+    Args:
+        checkpoint: Its folder.
+        ranks: How many wrote it.
+        machine: What goes on.
+
+    Raises:
+        CheckpointError: It was written with another way of dividing the state, or by another number of ranks.
+    """
+    names = {0: "without DeepSpeed", 2: "with DeepSpeed ZeRO-1 or 2", 3: "with DeepSpeed ZeRO-3"}
+    written, own = _written(checkpoint), 2 if machine.zero_stage == 1 else machine.zero_stage
+    if written != own:
+        how = "start it with the launcher configuration of its beginning, or give --restart to start anew"
+        message = f"was written {names[written]}, this start is {names[own]}; {how}"
+        raise CheckpointError(Problem(message, file=str(checkpoint)))
+    if written and ranks != machine.world_size:
+        how = f"start {ranks} processes, or give --restart to start anew"
+        message = f"DeepSpeed divided it among {ranks} ranks, and can't go on with {machine.world_size}; {how}"
+        raise CheckpointError(Problem(message, file=str(checkpoint)))
+
+
+def _written(checkpoint: Path) -> int:
+    """3 for a checkpoint of ZeRO-3, 2 for one of ZeRO-1 or 2, 0 for any other."""
+    if any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt")):
+        return 3
+    return 2 if any(checkpoint.glob("global_step*/mp_rank_*_model_states.pt")) else 0
 
 
 def hold_back(accelerator: Any) -> None:

@@ -17,7 +17,7 @@ from forked import ROOT, ranks
 from models import recipe
 
 from hf_finetune import hardware, zero
-from hf_finetune.errors import RecipeError
+from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.hardware import Machine
 
 needs_deepspeed = pytest.mark.skipif(
@@ -126,6 +126,30 @@ def test_what_does_not_work_is_refused_before_anything_loads(
     machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", zero_stage=zero.stage())
     with pytest.raises(RecipeError, match=says):
         hardware.check(recipe("unused", adapter), machine)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage", "ranks_then", "says"),
+    [
+        ("trained.safetensors", 2, 2, "was written without DeepSpeed, this start is with DeepSpeed ZeRO-1 or 2"),
+        ("global_step4/mp_rank_00_model_states.pt", 0, 2, "ZeRO-1 or 2, this start is without DeepSpeed"),
+        ("global_step4/zero_pp_rank_0_mp_rank_00_model_states.pt", 2, 2, "was written with DeepSpeed ZeRO-3"),
+        ("global_step4/mp_rank_00_model_states.pt", 1, 4, "divided it among 4 ranks, and can't go on with 2"),
+        ("global_step4/mp_rank_00_model_states.pt", 1, 2, None),
+        ("trained.safetensors", 0, 4, None),
+    ],
+)
+def test_a_checkpoint_of_another_way_to_divide_is_refused(
+    file: str, stage: int, ranks_then: int, says: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", is_sharded=stage == 3, zero_stage=stage)
+    if says is None:
+        zero.check_checkpoint(tmp_path, ranks_then, machine)
+        return
+    with pytest.raises(CheckpointError, match=says):
+        zero.check_checkpoint(tmp_path, ranks_then, machine)
 
 
 def losses(folder: Path) -> dict[int, float]:
