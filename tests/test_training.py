@@ -149,6 +149,18 @@ def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing
     assert all(sample["prompt"].rstrip().endswith("assistant") for sample in samples)
 
 
+def test_a_quantised_run_ends_without_a_second_base(
+    run: Runner, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_finetune import model
+
+    monkeypatch.setattr(model, "fresh_base", lambda *unused: pytest.fail("a second base was loaded"))
+    done = run(CHAT, f"model.name={tiny_llama}", "model.quantization=nf4", "data.max_length=64", "training.epochs=1")
+    assert done.outcome.reload_difference is None
+    assert "every bit of the weights is equal" in capsys.readouterr().out
+    assert "every bit of the saved weights is equal" in (done.folder / "report.md").read_text()
+
+
 def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews: Callable[[int], str]) -> None:
     done = run(
         CHAT, f"model.name={tiny_llama}", "data.streaming=true", "data.validation_share=null",
