@@ -54,6 +54,7 @@ class StopRequest:
         """The first that came here, and when."""
         self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._deferred = False
+        self._parent = os.getppid()
         self._before: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
@@ -109,6 +110,10 @@ class StopRequest:
             os._exit(128 + number)
         now = time.monotonic()
         if number == self._own and now - self._since < self._echo:
+            return
+        if self._own and os.getppid() != self._parent:
+            # The launcher died of the signal that came here too, as of Ctrl-C: see `_follow_parent`. No second wish.
+            self._parent = os.getppid()
             return
         is_first = not self._own
         if is_first:

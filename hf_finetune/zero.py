@@ -45,7 +45,10 @@ def check(recipe: Recipe, machine: Machine) -> list[Problem]:
     """What of a recipe does not work under DeepSpeed, or would be another optimisation."""
     if not _is_on():
         return []
-    config, problems = _config() or {}, []
+    config, problems = _config() or {}, list[Problem]()
+    if machine.device == "cpu":
+        # accelerate 1.15 would run plain DDP and say nothing.
+        problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
     if not machine.zero_stage:
         problems.append(
             Problem("DeepSpeed without ZeRO is not supported; set zero_stage to 1, 2 or 3, or take ddp.yaml")

@@ -78,6 +78,8 @@ def summary_entry(outcome: Outcome) -> Entry:
         "device": outcome.machine.device,
         "world_size": outcome.machine.world_size,
     }
+    if outcome.not_taken:
+        facts["steps_not_taken"] = outcome.not_taken
     if outcome.reload_difference is None:
         facts["read_back"] = "equal"
     else:
@@ -90,6 +92,8 @@ def summary_entry(outcome: Outcome) -> Entry:
 def summary_lines(outcome: Outcome) -> list[str]:
     """The table at the end of a run, and what to do next."""
     rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
+    if outcome.not_taken:
+        rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
     if outcome.rates:
         speed = (
             f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
