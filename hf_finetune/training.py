@@ -194,6 +194,8 @@ class _Run:
 def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:
     """The Trainer with everyone who watches it."""
     recipe, job = learner.recipe, learner.job
+    if learner.machine.zero_stage:
+        zero.read_no_code()
     options = arguments.training_arguments(
         recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
     )

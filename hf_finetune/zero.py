@@ -99,6 +99,19 @@ def _written(checkpoint: Path) -> int:
     return 2 if any(checkpoint.glob("global_step*/mp_rank_*_model_states.pt")) else 0
 
 
+def read_no_code() -> None:
+    """Have torch refuse what is neither a number nor a record of DeepSpeed in a checkpoint.
+
+    DeepSpeed reads its files with `weights_only=False`, which would run any code that somebody has put there.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
 def hold_back(accelerator: Any) -> None:
     """Have backward passes leave the optimiser's step to `step`, and have DeepSpeed look at gradients of any dtype.
 
