@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import PartialState
@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import patience, zero
+from hf_finetune import determinism, patience, zero
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def survey(recipe: Recipe) -> Machine:
     _lead_to_the_process_group(device)
     machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
-        _make_deterministic()
+        determinism.enforce()
     if device == "cpu":
         for name, kernels in KERNEL_CACHES.items():
             os.environ.setdefault(name, kernels)  # read at the first operation
@@ -168,7 +168,7 @@ def alone(recipe: Recipe) -> Machine:
     )
 
 
-UNSHARDED = {
+NOT_WITH_FSDP = {
     "training.optimizer": {
         # bitsandbytes 0.50 has no sharding strategy for its update.
         "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
@@ -180,7 +180,7 @@ UNSHARDED = {
     # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
     "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
 }
-"""Keys -> values that sharded weights exclude, and why."""
+"""Key -> values that FSDP2 can't train, and why."""
 
 
 def check(recipe: Recipe, machine: Machine) -> None:
@@ -197,7 +197,7 @@ def check(recipe: Recipe, machine: Machine) -> None:
         problems.append(Problem(message, key="training.precision"))
     problems += zero.check(recipe, machine)
     if uses_fsdp():
-        problems += _sharding_problems(recipe, machine)
+        problems += _fsdp_problems(recipe)
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -208,8 +208,8 @@ def check(recipe: Recipe, machine: Machine) -> None:
         raise RecipeError(problems)
 
 
-def _sharding_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
-    """Why this recipe's weights can't be sharded here."""
+def _fsdp_problems(recipe: Recipe) -> list[Problem]:
+    """Why FSDP can't shard this recipe's weights."""
     problems = []
     asked = {
         "training.optimizer": recipe.training.optimizer,
@@ -217,8 +217,8 @@ def _sharding_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
         "adapter.kind": recipe.adapter.kind,
     }
     for key, value in asked.items():
-        if value is not None and value in UNSHARDED[key]:
-            problems.append(Problem(UNSHARDED[key][value], key=key))
+        if value is not None and value in NOT_WITH_FSDP[key]:
+            problems.append(Problem(NOT_WITH_FSDP[key][value], key=key))
     if "LOCAL_RANK" not in os.environ:
         # accelerate would train without FSDP and say nothing.
         problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))
@@ -234,18 +234,6 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _make_deterministic() -> None:
-    """Choose deterministic CUDA kernels; an operation that has none warns."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
-    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    # On by default with the above, and slow: fills every new tensor.
-    settings: Any = torch.utils.deterministic
-    settings.fill_uninitialized_memory = False
 
 
 def uses_fsdp() -> bool:

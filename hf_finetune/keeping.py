@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from hf_finetune import checkpoints, patience, zero
+from hf_finetune import checkpoints, patience, sharding, zero
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
@@ -38,7 +38,8 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         tell: Says something on rank 0.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is whole, or they are of other data or another model.
+        CheckpointError: There are checkpoints, but none is whole, or they are of other data, another model or
+            other sharding.
         StorageError: The folder can't be written.
     """
     ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
@@ -49,6 +50,8 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
     if found.manifest is not None and found.path is not None:
         zero.check_checkpoint(found.path, found.manifest.world_size, ready.machine)
         _compare(facts, found.manifest, ready.machine.world_size, tell)
+    if found.path is not None:
+        sharding.refuse_other_format(found.path, ready.machine)
     return Keeper(
         store=store, facts=facts, stop=stop, journals=(folder.metrics, folder.samples), resume_from=found.path
     )

@@ -159,14 +159,22 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimiser and the schedule."""
-        if checkpoint is None or self.is_sharded or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
-        optimizer = torch.load(folder / runstate.OPTIMIZER, map_location="cpu", weights_only=True)
-        scheduler = torch.load(folder / runstate.SCHEDULER, weights_only=True)
-        runstate.load_optimizer(self.optimizer, self.lr_scheduler, optimizer, scheduler)
+        sharded: Any = super()
+
+        def load() -> None:
+            if self.is_sharded or self.is_deepspeed_enabled:
+                sharded._load_optimizer_and_scheduler(checkpoint)
+                return
+            folder = Path(checkpoint)
+            # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
+            self.optimizer.load_state_dict(
+                torch.load(folder / runstate.OPTIMIZER, map_location="cpu", weights_only=True)
+            )
+            self.lr_scheduler.load_state_dict(torch.load(folder / runstate.SCHEDULER, weights_only=True))
+
+        runstate.load_optimizer(self.optimizer, self.lr_scheduler, load)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random numbers; with another number of ranks each draws its own, by seed, rank and step."""

@@ -251,8 +251,10 @@ class FinetuneTrainer(ResumableTrainer):
             return
         try:
             taken = guard.takes(step, finite=finite)
-            if taken and (scaler is not None or not fits):
-                taken = guard.fits(step, finite=fits, scale=float("inf") if scaler is None else scaler.get_scale())
+            if taken:
+                # Asking for the scale waits for the device.
+                scale = float("inf") if fits or scaler is None else scaler.get_scale()
+                taken = guard.fits(step, finite=fits, scale=scale)
             self._is_left_out = not taken
             if not taken:
                 self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
@@ -317,7 +319,12 @@ class FinetuneTrainer(ResumableTrainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             options = {**options, "weight_decay": self.args.weight_decay}
             self.optimizer = self.job.adapter.optimizer(trained, cls, options)
-        return super().create_optimizer(model)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        filled = [group for group in made.param_groups if group["params"]]
+        if self.is_sharded and len(filled) < len(made.param_groups) - 1:
+            # torch's sharded checkpoints (2.13) give back the state of an optimiser with one empty group at most.
+            made.param_groups[:] = filled
+        return made
 
     # ---- evaluation ----
 

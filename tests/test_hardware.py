@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import recipe
 
-from hf_finetune import hardware
+from hf_finetune import determinism, hardware
 from hf_finetune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -77,3 +77,28 @@ def test_dividing_where_it_would_not_happen_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=says):
         run()
+
+
+def test_attention_takes_deterministic_kernels_and_nothing_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn import functional
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
+    plain, seen = functional.scaled_dot_product_attention, []
+    query = torch.randn(1, 2, 8, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(query, query, query, is_causal=True).sum(), query)
+    try:
+        determinism.enforce()
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        out = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+        out.grad_fn.register_prehook(lambda _: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        (gradient,) = torch.autograd.grad(out.sum(), query)
+        assert seen == [False], "an error within, which makes torch take the deterministic kernel"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.equal(gradient, expected)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+        torch.backends.cudnn.deterministic = False

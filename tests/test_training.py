@@ -170,6 +170,24 @@ def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews:
     assert done.lines("train")[-1]["loss"] < done.lines("train")[0]["loss"]
 
 
+def test_processes_that_encode_a_stream_give_the_same_rows_and_counts(run: Runner) -> None:
+    streamed = (
+        "data.streaming=true", "data.validation_share=null", "data.shuffle_buffer=16", "data.max_length=9",
+        "data.overlong=drop", "task.labels=[negative,positive]", "training.epochs=null", "training.steps=8",
+        "training.eval_every=null", "training.micro_batch=4",
+    )  # fmt: skip
+    found = []
+    for workers in (1, 2):
+        done = run(*streamed, f"data.workers={workers}", restart=True)
+        losses = [line["loss"] for line in done.lines("train")]
+        found.append((losses, done.outcome.prepared.reports["train"]))
+    assert found[0] == found[1]
+    report = found[0][1]
+    assert report.rows == 96
+    assert 0 < report.dropped < 96
+    assert report.kept + report.dropped == 96
+
+
 def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
     rows = tmp_path / "scores.jsonl"
     rows.write_text("".join(json.dumps({"text": "the film", "label": index * 1e30}) + "\n" for index in range(16)))

@@ -169,7 +169,8 @@ class AdaLora(Adapter):
                 """`global_step` still counts the steps before this one."""
                 model = kwargs["model"]
                 tuner = getattr(model, "module", model).base_model
-                _move_budget(tuner, state.global_step + 1, is_taken=not kwargs["optimizer"].step_was_skipped)
+                is_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)  # accelerate's optimisers
+                _move_budget(tuner, state.global_step + 1, is_taken=not is_skipped)
 
         return [Prune()]
 

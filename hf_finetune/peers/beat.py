@@ -1,6 +1,6 @@
-"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`.
+"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second.
 
-A rank renews it every second; one of more than fifty ranks does so less often.
+Where there are more than fifty ranks, each does so less often.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.terminal import clock
@@ -111,12 +113,24 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if outcome.reload_difference is None:
         saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
     else:
-        saved = ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})")
+        apart = f"logits differ by {outcome.reload_difference:.1e} at most"
+        saved = ("saved and reloaded", f"{outcome.folder.adapter} ({apart})")
     rows += [
         saved,
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
-        ("watch it with", f"tensorboard --logdir {outcome.folder.tensorboard}"),
+        *_how_to_watch(outcome),
     ]
     width = max(len(name) for name, _ in rows)
     return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def _how_to_watch(outcome: Outcome) -> list[tuple[str, str]]:
+    """The command that shows the events, where there are any."""
+    if not outcome.recipe.tracking.tensorboard:
+        return []
+    from hf_finetune.tracking.board.place import Place
+
+    command = f"tensorboard --logdir {shlex.quote(Place.of(outcome.recipe, outcome.folder).folder)}"
+    is_installed = importlib.util.find_spec("tensorboard") is not None
+    return [("watch it with", command if is_installed else f"pip install tensorboard; {command}")]
