@@ -64,10 +64,20 @@ def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
     assert machine.base_dtype(frozen=False) == torch.float32
 
 
-def test_deepspeed_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    with pytest.raises(RecipeError, match="need"):
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP needs a launcher"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeed needs GPUs"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed needs GPUs"),
+    ],
+)
+def test_dividing_where_it_would_not_happen_is_refused(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=says):
         run()
 
 

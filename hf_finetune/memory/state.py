@@ -33,11 +33,14 @@ def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, i
     """Weights and optimiser state of one device, in bytes."""
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     shards = machine.world_size if machine.is_sharded else 1
+    parts = machine.world_size if machine.is_sharded or machine.zero_stage else 1
+    # DeepSpeed trains in half precision, and keeps a copy of the trained weights in fp32.
+    copies = 4 * sum(p.numel() for p in trained) if machine.zero_stage and machine.precision != "fp32" else 0
     return {
         "weights": weights(recipe, adapted) // shards,
-        "optimiser state": sum(_moments(recipe, parameter) for parameter in trained) // shards,
+        "optimiser state": (copies + sum(_moments(recipe, parameter) for parameter in trained)) // parts,
         # DistributedDataParallel keeps a copy of all gradients in its buckets.
-        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and shards == 1 else 0,
+        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and parts == 1 else 0,
     }
 
 

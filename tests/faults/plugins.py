@@ -139,6 +139,27 @@ def slow(seconds: float) -> None:
     on_trainer("data", lambda trainer: time.sleep(seconds))
 
 
+def work(function: str, action: str, rank: int, **options: Any) -> None:
+    """Act once on one rank, before a function of the package that the other ranks do not call, or not so late."""
+    if rank != RANK:
+        return
+    place, _, name = f"hf_finetune.{function}".rpartition(".")
+    module = __import__(place, fromlist=["_"])
+    done: list[bool] = []
+
+    def strike(*arguments: Any, **named: Any) -> None:
+        if not done:
+            done.append(True)
+            globals()[action](**options)
+
+    wrap(module, name, before=strike)
+
+
+def sleep(seconds: float) -> None:
+    """Take long."""
+    time.sleep(seconds)
+
+
 # ---- what a rank holds ----
 
 
