@@ -347,6 +347,10 @@ FAULTS: dict[str, tuple[Files, list[str]]] = {
         {"a.csv": 'text,label\nfine,neg\n"a film,pos\nfine,neg\n'},
         ["a.csv:3: data.train: opens a quotation mark that is never closed; the 2 lines from here to the end would be"],
     ),
+    "a mark that is closed by chance": (
+        {"a.csv": 'text,label\n"a film,pos\nfine,neg\nfine,neg\nof 5",neg\nfine,pos\n"a, poem\nof two, lines",pos\n'},
+        ["a.csv:2: data.train: a text holds 2 lines that are rows themselves; is a quotation mark not closed?"],
+    ),
     "objects in lines of their own": (
         {"a.jsonl": json.dumps({"text": "x", "label": 1}, indent=1) * 3},
         ["a.jsonl:1: data.train: begins an object that spans 4 lines; write each object on one line"],

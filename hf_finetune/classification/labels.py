@@ -210,7 +210,8 @@ def _read(
             break
     bad.raise_any()
     if declared is None:
-        order = tuple(sorted(found, key=int if all(map(_is_integer, found)) else str))
+        numeric = all(map(_is_integer, found))
+        order = tuple(sorted(found, key=lambda text: (int(text) if numeric else 0, text)))
         declared = order, {name: index for index, name in enumerate(order)}
     names, ids_of = declared
     counts = [0] * len(names)

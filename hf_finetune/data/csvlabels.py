@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ INTEGER, NUMBER, CODE, EMPTY, TEXT, TRUTH = "integers", "numbers", "codes", "emp
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}", re.ASCII)
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?", re.ASCII)
 _DIGITS = re.compile(r"[-+]?[0-9]+", re.ASCII)
+
+MOST_TEXTS = 1000
+"""Texts of a column that are remembered; one that has more holds no classes."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -37,6 +41,14 @@ def cell_value(cell: str) -> Any:
     return int(cell) if kind == INTEGER else cell.lower() == "true" if kind == TRUTH else cell
 
 
+def rows_inside(text: str, header: list[str], label: str) -> list[str]:
+    """The labels of the lines inside a text, if each of them has the fields of a row; else nothing."""
+    records = list(csv.reader(text.split("\n")[1:-1]))
+    if len(header) < 2 or any(len(record) != len(header) for record in records):
+        return []
+    return [record[header.index(label)] for record in records]
+
+
 @dataclass
 class CsvLabels:
     """What was seen so far of one column."""
@@ -48,12 +60,16 @@ class CsvLabels:
     """Cells by kind."""
     first: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
     """The first cells of each kind: file, line, text."""
+    texts: set[str] = field(default_factory=set)
+    """What was seen, up to `MOST_TEXTS`."""
 
     def note(self, cell: str, file: str, line: int) -> None:
         """One more cell."""
         kind = _kind(cell)
         kind = TEXT if kind == TRUTH and not self.one_of_many else kind
         self.counts[kind] += 1
+        if len(self.texts) < MOST_TEXTS:
+            self.texts.add(cell)
         if self.counts[kind] <= SHOWN:
             self.first.setdefault(kind, []).append((file, line, cell))
 

@@ -8,7 +8,7 @@ written as text, and a label column becomes a column of numbers at the end, if a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from hf_finetune import rowfiles
 from hf_finetune.data import parquetfiles
 from hf_finetune.data.cells import Cell
-from hf_finetune.data.csvlabels import CsvLabels
+from hf_finetune.data.csvlabels import CsvLabels, rows_inside
 from hf_finetune.data.faults import Faults, Wanted
 from hf_finetune.data.nottext import not_text
 from hf_finetune.errors import DataError, Problem
@@ -126,6 +126,8 @@ class Loading:
         """Columns with numbers that are no integers."""
         many = len(wanted.labels) > 1
         self.labels = {column: CsvLabels(column, many) for column in wanted.labels} if table else {}
+        self.swallowing: list[tuple[str, int, list[str]]] = []
+        """Texts of csv that hold lines like rows: file, line, and the labels of these rows."""
         self.found: set[str] = set()
         """Columns that some row of some file has."""
         self.cells: dict[str, list[str | None]] = {column: [] for column in wanted.columns}
@@ -180,10 +182,19 @@ class Loading:
         """The types of the columns, and what is wrong with the files together."""
         mixed = [problem for labels in self.labels.values() if (problem := labels.mixed()) is not None]
         problems = [problem for problem in mixed if not self.wanted.mixed]
+        problems += self._swallowed()
         lacking = [c for c in self.wanted.expected if c in self.wanted.optional and c not in self.found]
         if lacking and self.found:
             problems += filehead.missing_columns(sorted(self.found), lacking, files[0])
         return datasets.Features({column: self._feature(column) for column in self.wanted.columns}), problems
+
+    def _swallowed(self) -> Iterator[Problem]:
+        """Rows inside the text of another: lines of as many fields, with a label that other rows have."""
+        for file, line, inside in self.swallowing:
+            known = set(inside) <= next(iter(self.labels.values())).texts
+            if known and "" not in inside:
+                what = f"a text holds {len(inside)} lines that are rows themselves; is a quotation mark not closed?"
+                yield Problem(what, file=file, line=line)
 
     def _feature(self, column: str) -> Any:
         kind, _ = self.kinds.get(column, (TEXT, ""))
@@ -261,6 +272,15 @@ class _Table(_Reading):
         for column, labels in loading.labels.items():
             if (cell := cells.get(column)) is not None:
                 labels.note(cell, self.bad.file, row.number)
+        if len(loading.labels) == 1 and any("\n" in (cells.get(name) or "") for name in loading.wanted.texts):
+            self._note_rows_inside(row, *loading.labels)
+
+    def _note_rows_inside(self, row: rowfiles.Row, label: str) -> None:
+        """Keep a text that holds what may be rows: a quotation mark may have swallowed them."""
+        for name in self.loading.wanted.texts:
+            inside = rows_inside(row.cells.get(name) or "", list(row.cells), label)
+            if inside and len(self.loading.swallowing) < ROWS:
+                self.loading.swallowing.append((self.bad.file, row.number, inside))
 
 
 class _Objects(_Reading):
