@@ -326,6 +326,10 @@ FAULTS: dict[str, tuple[Files, list[str]]] = {
         {"a.parquet": {"text": pa.array([0], pa.timestamp("us")), "label": [1]}},
         ["a.parquet: data.train: column 'text' holds timestamp[us], not text; write it as the text that is meant"],
     ),
+    "numbers in a list beside text in another": (
+        {"a.jsonl": labelled(["pos"], []), "b.jsonl": labelled(["neg"], [1])},
+        ["b.jsonl:2: data.train: 'label[]' holds a number, but text in a.jsonl; use one type"],
+    ),
     "a header in the middle": (
         {"a.csv": table("pos", "neg") + table("pos")},
         ["a.csv:4: data.train: repeats the header; remove the line"],

@@ -307,5 +307,5 @@ def test_an_input_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_text_is_refused(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(b"text\n\xff\xfe\n")
-    with pytest.raises(DataError, match=r"in\.csv: is not UTF-8"):
+    with pytest.raises(DataError, match=r"in\.csv:2: is not UTF-8 at byte 5"):
         command.run(Options(str(classifier), input=str(tmp_path / "in.csv"), output=str(tmp_path / "out.csv")))

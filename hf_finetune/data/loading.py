@@ -22,9 +22,9 @@ from hf_finetune.data import parquetfiles
 from hf_finetune.data.cells import Cell
 from hf_finetune.data.csvlabels import CsvLabels, rows_inside
 from hf_finetune.data.faults import Faults, Wanted
-from hf_finetune.data.nottext import not_text
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.rowfiles import jsonrows
+from hf_finetune.rowfiles.nottext import not_text
 from hf_finetune.schema import filehead
 from hf_finetune.schema.complaints import suggestion
 
@@ -176,6 +176,10 @@ class Loading:
                 self.floats.add(column)
             elif column in self.wanted.labels and not -(2**63) <= value < 2**63:
                 bad.add(number, f"{column!r} holds {value}, more than 64 bits; write it as text")
+        elif kind == LIST and column in self.wanted.labels:
+            for element in value:
+                if element is not None:
+                    self.note(f"{column}[]", element, number, bad)
         return kind
 
     def finish(self, files: Sequence[str]) -> tuple[datasets.Features, list[Problem]]:

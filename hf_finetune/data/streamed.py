@@ -15,9 +15,9 @@ from hf_finetune.data import parquetfiles
 from hf_finetune.data.csvlabels import cell_value
 from hf_finetune.data.faults import Faults, Wanted
 from hf_finetune.data.loading import KEYS, TEXT, Loading, by_row, encodes
-from hf_finetune.data.nottext import not_text
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.rowfiles import jsonrows
+from hf_finetune.rowfiles.nottext import not_text
 from hf_finetune.schema.complaints import suggestion
 from hf_finetune.schema.filehead import missing_columns
 

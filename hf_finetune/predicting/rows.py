@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.rowfiles import jsonrows, tables
+from hf_finetune.rowfiles.nottext import not_text
 from hf_finetune.rowfiles.row import Row
 from hf_finetune.schema.filehead import missing_columns
 
@@ -123,8 +124,9 @@ class Input:
                         blank = "" if line.strip() else "is blank; remove the line"
                         yield Row(number, {LINE: line.rstrip("\r\n")}, blank)
             except UnicodeDecodeError as error:
+                located = None if self.is_pipe else not_text(self.name, whole=True)
                 message = f"is not UTF-8 ({error.reason} at byte {error.start} of what was read last); save it as UTF-8"
-                raise DataError(Problem(message, file=self.place)) from None
+                raise DataError(located or Problem(message, file=self.place)) from None
 
     @contextmanager
     def _opened(self) -> Iterator[IO[str]]:
