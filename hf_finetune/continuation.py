@@ -17,6 +17,7 @@ FREE = (
     "output",
     "version",
     "require_pinned",
+    "checkpoints",
     "checkpoints.*",
     "data.cache",
     "data.workers",

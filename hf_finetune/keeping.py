@@ -13,6 +13,7 @@ from hf_finetune import checkpoints, patience
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
+from hf_finetune.pace import Pace
 from hf_finetune.resumable import Keeper
 from hf_finetune.runstate import Progress
 
@@ -42,14 +43,19 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         StorageError: The folder can't be written.
     """
     ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
-    store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.checkpoints.keep)
+    store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.saving.keep)
     facts, found = _facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
     if found.manifest is not None:
         _compare(facts, found.manifest, ready.machine.world_size, tell)
     return Keeper(
-        store=store, facts=facts, stop=stop, journals=(folder.metrics, folder.samples), resume_from=found.path
+        store=store,
+        facts=facts,
+        stop=stop,
+        journals=(folder.metrics, folder.samples),
+        resume_from=found.path,
+        pace=Pace(ready.recipe.saving, tell),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_finetune.adaptation import labelfile
-from hf_finetune.checkpoints.disk import discard, free_bytes, sync_folder
+from hf_finetune.checkpoints.disk import free_bytes
+from hf_finetune.durable import discard, put_in_place
 from hf_finetune.errors import ModelError, Problem, StorageError
 from hf_finetune.hardware import DTYPES
 from hf_finetune.language import generation
@@ -40,7 +40,7 @@ def staged(place: str) -> Iterator[Path]:
             staging.mkdir(parents=True)
         yield staging
         with reported(final):
-            _commit(staging, final)
+            put_in_place(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -124,20 +124,3 @@ def _generation(network: Any, tokenizer: Any) -> None:
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     config._from_model_config = False  # else transformers may make it anew from config.json, which knows one end only
-
-
-def _commit(staging: Path, final: Path) -> None:
-    """Make it durable and rename it into place; an earlier folder is moved aside first and then removed."""
-    for path in [*staging.rglob("*"), staging]:
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-    old = final.with_name(f".{final.name}.old")
-    discard(old)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    sync_folder(final.parent)
-    discard(old)
