@@ -103,6 +103,14 @@ def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
     return notes
 
 
+def is_whole(text: str) -> bool:
+    """Whether this may be a whole `recipe.yaml`: a power failure leaves nothing, zeros, or a part."""
+    try:
+        return text.endswith("\n") and isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
+
+
 def refuse_unknown(allowed: Iterable[str]) -> None:
     """Check the keys of `--allow-change`.
 

@@ -44,14 +44,15 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
     """
     ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
     store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.saving.keep)
-    facts, found = _facts(ready), store.resume_point()
+    made_from, found = facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
     if found.manifest is not None:
-        _compare(facts, found.manifest, ready.machine.world_size, tell)
+        compare(made_from, found.manifest, ready.machine.world_size, tell)
+        _refuse_shorter(found.manifest.step, ready)
     return Keeper(
         store=store,
-        facts=facts,
+        facts=made_from,
         stop=stop,
         journals=(folder.metrics, folder.samples),
         resume_from=found.path,
@@ -86,7 +87,7 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
 
 
-def _facts(ready: Ready) -> Facts:
+def facts(ready: Ready) -> Facts:
     """What this run's checkpoints are made from."""
     return Facts(
         recipe=hashlib.sha256(ready.recipe.dump().encode()).hexdigest(),
@@ -96,13 +97,27 @@ def _facts(ready: Ready) -> Facts:
     )
 
 
-def _compare(facts: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
+def _refuse_shorter(done: int, ready: Ready) -> None:
+    """Refuse a recipe whose length was changed to less than what is trained already.
+
+    Raises:
+        CheckpointError: Its steps can't be taken back.
+    """
+    total, training = ready.assignment.length.total_steps, ready.recipe.training
+    if done > total:
+        message = (
+            f"{done} steps are trained already, and this recipe has {total}; give more, or --restart to start anew"
+        )
+        raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
+
+
+def compare(wanted: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
     """Compare a checkpoint with the run that is to go on from it.
 
     Raises:
         CheckpointError: Data or model are not those that it was made from.
     """
-    changed = [name for name in MUST_BE_EQUAL if getattr(facts, name) != getattr(manifest.facts, name)]
+    changed = [name for name in MUST_BE_EQUAL if getattr(wanted, name) != getattr(manifest.facts, name)]
     if changed:
         how = "changed since the run began; put back what it was, or give --restart to start anew"
         problems = [Problem(f"{MUST_BE_EQUAL[name][1]} {how}", key=MUST_BE_EQUAL[name][0]) for name in changed]
@@ -110,6 +125,6 @@ def _compare(facts: Facts, manifest: Manifest, world_size: int, tell: Callable[[
     if manifest.world_size != world_size:
         was = f"{manifest.world_size} ranks, now {world_size}: the same rows in the same order, other random numbers"
         tell(f"note: the run was on {was}")
-    for name, now in facts.versions.items():
+    for name, now in wanted.versions.items():
         if (before := manifest.facts.versions.get(name)) != now:
             tell(f"note: {name} is {now}, the checkpoint was written with {before}: the next steps may differ in bits")

@@ -44,8 +44,8 @@ class Recipe(Section):
     training: Training
     """How it learns."""
     checkpoints: Checkpoints | Literal["off"] | None = Checkpoints()
-    """What is kept on the way; `off` or null keeps nothing but what `training.best_metric` needs, and the state of a run
-    that is stopped: a run that is killed then starts again, and one that is done can't be extended."""
+    """What is kept on the way; `off` or null keeps only what `training.best_metric` needs, and the state of a run that
+    is stopped: a run that is killed starts again, and one that is done can't be extended."""
     speed: Speed = Speed()
     """Which fast paths it may take."""
     tracking: Tracking = Tracking()

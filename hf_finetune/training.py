@@ -94,8 +94,10 @@ def finetune(
                 push.once_more(folder, recipe)
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
-        with session.status(folder, machine) as status:
+        with session.status(folder, machine, start) as status:
             ready = heavy.prepare(recipe, machine, findings)
+            if start.kind == "extend":
+                session.extend(folder, ready, status)
             notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
             # Not before: what is found until here, every rank finds and says by itself.
             with Watch(
@@ -133,6 +135,9 @@ class _Run:
         observers = Observers(recipe, folder, self.status, machine)
         try:
             return self._complete(learner, keeper, observers)
+        except Stopped:
+            observers.close(is_stopped=True)
+            raise
         finally:
             observers.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_finetune.durable import discard, sync_file, sync_folder
 from hf_finetune.errors import FinetuneError, Problem, StorageError
+from hf_finetune.invocation import same_command
 
 THREADS = 4
 """Files that are hashed and synced at the same time: the disk works while the processor does."""
@@ -113,7 +114,7 @@ def failure(folder: Path, needed: int, reason: str) -> StorageError:
     wanted = f"more than {written:,}" if written > needed or not needed else f"about {needed:,}"
     message = (
         f"{folder} can't take a checkpoint: {reason} (bytes needed: {wanted}, free: {free_bytes(folder):,}); make room "
-        f"or mend it, and run the same command; earlier checkpoints were not touched"
+        f"or mend it, and run {same_command()}; earlier checkpoints were not touched"
     )
     return StorageError(Problem(message, key="output"))
 

@@ -122,9 +122,8 @@ def _checkpoints(recipe: Recipe, trained: int) -> str:
     """When they are written, what they take, and what stays when the run is done."""
     saving = recipe.saving
     often = [] if saving.every_minutes is None else [f"every {saving.every_minutes:g} minutes"]
-    often += {"auto": ["at each epoch"], "epoch": ["at each epoch"], None: []}.get(
-        saving.every, [f"every {saving.every} steps"]
-    )
+    if saving.every is not None:
+        often.append("at each epoch" if saving.every in ("auto", "epoch") else f"every {saving.every} steps")
     often += [] if recipe.training.best_metric is None else [f"at the best {recipe.training.best_metric}"]
     if saving.is_off:
         kept = "" if not often else f", {often[0]} excepted"
