@@ -19,11 +19,13 @@ LAUNCHERS = {
 }
 """Scripts and modules whose command line ends with that of the processes they start."""
 _words: list[str] = []
+_parent: list[str] = []
+"""Command line of the process that started this one."""
 
 
 def note(words: Sequence[str]) -> None:
-    """Keep the words of the command line, without the program's name."""
-    _words[:] = words
+    """Keep the words of the command line, without the program's name, and who started it: a launcher may end first."""
+    _words[:], _parent[:] = words, _command_line(os.getppid())
 
 
 def restarts() -> bool:
@@ -36,7 +38,7 @@ def resume_command() -> str | None:
     if not _words:
         return None
     words = [word for word in _words if word != RESTART]
-    return shlex.join([*_program(_parent(), _words), *words])
+    return shlex.join([*_program(_parent, _words), *words])
 
 
 def same_command() -> str:
@@ -70,10 +72,10 @@ def _short(program: list[str]) -> list[str]:
     return [str(first), *program[1:]]
 
 
-def _parent() -> list[str]:
-    """Command line of the parent process; empty where it can't be read."""
+def _command_line(process: int) -> list[str]:
+    """What a process was started with; empty where that can't be read."""
     try:
-        raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        raw = Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return []
     return [word.decode(errors="surrogateescape") for word in raw.split(b"\0")[:-1]]

@@ -155,7 +155,8 @@ def renaming(ends: str, when: str, action: str = "die", **options: Any) -> None:
         if os.fspath(target).endswith(ends):
             act()
 
-    wrap(os, "rename", **{when: hit if when == "before" else lambda result, *a, **o: hit(*a, **o)})
+    for name in ("rename", "replace"):
+        wrap(os, name, **{when: hit if when == "before" else lambda result, *a, **o: hit(*a, **o)})
 
 
 def linking(number: int, action: str = "die", **options: Any) -> None:
