@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
@@ -79,7 +80,7 @@ class Machine:
     attention: str
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
-    """Whether no rank holds all weights (FSDP, DeepSpeed ZeRO-3)."""
+    """Whether no rank holds all weights (FSDP2, DeepSpeed ZeRO-3)."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
 
@@ -92,6 +93,11 @@ class Machine:
     def is_node_main(self) -> bool:
         """Whether this is the first rank of its node."""
         return self.local_rank == 0
+
+    @property
+    def place(self) -> torch.device:
+        """The device of this rank, on which its model lies."""
+        return torch.device(self.device, self.local_rank) if self.device == "cuda" else torch.device(self.device)
 
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
         """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
@@ -150,20 +156,35 @@ def alone(recipe: Recipe) -> Machine:
     )
 
 
+UNSHARDED = {
+    "training.optimizer": {
+        # bitsandbytes 0.50 has no sharding strategy for its update.
+        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
+        # transformers 5.23 mixes its plain row and column means with sharded gradients.
+        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
+    },
+    # bitsandbytes 0.50: Int8Params can't be made from a shard.
+    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
+    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
+    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
+}
+"""Keys -> values that sharded weights exclude, and why."""
+
+
 def check(recipe: Recipe, machine: Machine) -> None:
     """Compare what the recipe asks of the machine with what there is.
 
     Raises:
-        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or CPUs are to shard.
+        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or the weights can't be
+            sharded like this.
     """
     asked, problems = recipe.training.precision, []
     if asked not in ("auto", machine.precision):
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
-    if machine.is_sharded and machine.device == "cpu":
-        # accelerate 1.15 would run plain DDP and say nothing.
-        problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
+    if machine.is_sharded:
+        problems += _sharding_problems(recipe, machine)
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -172,6 +193,29 @@ def check(recipe: Recipe, machine: Machine) -> None:
         problems.append(Problem(message, key="training.batch_size"))
     if problems:
         raise RecipeError(problems)
+
+
+def _sharding_problems(recipe: Recipe, machine: Machine) -> list[Problem]:
+    """Why this recipe's weights can't be sharded here."""
+    problems = []
+    asked = {
+        "training.optimizer": recipe.training.optimizer,
+        "model.quantization": recipe.model.quantization,
+        "adapter.kind": recipe.adapter.kind,
+    }
+    for key, value in asked.items():
+        if value is not None and value in UNSHARDED[key]:
+            problems.append(Problem(UNSHARDED[key][value], key=key))
+    if not uses_fsdp():
+        if machine.device == "cpu":
+            problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
+        return problems
+    if "LOCAL_RANK" not in os.environ:
+        # accelerate would train without FSDP and say nothing.
+        problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        problems.append(Problem("FSDP 1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"))
+    return problems
 
 
 def find_device() -> Device:
@@ -186,6 +230,8 @@ def find_device() -> Device:
 def _make_deterministic() -> None:
     """Choose deterministic CUDA kernels; an operation that has none warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     # On by default with the above, and slow: fills every new tensor.
@@ -195,10 +241,15 @@ def _make_deterministic() -> None:
 
 def _is_sharded() -> bool:
     """What `accelerate launch` was told, by its environment variables."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if uses_fsdp():
         return True
     has_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     return has_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def uses_fsdp() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def cores() -> int:
@@ -265,7 +316,11 @@ def _lead_to_the_process_group(device: Device) -> None:
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
     limit = patience.collective()
-    PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    state = PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    if state.distributed_type == DistributedType.MULTI_CPU and uses_fsdp():
+        # accelerate 1.15 looks at FSDP only where the ranks have accelerators: on CPUs it would run plain DDP and say
+        # nothing. Nothing else depends on the type: the device is the CPU, the backend gloo.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if distributed.is_available() and distributed.is_initialized():
         distributed_c10d._set_pg_timeout(limit)
 

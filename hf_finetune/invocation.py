@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RESTART = "--restart"
+RESTART, PROCESSES = "--restart", "--processes"
 LAUNCHERS = {
     "accelerate",
     "torchrun",
@@ -58,8 +58,14 @@ def _program(parent: Sequence[str], words: Sequence[str]) -> list[str]:
         for tail in (list(words), list(words[1:])):  # `hf_finetune.launch` adds the verb
             before = list(line[: len(line) - len(tail)])
             if tail and list(line[len(before) :]) == tail and (is_launcher or line is not parent):
-                return _short(before)
+                return _short(_verb_of(before) if PROCESSES in words else before)
     return ["hf-finetune"]
+
+
+def _verb_of(program: list[str]) -> list[str]:
+    """What a user types for what `train --processes` becomes: the script beside the interpreter, where it is there."""
+    script = Path(sys.executable).with_name("hf-finetune")
+    return [str(script)] if program[1:] == ["-m", "hf_finetune.launch"] and script.exists() else program
 
 
 def _short(program: list[str]) -> list[str]:

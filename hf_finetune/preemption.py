@@ -56,6 +56,7 @@ class StopRequest:
         self._deferred = False
         self.is_due = False
         """Whether any rank wanted a checkpoint when they last agreed."""
+        self._parent = os.getppid()
         self._before: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
@@ -116,6 +117,10 @@ class StopRequest:
             os._exit(128 + number)
         now = time.monotonic()
         if number == self._own and now - self._since < self._echo:
+            return
+        if self._own and os.getppid() != self._parent:
+            # The launcher died of the signal that came here too, as of Ctrl-C: see `_follow_parent`. No second wish.
+            self._parent = os.getppid()
             return
         is_first = not self._own
         if is_first:

@@ -119,12 +119,16 @@ class ResumableTrainer(Trainer):
         if self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
+            if self.keeper.store.is_writer and not self.is_deepspeed_enabled:
+                torch.save(self.lr_scheduler.state_dict(), folder / runstate.SCHEDULER)
         elif self.keeper.store.is_writer:
             runstate.save_trained(self.accelerator.unwrap_model(self.model), self.adapter, folder)
             torch.save(self.optimizer.state_dict(), folder / runstate.OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), folder / runstate.SCHEDULER)
-        self._save_scaler(str(folder))
         if self.keeper.store.is_writer:
+            # The Trainer writes the scaler, and a sharded run's schedule, on rank 0 alone; each disk needs them.
+            if (scaler := self.accelerator.scaler) is not None:
+                torch.save(scaler.state_dict(), folder / runstate.SCALER)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self._progress().write(folder)
 
@@ -140,13 +144,20 @@ class ResumableTrainer(Trainer):
             last_evaluated=self.last_evaluated,
             patience_used=patience[0] if patience else 0,
             skipped=0 if self.guard is None else self.guard.skipped,
+            overflowed=0 if self.guard is None else self.guard.overflowed,
+            overflows_in_a_row=0 if self.guard is None else self.guard.overflows_in_a_row,
             lines={file.name: _kept_lines(file) for file in self.keeper.journals},
             throughput=self.throughput_so_far(),
+            stream=self.stream_so_far(),
         )
 
     def throughput_so_far(self) -> dict[str, float]:
         """Rows, tokens, slots and seconds of the run until now."""
         return {}
+
+    def stream_so_far(self) -> list[int]:
+        """What was used up of a stream until now; empty where rows are not streamed."""
+        return []
 
     # ---- reading ----
 
@@ -202,6 +213,8 @@ class ResumableTrainer(Trainer):
         self.last_evaluated = progress.last_evaluated
         if self.guard is not None:
             self.guard.skipped = progress.skipped
+            self.guard.overflowed = progress.overflowed
+            self.guard.overflows_in_a_row = progress.overflows_in_a_row
         for stopper in self._stoppers():
             stopper.early_stopping_patience_counter = progress.patience_used
         # The recipe may log, evaluate and save at other steps now.

@@ -46,10 +46,15 @@ class Progress:
     """Evaluations without improvement, where early stopping counts them."""
     skipped: int = 0
     """Steps that were left out because they were not finite."""
+    overflowed: int = 0
+    """Steps that the loss scaler of fp16 left out."""
+    overflows_in_a_row: int = 0
     lines: dict[str, int] = field(default_factory=dict)
     """Lines of each journal at this moment, by file name."""
     throughput: dict[str, float] = field(default_factory=dict)
     """Rows, tokens, slots and seconds of the run so far."""
+    stream: list[int] = field(default_factory=list)
+    """Of streamed rows: how many each lane has used up, and what became of them; see `batching.Streamed`."""
 
     def write(self, folder: Path) -> None:
         """Write `progress.json`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
@@ -95,6 +96,20 @@ def as_before(
             say(f"note: {folder.run_lock.name} {why}: what it kept is chosen anew, the next steps may differ in bits")
         return machine, None
     return choices.onto(machine, recipe), choices
+
+
+def first_day(folder: RunFolder, machine: Machine, start: Start) -> str:
+    """The day on which the run began, as YYYY-MM-DD, the same on all ranks.
+
+    Its lock says it, else it is when its recipe was written; a new run begins today.
+    """
+    day = [date.today().isoformat()]
+    if machine.is_main and start.kind in ("resume", "extend"):
+        kept = runlock.day(folder.run_lock)
+        with suppress(OSError):
+            day = [kept or date.fromtimestamp(folder.recipe.stat().st_mtime).isoformat()]
+    broadcast_object_list(day)
+    return day[0]
 
 
 def _kept(folder: RunFolder, machine: Machine) -> Choices | None:

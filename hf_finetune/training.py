@@ -25,6 +25,7 @@ from hf_finetune import (
     quiet,
     runreport,
     session,
+    sharding,
     targetsfile,
     terminal,
 )
@@ -95,7 +96,7 @@ def finetune(
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
         with session.status(folder, machine, start) as status:
-            ready = heavy.prepare(recipe, machine, findings)
+            ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
             if start.kind == "extend":
                 session.extend(folder, ready, status)
             notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
@@ -175,6 +176,7 @@ class _Run:
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
             probe_seconds=learner.seconds + trainer.paths.seconds,
+            not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
         )
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
@@ -195,7 +197,9 @@ def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> Finet
         recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
-    return FinetuneTrainer(learner.adapted, options, job, callbacks)
+    trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    sharding.suit(trainer.accelerator, learner.adapted, learner.machine)
+    return trainer
 
 
 def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tuple[float, dict[str, dict[str, float]]]:
@@ -203,6 +207,7 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
 
     Raises:
         Stopped: The ranks agreed to.
+        DivergedError: The optimiser took no step at all.
     """
     # Ranks see different rows, so they should drop different units too.
     set_seed(learner.recipe.training.seed + learner.machine.rank)
@@ -211,6 +216,9 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
         trainer.train_on()
         seconds = time.perf_counter() - started
         if not trainer.stopped:
+            if trainer.guard is not None:
+                trainer.guard.conclude(trainer.state.global_step)
+            learner.recipe.adapter.finish(trainer.bare_model)
             scores = evaluation.final(trainer, learner.prepared)
     if trainer.stopped:
         raise Stopped(trainer.stopped)

@@ -76,11 +76,12 @@ def test_pr_curves_are_those_of_scikit_learn(classifier: Path) -> None:
         drawn = events_of(classifier).Tensors(f"eval_precision_recall/{name}")[-1]
         assert drawn.step == record.step
         curve = np.array(drawn.tensor_proto.float_val).reshape(6, -1)
+        assert (curve[5, -1], curve[4, -1]) == (0.0, 1.0), "no row is that sure: nothing is found, and nothing wrong"
         hits = rows[:, -1] == index
         thresholds = np.arange(curve.shape[1]) / (curve.shape[1] - 1)
         for threshold, precision, recall in zip(thresholds[:-1:9], curve[4, :-1:9], curve[5, :-1:9], strict=True):
             chosen = probabilities[:, index] >= threshold
-            assert precision == pytest.approx(sk.precision_score(hits, chosen, zero_division=0), abs=1e-6)
+            assert precision == pytest.approx(sk.precision_score(hits, chosen, zero_division=1), abs=1e-6)
             assert recall == pytest.approx(sk.recall_score(hits, chosen), abs=1e-6)
 
 

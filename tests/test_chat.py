@@ -68,7 +68,7 @@ def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) ->
     """The trained parts of a chat, as text."""
     tokenizer = byte_tokenizer(template)
     renderer = Renderer(tokenizer)
-    ids, labels = mark(renderer, [renderer.spans(Chat.parse(messages, tools))])[0]
+    ids, labels, _ = mark(renderer, [renderer.spans(Chat.parse(messages, tools))])[0]
     runs: list[list[int]] = [[]]
     for token, label in zip(ids, labels, strict=True):
         if label != IGNORE:
@@ -208,7 +208,7 @@ def test_a_refusal_says_what_to_do() -> None:
 
 def test_the_templates_own_bos_is_the_only_one() -> None:
     renderer = Renderer(byte_tokenizer("{{ bos_token }}" + PREFIXED, adds_bos=True))
-    ids, labels = mark(renderer, [renderer.spans(Chat(CHAT))])[0]
+    ids, labels, _ = mark(renderer, [renderer.spans(Chat(CHAT))])[0]
     assert ids.count(renderer.tokenizer.bos_token_id) == 1
     assert ids[0] == renderer.tokenizer.bos_token_id
     assert labels[0] == IGNORE
@@ -217,7 +217,7 @@ def test_the_templates_own_bos_is_the_only_one() -> None:
 @pytest.mark.parametrize(("adds_bos", "text", "bos"), [(True, "ab", 1), (True, "<s>ab", 1), (False, "ab", 0)])
 def test_plain_text_has_the_bos_of_its_tokenizer_once_and_a_trained_eos(adds_bos: bool, text: str, bos: int) -> None:
     renderer = Renderer(byte_tokenizer(None, adds_bos=adds_bos))
-    ids, labels = mark_plain(renderer, [(text, [(len(text) - 1, len(text))])])[0]
+    ids, labels, _ = mark_plain(renderer, [(text, [(len(text) - 1, len(text))])])[0]
     assert ids.count(renderer.tokenizer.bos_token_id) == bos
     assert renderer.tokenizer.decode([label for label in labels if label != IGNORE]) == "b</s>"
     assert prompt_ids(renderer.tokenizer, [text], plain=True)[0] == ids[:-1]
@@ -234,7 +234,7 @@ def test_a_header_that_swallows_white_space_is_not_trained() -> None:
     tokenizer = byte_tokenizer(PREFIXED)
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|assistant|>", rstrip=True)]})
     renderer = Renderer(tokenizer)
-    ids, labels = mark(renderer, [renderer.spans(Chat([CHAT[1], {"role": "assistant", "content": "  x"}]))])[0]
+    ids, labels, _ = mark(renderer, [renderer.spans(Chat([CHAT[1], {"role": "assistant", "content": "  x"}]))])[0]
     assert tokenizer.decode([label for label in labels if label != IGNORE]).endswith("x</s>")
     assert labels[ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>"))] == IGNORE
 

@@ -114,6 +114,33 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 88 <= covered <= 99
 
 
+def test_rows_that_are_all_right_leave_wilsons_interval() -> None:
+    rows = np.column_stack([np.linspace(1, 3, 14), np.zeros(14), np.zeros(14)])
+    found = intervals.estimate(rows, {"problem": "single_label", "names": ["a", "b"]})
+    expected = stats.binomtest(14, 14).proportion_ci(method="wilson")
+    assert found.bounds["accuracy"] == pytest.approx((expected.low, expected.high))
+    assert expected.low < 0.8
+    assert "f1_macro" not in found.bounds, "an interval of no width would say that more rows could change nothing"
+    assert found.bounds["loss"][0] < found.bounds["loss"][1]
+    assert found.method.endswith("Wilson's for accuracy, alike in all of them")
+
+
+def test_all_wrong_and_models_that_agree_everywhere_have_an_interval_too() -> None:
+    rows = np.column_stack([np.zeros(14), np.ones(14), np.zeros(14)])
+    facts = {"problem": "single_label", "names": ["a", "b"]}
+    upper = stats.binomtest(0, 14).proportion_ci(method="wilson").high
+    assert intervals.estimate(rows, facts).bounds["accuracy"] == pytest.approx((0.0, upper))
+    sums = intervals.sums_of(rows, facts)
+    assert sums is not None
+    assert intervals.of_differences(sums, sums).bounds == {"accuracy": pytest.approx((-upper, upper))}
+
+
+def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
+    run = remains(reported.classifier(tmp_path), CLASSES)
+    lines = [{**line, "matmul_share": 0.584} for line in run.of("train")] + [{**run.summary, "matmul_share": 0.484}]
+    assert "48.4%" in dict(told.cost(replace(run, lines=lines)))["Matmul peak"]
+
+
 def test_ten_thousand_rows_take_two_seconds_at_most() -> None:
     rows = classes(10_000)
     assert len(rows) * intervals.RESAMPLES <= intervals.DRAWS

@@ -168,12 +168,15 @@ def heads_in_fp32(adapted: nn.Module) -> None:
 
 
 def bridge(trained: nn.Module, outer: torch.dtype) -> None:
-    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast."""
+    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast.
+
+    It takes what it then is of: FSDP2 and DeepSpeed cast the weights themselves for each pass, and autocast nothing.
+    """
     import torch
 
     if outer == torch.float32:
         return
-    trained.register_forward_pre_hook(lambda _, args: _cast(args, torch.float32))
+    trained.register_forward_pre_hook(lambda module, args: _cast(args, next(module.parameters()).dtype))
     trained.register_forward_hook(lambda _, args, output: _cast(output, outer))
 
 

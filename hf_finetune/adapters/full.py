@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_finetune.adaptation import peftio
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ class Full(Adapter):
     """Train the whole model; what is saved is a complete model folder."""
 
     freezes_base: ClassVar[bool] = False
+    usual_rates: ClassVar[Rates | None] = Rates(1e-5, 5e-5, "BERT and RoBERTa, arXiv 1810.04805 and 1907.11692")
 
     def why_not_quantized(self) -> str | None:
         """Quantised weights take no gradient."""

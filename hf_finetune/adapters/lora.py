@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema.blocks import Name, Share
 
@@ -24,6 +24,8 @@ DEFAULT_RANK = 8
 
 class Lora(Adapter):
     """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
+
+    usual_rates: ClassVar[Rates | None] = Rates(6e-5, 5e-4, "Hu et al. 2021, arXiv 2106.09685, appendix D")
 
     r: Rank | None = None
     """Rank of the update; null is 8, or what `from` has."""
@@ -67,6 +69,11 @@ class Lora(Adapter):
         if self.init not in lorainit.MUTATING:
             return None
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
+
+    @property
+    def shapes_follow_data(self) -> bool:
+        """EVA moves ranks between layers."""
+        return self.init == "eva"
 
     def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.language import marking, text_template
-from hf_finetune.language.chat import Chat, Renderer
+from hf_finetune.language.chat import Chat
 from hf_finetune.predicting.predictor import Labels
-from hf_finetune.predicting.rows import LINE, Row
+from hf_finetune.predicting.rows import LINE
+from hf_finetune.rowfiles import Row
 
 if TYPE_CHECKING:
     from hf_finetune.chatting.streaming import Speaker
@@ -86,10 +87,11 @@ class Writer(Partner):
 
     def _prompt(self, text: str) -> list[int]:
         if not self.remembers:
-            return marking.prompt_ids(self.tokenizer, [self._asked(text)], plain=True)[0]
+            guarded = self.task.renderer(self.tokenizer).guarded(self._asked(text))
+            return marking.prompt_ids(self.tokenizer, [guarded], plain=True)[0]
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         chat = Chat([*system, *self.turns, {"role": "user", "content": self._asked(text)}])
-        rendered = Renderer(self.tokenizer).text(chat, ask=True)
+        rendered = self.task.renderer(self.tokenizer).text(chat, ask=True)
         return marking.prompt_ids(self.tokenizer, [rendered], plain=False)[0]
 
     def _asked(self, text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hf_finetune import terminal
+from hf_finetune import opening, terminal
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -48,6 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.format != "text":  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
     overrides = tuple(arguments.overrides)
+    others = [run for run in arguments.against if run != "base"]
+    rows = opening.Rows(tuple(arguments.data), arguments.split, tuple(arguments.by))
+    is_read = not arguments.lm_eval or arguments.data or arguments.split is not None
+    opening.look(arguments.run_folder, overrides, others=others, rows=rows if is_read else None)
     if arguments.lm_eval:
         from hf_finetune.evaluating import harness
 

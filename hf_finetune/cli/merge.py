@@ -6,6 +6,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from hf_finetune import opening
+
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
 
@@ -47,6 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from hf_finetune import merging
 
+    rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
+    opening.look(arguments.run_folder, arguments.overrides, rows=rows)
+
     options = merging.Options(
         to=arguments.to,
         dtype=arguments.dtype,
@@ -58,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         quantize=arguments.quantize,
         onnx=arguments.onnx,
     )
+    options.check(arguments.run_folder)
     merging.merge(arguments.run_folder, options, arguments.overrides)
 
 

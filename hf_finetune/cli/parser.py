@@ -19,7 +19,7 @@ exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 
   8 trained, but not uploaded, 9 no valid checkpoint, or not as locked, 10 a peer died or hung, 130 interrupted,
   143 preempted, 1 a bug
 """
-_FORMAT = "--log-format"
+_FORMAT, _PROCESSES = "--log-format", "--processes"
 
 
 class Verbs(Protocol):
@@ -76,7 +76,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
     for verb in VERBS:
         verb.add(verbs, common)
-    return parser.parse_args(words)
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 def _add_common(parser: Parser) -> None:
@@ -90,7 +90,7 @@ def _add_common(parser: Parser) -> None:
 
 def complete(words: list[str]) -> list[str]:
     """The words with their verb: a first argument that is a recipe file means `train`."""
-    plain = [word for before, word in zip(["", *words], words, strict=False) if before != _FORMAT]
+    plain = [word for before, word in zip(["", *words], words, strict=False) if before not in (_FORMAT, _PROCESSES)]
     first = next((word for word in plain if not word.startswith("-")), "")
     return ["train", *words] if first.endswith((".yaml", ".yml")) else words
 

@@ -148,10 +148,20 @@ def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Or
             "overlong": data.overlong,
             # The order of streamed rows is the library's business.
             "stream": [data.shuffle_buffer, datasets.__version__] if data.streaming else None,
-            "task": recipe.task.model_dump(mode="json"),
+            "task": _task_state(recipe),
             "tokenizer": _tokenizer_state(tokenizer),
         }
     )
+
+
+YOUNGER: Mapping[str, Any] = {"escape_special_tokens": False, "date": None}
+"""Keys of tasks that version 0.1.0 did not have, with what it did: a run that it began can go on."""
+
+
+def _task_state(recipe: Recipe) -> dict[str, Any]:
+    """The task, without younger keys that change nothing."""
+    state = recipe.task.model_dump(mode="json")
+    return {key: value for key, value in state.items() if not (key in YOUNGER and value == YOUNGER[key])}
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -166,8 +176,18 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     return [type(tokenizer).__name__, state, special, tokenizer.chat_template, sides]
 
 
+READING = 2
+"""Raised where the same files are read as other rows, so that nothing of a cache is taken that was read otherwise."""
+
+
 def _versions() -> list[str]:
-    return [hf_finetune.__version__, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    return [
+        str(READING),
+        hf_finetune.__version__,
+        datasets.__version__,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
 
 
 def _sha256(value: Any) -> str:

@@ -32,7 +32,7 @@ from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.tasks import Targets
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever what an entry holds changes."""
 
 STARTED = time.time()

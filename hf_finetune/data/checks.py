@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import SHOWN, numbers
+from hf_finetune.classification import likeness
 from hf_finetune.classification.label_values import listed
 from hf_finetune.data.facts import Facts, Known, Tally, without_unfit
 from hf_finetune.data.splitreport import SplitReport
@@ -36,6 +37,23 @@ _ROWS = {
     "untrained_end": (
         "{have} no end-of-turn or EOS token that is trained, so that the model does not learn to stop",
         "end each chat with an assistant turn, and check the chat template",
+    ),
+    "split_token": (
+        "{have} a token that holds both the end of the prompt and the begin of the answer, so that a model that is "
+        "asked gets other tokens",
+        "move the white space from the end of the prompt to the begin of the answer",
+    ),
+    "dropped_reasoning": (
+        "{have} reasoning that the chat template drops",
+        "name a model whose template writes it, or set task.train_on: last where it is in the last answer",
+    ),
+    "dropped_keys": (
+        "{have} turns of which the chat template drops a part",
+        "remove it, or write it into the content of a turn of its own",
+    ),
+    "special_tokens": (
+        "{have} special tokens of the tokenizer in the text, which are read as such",
+        "remove them if they are not meant",
     ),
 }
 """Check without a limit -> what its rows have, and what to do."""
@@ -99,6 +117,8 @@ def _all(recipe: Recipe, prepared: Prepared | Known) -> Iterator[Found]:
         yield from split.shares()
         train = prepared.facts.get("train")
         yield from split.train_labels() if name == "train" else split.unseen(train)
+        if name == "train":
+            yield from split.similar_labels()
     if "train" in prepared.counted:
         yield from _few(recipe, prepared)
 
@@ -125,8 +145,12 @@ class _Split:
         """Checks that strike at the first row."""
         for check, (what, remedy) in _ROWS.items():
             tally = self.facts.tallies.get(check)
-            if tally is not None:
-                message = f"{self._counted(tally)} {_conjugated(what, tally)} ({_where(tally)}); {remedy}"
+            escapes = getattr(self.recipe.task, "escape_special_tokens", None)
+            if tally is not None and not (check == "special_tokens" and escapes):
+                where = f"{_where(tally)}: {tally.detail}" if tally.detail else _where(tally)
+                message = f"{self._counted(tally)} {_conjugated(what, tally)} ({where}); {remedy}"
+                if check == "special_tokens" and escapes is not None:
+                    message += ", or set task.escape_special_tokens: true to read them as text"
                 yield check, self._problem(message + self._way_out(check), tally)
 
     def shares(self) -> Iterator[Found]:
@@ -171,6 +195,27 @@ class _Split:
                 # Neither a weight nor a limit helps a label without rows.
                 remedy = _REBALANCE if counts[least] else "add rows, or remove the label from task.labels"
                 yield "imbalance", self._problem(f"{spread} (limit {limit:g} to 1); {remedy}")
+
+    def similar_labels(self) -> Iterator[Found]:
+        """Labels that are alike; with the first row of each that is not the commonest of its group."""
+        groups = likeness.groups(self.facts.labels)
+        if not groups:
+            return
+        tally = self.facts.tallies.get("similar_labels", Tally())
+        rare = [name for group in groups for name in group[1:] if self.facts.labels[name]]
+        rows = dict(zip(rare, tally.rows, strict=False))
+        several = len({place for place, _ in tally.rows}) > 1
+
+        def described(name: str) -> str:
+            place, row = rows.get(name, ("", 0))
+            where = f", row {row}" + (f" of {place}" if several else "") if row else ""
+            return f"{likeness.shown(name)} ({self.facts.labels[name]:,}{where})"
+
+        told = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
+        more = f"; and {len(groups) - SHOWN:,} more such groups" if len(groups) > SHOWN else ""
+        differing = likeness.difference(groups[0]) if len(groups) == 1 else "case, spaces or what can't be seen"
+        message = f"{self.name} labels differ only by {differing}: {'; '.join(told)}{more}; each is a class of its own"
+        yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 
     def unseen(self, train: Facts | None) -> Iterator[Found]:
         """Labels that these rows have and the training rows do not."""

@@ -19,6 +19,7 @@ from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
 from hf_finetune.data.workplace import Workplace, note
 from hf_finetune.errors import DataError, OutOfMemoryError, Problem
 from hf_finetune.hardware import cores
+from hf_finetune.language import escaping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ FEW_ROWS = 5_000
 INDEX = "row"
 """Column: number of the raw row in the split, from 0."""
 MARKS = "marks"
-"""Column: what the raw text of a row holds, as bits of `rawtext`."""
+"""Column: what the raw text of a row holds, as bits of `rawtext`, and what encoding noticed, as bits of `REMARKS`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Encoder:
         columns["whole"] = columns.pop("length")
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
         columns[INDEX] = [indices[index] for index in spoken]
-        columns[MARKS] = rawtext.marks(raw)
+        remarks = columns.pop("remarks", [0] * len(spoken))
+        marks = rawtext.marks(raw, escaping.pattern(self.tokenizer))
+        columns[MARKS] = [mark | remark for mark, remark in zip(marks, remarks, strict=True)]
         if self.tally is not None:
             note(self.tally, len(rows[ROW]))
         return columns | bookkeeping

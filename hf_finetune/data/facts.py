@@ -18,6 +18,8 @@ class Tally:
     """Rows; tokens for `unknown_tokens`."""
     rows: tuple[tuple[str, int], ...] = ()
     """The first few: source as messages call it, and the row's number there, from 1."""
+    detail: str = ""
+    """What exactly it is in the first of them; empty where the check says all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Facts:
         """What `dataclasses.asdict` and JSON made of facts."""
         return cls(
             tallies={
-                name: Tally(tally["count"], tuple((place, row) for place, row in tally["rows"]))
+                name: Tally(tally["count"], tuple((place, row) for place, row in tally["rows"]), tally["detail"])
                 for name, tally in stored["tallies"].items()
             },
             length_edges=tuple(stored["length_edges"]),

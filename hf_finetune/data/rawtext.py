@@ -1,9 +1,9 @@
-"""What the raw text of rows holds beside text: NUL, control characters, words that others read as missing."""
+"""What the raw text of rows holds beside text: NUL, control and special tokens, words that others read as missing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 NUL = 1
@@ -13,6 +13,9 @@ CONTROL = 2
 MISSING = 4
 """A cell that is exactly one of `MISSING_WORDS`."""
 
+SPECIAL = 8
+"""A special token of the tokenizer."""
+
 MISSING_WORDS = frozenset({"NA", "N/A", "n/a", "<NA>", "null", "NULL", "None", "nan", "NaN"})
 """Those of the words that pandas reads as missing values by default which a person may have meant as text."""
 
@@ -21,32 +24,44 @@ MISSING_WORDS = frozenset({"NA", "N/A", "n/a", "<NA>", "null", "NULL", "None", "
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def marks(rows: Mapping[str, list[Any]]) -> list[int]:
-    """For each row of a batch, the bits of what its cells hold."""
-    return [_marks(row) for row in zip(*rows.values(), strict=True)]
+def marks(rows: Mapping[str, list[Any]], specials: re.Pattern[str] | None = None) -> list[int]:
+    """For each row of a batch, the bits of what its cells hold.
+
+    Args:
+        rows: Columns.
+        specials: Finds special tokens.
+    """
+    return [_marks(row, specials) for row in zip(*rows.values(), strict=True)]
 
 
-def _marks(cells: tuple[Any, ...]) -> int:
+def special(cells: Iterable[Any], specials: re.Pattern[str]) -> str | None:
+    """The first special token in the cells of a row."""
+    return next((found[0] for cell in cells for text in texts(cell) if (found := specials.search(text))), None)
+
+
+def _marks(cells: tuple[Any, ...], specials: re.Pattern[str] | None) -> int:
     found = 0
     for cell in cells:
         if isinstance(cell, str) and cell in MISSING_WORDS:
             found |= MISSING
-        for text in _texts(cell):
+        for text in texts(cell):
             if "\0" in text:
                 found |= NUL
             # Most text is ASCII that prints, and asking that is faster than any search.
             if not text.isprintable() and _CONTROL.search(text):
                 found |= CONTROL
+            if specials is not None and specials.search(text):
+                found |= SPECIAL
     return found
 
 
-def _texts(cell: Any) -> Iterator[str]:
+def texts(cell: Any) -> Iterator[str]:
     """The texts of a cell, however deep in lists and dicts."""
     if isinstance(cell, str):
         yield cell
     elif isinstance(cell, Mapping):
         for value in cell.values():
-            yield from _texts(value)
+            yield from texts(value)
     elif isinstance(cell, list):
         for value in cell:
-            yield from _texts(value)
+            yield from texts(value)

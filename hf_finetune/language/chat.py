@@ -6,18 +6,22 @@ rendering prefixes of the chat; `marking` then tells which tokens those characte
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, ModelError, Problem
-from hf_finetune.language.messages import Chat
+from hf_finetune.language import dates, escaping, fidelity
+from hf_finetune.language.fidelity import Lost
+from hf_finetune.language.messages import REASONING, Chat, arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Chat", "Rendered", "Renderer", "Span"]
+__all__ = ["Chat", "Rendered", "Renderer", "Span", "Spoken"]
 
 Span = tuple[int, int]
 """Characters from, to (exclusive)."""
@@ -25,7 +29,30 @@ Rendered = tuple[str, list[Span]]
 """A text, and which of its characters are trained."""
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What transformers takes for the start of an assistant block."""
-_ALL = "the trained tokens can't be told; set task.train_on: all"
+TESTS_NONE = re.compile(r"""content['"]?\]?\s+is\s+(?:not\s+)?none""", re.IGNORECASE)
+"""Where a template tells `content: null` from a turn without content."""
+THINKS = re.compile(r"\s*<think>\s*\Z")
+"""How a text ends that asks for an answer that begins with its reasoning."""
+PARTS = re.compile(r"""['"]type['"]:\s*['"]text['"]""")
+"""What a template writes that takes no parts of text, and writes them out."""
+ANSWERS = "set task.train_on: last (the last answer of each chat; write one row for each answer to train all of them)"
+"""What to do where a template does not render every answer as it is asked for."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A rendered chat."""
+
+    text: str
+    spans: list[Span]
+    """What is trained of it."""
+    lost: tuple[Lost, ...] = ()
+    """What the template dropped, though the row can be used without it."""
+
+    @property
+    def rendered(self) -> Rendered:
+        """Text and spans alone."""
+        return self.text, self.spans
 
 
 @dataclass(frozen=True)
@@ -33,7 +60,12 @@ class Renderer:
     """Renders chats by the template of one tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
-    special: frozenset[int] = field(init=False, repr=False)
+    date: str | None = None
+    """The day that a template prints which asks for today's date, as YYYY-MM-DD; None is today."""
+    escapes: bool = False
+    """Whether special tokens in the text of the chat are text."""
+    special: frozenset[int] = field(init=False, repr=False, compare=False)
+    _probed: dict[Any, frozenset[tuple[int, str]]] = field(init=False, repr=False, default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -48,9 +80,48 @@ class Renderer:
         """The chat as text; with `ask`, followed by the header that makes the assistant answer.
 
         Raises:
-            DataError: The template refuses the chat.
+            DataError: The template refuses the chat, or drops a part of it.
         """
-        return self._render(chat, ask=ask)[0]
+        _, (text, _), lost = self._settled(chat, ask=ask)
+        fidelity.check(lost)
+        return text
+
+    def spoken(self, chat: Chat, *, train_on: str) -> Spoken:
+        """The rendered chat, and what of it is trained.
+
+        Args:
+            chat: The chat.
+            train_on: `task.train_on`: `assistant` trains every answer with its end-of-turn token, `last` the last
+                answer of the chat, rendered up to it, `all` every character.
+
+        Raises:
+            DataError: The template refuses the chat or drops a part of it, or it is not clear what the assistant's
+                part is.
+            ModelError: The template ends no assistant turn.
+        """
+        if train_on == "last" and chat.answers:
+            chat = chat.upto(chat.answers[-1] + 1)
+        is_marked = train_on != "all" and MARKER.search(self._template(chat)) is not None
+        settled, rendered, lost = self._settled(chat, marked=is_marked)
+        text, spans = rendered
+        if train_on == "all":
+            if chat.muted:
+                raise DataError(
+                    f"turn {min(chat.muted) + 1} has weight 0, and task.train_on: all trains every turn; "
+                    "set task.train_on: assistant, or remove the weight"
+                )
+            spans = [(0, len(text))]
+        elif is_marked:
+            fidelity.check(lost)
+            spans = self._marked_spans(settled, rendered, last=train_on == "last")
+        elif train_on == "last":
+            text, spans = self._last_span(settled, text)
+            lost = self._lost(settled, text)  # reasoning that the template drops may be written by now
+        else:
+            fidelity.check(lost)
+            spans = self._prefix_spans(settled, text)
+        fidelity.check(lost)
+        return Spoken(text, spans, lost)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -60,39 +131,27 @@ class Renderer:
             ModelError: There is none, so that the model could not learn to stop.
         """
         answer = "qwertyuiop"
-        text = self.text(Chat([{"role": "user", "content": "asdf"}, {"role": "assistant", "content": answer}]))
+        turns = [{"role": "user", "content": "asdf"}, {"role": "assistant", "content": answer}]
+        text = self._render(Chat(turns))[0]
         tail = text[text.rfind(answer) + len(answer) :] if answer in text else ""
         found = [(tail.find(token), -len(token), token) for token in self._special_texts if token in tail]
         if not found:
             reason = (
                 "its chat template ends no assistant turn with a special token, so the model would not learn to stop"
             )
-            raise ModelError(Problem(f"{reason}; name another model", key="model.name"))
+            raise ModelError(Problem(f"{reason}; name another model, or {ANSWERS}: EOS ends it", key="model.name"))
         return min(found)[2]
 
     def spans(self, chat: Chat) -> Rendered:
-        """The rendered chat, and where the assistant speaks, each end-of-turn token included.
-
-        Raises:
-            DataError: The template refuses the chat, or it is not clear what the assistant's part is.
-            ModelError: The template ends no assistant turn.
-        """
-        text, spans = self._marked_spans(chat) if MARKER.search(self._template(chat)) else self._prefix_spans(chat)
-        _check_tools(chat, text)
-        return text, spans
+        """The rendered chat, and where the assistant speaks, each end-of-turn token included; see `spoken`."""
+        return self.spoken(chat, train_on="assistant").rendered
 
     def whole(self, chat: Chat) -> Rendered:
-        """The rendered chat, every character trained.
+        """The rendered chat, every character trained; see `spoken`."""
+        return self.spoken(chat, train_on="all").rendered
 
-        Raises:
-            DataError: The template refuses the chat.
-        """
-        text = self.text(chat)
-        _check_tools(chat, text)
-        return text, [(0, len(text))]
-
-    def _marked_spans(self, chat: Chat) -> Rendered:
-        text, blocks = self._render(chat, marked=True)
+    def _marked_spans(self, chat: Chat, rendered: Rendered, *, last: bool) -> list[Span]:
+        text, blocks = rendered
         spans = [self._with_end(text, span) for span in blocks]
         turns = [chat.messages[index].get("content") for index in chat.answers]
         if turns and not any(text[start:end].strip() for start, end in spans):
@@ -101,23 +160,135 @@ class Renderer:
             said = content.strip() if isinstance(content, str) and len(turns) == len(spans) else ""
             if said in text and said not in text[start:end]:
                 raise DataError(f"the template's generation markers miss the assistant's {said[:40]!r}")
-        return text, spans
+        if last and turns:
+            header = self._render(chat.upto(chat.answers[-1]))[0]
+            shared = next((at for at, (a, b) in enumerate(zip(header, text, strict=False)) if a != b), len(header))
+            spans = [span for span in spans if span[0] >= shared]
+            return spans if chat.trained[-1:] == chat.answers[-1:] else []
+        if not chat.muted:
+            return spans
+        if len(spans) != len(turns):
+            raise DataError(
+                f"the template marks {len(spans)} parts for {len(turns)} answers, so that which have weight 0 can't be "
+                "told; remove the weights"
+            )
+        return [span for index, span in zip(chat.answers, spans, strict=True) if index not in chat.muted]
 
-    def _prefix_spans(self, chat: Chat) -> Rendered:
-        text, spans = self.text(chat), []
-        for index in chat.answers:
-            head, whole = self.text(chat.upto(index), ask=True), self.text(chat.upto(index + 1))
+    def _prefix_spans(self, chat: Chat, text: str) -> list[Span]:
+        spans = []
+        for index in chat.trained:
+            head = self._render(chat.upto(index), ask=True)[0]
+            is_whole = index + 1 == len(chat.messages)
+            whole = text if is_whole else self._render(chat.upto(index + 1))[0]
             end = self._end(whole, len(head))
             turn = f"turn {index + 1}: the chat template"
             if not whole.startswith(head):
-                raise DataError(f"{turn} asks for an answer by {head[-40:]!r} and then renders it without that: {_ALL}")
-            if not text.startswith(whole[:end]):
                 raise DataError(
-                    f"{turn} renders this turn differently when more turns follow: {_ALL}, end the chat there, or drop "
-                    "its reasoning"
+                    f"{turn} asks for an answer by {head[-40:]!r} and then renders it without that: the trained tokens "
+                    f"can't be told; {ANSWERS}"
                 )
+            if not text.startswith(whole[:end]):
+                raise DataError(f"{turn} renders this turn differently when more turns follow; {ANSWERS}")
             spans.append((len(head), end))
-        return text, spans
+        return spans
+
+    def _last_span(self, chat: Chat, text: str) -> Rendered:
+        """The chat up to its last answer, which is to be trained as it is asked for.
+
+        Where the template begins the reasoning as it asks, and drops it as it renders, the reasoning of the data stands
+        there, or an empty one, as of a model that answers at once. Where the template ends no turn, EOS does.
+        """
+        if not chat.answers:
+            return text, []
+        head = self._render(chat.upto(chat.answers[-1]), ask=True)[0]
+        if not text.startswith(head):
+            opened = THINKS.search(head)
+            if opened is None or not text.startswith(head[: opened.start()]):
+                raise DataError(
+                    f"turn {len(chat.messages)}: the chat template asks for an answer by {head[-40:]!r} and then "
+                    "renders it without that: the trained tokens can't be told; set task.train_on: all"
+                )
+            answer = text[opened.start() :].lstrip()
+            if not answer.startswith("<think>"):
+                answer = f"<think>{_thought(chat.messages[-1]).strip()}\n</think>\n\n{answer}"
+            text = head + answer.removeprefix("<think>").lstrip(" ")
+        try:
+            end = self._end(text, len(head))
+        except ModelError:
+            eos = self.tokenizer.eos_token
+            if not isinstance(eos, str):
+                raise
+            text = text.rstrip() + eos
+            end = len(text)
+        return text, ([(len(head), end)] if chat.trained[-1:] == chat.answers[-1:] else [])
+
+    def _settled(
+        self, chat: Chat, *, ask: bool = False, marked: bool = False
+    ) -> tuple[Chat, Rendered, tuple[Lost, ...]]:
+        """The chat in the form that the template takes, its rendering, and what that drops.
+
+        Templates disagree on whether the arguments of tool calls are objects or text, how a turn without content is
+        written, and whether a content is a text or a list of parts; that is found by trying, in a fixed order.
+
+        Raises:
+            DataError: The template refuses every form.
+        """
+        self._check_roles(chat)
+        refusal, first = None, None
+        for form in self._forms(chat):
+            try:
+                rendered = self._render(form, ask=ask, marked=marked)
+            except DataError as error:
+                refusal = refusal or error
+                continue
+            if form.messages != chat.messages and PARTS.search(rendered[0]):
+                continue
+            lost = self._lost(form, rendered[0])
+            if all(one.check is not None for one in lost):
+                return form, rendered, lost
+            first = first or (form, rendered, lost)
+        if refusal is not None or first is None:
+            raise refusal or AssertionError("a chat has a form")
+        return first
+
+    def _forms(self, chat: Chat) -> Iterator[Chat]:
+        calls = any("tool_calls" in turn for turn in chat.messages)
+        silent = any(turn.get("content") is None for turn in chat.messages)
+        contents: tuple[Any, ...] = (_ABSENT, "", None)
+        if silent and TESTS_NONE.search(self._template(chat)):
+            contents = (None, _ABSENT, "")
+        for parts in (False, True):
+            for decoded in (True, False) if calls else (True,):
+                for content in contents if silent else contents[:1]:
+                    turns = [_formed(turn, content, decoded=decoded, parts=parts) for turn in chat.messages]
+                    yield Chat(turns, chat.tools, chat.muted)
+
+    def _lost(self, chat: Chat, text: str) -> tuple[Lost, ...]:
+        return fidelity.lost(
+            chat, text.replace(escaping.GUARD, "") if self.escapes else text, self._template(chat), self._probe
+        )
+
+    def _probe(self, chat: Chat) -> frozenset[tuple[int, str]]:
+        """See `fidelity.Probe`; chats of the same shape are asked about once."""
+        key = fidelity.shape(chat)
+        if key not in self._probed:
+            if len(self._probed) >= fidelity.FEW:
+                return frozenset()
+            probed, words = fidelity.probed(chat)
+            try:
+                text = self._render(probed)[0]
+            except DataError:  # it looks into the texts
+                words = {}
+            self._probed[key] = frozenset(what for what, word in words.items() if word not in text)
+        return self._probed[key]
+
+    def _check_roles(self, chat: Chat) -> None:
+        """Refuse the role `developer` where the template does not name it: it would be dropped, or made up."""
+        for index, turn in enumerate(chat.messages):
+            if turn["role"] == "developer" and "developer" not in self._template(chat):
+                raise DataError(
+                    f"turn {index + 1} has the role 'developer', which the chat template does not know; write 'system'"
+                )
 
     def _with_end(self, text: str, span: Span) -> Span:
         """Add the end-of-turn token where the template's marker stops before it."""
@@ -142,8 +313,28 @@ class Renderer:
         texts = self.tokenizer.convert_ids_to_tokens(sorted(self.special))
         return [text for text in texts if text]
 
+    def guarded(self, text: Any) -> Any:
+        """A text of the data, or a dict or list of them, as it is tokenised: with special tokens as text if asked."""
+        return escaping.guarded(text, self._specials) if self.escapes and self._specials is not None else text
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str] | None:
+        return escaping.pattern(self.tokenizer)
+
     def _template(self, chat: Chat) -> str:
-        template: str = self.tokenizer.get_chat_template(tools=chat.tools)
+        """Its source.
+
+        Raises:
+            ModelError: The tokenizer has several, and none for this chat.
+        """
+        if isinstance(self.tokenizer.chat_template, str):
+            return self.tokenizer.chat_template
+        try:
+            template: str = self.tokenizer.get_chat_template(tools=chat.tools)
+        except ValueError:
+            named = ", ".join(sorted(self.tokenizer.chat_template or ()))
+            reason = f"its tokenizer has the chat templates {named}, and none called default; name a model that has one"
+            raise ModelError(Problem(reason, key="model.name")) from None
         return template
 
     def _render(self, chat: Chat, *, ask: bool = False, marked: bool = False) -> Rendered:
@@ -156,29 +347,70 @@ class Renderer:
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its annotations are wrong
+        template, messages = self._template(chat), chat.messages
+        if self.date is not None:
+            template = dates.pinned(template, self.date)
+        if self.escapes:
+            messages = [{**self.guarded(turn), "role": turn["role"]} for turn in messages]
         try:
             texts, spans = render(
-                conversations=[chat.messages],
+                conversations=[messages],
                 tools=chat.tools,
-                chat_template=self._template(chat),
+                chat_template=template,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=ask,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise DataError(f"the chat template refuses these messages: {error}; {_remedy(chat)}") from None
         return texts[0], spans[0] if marked else []
 
 
-def _check_tools(chat: Chat, text: str) -> None:
-    """A template that knows no tools drops them in silence."""
-    calls = [call for turn in chat.messages for call in turn.get("tool_calls", [])]
-    for entry in [*(chat.tools or []), *calls]:
-        name = entry.get("function", entry).get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            raise DataError(f"a tool or tool call has no name: {str(entry)[:60]}")
-        if name not in text:
-            raise DataError(f"the chat template drops the tool {name!r}; this model's template knows no tools")
+_ABSENT = object()
+"""A content that is not there."""
+
+
+def _formed(turn: dict[str, Any], content: Any, *, decoded: bool, parts: bool) -> dict[str, Any]:
+    """A copy of a turn in one of the forms that templates take.
+
+    Args:
+        turn: As the data have it.
+        content: Of a turn without one.
+        decoded: Whether the arguments of tool calls are objects, or text.
+        parts: Whether a content of text is a list of parts.
+    """
+    formed = dict(turn)
+    if turn.get("content") is None:
+        formed.pop("content", None)
+        if content is not _ABSENT:
+            formed["content"] = content
+    elif parts and isinstance(turn["content"], str):
+        formed["content"] = [{"type": "text", "text": turn["content"]}]
+    if "tool_calls" in turn:
+        formed["tool_calls"] = [_formed_call(call, decoded=decoded) for call in turn["tool_calls"]]
+    return formed
+
+
+def _formed_call(call: Any, *, decoded: bool) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" not in function:
+        return call
+    given = function["arguments"]
+    if decoded:
+        given = arguments(function)
+    elif not isinstance(given, str):
+        given = json.dumps(given, ensure_ascii=False)
+    formed = {**function, "arguments": given}
+    return {**call, "function": formed} if "function" in call else formed
+
+
+def _thought(turn: dict[str, Any]) -> str:
+    """The reasoning of a turn."""
+    for key in REASONING:
+        if isinstance(turn.get(key), str):
+            return str(turn[key])
+    content = turn.get("content")
+    return content.rpartition("</think>")[0].replace("<think>", "", 1) if isinstance(content, str) else ""
 
 
 def _remedy(chat: Chat) -> str:

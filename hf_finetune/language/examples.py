@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import DataError
 from hf_finetune.language import text_template
-from hf_finetune.language.chat import Chat, Rendered, Renderer
+from hf_finetune.language.chat import Chat, Renderer, Spoken
+from hf_finetune.language.messages import REASONING, is_text
 from hf_finetune.tasks import is_blank
 
 if TYPE_CHECKING:
@@ -59,15 +61,15 @@ class Reader:
             )
         return prompt, completion
 
-    def spoken(self, row: Row, renderer: Renderer, *, whole: bool) -> Rendered:
-        """The rendered chat; what the assistant says is to be trained, or the whole."""
-        return renderer.whole(self.chat(row)) if whole else renderer.spans(self.chat(row))
+    def spoken(self, row: Row, renderer: Renderer, *, train_on: str) -> Spoken:
+        """The rendered chat, and what of it is trained; see `Renderer.spoken`."""
+        return renderer.spoken(self.chat(row), train_on=train_on)
 
-    def completed(self, row: Row, *, whole: bool) -> Rendered:
-        """Prompt + completion; the completion is to be trained, or the whole."""
-        prompt, completion = self.pair(row)
-        text = prompt + completion
-        return text, [(0 if whole else len(prompt), len(text))]
+    def completed(self, row: Row, renderer: Renderer, *, whole: bool) -> Spoken:
+        """Prompt + completion; the completion is to be trained, or both."""
+        prompt, completion = (renderer.guarded(text) for text in self.pair(row))
+        start, end = len(prompt), len(prompt) + len(completion)
+        return Spoken(prompt + completion, [(0, start), (start, end)] if whole and start else [(start, end)])
 
     def question(self, row: Row, renderer: Renderer) -> str:
         """The rendered chat up to the header of its last assistant turn."""
@@ -129,17 +131,36 @@ def _is_blank(row: Row, reader: Reader) -> bool:
     """Cells that hold something else than text are not blank, but an error of their own."""
     if reader.messages is not None:
         turns = row[reader.messages]
+        if isinstance(turns, str) and turns.strip():
+            try:
+                turns = json.loads(turns)
+            except ValueError:
+                return False
         if isinstance(turns, list) and turns:
-            return all(isinstance(turn, Mapping) and _says_nothing(turn) for turn in turns)
-        return is_blank(turns) or (isinstance(turns, str) and turns.strip() in {"[]", "null"})
+            return any(isinstance(turn, Mapping) and _is_blank_turn(turn) for turn in turns) or all(
+                isinstance(turn, Mapping) and _says_nothing(turn) for turn in turns
+            )
+        return is_blank(turns)
     templates = [reader.prompt, reader.completion] if reader.text is None else []
     parts = [text_template.parse(template) for template in templates] or [[("", reader.text)]]
     return any(all(is_blank(row[name]) for _, name in part if name is not None) for part in parts)
 
 
+def _is_blank_turn(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is an empty question, or an answer that would train the model to say nothing."""
+    role = turn.get("role")
+    is_answer = role == "assistant" and turn.get("weight") != 0
+    return (is_answer or role == "user") and "content" in turn and _says_nothing(turn)
+
+
 def _says_nothing(turn: Mapping[str, Any]) -> bool:
-    # A turn without a role is an error of its own.
-    return isinstance(turn.get("role"), str) and is_blank(turn.get("content")) and not turn.get("tool_calls")
+    # A turn without a role, or in a format that is refused, is an error of its own.
+    content, others = turn.get("content"), ("tool_calls", "function_call", *REASONING)
+    if isinstance(content, list):
+        blank = all(is_blank(part.get("text") if is_text(part) else part) for part in content)
+    else:
+        blank = is_blank(content)
+    return isinstance(turn.get("role"), str) and blank and not any(turn.get(key) for key in others)
 
 
 def _cell(row: Row, column: str) -> Any:

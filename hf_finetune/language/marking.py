@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import ModelError, Problem
+from hf_finetune.language import escaping
 from hf_finetune.language.chat import Rendered, Renderer, Span
 from hf_finetune.tasks import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Marked = tuple[list[int], list[int]]
-"""Token ids, and labels: the same id where the token is trained, else `IGNORE`."""
+Tokens = tuple[list[list[int]], list[list[Span]]]
+"""Token ids and offsets of several texts."""
+
+
+class Marked(NamedTuple):
+    """A tokenised text."""
+
+    ids: list[int]
+    labels: list[int]
+    """The same id where the token is trained, else `IGNORE`."""
+    splits: bool
+    """Whether a token lies across the beginning of what is trained: who asks for it gets other tokens."""
 
 
 def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
@@ -27,12 +39,13 @@ def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
         RowsError: Spans that hold text have no token.
     """
     batch = _tokenise(renderer.tokenizer, [text for text, _ in rendered], add_special_tokens=False)
-    marked, bad = [], BadRows()
+    bad, splits = BadRows(), _splits(renderer, rendered, batch, plain=False)
+    marked = []
     for row, (ids, offsets, (_, spans)) in enumerate(zip(*batch, rendered, strict=True)):
         labels = _labels(ids, offsets, spans, renderer.special)
         if spans and all(label == IGNORE for label in labels):
             bad.add(row, "the tokenizer's offsets do not fit the chat: no trained token was found")
-        marked.append((ids, labels))
+        marked.append(Marked(ids, labels, splits[row]))
     bad.raise_any()
     return marked
 
@@ -47,12 +60,46 @@ def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]
     if eos is None:
         message = "the tokenizer has no EOS token to end a text with; name a model that has one"
         raise ModelError(Problem(message, key="model.name"))
-    batch = _tokenise(renderer.tokenizer, [text for text, _ in rendered], add_special_tokens=True)
-    marked = []
-    for all_ids, all_offsets, (_, spans) in zip(*batch, rendered, strict=True):
-        ids, offsets = _one_bos(renderer.tokenizer, all_ids, all_offsets)
-        marked.append(([*ids, eos], [*_labels(ids, offsets, spans, renderer.special), eos]))
-    return marked
+    tokens = _tokenise(renderer.tokenizer, [text for text, _ in rendered], add_special_tokens=True)
+    rows = [_one_bos(renderer.tokenizer, *row) for row in zip(*tokens, strict=True)]
+    splits = _splits(renderer, rendered, ([ids for ids, _ in rows], [offsets for _, offsets in rows]), plain=True)
+    return [
+        Marked([*ids, eos], [*_labels(ids, offsets, spans, renderer.special), eos], is_split)
+        for (ids, offsets), (_, spans), is_split in zip(rows, rendered, splits, strict=True)
+    ]
+
+
+def _splits(renderer: Renderer, rendered: Sequence[Rendered], tokens: Tokens, *, plain: bool) -> list[bool]:
+    """`Marked.splits` of each text.
+
+    Offsets tell, and cost nothing. Where the tokenizer leaves white space out of them, the texts before the spans are
+    tokenised alone.
+    """
+    if not _leaves_out_spaces(renderer.tokenizer):
+        return [_is_across(*row, spans, renderer.special) for *row, (_, spans) in zip(*tokens, rendered, strict=True)]
+    heads = [(row, text[:start]) for row, (text, spans) in enumerate(rendered) for start, _ in spans if start]
+    found = [False] * len(rendered)
+    asked = prompt_ids(renderer.tokenizer, [head for _, head in heads], plain=plain) if heads else []
+    for (row, _), ids in zip(heads, asked, strict=True):
+        found[row] |= tokens[0][row][: len(ids)] != ids
+    return found
+
+
+def _is_across(ids: list[int], offsets: list[Span], spans: list[Span], special: frozenset[int]) -> bool:
+    ends = [end for _, end in offsets]
+    for start, _ in spans:
+        first = bisect_right(ends, start)
+        # A special token that swallows white space is the same token without it.
+        if start and first < len(ids) and offsets[first][0] < start and ids[first] not in special:
+            return True
+    return False
+
+
+@lru_cache(maxsize=8)
+def _leaves_out_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether no offset covers the space between two words, be it a part of a token or of none."""
+    offsets: Any = _tokenise(tokenizer, ["a a"], add_special_tokens=False)[1][0]
+    return not any(start <= 1 < end for start, end in offsets)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: bool) -> list[list[int]]:
@@ -61,10 +108,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, plain: b
     return [_one_bos(tokenizer, *row)[0] if plain else row[0] for row in zip(*batch, strict=True)]
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool
-) -> tuple[list[list[int]], list[list[Span]]]:
-    batch = tokenizer(
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> Tokens:
+    batch: Any = tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
         return_offsets_mapping=True,
@@ -72,7 +117,11 @@ def _tokenise(
         return_token_type_ids=False,
         verbose=False,
     )
-    return batch["input_ids"], batch["offset_mapping"]
+    ids, offsets = batch["input_ids"], batch["offset_mapping"]
+    for row, text in enumerate(texts):
+        if escaping.GUARD in text:
+            ids[row], offsets[row] = escaping.plain(tokenizer, text, add_special_tokens=add_special_tokens)
+    return ids, offsets
 
 
 def _labels(ids: list[int], offsets: list[Span], spans: list[Span], special: frozenset[int]) -> list[int]:

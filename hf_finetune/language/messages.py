@@ -9,11 +9,18 @@ from typing import Any
 
 from hf_finetune.errors import DataError
 from hf_finetune.schema.nearest import nearest
+from hf_finetune.tasks import is_blank
 
 SPEAKERS = ("assistant", "user")
 """The roles that are told apart here."""
+ROLES = (*SPEAKERS, "system", "tool")
+"""The roles that every format has."""
 OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
-"""What other formats call them."""
+"""What other formats call `SPEAKERS`."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys that hold what the assistant thinks before it answers."""
+TEXT_PARTS = {"text", "input_text", "output_text"}
+"""Types of a part of `content` that holds text."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +29,33 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    muted: frozenset[int] = frozenset()
+    """Indices of assistant turns that have `weight: 0`: they are not trained."""
 
     @classmethod
     def parse(cls, messages: Any, tools: Any = None) -> Chat:
         """Read the cells of a row: lists, or JSON text.
 
         Nulls inside turns and tools are removed, for Arrow fills the keys that only other rows have with null; so are
-        nulls that a tool call passes on purpose, unless its `arguments` are JSON text, which is decoded here.
+        nulls that a tool call passes on purpose, unless its `arguments` are JSON text. Parts of text are joined, and
+        an empty list of tool calls is none.
 
         Raises:
             DataError: This is no list of `{role, content, ...}` turns, or no list of tools.
         """
         turns = [_turn(number, turn) for number, turn in enumerate(_listed(messages, "the messages"), start=1)]
-        return cls(turns, None if tools is None else _without_nulls(_listed(tools, "the tools")) or None)
+        muted = [index for index, turn in enumerate(turns) if not _weight(index + 1, turn)]
+        listed = [] if tools is None or is_blank(tools) else _listed(tools, "the tools")
+        return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted))
 
     def upto(self, turns: int) -> Chat:
         """The first so many turns."""
-        return Chat(self.messages[:turns], self.tools)
+        return Chat(self.messages[:turns], self.tools, self.muted)
+
+    @property
+    def trained(self) -> list[int]:
+        """Indices of the assistant's turns that are trained."""
+        return [index for index in self.answers if index not in self.muted]
 
     @property
     def answers(self) -> list[int]:
@@ -59,34 +76,110 @@ def _listed(value: Any, what: str) -> list[Any]:
 
 def _turn(number: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}; write it so")
+        # Not the text of the turn: the same fault of many rows is told once.
+        have = f"it has the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else "it is no object"
+        raise DataError(f"turn {number} is no {{role, content}}: {have}; write it so")
     clean: dict[str, Any] = _without_nulls(turn)
-    if _is_misnamed(clean["role"]):
-        # Most templates render it all the same, and nothing of it would be trained.
-        raise DataError(f"turn {number} has the role {clean['role']!r}; write 'assistant' or 'user'")
-    if "content" not in clean and "tool_calls" not in clean:
-        raise DataError(f"turn {number} ({clean['role']}) has no content")
-    if "tool_calls" in clean:
-        clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"], f"the tool calls of turn {number}")]
+    role, at = clean["role"], f"turn {number} ({clean['role']})"
+    if (right := _right_name(role)) is not None:
+        # Many templates render it all the same, others drop it; and nothing of it would be trained.
+        raise DataError(f"turn {number} has the role {role!r}; write {right}")
+    if "function_call" in clean:
+        how = "write it as tool_calls, and its result as a turn of the role 'tool'"
+        raise DataError(f"{at} has a function_call, which chat templates drop; {how}")
+    calls = [_call(call, at) for call in _listed(clean.get("tool_calls", []), f"the tool calls of turn {number}")]
+    if calls:
+        clean["tool_calls"] = calls
+    else:
+        clean.pop("tool_calls", None)
+    if isinstance(clean.get("content"), list):
+        clean["content"] = _joined(clean["content"], role, at)
+    if "content" not in clean and not calls:
+        raise DataError(f"{at} has no content")
     return clean
 
 
-def _is_misnamed(role: str) -> bool:
-    """Whether a role is another word for assistant or user, or one of them misspelt; others are up to the template."""
-    if role in SPEAKERS:
-        return False
-    return role.lower() in OTHER_NAMES or nearest(role, SPEAKERS, cutoff=0.8) is not None
+def _right_name(role: str) -> str | None:
+    """How a role is written that is one of `ROLES` misspelt, or another word for it; others the template may take."""
+    if role in ROLES:
+        return None
+    plain = role.strip().lower()
+    if plain in ROLES:
+        return repr(plain)
+    if plain in OTHER_NAMES or nearest(plain, SPEAKERS, cutoff=0.8) is not None:
+        return "'assistant' or 'user'"
+    return "'system'" if nearest(plain, ["system"], cutoff=0.8) is not None else None
 
 
-def _call(call: Any) -> Any:
-    """Templates write `arguments` as JSON themselves: text would be quoted twice."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
+def _weight(number: int, turn: dict[str, Any]) -> bool:
+    """Whether a turn is trained, by the `weight` that OpenAI's format has; the key is taken out of the turn."""
+    if turn["role"] != "assistant":
+        if turn.get("weight") == 0:
+            del turn["weight"]  # only the assistant's turns are trained
+        return True
+    weight = turn.pop("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"turn {number} (assistant) has the weight {weight!r}; write 0 (not trained) or 1")
+    return bool(weight)
+
+
+def _joined(parts: list[Any], role: str, at: str) -> Any:
+    """The text of a content that comes in parts, as templates for text alone take it."""
+    texts = [part if isinstance(part, str) else _text_of(part) for part in parts]
+    if all(text is not None for text in texts):
+        return "".join(text for text in texts if text is not None)
+    other = parts[texts.index(None)]
+    if role == "tool" and not (isinstance(other, Mapping) and "type" in other):
+        return parts  # data that a tool returned, and no parts
+    kind = other.get("type") if isinstance(other, Mapping) else type(other).__name__
+    raise DataError(f"{at} holds a part of the type {kind!r}; only parts of text can be used: remove it, or the row")
+
+
+def is_text(part: Any) -> bool:
+    """Whether a part of a content is one of text."""
+    return isinstance(part, Mapping) and (part.get("type") or "text") in TEXT_PARTS
+
+
+def _text_of(part: Any) -> str | None:
+    """The text of one part; None if it is of another type."""
+    text = part.get("text") if is_text(part) else None
+    return text if isinstance(text, str) else None
+
+
+def _call(call: Any, at: str) -> Any:
+    """A tool call as it stands, once its arguments are known to be JSON where they are text."""
+    call = _decoded(call)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise DataError(f"{at} has a tool call that is no {{name, arguments}}: {str(call)[:60]}; write it so")
+    if isinstance(function.get("arguments"), str):
+        arguments(function)
+    return call
+
+
+def arguments(function: Mapping[str, Any]) -> Any:
+    """The decoded arguments of a function; empty text is no arguments.
+
+    Raises:
+        DataError: They are text, but no JSON.
+    """
+    given = function.get("arguments")
+    if not isinstance(given, str):
+        return given
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        return json.loads(given) if given.strip() else {}
     except json.JSONDecodeError as error:
         raise DataError(f"the arguments of tool call {function.get('name')!r} are no JSON: {error}") from None
+
+
+def _decoded(entry: Any) -> Any:
+    """A tool or tool call, which may be JSON text inside a list; what is no JSON is refused later."""
+    if not isinstance(entry, str):
+        return entry
+    try:
+        return json.loads(entry)
+    except json.JSONDecodeError:
+        return entry
 
 
 def _without_nulls(value: Any) -> Any:

@@ -43,7 +43,10 @@ class Step:
         if self.machine.activation_checkpointing:
             model.enable_activation_checkpointing(base)
         self._paths = Paths(self.recipe.task, self.targets)
-        if not self.machine.is_sharded:
+        if self.machine.is_sharded:
+            self._paths.install_sharded(self.adapted, self.recipe, self.machine)
+            self._paths.is_unproven = False
+        else:
             self._paths.install(self.adapted, self.recipe, self.machine)
         is_language_model = self.recipe.task.peft_type == "CAUSAL_LM"
         self._vocabulary: int = base.config.get_text_config().vocab_size if is_language_model else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import __version__
+from hf_finetune.language import dates
 from hf_finetune.merging.options import REPORT
 from hf_finetune.schema.modelfolder import resolve
 from hf_finetune.terminal import Message, tell
@@ -68,6 +69,9 @@ class Report:
             lines.append(f"  {told:<19} {self._told(found)}{change}")
         lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
         lines.append(f"  folder              {place}")
+        if dates.reads_clock(self.run.tokenizer):
+            trained = getattr(self.run.recipe.task, "date", None)
+            lines.append(f"  date                trained with {trained}; a server's chat template prints its own day")
         fields = {key: value for key, value in self._facts().items() if key != "made_by"}
         tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
 

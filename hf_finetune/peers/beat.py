@@ -1,4 +1,7 @@
-"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second."""
+"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`.
+
+A rank renews it every second; one of more than fifty ranks does so less often.
+"""
 
 from __future__ import annotations
 

@@ -107,9 +107,16 @@ def sure(peers: Peers, own: Beat, timeout: float, *, patient: bool) -> Iterator[
             yield peer.beat.failure
 
 
-def likely(peers: Peers, own: Beat, timeout: float) -> Iterator[Failure]:
-    """Who may be to blame for a collective that failed although nobody has died, the most suspect first."""
-    lost = min(LOST_S, timeout / 2)
+def likely(peers: Peers, own: Beat, timeout: float, lost: float = LOST_S) -> Iterator[Failure]:
+    """Who may be to blame for a collective that failed although nobody has died, the most suspect first.
+
+    Args:
+        peers: The others.
+        own: This rank.
+        timeout: Seconds of silence or idleness that a run allows.
+        lost: Those that make a rank suspect.
+    """
+    lost = min(lost, timeout / 2)
     running = [peer for peer in peers.values() if peer.beat.state == "running"]
     running.sort(key=lambda peer: (peer.beat.place.endswith(_BACKWARD), peer.beat.step))
     yield from (peer.fell_silent(steps(peers, own)) for peer in running if peer.silent >= lost)

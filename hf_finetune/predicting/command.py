@@ -18,8 +18,9 @@ from hf_finetune.finished import open_run, samebase
 from hf_finetune.predicting import output, predictor, rows, sinks
 from hf_finetune.predicting.output import Output
 from hf_finetune.predicting.predictor import CHARACTERS, Predicted, Predictor
-from hf_finetune.predicting.rows import Input, Row
+from hf_finetune.predicting.rows import Input
 from hf_finetune.predicting.sinks import Cells, Sink
+from hf_finetune.rowfiles import Row
 from hf_finetune.schema.roots import refuse_outside
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def run(options: Options) -> None:
     source = rows.find(options.input, options.input_format)
     form = _out_format(options, source)
     opened = open_run(options.run, options.overrides)
+    if options.input_format is None and source.name == rows.STDIN:
+        source = _recognised(source, opened)
+        form = _out_format(options, source)
     key = _key(options, opened, source, form)
     target = None if options.output == "-" else options.output
     with output.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as taken:
@@ -72,11 +76,22 @@ def run(options: Options) -> None:
             sys.exit(BROKEN_PIPE)
 
 
+def _recognised(source: Input, opened: Finished) -> Input:
+    """Standard input by its first line: a header or JSON is no text to predict."""
+    found = source.recognised(predictor.needed_columns(opened.recipe.task))
+    if found.form != source.form:
+        begins = "JSON" if found.form == "jsonl" else "a header"
+        terminal.say(
+            f"standard input begins with {begins} and is read as {found.form}; if it is text, give --input-format lines"
+        )
+    return found
+
+
 def _out_format(options: Options, source: Input) -> sinks.OutFormat:
     """The format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
     suffix: Any = None if options.output == "-" else rows.SUFFIXES.get(Path(options.output).suffix.lower())
     form: Any = options.form or suffix or source.form
-    form = "jsonl" if form == "lines" else form
+    form = "jsonl" if form in ("lines", "json") else form
     if form == "parquet" and options.output == "-":
         raise RecipeError("parquet can't be written to a pipe; give --output FILE, or --format jsonl")
     found: sinks.OutFormat = form

@@ -51,7 +51,7 @@ class Result:
     notes: list[str]
     plan: list[tuple[str, str]] = field(default_factory=list)
     seen: Examined | None = None
-    """None where the recipe has mistakes: then nothing else was looked at."""
+    """None where the recipe, or a path in it, is wrong: then nothing else was looked at."""
 
 
 def run(reading: Reading[Recipe], options: Options) -> int:
@@ -80,7 +80,7 @@ def run(reading: Reading[Recipe], options: Options) -> int:
 def check(reading: Reading[Recipe], options: Options) -> Result:
     """Find everything that can be known to be wrong before weights load.
 
-    Recipe mistakes alone import neither torch nor transformers.
+    Mistakes of the recipe, and names and paths that lead nowhere, import neither torch nor transformers.
 
     Args:
         reading: The recipe, as it was read.
@@ -90,7 +90,9 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
     repeat, notes = options.repeat, list[str]()
     plan: list[tuple[str, str]] = []
     seen = None
-    if reading.recipe is not None:
+    # What is wrong already is answered at once: the libraries take seconds to import. But a repeat is refused with all
+    # that differs from its lock, which they are needed to tell.
+    if reading.recipe is not None and (repeat is not None or not findings.exit_code):
         from hf_finetune import hardware, quiet
         from hf_finetune.preflight import fitting, heavy
         from hf_finetune.preflight.plan import lines

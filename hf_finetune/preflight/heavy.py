@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import data, hardware, hubreach, jobs, model, terminal
+from hf_finetune import data, hardware, hubreach, jobs, model, sharding, terminal
 from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
@@ -57,13 +58,14 @@ class Ready:
     """What was chosen so that it fits the memory; see `preflight.fitting`."""
 
 
-def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
+def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | None = None) -> Examined:
     """Look at everything that can be looked at; a mistake in one part does not hide those of the others.
 
     Args:
         recipe: What is to be done.
         machine: Where. Ranks other than the first of their node wait for its data.
         findings: Takes what is wrong.
+        day: On which the run began, as YYYY-MM-DD; None is today.
     """
     with findings.collect():
         hardware.check(recipe, machine)
@@ -77,6 +79,8 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
         return Examined(recipe, machine)  # what the Hub does not give now it gives no later; each try takes long
     with findings.collect():
         tokenizer = model.load_tokenizer(recipe.model)
+        task = recipe.task.on(day or date.today().isoformat(), tokenizer)
+        recipe = recipe.model_copy(update={"task": task})
     if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
             try:
@@ -86,6 +90,9 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
                 raise
     targets = UNKNOWN if prepared is None else prepared.targets
     outline = model.examine(recipe, targets, tokenizer, findings)
+    if outline is not None:
+        with findings.collect():
+            sharding.check(recipe, machine, outline)
     looked = None
     if prepared is not None:
         _judge(recipe, prepared, findings)
@@ -97,13 +104,13 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings) -> Examined:
     return Examined(recipe, machine, tokenizer, prepared, outline, assignment, looked)
 
 
-def prepare(recipe: Recipe, machine: Machine, findings: Findings) -> Ready:
+def prepare(recipe: Recipe, machine: Machine, findings: Findings, day: str | None = None) -> Ready:
     """Examine a run, and go on only where nothing is wrong.
 
     Raises:
         FinetuneError: Everything that was found, at once; of the kind with the lowest exit code.
     """
-    seen = examine(recipe, machine, findings)
+    seen = examine(recipe, machine, findings, day)
     findings.raise_errors()
     return complete(seen)
 

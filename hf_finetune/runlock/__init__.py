@@ -5,7 +5,7 @@
     surroundings  versions of packages, what of the machine decides bits, the commit of the working directory
     making        the lock of a run that is about to train
     drift         what differs between a lock and here and now
-    pinning       the recipe with the commits that its revisions meant
+    pinning       the recipe with the commits that its revisions meant, and the date that its chat template prints
     repeating     `--locked`: the recipe out of a lock, and where the repeat goes
 
 Importing this is cheap: nothing here needs torch before a run is looked at.
@@ -14,6 +14,6 @@ Importing this is cheap: nothing here needs torch before a run is looked at.
 from __future__ import annotations
 
 from hf_finetune.runlock.lockfile import Lock, choices, find, read
-from hf_finetune.runlock.pinning import as_trained
+from hf_finetune.runlock.pinning import as_trained, day
 
-__all__ = ["Lock", "as_trained", "choices", "find", "read"]
+__all__ = ["Lock", "as_trained", "choices", "day", "find", "read"]

@@ -79,6 +79,8 @@ def summary_entry(outcome: Outcome) -> Entry:
         "device": outcome.machine.device,
         "world_size": outcome.machine.world_size,
     }
+    if outcome.not_taken:
+        facts["steps_not_taken"] = outcome.not_taken
     if outcome.peak_memory is not None:
         facts["peak_memory"] = outcome.peak_memory
     return facts | outcome.rates | scores
@@ -87,6 +89,8 @@ def summary_entry(outcome: Outcome) -> Entry:
 def summary_lines(outcome: Outcome) -> list[str]:
     """The table at the end of a run, and what to do next."""
     rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
+    if outcome.not_taken:
+        rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
     if outcome.rates:
         speed = (
             f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"

@@ -24,7 +24,7 @@ class Outcome:
     parameters: tuple[int, int]
     """Trained parameters, all parameters."""
     steps: int
-    """Optimiser steps that were made."""
+    """Steps of the run."""
     seconds: float
     """Wall-clock seconds of training, evaluations in between included."""
     rates: dict[str, float] = field(default_factory=dict)
@@ -39,3 +39,5 @@ class Outcome:
     """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
     probe_seconds: float = 0.0
     """Wall-clock seconds before training that went into choosing fast paths."""
+    not_taken: int = 0
+    """Steps that the optimiser did not take, because loss or gradient was not finite."""

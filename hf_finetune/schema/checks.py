@@ -20,7 +20,8 @@ class Checks(Section):
     """What is looked for in the data: each check is `error`, `warn` or `off`, next to it the limit it may have."""
 
     empty_text: Level = "error"
-    """Rows whose text, prompt, completion or chat is null or blank; with `warn` and `off` they are dropped."""
+    """Rows whose text, prompt, completion or chat, or one of its questions or trained answers, is null or blank; with
+    `warn` and `off` they are dropped."""
     no_trained_token: Level = "error"  # noqa: S105 (no password)
     """Rows of which nothing is trained, also because it was cut off; with `warn` and `off` they are dropped."""
     unseen_label: Level = "error"
@@ -37,6 +38,8 @@ class Checks(Section):
     """Share of a split's rows."""
     conflicting_labels: Level = "warn"
     """Rows with the same tokens, but another label (classification)."""
+    similar_labels: Level = "warn"
+    """Labels that differ only by case, spaces, invisible characters, Unicode form or the way a number is written."""
     imbalance: Level = "warn"
     """The commonest label has over `max_imbalance` times the training rows of the rarest, and none has a weight."""
     max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0
@@ -49,6 +52,15 @@ class Checks(Section):
     """Rows that begin with the BOS token twice."""
     untrained_end: Level = "warn"
     """Rows that are not cut, yet train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
+    split_token: Level = "warn"  # noqa: S105 (no password)
+    """Rows in which one token holds the end of the prompt and the begin of the answer: a model that is asked gets
+    other tokens (causal_lm)."""
+    dropped_reasoning: Level = "warn"
+    """Chats with reasoning that the chat template drops (causal_lm)."""
+    dropped_keys: Level = "warn"
+    """Chats with text beside tool calls, or keys such as `name`, that the chat template drops (causal_lm)."""
+    special_tokens: Level = "warn"
+    """Rows whose text holds special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"
     """More than `max_unknown` of a split's tokens are the unknown token."""
     max_unknown: Limit = 0.01

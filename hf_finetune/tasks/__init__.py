@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
 from hf_finetune.plugins import Plugin
 
@@ -33,6 +33,10 @@ IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
 
+REMARKS = {"dropped_reasoning": 1 << 8, "dropped_keys": 1 << 9, "split_token": 1 << 10}
+"""Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
+
+
 def is_blank(value: Any) -> bool:
     """Whether a cell is null, NaN, blank text or an empty list."""
     if isinstance(value, str):
@@ -50,6 +54,8 @@ class Encoded(TypedDict, total=False):
     """Tokens of the whole row, before anything was cut."""
     trained: int
     """Items of this row that the loss counts: 1 for a classifier's row, the trained tokens for a language model."""
+    remarks: int
+    """Bits of `REMARKS`: what was noticed while the row was encoded; absent where nothing can be."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,14 @@ class Task(Plugin):
         """The columns that a row may lack."""
         return []
 
+    def declares_labels(self) -> bool:
+        """Whether the recipe says what may stand in the label columns; else the training rows show it."""
+        return True
+
+    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task with all that depends on the day on which its run begins, as YYYY-MM-DD; most depend on none."""
+        return self
+
     def blank(self, rows: Rows) -> list[bool]:
         """Which rows of a batch hold nothing to read: a null or blank text, completion or chat."""
         return [False] * len(next(iter(rows.values()), []))
@@ -138,6 +152,16 @@ class Task(Plugin):
         Raises:
             RowsError: Rows can't be encoded; all of them, by their number within the batch.
         """
+
+    def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
+        """What exactly was noticed in a row that `check`, a key of `REMARKS`, counts; empty if there is no more to say.
+
+        Args:
+            row: A batch of one raw row.
+            tokenizer: The model's.
+            check: The check.
+        """
+        return ""
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:

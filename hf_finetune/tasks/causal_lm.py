@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.errors import ModelError, Problem
-from hf_finetune.language import answers, examples, marking, text_template, token_loss
-from hf_finetune.language.chat import Renderer
+from hf_finetune.language import answers, dates, examples, marking, text_template, token_loss
+from hf_finetune.language.chat import Renderer, Spoken
 from hf_finetune.language.packing import Packing, Padding, check_packing
 from hf_finetune.schema.blocks import changed
-from hf_finetune.tasks import IGNORE, Collator, Encoded, Questions, Rows, Targets, Task
+from hf_finetune.tasks import IGNORE, REMARKS, Collator, Encoded, Questions, Rows, Targets, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+    from hf_finetune.language.fidelity import Lost
     from hf_finetune.language.generation import Generation
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
@@ -55,9 +57,19 @@ class CausalLM(Task):
     """System turn put before `prompt`; needs a chat template."""
     text: Text | None = None
     """Column of plain text; every token is trained, and EOS is appended."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` trains what the assistant says (or the completion) and the token that ends it; `all` trains every
-    token. Plain text always is trained in full."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """`assistant` trains what the assistant says (or the completion) and the token that ends it, but for turns with
+    `weight: 0`; `last` trains the last answer of each chat alone, rendered as a model is asked for it: for templates
+    that render an answer differently once more turns follow (Qwen3, gpt-oss), begin the reasoning when they ask
+    (DeepSeek-R1: without reasoning in the data an empty one is trained) or end no turn (GLM-4: EOS does); `all` trains
+    every token. Plain text always is trained in full."""
+    escape_special_tokens: bool = False
+    """Read special tokens in the text of the data, such as `<|im_end|>`, as the characters that they are written with,
+    in training and in predict, evaluate and chat; by default they are what they are, and are counted by
+    `data.checks.special_tokens`."""
+    date: Text | None = None
+    """Day, as YYYY-MM-DD, that a chat template prints which asks for today's date (Llama-3.2, gpt-oss). Null is the day
+    on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the probability that the training loss spreads over the whole vocabulary."""
     sample_prompts: Annotated[int, Field(ge=0, le=1000)] | list[Text] = 3
@@ -87,6 +99,17 @@ class CausalLM(Task):
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         return pattern
+
+    @field_validator("date")
+    @classmethod
+    def _is_day(cls, day: str | None) -> str | None:
+        if day is not None and re.fullmatch(r"\d{4}-\d\d-\d\d", day) is None:
+            raise ValueError(f"{day!r} is no date; write it as YYYY-MM-DD")
+        try:
+            date.fromisoformat(day or "2000-01-01")
+        except ValueError as error:
+            raise ValueError(f"{day!r} is no date: {error}") from None
+        return day
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -124,6 +147,11 @@ class CausalLM(Task):
         always = {"loss": False, "perplexity": False, "token_accuracy": True}
         return {**always, "exact_match": True} if self.generate_rows else always
 
+    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task with the date that its chat template prints, where it prints one and the recipe names none."""
+        prints = self.date is None and self.text is None and dates.reads_clock(tokenizer)
+        return self.model_copy(update={"date": day}) if prints else self
+
     def columns(self) -> list[str]:
         """Columns that the data must have."""
         whole = [column for column in (self.messages, self.tools, self.text) if column is not None]
@@ -143,7 +171,7 @@ class CausalLM(Task):
         found = {tokenizer.eos_token_id}
         if self._is_chat(tokenizer):
             with suppress(ModelError):  # a template that ends no turn, which is what this looks for
-                found.add(tokenizer.convert_tokens_to_ids(Renderer(tokenizer).end_of_turn))
+                found.add(tokenizer.convert_tokens_to_ids(self.renderer(tokenizer).end_of_turn))
         return frozenset(found - {None})
 
     def targets(self, train: Dataset | IterableDataset) -> Targets:
@@ -163,14 +191,30 @@ class CausalLM(Task):
             RowsError: Rows can't be rendered; all of them, by their number within the batch.
             ModelError: The tokenizer has no EOS, or its chat template ends no turn.
         """
-        renderer, reader, whole = Renderer(tokenizer), self._reader, self.train_on == "all"
-        if self._is_chat(tokenizer):
-            rendered = examples.each(rows, lambda row: reader.spoken(row, renderer, whole=whole))
-            marked = marking.mark(renderer, rendered)
-        else:
-            rendered = examples.each(rows, lambda row: reader.completed(row, whole=whole))
-            marked = marking.mark_plain(renderer, rendered)
-        return [_cut(ids, labels, max_length) for ids, labels in marked]
+        renderer = self.renderer(tokenizer)
+        spoken, marked = self._marked(rows, renderer)
+        return [
+            {**_cut(row.ids, row.labels, max_length), "remarks": _remarks(said.lost, splits=row.splits)}
+            for said, row in zip(spoken, marked, strict=True)
+        ]
+
+    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """Renders chats as this task trains them."""
+        return Renderer(tokenizer, self.date, self.escape_special_tokens)
+
+    def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
+        """Which turn the template drops a part of."""
+        spoken = self._marked(row, self.renderer(tokenizer))[0][0]
+        return next((f"{one.at}: {one.what}" for one in spoken.lost if one.check == check), "")
+
+    def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[Spoken], list[marking.Marked]]:
+        """Rows as text, and as tokens."""
+        reader, train_on = self._reader, self.train_on
+        if self._is_chat(renderer.tokenizer):
+            spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on=train_on))
+            return spoken, marking.mark(renderer, [said.rendered for said in spoken])
+        spoken = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
+        return spoken, marking.mark_plain(renderer, [said.rendered for said in spoken])
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:
         """Pads rows on the right; with `packed`, joins the documents of each row."""
@@ -220,8 +264,8 @@ class CausalLM(Task):
         if isinstance(self.sample_prompts, int):
             return self.prompts(rows, tokenizer, self.sample_prompts)
         if not self._is_chat(tokenizer):
-            return marking.prompt_ids(tokenizer, self.sample_prompts, plain=True)
-        renderer = Renderer(tokenizer)
+            return marking.prompt_ids(tokenizer, self._guarded(self.sample_prompts, tokenizer), plain=True)
+        renderer = self.renderer(tokenizer)
         texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
         return marking.prompt_ids(tokenizer, texts, plain=False)
 
@@ -232,11 +276,12 @@ class CausalLM(Task):
             DataError: A row can't be rendered; the message names its number within the batch.
         """
         if self._is_chat(tokenizer):
-            renderer, reader = Renderer(tokenizer), self._reader
+            renderer, reader = self.renderer(tokenizer), self._reader
             texts = examples.each(rows, lambda row: reader.question(row, renderer), n)
             return marking.prompt_ids(tokenizer, texts, plain=False)
         pairs = examples.each(rows, self._reader.pair, n)
-        ids = marking.prompt_ids(tokenizer, [prompt or text for prompt, text in pairs], plain=True)
+        texts = self._guarded([prompt or text for prompt, text in pairs], tokenizer)
+        ids = marking.prompt_ids(tokenizer, texts, plain=True)
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
 
     def asked_columns(self) -> list[str]:
@@ -253,10 +298,11 @@ class CausalLM(Task):
         """
         reader = self._reader
         if self._is_chat(tokenizer):
-            renderer = Renderer(tokenizer)
+            renderer = self.renderer(tokenizer)
             texts = examples.each(rows, lambda row: renderer.text(reader.open_chat(row), ask=True))
             return marking.prompt_ids(tokenizer, texts, plain=False)
-        return marking.prompt_ids(tokenizer, examples.each(rows, reader.open_text), plain=True)
+        texts = self._guarded(examples.each(rows, reader.open_text), tokenizer)
+        return marking.prompt_ids(tokenizer, texts, plain=True)
 
     def references(self, rows: Rows, n: int) -> list[str]:
         """What the data answer to the first `n` prompts.
@@ -290,6 +336,10 @@ class CausalLM(Task):
             each=lambda generations: answers.each(generations, references, self.answer_pattern),
         )
 
+    def _guarded(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        renderer = self.renderer(tokenizer)
+        return [renderer.guarded(text) for text in texts]
+
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether rows go through the chat template."""
         templated = tokenizer.chat_template is not None
@@ -300,6 +350,12 @@ class CausalLM(Task):
             )
             raise ModelError(Problem(message, key=key))
         return templated and self.text is None
+
+
+def _remarks(lost: Iterable[Lost], *, splits: bool) -> int:
+    """Bits of `REMARKS`."""
+    found = {one.check for one in lost} | ({"split_token"} if splits else set())
+    return sum(REMARKS[check] for check in found if check is not None)
 
 
 def _cut(ids: list[int], labels: list[int], max_length: int) -> Encoded:
