@@ -155,6 +155,7 @@ class RunFolder:
                 return start
             if previous is not None and start.kind == "new" and not self._never_trained(previous):
                 self.real.rename(self.free_name())
+                self.real.mkdir()  # `path` may be a link to it
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.hold(self.path)
             self._sweep()

@@ -172,7 +172,9 @@ def _note_success(folder: RunFolder) -> None:
     with suppress(OSError, ValueError, TypeError):
         status: dict[str, Any] = json.loads(folder.status.read_text(encoding="utf-8"))
         if status.get("exit_code") == PushError.exit_code:
-            write_atomically(folder.status, json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n")
+            write_atomically(
+                folder.status, json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n", durable=True
+            )
 
 
 def after_training(outcome: Outcome) -> None:
