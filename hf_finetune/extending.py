@@ -20,7 +20,7 @@ from hf_finetune import keeping, records
 from hf_finetune.checkpoints import verify
 from hf_finetune.durable import discard, sync_file, sync_folder
 from hf_finetune.errors import CheckpointError, Problem, StorageError
-from hf_finetune.runfolder import Status, write_atomically
+from hf_finetune.runfolder import RANKS, Status, write_atomically
 from hf_finetune.runstate import Progress
 from hf_finetune.terminal import say
 from hf_finetune.tracking.journal import keep_lines
@@ -49,7 +49,7 @@ def begin(folder: RunFolder, ready: Ready) -> None:
     except CheckpointError as error:
         message = f"{last} is damaged ({error}), so that the run can't be extended; {INSTEAD}"
         raise CheckpointError(Problem(message, key="output")) from error
-    keeping.compare(keeping.facts(ready), manifest, ready.machine.world_size, _keep_silent)
+    keeping.check(last, manifest, keeping.facts(ready), ready, _keep_silent)
     total = ready.assignment.length.total_steps
     if total <= manifest.step:
         key = "training.epochs" if ready.recipe.training.epochs else "training.steps"
@@ -73,10 +73,15 @@ def _fill(folder: RunFolder, last: Path, recipe_yaml: str) -> None:
     discard(new)
     new.mkdir()
     folder.hold(new)
-    for name in (folder.checkpoints.name, folder.observations.name):
+    # Of RANKS it needs what it has: there the ranks of this very launch show that they live.
+    for name, copy in (
+        (folder.checkpoints.name, _link),
+        (folder.observations.name, _link),
+        (RANKS, shutil.copyfile),
+    ):
         if (folder.real / name).is_dir():
             ignored = shutil.ignore_patterns(".*")
-            shutil.copytree(folder.real / name, new / name, ignore=ignored, copy_function=_link)
+            shutil.copytree(folder.real / name, new / name, ignore=ignored, copy_function=copy)
     records.forget_after(new / folder.observations.name, progress.step)
     for journal in (folder.metrics, folder.samples, folder.run_lock):
         if journal.is_file():

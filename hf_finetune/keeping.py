@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from hf_finetune import checkpoints, patience
+from hf_finetune import checkpoints, patience, sharding, zero
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
@@ -18,6 +18,8 @@ from hf_finetune.resumable import Keeper
 from hf_finetune.runstate import Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hf_finetune.preemption import StopRequest
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.runfolder import RunFolder, Status
@@ -39,16 +41,17 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         tell: Says something on rank 0.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is whole, or they are of other data or another model.
+        CheckpointError: There are checkpoints, but none is whole, or they are of other data, another model or
+            other sharding.
         StorageError: The folder can't be written.
     """
-    ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
+    ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
     store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.saving.keep)
     made_from, found = facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
-    if found.manifest is not None:
-        compare(made_from, found.manifest, ready.machine.world_size, tell)
+    if found.manifest is not None and found.path is not None:
+        check(found.path, found.manifest, made_from, ready, tell)
         _refuse_shorter(found.manifest.step, ready)
     return Keeper(
         store=store,
@@ -85,11 +88,6 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     committed(progress.step)
     observers.keep(progress.lines, progress.step)
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
-    if observers.recipe.data.streaming and not progress.stream:
-        tell(
-            "note: an older version wrote this checkpoint and did not note its place in the stream: the next steps may "
-            "differ in bits, and in rows where streamed rows were dropped"
-        )
 
 
 def facts(ready: Ready) -> Facts:
@@ -100,6 +98,17 @@ def facts(ready: Ready) -> Facts:
         model=weights.identity(ready.recipe.model, pretrained.commit(ready.recipe.model)),
         versions={name: version(name) for name in PACKAGES},
     )
+
+
+def check(path: Path, manifest: Manifest, wanted: Facts, ready: Ready, tell: Callable[[str], None]) -> None:
+    """Refuse a checkpoint that is of other data, another model, or weights that were spread otherwise.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    zero.check_checkpoint(path, manifest.world_size, ready.machine)
+    _compare(wanted, manifest, ready.machine.world_size, tell)
+    sharding.refuse_other_format(path, ready.machine)
 
 
 def _refuse_shorter(done: int, ready: Ready) -> None:
@@ -116,7 +125,7 @@ def _refuse_shorter(done: int, ready: Ready) -> None:
         raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
 
 
-def compare(wanted: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
+def _compare(wanted: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
     """Compare a checkpoint with the run that is to go on from it.
 
     Raises:

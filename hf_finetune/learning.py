@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hf_finetune.tuning import Choices
 
 
-PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss", "no_mask")
+PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss", "no_mask", "apart")
 """Settings of `speed` that the lock keeps as they came out."""
 
 

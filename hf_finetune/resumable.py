@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
-from hf_finetune import runstate
+from hf_finetune import runstate, zero
 from hf_finetune.durable import sync_file
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
@@ -74,9 +74,10 @@ class ResumableTrainer(Trainer):
     last_saved: int = -1
     """Step of the last checkpoint."""
     _ends_at_once: bool = False
+    _has_saved: bool = False
 
-    def progress(self, step: int, phase: str) -> None:
-        """Tells the other ranks that this one has come on."""
+    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
+        """Tells the other ranks that this one has come on; see `peers.Watch.progress`."""
 
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""
@@ -99,7 +100,7 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         self.store_flos()
-        self.progress(self.state.global_step, "saving")
+        self.progress(self.state.global_step, "saving", is_long=True)
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
@@ -108,6 +109,7 @@ class ResumableTrainer(Trainer):
             store.write(step, self._write_state, self.keeper.facts, protect)
         self.last_saved = step
         self.keeper.committed(step)
+        self._has_saved = True
         if self.keeper.pace is not None:
             self.keeper.pace.saved(time.perf_counter() - began)
 
@@ -116,7 +118,9 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         runstate.save_rank(folder, self.args.process_index, float(self._tr_loss))
-        if self.is_sharded:
+        if self.is_deepspeed_enabled:
+            self._save_optimizer_and_scheduler(str(folder))  # and the trained weights, each rank its part
+        elif self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             if self.keeper.store.is_writer and not self.is_deepspeed_enabled:
@@ -171,14 +175,22 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The optimiser and the schedule."""
-        if checkpoint is None or self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
-        optimizer = torch.load(folder / runstate.OPTIMIZER, map_location="cpu", weights_only=True)
-        scheduler = torch.load(folder / runstate.SCHEDULER, weights_only=True)
-        runstate.load_optimizer(self.optimizer, self.lr_scheduler, optimizer, scheduler)
+        sharded: Any = super()
+
+        def load() -> None:
+            if self.is_sharded or self.is_deepspeed_enabled:
+                sharded._load_optimizer_and_scheduler(checkpoint)
+                return
+            folder = Path(checkpoint)
+            # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
+            self.optimizer.load_state_dict(
+                torch.load(folder / runstate.OPTIMIZER, map_location="cpu", weights_only=True)
+            )
+            self.lr_scheduler.load_state_dict(torch.load(folder / runstate.SCHEDULER, weights_only=True))
+
+        runstate.load_optimizer(self.optimizer, self.lr_scheduler, load)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random numbers; with another number of ranks each draws its own, by seed, rank and step."""
@@ -195,7 +207,7 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The best checkpoint's weights."""
         best = self.state.best_model_checkpoint
-        if best is None or self.is_sharded:
+        if best is None or self.is_sharded or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         runstate.load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
@@ -271,7 +283,11 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
         try:
+            self._has_saved = False
             super()._maybe_log_save_evaluate(*arguments, **options)
+            if self._has_saved and self.keeper is not None:
+                # Rank 0 may have copied the model for an upload: nobody waits for that in a collective of a step.
+                self.keeper.store.ranks.barrier()
             if self._globalstep_last_logged == self.state.global_step:
                 self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
         except EvaluationStopped:
@@ -315,6 +331,8 @@ class _Flow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the checkpoint ends."""
+        if self.trainer.is_deepspeed_enabled:
+            zero.hold_back(self.trainer.accelerator)
         self.trainer._resume()
         if (pace := self._pace) is not None:
             pace.begin()

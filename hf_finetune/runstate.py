@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ HYPERPARAMETERS = ("weight_decay", "betas", "initial_lr")
 """What the recipe says of each group of weights, and may say anew; the rest is state."""
 
 
-def load_optimizer(optimizer: Any, scheduler: Any, optimizer_state: Any, scheduler_state: Any) -> None:
+def load_optimizer(optimizer: Any, scheduler: Any, load: Callable[[], object]) -> None:
     """Bring the optimiser and the schedule back, with the hyperparameters of the present recipe.
 
     Where these are what they were, the learning rate comes out as the same bits: it is the same product.
@@ -105,13 +106,11 @@ def load_optimizer(optimizer: Any, scheduler: Any, optimizer_state: Any, schedul
     Args:
         optimizer: New, as the recipe wants it.
         scheduler: The same.
-        optimizer_state: Of the checkpoint.
-        scheduler_state: Of the checkpoint.
+        load: Brings back the state of both, with the hyperparameters that were.
     """
     wanted = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
-    optimizer.load_state_dict(optimizer_state)
-    scheduler.load_state_dict(scheduler_state)
+    load()
     scheduler.base_lrs = rates
     for group, own, rate, shape in zip(optimizer.param_groups, wanted, rates, scheduler.lr_lambdas, strict=True):
         group.update(own)

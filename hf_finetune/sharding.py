@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import distributed, nn
 
 from hf_finetune import hardware, model
 from hf_finetune.adaptation import peftio, targets
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.language import packing
 
 if TYPE_CHECKING:
@@ -89,6 +91,19 @@ def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
         raise RecipeError(
             [Problem(f"{why}; remove it, use modules_to_save, or train with DDP", key=key) for key in keys]
         )
+
+
+def refuse_other_format(checkpoint: Path, machine: Machine) -> None:
+    """FSDP writes and reads checkpoints of its own.
+
+    Raises:
+        CheckpointError: It was written with FSDP and this run is without, or the other way round.
+    """
+    has_shards = any(checkpoint.glob(f"{FSDP_MODEL_NAME}*"))
+    if has_shards != uses_fsdp(machine):
+        was, now = ("with", "without") if has_shards else ("without", "with")
+        message = f"was written {was} FSDP, and this run is {now}; start it as it was, or give --restart to start anew"
+        raise CheckpointError(Problem(message, file=str(checkpoint)))
 
 
 def uses_fsdp(machine: Machine) -> bool:

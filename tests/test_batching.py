@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
+from hf_finetune.batching import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
 from hf_finetune.data.lanes import Lanes, Raw
 from hf_finetune.data.splitreport import SplitReport
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, Problem
 from hf_finetune.packs import pack
 
 
@@ -184,6 +184,33 @@ def test_a_stream_goes_on_with_other_ranks_and_encodes_nothing_twice() -> None:
         assert sorted(parts) == sorted(whole[5 + step][0])
     encoded = [number for _, _, numbers in (*first, *rest) for number in numbers]
     assert len(set(encoded)) == len(encoded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_of_a_stream_is_the_same_error_from_another_process(workers: int) -> None:
+    class Broken(Numbers):
+        def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+            def encode(rows: list[dict[str, Any]]) -> list[Any]:
+                if any(row["number"] == 9 for row in rows):
+                    raise DataError([Problem("row 9 is bad", file="a.csv", line=9), Problem("and again")])
+                return [({"input_ids": [7], "labels": row["number"]}, SplitReport(rows=1)) for row in rows]
+
+            raw = (Raw({"number": number}, 0) for number in itertools.count())
+            return Lanes(raw, encode, lambda report: DataError("nothing left"), own, used)
+
+    batches = StreamedBatches(Broken(), Division(4, 1), 0, asked_workers=workers)
+    assert batches.workers == workers
+    seen = []
+
+    def train() -> None:
+        for batch in train_loader(batches, None, stack, pin=False):
+            if FAILED in batch:
+                raise batch[FAILED]
+            seen.append(int(batch["labels"]))
+
+    with pytest.raises(DataError, match=r"a.csv:9: row 9 is bad\nand again"):
+        train()
+    assert len(seen) == len(set(seen)) >= 8
 
 
 @given(st.lists(st.integers(1, 50), max_size=200))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +20,15 @@ from hf_finetune import runreport
 from hf_finetune.classification import metrics
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
+from hf_finetune.runfolder import RunFolder
 from hf_finetune.runreport import intervals, markdown, told
 from hf_finetune.runreport.remains import Remains
+from hf_finetune.schema.watching import Tracking
 from hf_finetune.tasks import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from conftest import Run
-
-    from hf_finetune.runfolder import RunFolder
 
 Array = np.ndarray[Any, Any]
 Runner = Callable[..., "Run"]
@@ -139,6 +140,24 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
     run = remains(reported.classifier(tmp_path), CLASSES)
     lines = [{**line, "matmul_share": 0.584} for line in run.of("train")] + [{**run.summary, "matmul_share": 0.484}]
     assert "48.4%" in dict(told.cost(replace(run, lines=lines)))["Matmul peak"]
+
+
+def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: Any = {"steps": 1, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None, "scores": {}}
+    found |= {"reload_difference": 0.0}
+
+    def last_line(**tracking: Any) -> str:
+        made = reported.recipe(tmp_path, CLASSES).model_copy(update={"tracking": Tracking(**tracking)})
+        outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("runs/a b"), **found)
+        return runreport.summary_lines(outcome)[-1]
+
+    assert last_line().endswith("  tensorboard --logdir 'runs/a b/tensorboard'")
+    assert last_line(folder="elsewhere").endswith("  tensorboard --logdir elsewhere")
+    assert "tensorboard" not in last_line(tensorboard=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "  pip install tensorboard; tensorboard --logdir " in last_line()
 
 
 def test_ten_thousand_rows_take_two_seconds_at_most() -> None:

@@ -19,7 +19,7 @@ from hf_finetune.tasks import Targets
 
 T = TypeVar("T")
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)?|nan)", re.ASCII | re.IGNORECASE)
 SHOWN = 20
 """Most names that a message lists."""
 UNLABELLED = (-1, -100)

@@ -146,8 +146,8 @@ def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Or
             "seed": recipe.training.seed if seeded else None,
             "max_length": data.max_length,
             "overlong": data.overlong,
-            # The order of streamed rows is the library's business.
-            "stream": [data.shuffle_buffer, datasets.__version__] if data.streaming else None,
+            # The order of streamed rows is the library's business, and follows from how they are read.
+            "stream": [data.shuffle_buffer, datasets.__version__, READING] if data.streaming else None,
             "task": _task_state(recipe),
             "tokenizer": _tokenizer_state(tokenizer),
         }

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_finetune.data import diagnosis, loading, streamed
+from hf_finetune import digests
+from hf_finetune.data import cache, diagnosis, loading, streamed
 from hf_finetune.errors import DataError
 from hf_finetune.schema import datafiles
 
@@ -30,6 +31,8 @@ class LocalFiles:
     key: str
     """The recipe key that names them, e.g. `data.train`."""
     files: tuple[str, ...]
+    cache: str | None = None
+    """The recipe's `data.cache`: beside it stands what is known about the content of files."""
 
     @property
     def suffix(self) -> str:
@@ -55,7 +58,10 @@ class LocalFiles:
 
     def digests(self, *, whole: bool) -> list[bytes]:
         """SHA-256 of each file: see `identity`. A file that did not change since it was asked for is not read again."""
-        return [_digest(*stamp, whole=whole) for stamp in self.stamps()]
+        if not whole:
+            return [_sampled(*stamp) for stamp in self.stamps()]
+        root = cache.root(self.cache)
+        return [_digest(*stamp, root) for stamp in self.stamps()]
 
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, size in bytes and time of change in ns of each file."""
@@ -109,11 +115,15 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> LocalFi
 
 
 @functools.cache
-def _digest(file: str, size: int, changed: int, *, whole: bool) -> bytes:
+def _digest(file: str, size: int, changed: int, root: Path) -> bytes:
     """SHA-256 of a file; size in bytes and time of change in ns tell whether an earlier answer still holds."""
+    return digests.sha256(file, root)
+
+
+@functools.cache
+def _sampled(file: str, size: int, changed: int) -> bytes:
+    """SHA-256 of size and both ends of a file; arguments as for `_digest`."""
     with Path(file).open("rb") as stream:
-        if whole:
-            return hashlib.file_digest(stream, "sha256").digest()
         digest = hashlib.sha256(str(size).encode())
         digest.update(stream.read(SAMPLE_BYTES))
         stream.seek(max(0, size - SAMPLE_BYTES))

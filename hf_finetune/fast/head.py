@@ -24,7 +24,7 @@ from hf_finetune.language.token_loss import counted, each, loss_sum_of, row_sums
 Tensor = torch.Tensor
 
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
-"""Of the float32 logits that exist at a time: part of a CPU's cache; on a GPU enough for `MANY` at most vocabularies."""
+"""Of the float32 logits that exist at a time: some of a CPU's cache; on a GPU enough for `MANY` positions."""
 FEW, MANY = 64, 1024
 """Positions of a chunk, at least and at most. Each chunk reads the head's weight twice: a GPU computes 150 to 300
 products while it reads a number, so that 64 positions would leave it waiting for memory, and 1,024 do not."""
@@ -90,6 +90,8 @@ class FastHead:
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
         self.is_last = True
         """Whether the model returns what the head makes; one that caps or scales it does not. See `notice`."""
+        self.is_sharded = False
+        """Whether FSDP shards the model."""
         self._mask: Tensor | None = None
         self._wanted: Tensor | None = None
         self._total: Tensor | None = None
@@ -128,8 +130,10 @@ class FastHead:
         """
         if self._wanted is None:
             raise AssertionError("nobody asked for a loss")
-        if self._total is None:
+        if not self.is_fused:
             return loss_sum_of(logits[0], self._wanted, self.smoothing)
+        if not self.is_sharded or self._total is None:
+            return logits.float().sum()
         # FSDP2 rounds what a model returns to its precision, and waits for its gradient before it gathers weights.
         return self._total + 0.0 * logits.float().nan_to_num(0.0, 0.0, 0.0).sum()
 
@@ -145,7 +149,7 @@ class FastHead:
             logits = forward()
         finally:
             hook.remove()
-        self.is_last = len(made) == 1 and torch.equal(made[0].float(), logits.detach().float())
+        self.is_last = len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits.detach())
         return logits
 
     def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
@@ -175,7 +179,8 @@ class FastHead:
             return (kept[None], *rest)
         self._mask = None  # for the calls that come of this one
         # Not `head(...)` where that is more than its product: FSDP2 would give its weights back after the first chunk.
-        once: Any = partial(torch.nn.Linear.forward, head) if self.is_fused else head
+        linear: Any = head
+        once: Any = partial(torch.nn.Linear.forward, linear) if self.is_fused else head
         self._found = _in_chunks(lambda part: once(part[None], *rest)[0], kept, self._looked_at)
         return (hidden[:1, :1], *rest)  # the model wants some logits
 
@@ -186,7 +191,8 @@ class FastHead:
             kept = hidden[0].to(head.weight.dtype)
             total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
         self._total = total
-        return total.view(1, 1, 1)
+        # A copy: FSDP2 warns of what may be a view.
+        return total.view(1, 1, 1).clone()
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from hf_finetune.fast import attention, compiled, dropout, lora, mlp, norm
+from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
+from hf_finetune.hardware import uses_fsdp
 from hf_finetune.tasks import IGNORE
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Paths:
     def remove(self) -> None:
         """Leave the model as it was."""
         self.plain_layers()
-        for remove in self._removals:
+        for remove in reversed(self._removals):
             remove()
         self._removals.clear()
         self.head, self.leaves_mask_out, self.is_unproven = None, False, False
@@ -137,13 +137,18 @@ class Paths:
         if speed.plain_attention and on_cpu and (before := attention.install(base)):
             self._removals.append(lambda: base.set_attn_implementation(before))
             self.taken["plain_attention"] = f"in place of {before}"
+        if speed.apart and recipe.data.packing and (inner := documents.install(base)):
+            self._removals.append(lambda: base.set_attn_implementation(inner))
+            self.taken["apart"] = "packed documents"
         self._install_outer(base, recipe)
 
     def install_sharded(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
         """Install what fits a model that FSDP will shard, and must be proven then: what is outside its layers."""
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if uses_fsdp():
             self._install_outer(getattr(adapted, "get_base_model", lambda: adapted)(), recipe)
             self.is_unproven = bool(self.taken)
+            if self.head is not None:
+                self.head.is_sharded = True
             self._tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
 
     def _install_outer(self, base: Any, recipe: Recipe) -> None:
@@ -166,11 +171,13 @@ class Paths:
             labels: As the task's collator makes them.
         """
         self.is_unproven = False
-        rows = _with_padding({name: value[:ROWS, :TOKENS] for name, value in {**inputs, "labels": labels}.items()})
+        rows = _telling({name: value[:ROWS, :TOKENS] for name, value in {**inputs, "labels": labels}.items()})
         labels = rows.pop("labels")
         expected = self.task.loss_sum(_logits(self, lambda: model(**rows).logits), labels, self.targets)
         found = self.loss_sum(model, rows, labels)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1e-6)).float().reshape(1)
+        if self.head is not None and self.head.is_fused and not self.head.is_last:
+            difference.fill_(float("inf"))  # the model caps or scales what its head makes
         if distributed.is_initialized():
             distributed.all_reduce(difference, op=distributed.ReduceOp.MAX)
         if not float(difference) <= self._tolerance:
@@ -197,7 +204,7 @@ def take(
     if machine.is_sharded:
         paths.install_sharded(adapted, recipe, machine)
         return paths
-    batch = _with_padding({name: value[:ROWS] for name, value in batch.items()})
+    batch = _telling({name: value[:ROWS] for name, value in batch.items()})
     with _quiet(adapted, machine):
         before = _outputs(paths, adapted, batch)
         paths.install(adapted, recipe, machine)
@@ -226,14 +233,17 @@ def _outputs(paths: Paths, model: torch.nn.Module, batch: Mapping[str, Tensor]) 
     return [seen, paths.loss_sum(model, inputs, batch["labels"]).float().reshape(1)]
 
 
-def _with_padding(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same batch, of a language model's rows the last tokens masked: else nothing may show who sees padding."""
+def _telling(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A language model's batch that shows more: every token is a label, and the last ones are padding if any may be."""
     batch = dict(batch)
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is not None and labels is not None and labels.shape == mask.shape:
-        end = -max(1, mask.shape[1] // 4)
-        batch["attention_mask"], batch["labels"] = mask.clone(), labels.clone()
-        batch["attention_mask"][:, end:], batch["labels"][:, end:] = 0, IGNORE
+    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    if labels is None or labels.shape != ids.shape:
+        return batch
+    batch["labels"] = ids
+    if mask is not None:
+        mask = mask.clone()
+        mask[:, -max(1, mask.shape[1] // 4) :] = 0
+        batch["attention_mask"], batch["labels"] = mask, ids.masked_fill(mask == 0, IGNORE)
     return batch
 
 

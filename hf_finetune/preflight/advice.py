@@ -30,16 +30,15 @@ def _rate(recipe: Recipe) -> Iterator[Problem]:
     if usual is None or recipe.training.optimizer not in LIKE_ADAM:
         return
     spread = _plain(usual.least) if usual.least == usual.most else f"{_plain(usual.least)} to {_plain(usual.most)}"
-    told = f"{recipe.adapter.kind} was published with {spread} ({usual.source})"
-    key = "training.learning_rate"
+    told = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({usual.source})"
+    first = f"start with {_plain(usual.most)}"
     if rate > ABOVE * usual.most:
-        yield Problem(
-            f"{_plain(rate)} is too high: {told}; the loss will hardly fall, start with {_plain(usual.most)}", key=key
-        )
+        fault = f"{_plain(rate)} is too high {told}; the loss will hardly fall, {first}"
     elif rate < usual.least / BELOW:
-        yield Problem(
-            f"{_plain(rate)} is too low: {told}; the model will hardly change, start with {_plain(usual.most)}", key=key
-        )
+        fault = f"{_plain(rate)} is too low {told}; the model will hardly change, {first}"
+    else:
+        return
+    yield Problem(fault, key="training.learning_rate")
 
 
 def _plain(rate: float) -> str:

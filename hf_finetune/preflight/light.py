@@ -50,9 +50,9 @@ def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
-            folder = modelfolder.resolve(name)
-            if is_whole:
-                modelfolder.refuse_uncached(folder, recipe.model.revision)
+            found_at = modelfolder.resolve(name)
+            if is_whole and not findings.blame("model"):
+                modelfolder.refuse_uncached(found_at, recipe.model.revision)
     return findings
 
 

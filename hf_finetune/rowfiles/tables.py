@@ -70,11 +70,11 @@ class _Lines:
 
 def _header(reader: Any, lines: _Lines, place: str, needed: Sequence[str]) -> list[str]:
     try:
-        header: list[str] | None = next((record for record in reader if record), None)
+        header: list[str] | None = next((record for record in reader if any(cell.strip() for cell in record)), None)
     except csv.Error as error:
         raise DataError(Problem(_malformed(error, lines.last, reader.line_num), file=place, line=1)) from None
     if header is None:
-        raise DataError(Problem("has 0 rows: it is empty", file=place))
+        raise DataError(Problem("has 0 rows: the file is empty", file=place))
     problems = header_problems(header, needed, place)
     if problems:
         raise DataError(problems)
