@@ -62,7 +62,7 @@ def begin(folder: RunFolder, ready: Ready) -> None:
         _fill(folder, last, ready.recipe.dump())
         aside = _swap(folder)
     except OSError as error:
-        message = f"{folder.path} can't be moved aside to be extended: {error.strerror}; name another output"
+        message = f"{folder.path} can't be moved aside to be extended: {error.strerror or error}; name another output"
         raise StorageError(Problem(message, key="output")) from error
     say(f"the finished run is kept in {aside}; {folder.path} goes on from step {manifest.step}")
 
