@@ -82,11 +82,6 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     committed(progress.step)
     observers.keep(progress.lines, progress.step)
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
-    if observers.recipe.data.streaming and not progress.stream:
-        tell(
-            "note: an older version wrote this checkpoint and did not note its place in the stream: the next steps may "
-            "differ in bits, and in rows where streamed rows were dropped"
-        )
 
 
 def _facts(ready: Ready) -> Facts:

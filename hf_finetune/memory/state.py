@@ -85,8 +85,15 @@ def quantized_size(weight: torch.Tensor, quantization: str) -> int:
 
 
 def loading(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
-    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there."""
-    return {"weights": weights(recipe, adapted), FILES: cast_from(recipe, adapted, machine)}
+    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there.
+
+    Sharded weights reach an accelerator one by one and are divided there; a CPU that reads them, and a device that
+    quantises them, holds them whole first.
+    """
+    whole = weights(recipe, adapted)
+    if machine.is_sharded and machine.device != "cpu" and recipe.model.quantization is None:
+        whole = whole // machine.world_size + max(map(size, adapted.parameters()))
+    return {"weights": whole, FILES: cast_from(recipe, adapted, machine)}
 
 
 def process(machine: Machine) -> dict[str, int]:

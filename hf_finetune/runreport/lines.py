@@ -113,7 +113,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if outcome.reload_difference is None:
         saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
     else:
-        apart = f"logits differ by {outcome.reload_difference:.1e} at most"
+        apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
         saved = ("saved and reloaded", f"{outcome.folder.adapter} ({apart})")
     rows += [
         saved,

@@ -160,6 +160,26 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
+# ---- what a rank holds ----
+
+
+def weigh(folder: str) -> None:
+    """Write what this rank holds: bytes of memory when the model is loaded, and of weights in the first step."""
+    file = Path(folder) / f"rank-{RANK}.json"
+
+    def loaded(trainer: Any) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        file.write_text(json.dumps({"memory": int(status["VmHWM"].split()[0]) * 1024}))
+
+    def passes(trainer: Any) -> None:
+        own = [getattr(p, "_local_tensor", p) for p in trainer.model.parameters()]
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps(told | {"weights": sum(p.numel() * p.element_size() for p in own)}))
+
+    on_trainer("start", loaded)
+    on_trainer("data", passes)
+
+
 # ---- inside a save ----
 
 
