@@ -288,7 +288,7 @@ def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, t
         ModelError: One was not given back.
     """
     if trainer.is_deepspeed_enabled:
-        return zero.trained(trained)
+        return zero.trained(trained, keeps=trainer.args.process_index == 0)
     wanted = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
     state: Any
     if trainer.accelerator.is_fsdp2:
