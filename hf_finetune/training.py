@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -293,9 +293,9 @@ def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, t
         ModelError: One was not given back.
     """
     if trainer.is_deepspeed_enabled:
-        return zero.trained(trained)
+        return zero.trained(trained, keeps=trainer.args.process_index == 0)
     wanted = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    state: dict[str, torch.Tensor]
+    state: Any
     if trainer.accelerator.is_fsdp2:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -305,7 +305,7 @@ def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, t
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index == 0 and (missing := wanted - state.keys()):
         raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
-    return state
+    return dict(state)
 
 
 def _keep_silent(text: str) -> None:

@@ -141,7 +141,8 @@ def _without_idle_values(config: Any) -> list[str]:
     Models are published with such values. Reading them is allowed, but transformers (5.23) refuses to write a config
     with them once it was changed. Generation stays as it was; returns the names.
     """
-    usual, left_out = GenerationConfig(), list[str]()
+    make: Any = GenerationConfig  # transformers leaves it untyped
+    usual, left_out = make(), list[str]()
     while True:
         try:
             config.validate(strict=True)
