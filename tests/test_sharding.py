@@ -46,9 +46,7 @@ def fsdp() -> dict[str, str]:
 
 
 @pytest.fixture
-def make(
-    server: Server, tmp_path: Path, tiny_bert: str, tiny_llama: str, reviews: Callable[[int], str]
-) -> Make:
+def make(server: Server, tmp_path: Path, tiny_bert: str, tiny_llama: str, reviews: Callable[[int], str]) -> Make:
     """Makes a job of one process, or of two that share the weights."""
 
     def job(kind: str, *overrides: str, ranks: int = 2) -> Job:
