@@ -165,7 +165,8 @@ def on_a_terminal(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str])
                 stdin=terminal.theirs,
                 stdout=terminal.theirs,
                 stderr=terminal.theirs,
-                preexec_fn=lambda: (os.setsid(), fcntl.ioctl(terminal.theirs, termios.TIOCSCTTY, 0)),
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(terminal.theirs, termios.TIOCSCTTY, 0),
             )
             deadline = time.monotonic() + 150
             while until and until not in terminal.output:

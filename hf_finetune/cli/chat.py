@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hf_finetune import opening
-
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
 
@@ -36,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: The run or the command line is wrong.
     """
+    from hf_finetune import opening
     from hf_finetune.errors import RecipeError
 
     tokens, temperature = arguments.max_new_tokens, arguments.temperature

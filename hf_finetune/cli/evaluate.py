@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hf_finetune import opening, terminal
+from hf_finetune import terminal
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.format != "text":  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+    from hf_finetune import opening
+
     overrides = tuple(arguments.overrides)
     others = [run for run in arguments.against if run != "base"]
     rows = opening.Rows(tuple(arguments.data), arguments.split, tuple(arguments.by))

@@ -6,8 +6,6 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from hf_finetune import opening
-
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
 
@@ -47,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: Something is wrong, or what was made is not the run's model.
     """
-    from hf_finetune import merging
+    from hf_finetune import merging, opening
 
     rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
     opening.look(arguments.run_folder, arguments.overrides, rows=rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import textwrap
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol
 
@@ -56,10 +58,16 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions, and leaves room for the names of options."""
+    """Keeps the sentences of descriptions that begin a line there, and leaves room for the names of options."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=30, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fit a description to the terminal: lines are broken there for the editor, unless a sentence ends with one."""
+        joined = re.sub(r"(?<![.:\n])\n\s*(?!\n)", " ", text.strip())
+        filled = [textwrap.fill(line, width, break_on_hyphens=False) for line in joined.split("\n")]
+        return "\n".join(indent + line for line in "\n".join(filled).split("\n"))
 
 
 def parse(words: list[str]) -> argparse.Namespace:

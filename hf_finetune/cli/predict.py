@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hf_finetune import opening, terminal
+from hf_finetune import terminal
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+    from hf_finetune import opening
     from hf_finetune.predicting import output, rows
 
     opening.look(arguments.run_folder, arguments.overrides)

@@ -226,5 +226,6 @@ def _said(kind: Any) -> str:
         return "labels"
     if isinstance(kind, datasets.Value):
         words = {"string": "text", "int64": "integers", "float64": "numbers", "bool": "true or false"}
-        return words.get(WIDEST.get(kind.dtype.rstrip("0123456789"), kind.dtype), kind.dtype)
+        name = str(kind.dtype)
+        return words.get(WIDEST.get(name.rstrip("0123456789"), name), name)
     return "no text"

@@ -135,7 +135,7 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
 
 def _print_origins(origins: Origins) -> None:
     keys = max((len(key) for key, _, _ in origins), default=0)
-    values = min(40, max((len(value) for _, value, _ in origins), default=0))
+    values = min(24, max((len(value) for _, value, _ in origins), default=0))
     for key, value, origin in origins:
         line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
         fields = {"key": key, "value": value, "origin": origin}

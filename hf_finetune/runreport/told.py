@@ -102,9 +102,11 @@ def trained(run: Remains) -> list[tuple[str, str]]:
     if "step" in summary:
         left_out = summary.get("steps_not_taken", 0)
         told = f"; {left_out:,} were not taken, as loss or gradient was not finite" if left_out else ""
-        rows.append(("Steps", f"{summary['step']:,} of {run.recipe.training.batch_size} rows{told}"))
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{told}"))
     if "reload_difference" in summary:
         rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
+    if "read_back" in summary:
+        rows.append(("Read back", "every bit of the saved weights is equal"))
     return rows
 
 

@@ -10,9 +10,9 @@ from typing import Any
 LEAST = 20
 """Columns below which nothing is broken: no word would fit."""
 _COMMAND = re.compile(r"`[^`\n]+`")
-_HEAD = re.compile(r"(\s+)(?:\S+\s{2,})?")
+_HEAD = re.compile(r"(\s+)(?:\S+(?: \S+)*\s{2,})?")
 """What stands before the text of an indented line: spaces, and its name if it has a column of its own."""
-_GAP, _SINGLE = re.compile(r"(?<=\S)  (?=\S)"), re.compile(r"(?<=\S) (?=\S)")
+_GAP, _SINGLE = re.compile(r"(?<=\S)( {2,})(?=\S)"), re.compile(r"(?<=\S) (?=\S)")
 _SPACE = "\x1f"
 """Stands for a space of a command meanwhile, which must be one piece to be copied."""
 
@@ -39,8 +39,9 @@ def _wrapped(line: str, columns: int) -> str:
     head, margin = (found.group(), found.group(1)) if found else ("", "")
     indent = " " * len(head if len(head) < columns // 2 else margin) if found else "  "
     body = _COMMAND.sub(lambda command: command.group().replace(" ", _SPACE), line[len(head) :])
-    if len(_GAP.findall(body)) > 1:  # fields, such as `loss 0.5  accuracy 0.9`, each of which stays whole
-        body = _SINGLE.sub(_SPACE, body)
+    fields = _GAP.split(body)
+    if len(fields) > 4:  # with the gaps between them: `loss 0.5  accuracy 0.9`, each of which stays whole
+        body = "".join(_SINGLE.sub(_SPACE, field) if len(field) < columns // 2 else field for field in fields)
     whole = head + body
     pieces = textwrap.wrap(
         whole,
