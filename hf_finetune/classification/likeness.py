@@ -69,9 +69,9 @@ def groups(counts: Mapping[str, int]) -> list[list[str]]:
     return [sorted(names, key=lambda name: (-counts[name], name)) for names in found.values() if len(names) > 1]
 
 
-def difference(names: Sequence[str]) -> str:
-    """What alone tells labels of a group apart, e.g. `case and spaces`."""
-    pairs = list(itertools.combinations(names, 2))
+def difference(*alike: Sequence[str]) -> str:
+    """What alone tells labels of each group apart, e.g. `case and spaces`."""
+    pairs = [pair for names in alike for pair in itertools.combinations(names, 2)]
     found = [
         what
         for what in _LEVELLERS
