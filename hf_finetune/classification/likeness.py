@@ -97,3 +97,8 @@ def _levelled(names: tuple[str, ...]) -> dict[str, str]:
 def shown(name: str) -> str:
     """A label in quotation marks, in which all can be seen: spaces at its ends, invisible characters, Unicode form."""
     return repr(name) if unicodedata.is_normalized("NFKC", name) and name.isprintable() else ascii(name)
+
+
+def plain(name: str) -> str:
+    """A label for a listing: as it is, or in quotation marks where a part of it would not be seen."""
+    return name if name == name.strip() and name.isprintable() else shown(name)
