@@ -12,7 +12,8 @@ these is a process of its own, with a new cache, and is watched with all the pro
 
 `memory` is what nobody can take back: the peak of the proportional share of anonymous and shared memory, added up over
 the processes. `resident` is the peak of what `ps` shows, mapped files included, which the system drops when it needs
-room. Of both, `small` is the same command on fifty thousand rows: the libraries and the workers themselves. One JSON object is printed.
+room. `small` is the memory of the same command on fifty thousand rows: the libraries and the workers themselves. One
+JSON object is printed.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data._utils import worker as workers
 
 from hf_finetune.data.splitreport import COUNTS, NAMES, SplitReport
 from hf_finetune.errors import FinetuneError
@@ -225,6 +226,8 @@ class StreamedBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Streamed | Failed | None]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # `datasets` would read only a share of the files here; what this process encodes is chosen by lanes.
+        workers._worker_info = None
         shares = self.division.share(range(self.division.batch_size))[first::step]
         yield from itertools.repeat(None, self.done * len(shares))
         try:

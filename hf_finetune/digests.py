@@ -96,9 +96,9 @@ def _known(note: IO[str], stamp: dict[str, Any]) -> bytes | None:
     try:
         told = json.load(note)
         digest = bytes.fromhex(told.pop("sha256"))
-        return digest if told == stamp else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return digest if told == stamp else None
 
 
 def _noted(note: IO[str], file: str | Path, stamp: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import determinism, patience
+from hf_finetune import determinism, patience, zero
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Machine:
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
     """Whether no rank holds all weights (FSDP2, DeepSpeed ZeRO-3)."""
+    zero_stage: int = 0
+    """What DeepSpeed divides among the ranks: the optimiser's state, gradients too, weights too; 0 without it."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
 
@@ -102,6 +105,14 @@ class Machine:
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
         """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
         return DTYPES[self.precision] if frozen else torch.float32
+
+    def reloads(self, recipe: Recipe) -> bool:
+        """Whether what was saved is loaded onto a second base to compare logits; it must fit beside nothing else.
+
+        Weights that are quantised fill the device, and those that are divided fit no single one: of them, the saved
+        weights are compared bit by bit.
+        """
+        return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
 
     def describe(self) -> str:
         """One line for people."""
@@ -151,7 +162,8 @@ def alone(recipe: Recipe) -> Machine:
         threads=max(1, cores() // local_world_size),
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
-        is_sharded=_is_sharded(),
+        is_sharded=uses_fsdp() or zero.stage() == 3,
+        zero_stage=zero.stage(),
         activation_checkpointing=recipe.training.activation_checkpointing is True,
     )
 
@@ -183,10 +195,9 @@ def check(recipe: Recipe, machine: Machine) -> None:
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
+    problems += zero.check(recipe, machine)
     if uses_fsdp():
         problems += _fsdp_problems(recipe)
-    elif machine.is_sharded and machine.device == "cpu":
-        problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -223,14 +234,6 @@ def find_device() -> Device:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _is_sharded() -> bool:
-    """What `accelerate launch` was told, by its environment variables."""
-    if uses_fsdp():
-        return True
-    has_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return has_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def uses_fsdp() -> bool:
@@ -301,12 +304,21 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    limit = patience.collective()
-    state = PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    state = PartialState(cpu=device == "cpu", timeout=max(patience.collective(), patience.MEETING))
     if state.distributed_type == DistributedType.MULTI_CPU and uses_fsdp():
         # accelerate 1.15 looks at FSDP only where the ranks have accelerators: on CPUs it would run plain DDP and say
         # nothing. Nothing else depends on the type: the device is the CPU, the backend gloo.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    limit_collectives(patience.wait())
+
+
+def limit_collectives(limit: timedelta) -> None:
+    """Set how long this rank waits for the others in a collective from now on; all ranks do it at the same moment.
+
+    Args:
+        limit: That of steps (`patience.collective`) while all of them train; else that of long work
+            (`patience.wait`), which one rank or node may do while the others wait.
+    """
     if distributed.is_available() and distributed.is_initialized():
         distributed_c10d._set_pg_timeout(limit)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from hf_finetune import checkpoints, patience, sharding
+from hf_finetune import checkpoints, patience, sharding, zero
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
@@ -42,12 +42,13 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
             other sharding.
         StorageError: The folder can't be written.
     """
-    ranks = checkpoints.join(ready.machine.local_rank, patience.collective())
+    ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
     store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.checkpoints.keep)
     facts, found = _facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
-    if found.manifest is not None:
+    if found.manifest is not None and found.path is not None:
+        zero.check_checkpoint(found.path, found.manifest.world_size, ready.machine)
         _compare(facts, found.manifest, ready.machine.world_size, tell)
     if found.path is not None:
         sharding.refuse_other_format(found.path, ready.machine)
@@ -81,11 +82,6 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     committed(progress.step)
     observers.keep(progress.lines, progress.step)
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
-    if observers.recipe.data.streaming and not progress.stream:
-        tell(
-            "note: an older version wrote this checkpoint and did not note its place in the stream: the next steps may "
-            "differ in bits, and in rows where streamed rows were dropped"
-        )
 
 
 def _facts(ready: Ready) -> Facts:

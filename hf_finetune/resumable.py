@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
-from hf_finetune import runstate
+from hf_finetune import runstate, zero
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
 from hf_finetune.terminal import phase
@@ -62,9 +62,10 @@ class ResumableTrainer(Trainer):
     """Step of the last evaluation of the watched split that was completed."""
     is_sharded: bool = False
     _ends_at_once: bool = False
+    _has_saved: bool = False
 
-    def progress(self, step: int, phase: str) -> None:
-        """Tells the other ranks that this one has come on."""
+    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
+        """Tells the other ranks that this one has come on; see `peers.Watch.progress`."""
 
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""
@@ -87,20 +88,23 @@ class ResumableTrainer(Trainer):
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         self.store_flos()
-        self.progress(self.state.global_step, "saving")
+        self.progress(self.state.global_step, "saving", is_long=True)
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
         with phase("saving a checkpoint"):
             store.write(step, self._write_state, self.keeper.facts, protect)
         self.keeper.committed(step)
+        self._has_saved = True
 
     def _write_state(self, folder: Path) -> None:
         """The files of this rank."""
         if self.keeper is None:
             raise AssertionError("checkpoints need a keeper")
         runstate.save_rank(folder, self.args.process_index, float(self._tr_loss))
-        if self.is_sharded:
+        if self.is_deepspeed_enabled:
+            self._save_optimizer_and_scheduler(str(folder))  # and the trained weights, each rank its part
+        elif self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             if self.keeper.store.is_writer and not self.is_deepspeed_enabled:
@@ -160,7 +164,7 @@ class ResumableTrainer(Trainer):
         sharded: Any = super()
 
         def load() -> None:
-            if self.is_sharded:
+            if self.is_sharded or self.is_deepspeed_enabled:
                 sharded._load_optimizer_and_scheduler(checkpoint)
                 return
             folder = Path(checkpoint)
@@ -187,7 +191,7 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         """The best checkpoint's weights."""
         best = self.state.best_model_checkpoint
-        if best is None or self.is_sharded:
+        if best is None or self.is_sharded or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         runstate.load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
@@ -263,7 +267,11 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
         try:
+            self._has_saved = False
             super()._maybe_log_save_evaluate(*arguments, **options)
+            if self._has_saved and self.keeper is not None:
+                # Rank 0 may have copied the model for an upload: nobody waits for that in a collective of a step.
+                self.keeper.store.ranks.barrier()
             if self._globalstep_last_logged == self.state.global_step:
                 self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
         except EvaluationStopped:
@@ -302,6 +310,8 @@ class _Flow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the checkpoint ends."""
+        if self.trainer.is_deepspeed_enabled:
+            zero.hold_back(self.trainer.accelerator)
         self.trainer._resume()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_finetune import batching, buckets
+from hf_finetune import batching, buckets, zero
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
@@ -204,13 +205,32 @@ class FinetuneTrainer(ResumableTrainer):
             DivergedError: The loss or the gradient is not finite, or the loss has leapt.
         """
         trainer: Any = super()
-        norm = trainer._get_grad_norm(*arguments, **options)
         loss, self._step_loss = self._step_loss, 0.0
+        if self.is_deepspeed_enabled:
+            return self._zero_step(loss)
+        norm = trainer._get_grad_norm(*arguments, **options)
         finite, fits = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
         if self.accelerator.scaler is None:
             finite = fits = finite and fits
         if self.guard is not None and self.keeper is not None:
             self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite), fits=fits)
+        return norm
+
+    def _zero_step(self, loss: torch.Tensor | float) -> float:
+        """Take DeepSpeed's step where loss and gradient are finite; returns the gradient norm.
+
+        Raises:
+            DivergedError: The loss or the gradient is not finite, or the loss has leapt.
+        """
+        is_finite = bool(torch.isfinite(torch.as_tensor(loss)))
+        if self.guard is None or self.keeper is None:
+            return zero.step(self.deepspeed)[1]
+        is_finite = not self.keeper.stop.any_rank(not is_finite)
+        if not is_finite and self.guard.training.on_nonfinite == "stop":
+            self._judge(loss, math.nan, finite=False)
+        # The gradients of a loss that is not finite are not finite either: DeepSpeed drops them and takes no step.
+        is_taken, norm = zero.step(self.deepspeed)
+        self._judge(loss, norm, finite=is_finite and (is_taken or self.args.fp16), fits=is_taken)
         return norm
 
     def _judge(self, loss: Any, norm: Any, *, finite: bool, fits: bool = True) -> None:

@@ -80,8 +80,9 @@ def test_where_nothing_can_be_noted_the_file_is_read(file: Path, tmp_path: Path)
 
 
 def test_of_the_ranks_of_a_node_one_reads(file: Path, tmp_path: Path) -> None:
-    code = f"""
-import time
+    code = """
+import sys, time
+from pathlib import Path
 from hf_finetune import digests
 read = digests._read
 def slow(file):
@@ -89,9 +90,10 @@ def slow(file):
     time.sleep(0.5)
     return read(file)
 digests._read = slow
-assert digests.sha256({str(file)!r}, __import__("pathlib").Path({str(tmp_path / "cache")!r})).hex() == {true(file).hex()!r}
+assert digests.sha256(sys.argv[1], Path(sys.argv[2])).hex() == sys.argv[3]
 """
-    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [sys.executable, "-c", code, str(file), str(tmp_path / "cache"), true(file).hex()]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert "".join(said) == "read\n"

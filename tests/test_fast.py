@@ -388,7 +388,9 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-@pytest.mark.parametrize("lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([160], [160])])
+@pytest.mark.parametrize(
+    "lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([83, 75, 2], [160]), ([160], [160])]
+)
 def test_packed_documents_attend_apart(
     name: str, lengths: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,7 +439,7 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
     made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
     inputs, labels = tokens()
     torch.manual_seed(0)
-    cap = {"head_dim": 16, "final_logit_softcapping": 2.0}
+    cap: dict[str, Any] = {"head_dim": 16, "final_logit_softcapping": 2.0}
     base: Any = Gemma2ForCausalLM(Gemma2Config(**LLM, **cap)) if capped else LlamaForCausalLM(LlamaConfig(**LLM))
     model = adapted(base, task_type="CAUSAL_LM")
     plain = fast.Paths(made.task, models.TWO).loss_sum(model, inputs, labels)

@@ -90,13 +90,14 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that are infinite in the backward pass, of a loss that is finite."""
     original = FinetuneTrainer._loss
 
-    def loss(*arguments: Any, **options: Any) -> Any:
+    def infinite(*arguments: Any, **options: Any) -> Any:
         found = original(*arguments, **options)
         if torch.is_tensor(found) and found.requires_grad:
-            found.register_hook(lambda gradient: gradient * float("inf"))
+            loss: Any = found  # torch leaves this method untyped
+            loss.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    monkeypatch.setattr(FinetuneTrainer, "_loss", loss)
+    monkeypatch.setattr(FinetuneTrainer, "_loss", infinite)
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(

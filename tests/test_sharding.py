@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +22,8 @@ task: {task}
 model: {{name: {model}, dropout: 0}}
 data: {{train: {data}, validation_share: 0.25, max_length: 32}}
 adapter: {{kind: lora, r: 4, alpha: 8, target_modules: all-linear}}
-training: {{steps: 4, batch_size: 12, micro_batch: 3, learning_rate: 3e-3, precision: fp32, log_every: 1, eval_every: 2}}
+training:
+  {{steps: 4, batch_size: 12, micro_batch: 3, learning_rate: 3e-3, precision: fp32, log_every: 1, eval_every: 2}}
 checkpoints: {{every: 2}}
 tracking: {{images: false, report: false}}
 output: {output}
@@ -33,8 +35,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "lora": (),
     "full": ("adapter={kind: full}",),
     "nf4": ("model.quantization=nf4",),
+    "loraplus": ("adapter.loraplus_ratio=4",),
+    "embedding": ("adapter.modules_to_save=[embed_tokens]",),
 }
-MATRIX = [(kind, way) for kind in TASKS for way in WAYS]
+MATRIX = [(kind, way) for kind in TASKS for way in ("lora", "full", "nf4")]
+# With the language model, whose embeddings are tied.
+MATRIX += [("language model", "loraplus"), ("language model", "embedding")]
 Make = Callable[..., Job]
 
 
@@ -95,9 +101,68 @@ def test_sharded_training_equals_one_process_through_a_kill(make: Make, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "way"), [pair for pair in MATRIX if pair != ("encoder", "lora")])
+@pytest.mark.parametrize(("kind", "way"), MATRIX[1:])
 def test_every_kind_of_model_and_way_of_training_does(make: Make, tmp_path: Path, kind: str, way: str) -> None:
     goes_through_a_kill_as_one_process_goes(make, tmp_path, kind, way)
+
+
+def weights(job: Job, tmp_path: Path) -> list[int]:
+    """Bytes of weights that each rank holds in the first step."""
+    ended = job.go(["weigh", {"folder": str(tmp_path)}])
+    assert set(ended.codes) == {0}, ended.output
+    return [json.loads((tmp_path / f"rank-{rank}.json").read_text())["weights"] for rank in range(job.ranks)]
+
+
+def test_nf4_weights_are_sharded_and_half_precision_trains_a_head(make: Make, tmp_path: Path) -> None:
+    way = ("model.quantization=nf4", "training.precision=bf16", "training.steps=1", "checkpoints.every=null")
+    whole, sharded = make("encoder", *way, ranks=1), make("encoder", *way)
+    (in_one,), in_each = weights(whole, tmp_path), weights(sharded, tmp_path)
+    assert max(in_each) < 0.6 * in_one
+    assert steps(sharded) == pytest.approx(steps(whole), rel=2e-2)
+
+
+def test_only_rank_0_reads_the_weights(make: Make, tmp_path: Path, tiny_llama: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_llama, vocab_size=1 << 16, hidden_size=256, intermediate_size=32)
+    large: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    large.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "large")
+    size = large.num_parameters() * 4
+    # Cast, so that it can't stay a file that is mapped and not yet looked at.
+    once = ("training.precision=bf16", "training.steps=1", "training.batch_size=6", "data.limit=12")
+    job = make("decoder", f"model.name={tmp_path / 'large'}", *once)
+    ended = job.go(["weigh", {"folder": str(tmp_path)}])
+    assert ended.codes == [0, 0], ended.output
+    held = [json.loads((tmp_path / f"rank-{rank}.json").read_text())["memory"] for rank in (0, 1)]
+    assert held[0] - held[1] > 0.8 * size
+
+
+def test_what_cant_be_sharded_is_refused_with_its_line(make: Make) -> None:
+    job = make("language model")
+    text = job.recipe.read_text().replace("model: {", "model: {quantization: int8, ")
+    text = re.sub("adapter: .*", "adapter: {kind: adalora}", text).replace("{steps", "{optimizer: adamw_8bit, steps")
+    job.recipe.write_text(text)
+    ended = job.go()
+    assert ended.codes == [2, 2], ended.output
+    for line, key in ((2, "model.quantization: int8"), (4, "adapter.kind: ada"), (6, "training.optimizer: adamw_8bit")):
+        assert f"recipe.yaml:{line}: {key}" in ended.output
+
+
+def test_single_tokens_of_tied_embeddings_are_refused(make: Make) -> None:
+    job = make("language model", "adapter.trainable_tokens=['<|im_end|>']")
+    ended = job.go()
+    assert ended.codes == [2, 2]
+    assert "adapter.trainable_tokens: single tokens can't be trained" in ended.output
+
+
+def test_fsdp_1_and_a_process_without_launcher_are_refused(make: Make) -> None:
+    job = make("encoder", ranks=1)
+    job.env = fsdp() | {"FSDP_VERSION": "1"}
+    ended = job.go()
+    assert ended.codes == [2]
+    assert "FSDP needs a launcher" in ended.output
+    assert "FSDP 1 is not supported; set fsdp_version: 2" in ended.output
 
 
 @pytest.mark.slow

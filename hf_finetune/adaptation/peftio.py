@@ -94,12 +94,19 @@ def write(
     written.save_pretrained(folder)
 
 
-def weights(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them."""
+def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them.
+
+    Args:
+        adapted: The adapted model.
+        state: Its trained weights by their names in it, where it holds only parts of them; None takes its own.
+    """
     from peft import get_peft_model_state_dict
 
     with quiet():
-        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            adapted, state_dict=state, save_embedding_layers=False
+        )
     return tensors
 
 

@@ -80,11 +80,23 @@ class Adapter(Plugin):
         return self.apply(model, setting)
 
     @abstractmethod
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.
 
         The model stays as it is, in every bit: it may be in the middle of its training.
+
+        Args:
+            adapted: The trained model.
+            folder: Where to.
+            state: Its trained weights and buffers in one piece, by their names in it, where it holds parts of them;
+                None takes them from it.
         """
+
+    @abstractmethod
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What `save` writes as weights, by the names in its files; arguments as there."""
 
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:

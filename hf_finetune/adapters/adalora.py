@@ -98,9 +98,15 @@ class AdaLora(Adapter):
             )
         return peftio.wrap(model, config)
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write the ranks that are left; PEFT leaves the pruned ones out of the file."""
-        peftio.write(adapted, folder)
+        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What the ranks that are left hold."""
+        return peftio.weights(adapted, state)
 
     def finish(self, adapted: torch.nn.Module) -> None:
         """Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too."""

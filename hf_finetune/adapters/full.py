@@ -31,16 +31,26 @@ class Full(Adapter):
         adapted: torch.nn.Module = model
         return adapted.requires_grad_(True).float()
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write the whole model as safetensors, in fp32."""
         model: Any = adapted
         in_training = getattr(model.config, "use_cache", None)
         if in_training is not None:
             # Off only because training has no use for it; whoever loads the folder generates with it.
             model.config.use_cache = True
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+        if state is not None:
+            # transformers writes the dtype in which this rank holds its part, not that of the weights in one piece.
+            model.config.dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+            model.config.save_pretrained(folder)
         if in_training is not None:
             model.config.use_cache = in_training
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Every weight."""
+        return adapted.state_dict() if state is None else state
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the saved weights into `model`.

@@ -77,9 +77,15 @@ class IA3(Adapter):
         labelfile.check(folder, setting.labels)
         return peftio.outline(model, folder, "IA3", {})
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write vectors and fully trained modules."""
-        peftio.write(adapted, folder)
+        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Vectors and fully trained modules."""
+        return peftio.weights(adapted, state)
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the vectors onto a fresh base."""

@@ -117,10 +117,14 @@ class Lora(Adapter):
             return peftio.outline(model, folder, "LORA", {"lora_dropout": self.dropout})
         return self.model_copy(update={"init": "default"}).apply(model, setting)
 
-    def save(self, adapted: nn.Module, folder: str) -> None:
+    def save(self, adapted: nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
-        config, tensors = lorainit.for_unmodified_base(adapted)
+        config, tensors = lorainit.for_unmodified_base(adapted, state)
         peftio.write(adapted, folder, config, tensors)
+
+    def tensors(self, adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Those of plain LoRA for the unmodified base."""
+        return lorainit.for_unmodified_base(adapted, state)[1]
 
     def load(self, model: PreTrainedModel, folder: str) -> nn.Module:
         """Put the adapter onto a fresh base."""

@@ -44,6 +44,16 @@ def listing(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def names(folder: Path) -> set[str]:
+    """The files below a folder, by their paths relative to it; without asking for the state of any.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    walked = os.walk(folder, onerror=_raise)
+    return {Path(root, name).relative_to(folder).as_posix() for root, _, files in walked for name in files}
+
+
 def digests(folder: Path, names: list[str], *, durable: bool) -> dict[str, str]:
     """SHA-256 in hex of files.
 

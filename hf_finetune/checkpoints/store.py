@@ -102,15 +102,16 @@ class Store:
         try:
             self._on_each_disk(lambda: self._stage(staging))
             together(self.ranks, lambda: self._fill(staging, body))
-            seen = together(self.ranks, lambda: self._look(staging))
-            self._on_each_disk(lambda: self._seal(staging, step, facts, seen))
+            written = together(self.ranks, lambda: self._look(staging))
+            hidden = together(self.ranks, lambda: self._hidden(staging, written))
+            self._on_each_disk(lambda: self._seal(staging, step, facts, hidden))
             self._on_each_disk(lambda: self._commit(staging, step))
         except BaseException:
             if self.is_writer:
                 with contextlib.suppress(OSError):  # the next start cleans up
                     disk.discard(staging)
             raise
-        self._needed = int(sum(seen[self.ranks.rank].values()) * GROWTH)
+        self._needed = int(sum(written[self._leaders[self.ranks.rank]].values()) * GROWTH)
         # Not before every disk has committed: what is whole on all of them must never be less than one.
         self._on_each_disk(lambda: self._rotate(step, protect))
         return self.path(step)
@@ -187,15 +188,28 @@ class Store:
             body(staging)
 
     def _look(self, staging: Path) -> dict[str, int]:
-        """What this rank sees, once all have written."""
+        """What whoever looks after this disk sees, once all have written."""
+        if not self.is_writer:
+            return {}
         with disk.reported(self.folder, self._needed):
             return disk.listing(staging)
 
-    def _seal(self, staging: Path, step: int, facts: Facts, seen: list[dict[str, int]]) -> None:
+    def _hidden(self, staging: Path, written: list[dict[str, int]]) -> list[str]:
+        """What is there for this node, but not for the rank that looks after the disk.
+
+        One rank a node looks, and tells only what is missing: hundreds of ranks that ask for the state of every file
+        of all others, and send each other the lists, would keep a shared file system busy for minutes.
+        """
+        if self.ranks.local_rank != 0:
+            return []
+        with disk.reported(self.folder, self._needed):
+            return sorted(disk.names(staging) - written[self._leaders[self.ranks.rank]].keys())
+
+    def _seal(self, staging: Path, step: int, facts: Facts, hidden: list[list[str]]) -> None:
         sealed = manifest.seal(staging, step, self.ranks.world_size, facts)
-        for rank, names in enumerate(seen):
+        for rank, names in enumerate(hidden):
             # A network file system may show a file to others late: then it would be in no manifest.
-            lost = names.keys() - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
+            lost = set(names) - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
             if lost:
                 reason = f"{sorted(lost)[0]}, seen by rank {rank}, is not there for rank {self.ranks.rank}"
                 raise disk.failure(self.folder, self._needed, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -91,7 +92,7 @@ def load(data: Data, origins: Origins, wanted: Wanted, seed: int, cache: str) ->
             splits |= {} if held is None else {name: _load(held, name, wanted, cache)}
     with _collect(problems):
         if parts and len(parts) == len(data.mix or (0,)):
-            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed)
+            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, Path(cache))
             if data.validation_share is not None:
                 splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
     if data.limit is not None:
@@ -157,15 +158,17 @@ def _limited(split: Split, limit: int, seed: int) -> Split:
     return replace(split, rows=split.rows.select(np.sort(chosen)))
 
 
-def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
-    """Draw from the shuffled parts by weight until the first is used up."""
+def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Path) -> Split:
+    """Draw from the shuffled parts by weight until the first is used up; rows that are cast lie in a file."""
     places = tuple(part.places[0] for part in parts)
     features = _common_features([part.rows.features for part in parts], places)
     numbered = []
     for index, part in enumerate(parts):
         rows = part.rows.remove_columns(PART).add_column(PART, np.full(len(part.rows), index))
         try:
-            rows = rows if rows.features == features else rows.cast(features, keep_in_memory=True)
+            if rows.features != features:
+                folder.mkdir(parents=True, exist_ok=True)
+                rows = rows.cast(features, load_from_cache_file=False, cache_file_name=str(folder / f"{index}.arrow"))
         except (TypeError, ValueError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(
@@ -223,5 +226,6 @@ def _said(kind: Any) -> str:
         return "labels"
     if isinstance(kind, datasets.Value):
         words = {"string": "text", "int64": "integers", "float64": "numbers", "bool": "true or false"}
-        return words.get(WIDEST.get(kind.dtype.rstrip("0123456789"), kind.dtype), kind.dtype)
+        name = str(kind.dtype)
+        return words.get(WIDEST.get(name.rstrip("0123456789"), name), name)
     return "no text"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -19,6 +21,9 @@ from hf_finetune.rowfiles import jsonrows
 from hf_finetune.schema.complaints import suggestion
 from hf_finetune.schema.filehead import missing_columns
 
+LOOKED_AT = 20
+"""Rows of each file whose types are compared before reading begins."""
+
 
 def stream(files: Sequence[str], suffix: str, wanted: Wanted, key: str) -> datasets.IterableDataset:
     """The rows, read while they are needed.
@@ -33,16 +38,40 @@ def stream(files: Sequence[str], suffix: str, wanted: Wanted, key: str) -> datas
         DataError: What the heads of parquet files tell is wrong; everything else is raised while reading.
     """
     features = parquetfiles.types(files, wanted).features if suffix == ".parquet" else None
-    settings = {"files": list(files), "suffix": suffix, "wanted": wanted, "key": key}
+    kinds = _first_kinds(files, suffix, wanted) if suffix in {".json", ".jsonl"} else {}
+    settings = {"files": list(files), "suffix": suffix, "wanted": wanted, "key": key, "kinds": kinds}
     return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=settings)
 
 
-def _rows(files: list[str], suffix: str, wanted: Wanted, key: str) -> Iterator[dict[str, Any]]:
+def _first_kinds(files: Sequence[str], suffix: str, wanted: Wanted) -> dict[str, tuple[str, str]]:
+    """What the first rows of all files hold: each file is streamed without knowing the others.
+
+    Raises:
+        DataError: They hold different things.
+    """
+    loading = Loading(wanted, table=False)
+    for file in files:
+        bad = Faults(file)
+        # A file that can't be read is left to the reading.
+        with suppress(DataError, UnicodeDecodeError), rowfiles.opened(file, suffix, ()) as (rows, _):
+            for row in islice(rows, LOOKED_AT):
+                for column in wanted.columns:
+                    if (value := row.cells.get(column)) is not None:
+                        loading.note(column, value, row.number, bad)
+        if bad.count:
+            raise DataError(bad.problems())
+    return loading.kinds
+
+
+def _rows(
+    files: list[str], suffix: str, wanted: Wanted, key: str, kinds: dict[str, tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
     try:
         if suffix == ".parquet":
             yield from parquetfiles.types(files, wanted).rows()
             return
         loading = Loading(wanted, table=suffix in {".csv", ".tsv"})
+        loading.kinds = dict(kinds)
         for file in files:
             yield from _of_file(file, suffix, loading)
     except DataError as error:

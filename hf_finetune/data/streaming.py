@@ -83,8 +83,9 @@ class Stream:
     def filler(self, seed: int) -> Encoded:
         """A row that counts as nothing, for a micro-batch without any."""
         row = next(row for _, _, encoded in self._encoded_batches(seed) for row in encoded)
-        masked: Encoded = self.encoder.task.masked(dict(row))
-        return masked
+        masked: Any = self.encoder.task.masked(dict(row))
+        found: Encoded = masked
+        return found
 
     def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
         """The same rows by their place in the global batch.

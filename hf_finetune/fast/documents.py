@@ -24,7 +24,8 @@ Tensor = torch.Tensor
 MASKS: dict[str, Any] = {"sdpa": sdpa_mask, attention.NAME: eager_mask}
 """Attention that can be called for each document -> how transformers makes its mask."""
 SHORT, SHORT_ON_GPU = {"cpu": 64}, 256
-"""Mean tokens of a document below which one call with a mask is made; on a GPU a call costs more products."""
+"""Tokens for each document of a row but one, below which one call with a mask is made; a GPU computes more in the time
+that a call takes."""
 
 
 def attend(
@@ -82,9 +83,9 @@ def _spans(positions: Tensor) -> list[list[int]] | None:
         length = positions.shape[1]
         ends = [[*row.nonzero()[:, 0].tolist(), length] for row in _begins(positions).cpu()]
         count = sum(map(len, ends))
-        known.spans = ends if len(ends) * length >= SHORT.get(positions.device.type, SHORT_ON_GPU) * count else None
-        if count == len(ends):
-            known.spans = []
+        more = count - len(ends)  # than one a row; what fills a row up is one, too
+        is_worth_it = len(ends) * length >= SHORT.get(positions.device.type, SHORT_ON_GPU) * more
+        known.spans = (ends if more else []) if is_worth_it else None
     spans: list[list[int]] | None = known.spans
     return spans
 

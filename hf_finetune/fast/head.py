@@ -179,7 +179,8 @@ class FastHead:
             return (kept[None], *rest)
         self._mask = None  # for the calls that come of this one
         # Not `head(...)` where that is more than its product: FSDP2 would give its weights back after the first chunk.
-        once: Any = partial(torch.nn.Linear.forward, head) if self.is_fused else head
+        linear: Any = head
+        once: Any = partial(torch.nn.Linear.forward, linear) if self.is_fused else head
         self._found = _in_chunks(lambda part: once(part[None], *rest)[0], kept, self._looked_at)
         return (hidden[:1, :1], *rest)  # the model wants some logits
 
@@ -190,7 +191,8 @@ class FastHead:
             kept = hidden[0].to(head.weight.dtype)
             total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
         self._total = total
-        return total.view(1, 1, 1)
+        # A copy: FSDP2 warns of what may be a view.
+        return total.view(1, 1, 1).clone()
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:

@@ -116,8 +116,7 @@ class Step:
         copies = 1 if self.recipe.adapter.freezes_base else 2
         sizes = [state.size(tensor) for tensor in self._weights] * copies
         if self.machine.device != "cpu":
-            # Unpacked weights make room first; packed ones can't move.
-            return {COPY: state.weights(self.recipe, self.adapted)} if self._unpacked else {}
+            return {}  # the trained one makes room first
         if can_give_back():
             return {COPY: sum(sizes)}
         kept = self._heap.held

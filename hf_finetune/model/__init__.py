@@ -108,6 +108,8 @@ def examine(
     for fits in (modelchecks.length, modelchecks.targets):
         with findings.collect():
             fits(recipe, model)
+    if not findings.blame("adapter"):
+        findings.warn(modelchecks.unmergeable(recipe, model))
     if tokenizer is not None:
         with findings.collect():
             modelchecks.vocabulary(recipe, model, tokenizer)

@@ -52,6 +52,8 @@ class Beat:
     phase: str = "starting"
     idle: float = 0.0
     """Seconds without progress of its main thread."""
+    allowed: float = 0.0
+    """Seconds that the present phase may take without progress, where that is more than the usual limit."""
     waits: bool = False
     """Whether an idle main thread is inside a collective."""
     place: str = ""

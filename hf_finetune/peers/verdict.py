@@ -88,7 +88,7 @@ def sure(peers: Peers, own: Beat, timeout: float, *, patient: bool) -> Iterator[
     Args:
         peers: The others.
         own: This rank; it judges idleness only while it waits in a collective itself.
-        timeout: Seconds of silence or idleness.
+        timeout: Seconds of silence, and of idleness where a rank's present phase may not take longer.
         patient: Leave this rank time to find out by itself.
     """
     for peer in peers.values():
@@ -100,7 +100,9 @@ def sure(peers: Peers, own: Beat, timeout: float, *, patient: bool) -> Iterator[
     yield from (peer.fell_silent(steps(peers, own)) for peer in running if peer.silent >= timeout)
     if own.waits and own.idle >= timeout:
         yield from (
-            peer.hangs(steps(peers, own)) for peer in running if peer.beat.idle >= timeout and not peer.beat.waits
+            peer.hangs(steps(peers, own))
+            for peer in running
+            if peer.beat.idle >= max(timeout, peer.beat.allowed) and not peer.beat.waits
         )
     for peer in peers.values():
         if peer.beat.state == "stopped" and peer.beat.failure is not None and min(peer.left, own.idle) >= STOP_S:

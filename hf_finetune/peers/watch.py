@@ -75,7 +75,7 @@ class Watch:
         self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
         self.timeout = patience.peer() if timeout is None else timeout
         self._on_failure = on_failure
-        self._mark = (0, "starting")
+        self._mark = (0, "starting", patience.wait().total_seconds())
         self._seen = self._mark
         self._peers: dict[int, Peer] = {}
         self._ring, self._near = _watched(rank, world_size)
@@ -93,14 +93,16 @@ class Watch:
         self._beat = Beat(launch(), rank, Process.own(), count=0, written=uptime(), speaks=speaks)
         self._born = born()
 
-    def progress(self, step: int, phase: str) -> None:
+    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
         """Say that the main thread has come on; costs nothing. The others learn it within a second.
 
         Args:
             step: Last finished optimiser step. Steps are in common: each of them has a collective.
             phase: What goes on now, to follow "while": `training`, `evaluating`, `saving`.
+            is_long: Whether it may take hours on this rank while the others wait (`patience.wait`). They give it up
+                before only if its process ends or falls silent.
         """
-        self._mark = (step, phase)
+        self._mark = (step, phase, patience.wait().total_seconds() if is_long else 0.0)
 
     def start(self) -> None:
         """Show the own beat and begin to watch.
@@ -189,7 +191,9 @@ class Watch:
         mark, before = self._mark, self._seen
         idle, self._seen = self._beat.idle + passed if mark is before else 0.0, mark
         waits, place = look_at(threading.main_thread().ident or 0) if idle >= IDLE_S else (False, "")
-        self._beat = replace(self._beat, step=mark[0], phase=mark[1], idle=idle, waits=waits, place=place)
+        self._beat = replace(
+            self._beat, step=mark[0], phase=mark[1], allowed=mark[2], idle=idle, waits=waits, place=place
+        )
         return mark[1] != before[1]
 
     def _show(self) -> bool:
@@ -316,7 +320,7 @@ class Watch:
     def _say_goodbye(self, state: State, failure: Failure | None, *, has_said: bool = False) -> None:
         self._is_over = True
         self._stop.set()
-        step, phase = self._mark
+        step, phase, _ = self._mark
         self._beat = replace(self._beat, step=step, phase=phase, state=state, failure=failure, has_said=has_said)
         if not self._show():
             with suppress(OSError):

@@ -81,9 +81,8 @@ def _recognised(source: Input, opened: Finished) -> Input:
     found = source.recognised(predictor.needed_columns(opened.recipe.task))
     if found.form != source.form:
         begins = "JSON" if found.form == "jsonl" else "a header"
-        terminal.say(
-            f"standard input begins with {begins} and is read as {found.form}; if it is text, give --input-format lines"
-        )
+        otherwise = "give --input-format lines if it is text"
+        terminal.warn(f"standard input begins with {begins} and is read as {found.form}; {otherwise}")
     return found
 
 

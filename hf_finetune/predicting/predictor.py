@@ -128,9 +128,10 @@ class Predictor(ABC):
         return Predicted(outputs, faults, cut)
 
     def _columns(self, rows: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
-        if lines:
-            return {self.column_of_lines(): [row.cells[LINE] for row in rows]}
         optional = self.run.recipe.task.optional_columns()
+        if lines:
+            lacking: dict[str, list[Any]] = {name: [None] * len(rows) for name in optional}
+            return {self.column_of_lines(): [row.cells[LINE] for row in rows]} | lacking
         return {name: [row.cells.get(name) for row in rows] for name in (*self.needed, *optional)}
 
 

@@ -26,6 +26,7 @@ class Number(float):
     """A number that is no integer, with its digits as they are written: 2.50 is not shown as 2.5."""
 
     __slots__ = ("text",)
+    text: str
 
     def __new__(cls, text: str) -> Number:
         """Read a number of JSON."""

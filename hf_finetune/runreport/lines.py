@@ -78,12 +78,15 @@ def summary_entry(outcome: Outcome) -> Entry:
         "probe_seconds": round(outcome.probe_seconds, 3),
         "trained_parameters": trained,
         "parameters": total,
-        "reload_difference": outcome.reload_difference,
         "device": outcome.machine.device,
         "world_size": outcome.machine.world_size,
     }
     if outcome.not_taken:
         facts["steps_not_taken"] = outcome.not_taken
+    if outcome.reload_difference is None:
+        facts["read_back"] = "equal"
+    else:
+        facts["reload_difference"] = outcome.reload_difference
     if outcome.peak_memory is not None:
         facts["peak_memory"] = outcome.peak_memory
     return facts | outcome.rates | scores
@@ -108,9 +111,13 @@ def summary_lines(outcome: Outcome) -> list[str]:
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
-    compared = f"logits differ by {outcome.reload_difference:.1e} of the largest"
+    if outcome.reload_difference is None:
+        saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
+    else:
+        apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
+        saved = ("saved and reloaded", f"{outcome.folder.adapter} ({apart})")
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} ({compared})"),
+        saved,
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
         *_how_to_watch(outcome),

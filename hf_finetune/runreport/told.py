@@ -105,6 +105,8 @@ def trained(run: Remains) -> list[tuple[str, str]]:
         rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{told}"))
     if "reload_difference" in summary:
         rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
+    if "read_back" in summary:
+        rows.append(("Read back", "every bit of the saved weights is equal"))
     return rows
 
 

@@ -139,6 +139,47 @@ def slow(seconds: float) -> None:
     on_trainer("data", lambda trainer: time.sleep(seconds))
 
 
+def work(function: str, action: str, rank: int, **options: Any) -> None:
+    """Act once on one rank, before a function of the package that the other ranks do not call, or not so late."""
+    if rank != RANK:
+        return
+    place, _, name = f"hf_finetune.{function}".rpartition(".")
+    module = __import__(place, fromlist=["_"])
+    done: list[bool] = []
+
+    def strike(*arguments: Any, **named: Any) -> None:
+        if not done:
+            done.append(True)
+            globals()[action](**options)
+
+    wrap(module, name, before=strike)
+
+
+def sleep(seconds: float) -> None:
+    """Take long."""
+    time.sleep(seconds)
+
+
+# ---- what a rank holds ----
+
+
+def weigh(folder: str) -> None:
+    """Write what this rank holds: bytes of memory when the model is loaded, and of weights in the first step."""
+    file = Path(folder) / f"rank-{RANK}.json"
+
+    def loaded(trainer: Any) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        file.write_text(json.dumps({"memory": int(status["VmHWM"].split()[0]) * 1024}))
+
+    def passes(trainer: Any) -> None:
+        own = [getattr(p, "_local_tensor", p) for p in trainer.model.parameters()]
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps(told | {"weights": sum(p.numel() * p.element_size() for p in own)}))
+
+    on_trainer("start", loaded)
+    on_trainer("data", passes)
+
+
 # ---- inside a save ----
 
 
