@@ -213,7 +213,7 @@ class _Split:
 
         told = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
         more = f"; and {len(groups) - SHOWN:,} more such groups" if len(groups) > SHOWN else ""
-        differing = likeness.difference(groups[0]) if len(groups) == 1 else "case, spaces or what can't be seen"
+        differing = likeness.difference(*groups[:SHOWN])
         message = f"{self.name} labels differ only by {differing}: {'; '.join(told)}{more}; each is a class of its own"
         yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 
