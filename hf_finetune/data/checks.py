@@ -40,11 +40,11 @@ _ROWS = {
     "split_token": (
         "{have} a token that holds both the end of the prompt and the begin of the answer, so that a model that is "
         "asked gets other tokens",
-        "move the white space from the end of the prompt to the begin of the answer",
+        "move white space from the end of the prompt to the begin of the answer; in a chat, begin the answer without",
     ),
     "dropped_reasoning": (
         "{have} reasoning that the chat template drops",
-        "name a model whose template writes it, or set task.train_on: last where it is in the last answer",
+        "name a model whose template writes it, or set task.train_on: last and end the row with that answer",
     ),
     "dropped_keys": (
         "{have} turns of which the chat template drops a part",

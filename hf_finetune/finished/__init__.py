@@ -121,7 +121,7 @@ def _dated(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     task = recipe.task.on(today, tokenizer)
     if task is not recipe.task:
         warn(
-            f"the chat template prints the date, and the run kept none: it prints {today}; task.date=YYYY-MM-DD is another"
+            f"the chat template prints the date, and the run kept none: {today} is printed; task.date=DATE sets another"
         )
     return recipe.model_copy(update={"task": task})
 
