@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.data.encoding import INDEX, Encoder
+from hf_finetune.data.encoding import INDEX, MARKS, Encoder
 from hf_finetune.data.placing import PlacedError
 from hf_finetune.data.splitreport import SplitReport, nothing_left
 from hf_finetune.data.splits import PART, ROW
@@ -31,6 +31,8 @@ class Look:
     report: SplitReport
     whole: bool
     """Whether the stream holds no others."""
+    marks: tuple[int, ...] = ()
+    """Of each that has text: `encoding.MARKS`."""
 
 
 class Stream:
@@ -89,7 +91,7 @@ class Stream:
         """
         rows: list[dict[str, Any]] = []
         problems: dict[Problem, None] = {}
-        report = SplitReport()
+        report, marks = SplitReport(), list[int]()
         with _collect(problems):
             for batch in self.reading.batches(self.reading.open(), None):
                 rows += batch
@@ -97,16 +99,20 @@ class Stream:
                     break
         with _collect(problems):
             if rows:
-                report = self._encode(rows[:most], 0)[1]
+                encoded = self._encoded(rows[:most], 0)
+                report, marks = self._sorted(encoded, rows[:most])[1], encoded.get(MARKS, [])
         if problems:
             raise DataError(problems)
         if report.kept == 0 and len(rows) <= most:
             raise nothing_left(report, "train", self.reading.places)
-        return Look(report, len(rows) <= most)
+        return Look(report, len(rows) <= most, tuple(marks))
 
     def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
-        encoded = self._encoded(batch, before)
+        return self._sorted(self._encoded(batch, before), batch)
+
+    def _sorted(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> tuple[list[Encoded], SplitReport]:
+        """The same of a batch that is encoded."""
         spoken = encoded.get(INDEX, [])
         counts = SplitReport(rows=len(batch), empty=len(batch) - len(spoken))
         refused: dict[str, Problem] = {}

@@ -27,7 +27,7 @@ class Marked(NamedTuple):
     labels: list[int]
     """The same id where the token is trained, else `IGNORE`."""
     splits: bool
-    """Whether a token lies across the beginning of what is trained: who asks for it gets other tokens."""
+    """Whether the prompt alone has other tokens than stand before what is trained, as where one lies across both."""
 
 
 def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
@@ -70,7 +70,7 @@ def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]
 
 
 def _splits(renderer: Renderer, rendered: Sequence[Rendered], tokens: Tokens, *, plain: bool) -> list[bool]:
-    """`Marked.splits` of each text: whether the tokens before what is trained are others than those of the prompt alone.
+    """`Marked.splits` of each text: whether the prompt alone has other tokens than stand before what is trained.
 
     Offsets tell where a token lies across, and cost nothing. The prompt is tokenised alone where they don't: where the
     tokenizer leaves white space out of them, and at the end of white space or inside a number, which tokenizers split
