@@ -1,20 +1,20 @@
-"""Nothing that a chat holds is lost unsaid: what templates drop, how they want it written, and what is trained of it."""
+"""Nothing that a chat holds is lost unsaid: what templates drop, how they want it written, what is trained of it."""
 
 from __future__ import annotations
 
+import json
 import random
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
 from test_chat import ASK, HEAD, PREFIXED, byte_tokenizer
 from transformers import AutoTokenizer
 
-from hf_finetune import finished, runlock
+from hf_finetune import finished, runlock, session
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.preflight import heavy
+from hf_finetune.language.chat import Chat
 from hf_finetune.recipe import Recipe
 from hf_finetune.runlock import repeating
 from hf_finetune.tasks import IGNORE, REMARKS, Targets
@@ -80,15 +80,15 @@ def test_parts_of_text_are_joined(template: str) -> None:
 @pytest.mark.parametrize(
     ("chat", "complaint"),
     [
-        ([turn("user", [{"type": "text", "text": "see"}, {"type": "image_url"}]), ANSWERED], r"turn 1 \(user\).*image_url"),
+        ([turn("user", ["see", {"type": "image_url"}]), ANSWERED], r"turn 1 \(user\).*image_url"),
         ([turn("developer", "Be brief."), ASKED, ANSWERED], r"turn 1 has the role 'developer'.*write 'system'"),
         ([turn("System", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'System'; write 'system'"),
         ([turn("sytem", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'sytem'; write 'system'"),
         ([ASKED, turn("observation", "it rains a lot"), ANSWERED], r"turn 2 \(observation\).*drops.*'it rains a lot'"),
-        ([ASKED, turn("observation", "3"), ANSWERED], r"turn 2 \(observation\): the chat template drops its content '3'"),
+        ([ASKED, turn("observation", "3"), ANSWERED], r"turn 2 \(observation\): .* drops its content '3'"),
         ([ASKED, turn("critic", "It is three."), ANSWERED], r"turn [23] .*drops its content 'It is three.'"),
         ([ASKED, turn("tool", {"sky": "grey"}), ANSWERED], r"turn 2 \(tool\): .* which is dict and no text"),
-        ([ASKED, turn("assistant", None, function_call={"name": "f"})], r"turn 2 \(assistant\).*write it as tool_calls"),
+        ([ASKED, turn("assistant", None, function_call={"name": "f"})], r"\(assistant\).*write it as tool_calls"),
         ([ASKED, turn("assistant", "", reasoning_content="I count.")], r"turn 2 .*reasoning.*says nothing else"),
         ([ASKED, turn("assistant", "x", weight=0.5)], r"turn 2 \(assistant\) has the weight 0.5; write 0"),
     ],
@@ -174,14 +174,12 @@ def test_turns_of_weight_0_are_read_and_not_trained() -> None:
         assert "No idea." in text
         assert trained == "It is three.</s>"
     assert encoded(PREFIXED, [ASKED, {**ANSWERED, "weight": 0}])[1] == ""
-    with pytest.raises(DataError, match="turn 2 has weight 0, and task.train_on: all"):
+    with pytest.raises(DataError, match=r"turn 2 has weight 0, and task.train_on: all"):
         encoded(PREFIXED, chat, train_on="all")
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_a_blank_question_or_answer_is_an_empty_row(as_text: bool) -> None:
-    import json
-
     chats = [
         [ASKED, ANSWERED],
         [ASKED, turn("assistant", " \n")],
@@ -216,7 +214,7 @@ def test_answers_that_are_rendered_differently_later_are_refused_with_a_way_to_t
 )
 def test_the_last_answer_stands_behind_what_asks_for_it(answer: dict[str, Any], trained: str) -> None:
     chat = [ASKED, {"role": "assistant", **answer}]
-    with pytest.raises(DataError, match="asks for an answer by .*set task.train_on: last"):
+    with pytest.raises(DataError, match=r"asks for an answer by .*set task.train_on: last"):
         encoded(THINKS, chat)
     assert encoded(THINKS, chat, train_on="last") == (
         "<|user|>what is it?</s><|assistant|><think>\n" + trained,
@@ -226,9 +224,9 @@ def test_the_last_answer_stands_behind_what_asks_for_it(answer: dict[str, Any], 
 
 
 def test_eos_ends_the_last_answer_where_the_template_ends_none() -> None:
-    with pytest.raises(ModelError, match="would not learn to stop; set task.train_on: last"):
+    with pytest.raises(ModelError, match=r"would not learn to stop; set task.train_on: last"):
         encoded(NO_END, [ASKED, ANSWERED])
-    assert encoded(NO_END, TWICE[:3] + [turn("assistant", "Six.")], train_on="last")[1] == "\nSix.</s>"
+    assert encoded(NO_END, [*TWICE[:3], turn("assistant", "Six.")], train_on="last")[1] == "\nSix.</s>"
 
 
 def test_named_templates_without_a_default_are_one_line() -> None:
@@ -263,9 +261,10 @@ def test_a_prompt_with_other_tokens_than_it_has_alone_is_counted(shared: Path) -
     rows = {"p": texts[::2], "c": texts[1::2][: len(texts[::2])]}
     rows["p"] = rows["p"][: len(rows["c"])]
     task = CausalLM(prompt="p", completion="c")
-    said = [bool(row["remarks"] & REMARKS["split_token"]) for row in task.encode(rows, tokenizer, Targets(), 99)]
+    encoded = task.encode(rows, tokenizer, Targets(), 99)
+    said = [bool(row["remarks"] & REMARKS["split_token"]) for row in encoded]
     asked = task.prompts(rows, tokenizer, len(said))
-    found = [row["input_ids"][: len(ids)] != ids for row, ids in zip(task.encode(rows, tokenizer, Targets(), 99), asked, strict=True)]  # fmt: skip
+    found = [row["input_ids"][: len(ids)] != ids for row, ids in zip(encoded, asked, strict=True)]
     assert said == found
     assert 20 < sum(said) < len(said) / 2
 
@@ -307,12 +306,10 @@ output: {tmp_path / "run"}
     lock = tmp_path / "run" / "run.lock.json"
     begun = date.today().isoformat()
     assert runlock.day(lock) == begun
-    for module in (heavy, finished):
+    for module in (session, finished):
         monkeypatch.setattr(module, "date", Later)
     run = finished.open_run(str(tmp_path / "run"))
     text = run.recipe.task.renderer(run.tokenizer).text  # type: ignore[attr-defined]
-    from hf_finetune.language.chat import Chat
-
     assert text(Chat([ASKED])).startswith(f"{begun} {date.today().day} {date.today():%B}")
     kept, reading = repeating.read(str(lock), None, [f"output={tmp_path / 'again'}"])
     assert reading.recipe is not None

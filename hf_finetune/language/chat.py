@@ -145,7 +145,8 @@ class Renderer:
             reason = (
                 "its chat template ends no assistant turn with a special token, so the model would not learn to stop"
             )
-            raise ModelError(Problem(f"{reason}; name another model, or {ANSWERS}: EOS ends it", key="model.name"))
+            how = "set task.train_on: last, with which EOS ends the last answer of each chat, or name another model"
+            raise ModelError(Problem(f"{reason}; {how}", key="model.name"))
         return min(found)[2]
 
     def spans(self, chat: Chat) -> Rendered:
