@@ -151,9 +151,9 @@ def test_a_call_that_the_template_drops_is_refused() -> None:
             TEXT_CALLS, [ASKED, turn("assistant", "Let me see.", tool_calls=[CALL]), turn("tool", "rain"), ANSWERED]
         )
     names = CALLS.replace("({{ c.function.arguments | tojson }})", "")
-    with pytest.raises(DataError, match="drops 'city' of the arguments"):
+    with pytest.raises(DataError, match=r"drops .city. of"):
         encoded(names, [ASKED, turn("assistant", None, tool_calls=[CALL])])
-    with pytest.raises(DataError, match="no {name, arguments}"):
+    with pytest.raises(DataError, match=r"no \{name, arguments\}"):
         encoded(CALLS, [ASKED, turn("assistant", None, tool_calls=[{"function": "look_up"}])])
 
 

@@ -109,9 +109,8 @@ def _header_ids(tokenizer: PreTrainedTokenizerBase, header: str) -> tuple[int, .
 
 
 def _is_across(ids: list[int], offsets: list[Span], spans: list[Span], special: frozenset[int]) -> bool:
-    ends = [end for _, end in offsets]
     for start, _ in spans:
-        first = bisect_right(ends, start)
+        first = bisect_right(offsets, start, key=lambda pair: pair[1])
         # A special token that swallows white space is the same token without it.
         if start and first < len(ids) and offsets[first][0] < start and ids[first] not in special:
             return True
