@@ -97,11 +97,13 @@ def finetune(
                 push.once_more(folder, recipe)
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
-        with session.status(folder, machine) as status:
+        with session.status(folder, machine, start) as status:
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
                 ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
+                if start.kind == "extend":
+                    session.extend(folder, ready, status)
                 notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
                 ready = fitting.fit(ready, before, findings)
                 outcome = _Run(ready, findings, folder, status, stop, watch, before, repeat).complete(notes)
@@ -135,6 +137,9 @@ class _Run:
         observers = Observers(recipe, folder, self.status, machine)
         try:
             return self._complete(learner, keeper, observers)
+        except Stopped:
+            observers.close(is_stopped=True)
+            raise
         finally:
             observers.close()
 

@@ -220,6 +220,8 @@ def test_the_report_says_what_was_compared_and_names_no_path(
 
 def test_the_folder_has_what_vllm_reads(chatter_folder: Path) -> None:
     """A written contract: the files and fields that vLLM's loaders look for in a Hugging Face folder."""
+    modes = {path.stat().st_mode for path in chatter_folder.rglob("*") if path.is_file()}
+    assert modes == {(chatter_folder / "export.json").stat().st_mode}, "weights have the permissions of any new file"
     config = json.loads((chatter_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
