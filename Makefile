@@ -42,7 +42,7 @@ FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
-	. .venv/bin/activate && ACCELERATE_LOG_LEVEL=error accelerate launch -m hf_finetune recipes/quickstart.yaml --restart
+	. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml --restart
 
 # Threads of torch that wait for each other spin, and several tests run at once: one would wait on another's time.
 test test-slow test-faults test-lowest: export OMP_WAIT_POLICY ?= PASSIVE

@@ -6,19 +6,39 @@ is the same optimisation on any number of devices.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator, Sequence
+import ctypes
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data._utils import worker as workers
+
+from hf_finetune.data.splitreport import COUNTS, NAMES, SplitReport
+from hf_finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
+    from hf_finetune.data.lanes import Lanes
     from hf_finetune.tasks import Collator, Encoded, Task
+
+STREAMED, FAILED = "streamed", "failed"
+_PR_SET_PDEATHSIG = 1
+Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
+"""Tokens of each row."""
 
 BATCHES_PER_POOL = 50
 """Length grouping sorts pools of so many global batches, so that an epoch stays random at any larger scale."""
+
+
+def lengths_of(encoded: Any) -> np.ndarray[Any, Any]:
+    """Tokens of each encoded row, (rows,) int64; read column by column: `encoded["length"]` alone goes row by row."""
+    return np.asarray(encoded.with_format("numpy")["length"][:], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class GlobalBatches(Sampler[list[int]]):
         seed: With the epoch, fixes the order.
     """
 
-    def __init__(self, lengths: Sequence[int], division: Division, seed: int) -> None:
+    def __init__(self, lengths: Lengths, division: Division, seed: int) -> None:
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.division = division
         self.seed = seed
@@ -113,15 +133,37 @@ class GlobalBatches(Sampler[list[int]]):
     def global_batches(self) -> Iterator[list[int]]:
         """Row numbers of each global batch of the epoch, in order; the last may be smaller."""
         size = self.division.batch_size
+        for by_length, order in self._pools():
+            yield from (by_length[place * size : (place + 1) * size].tolist() for place in order)
+
+    def _pools(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """The rows of each pool, short ones first, and the order in which its batches, cut off one by one, come."""
+        size = self.division.batch_size
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
-        for pool in torch.split(order, size * BATCHES_PER_POOL):
-            by_length = pool[self.lengths[pool].argsort(stable=True)]
-            batches = list(torch.split(by_length, size))
+        for start in range(0, len(order), size * BATCHES_PER_POOL):
+            pool = order[start : start + size * BATCHES_PER_POOL]
+            full, rest = divmod(len(pool), size)
             # The short batch stays at the end of the epoch, where accumulation may be smaller.
-            full = len(batches) - (len(batches[-1]) < size)
-            for index in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
-                yield batches[index].tolist()
+            batches = [*torch.randperm(full, generator=generator).tolist(), *range(full, full + bool(rest))]
+            yield pool[self.lengths[pool].argsort(stable=True)], batches
+
+    def spread(self, count: int) -> list[list[int]]:
+        """So many global batches of the epoch, from short rows to long ones, at equal distances."""
+        size, found = self.division.batch_size, list[np.ndarray[Any, Any]]()
+        for by_length, order in self._pools():
+            ends = np.minimum((np.array(order) + 1) * size, len(by_length)) - 1
+            found.append(self.lengths[by_length].numpy()[ends])
+        by_longest = np.concatenate(found).argsort(kind="stable")
+        places = [int(by_longest[(2 * place + 1) * len(by_longest) // (2 * count)]) for place in range(count)]
+        # Only these are made: all batches of an epoch as lists are 40 bytes a row.
+        first, chosen = 0, dict[int, list[int]]()
+        for by_length, order in self._pools():
+            for place in {place for place in places if first <= place < first + len(order)}:
+                start = order[place - first] * size
+                chosen[place] = by_length[start : start + size].tolist()
+            first += len(order)
+        return [chosen[place] for place in places]
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
@@ -135,24 +177,92 @@ class GlobalBatches(Sampler[list[int]]):
 class Endless(Protocol):
     """A source of encoded rows that never ends."""
 
-    def rows(self, seed: int) -> Iterator[Encoded]:
-        """Encoded rows, in the same order on every rank."""
+    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+        """Its rows by their place in the global batch."""
+
+    def filler(self, seed: int) -> Encoded:
+        """A row that counts as nothing."""
+
+    def count(self, report: SplitReport) -> None:
+        """Hears what became of the rows in the first pass, on all ranks together."""
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A micro-batch of a stream, and what was used up for it."""
+
+    rows: list[Any]
+    counts: torch.Tensor
+    """Rows that each lane of the global batch has used up, then the counts of `SplitReport`; int64."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In place of a micro-batch: why there is none. An error can't leave a process of the loader as what it is."""
+
+    error: FinetuneError
+
+
+@dataclass(eq=False)
 class StreamedBatches(IterableDataset[Any]):
-    """This rank's micro-batches of an endless stream; every rank reads the same rows and takes its share."""
+    """This rank's micro-batches of an endless stream, encoded by this rank alone; see `data.lanes`."""
 
-    def __init__(self, stream: Endless, division: Division, seed: int) -> None:
-        self.stream = stream
-        self.division = division
-        self.seed = seed
+    stream: Endless
+    division: Division
+    seed: int
+    asked_workers: int = 0
+    """Processes that may encode, besides this one."""
+    done: int = 0
+    """Global batches that were trained on before: their micro-batches are None, and nothing is encoded for them."""
+    used: tuple[int, ...] = ()
+    """How many rows each lane has used up for these; empty at the begin."""
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        source = self.stream.rows(self.seed)
+    @property
+    def workers(self) -> int:
+        """Processes that encode: each has the same micro-batches in every global batch, and so lanes of its own."""
+        accumulation = self.division.accumulation
+        return max(count for count in range(self.asked_workers + 1) if count == 0 or accumulation % count == 0)
+
+    def __iter__(self) -> Iterator[Streamed | Failed | None]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # `datasets` would read only a share of the files here; what this process encodes is chosen by lanes.
+        workers._worker_info = None
+        shares = self.division.share(range(self.division.batch_size))[first::step]
+        yield from itertools.repeat(None, self.done * len(shares))
+        try:
+            yield from self._micro_batches(shares)
+        except FinetuneError as error:
+            if worker is None:
+                raise
+            yield Failed(error)
+
+    def _micro_batches(self, shares: list[list[int]]) -> Iterator[Streamed]:
+        size = self.division.batch_size
+        own = {place for share in shares for place in share if place >= 0}
+        lanes = self.stream.lanes(self.seed, own, self.used or [self.done] * size)
+        filler: Encoded | None = None
         while True:
-            batch = [next(source) for _ in range(self.division.batch_size)]
-            for share in self.division.share(range(len(batch))):
-                yield [batch[index] for index in share]
+            for share in shares:
+                taken = lanes.take([place for place in share if place >= 0])
+                rows: list[Any] = taken.rows
+                if not rows:  # every rank must take part in every backward pass
+                    filler = filler or self.stream.filler(self.seed)
+                    rows = [filler]
+                used = [taken.used.get(place, 0) for place in range(size)]
+                yield Streamed(rows, torch.tensor([*used, *COUNTS(taken.report)]))
+
+
+def merged(counts: torch.Tensor) -> torch.Tensor:
+    """The counts of several `Streamed` together, (C,) from (N, C): sums, and of the longest row the maximum."""
+    whole, column = counts.sum(0), counts.shape[1] - len(NAMES) + NAMES.index("longest")
+    whole[column] = counts[:, column].max()
+    return whole
+
+
+def report(counts: torch.Tensor) -> SplitReport:
+    """What became of the rows that `counts` counts."""
+    return SplitReport(*counts[-len(NAMES) :].to(torch.int64).tolist())
 
 
 class _Loader(DataLoader[Any]):
@@ -178,18 +288,40 @@ def train_loader(
     # Its own generator: a DataLoader draws a seed at every start, and evaluation must not shift the training's RNG.
     generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"collate_fn": _Counting(collator), "pin_memory": pin, "generator": generator}
-    if batches is None:
+    if isinstance(rows, StreamedBatches):
+        if rows.workers:
+            # Set before the processes are forked, or the tokenizers in them warn that they turn it off.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            options |= {"num_workers": rows.workers, "worker_init_fn": _end_with_parent}
         return _Loader(rows, batch_size=None, **options)
     return _Loader(rows, batch_sampler=batches, **options)
 
 
+def _end_with_parent(worker: int) -> None:
+    """Have a process of the loader killed with its parent: it holds the lock of the run folder, too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class _Counting:
-    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask."""
+    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask.
+
+    Of a stream it adds what was used up, `STREAMED`, or why there is no batch, `FAILED`.
+    """
 
     collator: Collator
 
-    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, found: Any) -> dict[str, Any]:
+        if found is None:
+            return {}
+        if isinstance(found, Failed):
+            return {FAILED: found.error}
+        if isinstance(found, Streamed):
+            return {**self._collated(found.rows), STREAMED: found.counts}
+        return self._collated(found)
+
+    def _collated(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
         lengths = [len(document["input_ids"]) for document in documents]
         counts = {"tokens": torch.tensor(sum(lengths)), "squares": torch.tensor(sum(n * n for n in lengths))}
@@ -197,7 +329,7 @@ class _Counting:
 
 
 def eval_loader(
-    rows: Rows, lengths: Sequence[int], division: Division, collator: Collator, tokens: int | None = None
+    rows: Rows, lengths: Lengths, division: Division, collator: Collator, tokens: int | None = None
 ) -> DataLoader[Any]:
     """Loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
 
@@ -208,32 +340,52 @@ def eval_loader(
         collator: Pads and stacks rows.
         tokens: Most tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
     """
-    batches = []
-    for indices in by_length(lengths, division.micro_batch, tokens, division.world_size):
-        # Every rank gets equally many rows, so that results can be gathered.
-        indices += [~indices[0]] * (-len(indices) % division.world_size)
-        batches.append(indices[division.rank :: division.world_size])
+    batches = _EvalBatches(lengths, division, tokens)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
     )
 
 
-def by_length(lengths: Sequence[int], most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
+class _EvalBatches(Sampler[list[int]]):
+    """Batch sampler: this rank's rows of each batch of `by_length`."""
+
+    def __init__(self, lengths: Lengths, division: Division, tokens: int | None) -> None:
+        self.division = division
+        self.batches = list(_by_length(lengths, division.micro_batch, tokens, division.world_size))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ranks = self.division.world_size
+        for batch in self.batches:
+            indices: list[int] = batch.tolist()
+            # Every rank gets equally many rows, so that results can be gathered.
+            indices += [~indices[0]] * (-len(indices) % ranks)
+            yield indices[self.division.rank :: ranks]
+
+
+def by_length(lengths: Lengths, most: int, tokens: int | None = None) -> Iterator[list[int]]:
     """Row numbers of batches, longest rows first.
 
     Args:
         lengths: Tokens of each row.
-        most: Most rows of a rank.
-        tokens: Most tokens of a rank, padding included, but a row is never left out; None sets no bound.
-        ranks: How many share a batch.
+        most: Most rows of a batch.
+        tokens: Most tokens of a batch, padding included, but a row is never left out; None sets no bound.
     """
-    order: list[int] = torch.as_tensor(lengths, dtype=torch.int64).argsort(descending=True, stable=True).tolist()
+    yield from (batch.tolist() for batch in _by_length(lengths, most, tokens, ranks=1))
+
+
+def _by_length(lengths: Lengths, most: int, tokens: int | None, ranks: int) -> Iterator[torch.Tensor]:
+    """The same for several ranks that share a batch; `most` and `tokens` are those of each."""
+    sizes = torch.as_tensor(lengths, dtype=torch.int64)
+    order = sizes.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):
         size = most
         if tokens is not None:
-            size = max(1, min(size, tokens // max(1, lengths[order[start]])))
+            size = max(1, min(size, tokens // max(1, int(sizes[order[start]]))))
         yield order[start : start + size * ranks]
         start += size * ranks
 
@@ -258,32 +410,3 @@ class _NumberedCollator:
     def __call__(self, numbered: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
         ids, rows = zip(*numbered, strict=True)
         return {**self.collator(list(rows)), "row_ids": torch.tensor(ids)}
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put documents into as few sequences as a greedy rule finds: best-fit decreasing bin packing.
-
-    Source: D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the optimum plus a constant.
-
-    Args:
-        lengths: Tokens of each document, each at most `capacity`.
-        capacity: Tokens of a sequence.
-
-    Returns:
-        Document numbers of each sequence.
-    """
-    packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
-    for document in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[document]
-        place = bisect.bisect_left(free, (length, -1))
-        if place == len(free):
-            packs.append([document])
-            left, target = capacity - length, len(packs) - 1
-        else:
-            left, target = free.pop(place)
-            packs[target].append(document)
-            left -= length
-        if left > 0:
-            bisect.insort(free, (left, target))
-    return packs

@@ -17,6 +17,11 @@ WINDOW = 50
 FIRST = 10
 """Steps before a leap can be told."""
 LOWER = "lower training.learning_rate"
+OVERFLOWS = 25
+"""Steps in a row that overflow in fp16 before the run ends; from the scaler's first scale, 2^16, 17 come to 1."""
+NO_FP16 = "set training.precision to bf16 or fp32"
+SMALLEST_SCALE = 1.0
+"""A loss that is not scaled up any more, and gradients still overflow: no scale helps."""
 
 
 class Guard:
@@ -29,7 +34,10 @@ class Guard:
     def __init__(self, training: Training) -> None:
         self.training = training
         self.skipped = 0
-        """Steps that the optimiser did not take."""
+        """Steps that `on_nonfinite: skip` left out."""
+        self.overflowed = 0
+        """Steps that the loss scaler of fp16 left out."""
+        self.overflows_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._leaps = 0
 
@@ -52,6 +60,50 @@ class Guard:
             message = f"loss or gradient is not finite at step {step}, after {self.skipped - 1} skipped steps"
             raise DivergedError(Problem(f"{message}; {LOWER}", key="training.max_skipped"))
         return False
+
+    @property
+    def not_taken(self) -> int:
+        """Steps that the optimiser did not take, for whatever reason."""
+        return self.skipped + self.overflowed
+
+    def fits(self, step: int, *, finite: bool, scale: float) -> bool:
+        """Whether a gradient fits into fp16: the loss scaler leaves out steps that do not, and lowers its scale.
+
+        Args:
+            step: Its number, from 1.
+            finite: Whether the gradient is finite.
+            scale: By what the loss was multiplied before the backward pass.
+
+        Raises:
+            DivergedError: It is not, and no scale helps.
+        """
+        if finite:
+            self.overflows_in_a_row = 0
+            return True
+        self.overflowed += 1
+        self.overflows_in_a_row += 1
+        if self.overflows_in_a_row >= OVERFLOWS or scale <= SMALLEST_SCALE:
+            many = self.overflows_in_a_row
+            message = (
+                f"gradients overflow in fp16: {many} steps in a row until step {step} were not taken, and the loss "
+                f"scale is down to {scale:.3g}"
+            )
+            raise DivergedError(Problem(f"{message}; {NO_FP16}", key="training.precision"))
+        return False
+
+    def conclude(self, steps: int) -> None:
+        """See that training was any.
+
+        Args:
+            steps: All steps of the run.
+
+        Raises:
+            DivergedError: The optimiser took none of them.
+        """
+        if steps and self.not_taken >= steps:
+            message = f"loss or gradient was not finite at any of the {steps} steps: nothing was trained"
+            remedy = f"train longer, or {NO_FP16}" if self.overflowed else LOWER
+            raise DivergedError(Problem(f"{message}; {remedy}"))
 
     def see(self, step: int, loss: float) -> None:
         """Compare a step's loss with those before it, where the recipe asks for that.

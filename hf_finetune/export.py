@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from hf_finetune import model
-from hf_finetune.adaptation import labelfile
+from hf_finetune.adaptation import labelfile, peftio
 from hf_finetune.adaptation.lorainit import changed_base
 from hf_finetune.card import page
+from hf_finetune.durable import put_in_place
 from hf_finetune.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 
 
 def save(
-    adapted: nn.Module, recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    adapted: nn.Module,
+    recipe: Recipe,
+    targets: Targets,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write weights (safetensors), tokenizer, chat template, labels and the model card without metrics.
 
@@ -44,6 +51,7 @@ def save(
         targets: Label names, for `labels.json` and the card.
         tokenizer: The tokenizer that was used.
         folder: Where to; an earlier one is replaced.
+        state: The trained weights in one piece where the model holds parts of them; see `Adapter.save`.
 
     Raises:
         StorageError: The disk does not take it.
@@ -53,14 +61,13 @@ def save(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        recipe.adapter.save(adapted, str(staging))
+        recipe.adapter.save(adapted, str(staging), state)
         tokenizer.save_pretrained(staging)
         labelfile.write(staging, recipe.task.model_options(targets))
         has_template = bool(tokenizer.chat_template)
         text = page.plain(recipe, targets, _config(adapted), has_template=has_template)
         (staging / page.FILE).write_text(text, encoding="utf-8")
-        _sync(staging)
-        _replace(staging, final)
+        put_in_place(staging, final)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -71,7 +78,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     """Load the folder onto a fresh base and compare logits with the model in memory, in eval mode.
 
     Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device
-    never holds two bases; a quantised one can't move and stays.
+    never holds two bases. For runs that have the room (`Machine.reloads`); `compare` is for the others.
 
     Args:
         adapted: The model in memory.
@@ -90,8 +97,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     with torch.random.fork_rng():
         expected = _logits(adapted, inputs, machine).cpu()
         device = next(iter(inputs.values())).device
-        if recipe.model.quantization is None:
-            _leave(adapted, device)
+        _leave(adapted, device)
         base = model.fresh_base(recipe, _label_options(recipe, _config(adapted)), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
         base.config.pad_token_id = _config(adapted).pad_token_id
@@ -103,6 +109,48 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
         reason = f"{folder} does not load back to the trained model: logits differ by {difference:.2g} of the largest"
         raise ModelError(f"{reason}, more than {tolerance:g}; keep the checkpoints and report this")
     return difference
+
+
+def compare(
+    adapted: nn.Module, recipe: Recipe, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Read the weights in the folder and compare them with those in memory: names, shapes, dtypes and every bit.
+
+    It takes no second base, which would not fit beside a quantised or a divided one.
+
+    Args:
+        adapted: The model in memory.
+        recipe: Names the adapter.
+        folder: What `save` wrote.
+        state: See `save`.
+
+    Raises:
+        ModelError: What is on disk is not what was trained.
+    """
+    expected, seen, lost = recipe.adapter.tensors(adapted, state), set[str](), list[str]()
+    try:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    seen.add(name)
+                    if name not in expected or not _is_same(opened.get_tensor(name), expected[name]):
+                        lost.append(name)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder} can't be read back: {peftio.one_line(error)}; keep the checkpoints") from error
+    # Tied weights are stored under one of their names.
+    stored = [expected[name] for name in seen & expected.keys()]
+    lost += [name for name in expected.keys() - seen if not any(_is_same(expected[name], tensor) for tensor in stored)]
+    if lost or not seen:
+        what = f"{len(lost)} weights differ, e.g. {min(lost)}" if lost else "it holds no weights"
+        raise ModelError(f"{folder} does not hold the trained model: {what}; keep the checkpoints and report this")
+
+
+def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits; not numbers are the same where their bits are."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    one, two = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, two))
+    return torch.equal(one, two)
 
 
 def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
@@ -142,20 +190,3 @@ def _config(adapted: nn.Module) -> PreTrainedConfig:
         network = network.get_base_model()
     config: PreTrainedConfig = network.config
     return config
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _replace(staging: Path, final: Path) -> None:
-    """Rename into place; an earlier folder is moved aside first and then removed."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import patience
+from hf_finetune import determinism, patience, zero
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ class Machine:
     attention: str
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
-    """Whether no rank holds all weights (FSDP, DeepSpeed ZeRO-3)."""
+    """Whether no rank holds all weights (FSDP2, DeepSpeed ZeRO-3)."""
+    zero_stage: int = 0
+    """What DeepSpeed divides among the ranks: the optimiser's state, gradients too, weights too; 0 without it."""
     activation_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass."""
 
@@ -93,9 +97,22 @@ class Machine:
         """Whether this is the first rank of its node."""
         return self.local_rank == 0
 
+    @property
+    def place(self) -> torch.device:
+        """The device of this rank, on which its model lies."""
+        return torch.device(self.device, self.local_rank) if self.device == "cuda" else torch.device(self.device)
+
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
         """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
         return DTYPES[self.precision] if frozen else torch.float32
+
+    def reloads(self, recipe: Recipe) -> bool:
+        """Whether what was saved is loaded onto a second base to compare logits; it must fit beside nothing else.
+
+        Weights that are quantised fill the device, and those that are divided fit no single one: of them, the saved
+        weights are compared bit by bit.
+        """
+        return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
 
     def describe(self) -> str:
         """One line for people."""
@@ -120,7 +137,7 @@ def survey(recipe: Recipe) -> Machine:
     _lead_to_the_process_group(device)
     machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
-        _make_deterministic()
+        determinism.enforce()
     if device == "cpu":
         for name, kernels in KERNEL_CACHES.items():
             os.environ.setdefault(name, kernels)  # read at the first operation
@@ -145,25 +162,42 @@ def alone(recipe: Recipe) -> Machine:
         threads=max(1, cores() // local_world_size),
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
-        is_sharded=_is_sharded(),
+        is_sharded=uses_fsdp() or zero.stage() == 3,
+        zero_stage=zero.stage(),
         activation_checkpointing=recipe.training.activation_checkpointing is True,
     )
+
+
+NOT_WITH_FSDP = {
+    "training.optimizer": {
+        # bitsandbytes 0.50 has no sharding strategy for its update.
+        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
+        # transformers 5.23 mixes its plain row and column means with sharded gradients.
+        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
+    },
+    # bitsandbytes 0.50: Int8Params can't be made from a shard.
+    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
+    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
+    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
+}
+"""Key -> values that FSDP2 can't train, and why."""
 
 
 def check(recipe: Recipe, machine: Machine) -> None:
     """Compare what the recipe asks of the machine with what there is.
 
     Raises:
-        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or CPUs are to shard.
+        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or the weights can't be
+            sharded like this.
     """
     asked, problems = recipe.training.precision, []
     if asked not in ("auto", machine.precision):
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
-    if machine.is_sharded and machine.device == "cpu":
-        # accelerate 1.15 would run plain DDP and say nothing.
-        problems.append(Problem("FSDP and DeepSpeed need GPUs; take accelerate_configs/cpu_2_processes.yaml"))
+    problems += zero.check(recipe, machine)
+    if uses_fsdp():
+        problems += _fsdp_problems(recipe)
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -172,6 +206,25 @@ def check(recipe: Recipe, machine: Machine) -> None:
         problems.append(Problem(message, key="training.batch_size"))
     if problems:
         raise RecipeError(problems)
+
+
+def _fsdp_problems(recipe: Recipe) -> list[Problem]:
+    """Why FSDP can't shard this recipe's weights."""
+    problems = []
+    asked = {
+        "training.optimizer": recipe.training.optimizer,
+        "model.quantization": recipe.model.quantization,
+        "adapter.kind": recipe.adapter.kind,
+    }
+    for key, value in asked.items():
+        if value is not None and value in NOT_WITH_FSDP[key]:
+            problems.append(Problem(NOT_WITH_FSDP[key][value], key=key))
+    if "LOCAL_RANK" not in os.environ:
+        # accelerate would train without FSDP and say nothing.
+        problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        problems.append(Problem("FSDP 1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"))
+    return problems
 
 
 def find_device() -> Device:
@@ -183,22 +236,9 @@ def find_device() -> Device:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _make_deterministic() -> None:
-    """Choose deterministic CUDA kernels; an operation that has none warns."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    # On by default with the above, and slow: fills every new tensor.
-    settings: Any = torch.utils.deterministic
-    settings.fill_uninitialized_memory = False
-
-
-def _is_sharded() -> bool:
-    """What `accelerate launch` was told, by its environment variables."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return True
-    has_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return has_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+def uses_fsdp() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def cores() -> int:
@@ -264,8 +304,21 @@ def _lead_to_the_process_group(device: Device) -> None:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    limit = patience.collective()
-    PartialState(cpu=device == "cpu", timeout=max(limit, patience.MEETING))
+    state = PartialState(cpu=device == "cpu", timeout=max(patience.collective(), patience.MEETING))
+    if state.distributed_type == DistributedType.MULTI_CPU and uses_fsdp():
+        # accelerate 1.15 looks at FSDP only where the ranks have accelerators: on CPUs it would run plain DDP and say
+        # nothing. Nothing else depends on the type: the device is the CPU, the backend gloo.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    limit_collectives(patience.wait())
+
+
+def limit_collectives(limit: timedelta) -> None:
+    """Set how long this rank waits for the others in a collective from now on; all ranks do it at the same moment.
+
+    Args:
+        limit: That of steps (`patience.collective`) while all of them train; else that of long work
+            (`patience.wait`), which one rank or node may do while the others wait.
+    """
     if distributed.is_available() and distributed.is_initialized():
         distributed_c10d._set_pg_timeout(limit)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import EvalBatch
     from hf_finetune.tasks import Batch, Questions, Targets, Task
 
-COUNTS = ("tokens", "squares")
+COUNTS = ("tokens", "squares", batching.STREAMED)
 """What the loader of training batches adds to them, and no model takes."""
 SAMPLE_ROWS = 8
 """Rows of a batch that is looked at besides training."""
@@ -55,9 +55,7 @@ class Job:
     def sample(self, device: torch.device) -> Iterator[Batch]:
         """Training batches on a device: the same on every rank, whatever the micro-batch."""
         division = batching.Division(SAMPLE_ROWS, SAMPLE_ROWS)
-        batches = (
-            None if self.batches is None else batching.GlobalBatches(self.batches.lengths.tolist(), division, seed=0)
-        )
+        batches = None if self.batches is None else batching.GlobalBatches(self.batches.lengths, division, seed=0)
         train = self.train
         if isinstance(train, batching.StreamedBatches):
             train = batching.StreamedBatches(train.stream, division, train.seed)
@@ -74,16 +72,10 @@ class Job:
             stream = batching.StreamedBatches(train.stream, division, train.seed)
             batches = list(islice(batching.train_loader(stream, None, collator, pin=False), count))
         else:
-            batches = [collator([train[row] for row in rows]) for rows in self._spread(self.batches, division, count)]
+            first = batching.GlobalBatches(self.batches.lengths, division, self.batches.seed)
+            shares = [division.share(batch)[0] for batch in first.spread(count)]
+            batches = [collator([train[row] for row in rows]) for rows in shares]
         return [{key: value.to(device) for key, value in batch.items() if key not in COUNTS} for batch in batches]
-
-    @staticmethod
-    def _spread(epoch: batching.GlobalBatches, division: batching.Division, count: int) -> list[list[int]]:
-        lengths = epoch.lengths.tolist()
-        order = batching.GlobalBatches(lengths, division, epoch.seed).global_batches()
-        whole = sorted(order, key=lambda batch: max(lengths[row] for row in batch))
-        places = [(2 * place + 1) * len(whole) // (2 * count) for place in range(count)]
-        return [division.share(whole[place])[0] for place in places]
 
     def probe(self, device: torch.device) -> Batch:
         """A few training rows as one plain batch, never packed: what any user of the saved model would feed it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import arguments, batching, data, hardware
+import numpy as np
+
+from hf_finetune import arguments, batching, data, hardware, packs
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.job import Job
 
@@ -16,13 +18,17 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
 
+STREAM_WORKERS = 4
+"""Processes of a rank that encode streamed rows, at most, where the recipe names no number: each reads all rows."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What is trained, in which pieces, for how long."""
 
     job: Job
     length: Length
-    lengths: list[int] | None
+    lengths: np.ndarray[Any, Any] | None
     """Tokens of each row of the training set, of each sequence where rows are packed; None for a stream."""
 
 
@@ -42,16 +48,20 @@ def assign(recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any)
     """
     vocabulary = len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
     rows, lengths = _rows(recipe, prepared)
-    longest = recipe.data.max_length if lengths is None else max(lengths, default=1)
+    longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
     micro_batch = hardware.micro_batch(recipe, machine, vocabulary, longest)
     division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
-    train = batching.StreamedBatches(prepared.train, division, recipe.training.seed) if rows is None else rows
+    train = rows
+    if rows is None:
+        train = batching.StreamedBatches(
+            prepared.train, division, recipe.training.seed, _stream_workers(recipe, machine)
+        )
     if lengths is not None and len(lengths) < machine.world_size:
         message = f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
         raise DataError(Problem(message, key="data.train"))
     batches = None
     if lengths is not None:
-        grouped = lengths if recipe.training.group_by_length else [1] * len(lengths)
+        grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
         batches = batching.GlobalBatches(grouped, division, recipe.training.seed)
     job = Job(
         task=recipe.task,
@@ -81,19 +91,28 @@ def divided(assignment: Assignment, micro_batch: int) -> Assignment:
     division = replace(job.division, micro_batch=micro_batch)
     batches, train = job.batches, job.train
     if batches is not None:
-        batches = batching.GlobalBatches(batches.lengths.tolist(), division, batches.seed)
+        batches = batching.GlobalBatches(batches.lengths, division, batches.seed)
     if isinstance(train, batching.StreamedBatches):
-        train = batching.StreamedBatches(train.stream, division, train.seed)
+        train = replace(train, division=division)
     return replace(assignment, job=replace(job, division=division, batches=batches, train=train))
 
 
-def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[int] | None]:
+def _stream_workers(recipe: Recipe, machine: Machine) -> int:
+    """Processes of this rank that encode streamed rows while it trains; none on a CPU, which trains with every core."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers if recipe.data.workers > 1 else 0
+    if machine.device == "cpu":
+        return 0
+    return max(1, min(STREAM_WORKERS, hardware.cores() // machine.local_world_size - 1))
+
+
+def _rows(recipe: Recipe, prepared: Prepared) -> tuple[Any, np.ndarray[Any, Any] | None]:
     """The training set as the loader reads it, and the length of each of its rows; None of a stream."""
     if isinstance(prepared.train, data.Stream):
         return None, None
     rows = batching.Rows(prepared.train, recipe.task)
-    lengths: list[int] = list(prepared.train["length"])
+    lengths = batching.lengths_of(prepared.train)
     if not recipe.data.packing:
         return rows, lengths
-    packs = batching.pack(lengths, recipe.data.max_length)
-    return batching.PackedRows(rows, packs), [sum(lengths[row] for row in pack) for pack in packs]
+    packed = packs.pack(lengths, recipe.data.max_length)
+    return batching.PackedRows(rows, packed), packed.sums(lengths)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from hf_finetune import fast, matmul, model, runreport, tuning
+from hf_finetune import fast, matmul, model, runreport, sharding, tuning
 from hf_finetune.adapters import Setting
 from hf_finetune.flops import Flops
 from hf_finetune.job import Job
-from hf_finetune.language import packing
 from hf_finetune.terminal import phase, say
 from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.tuning import Choice
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from hf_finetune.tuning import Choices
 
 
-PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss")
+PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss", "no_mask", "apart")
 """Settings of `speed` that the lock keeps as they came out."""
 
 
@@ -77,9 +76,7 @@ def learner(ready: Ready, findings: Findings, before: Choices | None) -> Learner
 
     set_seed(recipe.training.seed)
     with phase("loading the model"):
-        loaded = model.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
-    if job.packed:
-        packing.check_packing(loaded.model)
+        loaded = sharding.load(recipe, prepared.targets, machine, tokenizer, ready.outline)
     setting = Setting(
         peft_type=recipe.task.peft_type,
         tokenizer=tokenizer,
@@ -153,7 +150,8 @@ def fast_paths(trainer: FinetuneTrainer, found: Learner, before: Choices | None)
 def _as_then(recipe: Recipe, before: Choices | None) -> Recipe:
     """The recipe without the fast paths that were not taken when the run began."""
     then = {} if before is None else before.value("fast_paths") or {}
-    left_out = {name: False for name in PATHS if not then.get(name, True)}
+    # A path that is younger than the run was not taken either.
+    left_out = {name: False for name in PATHS if not then.get(name, not then)}
     return recipe.model_copy(update={"speed": recipe.speed.model_copy(update=left_out)}) if left_out else recipe
 
 

@@ -13,8 +13,11 @@ PEER, PEER_S = "HF_FINETUNE_PEER_TIMEOUT", 600.0
 COLLECTIVE, COLLECTIVE_S = "HF_FINETUNE_COLLECTIVE_TIMEOUT", 600.0
 """After so long a rank gives up a collective that the others do not take part in: what a cut network is noticed by.
 
-It must be longer than the slowest rank is late at any step, and than the first rank hashes and syncs a checkpoint.
+It must be longer than the slowest rank is late at any step.
 """
+WAIT, WAIT_S = "HF_FINETUNE_WAIT_TIMEOUT", 6 * 3600.0
+"""For so long ranks wait for one that prepares data, loads weights, saves, or checks what was saved: work that keeps
+one of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same."""
 
 MEETING = timedelta(minutes=10)
 """How much later than the first one the last node may start, at least."""
@@ -36,6 +39,15 @@ def collective() -> timedelta:
         RecipeError: The variable is no positive number.
     """
     return timedelta(seconds=_seconds(COLLECTIVE, COLLECTIVE_S))
+
+
+def wait() -> timedelta:
+    """The limit of waiting for a rank that does long work on its own.
+
+    Raises:
+        RecipeError: The variable is no positive number.
+    """
+    return timedelta(seconds=_seconds(WAIT, WAIT_S))
 
 
 def _seconds(name: str, default: float) -> float:

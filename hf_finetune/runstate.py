@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,15 @@ class Progress:
     """Evaluations without improvement, where early stopping counts them."""
     skipped: int = 0
     """Steps that were left out because they were not finite."""
+    overflowed: int = 0
+    """Steps that the loss scaler of fp16 left out."""
+    overflows_in_a_row: int = 0
     lines: dict[str, int] = field(default_factory=dict)
     """Lines of each journal at this moment, by file name."""
     throughput: dict[str, float] = field(default_factory=dict)
     """Rows, tokens, slots and seconds of the run so far."""
+    stream: list[int] = field(default_factory=list)
+    """Of streamed rows: how many each lane has used up, and what became of them; see `batching.Streamed`."""
 
     def write(self, folder: Path) -> None:
         """Write `progress.json`."""
@@ -92,7 +98,7 @@ HYPERPARAMETERS = ("weight_decay", "betas", "initial_lr")
 """What the recipe says of each group of weights, and may say anew; the rest is state."""
 
 
-def load_optimizer(optimizer: Any, scheduler: Any, optimizer_state: Any, scheduler_state: Any) -> None:
+def load_optimizer(optimizer: Any, scheduler: Any, load: Callable[[], object]) -> None:
     """Bring the optimiser and the schedule back, with the hyperparameters of the present recipe.
 
     Where these are what they were, the learning rate comes out as the same bits: it is the same product.
@@ -100,13 +106,11 @@ def load_optimizer(optimizer: Any, scheduler: Any, optimizer_state: Any, schedul
     Args:
         optimizer: New, as the recipe wants it.
         scheduler: The same.
-        optimizer_state: Of the checkpoint.
-        scheduler_state: Of the checkpoint.
+        load: Brings back the state of both, with the hyperparameters that were.
     """
     wanted = [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
-    optimizer.load_state_dict(optimizer_state)
-    scheduler.load_state_dict(scheduler_state)
+    load()
     scheduler.base_lrs = rates
     for group, own, rate, shape in zip(optimizer.param_groups, wanted, rates, scheduler.lr_lambdas, strict=True):
         group.update(own)

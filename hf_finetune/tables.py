@@ -10,6 +10,8 @@ from hf_finetune.terminal.message import printable
 
 UNLIMITED = 100_000
 """Characters of a line that goes to no terminal."""
+ROOM = 9
+"""Columns of the terminal that a number takes, with the space beside it."""
 
 
 def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> list[str]:
@@ -24,17 +26,22 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
     from rich.table import Table
     from rich.text import Text
 
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    drawn = io.StringIO()
+    console = Console(width=None if is_terminal else UNLIMITED, color_system=None, file=drawn)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in heads:
-        table.add_column(Text(printable(name)), overflow="fold")
+    # Names in the first column stay whole where the others have room for a number all the same.
+    longest = max((len(printable(row[0])) for rows in sections for row in rows), default=0)
+    has_room = longest + ROOM * (len(heads) - 1) <= console.width
+    for index, name in enumerate(heads):
+        least = longest if index == 0 and has_room else None
+        table.add_column(Text(printable(name)), overflow="fold", min_width=least)
     for number, rows in enumerate(sections):
         if number:
             table.add_section()
         for row in rows:
             table.add_row(*(Text(printable(content)) for content in row))
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    drawn = io.StringIO()
-    Console(width=None if is_terminal else UNLIMITED, color_system=None, file=drawn).print(table)
+    console.print(table)
     return [line.rstrip() for line in drawn.getvalue().splitlines()]
 
 

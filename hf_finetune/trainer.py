@@ -8,7 +8,8 @@ micro-batches elsewhere.)
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_finetune import batching, buckets
+from hf_finetune import batching, buckets, zero
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
 from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
+from hf_finetune.runstate import Progress
 from hf_finetune.tracking.step_times import DATA, FORWARD, StepTimes
 from hf_finetune.tracking.throughput import Tally, Throughput
 
@@ -54,13 +56,16 @@ class FinetuneTrainer(ResumableTrainer):
         self.paths = Paths(job.task, job.targets)
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
+        self._streamed: torch.Tensor | None = None
+        self._is_left_out = False
+        """Whether the step that is being made is left out."""
         super().__init__(
             model=model,
             args=args,
             train_dataset=job.train,
             eval_dataset=job.validation,
             compute_metrics=self._metrics,
-            callbacks=[self.throughput, *callbacks],
+            callbacks=[_AfterStep(self), self.throughput, *callbacks],
         )
         # Read instead of `loss_is_scaled_for_ga` by transformers < 5.20, with the same effect.
         self.model_accepts_loss_kwargs = True
@@ -73,7 +78,16 @@ class FinetuneTrainer(ResumableTrainer):
         if self.job.batches is not None and (done := self.steps_done()):
             # The Trainer skips what was trained on; which batches these are follows from the epoch.
             self.job.batches.set_epoch(done // self._steps_per_epoch())
-        return self.job.loader(pin=self.args.device.type == "cuda")
+        return replace(self.job, train=self._from_its_place(self.job.train)).loader(pin=self.args.device.type == "cuda")
+
+    def _from_its_place(self, train: Any) -> Any:
+        """The training set; a stream from where the run goes on. The Trainer skips what comes before."""
+        keeper, done = self.keeper, self.steps_done()
+        if not isinstance(train, batching.StreamedBatches) or keeper is None or keeper.resume_from is None:
+            return train
+        stream = Progress.read(keeper.resume_from).stream
+        self._streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
+        return replace(train, done=done, used=tuple(stream[: self.job.division.batch_size]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Loader of this rank's part of an encoded split."""
@@ -87,7 +101,7 @@ class FinetuneTrainer(ResumableTrainer):
         collator = self.job.task.collator(self.job.tokenizer)
         rows = batching.Rows(encoded, self.job.task)
         tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
-        return batching.eval_loader(rows, encoded["length"], division, collator, tokens)
+        return batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
 
     # ---- loss ----
 
@@ -101,13 +115,34 @@ class FinetuneTrainer(ResumableTrainer):
         """Items of the global batch: the divisor of the loss. Tokens and rows are counted in the same exchange."""
         if not batch_samples:
             return None
+        for batch in batch_samples:
+            if batching.FAILED in batch:
+                raise batch[batching.FAILED]
         task, targets = self.job.task, self.job.targets
         items = sum(task.items(batch["labels"], targets).to(torch.float64) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
+        streamed = [batch.pop(batching.STREAMED) for batch in batch_samples if batching.STREAMED in batch]
+        if streamed:
+            counts = torch.cat([counts, batching.merged(torch.stack(streamed)).to(torch.float64)])
+        ranks = counts[None]
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None].to(device)).sum(0).cpu()
+            ranks = self.accelerator.gather(ranks.to(device)).cpu()
+        counts = ranks[:, :5].sum(0)
         self.throughput.count(counts[1:].tolist())
+        if streamed:
+            self._count_streamed(ranks[:, 5:])
         return counts[0].to(torch.float32).to(device)
+
+    def _count_streamed(self, ranks: torch.Tensor) -> None:
+        """Note what the ranks used up of the stream for the next step; float64, a row a rank."""
+        before = [] if self._streamed is None else [self._streamed[None]]
+        self._streamed = batching.merged(torch.cat([*before, ranks]))
+        train: Any = self.job.train
+        train.stream.count(batching.report(self._streamed))
+
+    def stream_so_far(self) -> list[int]:
+        """For a checkpoint."""
+        return [] if self._streamed is None else [int(count) for count in self._streamed.tolist()]
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """The forward pass, timed; see `_loss`."""
@@ -152,6 +187,11 @@ class FinetuneTrainer(ResumableTrainer):
     def _settle(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """Before the first step: where a run goes on, gradients are to be added up as they were."""
         self._is_settled = True
+        if self.paths.is_unproven:
+            rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
+            labels = rows.pop("labels")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.paths.prove(model.eval(), rows, labels)
         if self.steps_done():
             model.train()
             rows = self._prepare_inputs(inputs)
@@ -165,25 +205,58 @@ class FinetuneTrainer(ResumableTrainer):
             DivergedError: The loss or the gradient is not finite, or the loss has leapt.
         """
         trainer: Any = super()
-        norm = trainer._get_grad_norm(*arguments, **options)
         loss, self._step_loss = self._step_loss, 0.0
-        # fp16 alone may overflow; its scaler skips such steps.
-        finite = self.args.fp16 or bool(torch.isfinite(torch.as_tensor(norm)) & torch.isfinite(torch.as_tensor(loss)))
+        if self.is_deepspeed_enabled:
+            return self._zero_step(loss)
+        norm = trainer._get_grad_norm(*arguments, **options)
+        finite, fits = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
+        if self.accelerator.scaler is None:
+            finite = fits = finite and fits
         if self.guard is not None and self.keeper is not None:
-            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite))
+            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite), fits=fits)
         return norm
 
-    def _judge(self, loss: Any, norm: Any, *, finite: bool) -> None:
+    def _zero_step(self, loss: torch.Tensor | float) -> float:
+        """Take DeepSpeed's step where loss and gradient are finite; returns the gradient norm.
+
+        Raises:
+            DivergedError: The loss or the gradient is not finite, or the loss has leapt.
+        """
+        is_finite = bool(torch.isfinite(torch.as_tensor(loss)))
+        if self.guard is None or self.keeper is None:
+            return zero.step(self.deepspeed)[1]
+        is_finite = not self.keeper.stop.any_rank(not is_finite)
+        if not is_finite and self.guard.training.on_nonfinite == "stop":
+            self._judge(loss, math.nan, finite=False)
+        # The gradients of a loss that is not finite are not finite either: DeepSpeed drops them and takes no step.
+        is_taken, norm = zero.step(self.deepspeed)
+        self._judge(loss, norm, finite=is_finite and (is_taken or self.args.fp16), fits=is_taken)
+        return norm
+
+    def _judge(self, loss: Any, norm: Any, *, finite: bool, fits: bool = True) -> None:
         """Leave a step out, or end training and say where it was.
+
+        Args:
+            loss: This rank's.
+            norm: Of the gradient.
+            finite: Whether the loss and, without a loss scaler, the gradient are, on every rank. In fp16 only the
+                backward pass is scaled: a loss must be finite there, too.
+            fits: Whether the scaled gradient is finite, which is the same on every rank.
 
         Raises:
             DivergedError: See `Guard`.
         """
-        guard, step = self.guard, self.state.global_step + 1
+        guard, step, scaler = self.guard, self.state.global_step + 1, self.accelerator.scaler
         if guard is None:
             return
         try:
-            if not guard.takes(step, finite=finite):
+            taken = guard.takes(step, finite=finite)
+            if taken:
+                # Asking for the scale waits for the device.
+                scale = float("inf") if fits or scaler is None else scaler.get_scale()
+                taken = guard.fits(step, finite=fits, scale=scale)
+            self._is_left_out = not taken
+            if not taken:
                 self.optimizer.zero_grad(set_to_none=True)  # without a gradient the optimiser takes no step
             elif guard.training.loss_spike is not None:
                 guard.see(step, self._mean_over_ranks(loss))
@@ -193,13 +266,30 @@ class FinetuneTrainer(ResumableTrainer):
             self.log(logs | {"learning_rate": self._get_learning_rate()})
             raise
 
+    def after_step(self) -> None:
+        """Say whether the optimiser took the step, to all who ask `optimizer.step_was_skipped`, as the schedule does.
+
+        accelerate 1.15 only sees that a loss scaler did not call the optimiser; a fused one is called all the same.
+        """
+        self.optimizer._is_overflow = self._is_left_out
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log, with the steps that were not taken so far, if any, and what fp16 multiplies the loss by."""
+        if "loss" in logs and self.guard is not None and self.guard.not_taken:
+            logs["steps_not_taken"] = self.guard.not_taken
+        if "loss" in logs and self.accelerator.scaler is not None:
+            logs["loss_scale"] = self.accelerator.scaler.get_scale()
+        super().log(logs, *arguments, **options)
+
     def _mean_over_ranks(self, loss: Any) -> float:
         """The loss of the global batch: each rank holds its share times the number of ranks."""
         share = torch.as_tensor(loss, device=self.args.device).reshape(1)
         return float(self.accelerator.gather(share).mean())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save whenever the model is the best so far, whatever `checkpoints.every` says.
+        """Save whenever the model is the best so far, whatever `checkpoints.every` says, and where training ends.
+
+        Returns whether to save: the Trainer sets `should_save` to it where nothing else is saved by steps.
 
         Raises:
             DataError: The metric is undefined on this validation split.
@@ -209,8 +299,9 @@ class FinetuneTrainer(ResumableTrainer):
             message = f"{name} is undefined on this validation split; choose another metric, or more varied rows"
             raise DataError(Problem(message, key="training.best_metric"))
         is_best: bool = super()._determine_best_metric(metrics, trial)
-        self.control.should_save = self.control.should_save or is_best
-        return is_best
+        ends = self.control.should_training_stop and self.keeper is not None and self.keeper.keeps_last
+        self.control.should_save = self.control.should_save or is_best or ends
+        return self.control.should_save
 
     def _steps_per_epoch(self) -> int:
         batches = self.job.batches
@@ -231,7 +322,12 @@ class FinetuneTrainer(ResumableTrainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             options = {**options, "weight_decay": self.args.weight_decay}
             self.optimizer = self.job.adapter.optimizer(trained, cls, options)
-        return super().create_optimizer(model)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        filled = [group for group in made.param_groups if group["params"]]
+        if self.is_sharded and len(filled) < len(made.param_groups) - 1:
+            # torch's sharded checkpoints (2.13) give back the state of an optimiser with one empty group at most.
+            made.param_groups[:] = filled
+        return made
 
     # ---- evaluation ----
 
@@ -308,3 +404,14 @@ class FinetuneTrainer(ResumableTrainer):
             )
         self.stop_evaluation_if_asked()
         return questions.score(answers)
+
+
+class _AfterStep(TrainerCallback):
+    """Hears of a step before everyone else who wants to know whether it was taken."""
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimiser is done."""
+        self.trainer.after_step()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -22,11 +22,14 @@ from hf_finetune import (
     learning,
     memory,
     model,
+    patience,
     quiet,
     runreport,
     session,
+    sharding,
     targetsfile,
     terminal,
+    zero,
 )
 from hf_finetune.card import page
 from hf_finetune.divergence import Guard
@@ -94,13 +97,14 @@ def finetune(
                 push.once_more(folder, recipe)
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
-        with session.status(folder, machine) as status:
-            ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
-            notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
-            # Not before: what is found until here, every rank finds and says by itself.
+        with session.status(folder, machine, start) as status:
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
+                ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
+                if start.kind == "extend":
+                    session.extend(folder, ready, status)
+                notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
                 ready = fitting.fit(ready, before, findings)
                 outcome = _Run(ready, findings, folder, status, stop, watch, before, repeat).complete(notes)
             push.after_training(outcome)
@@ -133,6 +137,9 @@ class _Run:
         observers = Observers(recipe, folder, self.status, machine)
         try:
             return self._complete(learner, keeper, observers)
+        except Stopped:
+            observers.close(is_stopped=True)
+            raise
         finally:
             observers.close()
 
@@ -153,7 +160,12 @@ class _Run:
                 lock = making.lock(self.ready, learner.machine, choices)
                 making.write(lock, folder.run_lock, goes_on=keeper.resume_from is not None)
                 observers.locked()
+            # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
+            keeper.store.ranks.barrier()
+            hardware.limit_collectives(patience.collective())
             seconds, scores = _train(trainer, learner, self.stop)
+            hardware.limit_collectives(patience.wait())
+            self.watch.progress(trainer.state.global_step, "saving the adapter", is_long=True)
             with phase("saving the adapter"):
                 difference = _save(trainer, learner, folder)
         outcome = Outcome(
@@ -170,6 +182,7 @@ class _Run:
             peak_memory=memory.peak(machine.device),
             reload_difference=difference,
             probe_seconds=learner.seconds + trainer.paths.seconds,
+            not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
         )
         summary = runreport.summary_entry(outcome)
         observers.conclude(summary)
@@ -186,11 +199,15 @@ class _Run:
 def _trainer(learner: Learner, observers: Observers, folder: RunFolder) -> FinetuneTrainer:
     """The Trainer with everyone who watches it."""
     recipe, job = learner.recipe, learner.job
+    if learner.machine.zero_stage:
+        zero.read_no_code()
     options = arguments.training_arguments(
         recipe, learner.machine, job.division, learner.run_length, folder.checkpoints
     )
     callbacks = [*recipe.adapter.callbacks(), *observers.callbacks(learner.prepared, learner.tokenizer)]
-    return FinetuneTrainer(learner.adapted, options, job, callbacks)
+    trainer = FinetuneTrainer(learner.adapted, options, job, callbacks)
+    sharding.suit(trainer.accelerator, learner.adapted, learner.machine)
+    return trainer
 
 
 def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tuple[float, dict[str, dict[str, float]]]:
@@ -198,6 +215,7 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
 
     Raises:
         Stopped: The ranks agreed to.
+        DivergedError: The optimiser took no step at all.
     """
     # Ranks see different rows, so they should drop different units too.
     set_seed(learner.recipe.training.seed + learner.machine.rank)
@@ -206,6 +224,9 @@ def _train(trainer: FinetuneTrainer, learner: Learner, stop: StopRequest) -> tup
         trainer.train_on()
         seconds = time.perf_counter() - started
         if not trainer.stopped:
+            if trainer.guard is not None:
+                trainer.guard.conclude(trainer.state.global_step)
+            learner.recipe.adapter.finish(trainer.bare_model)
             scores = evaluation.final(trainer, learner.prepared)
     if trainer.stopped:
         raise Stopped(trainer.stopped)
@@ -238,33 +259,53 @@ def _out_of_memory(trainer: FinetuneTrainer, learner: Learner) -> Iterator[None]
         raise OutOfMemoryError(Problem(message)) from error
 
 
-def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float:
-    """Write `adapter/`, load it back from disk, and return how far its logits are from those in memory."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if learner.machine.is_sharded else None
-    if not learner.machine.is_main:
-        return 0.0
-    trained = trainer.accelerator.unwrap_model(trainer.model) if state is None else _whole(learner, state)
+def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> float | None:
+    """Write `adapter/`, then read it back and compare it with the model in memory; see `Outcome.reload_difference`.
+
+    Weights that are divided among ranks are gathered before, by all of them; what follows is the first rank's alone.
+    """
+    recipe, machine = learner.recipe, learner.machine
+    trained = trainer.bare_model
+    state = _gathered(trainer, trained) if machine.is_sharded or machine.zero_stage else None
+    if not machine.is_main:
+        return None
     targetsfile.write(folder.targets, learner.prepared.targets)
-    export.save(trained, learner.recipe, learner.prepared.targets, learner.tokenizer, folder.adapter)
+    export.save(trained, recipe, learner.prepared.targets, learner.tokenizer, folder.adapter, state=state)
+    if not machine.reloads(recipe):
+        export.compare(trained, recipe, folder.adapter, state)
+        return None
     batch = learner.job.probe(next(trained.parameters()).device)
     memory.give_back()  # a second model follows, and what training left free would lie beside it
-    return export.verify(trained, learner.recipe, learner.machine, batch, folder.adapter)
+    try:
+        return export.verify(trained, recipe, machine, batch, folder.adapter)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    say("note: a second model does not fit in memory: the saved weights are compared bit by bit, not by their logits")
+    export.compare(trained, recipe, folder.adapter)
+    return None
 
 
-def _whole(learner: Learner, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The trained model in one piece on the CPU, from the gathered weights of a sharded one.
+def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained weights in one piece, on the CPU of the first rank; every rank takes part.
 
     Raises:
-        ModelError: A trained weight was not gathered.
+        ModelError: One was not given back.
     """
-    set_seed(learner.recipe.training.seed)
-    loaded = model.load(learner.recipe, learner.prepared.targets, learner.machine, learner.tokenizer)
-    whole = model.build(learner.recipe, loaded, learner.setting)
-    missing = {name for name, parameter in whole.named_parameters() if parameter.requires_grad} - state.keys()
-    if missing:
+    if trainer.is_deepspeed_enabled:
+        return zero.trained(trained, keeps=trainer.args.process_index == 0)
+    wanted = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    state: Any
+    if trainer.accelerator.is_fsdp2:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(trainer.model_wrapped, options=options)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.process_index == 0 and (missing := wanted - state.keys()):
         raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
-    whole.load_state_dict(state, strict=False)
-    return whole
+    return dict(state)
 
 
 def _keep_silent(text: str) -> None:

@@ -57,7 +57,10 @@ def test_training_changes_head_and_adapter_and_the_file_loads_on_the_plain_base(
     assert changed <= trained
     assert any("classifier" in key for key in changed)
     assert len(changed) > 2
+    after = {key: value.clone() for key, value in adapted.state_dict().items()}
     made.adapter.save(adapted, str(tmp_path / "out"))
+    assert all(torch.equal(value, after[key]) for key, value in adapted.state_dict().items()), "it may be training"
+    made.adapter.finish(adapted)
     restored = made.adapter.load(plain_base(made), str(tmp_path / "out"))
     torch.testing.assert_close(logits(restored, made), logits(adapted, made), atol=1e-4, rtol=0)
 
@@ -318,6 +321,25 @@ def test_adalora_prunes_to_its_budget_and_asks_for_orthogonality(tiny_bert: str)
     train(adapted, made, steps=10)
     pattern = adapted.peft_config["default"].rank_pattern
     assert sum(sum(kept) for kept in pattern.values()) == 2 * len(pattern)
+
+
+def test_a_pruned_rank_that_drifted_is_neither_saved_nor_brought_back_by_saving(tiny_bert: str, tmp_path: Path) -> None:
+    made = recipe(tiny_bert, ADAPTERS["adalora"])
+    adapted = build(made, steps=10)
+    train(adapted, made, steps=6)
+    singular = {name: value for name, value in adapted.named_parameters() if "lora_E" in name}
+    pattern = adapted.peft_config["default"].rank_pattern
+    assert any(not all(kept) for kept in pattern.values())
+    with torch.no_grad():
+        for value in singular.values():
+            value.add_(0.5)  # as the momentum of the optimiser does
+    drifted = logits(adapted, made)
+    made.adapter.save(adapted, str(tmp_path / "out"))
+    assert torch.equal(logits(adapted, made), drifted)
+    made.adapter.finish(adapted)
+    restored = made.adapter.load(plain_base(made), str(tmp_path / "out"))
+    assert not torch.allclose(logits(adapted, made), drifted, atol=1e-3)
+    torch.testing.assert_close(logits(restored, made), logits(adapted, made), atol=1e-4, rtol=0)
 
 
 def test_adalora_matches_pefts_own_penalty(tiny_bert: str) -> None:

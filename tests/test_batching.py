@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.batching import Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+from hf_finetune.batching import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
+from hf_finetune.data.lanes import Lanes, Raw
+from hf_finetune.data.splitreport import SplitReport
+from hf_finetune.errors import DataError, Problem
+from hf_finetune.packs import pack
 
 
 class Echo:
@@ -110,16 +115,102 @@ def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones(world_s
     assert all(label == -100 for row, label in pairs if row < 0)
 
 
-def test_streamed_batches_are_divided_like_loaded_ones() -> None:
-    class Numbers:
-        def rows(self, seed: int) -> Any:
-            return ({"input_ids": [number], "labels": number} for number in itertools.count())
+class Numbers:
+    """An endless stream whose rows are their numbers; every third one is dropped."""
 
-    taken = []
-    for rank in range(2):
-        stream = StreamedBatches(Numbers(), Division(5, 2, rank, 2), seed=0)
-        taken.append([[row["labels"] for row in batch] for batch in itertools.islice(iter(stream), 4)])
-    assert sorted(row for batches in taken for batch in batches for row in batch) == list(range(10))
+    def __init__(self) -> None:
+        self.encoded: list[int] = []
+
+    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+        def encode(rows: list[dict[str, Any]]) -> list[Any]:
+            self.encoded += [row["number"] for row in rows]
+            return [
+                (None if row["number"] % 3 == 2 else {"input_ids": [7], "labels": row["number"]}, SplitReport(rows=1))
+                for row in rows
+            ]
+
+        raw = (Raw({"number": number}, 0) for number in itertools.count())
+        return Lanes(raw, encode, lambda report: DataError("nothing left"), own, used)
+
+    def filler(self, seed: int) -> Any:
+        return {"input_ids": [7], "labels": -100}
+
+    def count(self, report: SplitReport) -> None:
+        pass
+
+
+def streamed(
+    division: Division, steps: int, done: int = 0, used: tuple[int, ...] = ()
+) -> tuple[list[list[list[int]]], list[int], list[int]]:
+    """Labels of each micro-batch of each step of a rank, what its lanes used up, and the rows that it encoded."""
+    numbers = Numbers()
+    found = iter(StreamedBatches(numbers, division, 0, done=done, used=used))
+    assert [next(found) for _ in range(done * division.accumulation)] == [None] * (done * division.accumulation)
+    batches, counts = [], [0] * division.batch_size
+    for _ in range(steps):
+        step: list[Any] = [next(found) for _ in range(division.accumulation)]
+        batches.append([[row["labels"] for row in batch.rows] for batch in step])
+        used_now = [batch.counts.tolist()[: division.batch_size] for batch in step]
+        counts = [sum(lane) for lane in zip(counts, *used_now, strict=True)]
+    return batches, counts, numbers.encoded
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world_size"), [(12, 1, 8), (5, 1, 4), (4, 1, 3), (10, 2, 4), (33, 4, 8), (5, 2, 2)]
+)
+def test_a_stream_gives_every_row_to_one_rank_however_it_is_divided(
+    batch_size: int, micro_batch: int, world_size: int
+) -> None:
+    alone, _, _ = streamed(Division(batch_size, batch_size), 4)
+    ranks = [streamed(Division(batch_size, micro_batch, rank, world_size), 4) for rank in range(world_size)]
+    for step, (whole,) in enumerate(alone):
+        parts = [label for batches, _, _ in ranks for batch in batches[step] for label in batch]
+        assert sorted(label for label in parts if label >= 0) == sorted(whole)
+        assert len(whole) == batch_size
+        assert {len(batches[step]) for batches, _, _ in ranks} == {
+            Division(batch_size, micro_batch, 0, world_size).accumulation
+        }
+    encoded = [number for _, _, numbers in ranks for number in numbers]
+    assert len(set(encoded)) == len(encoded), "a rank encodes only its own rows"
+
+
+def test_a_stream_goes_on_with_other_ranks_and_encodes_nothing_twice() -> None:
+    whole, _, _ = streamed(Division(6, 6), 9)
+    first = [streamed(Division(6, 2, rank, 3), 5) for rank in range(3)]
+    used = tuple(sum(lane) for lane in zip(*(counts for _, counts, _ in first), strict=True))
+    rest = [streamed(Division(6, 1, rank, 2), 4, done=5, used=used) for rank in range(2)]
+    for step in range(4):
+        parts = [label for batches, _, _ in rest for batch in batches[step] for label in batch]
+        assert sorted(parts) == sorted(whole[5 + step][0])
+    encoded = [number for _, _, numbers in (*first, *rest) for number in numbers]
+    assert len(set(encoded)) == len(encoded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_of_a_stream_is_the_same_error_from_another_process(workers: int) -> None:
+    class Broken(Numbers):
+        def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+            def encode(rows: list[dict[str, Any]]) -> list[Any]:
+                if any(row["number"] == 9 for row in rows):
+                    raise DataError([Problem("row 9 is bad", file="a.csv", line=9), Problem("and again")])
+                return [({"input_ids": [7], "labels": row["number"]}, SplitReport(rows=1)) for row in rows]
+
+            raw = (Raw({"number": number}, 0) for number in itertools.count())
+            return Lanes(raw, encode, lambda report: DataError("nothing left"), own, used)
+
+    batches = StreamedBatches(Broken(), Division(4, 1), 0, asked_workers=workers)
+    assert batches.workers == workers
+    seen = []
+
+    def train() -> None:
+        for batch in train_loader(batches, None, stack, pin=False):
+            if FAILED in batch:
+                raise batch[FAILED]
+            seen.append(int(batch["labels"]))
+
+    with pytest.raises(DataError, match=r"a.csv:9: row 9 is bad\nand again"):
+        train()
+    assert len(seen) == len(set(seen)) >= 8
 
 
 @given(st.lists(st.integers(1, 50), max_size=200))

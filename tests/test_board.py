@@ -76,11 +76,12 @@ def test_pr_curves_are_those_of_scikit_learn(classifier: Path) -> None:
         drawn = events_of(classifier).Tensors(f"eval_precision_recall/{name}")[-1]
         assert drawn.step == record.step
         curve = np.array(drawn.tensor_proto.float_val).reshape(6, -1)
+        assert (curve[5, -1], curve[4, -1]) == (0.0, 1.0), "no row is that sure: nothing is found, and nothing wrong"
         hits = rows[:, -1] == index
         thresholds = np.arange(curve.shape[1]) / (curve.shape[1] - 1)
         for threshold, precision, recall in zip(thresholds[:-1:9], curve[4, :-1:9], curve[5, :-1:9], strict=True):
             chosen = probabilities[:, index] >= threshold
-            assert precision == pytest.approx(sk.precision_score(hits, chosen, zero_division=0), abs=1e-6)
+            assert precision == pytest.approx(sk.precision_score(hits, chosen, zero_division=1), abs=1e-6)
             assert recall == pytest.approx(sk.recall_score(hits, chosen), abs=1e-6)
 
 
@@ -257,13 +258,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         command.run(str(tmp_path / "none"), rebuild=False)
 
 
-def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(classifier: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_stopped", "expected"), [(False, 2), (True, 0)], ids=["failure", "unknown"])
+def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(
+    is_stopped: bool, expected: int, classifier: Path, tmp_path: Path
+) -> None:
     shutil.copytree(classifier, tmp_path / "run")
     folder = RunFolder(str(tmp_path / "run"))
     lines = [line for line in read(folder.metrics) if line["step"] <= 5]
     observers = Observers(Recipe.load(str(folder.recipe)), folder, Status(folder.status), machine())
     observers.keep({"metrics.jsonl": len(lines)}, 5)
-    observers.close()
+    observers.close(is_stopped=is_stopped)
     drawn = events_of(folder.path)
     assert [event.step for event in drawn.Scalars("train/loss")] == [1, 2, 3, 4, 5]
     assert {image.step for image in drawn.Images("eval/confusion_matrix")} == {5}
@@ -271,7 +275,7 @@ def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(classifier: Pa
     assert not (folder.tensorboard / "projector_config.pbtxt").exists()
     assert len(list(folder.tensorboard.glob("*tfevents*"))) == 1
     end = metadata.parse_session_end_info_plugin_data(drawn.PluginTagToContent("hparams")["_hparams_/session_end_info"])
-    assert end.status == 2  # failure: it was closed before its end
+    assert end.status == expected  # closed before its end: a failure, unless it was stopped and can be resumed
 
 
 def test_events_in_an_object_store_hide_those_of_an_earlier_process(tmp_path: Path) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 from hf_finetune import charts
-from hf_finetune.charts import paper
+from hf_finetune.charts import glyphs, paper
 from hf_finetune.classification.calibration import calibration, ece
 from hf_finetune.records import Record
 
@@ -256,3 +260,56 @@ def test_the_settings_of_whoever_draws_besides_stay_as_they_were() -> None:
     before = dict(matplotlib.rcParams)
     charts.png(DRAWN["curves"]())
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.fixture
+def machine_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The fonts that this machine is to have besides DejaVu; none at first."""
+    only = [entry for entry in font_manager.fontManager.ttflist if "DejaVu" in entry.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(glyphs, "_lacking", set())
+    glyphs._fonts.cache_clear()
+    yield only
+    glyphs._fonts.cache_clear()
+
+
+def a_font(file: Path, character: str) -> str:
+    """A font in which one character is a square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in ((100, 700), (800, 700), (800, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (500, 0), "square": (900, 100)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Square", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+    return str(file)
+
+
+def test_labels_in_another_script_take_a_font_that_has_it(
+    machine_fonts: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, labels = rows(40, 2), ["\u65e5\u65e5", "b"]
+    boxes = charts.png(charts.confusion(made, labels))
+    charts.png(charts.precision_recall(made, labels))
+    told = capsys.readouterr().err
+    assert told.count("no font here has '\u65e5'") == 1, "one warning for all pictures"
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [a_font(tmp_path / "square.ttf", "\u65e5")])
+    glyphs._fonts.cache_clear()
+    glyphs._lacking.clear()
+    assert charts.png(charts.confusion(made, labels)) != boxes
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_that_the_own_font_has_need_no_other(machine_fonts: list[Any]) -> None:
+    figure = charts.confusion(rows(40, 2), ["\u0436\u00fc", "b"])
+    assert glyphs.complete(figure) == set()
+    assert {tuple(text.get_fontfamily()) for text in axes_of(figure)[0].get_yticklabels()} == {("DejaVu Sans",)}

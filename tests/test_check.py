@@ -79,12 +79,19 @@ def test_the_plan_says_what_the_run_then_does(recipe: Path, check: Callable[...,
     from hf_finetune.recipe import Recipe
     from hf_finetune.training import finetune
 
-    plan = json.loads(check(recipe, "--format", "json")[1])["plan"]
+    said = json.loads(check(recipe, "--format", "json")[1])
+    plan, numbers = said["plan"], said["numbers"]
     outcome = finetune(Recipe.load(str(recipe)))
     assert outcome is not None
     trained, total = outcome.parameters
     assert f"{total:,} parameters, {trained:,} trained" in plan["model"]
     assert plan["steps"].startswith(f"{outcome.steps} steps")
+    assert (numbers["parameters"], numbers["trained_parameters"]) == (total, trained)
+    train, counted = outcome.prepared.reports["train"], numbers["splits"]["train"]
+    assert (numbers["total_steps"], counted["kept_rows"]) == (outcome.steps, train.kept)
+    assert (counted["all_tokens"], counted["longest_tokens"]) == (train.tokens, train.longest)
+    assert sum(numbers["memory_parts_bytes"].values()) == numbers["memory_bytes"] > 1_000_000
+    assert numbers["disk_free_bytes"] > numbers["disk_bytes"] > 0
     assert float(plan["padding"].rstrip("%")) / 100 == pytest.approx(outcome.rates["padding_share"], abs=0.03)
 
 

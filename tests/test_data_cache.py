@@ -14,7 +14,7 @@ import pytest
 from test_data import CLASSES, LONG, MACHINE, TEXTS, mixed, recipe, write, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data, targetsfile
+from hf_finetune import data, patience, targetsfile
 from hf_finetune.data import cache
 from hf_finetune.errors import DataError, PeerError, StorageError
 from hf_finetune.hardware import Machine
@@ -228,7 +228,7 @@ def test_a_bug_of_the_first_rank_is_told_to_the_others_once(tmp_path: Path) -> N
 
 
 def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "WAIT_LIMIT_S", 0.2)
+    monkeypatch.setenv(patience.WAIT, "0.2")
     monkeypatch.setattr(cache, "POLL_S", 0.05)
     started = time.monotonic()
     with pytest.raises(PeerError, match="has not prepared the data within"):
@@ -237,7 +237,7 @@ def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failure_of_an_earlier_process_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "WAIT_LIMIT_S", 0.2)
+    monkeypatch.setenv(patience.WAIT, "0.2")
     monkeypatch.setattr(cache, "POLL_S", 0.05)
     entry = cache.Entry(tmp_path, "key")
 

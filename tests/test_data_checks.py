@@ -100,6 +100,44 @@ def test_one_class_alone_is_a_check_where_more_are_declared(judge: Any) -> None:
     assert judge(declared, train="train.jsonl", checks={"single_class": "off"}).errors == []
 
 
+@pytest.mark.parametrize(
+    ("other", "shown", "differing"),
+    [
+        ("Good", "'Good'", "case"),
+        ("good ", "'good '", "spaces"),
+        ("good\u00a0", "'good\\xa0'", "spaces"),
+        ("go\u200bod", "'go\\u200bod'", "invisible characters"),
+        ("g\uff4fod", "'g\\uff4fod'", "Unicode form"),
+        (" GOOD", "' GOOD'", "spaces and case"),
+    ],
+)
+def test_labels_that_look_the_same(judge: Any, other: str, shown: str, differing: str) -> None:
+    lines = [*rows(8), {"text": "a warm film", "label": other}, {"text": "a cold film", "label": other}]
+    write_json("train.jsonl", lines)
+    (problem,) = judge(train="train.jsonl", checks={"unknown_tokens": "off"}).warnings
+    assert f"train labels differ only by {differing}: 'good' (4), {shown} (2, row 9)" in problem.message
+    assert (problem.file, problem.key) == ("train.jsonl", "data.train")
+
+
+def test_numbers_and_lists_of_labels_that_look_the_same(judge: Any) -> None:
+    off = {"unknown_tokens": "off", "duplicates": "off"}
+    write_json("train.jsonl", [{**row, "label": "1" if row["label"] == "good" else "01"} for row in rows(8)])
+    (problem,) = judge(train="train.jsonl", checks=off).warnings
+    assert "'01' (4), '1' (4, row " in problem.message or "'1' (4), '01' (4, row " in problem.message
+    write_json("train.jsonl", [{**row, "label": [row["label"], "Bad"]} for row in rows(8)])
+    many = {**CLASSES, "problem": "multi_label"}
+    (problem,) = judge(many, train="train.jsonl", checks=off).warnings
+    assert "differ only by case: 'Bad' (8), 'bad' (4, row " in problem.message
+    assert judge(many, train="train.jsonl", checks={**off, "similar_labels": "off"}) == Verdict()
+
+
+def test_a_label_of_validation_that_looks_like_a_known_one(judge: Any) -> None:
+    write_json("train.jsonl", rows(8))
+    write_json("dev.jsonl", [{"text": "a warm film", "label": "good "}])
+    with pytest.raises(DataError, match="holds 'good ', which differs from the known label 'good' by spaces"):
+        judge(train="train.jsonl", validation="dev.jsonl")
+
+
 @pytest.mark.parametrize(("limit", "struck"), [(0.4, True), (0.5, False)])
 def test_leakage_above_its_limit(judge: Any, limit: float, struck: bool) -> None:
     write_json("train.jsonl", rows(8))

@@ -15,7 +15,9 @@ import pytest
 
 Steps = dict[str, list[tuple[float, float]]]
 
-TASKS = ("single_label", "multi_label", "regression", "causal_lm", "weighted", "eva")
+TASKS = ("single_label", "multi_label", "regression", "causal_lm", "weighted", "eva", "streamed", "uneven")
+STREAMED = {"streamed": 16, "uneven": 5}
+"""Rows of a global batch of the streams; of 5 in micro-batches of 1, two processes get 3 and 2."""
 WORLDS = {"one process": 1, "two processes": 2}
 
 
@@ -46,24 +48,29 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: s
         "multi_label": classify | {"label": ["one", "two"], "problem": "multi_label"},
         "regression": classify | {"label": "score", "problem": "regression"},
         "causal_lm": {"kind": "causal_lm", "prompt": "question", "completion": "answer"},
+        "streamed": {"kind": "causal_lm", "prompt": "question", "completion": "answer"},
+        "uneven": {"kind": "causal_lm", "prompt": "question", "completion": "answer"},
     }
 
     def make(world: str) -> dict[str, Any]:
         found = {}
         for name, task in tasks.items():
             for accumulation in (1, 4):
-                micro_batch = 16 // WORLDS[world] // accumulation
+                batch_size = STREAMED.get(name, 16)
+                micro_batch = max(1, batch_size // WORLDS[world] // accumulation)
                 init = "eva" if name == "eva" else "default"
                 lora = {"kind": "lora", "r": 4, "alpha": 8, "target_modules": "all-linear", "init": init}
                 key = f"{name}, accumulation {accumulation}"
                 found[key] = {
                     "task": task,
-                    "model": {"name": tiny_llama if name == "causal_lm" else tiny_bert, "dropout": 0.0},
-                    "data": {"train": str(data), "max_length": 64},
+                    "model": {"name": tiny_llama if task["kind"] == "causal_lm" else tiny_bert, "dropout": 0.0},
+                    "data": {"train": str(data), "max_length": 64}
+                    # Some rows are too long, and another one takes their place.
+                    | ({"streaming": True, "max_length": 24, "overlong": "drop"} if name in STREAMED else {}),
                     "adapter": lora | {"dropout": 0.0},
                     "training": {
                         "steps": 2,
-                        "batch_size": 16,
+                        "batch_size": batch_size,
                         "micro_batch": micro_batch,
                         "learning_rate": 1e-3,
                         "precision": "fp32",

@@ -13,7 +13,7 @@ import yaml
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 
 from hf_finetune import export, model
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Setting
 from hf_finetune.errors import ModelError, StorageError
 from hf_finetune.tasks import Targets
 
@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path,
     made, adapted = saved(tiny_bert, tmp_path / "a")
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
 
-    def no_space(self: Adapter, adapted: Any, folder: str) -> None:
+    def no_space(*unused: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(made.adapter), "save", no_space)
@@ -184,3 +184,29 @@ def test_verify_never_holds_two_models_on_the_device(tiny_bert: str, tmp_path: P
     export.verify(adapted, made, replace(machine(), device="cuda"), inputs, tmp_path / "a")
     assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
     assert torch.cuda.max_memory_allocated() < 1.5 * before
+
+
+def test_what_is_read_back_must_have_the_same_names_shapes_and_bits(tiny_bert: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    made, adapted = saved(tiny_bert, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    export.compare(adapted, made, tmp_path / "a")
+    right = load_file(file)
+    name = min(right)
+    values = right[name].flatten()
+    near = torch.nextafter(values[:1], values[:1] + 1)
+    wrong = [
+        right | {name: torch.cat([near, values[1:]]).view_as(right[name])},
+        right | {name: right[name].to(torch.bfloat16)},
+        right | {"one.more": torch.ones(1)},
+        {key: value for key, value in right.items() if key != name},
+        {},
+    ]
+    for tensors in wrong:
+        save_file(tensors, file)
+        with pytest.raises(ModelError, match="does not hold the trained model"):
+            export.compare(adapted, made, tmp_path / "a")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="can't be read back"):
+        export.compare(adapted, made, tmp_path / "a")

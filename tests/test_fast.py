@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import models
@@ -326,7 +328,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
         model, paths = llama(), fast.Paths(made.task, models.TWO)
         if quick:
             paths.install(model, made, models.machine())
-            assert set(paths.taken) == {"fused_lora", "fused_norm", "fused_mlp", "plain_attention", "fused_loss"}
+            assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout", "apart"}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(50):
@@ -340,7 +342,142 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
     assert found[1] == pytest.approx(found[0], rel=5e-3)
 
 
-SWITCHES = ("fused_lora", "fused_loss", "fused_norm", "fused_mlp", "plain_attention", "cheap_dropout")
+def padded() -> dict[str, torch.Tensor]:
+    """The batch of `tokens` with its labels."""
+    inputs, labels = tokens()
+    return {**inputs, "labels": labels}
+
+
+def test_a_language_model_gets_no_mask_where_it_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    masks: list[bool] = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        masks.append(arguments[4] is not None)
+        return sdpa(*arguments, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    (inputs, labels), found = tokens(), []
+    for quick in (False, True):
+        model = llama()
+        model.get_base_model().set_attn_implementation("sdpa")
+        paths = fast.Paths(made.task, models.TWO)
+        if quick:
+            paths = fast.take(model, made, models.machine(), models.TWO, padded())
+            assert "no_mask" in paths.taken
+        masks.clear()
+        loss = paths.loss_sum(model, inputs, labels)
+        assert masks == [not quick] * 2
+        found.append({**gradients(model, loss), "loss": loss.detach()[None]})
+    assert distance(*found) < 1e-5
+
+
+def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    model = llama()
+    model.get_base_model().set_attn_implementation("sdpa")
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # without a mask, sdpa sees every token
+    paths = fast.take(model, made, models.machine(), models.TWO, padded())
+    assert set(paths.taken) == {"none"}
+    assert not paths.leaves_mask_out
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([83, 75, 2], [160]), ([160], [160])]
+)
+def test_packed_documents_attend_apart(
+    name: str, lengths: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    made = made.model_copy(update={"data": made.data.model_copy(update={"packing": True})})
+    ids = torch.randint(0, 300, (2, 160), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    inputs, labels = {"input_ids": ids, "position_ids": positions}, ids.clone()
+    labels[positions == 0] = -100
+    found, sizes = [], []
+    plain = nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append((query.shape[2], options["attn_mask"] is not None))
+        return plain(query, *arguments, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    for quick in (False, True):
+        model = llama()
+        model.get_base_model().set_attn_implementation(name)
+        model.config.use_cache = False
+        paths = fast.Paths(made.task, models.TWO)
+        if quick:
+            paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
+            assert "apart" in paths.taken
+        sizes.clear()
+        loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone()}, labels)
+        found.append({**gradients(model, loss), "loss": loss.detach()[None]})
+    assert distance(*found) < 1e-4
+    if name == "sdpa" and lengths[0] == [70, 90]:
+        assert sizes == [(size, False) for size in (70, 90, 100, 30, 30)] * 2
+    if name == "sdpa" and lengths[0] == [9, 3, 148]:
+        assert sizes == [(160, True)] * 2, "short ones in one call"
+    paths.remove()
+    assert model.get_base_model().config._attn_implementation == name
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_fused_loss_of_weights_that_fsdp_shards(
+    capped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
+    inputs, labels = tokens()
+    torch.manual_seed(0)
+    cap: dict[str, Any] = {"head_dim": 16, "final_logit_softcapping": 2.0}
+    base: Any = Gemma2ForCausalLM(Gemma2Config(**LLM, **cap)) if capped else LlamaForCausalLM(LlamaConfig(**LLM))
+    model = adapted(base, task_type="CAUSAL_LM")
+    plain = fast.Paths(made.task, models.TWO).loss_sum(model, inputs, labels)
+    expected = gradients(model, plain)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        paths = fast.take(model, made, replace(models.machine(), is_sharded=True), models.TWO, padded())
+        assert {"fused_loss", "no_mask"} == set(paths.taken)
+        policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)  # as accelerate has it in bf16
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=True, mp_policy=policy)
+        assert paths.makes_all_logits, "not before it is proven"
+        with torch.no_grad():
+            paths.prove(model, inputs, labels)
+        assert set(paths.taken) == ({"none"} if capped else {"fused_loss", "no_mask"})
+        if not capped:
+            loss = paths.loss_sum(model, inputs, labels)
+            assert loss.item() == pytest.approx(plain.item(), rel=1e-5), "not rounded to bf16"
+            found = {name: tensor.full_tensor() for name, tensor in gradients(model, loss).items()}  # type: ignore[attr-defined]
+            assert distance(found, expected) < 1e-5
+            with torch.no_grad():
+                rows = paths.eval_rows(model, inputs, labels)
+            assert rows[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-4)
+    finally:
+        distributed.destroy_process_group()
+
+
+SWITCHES = (
+    "fused_lora",
+    "fused_loss",
+    "fused_norm",
+    "fused_mlp",
+    "plain_attention",
+    "cheap_dropout",
+    "no_mask",
+    "apart",
+)
 OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from models import recipe
 
-from hf_finetune import hardware
+from hf_finetune import determinism, hardware
+from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import RecipeError
+from hf_finetune.hardware import Machine
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -63,13 +65,67 @@ def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"ACCELERATE_USE_FSDP": "true"}, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}],
+    ("environment", "says"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP needs a launcher"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeed needs GPUs"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed needs GPUs"),
+    ],
 )
-def test_sharding_without_gpus_is_refused(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
+def test_dividing_where_it_would_not_happen_is_refused(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RecipeError, match="need GPUs"):
+    with pytest.raises(RecipeError, match=says):
         run()
+
+
+def test_adafactor_is_refused_with_fsdp(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Run]) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"training\.optimizer: adafactor does not update sharded weights"):
+        run("training.optimizer=adafactor")
+
+
+def test_a_model_lies_on_its_device_before_anything_is_computed_with_it(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[torch.device] = []
+    plain = Lora.apply
+
+    def note(adapter: Lora, model: Any, setting: Any) -> Any:
+        places.append(model.device)
+        return plain(adapter, model, setting)
+
+    monkeypatch.setattr(Lora, "apply", note)
+    # The meta device stands for a GPU: nothing there has a value, so the run fails as soon as it computes one.
+    monkeypatch.setattr(Machine, "place", torch.device("meta"))
+    with pytest.raises(Exception, match="meta"):
+        run("training.steps=1")
+    assert places == [torch.device("meta")]
+
+
+def test_attention_takes_deterministic_kernels_and_nothing_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn import functional
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
+    plain, seen = functional.scaled_dot_product_attention, []
+    query = torch.randn(1, 2, 8, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(query, query, query, is_causal=True).sum(), query)
+    try:
+        determinism.enforce()
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        out = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+        made: Any = out.grad_fn
+        made.register_prehook(lambda _: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        (gradient,) = torch.autograd.grad(out.sum(), query)
+        assert seen == [False], "an error within, which makes torch take the deterministic kernel"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.equal(gradient, expected)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+        torch.backends.cudnn.deterministic = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,16 @@ import pytest
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.launch import starting
-from hf_finetune.launch.node import Node
+from hf_finetune.node import Node
 
 
 def test_a_node_is_alone_where_nothing_is_said() -> None:
     assert Node.of({}) == Node(1)
+
+
+def test_what_the_command_line_says_counts_more_than_a_variable() -> None:
+    assert Node.of({"PET_NPROC_PER_NODE": "4"}, "2") == Node(2)
+    assert Node.of({"PET_NPROC_PER_NODE": "4"}, "auto") == Node(1)
 
 
 def test_what_torchrun_and_kubeflow_set_is_understood() -> None:
@@ -138,3 +145,62 @@ def test_a_file_for_the_health_check_that_can_not_be_written_is_told(
     code, output = ends(start(HF_FINETUNE_RUN_FILE="/proc/none"))
     assert (code, "HF_FINETUNE_RUN_FILE: /proc/none can't be written" in output) == (5, True)
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def on_a_terminal(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callable[..., tuple[int, str]]:
+    """Types `hf-finetune train` at a terminal of 80 columns, and Ctrl-C once `until` is on it; exit code and screen."""
+    from conftest import RECIPE
+    from screens import Terminal
+
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output="run"))
+
+    def typed(*words: str, until: str = "") -> tuple[int, str]:
+        command = [sys.executable, "-m", "hf_finetune", "train", "recipe.yaml", "tracking.images=false", *words]
+        with Terminal(80) as terminal:
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=os.environ | {"TERM": "xterm", "CI": ""},
+                stdin=terminal.theirs,
+                stdout=terminal.theirs,
+                stderr=terminal.theirs,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(terminal.theirs, termios.TIOCSCTTY, 0),
+            )
+            deadline = time.monotonic() + 150
+            while until and until not in terminal.output:
+                assert process.poll() is None, terminal.output
+                assert time.monotonic() < deadline, terminal.output
+                time.sleep(0.02)
+            if until:
+                os.write(terminal.ours, b"\x03")
+            code = process.wait(150)
+        assert "Traceback" not in terminal.output
+        return code, "\n".join(terminal.screen())
+
+    return typed
+
+
+def test_a_mistake_is_one_message_that_breaks_between_words(on_a_terminal: Callable[..., tuple[int, str]]) -> None:
+    code, screen = on_a_terminal("--processes", "2", "training.learning_rat=1e-3")
+    assert (code, screen.count("hf_finetune:")) == (2, 1)
+    assert max(map(len, screen.split("\n"))) <= 80
+    assert "did you mean 'learning_rate'?" in " ".join(screen.split())
+
+
+def test_data_that_are_not_there_end_with_3(on_a_terminal: Callable[..., tuple[int, str]]) -> None:
+    code, screen = on_a_terminal("--processes", "2", "data.train=none.jsonl")
+    assert (code, screen.count("hf_finetune:")) == (3, 1)
+    assert "none.jsonl" in screen
+
+
+@pytest.mark.parametrize("processes", ["auto", pytest.param("2", marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_checkpoint_and_no_traceback(
+    on_a_terminal: Callable[..., tuple[int, str]], tmp_path: Path, processes: str
+) -> None:
+    code, screen = on_a_terminal("--processes", processes, "training.epochs=500", until="step 2/")
+    assert code == 130
+    assert screen.split("\n")[-1].strip()
+    assert screen.count("stopped by SIGINT") == 1
+    assert (status(tmp_path)["state"], status(tmp_path)["resumable"]) == ("interrupted", True)

@@ -88,6 +88,18 @@ def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
     assert two["gradients to exchange"] == 4 * model.parameter_counts(adapted)[0]
 
 
+def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_llama: str) -> None:
+    sharded = replace(GPU, world_size=8, is_sharded=True)
+    shares = []
+    for quantization in (None, "nf4"):
+        made = recipe(tiny_llama, {"kind": "lora", "r": 4}, LANGUAGE_MODEL, quantization=quantization)
+        outline = memory.outline(made, Targets(), model.load_tokenizer(made.model)).model
+        share, whole = (state.loading(made, outline, device)["weights"] for device in (sharded, GPU))
+        shares.append(share / whole)
+    assert shares[0] < 0.3
+    assert shares[1] == 1
+
+
 def test_evaluation_can_be_the_peak(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
     assert on(GPU, made, Shapes((2, 16), evaluation=(512, 128))).peak == "evaluation"

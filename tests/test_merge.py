@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 import transformers
 from merged import finished, logits, plain, rows, written
-from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, recipe
+from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, machine, recipe
 
-from hf_finetune import merging
+from hf_finetune import merging, model
 from hf_finetune.cli import main
 from hf_finetune.errors import DataError, ModelError, RecipeError, StorageError
+from hf_finetune.findings import Findings
+from hf_finetune.finished import Finished
 from hf_finetune.merging import Options, folder, story, weights
 from hf_finetune.recipe import Recipe
+from hf_finetune.runfolder import RunFolder
 from hf_finetune.tasks import Targets
 
 NONE = Targets()
@@ -216,6 +220,8 @@ def test_the_report_says_what_was_compared_and_names_no_path(
 
 def test_the_folder_has_what_vllm_reads(chatter_folder: Path) -> None:
     """A written contract: the files and fields that vLLM's loaders look for in a Hugging Face folder."""
+    modes = {path.stat().st_mode for path in chatter_folder.rglob("*") if path.is_file()}
+    assert modes == {(chatter_folder / "export.json").stat().st_mode}, "weights have the permissions of any new file"
     config = json.loads((chatter_folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
@@ -374,3 +380,44 @@ def test_json_lines_have_the_figures(classifier: Path, tmp_path: Path, capsys: A
     assert [line["event"] for line in lines] == ["merged"]
     assert lines[0]["dtype"] == "fp16"
     assert lines[0]["metrics"]["merged"].keys() == lines[0]["metrics"]["run"].keys()
+
+
+def test_a_base_with_generation_values_that_have_no_effect_is_merged_without_them(
+    tiny_llama: str, tmp_path: Path, capsys: Any
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    given = {"temperature": 0.6, "top_p": 0.9, "typical_p": 0.5, "length_penalty": 0.7, "output_scores": True}
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given | {"repetition_penalty": 1.2}))
+    run = finished(recipe(str(base), LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
+    written(run, tmp_path / "merged")
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
+    config.validate(strict=True)
+    assert config.repetition_penalty == 1.2
+    usual: Any = transformers.GenerationConfig
+    assert all(getattr(config, name) in (None, getattr(usual(), name)) for name in given)
+    said = capsys.readouterr().out
+    assert all(name in said for name in given)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ".*(lm_head|v_proj)"])
+def test_an_adapter_of_tied_embeddings_is_warned_about_before_training_and_refused_at_once(
+    targets: Any, tiny_llama: str, tmp_path: Path
+) -> None:
+    made = recipe(tiny_llama, LORA | {"target_modules": targets}, LANGUAGE_MODEL)
+    findings = Findings()
+    model.examine(made, NONE, model.load_tokenizer(made.model), findings)
+    (warning,) = findings.warnings
+    assert warning.key == "adapter.target_modules"
+    assert "`merge` can't make full weights of this adapter" in warning.message
+    run = Finished(RunFolder(str(tmp_path)), made, machine(), NONE, model.load_tokenizer(made.model))
+    with pytest.raises(ModelError, match="shares its weights with the other embedding"):
+        weights.merged(rows(run))
+
+
+@pytest.mark.parametrize("more", [{}, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}])
+def test_what_can_be_merged_is_not_warned_about(more: Any, tiny_llama: str) -> None:
+    made, findings = recipe(tiny_llama, LORA | more, LANGUAGE_MODEL), Findings()
+    model.examine(made, NONE, model.load_tokenizer(made.model), findings)
+    assert findings.warnings == []

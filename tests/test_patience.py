@@ -12,6 +12,7 @@ from hf_finetune.errors import RecipeError
 
 def test_ten_minutes_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (patience.peer(), patience.collective()) == (600.0, timedelta(minutes=10))
+    assert patience.wait() == timedelta(hours=6)
     monkeypatch.setenv(patience.PEER, "7.5")
     monkeypatch.setenv(patience.COLLECTIVE, "90")
     assert (patience.peer(), patience.collective()) == (7.5, timedelta(seconds=90))

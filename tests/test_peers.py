@@ -206,6 +206,77 @@ def test_gloo_makes_no_noise_about_a_killed_rank(start: Start, tmp_path: Path) -
     assert (tmp_path / "told-0").read_text().startswith("1 10 rank 1")
 
 
+NODES = """
+from dataclasses import replace
+from hf_finetune.peers import process
+own = replace(process.Process.own(), machine=f"machine {rank // 8}")
+process.Process.own = classmethod(lambda cls: own)
+os.environ |= {"LOCAL_RANK": str(rank % 8), "LOCAL_WORLD_SIZE": "8"}
+"""
+"""Ranks that take each eight of themselves for one machine."""
+
+
+@pytest.mark.slow
+def test_of_many_ranks_the_machine_of_a_killed_one_notices_and_the_others_hear_of_it(start: Start) -> None:
+    run = start(*[WAIT] * 16, before=NODES + WATCHED)
+    run.meet()
+    began = time.monotonic()
+    run.ranks[5].kill()
+    ends = [run.end(rank) for rank in range(16) if rank != 5]
+    assert time.monotonic() - began < 20  # and no rank has been silent for sixty seconds
+    assert [code for code, _ in ends] == [10] * 15
+    (named,) = {line for _, said in ends for line in said.splitlines()}
+    assert "rank 5 (" in named
+    assert sum(bool(said) for _, said in ends) == 2  # one a machine
+
+
+@pytest.mark.slow
+def test_of_many_ranks_a_hanging_one_ends_them_all(start: Start) -> None:
+    work = "    for _ in range(600): watch.progress(18, 'training'); time.sleep(0.1)"
+    run = start(
+        *[work] * 15, "    os.kill(os.getpid(), signal.SIGSTOP)", before=NODES + "import signal" + WATCHED, timeout=4
+    )
+    run.meet()
+    ends = [run.end(rank) for rank in range(15)]
+    assert [code for code, _ in ends] == [10] * 15
+    assert all("rank 15 (" in line for _, said in ends for line in said.splitlines())
+    run.ranks[15].send_signal(signal.SIGCONT)
+
+
+def test_many_ranks_hardly_touch_the_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[str] = []
+    read, write = Path.read_text, Beat.write
+
+    def noted_read(path: Path, **options: str) -> str:
+        touched.extend(["read"] if path.parent.name == ".ranks" else [])
+        return read(path, **options)
+
+    def noted_write(told: Beat, file: Path) -> bool:
+        touched.append("write")
+        return write(told, file)
+
+    monkeypatch.setattr(Path, "read_text", noted_read)
+    monkeypatch.setattr(Beat, "write", noted_write)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with Watch(tmp_path, 17, 512, lambda failure: None) as this:
+        for step in range(40):
+            this.progress(step, ("training", "evaluating")[step // 4 % 2])
+            time.sleep(0.1)
+        # Ten reads and one write in ten seconds; one write more is the first of all.
+        assert (touched.count("read") <= 5, touched.count("write")) == (True, 1)
+
+
+def test_every_rank_is_watched_by_others_and_word_reaches_all_in_a_few_readings() -> None:
+    for size in (2, 10, 11, 96, 500, 512):
+        watched = [watch._watched(rank, size)[0] for rank in range(size)]
+        assert max(map(len, watched)) <= 10
+        knows, rounds = {size // 3}, 0
+        while len(knows) < size:
+            knows |= {rank for rank in range(size) if knows & watched[rank].keys()}
+            rounds += 1
+        assert rounds <= 9
+
+
 def test_what_an_earlier_launch_left_counts_for_nothing(start: Start, tmp_path: Path) -> None:
     start(WAIT, "    raise DataError('old')").end(0)
     for file in tmp_path.glob("here-*"):

@@ -87,11 +87,11 @@ def test_columns_of_the_input_are_never_overwritten(predict: Predict) -> None:
     ("text", "suffix", "says"),
     [
         ('{"text": "a film"}\n{"text": 5}\n', ".jsonl", r"in\.jsonl:2: column 'text' holds a number, not text"),
-        ('{"text": "a film"}\n{"text": "a\n', ".jsonl", r"in\.jsonl:2: is no JSON"),
+        ('{"text": "a film"}\n{"text": "a\n', ".jsonl", r"in\.jsonl:2: is no valid JSON at column 12"),
         ('{"text": "a film"}\n{"txt": "a"}\n', ".jsonl", r"in\.jsonl:2: has no key 'text'"),
         ('{"text": "a film"}\n{"text": "a", "text": "b"}\n', ".jsonl", r"in\.jsonl:2: .*'text' twice"),
-        ("text,id\na film,1\nthe plot\n", ".csv", r"in\.csv:3: has 1 fields, the header 2"),
-        ("a film\n\n", ".txt", r"in\.txt:2: column 'text' is empty"),
+        ("text,id\na film,1\nthe plot\n", ".csv", r"in\.csv:3: has 1 field, the header 2"),
+        ("a film\n\n", ".txt", r"in\.txt:2: is blank; remove the line"),
     ],
 )
 def test_a_bad_row_is_named_left_out_or_left_empty(text: str, suffix: str, says: str, predict: Predict) -> None:
@@ -115,7 +115,7 @@ def test_bad_rows_are_counted(predict: Predict, capsys: pytest.CaptureFixture[st
     predict("text\n" + "a film\n,\n" * 3, on_bad_row="skip")
     told = capsys.readouterr().err
     assert "3 of 6 rows are bad, and left out" in told
-    assert "has 2 fields, the header 1 (line 3, 5, 7)" in told
+    assert "has 2 fields, the header 1; put texts with commas in quotes (line 3, 5, 7)" in told
 
 
 @pytest.mark.parametrize("to", [".csv", ".tsv", ".jsonl", ".parquet"])

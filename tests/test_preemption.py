@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -60,6 +61,41 @@ def test_the_first_signal_of_a_rank_that_knows_already_changes_nothing() -> None
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
+
+
+def interrupted_with_its_launcher(told: Any) -> None:
+    """What `accelerate launch` with one process does on Ctrl-C: it dies of the signal while the process saves."""
+    launcher_sees, process_is_ready = os.pipe()
+    launcher = os.getpid()
+    if os.fork():
+        os.read(launcher_sees, 1)
+        os._exit(0)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    stop = StopRequest()
+    with stop.listening(), stop.deferred():
+        signal.raise_signal(signal.SIGINT)
+        os.write(process_is_ready, b"!")
+        deadline = time.monotonic() + 30
+        while os.getppid() == launcher and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        told.send(stop.agreed())
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+        told.send("a second one still does not wait")
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_ctrl_c_that_kills_the_launcher_too_is_one_signal() -> None:
+    heard, told = multiprocessing.Pipe(duplex=False)
+    launcher = multiprocessing.get_context("fork").Process(target=interrupted_with_its_launcher, args=(told,))
+    launcher.start()
+    launcher.join(60)
+    assert heard.poll(30), "the process ended before it could save"
+    assert heard.recv() == signal.SIGINT
+    assert heard.poll(30)
+    heard.recv()
 
 
 def test_before_training_a_signal_ends_at_once() -> None:

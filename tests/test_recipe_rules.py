@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_finetune.errors import RecipeError
+from hf_finetune.preflight import advice
 from hf_finetune.recipe import Recipe, dropped
 
 VALID = """\
@@ -55,7 +56,7 @@ TWO_FILES = "[{train: a.csv}, {train: b.csv}]"
         ("data.shuffle_buffer", ["data.shuffle_buffer=5"]),
         ("training.beta1", ["training.optimizer=sgd", "training.beta1=0.8"]),
         ("training.beta2", ["training.optimizer=adafactor", "training.beta2=0.99"]),
-        ("checkpoints.keep", ["checkpoints.keep=3"]),
+        ("checkpoints.keep", ["checkpoints={every: null, every_minutes: null, keep: 3}"]),
         ("model.attention", [CHAT, "data.packing=true", "model.attention=flash_attention_2"]),
         ("model.quantization", ["model.quantization=nf4", "adapter={kind: full}"]),
         ("model.quantization", ["model.quantization=int8", "adapter.init=pissa"]),
@@ -83,6 +84,9 @@ def test_a_setting_that_would_be_ignored_is_named(load: Load, key: str, override
         ["training.optimizer=sgd"],
         ["training.optimizer=adamw_8bit", "training.beta1=0.8", "training.beta2=0.99"],
         ["checkpoints.every=50", "checkpoints.keep=3"],
+        ["checkpoints.keep=3"],
+        ["checkpoints=off"],
+        ["checkpoints=null"],
         ["training.best_metric=loss", "checkpoints.keep=3"],
         ["training.best_metric=loss", "checkpoints.every=7", "training.eval_every=5"],
         [CHAT, "data.packing=true", "model.attention=sdpa"],
@@ -116,3 +120,47 @@ def test_what_a_commit_leaves_behind_is_told(load: Load, overrides: list[str], k
     )
     load(text)
     assert dropped("x.yaml", overrides) == keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("kind: text_clasification", "unknown kind 'text_clasification'; did you mean 'text_classification'?"),
+        ("kind: classifier", "unknown kind 'classifier'; known: causal_lm, text_classification"),
+        ("knd: text_classification", "task.knd: unknown key; did you mean 'kind'?"),
+        ("problem: single_label", "task: needs a kind; known: causal_lm, text_classification"),
+    ],
+)
+def test_what_stands_below_a_wrong_kind_is_checked_too(load: Load, kind: str, told: str) -> None:
+    text = VALID.replace("kind: text_classification, text:", f"{kind}, txt:").replace(
+        "kind: lora", "kind: lorra, rr: 4"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load(text, "training.best_metric=acuracy")
+    messages = [str(problem) for problem in caught.value.problems]
+    assert len(messages) == len(set(messages)) == 5
+    for word in (told, "task.txt: unknown key; did you mean 'text'?", "unknown kind 'lorra'; did you mean 'lora'?"):
+        assert sum(word in message for message in messages) == 1
+    assert any("adapter.rr: unknown key; did you mean 'r'?" in message for message in messages)
+    assert any("text_classification has no metric 'acuracy'; did you mean 'accuracy'?" in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.learning_rate=0.5", "0.5 is too high for adapter.kind lora, published with 6e-5 to 0.0005"),
+        ("training.learning_rate=1e-7", "1e-7 is too low"),
+        ("adapter={kind: full}", "0.002 is too high for adapter.kind full, published with 1e-5 to 5e-5"),
+        ("data.validation=null", "data.validation: is not given, so nothing will show whether the model learns"),
+    ],
+)
+def test_what_will_come_to_nothing_is_told(load: Load, override: str, told: str) -> None:
+    recipe = load(VALID, "training.learning_rate=2e-3", override)
+    (problem,) = advice.of(recipe)
+    assert told in str(problem)
+
+
+def test_usual_settings_are_not_remarked_on(load: Load) -> None:
+    for override in ("training.learning_rate=5e-3", "adapter={kind: ia3}", "adapter={kind: adalora}"):
+        assert list(advice.of(load(VALID, "training.learning_rate=1e-3", override))) == []
+    assert list(advice.of(load(VALID, "training.learning_rate=0.5", "training.optimizer=sgd"))) == []

@@ -26,6 +26,13 @@ EXACT = ("step", "phase", "loss", "grad_norm", "learning_rate", "accuracy")
 STEPS = ("training.steps=12", "model.dropout=0.1", "training.micro_batch=6", "training.eval_every=5")
 
 
+STREAMED = (
+    "data.streaming=true", "data.validation_share=null", "data.shuffle_buffer=16", "task.labels=[negative,positive]",
+    "data.max_length=9", "data.overlong=drop", "data.workers=2", "training.eval_every=null",
+)  # fmt: skip
+"""Rows that are dropped, and micro-batches that two processes encode."""
+
+
 RARER = (
     ("training.optimizer=sgd", "training.max_grad_norm=null"),
     ("adapter={kind: ia3}",),
@@ -84,6 +91,7 @@ def interrupted(run: Runner, stop_at: Callable[..., None], at: int, *overrides: 
         ("training.steps=null", "training.epochs=3", "training.eval_every=epoch", "training.best_metric=accuracy"),
         ("training.group_by_length=false", "training.schedule=cosine", "training.warmup_steps=3"),
         ("adapter={kind: adalora, init_r: 4, target_r: 2, interval: 1}", "training.steps=14"),
+        STREAMED,
         *(pytest.param(setting, marks=pytest.mark.slow) for setting in RARER),
     ],
     ids=lambda setting: " ".join(setting)[:60] or "plain",
@@ -113,7 +121,7 @@ def test_other_signals_stop_too_and_status_is_true(  # noqa: PLR0917
     assert status["resumable"]
     assert (tmp_path / "run" / status["checkpoint"] / "MANIFEST.json").is_file()
     assert not (tmp_path / "run" / "adapter").exists()
-    assert "the same command goes on from checkpoints/checkpoint-" in capsys.readouterr().out
+    assert f"to resume from {tmp_path / 'run' / status['checkpoint']}, run it again" in capsys.readouterr().out
     run(*STEPS)
     assert f"resuming from {tmp_path / 'run' / status['checkpoint']} at step" in capsys.readouterr().out
 
@@ -203,9 +211,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(run: Runner, mon
     assert (status["exit_code"], status["checkpoint"]) == (6, "checkpoints/checkpoint-4")
 
 
+def test_adalora_prunes_to_its_budget_though_steps_are_left_out(run: Runner, monkeypatch: Any) -> None:
+    poisoned(monkeypatch, {2, 4, 8})  # the last pruning is after step 8
+    adapter = "adapter={kind: adalora, init_r: 4, target_r: 2, interval: 2, final_share: 0.2}"
+    done = run("training.steps=10", "training.on_nonfinite=skip", adapter)
+    config = json.loads((done.folder / "adapter" / "adapter_config.json").read_text())
+    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    assert sum(ranks) == 2 * len(ranks)
+
+
+def test_a_run_that_takes_no_step_is_not_done(run: Runner, monkeypatch: Any) -> None:
+    poisoned(monkeypatch, {1, 2, 3})
+    with pytest.raises(DivergedError, match="not finite at any of the 3 steps: nothing was trained"):
+        run("training.steps=3", "training.on_nonfinite=skip")
+
+
 def test_steps_that_are_not_finite_can_be_left_out_but_not_without_end(run: Runner, monkeypatch: Any) -> None:
     poisoned(monkeypatch, {3, 5})
     done = run("training.steps=8", "training.on_nonfinite=skip")
+    rates = [line["learning_rate"] for line in done.lines("train")]
+    assert len(set(rates)) == 6, "the schedule waits for steps that are taken"
+    assert done.lines("summary")[0]["steps_not_taken"] == 2
     assert [line["step"] for line in done.lines("train") if line["loss"] == "nan"] == [3, 5]
     assert all(isinstance(line["loss"], float) for line in done.lines("eval"))
     poisoned(monkeypatch, {3, 5})

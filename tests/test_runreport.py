@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +20,15 @@ from hf_finetune import runreport
 from hf_finetune.classification import metrics
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
+from hf_finetune.runfolder import RunFolder
 from hf_finetune.runreport import intervals, markdown, told
 from hf_finetune.runreport.remains import Remains
+from hf_finetune.schema.watching import Tracking
 from hf_finetune.tasks import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from conftest import Run
-
-    from hf_finetune.runfolder import RunFolder
 
 Array = np.ndarray[Any, Any]
 Runner = Callable[..., "Run"]
@@ -112,6 +113,51 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         ).bounds["accuracy"]
         covered += low <= 0.8 <= high
     assert 88 <= covered <= 99
+
+
+def test_rows_that_are_all_right_leave_wilsons_interval() -> None:
+    rows = np.column_stack([np.linspace(1, 3, 14), np.zeros(14), np.zeros(14)])
+    found = intervals.estimate(rows, {"problem": "single_label", "names": ["a", "b"]})
+    expected = stats.binomtest(14, 14).proportion_ci(method="wilson")
+    assert found.bounds["accuracy"] == pytest.approx((expected.low, expected.high))
+    assert expected.low < 0.8
+    assert "f1_macro" not in found.bounds, "an interval of no width would say that more rows could change nothing"
+    assert found.bounds["loss"][0] < found.bounds["loss"][1]
+    assert found.method.endswith("Wilson's for accuracy, alike in all of them")
+
+
+def test_all_wrong_and_models_that_agree_everywhere_have_an_interval_too() -> None:
+    rows = np.column_stack([np.zeros(14), np.ones(14), np.zeros(14)])
+    facts = {"problem": "single_label", "names": ["a", "b"]}
+    upper = stats.binomtest(0, 14).proportion_ci(method="wilson").high
+    assert intervals.estimate(rows, facts).bounds["accuracy"] == pytest.approx((0.0, upper))
+    sums = intervals.sums_of(rows, facts)
+    assert sums is not None
+    assert intervals.of_differences(sums, sums).bounds == {"accuracy": pytest.approx((-upper, upper))}
+
+
+def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
+    run = remains(reported.classifier(tmp_path), CLASSES)
+    lines = [{**line, "matmul_share": 0.584} for line in run.of("train")] + [{**run.summary, "matmul_share": 0.484}]
+    assert "48.4%" in dict(told.cost(replace(run, lines=lines)))["Matmul peak"]
+
+
+def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: Any = {"steps": 1, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None, "scores": {}}
+    found |= {"reload_difference": 0.0}
+
+    def last_line(**tracking: Any) -> str:
+        made = reported.recipe(tmp_path, CLASSES).model_copy(update={"tracking": Tracking(**tracking)})
+        outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("runs/a b"), **found)
+        return runreport.summary_lines(outcome)[-1]
+
+    assert last_line().endswith("  tensorboard --logdir 'runs/a b/tensorboard'")
+    assert last_line(folder="elsewhere").endswith("  tensorboard --logdir elsewhere")
+    assert "tensorboard" not in last_line(tensorboard=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "  pip install tensorboard; tensorboard --logdir " in last_line()
 
 
 def test_ten_thousand_rows_take_two_seconds_at_most() -> None:

@@ -31,6 +31,8 @@ def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
     assert [line["step"] for line in done.lines("eval")] == [5, 10, 15]
     assert [line["step"] for line in done.lines("train")] == list(range(1, 16))
     assert {path.name for path in (done.folder / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-15"}
+    modes = {path.stat().st_mode for path in done.folder.rglob("*") if path.is_file()}
+    assert modes == {(done.folder / ".lock").stat().st_mode}, "weights too have the permissions of any new file"
 
 
 def test_training_learns(run: Runner) -> None:
@@ -149,6 +151,18 @@ def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing
     assert all(sample["prompt"].rstrip().endswith("assistant") for sample in samples)
 
 
+def test_a_quantised_run_ends_without_a_second_base(
+    run: Runner, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_finetune import model
+
+    monkeypatch.setattr(model, "fresh_base", lambda *unused: pytest.fail("a second base was loaded"))
+    done = run(CHAT, f"model.name={tiny_llama}", "model.quantization=nf4", "data.max_length=64", "training.epochs=1")
+    assert done.outcome.reload_difference is None
+    assert "every bit of the weights is equal" in capsys.readouterr().out
+    assert "every bit of the saved weights is equal" in (done.folder / "report.md").read_text()
+
+
 def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews: Callable[[int], str]) -> None:
     done = run(
         CHAT, f"model.name={tiny_llama}", "data.streaming=true", "data.validation_share=null",
@@ -156,6 +170,24 @@ def test_streaming_trains_without_loading(run: Runner, tiny_llama: str, reviews:
     )  # fmt: skip
     assert [line["step"] for line in done.lines("eval")] == [15, 30]
     assert done.lines("train")[-1]["loss"] < done.lines("train")[0]["loss"]
+
+
+def test_processes_that_encode_a_stream_give_the_same_rows_and_counts(run: Runner) -> None:
+    streamed = (
+        "data.streaming=true", "data.validation_share=null", "data.shuffle_buffer=16", "data.max_length=9",
+        "data.overlong=drop", "task.labels=[negative,positive]", "training.epochs=null", "training.steps=8",
+        "training.eval_every=null", "training.micro_batch=4",
+    )  # fmt: skip
+    found = []
+    for workers in (1, 2):
+        done = run(*streamed, f"data.workers={workers}", restart=True)
+        losses = [line["loss"] for line in done.lines("train")]
+        found.append((losses, done.outcome.prepared.reports["train"]))
+    assert found[0] == found[1]
+    report = found[0][1]
+    assert report.rows == 96
+    assert 0 < report.dropped < 96
+    assert report.kept + report.dropped == 96
 
 
 def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
@@ -184,28 +216,44 @@ def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter:
 
 
 @pytest.mark.parametrize("adapter", ["lora, r: 4", "lora, r: 4, init: pissa", "full"])
-def test_a_sharded_model_is_put_together_again(run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
-    from hf_finetune import training
+def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str, tmp_path: Path
+) -> None:
+    from hf_finetune import export, training
 
     kept: dict[str, Any] = {}
     save = training._save
 
-    def catch(trainer: Any, learner: Any, folder: Any) -> float:
-        kept.update(trainer=trainer, learner=learner)
+    def catch(trainer: Any, learner: Any, folder: Any) -> float | None:
+        kept.update(model=trainer.bare_model, learner=learner)
         return save(trainer, learner, folder)
 
     monkeypatch.setattr(training, "_save", catch)
-    run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
-    trained = kept["trainer"].model
-    whole = training._whole(kept["learner"], trained.state_dict())
-    batch = kept["learner"].job.probe(torch.device("cpu"))
-    labels = batch.pop("labels")
-    assert len(labels) > 0
+    done = run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
+    learner, model = kept["learner"], kept["model"]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        assert torch.allclose(whole(**batch).logits, trained(**batch).logits, atol=1e-5)
-    incomplete = {name: tensor for name, tensor in trained.state_dict().items() if "classifier" not in name}
-    with pytest.raises(ModelError, match="did not give back"):
-        training._whole(kept["learner"], incomplete)
+        for parameter in model.parameters():
+            parameter.zero_()  # as if other ranks had it
+    again, rest = tmp_path / "again", (learner.prepared.targets, learner.tokenizer)
+    export.save(model, learner.recipe, *rest, again, state=state)
+    weights = "model.safetensors" if adapter == "full" else "adapter_model.safetensors"
+    assert (again / weights).read_bytes() == (done.folder / "adapter" / weights).read_bytes()
+    export.compare(model, learner.recipe, again, state)
+    with pytest.raises(ModelError, match=r"does not hold the trained model: \d+ weights differ"):
+        export.compare(model, learner.recipe, again)
+
+
+def test_a_run_ends_well_where_a_second_model_does_not_fit(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_finetune import model
+
+    def too_large(*unused: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model, "fresh_base", too_large)
+    done = run()
+    assert (done.status["state"], done.outcome.reload_difference) == ("done", None)
+    assert done.lines("summary")[0]["read_back"] == "equal"
 
 
 def test_the_best_model_is_kept_between_two_checkpoints(run: Runner) -> None:

@@ -95,19 +95,25 @@ def eva(adapted: PeftModel, batches: Callable[[], Iterable[dict[str, Any]]]) -> 
     peftio.train_in_fp32(adapted)
 
 
-def for_unmodified_base(adapted: nn.Module) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def for_unmodified_base(
+    adapted: nn.Module, state: dict[str, torch.Tensor] | None = None
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of this adapter as plain LoRA on the base as it was before `apply`.
 
     With first matrices A0, B0 the base holds W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B | -B0] [A ; A0].
     PEFT's own conversion (`subtract_mutated_init`) drops all but these matrices from the file: DoRA's magnitudes, fully
     trained modules and trained tokens; and it refuses rsLoRA with patterns.
+
+    Args:
+        adapted: The trained model.
+        state: See `peftio.weights`.
     """
     import torch
 
     config: Any = copy.deepcopy(peftio.adapter_config(adapted))
     config.init_lora_weights = True
     config.eva_config = None
-    tensors = peftio.weights(adapted)
+    tensors = peftio.weights(adapted, state)
     first: dict[str, torch.Tensor] = getattr(adapted, "first_matrices", {})
     for name, before in first.items():
         sign, dim = (1, 0) if ".lora_A" in name else (-1, 1)

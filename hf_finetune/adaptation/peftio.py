@@ -94,12 +94,19 @@ def write(
     written.save_pretrained(folder)
 
 
-def weights(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them."""
+def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them.
+
+    Args:
+        adapted: The adapted model.
+        state: Its trained weights by their names in it, where it holds only parts of them; None takes its own.
+    """
     from peft import get_peft_model_state_dict
 
     with quiet():
-        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            adapted, state_dict=state, save_embedding_layers=False
+        )
     return tensors
 
 
@@ -168,12 +175,15 @@ def heads_in_fp32(adapted: nn.Module) -> None:
 
 
 def bridge(trained: nn.Module, outer: torch.dtype) -> None:
-    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast."""
+    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast.
+
+    It takes what it then is of: FSDP2 and DeepSpeed cast the weights themselves for each pass, and autocast nothing.
+    """
     import torch
 
     if outer == torch.float32:
         return
-    trained.register_forward_pre_hook(lambda _, args: _cast(args, torch.float32))
+    trained.register_forward_pre_hook(lambda module, args: _cast(args, next(module.parameters()).dtype))
     trained.register_forward_hook(lambda _, args, output: _cast(output, outer))
 
 

@@ -90,6 +90,24 @@ def output_embedding(model: Any) -> nn.Module | None:
     return layer
 
 
+def tied(model: Any, spec: str | Iterable[str], full: Iterable[str]) -> list[str]:
+    """Targets that share their weight with the other embedding, which an update merged into it would change as well.
+
+    Args:
+        model: The model; weights may be on the meta device.
+        spec: `all-linear`, which takes neither embedding, a pattern, or names.
+        full: Names of modules that are trained in full: with one of the two among them, they share nothing any more.
+    """
+    ends: list[Any] = [model.get_input_embeddings(), output_embedding(model)]
+    if spec == ALL_LINEAR or None in ends or ends[0].weight is not ends[1].weight:
+        return []
+    found = [path for path, module in model.named_modules() if any(module is end for end in ends)]
+    if any(_matches(path, name, is_pattern=False) for path in found for name in full):
+        return []
+    names = [spec] if isinstance(spec, str) else list(spec)
+    return [path for path in found if any(_matches(path, name, isinstance(spec, str)) for name in names)]
+
+
 def paths(model: nn.Module, names: Iterable[str], key: str) -> list[str]:
     """Full paths of the modules that each name stands for; every name must match.
 

@@ -33,15 +33,31 @@ class Setting:
     """A few training batches on the model's device, for data-driven initialisation."""
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates that a method was published with, for AdamW or Adafactor."""
+
+    least: float
+    most: float
+    source: str
+
+
 class Adapter(Plugin):
     """The contract. `model` is the pretrained model with its task head, `adapted` what `apply` made of it."""
 
     freezes_base: ClassVar[bool] = True
     """Whether the pretrained weights stay as they are; they may then be kept in a lower precision."""
+    usual_rates: ClassVar[Rates | None] = None
+    """What a learning rate is compared with before training; None compares with nothing."""
 
     def why_not_quantized(self) -> str | None:
         """Why this method can't work on quantised base weights, or None where it can."""
         return None
+
+    @property
+    def shapes_follow_data(self) -> bool:
+        """Whether `outline` can't tell the shapes of what is trained, because data decide them."""
+        return False
 
     @abstractmethod
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
@@ -64,8 +80,23 @@ class Adapter(Plugin):
         return self.apply(model, setting)
 
     @abstractmethod
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
-        """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base."""
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.
+
+        The model stays as it is, in every bit: it may be in the middle of its training.
+
+        Args:
+            adapted: The trained model.
+            folder: Where to.
+            state: Its trained weights and buffers in one piece, by their names in it, where it holds parts of them;
+                None takes them from it.
+        """
+
+    @abstractmethod
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What `save` writes as weights, by the names in its files; arguments as there."""
 
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
@@ -85,6 +116,10 @@ class Adapter(Plugin):
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """A regularisation term that this method adds to the loss of every step, or None."""
         return None
+
+    def finish(self, adapted: torch.nn.Module) -> None:
+        """Make the model, after training and on every rank, exactly what `save` writes and `load` reads."""
+        return
 
     def callbacks(self) -> list[TrainerCallback]:
         """What this method must do between steps."""

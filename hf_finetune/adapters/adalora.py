@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import peftio, targets
-from hf_finetune.adapters import Adapter, Setting
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.adapters import Adapter, Rates, Setting
+from hf_finetune.errors import DivergedError, Problem, RecipeError
 from hf_finetune.schema.blocks import Count, Share
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ Rank = Annotated[int, Field(ge=1, le=65_536)]
 
 class AdaLora(Adapter):
     """Low-rank updates in SVD form; unimportant ranks are pruned while training."""
+
+    usual_rates: ClassVar[Rates | None] = Rates(5e-4, 2.2e-3, "Zhang et al. 2023, arXiv 2303.10512, appendix")
 
     init_r: Rank = 12
     """Rank of every layer at the start."""
@@ -96,15 +98,22 @@ class AdaLora(Adapter):
             )
         return peftio.wrap(model, config)
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
-        """Write what the ranks that are left hold."""
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the ranks that are left; PEFT leaves the pruned ones out of the file."""
+        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What the ranks that are left hold."""
+        return peftio.weights(adapted, state)
+
+    def finish(self, adapted: torch.nn.Module) -> None:
+        """Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too."""
         config: Any = peftio.adapter_config(adapted)
         tuner: Any = adapted.base_model
-        allocator = getattr(tuner, "rankallocator", None)
-        if config.rank_pattern and allocator is not None:
-            # Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too.
-            allocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
-        peftio.write(adapted, folder)
+        if config.rank_pattern:
+            tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the pruned adapter onto a fresh base."""
@@ -159,6 +168,32 @@ class AdaLora(Adapter):
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """`global_step` still counts the steps before this one."""
                 model = kwargs["model"]
-                getattr(model, "module", model).base_model.update_and_allocate(state.global_step + 1)
+                tuner = getattr(model, "module", model).base_model
+                is_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)  # accelerate's optimisers
+                _move_budget(tuner, state.global_step + 1, is_taken=not is_skipped)
 
         return [Prune()]
+
+
+def _move_budget(tuner: Any, step: int, *, is_taken: bool) -> None:
+    """Update the importance scores and prune, as PEFT does after each step.
+
+    A step that was not taken has no gradient, or one that is not finite, which would stay in the running means for
+    ever: it tells nothing of importance. Only the last pruning can't wait for another step, and takes the scores as
+    they are.
+
+    Args:
+        tuner: PEFT's AdaLoRA model.
+        step: Number of the step that was just made, from 1.
+        is_taken: Whether the optimiser took it.
+
+    Raises:
+        DivergedError: No step before the last pruning was taken.
+    """
+    config: Any = tuner.peft_config[tuner.trainable_adapter_name]
+    last = config.total_step - config.tfinal
+    if step == last and not tuner.rankallocator.exp_avg_ipt:
+        message = f"the optimiser took none of the first {step - 1} steps, so there is nothing to prune ranks by"
+        raise DivergedError(Problem(f"{message}; lower training.learning_rate, or train in bf16 or fp32"))
+    if is_taken or step == last:
+        tuner.update_and_allocate(step)

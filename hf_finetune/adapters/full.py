@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_finetune.adaptation import peftio
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ class Full(Adapter):
     """Train the whole model; what is saved is a complete model folder."""
 
     freezes_base: ClassVar[bool] = False
+    usual_rates: ClassVar[Rates | None] = Rates(1e-5, 5e-5, "BERT and RoBERTa, arXiv 1810.04805 and 1907.11692")
 
     def why_not_quantized(self) -> str | None:
         """Quantised weights take no gradient."""
@@ -30,16 +31,26 @@ class Full(Adapter):
         adapted: torch.nn.Module = model
         return adapted.requires_grad_(True).float()
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write the whole model as safetensors, in fp32."""
         model: Any = adapted
         in_training = getattr(model.config, "use_cache", None)
         if in_training is not None:
             # Off only because training has no use for it; whoever loads the folder generates with it.
             model.config.use_cache = True
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+        if state is not None:
+            # transformers writes the dtype in which this rank holds its part, not that of the weights in one piece.
+            model.config.dtype = next(value.dtype for value in state.values() if value.is_floating_point())
+            model.config.save_pretrained(folder)
         if in_training is not None:
             model.config.use_cache = in_training
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Every weight."""
+        return adapted.state_dict() if state is None else state
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the saved weights into `model`.

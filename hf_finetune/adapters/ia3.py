@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import labelfile, peftio, targets
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema.blocks import Name
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class IA3(Adapter):
     """Scale activations by learned vectors; very few trained weights."""
+
+    usual_rates: ClassVar[Rates | None] = Rates(3e-3, 3e-3, "Liu et al. 2022, arXiv 2205.05638")
 
     target_modules: targets.Names | None = None
     """Layers that get a vector, by the last part of their path; null takes PEFT's choice for the model type."""
@@ -75,9 +77,15 @@ class IA3(Adapter):
         labelfile.check(folder, setting.labels)
         return peftio.outline(model, folder, "IA3", {})
 
-    def save(self, adapted: torch.nn.Module, folder: str) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write vectors and fully trained modules."""
-        peftio.write(adapted, folder)
+        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
+
+    def tensors(
+        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Vectors and fully trained modules."""
+        return peftio.weights(adapted, state)
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put the vectors onto a fresh base."""

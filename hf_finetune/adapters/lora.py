@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.schema.blocks import Name, Share
 
@@ -24,6 +24,8 @@ DEFAULT_RANK = 8
 
 class Lora(Adapter):
     """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
+
+    usual_rates: ClassVar[Rates | None] = Rates(6e-5, 5e-4, "Hu et al. 2021, arXiv 2106.09685, appendix D")
 
     r: Rank | None = None
     """Rank of the update; null is 8, or what `from` has."""
@@ -68,6 +70,11 @@ class Lora(Adapter):
             return None
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
 
+    @property
+    def shapes_follow_data(self) -> bool:
+        """EVA moves ranks between layers."""
+        return self.init == "eva"
+
     def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:
@@ -110,10 +117,14 @@ class Lora(Adapter):
             return peftio.outline(model, folder, "LORA", {"lora_dropout": self.dropout})
         return self.model_copy(update={"init": "default"}).apply(model, setting)
 
-    def save(self, adapted: nn.Module, folder: str) -> None:
+    def save(self, adapted: nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
-        config, tensors = lorainit.for_unmodified_base(adapted)
+        config, tensors = lorainit.for_unmodified_base(adapted, state)
         peftio.write(adapted, folder, config, tensors)
+
+    def tensors(self, adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Those of plain LoRA for the unmodified base."""
+        return lorainit.for_unmodified_base(adapted, state)[1]
 
     def load(self, model: PreTrainedModel, folder: str) -> nn.Module:
         """Put the adapter onto a fresh base."""

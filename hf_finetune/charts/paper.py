@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from hf_finetune.charts import glyphs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -74,7 +76,7 @@ def settings(salt: str = "chart") -> Iterator[None]:
         "ytick.labelsize": 8,
     }
     with matplotlib.rc_context(chosen), warnings.catch_warnings():
-        # The browser has the glyphs that matplotlib's font lacks.
+        # `glyphs` has said which are missing; the browser has them.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
         yield
 
@@ -136,6 +138,7 @@ def png(figure: Figure) -> bytes:
 
     stream = io.BytesIO()
     with settings():
+        glyphs.say_lacking(glyphs.complete(figure))
         _lay(figure, behind=True)
         figure.dpi = DPI
         canvas: Any = FigureCanvasAgg(figure)

@@ -16,7 +16,8 @@ from hf_finetune.finished import open_run
 from hf_finetune.predicting.predictor import Labels
 from hf_finetune.terminal import Message
 
-HELP = "/reset forgets the chat, /system TEXT sets the system turn, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+END = "/exit or Ctrl-D ends"
+HELP = f"/reset forgets the chat, /system TEXT sets the system turn, {END}, Ctrl-C stops an answer"
 PROMPT = "> "
 
 
@@ -41,7 +42,7 @@ def run(options: Options) -> None:
     partner = _partner(options)
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        terminal.say(HELP)
+        terminal.say(_help(partner))
     for text in _typed() if is_terminal else _piped():
         if not text.strip():
             continue
@@ -72,6 +73,11 @@ def _partner(options: Options) -> Partner:
     return writer
 
 
+def _help(partner: Partner) -> str:
+    """What may be typed besides a text; a classifier knows no chat."""
+    return HELP if isinstance(partner, Writer) else END
+
+
 def _typed() -> Iterator[str]:
     """Lines from a terminal, with the editing and the history of readline; Ctrl-C on an empty line says how to end."""
     with suppress(ImportError):  # not everywhere
@@ -84,7 +90,7 @@ def _typed() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             terminal.write("\n")
-            terminal.say("/exit or Ctrl-D ends")
+            terminal.say(END)
 
 
 def _piped() -> Iterator[str]:
@@ -103,12 +109,12 @@ def _commanded(text: str, partner: Partner) -> bool:
     known: dict[str, Callable[[], None]] = {
         "/reset": partner.reset,
         "/system": lambda: partner.instruct(rest.strip()),
-        "/help": lambda: terminal.say(HELP),
+        "/help": lambda: terminal.say(_help(partner)),
     }
     if word in ("/exit", "/quit"):
         return False
     if word not in known:
-        terminal.warn(f"there is no {word}; {HELP}")
+        terminal.warn(f"there is no {word}; {_help(partner)}")
         return True
     try:
         known[word]()

@@ -10,7 +10,8 @@ from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.language import marking, text_template
 from hf_finetune.language.chat import Chat
 from hf_finetune.predicting.predictor import Labels
-from hf_finetune.predicting.rows import LINE, Row
+from hf_finetune.predicting.rows import LINE
+from hf_finetune.rowfiles import Row
 
 if TYPE_CHECKING:
     from hf_finetune.chatting.streaming import Speaker

@@ -67,7 +67,7 @@ class Group:
     Args:
         local_rank: Of this process.
         timeout: How long a rank waits for the others. It must be longer than the slowest rank writes, or the first
-            rank hashes and syncs, one checkpoint.
+            rank hashes and syncs, one checkpoint: hours, for the largest models. Who dies is noticed by `peers`.
     """
 
     def __init__(self, local_rank: int, timeout: timedelta) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from hf_finetune.checkpoints import disk, manifest, nodes
 from hf_finetune.checkpoints.manifest import Facts, Manifest
 from hf_finetune.checkpoints.ranks import Ranks, together
+from hf_finetune.durable import discard, sync_folder
 from hf_finetune.errors import CheckpointError, Problem
 
 GROWTH = 1.2
@@ -47,7 +48,7 @@ class Store:
     """A folder of checkpoints.
 
     Args:
-        folder: Made if need be, private to its user. What a killed run left half-done in it is cleaned up.
+        folder: Made if need be. What a killed run left half-done in it is cleaned up.
         ranks: All of them make a store at the same time.
         keep: Newest checkpoints to keep, 1 or more.
         estimate: Bytes that the first checkpoint may need; 0 where nobody knows. Later ones are measured by it.
@@ -102,15 +103,16 @@ class Store:
         try:
             self._on_each_disk(lambda: self._stage(staging))
             together(self.ranks, lambda: self._fill(staging, body))
-            seen = together(self.ranks, lambda: self._look(staging))
-            self._on_each_disk(lambda: self._seal(staging, step, facts, seen))
+            written = together(self.ranks, lambda: self._look(staging))
+            hidden = together(self.ranks, lambda: self._hidden(staging, written))
+            self._on_each_disk(lambda: self._seal(staging, step, facts, hidden))
             self._on_each_disk(lambda: self._commit(staging, step))
         except BaseException:
             if self.is_writer:
                 with contextlib.suppress(OSError):  # the next start cleans up
-                    disk.discard(staging)
+                    discard(staging)
             raise
-        self._needed = int(sum(seen[self.ranks.rank].values()) * GROWTH)
+        self._needed = int(sum(written[self._leaders[self.ranks.rank]].values()) * GROWTH)
         # Not before every disk has committed: what is whole on all of them must never be less than one.
         self._on_each_disk(lambda: self._rotate(step, protect))
         return self.path(step)
@@ -165,11 +167,11 @@ class Store:
         """Finish what a killed run left half-done."""
         for path in list(self.folder.iterdir()):
             if path.name.startswith(LEFTOVERS):
-                disk.discard(path)
+                discard(path)
             elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
                 final = self.path(int(match[1]))
                 if final.exists():
-                    disk.discard(path)
+                    discard(path)
                 else:
                     path.rename(final)
 
@@ -177,32 +179,45 @@ class Store:
         if not self.folder.is_dir():
             raise disk.failure(self.folder, self._needed, "it was deleted or replaced while the run went on")
         for old in self.folder.glob(".staging-*"):
-            disk.discard(old)
+            discard(old)
         if disk.free_bytes(self.folder) < self._needed:
             raise disk.failure(self.folder, self._needed, "there is not enough room")
-        disk.make_private(staging)
+        staging.mkdir()
 
     def _fill(self, staging: Path, body: Callable[[Path], None]) -> None:
         with disk.reported(self.folder, self._needed):
             body(staging)
 
     def _look(self, staging: Path) -> dict[str, int]:
-        """What this rank sees, once all have written."""
+        """What whoever looks after this disk sees, once all have written."""
+        if not self.is_writer:
+            return {}
         with disk.reported(self.folder, self._needed):
             return disk.listing(staging)
 
-    def _seal(self, staging: Path, step: int, facts: Facts, seen: list[dict[str, int]]) -> None:
+    def _hidden(self, staging: Path, written: list[dict[str, int]]) -> list[str]:
+        """What is there for this node, but not for the rank that looks after the disk.
+
+        One rank a node looks, and tells only what is missing: hundreds of ranks that ask for the state of every file
+        of all others, and send each other the lists, would keep a shared file system busy for minutes.
+        """
+        if self.ranks.local_rank != 0:
+            return []
+        with disk.reported(self.folder, self._needed):
+            return sorted(disk.names(staging) - written[self._leaders[self.ranks.rank]].keys())
+
+    def _seal(self, staging: Path, step: int, facts: Facts, hidden: list[list[str]]) -> None:
         sealed = manifest.seal(staging, step, self.ranks.world_size, facts)
-        for rank, names in enumerate(seen):
+        for rank, names in enumerate(hidden):
             # A network file system may show a file to others late: then it would be in no manifest.
-            lost = names.keys() - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
+            lost = set(names) - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
             if lost:
                 reason = f"{sorted(lost)[0]}, seen by rank {rank}, is not there for rank {self.ranks.rank}"
                 raise disk.failure(self.folder, self._needed, reason)
 
     def _commit(self, staging: Path, step: int) -> None:
         final, replaced = self.path(step), self.folder / f".replaced-{step}"
-        disk.discard(replaced)
+        discard(replaced)
         if final.exists() or final.is_symlink():
             final.rename(replaced)
         try:
@@ -211,8 +226,8 @@ class Store:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        disk.sync_folder(self.folder)
-        disk.discard(replaced)
+        sync_folder(self.folder)
+        discard(replaced)
 
     def _rotate(self, step: int, protect: Iterable[int]) -> None:
         self._damaged.discard(step)

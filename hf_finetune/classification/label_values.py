@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from hf_finetune.badrows import BadRows
+from hf_finetune.classification import likeness
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import Targets
 
 T = TypeVar("T")
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)?|nan)", re.ASCII | re.IGNORECASE)
 SHOWN = 20
 """Most names that a message lists."""
 UNLABELLED = (-1, -100)
@@ -49,9 +50,12 @@ def ids(values: Sequence[Any], column: str, targets: Targets) -> list[int]:
 
     def read(value: Any) -> int:
         text = text_of(value)
-        if targets.names and text not in targets.id_of:
+        if not targets.names:
+            return 0
+        found = id_of(text, targets.id_of)
+        if found is None:
             _refuse(unknown(text, targets.names, hint))
-        return targets.id_of.get(text, 0)
+        return found
 
     return _each(values, column, 0, read)
 
@@ -63,9 +67,10 @@ def multi_hot(values: Sequence[Any], column: str, targets: Targets) -> list[list
     def read(value: Any) -> list[float]:
         row_cells = [0.0] * len(targets.names)
         for text in texts_of(value) if targets.names else ():
-            if text not in targets.id_of:
+            found = id_of(text, targets.id_of)
+            if found is None:
                 _refuse(unknown(text, targets.names))
-            row_cells[targets.id_of[text]] = 1.0
+            row_cells[found] = 1.0
         return row_cells
 
     return _each(values, column, 0, read)
@@ -101,7 +106,7 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
     def read(value: Any) -> float:
         if is_missing(value):
             _refuse(f"is null; regression needs a number in every row{hint}")
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
+        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
             value = float(value)  # one word in a csv column makes text of all its numbers
         if isinstance(value, bool) or not isinstance(value, int | float):
             _refuse(f"holds {'text' if isinstance(value, str) else repr(value)}; regression needs a number")
@@ -112,10 +117,25 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
     return _each(values, column, start, read)
 
 
+def id_of(text: str, ids_of: Mapping[str, int]) -> int | None:
+    """The id of a label's text; `True` of a csv file is the `true` of another, if only one of them is known."""
+    found = ids_of.get(text)
+    if found is None and (plain := text.lower()) in {"true", "false"}:
+        found = next((number for name, number in ids_of.items() if name.lower() == plain), None)
+    return found
+
+
 def unknown(text: str, names: Sequence[str], hint: str = "") -> str:
     """What is wrong with the text of a label that is none of the known names."""
     if text in map(str, UNLABELLED):
         return f"is {text}: the row has no label{hint or _NOTHING}"
+    near = likeness.like(text, names)
+    if near is not None:
+        differing = likeness.difference([text, near])
+        known = likeness.shown(near)
+        return (
+            f"holds {likeness.shown(text)}, which differs from the known label {known} by {differing}; write it alike"
+        )
     remedy = "correct it, or list every label in task.labels"
     return f"holds {text!r}, which is none of the known labels: {listed(names)}; {remedy}"
 

@@ -9,7 +9,16 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_finetune.badrows import BadRows
-from hf_finetune.classification.label_values import UNLABELLED, cells, list_texts, listed, numbers, texts, unknown
+from hf_finetune.classification.label_values import (
+    UNLABELLED,
+    cells,
+    id_of,
+    list_texts,
+    listed,
+    numbers,
+    texts,
+    unknown,
+)
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.tasks import Targets
 
@@ -203,16 +212,17 @@ def _read(
     if declared is None:
         order = tuple(sorted(found, key=int if all(map(_is_integer, found)) else str))
         declared = order, {name: index for index, name in enumerate(order)}
-    names, id_of = declared
+    names, ids_of = declared
     counts = [0] * len(names)
     for text, count in found.items():
-        counts[id_of[text]] += count
-    return Targets(names=names, counts=tuple(counts), id_of=id_of)
+        if (number := id_of(text, ids_of)) is not None:
+            counts[number] += count
+    return Targets(names=names, counts=tuple(counts), id_of=ids_of)
 
 
 def _strange(text: str, declared: Declared | None) -> bool:
     """Whether a label is none of those declared, or, where none are, negative."""
-    return _is_integer(text) and text.startswith("-") if declared is None else text not in declared[1]
+    return _is_integer(text) and text.startswith("-") if declared is None else id_of(text, declared[1]) is None
 
 
 def _negative(text: str) -> str:

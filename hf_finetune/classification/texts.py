@@ -46,8 +46,8 @@ def _encodes(text: str) -> bool:
 
 def _kind(value: Any) -> str:
     """What a cell holds, without the value: the same fault of many rows is told once."""
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
+    kinds = {bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
+    return next((said for kind, said in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:

@@ -1,7 +1,6 @@
 """The command line: arguments -> one function per verb; one line per error, and the exit code.
 
-accelerate launch -m hf_finetune RECIPE [key.path=value ...]
-hf-finetune train RECIPE [key.path=value ...] [--restart]
+hf-finetune train RECIPE [key.path=value ...] [--processes N|auto] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
 hf-finetune evaluate RUN [key.path=value ...] [--data FILE | --split NAME] [--by COLUMN] [--against RUN|base]
 hf-finetune predict RUN [key.path=value ...] [--input FILE|-] [--output FILE|-]
@@ -20,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_finetune import terminal
+from hf_finetune import invocation, terminal
 from hf_finetune.cli.parser import complete, manner, parse
 from hf_finetune.errors import (
     CheckpointError,
@@ -40,6 +39,12 @@ LOUD_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
 SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 """Every rank of a node finds these; its first one says them."""
 
+LAUNCHERS_NOISE = (
+    "the traceback of `accelerate launch` is its way to report any exit code but 0; "
+    "`hf-finetune train --processes auto RECIPE` ends without one, and with the code itself"
+)
+"""accelerate 1.15, `commands/launch.py`: nothing that a process does keeps its launcher from this."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with the code that tells how it went.
@@ -47,11 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; None takes the process's.
     """
-    words = complete(list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    words = complete(given)
+    invocation.note(given)
     # Before anything is parsed, so that mistakes on the command line are told in the same manner.
     terminal.open_for(manner(words))
     try:
         _run(words, debug="--debug" in words)
+    except SystemExit as end:
+        if end.code and _is_accelerates() and _local_rank() == 0:
+            terminal.tell(Message(LAUNCHERS_NOISE, stream="stderr", line=f"hf_finetune: note: {LAUNCHERS_NOISE}"))
+        raise
     except Exception as error:
         if terminal.crash(error):
             sys.exit(1)
@@ -86,8 +97,14 @@ def _run(words: list[str], *, debug: bool) -> None:
         if debug:
             raise
         line = "hf_finetune: interrupted"
-        terminal.tell(Message("interrupted", "interrupted", "error", "stderr", {"code": 130}, line=line))
+        if _local_rank() == 0:
+            terminal.tell(Message("interrupted", "interrupted", "error", "stderr", {"code": 130}, line=line))
         sys.exit(130)
+
+
+def _is_accelerates() -> bool:
+    """Whether `accelerate launch` started this process, and will have the last word."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "HF_FINETUNE_LAUNCH" not in os.environ
 
 
 def _local_rank() -> int:

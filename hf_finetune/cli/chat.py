@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: The run or the command line is wrong.
     """
-    from hf_finetune.chatting import command
+    from hf_finetune import opening
     from hf_finetune.errors import RecipeError
 
     tokens, temperature = arguments.max_new_tokens, arguments.temperature
@@ -42,5 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"--max-new-tokens: {tokens} is less than 1")
     if temperature is not None and not 0 <= temperature <= 100:
         raise RecipeError(f"--temperature: {temperature} is not between 0 and 100")
+    opening.look(arguments.run_folder, arguments.overrides)
+    from hf_finetune.chatting import command
+
     options = command.Options(arguments.run_folder, tuple(arguments.overrides), tokens, temperature, arguments.system)
     command.run(options)

@@ -47,7 +47,13 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.format != "text":  # what it does meanwhile is no part of the document
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+    from hf_finetune import opening
+
     overrides = tuple(arguments.overrides)
+    others = [run for run in arguments.against if run != "base"]
+    rows = opening.Rows(tuple(arguments.data), arguments.split, tuple(arguments.by))
+    is_read = not arguments.lm_eval or arguments.data or arguments.split is not None
+    opening.look(arguments.run_folder, overrides, others=others, rows=rows if is_read else None)
     if arguments.lm_eval:
         from hf_finetune.evaluating import harness
 

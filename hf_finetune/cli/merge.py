@@ -45,7 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: Something is wrong, or what was made is not the run's model.
     """
-    from hf_finetune import merging
+    from hf_finetune import merging, opening
+
+    rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
+    opening.look(arguments.run_folder, arguments.overrides, rows=rows)
 
     options = merging.Options(
         to=arguments.to,
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         quantize=arguments.quantize,
         onnx=arguments.onnx,
     )
+    options.check(arguments.run_folder)
     merging.merge(arguments.run_folder, options, arguments.overrides)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import textwrap
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol
 
@@ -19,7 +21,7 @@ exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 
   8 trained, but not uploaded, 9 no valid checkpoint, or not as locked, 10 a peer died or hung, 130 interrupted,
   143 preempted, 1 a bug
 """
-_FORMAT = "--log-format"
+_FORMAT, _PROCESSES = "--log-format", "--processes"
 
 
 class Verbs(Protocol):
@@ -56,10 +58,16 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions, and leaves room for the names of options."""
+    """Keeps the sentences of descriptions that begin a line there, and leaves room for the names of options."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=30, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fit a description to the terminal: lines are broken there for the editor, unless a sentence ends with one."""
+        joined = re.sub(r"(?<![.:\n])\n\s*(?!\n)", " ", text.strip())
+        filled = [textwrap.fill(line, width, break_on_hyphens=False) for line in joined.split("\n")]
+        return "\n".join(indent + line for line in "\n".join(filled).split("\n"))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -76,7 +84,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
     for verb in VERBS:
         verb.add(verbs, common)
-    return parser.parse_args(words)
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 def _add_common(parser: Parser) -> None:
@@ -90,7 +98,7 @@ def _add_common(parser: Parser) -> None:
 
 def complete(words: list[str]) -> list[str]:
     """The words with their verb: a first argument that is a recipe file means `train`."""
-    plain = [word for before, word in zip(["", *words], words, strict=False) if before != _FORMAT]
+    plain = [word for before, word in zip(["", *words], words, strict=False) if before not in (_FORMAT, _PROCESSES)]
     first = next((word for word in plain if not word.startswith("-")), "")
     return ["train", *words] if first.endswith((".yaml", ".yml")) else words
 

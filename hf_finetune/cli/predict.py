@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
 
 DESCRIPTION = """\
-Predict every row of a csv, tsv, jsonl or parquet file, or every line of a text: the same rows come out, in order, with
-label, score and probabilities, a value, or generated text. A call with --output that was killed goes on where it was.
+Predict every row of a csv, tsv, json, jsonl or parquet file, or every line of a text: the same rows come out, in order,
+with label, score and probabilities, a value, or generated text. A call with --output that was killed goes on where it
+was.
 """
 
 
@@ -25,11 +26,13 @@ def add(verbs: Verbs, common: Parser) -> None:
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)
     parser.add_argument("--input", metavar="FILE|-", default="-", help="rows; by default standard input")
     parser.add_argument("--output", metavar="FILE|-", default="-", help="by default standard output")
-    formats = ("csv", "tsv", "jsonl", "parquet", "lines")
-    help_input = "where the suffix does not tell; standard input is `lines`, one text each"
-    parser.add_argument("--input-format", choices=formats, help=help_input)
+    formats = ("csv", "tsv", "jsonl", "parquet")
+    help_input = (
+        "where suffix or first line do not tell; of standard input: a header, JSON, or else `lines`, a text each"
+    )
+    parser.add_argument("--input-format", choices=(*formats, "json", "lines"), help=help_input)
     help_format = "by default that of the output's suffix, else of the input; jsonl for lines"
-    parser.add_argument("--format", choices=formats[:-1], help=help_format)
+    parser.add_argument("--format", choices=formats, help=help_format)
     help_bad = "end with 3 (default), leave the row out, or write it without a prediction; counted in every case"
     parser.add_argument("--on-bad-row", choices=("error", "skip", "null"), default="error", help=help_bad)
     parser.add_argument("--max-new-tokens", metavar="N", type=_count, help="most tokens of a generated answer")
@@ -47,6 +50,13 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+    from hf_finetune import opening
+    from hf_finetune.predicting import output, rows
+
+    opening.look(arguments.run_folder, arguments.overrides)
+    rows.find(arguments.input, arguments.input_format)
+    if arguments.output != "-":
+        output.refuse(arguments.output, restart=arguments.restart)
     from hf_finetune.predicting import command
 
     options = command.Options(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from typing import TYPE_CHECKING
 
-from hf_finetune import terminal
+from hf_finetune import node, terminal
 from hf_finetune.cli import recipes
 from hf_finetune.errors import FinetuneError
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Fine-tune. The same command goes on with a run that was stopped, and does nothing where it is finished.
-On several devices: accelerate launch -m hf_finetune RECIPE ...
+On several devices: hf-finetune train --processes auto RECIPE ...
 With --locked a run is done once more, bit for bit, or refused with all that differs.
 """
 
@@ -23,6 +25,8 @@ def add(verbs: Verbs, common: Parser) -> None:
     """Declare the verb."""
     parser = verbs.add_parser("train", parents=[common], help="fine-tune", description=DESCRIPTION)
     recipes.add_recipe(parser)
+    help_processes = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
+    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=help_processes)
     parser.set_defaults(run=run)
 
 
@@ -32,15 +36,20 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: Something is wrong.
     """
-    from hf_finetune.preflight.light import look_at_reading
+    from hf_finetune.preflight import light
 
     given = recipes.read(arguments)
     reading, repeat = given.reading, given.repeat
+    if reading.recipe is not None and _is_worker():
+        looked = light.look(reading.recipe)  # another process may have taken the run folder already
+    else:
+        looked = light.look_at_reading(reading, restart=arguments.restart, allowed=given.allowed)
+    if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
+        looked.located(reading.locate).raise_errors()
     if reading.recipe is None:
-        look_at_reading(reading, restart=arguments.restart, allowed=given.allowed).located(
-            reading.locate
-        ).raise_errors()
         raise AssertionError("a recipe that can't be read has a problem")
+    if arguments.processes is not None and not _is_worker():
+        _start_several(arguments)
     for note in reading.notes:
         terminal.say(f"note: {note}")
     if repeat is not None:
@@ -53,3 +62,29 @@ def run(arguments: argparse.Namespace) -> None:
         finetune(reading.recipe, restart=arguments.restart, allow_change=given.allowed, repeat=repeat)
     except FinetuneError as error:
         raise type(error)(map(reading.locate, error.problems)) from error
+
+
+def _start_several(arguments: argparse.Namespace) -> None:
+    """Let `hf_finetune.launch` take the place of this process where there is more than one to start.
+
+    Raises:
+        RecipeError: A variable of the environment does not fit; see `Node`.
+    """
+    place = node.Node.of(os.environ, arguments.processes)
+    if place.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+        return
+    terminal.close()  # the live display belongs to the processes
+    command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
+    os.execv(sys.executable, command)  # noqa: S606, no shell is the point
+
+
+def _is_worker() -> bool:
+    """Whether torchrun or accelerate started this process, which is given the whole command line too."""
+    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
+
+
+def _processes(word: str) -> str:
+    """A number of processes, or `auto`."""
+    if word != "auto" and not (word.isdecimal() and int(word) > 0):
+        raise argparse.ArgumentTypeError(f"must be a number of processes or auto, not {word!r}")
+    return word

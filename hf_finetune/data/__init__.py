@@ -146,8 +146,8 @@ def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Or
             "seed": recipe.training.seed if seeded else None,
             "max_length": data.max_length,
             "overlong": data.overlong,
-            # The order of streamed rows is the library's business.
-            "stream": [data.shuffle_buffer, datasets.__version__] if data.streaming else None,
+            # The order of streamed rows is the library's business, and follows from how they are read.
+            "stream": [data.shuffle_buffer, datasets.__version__, READING] if data.streaming else None,
             "task": _task_state(recipe),
             "tokenizer": _tokenizer_state(tokenizer),
         }
@@ -176,8 +176,18 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     return [type(tokenizer).__name__, state, special, tokenizer.chat_template, sides]
 
 
+READING = 2
+"""Raised where the same files are read as other rows, so that nothing of a cache is taken that was read otherwise."""
+
+
 def _versions() -> list[str]:
-    return [hf_finetune.__version__, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    return [
+        str(READING),
+        hf_finetune.__version__,
+        datasets.__version__,
+        tokenizers.__version__,
+        transformers.__version__,
+    ]
 
 
 def _sha256(value: Any) -> str:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 NONE: Array = np.empty(0, dtype=np.int64)
+TOGETHER = 10_000
+"""Raw rows that are looked at at a time."""
 
 
 class UnfitError(DataError):
@@ -122,7 +124,7 @@ class _Building:
                 problems = place(error, part).problems
                 self._tell(DataError(without_unfit(one, len(every) - len(rows)) for one in problems), "train")
                 break
-        return targets, np.setdiff1d(every, rows)
+        return targets, NONE if len(rows) == len(every) else np.setdiff1d(every, rows)
 
     def _streamed_targets(self) -> Targets | None:
         data, reading = self.recipe.data, self.reading
@@ -144,7 +146,8 @@ class _Building:
             # These rows may have other faults too. Without names, unknown labels are not told once more.
             error = survey(split, self._encoder(split, None), self.place)
             error = error and error.without(self.mislabelled)
-            blank = np.array(self.recipe.task.blank(split.raw()[unlabelled]))
+            chosen = split.raw().select(unlabelled).iter(batch_size=TOGETHER)
+            blank = np.concatenate([self.recipe.task.blank(rows) for rows in chosen])
             unfit = unlabelled[~blank]  # rows without text are not encoded anyway, and counted
         else:
             error = self._tried(split, split.name, targets, overlong)

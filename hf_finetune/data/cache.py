@@ -26,7 +26,7 @@ from types import TracebackType
 
 import datasets
 
-from hf_finetune import errors, targetsfile
+from hf_finetune import errors, patience, targetsfile
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
@@ -39,8 +39,6 @@ STARTED = time.time()
 """When this process came here. Ranks meet before they prepare data, so a failure of this launch is later."""
 POLL_S = 0.5
 """Seconds between two looks of a rank that waits for an entry."""
-WAIT_LIMIT_S = 6 * 3600.0
-"""Seconds after which a waiting rank gives up."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +153,13 @@ class Entry:
                 raise
 
     def _wait(self, marker: _Failure) -> Content:
-        deadline = time.monotonic() + WAIT_LIMIT_S
+        limit = patience.wait().total_seconds()
+        deadline = time.monotonic() + limit
         while (content := self.read()) is None:
             marker.check()
             if time.monotonic() > deadline:
-                hours = WAIT_LIMIT_S / 3600
-                raise PeerError(f"the first rank of this node has not prepared the data within {hours:g} hours")
+                message = f"the first rank of this node has not prepared the data within {limit / 3600:g} hours"
+                raise PeerError(f"{message}; {patience.WAIT} sets the limit in seconds")
             time.sleep(POLL_S)
         return content
 

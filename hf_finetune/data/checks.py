@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import SHOWN, numbers
+from hf_finetune.classification import likeness
 from hf_finetune.classification.label_values import listed
 from hf_finetune.data import rawtext
 from hf_finetune.data.facts import Facts, Known, Tally, without_unfit
@@ -119,6 +120,8 @@ def _all(recipe: Recipe, prepared: Prepared | Known) -> Iterator[Found]:
         yield from split.shares()
         train = prepared.facts.get("train")
         yield from split.train_labels() if name == "train" else split.unseen(train)
+        if name == "train":
+            yield from split.similar_labels()
     if "train" in prepared.counted:
         yield from _few(recipe, prepared)
 
@@ -217,6 +220,27 @@ class _Split:
                 # Neither a weight nor a limit helps a label without rows.
                 remedy = _REBALANCE if counts[least] else "add rows, or remove the label from task.labels"
                 yield "imbalance", self._problem(f"{spread} (limit {limit:g} to 1); {remedy}")
+
+    def similar_labels(self) -> Iterator[Found]:
+        """Labels that are alike; with the first row of each that is not the commonest of its group."""
+        groups = likeness.groups(self.facts.labels)
+        if not groups:
+            return
+        tally = self.facts.tallies.get("similar_labels", Tally())
+        rare = [name for group in groups for name in group[1:] if self.facts.labels[name]]
+        rows = dict(zip(rare, tally.rows, strict=False))
+        several = len({place for place, _ in tally.rows}) > 1
+
+        def described(name: str) -> str:
+            place, row = rows.get(name, ("", 0))
+            where = f", row {row}" + (f" of {place}" if several else "") if row else ""
+            return f"{likeness.shown(name)} ({self.facts.labels[name]:,}{where})"
+
+        told = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
+        more = f"; and {len(groups) - SHOWN:,} more such groups" if len(groups) > SHOWN else ""
+        differing = likeness.difference(groups[0]) if len(groups) == 1 else "case, spaces or what can't be seen"
+        message = f"{self.name} labels differ only by {differing}: {'; '.join(told)}{more}; each is a class of its own"
+        yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 
     def unseen(self, train: Facts | None) -> Iterator[Found]:
         """Labels that these rows have and the training rows do not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import SHOWN
@@ -27,11 +27,41 @@ class Wanted:
     """Those that hold text."""
     optional: tuple[str, ...] = ()
     """Those that a row may lack."""
+    declared: bool = True
+    """Whether the recipe says what may stand in the label columns, so that training rows need not show it."""
+    held_out: bool = True
+    """Whether these are no training rows, so that an optional column may be missing from all of them."""
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
         """What a task reads."""
-        return cls(tuple(task.columns()), tuple(task.text_columns()), tuple(task.optional_columns()))
+        return cls(
+            tuple(task.columns()), tuple(task.text_columns()), tuple(task.optional_columns()), task.declares_labels()
+        )
+
+    def trained(self) -> Wanted:
+        """The same of training rows, which show what the labels are, and have every column."""
+        return replace(self, held_out=False)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether words may stand beside integers in a label column of csv: it is known which labels are right."""
+        return self.declared or self.held_out
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns that hold no text."""
+        return tuple(column for column in self.columns if column not in self.texts)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that every row must have."""
+        return tuple(column for column in self.columns if column not in self.optional)
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The columns that some row must have."""
+        return self.required if self.held_out else self.columns
 
 
 @dataclass

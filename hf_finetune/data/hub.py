@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +49,11 @@ class HubSplit:
         pinned = self.revision is not None and is_commit(self.revision)
         return str(self.revision if pinned else self._builder().hash)
 
-    def scan(self, wanted: Wanted) -> list[Problem]:
-        """Nothing: a data set of the Hub has columns with types."""
-        return []
-
     def stamps(self) -> list[tuple[str, int, int]]:
         """Nothing: a commit does not change."""
         return []
 
-    def load(self, cache: str, texts: Sequence[str] = ()) -> datasets.Dataset:
+    def load(self, cache: str, wanted: Wanted) -> datasets.Dataset:
         """All rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
 
         Raises:
@@ -72,7 +67,7 @@ class HubSplit:
             raise self.explain(error) from error
         return rows
 
-    def stream(self, texts: Sequence[str] = ()) -> datasets.IterableDataset:
+    def stream(self, wanted: Wanted) -> datasets.IterableDataset:
         """The rows, read lazily; raises like `load`."""
         builder = self._builder()
         try:

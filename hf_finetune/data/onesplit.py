@@ -99,7 +99,8 @@ def opened(recipe: Recipe, tokenizer: Any, targets: Targets, wish: Wish, phase: 
 def _origins(recipe: Recipe, wish: Wish) -> Origins:
     """Where the wanted rows come from, and no others."""
     if wish.files:
-        return Origins((), (1.0,), files.find(list(wish.files), None, GIVEN), None)
+        found = files.find(list(wish.files), None, GIVEN)
+        return Origins((), (1.0,), replace(found, cache=recipe.data.cache), None)
     data, alone = recipe.data, {"train": None, "mix": None, "validation": None, "validation_share": None, "test": None}
     there = {"train": True, "validation": data.has_validation, "test": data.test is not None}
     if not there.get(wish.split or "", False):

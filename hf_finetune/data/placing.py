@@ -55,14 +55,14 @@ def placed(error: RowsError, rows: dict[str, Any], indices: Sequence[int], place
     found: dict[tuple[str, str], list[int]] = {}
     for what, struck in error.found.items():
         for index in struck:
-            found.setdefault((places[rows[PART][index]], what), []).append(rows[ROW][index])
+            found.setdefault((places[rows[PART][index]], what), []).append(int(rows[ROW][index]))
     unfit = sorted({indices[index] for struck in error.found.values() for index in struck})
     return PlacedError({key: (sorted(numbers_)[:SHOWN], len(numbers_)) for key, numbers_ in found.items()}, unfit)
 
 
 def placed_in(error: RowsError, split: Split) -> PlacedError:
     """An error about rows of a whole split, with their sources and numbers there."""
-    rows = split.rows.select_columns(list(BOOKKEEPING))
+    rows = split.rows.select_columns(list(BOOKKEEPING)).with_format("numpy")
     return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, range(len(rows)), split.places)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
+from hf_finetune.data.cells import Cell
 from hf_finetune.data.diagnosis import READING_ERRORS
 from hf_finetune.data.splits import check_columns
 from hf_finetune.errors import DataError, FinetuneError, Problem
@@ -55,7 +56,7 @@ class Reading:
         parts = []
         for origin in self.origins.train:
             try:
-                part = origin.stream(self.wanted.texts)
+                part = origin.stream(self.wanted)
                 first = next(iter(part), None)
             except READING_ERRORS as error:
                 raise origin.explain(error) from error
@@ -66,6 +67,7 @@ class Reading:
         if len(parts) == 1:
             return parts[0]
         try:
+            parts = [part.cast(_common(parts, self.wanted)) for part in parts]
             return datasets.interleave_datasets(
                 parts, probabilities=list(self.origins.weights), seed=self.seed, stopping_strategy="first_exhausted"
             )
@@ -103,3 +105,13 @@ class Reading:
         explained = [origin.explain(error) for origin in self.origins.train]
         located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
         return (located or explained)[0]
+
+
+def _common(parts: list[datasets.IterableDataset], wanted: Wanted) -> datasets.Features:
+    """Types that take the cells of every part as they stand; labels keep theirs where all parts have the same."""
+    found = {}
+    for column in wanted.columns:
+        kinds = [None if part.features is None else part.features[column] for part in parts]
+        alike = column in wanted.labels and kinds[0] is not None and all(kind == kinds[0] for kind in kinds)
+        found[column] = kinds[0] if alike else Cell()
+    return datasets.Features(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_finetune.data import files
@@ -78,7 +78,8 @@ def locate(data: Data) -> Origins:
 
     def found(names: str | list[str], where: Data | Source, key: str) -> Iterator[Origin]:
         try:
-            yield _origin(names, where, key)
+            origin = _origin(names, where, key)
+            yield replace(origin, cache=data.cache) if isinstance(origin, LocalFiles) else origin
         except DataError as error:
             problems.extend(error.problems)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from hf_finetune.errors import DataError, Problem
 
@@ -34,9 +36,22 @@ class SplitReport:
 
     def __add__(self, other: SplitReport) -> SplitReport:
         """The report of both together."""
-        mine, theirs = asdict(self), asdict(other)
-        longest = max(self.longest, other.longest)
-        return replace(SplitReport(**{name: mine[name] + theirs[name] for name in mine}), longest=longest)
+        return SplitReport.total([self, other])
+
+    @classmethod
+    def total(cls, reports: Iterable[SplitReport]) -> SplitReport:
+        """The report of all of them together."""
+        columns = zip(*(COUNTS(report) for report in reports), strict=True)
+        found = {
+            name: max(values) if name == "longest" else sum(values)
+            for name, values in zip(NAMES, columns, strict=False)
+        }
+        return cls(**found)
+
+
+NAMES = tuple(field.name for field in fields(SplitReport))
+COUNTS = attrgetter(*NAMES)
+"""The counts of a report, in the order of `NAMES`."""
 
 
 def nothing_left(report: SplitReport, name: str, where: str) -> DataError:

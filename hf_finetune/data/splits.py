@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 
+from hf_finetune.data.cells import Cell
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.schema.filehead import missing_columns
 
@@ -78,16 +80,19 @@ def load(data: Data, origins: Origins, wanted: Wanted, seed: int, cache: str) ->
     """
     splits: dict[str, Split] = {}
     problems: list[Problem] = list(origins.problems)
+    taken = [column for column in wanted.columns if column in BOOKKEEPING]
+    if taken:
+        return Loaded({}, [*problems, Problem(f"no column can be called {taken[0]!r}; rename it", key="task")])
     parts = []
     for origin in () if data.streaming else origins.train:
         with _collect(problems):
-            parts.append(_load(origin, "train", wanted, cache))
+            parts.append(_load(origin, "train", wanted.trained(), cache))
     for name, held in (("validation", origins.validation), ("test", origins.test)):
         with _collect(problems):
             splits |= {} if held is None else {name: _load(held, name, wanted, cache)}
     with _collect(problems):
         if parts and len(parts) == len(data.mix or (0,)):
-            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed)
+            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, Path(cache))
             if data.validation_share is not None:
                 splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
     if data.limit is not None:
@@ -134,10 +139,7 @@ def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
 
 
 def _load(origin: Origin, name: str, wanted: Wanted, cache: str) -> Split:
-    problems = origin.scan(wanted)
-    if problems:
-        raise DataError(problems)
-    rows = origin.load(cache, wanted.texts)
+    rows = origin.load(cache, wanted)
     if len(rows) == 0:
         raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
     check_columns(rows.column_names, wanted.columns, origin)
@@ -156,15 +158,17 @@ def _limited(split: Split, limit: int, seed: int) -> Split:
     return replace(split, rows=split.rows.select(np.sort(chosen)))
 
 
-def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
-    """Draw from the shuffled parts by weight until the first is used up."""
+def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Path) -> Split:
+    """Draw from the shuffled parts by weight until the first is used up; rows that are cast lie in a file."""
     places = tuple(part.places[0] for part in parts)
     features = _common_features([part.rows.features for part in parts], places)
     numbered = []
     for index, part in enumerate(parts):
         rows = part.rows.remove_columns(PART).add_column(PART, np.full(len(part.rows), index))
         try:
-            rows = rows if rows.features == features else rows.cast(features, keep_in_memory=True)
+            if rows.features != features:
+                folder.mkdir(parents=True, exist_ok=True)
+                rows = rows.cast(features, load_from_cache_file=False, cache_file_name=str(folder / f"{index}.arrow"))
         except (TypeError, ValueError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(
@@ -180,7 +184,7 @@ def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int) -> Split:
 
 
 def _common_features(all_features: Sequence[datasets.Features], places: Sequence[str]) -> datasets.Features:
-    """The type of each column in the mix: equal ones, or the widest number or text.
+    """The type of each column in the mix: equal ones, the widest number or text, or any JSON.
 
     Raises:
         DataError: Types differ in more than width, or label names differ.
@@ -189,22 +193,39 @@ def _common_features(all_features: Sequence[datasets.Features], places: Sequence
     common = {}
     for column in first:
         kinds = [features[column] for features in all_features]
-        family = None if column in BOOKKEEPING else _family(kinds)
         strange = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), None)
-        labels = any(isinstance(kind, datasets.ClassLabel) for kind in kinds)
-        flat = any(isinstance(kind, datasets.Value) for kind in kinds)
-        if strange is not None and family is None and (labels or flat):
-            message = f"column {column!r} is {kinds[strange]}, but {kinds[0]} in {places[0]}; make them equal"
-            raise DataError(Problem(message, file=places[strange]))
-        common[column] = kinds[0] if strange is None or family is None else datasets.Value(family)
+        if column in BOOKKEEPING or strange is None:
+            common[column] = kinds[0]
+        elif (family := _family(kinds)) is not None:
+            common[column] = family
+        else:
+            message = f"column {column!r} is {_said(kinds[strange])}, but {_said(kinds[0])} in {places[0]}"
+            raise DataError(Problem(f"{message}; make them equal", file=places[strange]))
     return datasets.Features(common)
 
 
-def _family(kinds: Sequence[Any]) -> str | None:
-    """The widest type of a family that all belong to, integers and floats together being floats."""
+def _family(kinds: Sequence[Any]) -> Any:
+    """The type that can hold all as they stand, if there is one: the widest of a family, or any JSON."""
+    if any(isinstance(kind, Cell) for kind in kinds):
+        words = any(_said(kind) in {"text", "labels"} for kind in kinds)
+        return None if words else Cell()
+    if not any(isinstance(kind, datasets.Value | datasets.ClassLabel) for kind in kinds):
+        return kinds[0]
     if not all(type(kind) is datasets.Value for kind in kinds):
         return None
     families = {WIDEST.get(kind.dtype.rstrip("0123456789")) for kind in kinds}
     if families == {"int64", "float64"}:
-        return "float64"
-    return families.pop() if len(families) == 1 else None
+        return Cell()  # 3 beside 5.5 stays 3
+    family = families.pop() if len(families) == 1 else None
+    return None if family is None else datasets.Value(family)
+
+
+def _said(kind: Any) -> str:
+    """A type in words."""
+    if isinstance(kind, datasets.ClassLabel):
+        return "labels"
+    if isinstance(kind, datasets.Value):
+        words = {"string": "text", "int64": "integers", "float64": "numbers", "bool": "true or false"}
+        name = str(kind.dtype)
+        return words.get(WIDEST.get(name.rstrip("0123456789"), name), name)
+    return "no text"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.data.encoding import INDEX, MARKS, Encoder
+from hf_finetune.data.lanes import Lanes, Raw
 from hf_finetune.data.placing import PlacedError
 from hf_finetune.data.splitreport import SplitReport, nothing_left
 from hf_finetune.data.splits import PART, ROW
 from hf_finetune.errors import DataError, Problem
 
 if TYPE_CHECKING:
+    from hf_finetune.data.lanes import Fate
     from hf_finetune.data.reading import Reading
     from hf_finetune.schema.blocks import Data
     from hf_finetune.tasks import Encoded
@@ -42,7 +45,8 @@ class Stream:
     first batch that holds one raises. Other checks need all rows, and so are not made here.
 
     Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
-    sources are read from their beginning in each pass, until the first is used up.
+    sources are read from their beginning in each pass, until the first is used up. A rank encodes only those that it
+    trains on; see `lanes`.
     """
 
     def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:
@@ -53,11 +57,13 @@ class Stream:
         self._report = SplitReport()
 
     def report(self) -> SplitReport:
-        """What became of the rows in the first pass of the iterator that has read most of them in this process.
-
-        A second one, which only takes a sample, does not take away the counts of the first.
-        """
+        """What became of the rows in the first pass: of those that were trained on, or looked at if these are more."""
         return self._report
+
+    def count(self, report: SplitReport) -> None:
+        """Note what became of the rows in the first pass; a shorter look later does not take these counts away."""
+        if report.rows >= self._report.rows:
+            self._report = report
 
     def rows(self, seed: int) -> Iterator[Encoded]:
         """Encoded rows: `input_ids`, `labels`, `length` (after cutting), perhaps `token_type_ids`.
@@ -69,19 +75,56 @@ class Stream:
             DataError: A row can't be read or encoded, is over-long and must not be, has no text or no trained token
                 and `data.checks` forbids it, or a pass has no row to train on.
         """
+        of_pass = SplitReport()
+        for number, counts, encoded in self._encoded_batches(seed):
+            if number == 0:
+                of_pass += counts
+                self.count(of_pass)
+            yield from encoded
+
+    def filler(self, seed: int) -> Encoded:
+        """A row that counts as nothing, for a micro-batch without any."""
+        row = next(row for _, _, encoded in self._encoded_batches(seed) for row in encoded)
+        masked: Any = self.encoder.task.masked(dict(row))
+        found: Encoded = masked
+        return found
+
+    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+        """The same rows by their place in the global batch.
+
+        Args:
+            seed: As for `rows`.
+            own: Places that are wanted.
+            used: How many rows of each place, of all places of the batch, were used up before.
+        """
+        return Lanes(self._raw(seed), self._fates, self._nothing_left, own, used)
+
+    def _nothing_left(self, report: SplitReport) -> DataError:
+        return nothing_left(report, "train", self.reading.places)
+
+    def _raw(self, seed: int) -> Iterator[Raw]:
+        """Raw rows, pass after pass."""
         opened = self.reading.open()
-        number = 0
-        while True:
+        for number in itertools.count():
+            is_empty = True
+            for batch in self.reading.batches(opened, [seed, number]):
+                for row in batch:
+                    yield Raw(row, number)
+                    is_empty = False
+            if is_empty:
+                raise self._nothing_left(SplitReport())
+
+    def _encoded_batches(self, seed: int) -> Iterator[tuple[int, SplitReport, list[Encoded]]]:
+        """Number of the pass, what became of some of its rows, and those that are trained on."""
+        opened = self.reading.open()
+        for number in itertools.count():
             of_pass = SplitReport()
             for batch in self.reading.batches(opened, [seed, number]):
                 encoded, counts = self._encode(batch, of_pass.rows)
                 of_pass += counts
-                if number == 0 and of_pass.rows >= self._report.rows:
-                    self._report = of_pass
-                yield from encoded
+                yield number, counts, encoded
             if of_pass.kept == 0:
-                raise nothing_left(of_pass, "train", self.reading.places)
-            number += 1
+                raise self._nothing_left(of_pass)
 
     def look(self, most: int = LOOKED_AT) -> Look:
         """Read and encode the first rows, in the order of the sources, as training would.
@@ -100,26 +143,31 @@ class Stream:
         with _collect(problems):
             if rows:
                 encoded = self._encoded(rows[:most], 0)
-                report, marks = self._sorted(encoded, rows[:most])[1], encoded.get(MARKS, [])
+                fates, marks = self._sorted(encoded, rows[:most]), encoded.get(MARKS, [])
+                report = SplitReport.total(counts for _, counts in fates)
         if problems:
             raise DataError(problems)
         if report.kept == 0 and len(rows) <= most:
-            raise nothing_left(report, "train", self.reading.places)
+            raise self._nothing_left(report)
         return Look(report, len(rows) <= most, tuple(marks))
 
     def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
+        fates = self._fates(batch, before)
+        return [row for row, _ in fates if row is not None], SplitReport.total(counts for _, counts in fates)
+
+    def _fates(self, batch: list[dict[str, Any]], before: int = 0) -> list[Fate]:
+        """What becomes of each row of a batch: the encoded one, if it is trained on, and its counts."""
         return self._sorted(self._encoded(batch, before), batch)
 
-    def _sorted(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> tuple[list[Encoded], SplitReport]:
+    def _sorted(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> list[Fate]:
         """The same of a batch that is encoded."""
         spoken = encoded.get(INDEX, [])
-        counts = SplitReport(rows=len(batch), empty=len(batch) - len(spoken))
+        fates: list[Fate] = [(None, SplitReport(rows=1, empty=1))] * len(batch)
         refused: dict[str, Problem] = {}
-        if counts.empty:
+        if len(spoken) < len(batch):
             row = batch[min(set(range(len(batch))) - set(spoken))]
             refused |= self._refusal("empty_text", "a row has no text, or a blank one", row)
-        kept: list[Encoded] = []
         fields = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
         for place, index in enumerate(spoken):
             whole, trained = encoded["whole"][place], encoded["trained"][place]
@@ -128,18 +176,21 @@ class Stream:
                 refused.setdefault("overlong", self._overlong(whole, batch[index]))
             dropped = over and self.overlong == "drop"
             untrained = not dropped and trained == 0
-            counts += SplitReport(dropped=int(dropped), untrained=int(untrained), longest=whole)
             if untrained:
                 what = "a row has nothing that is trained (within data.max_length)"
                 refused = self._refusal("no_trained_token", what, batch[index]) | refused
             if dropped or untrained:
+                counts = SplitReport(rows=1, dropped=int(dropped), untrained=int(untrained), longest=whole)
+                fates[index] = None, counts
                 continue
-            encoded_row: Any = {name: encoded[name][place] for name in fields}
-            counts += SplitReport(kept=1, cut=int(over), tokens=encoded_row["length"], trained=trained)
-            kept.append(encoded_row)
+            found: Any = {name: encoded[name][place] for name in fields}
+            fates[index] = (
+                found,
+                SplitReport(rows=1, kept=1, cut=int(over), tokens=found["length"], trained=trained, longest=whole),
+            )
         if refused:
             raise DataError(refused.values())
-        return kept, counts
+        return fates
 
     def _encoded(self, batch: list[dict[str, Any]], before: int) -> dict[str, list[Any]]:
         """The columns of an encoded batch.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.badrows import numbers
-from hf_finetune.batching import PackedRows, Rows, pack
+from hf_finetune.batching import PackedRows, Rows, lengths_of
 from hf_finetune.data import Stream
+from hf_finetune.packs import pack
 from hf_finetune.pages.escaping import exact, shortened
 from hf_finetune.tasks import IGNORE
 
@@ -119,7 +120,7 @@ def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, An
     if not recipe.data.packing:
         yield from ([rows[index]] for index in range(len(rows)))
         return
-    packed = PackedRows(rows, pack(list(prepared.train["length"]), recipe.data.max_length))
+    packed = PackedRows(rows, pack(lengths_of(prepared.train), recipe.data.max_length))
     yield from (packed[index] for index in range(len(packed)))
 
 

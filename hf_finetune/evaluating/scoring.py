@@ -75,7 +75,8 @@ class Scored:
         """95 % bootstrap intervals of those metrics."""
         parts = [intervals.of_sums(sums) for sums in self.sums()]
         bounds = {name: pair for part in parts for name, pair in part.bounds.items()}
-        return Intervals(bounds, parts[0].resamples, parts[0].rows) if parts else Intervals()
+        wilson = tuple(name for part in parts for name in part.by_wilson)
+        return Intervals(bounds, parts[0].resamples, parts[0].rows, wilson) if parts else Intervals()
 
     def right(self) -> tuple[str, Array, Array] | None:
         """A metric that counts right rows, the numbers of the rows, and which are right; None where none does."""
@@ -117,15 +118,15 @@ def _rows(run: Finished, served: Serving, encoded: Any, most: EvalBatch) -> Arra
     task, tokens = run.recipe.task, most.budget(all_logits=served.paths.makes_all_logits)
     division = batching.Division(most.rows, most.rows)
     rows, collator = batching.Rows(encoded, task), task.collator(run.tokenizer)
-    loader = batching.eval_loader(rows, encoded["length"], division, collator, tokens)
+    loader = batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
     found: list[Array] = []
-    order: list[int] = []
+    order: list[Array] = []
     with phase("evaluating", len(encoded), "rows") as shown:
         for batch in loader:
-            order += batch["row_ids"].tolist()
+            order.append(batch["row_ids"].numpy())
             found.append(served.rows(batch).cpu().numpy())
-            shown.done = len(order)
-    made: Array = np.concatenate(found)[np.argsort(order)]
+            shown.done += len(order[-1])
+    made: Array = np.concatenate(found)[np.argsort(np.concatenate(order))]
     return made
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,10 +23,11 @@ from hf_finetune.language.token_loss import counted, each, loss_sum_of, row_sums
 
 Tensor = torch.Tensor
 
-CHUNK_BYTES = 1 << 25
-"""Of the float32 logits that exist at a time: some of a CPU's cache, and enough rows for a full GEMM on a GPU."""
-FEW = 64
-"""Positions of a chunk at least, however large the vocabulary."""
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Of the float32 logits that exist at a time: some of a CPU's cache; on a GPU enough for `MANY` positions."""
+FEW, MANY = 64, 1024
+"""Positions of a chunk, at least and at most. Each chunk reads the head's weight twice: a GPU computes 150 to 300
+products while it reads a number, so that 64 positions would leave it waiting for memory, and 1,024 do not."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -34,7 +36,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: torch.nn.Linear, smoothing: float) -> Tensor:
         """The summed loss; keeps the gradient of the hidden states."""
-        size = _chunk(head.out_features)
+        size = _chunk(head.out_features, hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for part, want, out in zip(*(torch.split(whole, size) for whole in (hidden, wanted, gradient)), strict=True):
@@ -52,8 +54,9 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * gradients[0].to(gradient.dtype), None, None, None
 
 
-def _chunk(vocabulary: int) -> int:
-    return max(FEW, CHUNK_BYTES // (4 * vocabulary))
+def _chunk(vocabulary: int, device: torch.device) -> int:
+    size = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
+    return max(FEW, size if device.type == "cpu" else min(size, MANY))
 
 
 def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
@@ -87,8 +90,11 @@ class FastHead:
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
         self.is_last = True
         """Whether the model returns what the head makes; one that caps or scales it does not. See `notice`."""
+        self.is_sharded = False
+        """Whether FSDP shards the model."""
         self._mask: Tensor | None = None
         self._wanted: Tensor | None = None
+        self._total: Tensor | None = None
         self._looked_at: Tensor | None = None
         self._found: Tensor | None = None
         self._hook = head.register_forward_pre_hook(self._pick, prepend=True)
@@ -114,7 +120,7 @@ class FastHead:
         try:
             yield
         finally:
-            self._mask = self._wanted = None
+            self._mask = self._wanted = self._total = None
 
     def loss_sum(self, logits: Tensor) -> Tensor:
         """Sum of the cross entropy over all counted labels, a float32 scalar: like `token_loss.loss_sum`.
@@ -124,7 +130,12 @@ class FastHead:
         """
         if self._wanted is None:
             raise AssertionError("nobody asked for a loss")
-        return logits.float().sum() if self.is_fused else loss_sum_of(logits[0], self._wanted, self.smoothing)
+        if not self.is_fused:
+            return loss_sum_of(logits[0], self._wanted, self.smoothing)
+        if not self.is_sharded or self._total is None:
+            return logits.float().sum()
+        # FSDP2 rounds what a model returns to its precision, and waits for its gradient before it gathers weights.
+        return self._total + 0.0 * logits.float().nan_to_num(0.0, 0.0, 0.0).sum()
 
     def notice(self, forward: Callable[[], Tensor]) -> Tensor:
         """Find out whether the model changes what its head makes; returns the logits of all positions.
@@ -138,7 +149,7 @@ class FastHead:
             logits = forward()
         finally:
             hook.remove()
-        self.is_last = len(made) == 1 and torch.equal(made[0].float(), logits.detach().float())
+        self.is_last = len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits.detach())
         return logits
 
     def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
@@ -167,7 +178,10 @@ class FastHead:
         if self._looked_at is None:
             return (kept[None], *rest)
         self._mask = None  # for the calls that come of this one
-        self._found = _in_chunks(lambda part: head(part[None], *rest)[0], kept, self._looked_at)
+        # Not `head(...)` where that is more than its product: FSDP2 would give its weights back after the first chunk.
+        linear: Any = head
+        once: Any = partial(torch.nn.Linear.forward, linear) if self.is_fused else head
+        self._found = _in_chunks(lambda part: once(part[None], *rest)[0], kept, self._looked_at)
         return (hidden[:1, :1], *rest)  # the model wants some logits
 
     def _forward(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
@@ -176,13 +190,15 @@ class FastHead:
         with torch.autocast(hidden.device.type, enabled=False):
             kept = hidden[0].to(head.weight.dtype)
             total: Tensor = _HeadLoss.apply(kept, self._wanted, head, self.smoothing)  # type: ignore[no-untyped-call]
-        return total.view(1, 1, 1)
+        self._total = total
+        # A copy: FSDP2 warns of what may be a view.
+        return total.view(1, 1, 1).clone()
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
     """What `token_loss.each` finds of all positions, of a chunk of logits at a time."""
     logits = head(kept[:FEW])  # few: only now is it known how many one position has
-    size, found = _chunk(logits.shape[-1]), [each(logits, wanted[:FEW])]
+    size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
     del logits
     for part, want in zip(torch.split(kept[FEW:], size), torch.split(wanted[FEW:], size), strict=True):
         found.append(each(head(part), want))

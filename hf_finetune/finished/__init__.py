@@ -6,38 +6,29 @@ network = run.model()
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import hardware, hubreach, model, quiet, runlock, targetsfile
+from hf_finetune import hardware, hubreach, model, opening, quiet, runlock
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
-from hf_finetune.finished import loading, places, samebase
+from hf_finetune.finished import loading, samebase
 from hf_finetune.finished.serving import Serving
-from hf_finetune.recipe import Recipe
-from hf_finetune.runfolder import RunFolder
-from hf_finetune.schema.roots import outside
-from hf_finetune.targetsfile import Kept
 from hf_finetune.tasks import Targets
 from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.hardware import Machine
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.runfolder import RunFolder
+    from hf_finetune.targetsfile import Kept
 
 __all__ = ["Finished", "Serving", "open_run"]
-
-OPEN = ("task.", "data.", "model.", "speed.", "training.precision=", "training.eval_batch=", "training.deterministic=")
-"""Beginnings of overrides that make sense for a model that is trained already."""
-FIXED = ("task.kind=", "task.problem=", "task.labels=", "task.label=[", "model.quantization=")
-"""Those among them that would make another model, or other labels, of it; the label column counts in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +90,9 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     quiet.hush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
-    if (why := outside(place)) is not None:
-        raise RecipeError(Problem(why, file=place))
-    folder = RunFolder(place)
-    _refuse_unfinished(folder)
-    _refuse_foreign(overrides)
-    kept = targetsfile.read(folder.targets)
-    recipe = places.read(folder, None if kept is None else kept.started_in, overrides)
-    recipe = runlock.as_trained(recipe, folder.run_lock)
+    opened = opening.read(place, overrides)
+    folder, kept = opened.folder, opened.kept
+    recipe = runlock.as_trained(opened.recipe, folder.run_lock)
     hubreach.settle(recipe)
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
     targets, tokenizer = _targets(folder, recipe, kept), model.load_tokenizer(recipe.model)
@@ -120,44 +106,9 @@ def _dated(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     today = date.today().isoformat()
     task = recipe.task.on(today, tokenizer)
     if task is not recipe.task:
-        warn(
-            f"the chat template prints the date, and the run kept none: {today} is printed; task.date=DATE sets another"
-        )
+        kept = "the chat template prints the date, and the run kept none"
+        warn(f"{kept}: it prints {today}; give task.date=YYYY-MM-DD for another")
     return recipe.model_copy(update={"task": task})
-
-
-def _refuse_unfinished(folder: RunFolder) -> None:
-    if not folder.path.is_dir() or not folder.recipe.is_file():
-        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "is not there"
-        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
-    status = _status(folder.status)
-    state = status.get("state", "unknown")
-    if state == "running":
-        raise CheckpointError(Problem("the run is not finished (running); wait for it", file=str(folder.path)))
-    if state != "done":
-        why = str(status.get("reason") or "").partition("\n")[0]
-        told = f"{state}: {why}" if why else state
-        message = f"the run is not finished ({told}); the training command goes on with it"
-        raise CheckpointError(Problem(message, file=str(folder.path)))
-    if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
-        message = "the adapter is not there, though the run is finished; bring it back, or train anew with --restart"
-        raise CheckpointError(Problem(message, file=str(folder.adapter)))
-
-
-def _status(file: Path) -> dict[str, Any]:
-    try:
-        status: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def _refuse_foreign(overrides: Sequence[str]) -> None:
-    strange = [word for word in overrides if not word.startswith(OPEN) or word.startswith(FIXED)]
-    if strange:
-        key = strange[0].partition("=")[0]
-        reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"
-        raise RecipeError(Problem(reason, file="command line", key=key))
 
 
 def _targets(folder: RunFolder, recipe: Recipe, kept: Kept | None) -> Targets:

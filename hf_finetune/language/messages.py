@@ -76,7 +76,9 @@ def _listed(value: Any, what: str) -> list[Any]:
 
 def _turn(number: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-        raise DataError(f"turn {number} is no {{role, content}}: {str(turn)[:60]}; write it so")
+        # Not the text of the turn: the same fault of many rows is told once.
+        have = f"it has the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else "it is no object"
+        raise DataError(f"turn {number} is no {{role, content}}: {have}; write it so")
     clean: dict[str, Any] = _without_nulls(turn)
     role, at = clean["role"], f"turn {number} ({clean['role']})"
     if (right := _right_name(role)) is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hf_finetune import health, terminal
 from hf_finetune.cli.parser import complete, manner, parse
 from hf_finetune.errors import FinetuneError
 from hf_finetune.launch import starting
-from hf_finetune.launch.node import Node
+from hf_finetune.node import Node
 
 
 def main() -> None:
@@ -26,6 +28,8 @@ def main() -> None:
         terminal.report(error.problems, error.exit_code)
         terminal.close()
         code = error.exit_code
+    except KeyboardInterrupt:  # before there are processes, which say it themselves
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 
@@ -39,19 +43,19 @@ def _train(words: list[str]) -> int:
         RecipeError: A variable, or the launcher's configuration, is wrong.
         StorageError: The file that is to name the run folder can't be written.
     """
-    output = _output(words)
+    arguments = parse(words)
+    output = _output(arguments, words)
     health.point_to(output)
-    node = Node.of(os.environ)
+    node = Node.of(os.environ, arguments.processes)
     if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
         starting.replace(words)
     return starting.several(node, words, output / "status.json")
 
 
-def _output(words: list[str]) -> Path:
+def _output(arguments: argparse.Namespace, words: list[str]) -> Path:
     """The run folder; of a recipe with mistakes one process tells, and ends with the right code."""
     from hf_finetune.cli import recipes
 
-    arguments = parse(words)
     reading = recipes.read(arguments).reading
     if reading.recipe is None:
         starting.replace(words)

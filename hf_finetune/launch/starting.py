@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.launch.node import Node
+from hf_finetune.node import Node
 
 CONFIG = Path(__file__).with_name("ddp.yaml")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -47,6 +48,8 @@ def several(node: Node, words: list[str], status: Path) -> int:
         _launch(node, words)
     except ChildFailedError as error:
         failed = exit_code(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:  # a configuration of one process
+        failed = exit_code(error.returncode)
     return failed and (told(before, _read(status)) or failed)
 
 
@@ -90,6 +93,7 @@ def _launch(node: Node, words: list[str]) -> None:
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # torchrun would read them again, some of them otherwise
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    os.environ["HF_FINETUNE_LAUNCH"] = "1"  # the processes need not explain accelerate's traceback: there is none
     launch_command(launch_command_parser().parse_args([*options, "-m", MODULE, *words]))
 
 

@@ -118,7 +118,8 @@ def estimate(
         lasting = {**lasting, "left by other shapes": left}
         phases |= {name: {**phases[name], **lasting} for name in ("training", "evaluation")}
     files = loading[state.FILES]
-    phases["saving"] = {**lasting, **step.second_copy(cast=files > 0), state.FILES: files}
+    if machine.reloads(recipe):
+        phases["saving"] = {**lasting, **step.second_copy(cast=files > 0), state.FILES: files}
     process = state.process(machine)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**process, **phases[phase]}

@@ -36,6 +36,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         logits: Last dimension of tensors that count as logits, whatever account is open; 0 for none.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and torch's guard against it is a tenth of the time."""
+        return False
+
     def __init__(self, heap: Heap, logits: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.account = ""

@@ -33,11 +33,14 @@ def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, i
     """Weights and optimiser state of one device, in bytes."""
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     shards = machine.world_size if machine.is_sharded else 1
+    parts = machine.world_size if machine.is_sharded or machine.zero_stage else 1
+    # DeepSpeed trains in half precision, and keeps a copy of the trained weights in fp32.
+    copies = 4 * sum(p.numel() for p in trained) if machine.zero_stage and machine.precision != "fp32" else 0
     return {
         "weights": weights(recipe, adapted) // shards,
-        "optimiser state": sum(_moments(recipe, parameter) for parameter in trained) // shards,
+        "optimiser state": (copies + sum(_moments(recipe, parameter) for parameter in trained)) // parts,
         # DistributedDataParallel keeps a copy of all gradients in its buckets.
-        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and shards == 1 else 0,
+        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and parts == 1 else 0,
     }
 
 
@@ -82,8 +85,15 @@ def quantized_size(weight: torch.Tensor, quantization: str) -> int:
 
 
 def loading(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
-    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there."""
-    return {"weights": weights(recipe, adapted), FILES: cast_from(recipe, adapted, machine)}
+    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there.
+
+    Sharded weights reach an accelerator one by one and are divided there; a CPU that reads them, and a device that
+    quantises them, holds them whole first.
+    """
+    whole = weights(recipe, adapted)
+    if machine.is_sharded and machine.device != "cpu" and recipe.model.quantization is None:
+        whole = whole // machine.world_size + max(map(size, adapted.parameters()))
+    return {"weights": whole, FILES: cast_from(recipe, adapted, machine)}
 
 
 def process(machine: Machine) -> dict[str, int]:

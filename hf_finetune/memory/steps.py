@@ -43,7 +43,10 @@ class Step:
         if self.machine.activation_checkpointing:
             model.enable_activation_checkpointing(base)
         self._paths = Paths(self.recipe.task, self.targets)
-        if not self.machine.is_sharded:
+        if self.machine.is_sharded:
+            self._paths.install_sharded(self.adapted, self.recipe, self.machine)
+            self._paths.is_unproven = False
+        else:
             self._paths.install(self.adapted, self.recipe, self.machine)
         is_language_model = self.recipe.task.peft_type == "CAUSAL_LM"
         self._vocabulary: int = base.config.get_text_config().vocab_size if is_language_model else 0
@@ -113,8 +116,7 @@ class Step:
         copies = 1 if self.recipe.adapter.freezes_base else 2
         sizes = [state.size(tensor) for tensor in self._weights] * copies
         if self.machine.device != "cpu":
-            # Unpacked weights make room first; packed ones can't move.
-            return {COPY: state.weights(self.recipe, self.adapted)} if self._unpacked else {}
+            return {}  # the trained one makes room first
         if can_give_back():
             return {COPY: sum(sizes)}
         kept = self._heap.held

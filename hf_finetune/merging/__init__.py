@@ -13,7 +13,19 @@ story       all of it in order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from hf_finetune.merging.options import Options
-from hf_finetune.merging.story import merge
+
+if TYPE_CHECKING:
+    from hf_finetune.merging.report import Report
 
 __all__ = ["Options", "merge"]
+
+
+def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report:
+    """Make a model folder of a finished run; see `story.merge`, for which alone torch is imported."""
+    from hf_finetune.merging import story
+
+    return story.merge(place, options, overrides)

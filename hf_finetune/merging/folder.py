@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from hf_finetune.adaptation import labelfile
-from hf_finetune.checkpoints.disk import discard, free_bytes, sync_folder
+from hf_finetune.checkpoints.disk import free_bytes
+from hf_finetune.durable import discard, put_in_place
 from hf_finetune.errors import ModelError, Problem, StorageError
 from hf_finetune.hardware import DTYPES
 from hf_finetune.language import generation
 from hf_finetune.model.pretrained import silence
+from hf_finetune.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_finetune.finished import Finished
     from hf_finetune.merging.options import Dtype
+
+MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate", "max_new_tokens", "max_length"}
+"""Values of a generation config that decide which others have an effect."""
 
 
 @contextmanager
@@ -40,7 +46,7 @@ def staged(place: str) -> Iterator[Path]:
             staging.mkdir(parents=True)
         yield staging
         with reported(final):
-            _commit(staging, final)
+            put_in_place(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -121,23 +127,35 @@ def _generation(network: Any, tokenizer: Any) -> None:
     ends = generation.end_tokens(network, tokenizer)
     if ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    if config.pad_token_id is None:
+    if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = tokenizer.pad_token_id
     config._from_model_config = False  # else transformers may make it anew from config.json, which knows one end only
+    left_out = _without_idle_values(config)
+    if left_out:
+        say(f"note: {', '.join(left_out)}: left out of generation_config.json, where they have no effect")
 
 
-def _commit(staging: Path, final: Path) -> None:
-    """Make it durable and rename it into place; an earlier folder is moved aside first and then removed."""
-    for path in [*staging.rglob("*"), staging]:
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-    old = final.with_name(f".{final.name}.old")
-    discard(old)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    sync_folder(final.parent)
-    discard(old)
+def _without_idle_values(config: Any) -> list[str]:
+    """Reset what contradicts the rest of a generation config, such as a temperature without sampling.
+
+    Models are published with such values. Reading them is allowed, but transformers (5.23) refuses to write a config
+    with them once it was changed. Generation stays as it was; returns the names.
+    """
+    make: Any = GenerationConfig  # transformers leaves it untyped
+    usual, left_out = make(), list[str]()
+    while True:
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            named = re.findall(r"`(\w+)`", str(error))
+            idle = [name for name in named if name not in MODES and getattr(config, name, None) is not None]
+            idle = [name for name in idle if getattr(config, name) != getattr(usual, name, None)]
+            if not idle:
+                raise ModelError(
+                    f"its generation_config.json is not valid: {' '.join(str(error).split())[:300]}"
+                ) from error
+            for name in dict.fromkeys(idle):
+                setattr(config, name, getattr(usual, name, None))
+                left_out.append(name)
+        else:
+            return left_out

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from hf_finetune.merging.scoring import EvalRows, Logits
     from hf_finetune.tasks import Batch
 
+ROOM = 1.5
+"""Memory that a GPU must have free, as a multiple of the weights: activations need some, too."""
+
 
 def load(folder: Path, run: Finished, **options: Any) -> Any:
-    """The model in the folder, in eval mode, on the run's device.
+    """The model in the folder, in eval mode, on the run's device where it fits there.
 
     Args:
         folder: A model folder.
@@ -45,7 +48,15 @@ def load(folder: Path, run: Finished, **options: Any) -> Any:
     lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lost:
         raise ModelError(f"what was written does not load whole in transformers, e.g. {lost[0]}; report it")
-    return network.to(run.machine.device).eval()
+    return put(network, run.machine.device).eval()
+
+
+def put(network: Any, device: str) -> Any:
+    """Move a model to the device, or leave it on the CPU where a GPU has no room for it."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    if device == "cuda" and torch.cuda.mem_get_info()[0] <= ROOM * needed:
+        return network.to("cpu")
+    return network.to(device)
 
 
 def logits_of(network: Any) -> Logits:

@@ -62,7 +62,7 @@ class Report:
         """Tell it."""
         lines = ["", f"  merged into         {self.into}, written in {self.dtype}"]
         for check in self.checks:
-            lines.append(f"  {check.what:<19} logits equal to {check.difference:.1e} (allowed {check.tolerance:g})")
+            lines.append(f"  {check.what:<19} logits differ by {check.difference:.1e} (allowed {check.tolerance:g})")
         for name, found in self.metrics.items():
             change = "" if name in (RUN, ADAPTER) else f"   ({self._told_change(name)})"
             told = f"{name} in fp32" if name == ADAPTER else name

@@ -46,13 +46,12 @@ class Rows:
         rows = batching.Rows(self.encoded, recipe.task)
         collator = recipe.task.collator(self.run.tokenizer)
         tokens = most.budget(all_logits=True)
-        for batch in batching.eval_loader(rows, self.encoded["length"], division, collator, tokens):
+        for batch in batching.eval_loader(rows, batching.lengths_of(self.encoded), division, collator, tokens):
             yield {name: value for name, value in batch.items() if name != "row_ids"}
 
     def probes(self) -> list[Batch]:
         """A few rows from short to long, without labels: padded together, but one by one for a language model."""
-        lengths = self.encoded["length"]
-        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        order: list[int] = batching.lengths_of(self.encoded).argsort(kind="stable").tolist()
         count = min(PROBED, len(order))
         chosen = [order[place * (len(order) - 1) // max(1, count - 1)] for place in range(count)]
         rows = batching.Rows(self.encoded, self.run.recipe.task)

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 
 from hf_finetune import model
 from hf_finetune.adaptation import peftio
 from hf_finetune.errors import ModelError
 from hf_finetune.export import TOLERANCES
-from hf_finetune.merging import scoring
+from hf_finetune.merging import plain, scoring
 from hf_finetune.merging.plain import logits_of, rows_of
+from hf_finetune.model.checks import unmergeable
 from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = TOLERANCES["fp32"]
 """Largest difference of logits that merging may make in fp32, as a share of the largest."""
-
-
-ROOM = 1.5
-"""Memory that a GPU must have free, as a multiple of the weights: activations need some, too."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ def merged(rows: Rows) -> Merged:
     """
     run, probes = rows.run, rows.probes()
     recipe = run.recipe
+    if refusals := unmergeable(recipe, model.skeleton(recipe, run.targets, run.tokenizer)):
+        raise ModelError(refusals)
     with phase("loading the model in fp32"):
         base, into = _base(run)
         base.config.pad_token_id = run.tokenizer.pad_token_id
@@ -85,24 +85,33 @@ def _base(run: Finished) -> tuple[Any, str]:
     if recipe.model.quantization is None:
         # Weights as the checkpoint has them: a run in bf16 saw them rounded, which is no reason to keep that.
         whole = model.fresh_base(recipe, options, replace(run.machine, precision="fp32"))
-        return whole.to(_place(run, whole)), "the base"
+        return plain.put(whole, run.machine.device), "the base"
     # In the run's precision: another one would round before it quantises, and so give other weights.
-    quantised: Any = model.fresh_base(recipe, options, run.machine)
-    base = quantised.dequantize()
-    for field in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(base.config, field):
-            delattr(base.config, field)
-    for parameter in base.parameters():
-        parameter.data = parameter.data.float()
-    return base, f"the base, dequantised from {recipe.model.quantization}"
+    base = _dequantised(model.fresh_base(recipe, options, run.machine))
+    return plain.put(base, run.machine.device), f"the base, dequantised from {recipe.model.quantization}"
 
 
-def _place(run: Finished, network: PreTrainedModel) -> Any:
-    """The run's device, or the CPU where a GPU has no room for the weights in fp32."""
-    if run.machine.device != "cuda":
-        return run.machine.device
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-    return "cuda" if torch.cuda.mem_get_info()[0] > ROOM * needed else "cpu"
+def _dequantised(quantised: Any) -> Any:
+    """The model in fp32 on the CPU: unpacked layer by layer, so that its device holds one of them at a time.
+
+    `PreTrainedModel.dequantize` unpacks all of them on the device, which has room for the packed ones alone.
+    """
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    for path, layer in [*quantised.named_modules()]:
+        if not hasattr(layer, "weight") or type(layer.weight).__name__ not in {"Params4bit", "Int8Params"}:
+            continue
+        bias = layer.bias
+        whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        whole.weight = torch.nn.Parameter(weight.to("cpu", torch.float32), requires_grad=False)
+        if bias is not None:
+            whole.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
+        quantised.set_submodule(path, whole)
+    quantised.hf_quantizer.remove_quantization_config(quantised)
+    if hasattr(quantised.config, "_pre_quantization_dtype"):
+        del quantised.config._pre_quantization_dtype
+    return remove_hook_from_module(quantised, recurse=True).to("cpu").float()
 
 
 def _unloaded(adapted: Any) -> PreTrainedModel:
@@ -116,5 +125,5 @@ def _unloaded(adapted: Any) -> PreTrainedModel:
             network = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ModelError(f"PEFT can't merge this adapter: {' '.join(str(error).split())[:300]}") from error
-    plain: PreTrainedModel = network.eval().requires_grad_(False)
-    return plain
+    unwrapped: PreTrainedModel = network.eval().requires_grad_(False)
+    return unwrapped

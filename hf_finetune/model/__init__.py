@@ -50,6 +50,8 @@ class LoadedModel:
     """Paths of the head's modules and of all others that the checkpoint did not hold: trained in full."""
     fresh: tuple[str, ...] = ()
     """Paths of the modules whose weights were drawn, because the checkpoint holds none or of another shape."""
+    is_shell: bool = False
+    """Whether this rank has only the shapes; the weights come from rank 0 when they are sharded."""
 
 
 def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
@@ -106,6 +108,8 @@ def examine(
     for fits in (modelchecks.length, modelchecks.targets):
         with findings.collect():
             fits(recipe, model)
+    if not findings.blame("adapter"):
+        findings.warn(modelchecks.unmergeable(recipe, model))
     if tokenizer is not None:
         with findings.collect():
             modelchecks.vocabulary(recipe, model, tokenizer)
@@ -160,6 +164,11 @@ def load(
     if tokenizer.pad_token_id is not None:
         # A decoder's classification head finds the last token by the pad id of its config.
         model.config.pad_token_id = tokenizer.pad_token_id
+    if not machine.is_sharded and recipe.model.quantization is None:
+        # Before anybody computes with it: what initialises adapters or is measured would run on the CPU. Sharded
+        # weights are moved as they are divided, quantised ones were loaded there.
+        unplaced: Any = model  # torch's `to`, wrapped by transformers, has lost its type
+        unplaced.to(machine.place)
     outside = tuple(path for path in fresh if not any(path == h or path.startswith(f"{h}.") for h in head_modules))
     return LoadedModel(model, head_modules + outside, fresh)
 
@@ -170,7 +179,8 @@ def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
     Raises:
         RecipeError: The adapter does not fit the model.
     """
-    adapted = recipe.adapter.apply(loaded.model, setting)
+    apply = recipe.adapter.outline if loaded.is_shell else recipe.adapter.apply
+    adapted = apply(loaded.model, setting)
     for config in getattr(adapted, "peft_config", {}).values():
         config.base_model_name_or_path = resolve(recipe.model.name)
         config.revision = commit(recipe.model) or recipe.model.revision
@@ -282,10 +292,11 @@ def _quantized(recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP2 shards floating point numbers only; accelerate would leave bytes whole on every rank.
+        bnb_4bit_quant_storage=dtype if machine.is_sharded else torch.uint8,
         llm_int8_skip_modules=skip,
     )
-    place: Any = machine.local_rank if machine.device == "cuda" else machine.device
-    return {"quantization_config": quantization, "device_map": {"": place}}
+    return {"quantization_config": quantization, "device_map": {"": machine.place}}
 
 
 def _logical_size(parameter: nn.Parameter) -> int:

@@ -11,6 +11,8 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
+from hf_finetune.adaptation import peftio
+from hf_finetune.adaptation import targets as adapttargets
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.model import heads
 
@@ -101,6 +103,21 @@ def targets(recipe: Recipe, model: PreTrainedModel) -> None:
     if recipe.model.quantization is not None and refusal is not None:
         raise RecipeError(Problem(refusal, key="model.quantization"))
     recipe.adapter.check_targets(model, heads.find(model))
+
+
+def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
+    """What `merge` will not be able to make full weights of: adapters of an embedding with tied weights."""
+    adapter: Any = recipe.adapter
+    spec, full = getattr(adapter, "target_modules", None), getattr(adapter, "modules_to_save", None)
+    if getattr(adapter, "continue_from", None) is not None:
+        stored = peftio.stored_config(peftio.find(adapter.continue_from, "adapter.from"))
+        spec, full = getattr(stored, "target_modules", None), stored.modules_to_save
+    found = adapttargets.tied(model, spec or adapttargets.ALL_LINEAR, full or ())
+    if not found:
+        return []
+    what = f"{' and '.join(found)} shares its weights with the other embedding of {recipe.model.name}"
+    how = "give it in adapter.modules_to_save instead, or use the adapter unmerged"
+    return [Problem(f"{what}: `merge` can't make full weights of this adapter; {how}", key="adapter.target_modules")]
 
 
 def vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

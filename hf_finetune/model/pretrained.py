@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.hubreach import HTTP_ERROR
+from hf_finetune.schema import modelfolder
 from hf_finetune.schema.modelfolder import KEY, resolve
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def reading(model: Model) -> Iterator[None]:
         reason = " ".join(str(error).split())[:400]
         if "trust_remote_code" in str(error):  # transformers advises to run the code; this project never does
             reason = "it needs code of its own, which is never run here; take a model that transformers has a class for"
+        if "couldn't connect" in str(error):
+            reason = f"{modelfolder.NEITHER}, and the Hub can't be asked; correct the name, or fill the cache"
         raise ModelError(Problem(f"{model.name}{at} can't be loaded: {reason}", key=KEY)) from error
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_finetune.batching import lengths_of
 from hf_finetune.records import Record
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def record(prepared: Prepared) -> Record:
     The lengths of a stream are not known.
     """
     splits = {"train": prepared.train, "validation": prepared.validation, "test": prepared.test}
-    lengths = {name: _lengths(rows) for name, rows in splits.items() if hasattr(rows, "column_names")}
+    lengths = {name: lengths_of(rows) for name, rows in splits.items() if hasattr(rows, "column_names")}
     longest = max((int(found.max(initial=0)) for found in lengths.values()), default=0)
     step = max(1, -(-(longest + 1) // BINS))
     edges = np.arange(0, longest + 1 + step, step)
@@ -35,7 +36,3 @@ def record(prepared: Prepared) -> Record:
         **{fate: {name: report[fate] for name, report in reports.items()} for fate in FATES},
     }
     return Record("data", "train", 0, {"edges": edges.astype(np.int64), **counts}, facts)
-
-
-def _lengths(rows: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(rows.with_format("numpy")["length"][:], dtype=np.int64)

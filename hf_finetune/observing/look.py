@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import reduce
 
+from hf_finetune.batching import lengths_of
 from hf_finetune.observing import embeddings, predictions, tokens, weights
 from hf_finetune.records import Record
 from hf_finetune.tasks.causal_lm import CausalLM
@@ -60,7 +61,7 @@ class Look:
         self._rows: Array = np.zeros((0, 0), dtype=np.float32)
         self._token_rows: list[dict[str, Any]] = []
         if isinstance(subject.task, CausalLM) and occasion.is_due(subject.tracking.images):
-            longest = max(split.encoded["length"], default=0)
+            longest = int(lengths_of(split.encoded).max(initial=0))
             device = subject.model.device
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self.by_position = torch.zeros(2, longest, dtype=dtype, device=device)

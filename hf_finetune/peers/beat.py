@@ -1,4 +1,7 @@
-"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second."""
+"""The sign of life of one rank: a small file, `<run folder>/.ranks/<rank>.json`, that it renews every second.
+
+Where there are more than fifty ranks, each does so less often.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,8 @@ class Beat:
     phase: str = "starting"
     idle: float = 0.0
     """Seconds without progress of its main thread."""
+    allowed: float = 0.0
+    """Seconds that the present phase may take without progress, where that is more than the usual limit."""
     waits: bool = False
     """Whether an idle main thread is inside a collective."""
     place: str = ""

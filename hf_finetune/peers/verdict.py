@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_finetune.errors import FinetuneError, PeerError
+from hf_finetune.invocation import same_command
 from hf_finetune.peers.beat import Beat, Failure
 
 INTERRUPTED = 130
@@ -22,7 +23,6 @@ LOST_S = 10.0
 
 _BACKWARD = "(_engine_run_backward)"
 """Where a rank waits for gradients of the others, or computes its own."""
-_RESUME = "resume with the same command"
 _GONE = re.compile(
     r"Connection (closed|reset|refused)|[Tt]imed out waiting|Broken pipe|[Rr]ead timeout|[Ss]ocket (closed|timeout)"
     r"|pair closure|failed to pass monitoredBarrier|connectFullMesh|wait timeout|Watchdog caught|NCCL communicator"
@@ -63,18 +63,18 @@ class Peer:
 
     def died(self) -> Failure:
         """It ended without a word."""
-        return Failure(self.rank, f"{self.describe()} died {self.when()}; {_RESUME}", PeerError.exit_code)
+        return Failure(self.rank, f"{self.describe()} died {self.when()}; {_resume()}", PeerError.exit_code)
 
     def fell_silent(self, steps: str) -> Failure:
         """It lives, as far as one can see, but does not beat."""
         how = " (it is stopped by a signal)" if self.is_here and self.beat.process.is_stopped() else ""
         text = f"{self.describe()} has not answered for {self.silent:.0f} s{how}, last {self.when()}"
-        return Failure(self.rank, f"{text}; {steps}; {_RESUME}", PeerError.exit_code)
+        return Failure(self.rank, f"{text}; {steps}; {_resume()}", PeerError.exit_code)
 
     def hangs(self, steps: str) -> Failure:
         """It beats, but its main thread does not come on."""
         where = f"{self.when()}, at {self.beat.place}" if self.beat.place else self.when()
-        text = f"{self.describe()} has made no progress for {self.beat.idle:.0f} s {where}; {steps}; {_RESUME}"
+        text = f"{self.describe()} has made no progress for {self.beat.idle:.0f} s {where}; {steps}; {_resume()}"
         return Failure(self.rank, text, PeerError.exit_code)
 
 
@@ -88,7 +88,7 @@ def sure(peers: Peers, own: Beat, timeout: float, *, patient: bool) -> Iterator[
     Args:
         peers: The others.
         own: This rank; it judges idleness only while it waits in a collective itself.
-        timeout: Seconds of silence or idleness.
+        timeout: Seconds of silence, and of idleness where a rank's present phase may not take longer.
         patient: Leave this rank time to find out by itself.
     """
     for peer in peers.values():
@@ -100,16 +100,25 @@ def sure(peers: Peers, own: Beat, timeout: float, *, patient: bool) -> Iterator[
     yield from (peer.fell_silent(steps(peers, own)) for peer in running if peer.silent >= timeout)
     if own.waits and own.idle >= timeout:
         yield from (
-            peer.hangs(steps(peers, own)) for peer in running if peer.beat.idle >= timeout and not peer.beat.waits
+            peer.hangs(steps(peers, own))
+            for peer in running
+            if peer.beat.idle >= max(timeout, peer.beat.allowed) and not peer.beat.waits
         )
     for peer in peers.values():
         if peer.beat.state == "stopped" and peer.beat.failure is not None and min(peer.left, own.idle) >= STOP_S:
             yield peer.beat.failure
 
 
-def likely(peers: Peers, own: Beat, timeout: float) -> Iterator[Failure]:
-    """Who may be to blame for a collective that failed although nobody has died, the most suspect first."""
-    lost = min(LOST_S, timeout / 2)
+def likely(peers: Peers, own: Beat, timeout: float, lost: float = LOST_S) -> Iterator[Failure]:
+    """Who may be to blame for a collective that failed although nobody has died, the most suspect first.
+
+    Args:
+        peers: The others.
+        own: This rank.
+        timeout: Seconds of silence or idleness that a run allows.
+        lost: Those that make a rank suspect.
+    """
+    lost = min(lost, timeout / 2)
     running = [peer for peer in peers.values() if peer.beat.state == "running"]
     running.sort(key=lambda peer: (peer.beat.place.endswith(_BACKWARD), peer.beat.step))
     yield from (peer.fell_silent(steps(peers, own)) for peer in running if peer.silent >= lost)
@@ -128,7 +137,7 @@ def unexplained(own: Beat, peers: Peers, error: BaseException) -> Failure:
     alive = [peer for peer in peers.values() if peer.beat.state == "running" and peer.silent < LOST_S]
     if len(alive) == len(peers) and any(not peer.is_here for peer in alive):
         text += "; all of them are alive, so look at the network between the nodes"
-    return Failure(own.rank, f"{text}; {steps(peers, own)}; {_RESUME}", PeerError.exit_code)
+    return Failure(own.rank, f"{text}; {steps(peers, own)}; {_resume()}", PeerError.exit_code)
 
 
 def steps(peers: Peers, own: Beat) -> str:
@@ -138,6 +147,10 @@ def steps(peers: Peers, own: Beat) -> str:
         reached[beat.step].append(beat.rank)
     told = (f"{step} (rank {', '.join(map(str, sorted(ranks)))})" for step, ranks in sorted(reached.items()))
     return f"last step of each: {', '.join(told)}"
+
+
+def _resume() -> str:
+    return f"resume with {same_command()}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
@@ -23,8 +22,11 @@ from hf_finetune.peers.verdict import Peer
 from hf_finetune.runfolder import RANKS
 
 BEAT_S, LOOK_S = 1.0, 0.25
-READS = 32
-"""Most files that are read at a time."""
+FEW = 50
+"""Ranks up to which beats come every second. More of them beat and read less often, so that all together never cost the
+shared folder more: 50 small writes and some 450 reads a second."""
+ALL = 9
+"""Other ranks up to which a rank watches all of them."""
 IDLE_S = 2.0
 """After this long without progress, a rank says where it is."""
 MISSED_BEATS = 2.5
@@ -45,6 +47,9 @@ class Watch:
     this process ends at once (`os._exit`) with the failure's exit code: its main thread sits in a collective that can't
     be interrupted. An error that leaves the block is told to the others, who end with it; one that torch raised because
     a peer has gone ends this process in the same way.
+
+    Of many ranks, each watches those that are 1, 2, 4, 8, ... after it, and looks at the processes of its own machine:
+    every rank is watched by several others, and as whoever ends says why, all know it after a few readings.
 
     Args:
         folder: The run folder; it exists.
@@ -70,10 +75,17 @@ class Watch:
         self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
         self.timeout = patience.peer() if timeout is None else timeout
         self._on_failure = on_failure
-        self._mark = (0, "starting")
+        self._mark = (0, "starting", patience.wait().total_seconds())
         self._seen = self._mark
         self._peers: dict[int, Peer] = {}
-        self._others = itertools.cycle([other for other in range(world_size) if other != rank])
+        self._ring, self._near = _watched(rank, world_size)
+        self._pace = max(1.0, world_size / FEW)
+        self._beat_every = min(BEAT_S * self._pace, self.timeout / 4)
+        self._round = min(max(LOOK_S, world_size / FEW), self.timeout / 4)
+        """Seconds in which each rank that is watched is read once."""
+        self._lost = min(max(verdict.LOST_S, MISSED_BEATS * (self._beat_every + self._round)), self.timeout / 2)
+        """Seconds of silence that make a rank suspect, when a collective fails."""
+        self._due, self._turn = 0.0, 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._is_over = world_size == 1
@@ -81,14 +93,16 @@ class Watch:
         self._beat = Beat(launch(), rank, Process.own(), count=0, written=uptime(), speaks=speaks)
         self._born = born()
 
-    def progress(self, step: int, phase: str) -> None:
+    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
         """Say that the main thread has come on; costs nothing. The others learn it within a second.
 
         Args:
             step: Last finished optimiser step. Steps are in common: each of them has a collective.
             phase: What goes on now, to follow "while": `training`, `evaluating`, `saving`.
+            is_long: Whether it may take hours on this rank while the others wait (`patience.wait`). They give it up
+                before only if its process ends or falls silent.
         """
-        self._mark = (step, phase)
+        self._mark = (step, phase, patience.wait().total_seconds() if is_long else 0.0)
 
     def start(self) -> None:
         """Show the own beat and begin to watch.
@@ -154,8 +168,7 @@ class Watch:
     # ---- the thread ----
 
     def _run(self) -> None:
-        beat_every = min(BEAT_S, self.timeout / 4)
-        look_every = min(LOOK_S, beat_every)
+        look_every = min(LOOK_S, self._beat_every)
         before = last_beat = time.monotonic()
         while not self._stop.wait(look_every):
             now = time.monotonic()
@@ -166,7 +179,7 @@ class Watch:
                     return
                 is_news = self._note_progress(passed)
                 is_shown = True
-                if is_news or now - last_beat >= beat_every:
+                if (is_news and self._pace == 1) or now - last_beat >= self._beat_every:
                     is_shown, last_beat = self._show(), now
                 self._look(passed if is_shown else 0.0)
                 failure = self._sure(patient=True)
@@ -178,7 +191,9 @@ class Watch:
         mark, before = self._mark, self._seen
         idle, self._seen = self._beat.idle + passed if mark is before else 0.0, mark
         waits, place = look_at(threading.main_thread().ident or 0) if idle >= IDLE_S else (False, "")
-        self._beat = replace(self._beat, step=mark[0], phase=mark[1], idle=idle, waits=waits, place=place)
+        self._beat = replace(
+            self._beat, step=mark[0], phase=mark[1], allowed=mark[2], idle=idle, waits=waits, place=place
+        )
         return mark[1] != before[1]
 
     def _show(self) -> bool:
@@ -187,12 +202,21 @@ class Watch:
         return self._beat.write(self._file(self.rank))
 
     def _look(self, passed: float) -> None:
-        """Read the others' files, some of them at a time if there are many."""
-        for rank in itertools.islice(self._others, min(READS, self.world_size - 1)):
-            self._read(rank)
-        for peer in self._peers.values():
-            peer.silent += passed
+        """Read the files that are due."""
+        due = [*self._ring, *(rank for rank in self._near if not self._is_settled(rank))]
+        self._due += len(due) * LOOK_S / self._round
+        for _ in range(min(int(self._due), len(due))):
+            self._read(due[self._turn % len(due)])
+            self._turn += 1
+        self._due -= int(self._due)
+        for rank, peer in self._peers.items():
+            peer.silent += passed if rank in self._ring else 0.0
             peer.left += passed if peer.beat.state != "running" else 0.0
+
+    def _is_settled(self, rank: int) -> bool:
+        """Whether a rank that should be on this machine needs no reading: its process is known, or is elsewhere."""
+        peer = self._peers.get(rank)
+        return peer is not None and (peer.is_known or not peer.is_here)
 
     def _read(self, rank: int) -> None:
         beat = Beat.read(self._file(rank))
@@ -232,33 +256,34 @@ class Watch:
         is_lost, is_own = verdict.is_of_a_peer(error), isinstance(error, FinetuneError)
         if not is_lost and (is_own or not isinstance(error, RuntimeError | SystemExit)):
             return None
-        # Connections close some time before the kernel shows a process as gone; a signal came from outside.
-        least, waited = LOOK_S if isinstance(error, SystemExit) else PATIENCE_S, 0.0
+        # Connections close some time before the kernel shows a process as gone; a signal came from outside. Of many
+        # ranks, a few know first, and the others hear it from them.
+        pause, waited = LOOK_S * self._pace, 0.0
+        least = LOOK_S if isinstance(error, SystemExit) else PATIENCE_S * self._pace
         while waited < least or (is_lost and self._is_anybody_late()):
             if waited:
-                time.sleep(LOOK_S)
+                time.sleep(pause)
                 self._show()  # whoever looks for the cause is alive; the thread waits for the lock
-            waited += LOOK_S
-            for rank in range(self.world_size):
-                if rank != self.rank:
-                    self._read(rank)
+            waited += pause
+            for rank in (*self._ring, *self._near):
+                self._read(rank)
             failure = self._sure(patient=False)
             if failure is not None:
                 return failure
-            for peer in self._peers.values():
-                peer.silent += LOOK_S
+            for rank in self._ring.keys() & self._peers.keys():
+                self._peers[rank].silent += pause
         known = self._known()
         rest = None if is_own or not is_lost else verdict.unexplained(self._beat, known, error)
-        return next(verdict.likely(known, self._beat, self.timeout), rest) if is_lost else None
+        return next(verdict.likely(known, self._beat, self.timeout, self._lost), rest) if is_lost else None
 
     def _is_anybody_late(self) -> bool:
         """Whether a rank of another node misses beats, but not yet for so long that it is to blame.
 
         Its process can't be looked at; a lost connection does not tell whose end is at fault.
         """
-        lost = min(verdict.LOST_S, self.timeout / 2)
         far = [peer for peer in self._known().values() if not peer.is_here and peer.beat.state == "running"]
-        return any(MISSED_BEATS * BEAT_S <= peer.silent < lost for peer in far)
+        missed = MISSED_BEATS * BEAT_S * self._pace
+        return any(missed <= peer.silent < self._lost for peer in far)
 
     def _end(self, failure: Failure) -> None:
         """Say it, and end this process."""
@@ -283,8 +308,8 @@ class Watch:
         culprit = here.pop(failure.rank, None)
         if culprit and culprit.beat.state == "failed" and culprit.beat.speaks:
             return True
-        lost = min(verdict.LOST_S, self.timeout / 2)
-        alive = [r for r, p in here.items() if p.beat.state == "running" and p.silent < lost and not p.is_gone()]
+        running = {rank: peer for rank, peer in here.items() if peer.beat.state == "running"}
+        alive = [rank for rank, peer in running.items() if peer.silent < self._lost and not peer.is_gone()]
         return any(peer.beat.has_said for peer in here.values()) or any(rank < self.rank for rank in alive)
 
     def _call_back(self, failure: Failure) -> None:
@@ -295,11 +320,22 @@ class Watch:
     def _say_goodbye(self, state: State, failure: Failure | None, *, has_said: bool = False) -> None:
         self._is_over = True
         self._stop.set()
-        step, phase = self._mark
+        step, phase, _ = self._mark
         self._beat = replace(self._beat, step=step, phase=phase, state=state, failure=failure, has_said=has_said)
         if not self._show():
             with suppress(OSError):
                 self._file(self.rank).unlink()
+
+
+def _watched(rank: int, world_size: int) -> tuple[dict[int, None], dict[int, None]]:
+    """The ranks whose files a rank reads again and again, and those of its machine that it must know besides."""
+    others = [(rank + distance) % world_size for distance in range(1, world_size)]
+    if len(others) <= ALL:
+        return dict.fromkeys(others), {}
+    ring = dict.fromkeys(others[2**power - 1] for power in range((world_size - 1).bit_length()))
+    place, size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    near = range(max(0, rank - place), min(world_size, rank - place + size))
+    return ring, dict.fromkeys(other for other in near if other != rank and other not in ring)
 
 
 def _say(failure: Failure) -> None:

@@ -11,15 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_finetune import terminal
+from hf_finetune import digests, terminal
 from hf_finetune.badrows import SHOWN, numbers
+from hf_finetune.data import cache
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.finished import open_run, samebase
 from hf_finetune.predicting import output, predictor, rows, sinks
 from hf_finetune.predicting.output import Output
 from hf_finetune.predicting.predictor import CHARACTERS, Predicted, Predictor
-from hf_finetune.predicting.rows import Input, Row
+from hf_finetune.predicting.rows import Input
 from hf_finetune.predicting.sinks import Cells, Sink
+from hf_finetune.rowfiles import Row
 from hf_finetune.schema.roots import refuse_outside
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ def run(options: Options) -> None:
     source = rows.find(options.input, options.input_format)
     form = _out_format(options, source)
     opened = open_run(options.run, options.overrides)
+    if options.input_format is None and source.name == rows.STDIN:
+        source = _recognised(source, opened)
+        form = _out_format(options, source)
     key = _key(options, opened, source, form)
     target = None if options.output == "-" else options.output
     with output.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as taken:
@@ -72,11 +77,21 @@ def run(options: Options) -> None:
             sys.exit(BROKEN_PIPE)
 
 
+def _recognised(source: Input, opened: Finished) -> Input:
+    """Standard input by its first line: a header or JSON is no text to predict."""
+    found = source.recognised(predictor.needed_columns(opened.recipe.task))
+    if found.form != source.form:
+        begins = "JSON" if found.form == "jsonl" else "a header"
+        otherwise = "give --input-format lines if it is text"
+        terminal.warn(f"standard input begins with {begins} and is read as {found.form}; {otherwise}")
+    return found
+
+
 def _out_format(options: Options, source: Input) -> sinks.OutFormat:
     """The format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
     suffix: Any = None if options.output == "-" else rows.SUFFIXES.get(Path(options.output).suffix.lower())
     form: Any = options.form or suffix or source.form
-    form = "jsonl" if form == "lines" else form
+    form = "jsonl" if form in ("lines", "json") else form
     if form == "parquet" and options.output == "-":
         raise RecipeError("parquet can't be written to a pipe; give --output FILE, or --format jsonl")
     found: sinks.OutFormat = form
@@ -92,8 +107,7 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     """What must be the same for a killed call to be gone on with."""
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(digests.sha256(file, cache.root(opened.recipe.data.cache)))
     if (base := samebase.locked(opened.folder)) is not None:
         digest.update(base.model_dump_json().encode())
     machine = opened.machine

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from hf_finetune.errors import Problem, RecipeError, StorageError
-from hf_finetune.predicting.sinks import Sink
 from hf_finetune.runfolder import write_atomically
+
+if TYPE_CHECKING:
+    from hf_finetune.predicting.sinks import Sink
 
 
 @dataclass
@@ -126,9 +128,8 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
     if name is None:
         yield Pipe()
         return
+    refuse(name, restart=restart)
     final = Path(name)
-    if final.exists() and not restart:
-        raise RecipeError(Problem("is there already; name another file, or give --restart to replace it", file=name))
     try:
         stream = _partial_of(final).open("r+b" if _partial_of(final).exists() else "x+b")
     except OSError as error:
@@ -142,6 +143,19 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
         stream.truncate(progress.bytes)
         stream.seek(progress.bytes)
         yield File(final, stream, progress, key)
+
+
+def refuse(name: str, *, restart: bool) -> None:
+    """Refuse an output that can't be made, before anything is loaded.
+
+    Raises:
+        RecipeError: It is there already, and not to be replaced.
+        StorageError: Its folder is not there.
+    """
+    if Path(name).exists() and not restart:
+        raise RecipeError(Problem("is there already; name another file, or give --restart to replace it", file=name))
+    if not Path(name).parent.is_dir():
+        raise StorageError(Problem(f"there is no folder {str(Path(name).parent)!r}; make it first", file=name))
 
 
 def _stored(final: Path, key: Mapping[str, Any]) -> Progress:

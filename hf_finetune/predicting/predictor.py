@@ -16,11 +16,13 @@ from scipy import special
 from hf_finetune import batching, hardware
 from hf_finetune.badrows import RowsError
 from hf_finetune.errors import DivergedError, RecipeError
-from hf_finetune.predicting.rows import LINE, Row
+from hf_finetune.predicting.rows import LINE
 
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished, Serving
     from hf_finetune.hardware import EvalBatch
+    from hf_finetune.rowfiles import Row
+    from hf_finetune.tasks import Task
     from hf_finetune.tasks.causal_lm import CausalLM
     from hf_finetune.tasks.text_classification import TextClassification
 
@@ -126,9 +128,10 @@ class Predictor(ABC):
         return Predicted(outputs, faults, cut)
 
     def _columns(self, rows: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
-        if lines:
-            return {self.column_of_lines(): [row.cells[LINE] for row in rows]}
         optional = self.run.recipe.task.optional_columns()
+        if lines:
+            lacking: dict[str, list[Any]] = {name: [None] * len(rows) for name in optional}
+            return {self.column_of_lines(): [row.cells[LINE] for row in rows]} | lacking
         return {name: [row.cells.get(name) for row in rows] for name in (*self.needed, *optional)}
 
 
@@ -214,6 +217,14 @@ class Answers(Predictor):
         """The columns of the prompt."""
         return self.task.asked_columns()
 
+    def _columns(self, rows: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
+        """A plain line of a model of chats is what the user says."""
+        columns = super()._columns(rows, lines=lines)
+        if lines and self.task.messages is not None:
+            texts = columns[self.task.messages]
+            columns[self.task.messages] = [[{"role": "user", "content": text}] for text in texts]
+        return columns
+
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """`generated`, and whether the model ended it itself."""
@@ -236,6 +247,12 @@ class Answers(Predictor):
             )
         outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]
         return outputs, sum(answer.tokens == 0 for answer in found)
+
+
+def needed_columns(task: Task) -> list[str]:
+    """The columns that a row must have to be predicted."""
+    asked = getattr(task, "asked_columns", None)
+    return task.text_columns() if asked is None else asked()
 
 
 def make(run: Finished, max_new_tokens: int | None) -> Predictor:

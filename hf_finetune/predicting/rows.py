@@ -1,4 +1,4 @@
-"""Reads rows one by one, from a file or a pipe, as they stand: csv, tsv, jsonl, parquet, or plain lines."""
+"""Reads rows one by one, from a file or a pipe, as training reads them: csv, tsv, json, parquet, or plain lines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.schema.filehead import header_problems, missing_columns
+from hf_finetune.rowfiles import jsonrows, tables
+from hf_finetune.rowfiles.row import Row
+from hf_finetune.schema.filehead import missing_columns
 
-Format = Literal["csv", "tsv", "jsonl", "parquet", "lines"]
-FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet", "lines")
+Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "lines"]
+FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "json", "parquet", "lines")
 SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".jsonl": "jsonl",
+    ".json": "json",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".txt": "lines",
@@ -29,23 +32,9 @@ SUFFIXES: dict[str, Format] = {
 STDIN = "-"
 LINE = "text"
 """Column of a plain line."""
-FIELD_LIMIT = 1 << 30
-"""Characters of a csv field."""
 CHUNK = 1 << 20
 PARQUET_ROWS = 1024
 """Rows of a parquet file that are read together."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row."""
-
-    number: int
-    """Line of the file, from 1; row of a parquet file."""
-    cells: dict[str, Any]
-    """By column; empty where the row can't be read."""
-    fault: str = ""
-    """What is wrong with the row as such."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +69,27 @@ class Input:
         except OSError as error:
             raise _unreadable(self.name, error) from error
 
+    def recognised(self, needed: Sequence[str]) -> Input:
+        """The same with the format that its first line tells; nothing is consumed.
+
+        Args:
+            needed: Columns without which no row is of use.
+        """
+        if self.name != STDIN or sys.stdin is None or sys.stdin.closed or not needed:
+            return self
+        peek = getattr(sys.stdin.buffer, "peek", None)
+        head = b"" if peek is None else peek(1)
+        line = head.decode("utf-8-sig", errors="ignore").partition("\n")[0].rstrip("\r")
+        return replace(self, form=_head_format(line, needed))
+
     def count(self) -> int | None:
         """How many rows there are, for a progress bar; None where telling would take a second reading."""
         if self.is_pipe:
             return None
         if self.form == "parquet":
             return int(self._parquet_file().metadata.num_rows)
+        if self.form == "json":
+            return None
         lines = 0
         with Path(self.name).open("rb") as stream:
             while chunk := stream.read(CHUNK):
@@ -109,12 +113,15 @@ class Input:
         with self._opened() as stream:
             try:
                 if self.form in ("csv", "tsv"):
-                    yield from _table(stream, self.place, needed, tab=self.form == "tsv")
+                    yield from tables.rows(stream, self.place, needed, tab=self.form == "tsv")
                 elif self.form == "jsonl":
-                    yield from _objects(stream, needed)
+                    yield from _objects(jsonrows.lines(stream), needed)
+                elif self.form == "json":
+                    yield from _objects(jsonrows.whole(stream, self.place)[0], needed)
                 else:
                     for number, line in enumerate(stream, 1):
-                        yield Row(number, {LINE: line.rstrip("\r\n")})
+                        blank = "" if line.strip() else "is blank; remove the line"
+                        yield Row(number, {LINE: line.rstrip("\r\n")}, blank)
             except UnicodeDecodeError as error:
                 message = f"is not UTF-8 ({error.reason} at byte {error.start} of what was read last); save it as UTF-8"
                 raise DataError(Problem(message, file=self.place)) from None
@@ -182,8 +189,8 @@ def find(name: str, form: str | None) -> Input:
     """
     if name == STDIN:
         found: Any = form or "lines"
-        if found == "parquet":
-            raise RecipeError("parquet can't be read from a pipe; give --input FILE")
+        if found in ("parquet", "json"):
+            raise RecipeError(f"{found} can't be read from a pipe; give --input FILE")
         return Input(name, found)
     file = Path(name)
     if not file.exists():
@@ -197,48 +204,21 @@ def find(name: str, form: str | None) -> Input:
     return Input(name, chosen)
 
 
-def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> Iterator[Row]:
-    """Csv with quotes, tsv without."""
-    csv.field_size_limit(FIELD_LIMIT)
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {}
-    reader = csv.reader(stream, **options)
-    header = next((record for record in reader if record), None)
-    if header is None:
-        raise DataError(Problem("has no header: it is empty", file=place))
-    problems = header_problems(header, needed, place)
-    if problems:
-        raise DataError(problems)
-    before = reader.line_num
-    for record in reader:
-        if record:
-            cells = dict(zip(header, record, strict=False))
-            fault = "" if len(record) == len(header) else f"has {len(record)} fields, the header {len(header)}"
-            yield Row(before + 1, cells, fault)
-        before = reader.line_num
+def _objects(rows: Iterator[Row], needed: Sequence[str]) -> Iterator[Row]:
+    """Rows of JSON; one that lacks a key has a fault."""
+    for row in rows:
+        absent = [name for name in needed if name not in row.cells]
+        yield row if row.fault or not absent else Row(row.number, row.cells, f"has no key {absent[0]!r}")
 
 
-def _objects(stream: IO[str], needed: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
+def _head_format(line: str, needed: Sequence[str]) -> Format:
+    """What the first line of an input tells: JSON, or a header that names every column that is needed."""
+    if line.startswith("{"):
         try:
-            cells = json.loads(line, object_pairs_hook=_once)
-        except ValueError as error:
-            what = getattr(error, "msg", None) or str(error)
-            yield Row(number, {}, f"is no JSON: {what}")
-            continue
-        if not isinstance(cells, dict):
-            yield Row(number, {}, "is no JSON object; every line must be one row in braces")
-            continue
-        absent = [name for name in needed if name not in cells]
-        yield Row(number, cells, f"has no key {absent[0]!r}" if absent else "")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return found
+            if isinstance(json.loads(line), dict):
+                return "jsonl"
+        except ValueError:
+            return "lines"
+    if "\t" in line and set(needed) <= set(line.split("\t")):
+        return "tsv"
+    return "csv" if set(needed) <= set(next(csv.reader([line]), [])) else "lines"

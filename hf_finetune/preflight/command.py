@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_finetune.preflight import light
 from hf_finetune.terminal import Message, say, show, tell
@@ -50,8 +50,10 @@ class Result:
     findings: Findings
     notes: list[str]
     plan: list[tuple[str, str]] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What the plan says in sentences, for machines; the unit ends each name."""
     seen: Examined | None = None
-    """None where the recipe has mistakes: then nothing else was looked at."""
+    """None where the recipe, or a path in it, is wrong: then nothing else was looked at."""
 
 
 def run(reading: Reading[Recipe], options: Options) -> int:
@@ -80,7 +82,7 @@ def run(reading: Reading[Recipe], options: Options) -> int:
 def check(reading: Reading[Recipe], options: Options) -> Result:
     """Find everything that can be known to be wrong before weights load.
 
-    Recipe mistakes alone import neither torch nor transformers.
+    Mistakes of the recipe, and names and paths that lead nowhere, import neither torch nor transformers.
 
     Args:
         reading: The recipe, as it was read.
@@ -88,12 +90,14 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
     """
     findings = light.look_at_reading(reading, restart=options.restart, allowed=options.allow_change)
     repeat, notes = options.repeat, list[str]()
-    plan: list[tuple[str, str]] = []
+    plan = None
     seen = None
-    if reading.recipe is not None:
+    # What is wrong already is answered at once: the libraries take seconds to import. But a repeat is refused with all
+    # that differs from its lock, which they are needed to tell.
+    if reading.recipe is not None and (repeat is not None or not findings.exit_code):
         from hf_finetune import hardware, quiet
         from hf_finetune.preflight import fitting, heavy
-        from hf_finetune.preflight.plan import lines
+        from hf_finetune.preflight.plan import make
 
         quiet.hush()
         machine = hardware.alone(reading.recipe)
@@ -106,8 +110,9 @@ def check(reading: Reading[Recipe], options: Options) -> Result:
                 notes += repeat.notes_on_rows(seen.prepared.fingerprint)
         if not findings.exit_code:
             with findings.collect():
-                plan = lines(fitting.ahead(heavy.complete(seen)), findings)
-    return Result(reading, findings.located(reading.locate), [*reading.notes, *notes], plan, seen)
+                plan = make(fitting.ahead(heavy.complete(seen)), findings)
+    lines, numbers = ([], {}) if plan is None else (plan.lines, plan.numbers)
+    return Result(reading, findings.located(reading.locate), [*reading.notes, *notes], lines, numbers, seen)
 
 
 def _print(result: Result, origins: Origins, rows: list[str]) -> None:
@@ -130,7 +135,7 @@ def _print(result: Result, origins: Origins, rows: list[str]) -> None:
 
 def _print_origins(origins: Origins) -> None:
     keys = max((len(key) for key, _, _ in origins), default=0)
-    values = min(40, max((len(value) for _, value, _ in origins), default=0))
+    values = min(24, max((len(value) for _, value, _ in origins), default=0))
     for key, value, origin in origins:
         line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
         fields = {"key": key, "value": value, "origin": origin}
@@ -158,6 +163,7 @@ def _print_json(result: Result, origins: Origins, rows: list[str]) -> None:
         "findings": [finding.as_json() for finding in result.findings],
         "notes": result.notes,
         "plan": dict(result.plan),
+        "numbers": result.numbers,
         "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
         "rows": rows,
     }

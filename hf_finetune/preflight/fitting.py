@@ -92,7 +92,7 @@ def choose(ready: Ready, free: int | None) -> Fit:
     if free is None:
         return Fit(_ruled(ready, "by rule: how much memory is free is unknown"))
     lengths = ready.assignment.lengths
-    longest = ready.recipe.data.max_length if lengths is None else max(lengths, default=1)
+    longest = ready.recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
     shape = (ready.assignment.job.division.micro_batch, longest)
     if bound(ready.recipe, ready.outline, ready.machine, shape) <= NEAR * free:
         return Fit(_ruled(ready, "by rule: there is plenty of memory"))

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import data, hardware, hubreach, jobs, model, terminal
+from hf_finetune import data, hardware, hubreach, jobs, model, sharding, terminal
 from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
 from hf_finetune.tasks import Targets
@@ -90,6 +90,9 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
                 raise
     targets = UNKNOWN if prepared is None else prepared.targets
     outline = model.examine(recipe, targets, tokenizer, findings)
+    if outline is not None:
+        with findings.collect():
+            sharding.check(recipe, machine, outline)
     looked = None
     if prepared is not None:
         _judge(recipe, prepared, findings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.adaptation import peftio
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.hub import secrets
+from hf_finetune.preflight import advice
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import datafiles, modelfolder, paths
 from hf_finetune.tracking.board import place
@@ -17,13 +19,16 @@ if TYPE_CHECKING:
     from hf_finetune.schema.reading import Reading
 
 
-def look(recipe: Any) -> Findings:
+def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     """Look at the files that a recipe names.
 
     Args:
         recipe: A Recipe, or what could be read of one: a field that is missing or wrong raises AttributeError.
+        is_whole: Whether it is a Recipe, of which more can be said.
     """
     findings = Findings()
+    if is_whole:
+        findings.warn(advice.of(recipe))
     found = paths.problems(recipe)
     if found:
         findings.add(RecipeError(found))
@@ -38,10 +43,16 @@ def look(recipe: Any) -> Findings:
     refusal = secrets.why_not() if _given(recipe, "hub", "repo") is not None else None
     if refusal is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
+    start = _given(recipe, "adapter", "continue_from")
+    if start is not None and not findings.blame("adapter"):
+        with findings.collect():
+            peftio.find(start, "adapter.from")
     name = _given(recipe, "model", "name")
     if name is not None and not findings.blame(modelfolder.KEY):
         with findings.collect():
-            modelfolder.resolve(name)
+            found_at = modelfolder.resolve(name)
+            if is_whole and not findings.blame("model"):
+                modelfolder.refuse_uncached(found_at, recipe.model.revision)
     return findings
 
 
@@ -58,7 +69,7 @@ def look_at_reading(reading: Reading[Recipe], *, restart: bool, allowed: Sequenc
         findings.add(RecipeError(reading.problems))
     if reading.partial is None:
         return findings
-    findings.merge(look(reading.partial))
+    findings.merge(look(reading.partial, is_whole=reading.recipe is not None))
     output = _given(reading.partial, "output")
     if output is not None and not findings.blame("output"):
         with findings.collect():

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hf_finetune.batching import lengths_of
 from hf_finetune.memory import Shapes
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load(ready: Ready) -> Load:
     largest = (0, 0)
     for batch in itertools.islice(job.batches.global_batches(), BATCHES_LOOKED_AT):
         for rows in itertools.chain.from_iterable(division.share(batch) for division in ranks):
-            held = [lengths[row] for row in rows if row >= 0] or [lengths[~rows[0]]]
+            held: list[int] = lengths[[row for row in rows if row >= 0] or [~rows[0]]].tolist()
             tokens += sum(held)
             cells += len(held) * max(held)
             largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
@@ -53,7 +54,7 @@ def shapes(ready: Ready, of: Load) -> Shapes:
     """The largest batches that the model will see."""
     evaluated = [rows for rows in (ready.prepared.validation, ready.prepared.test) if rows is not None]
     most = max((len(rows) for rows in evaluated), default=0)
-    longest = max((max(rows["length"]) for rows in evaluated), default=0)
+    longest = max((int(lengths_of(rows).max(initial=0)) for rows in evaluated), default=0)
     all_logits = ready.machine.is_sharded or not ready.recipe.speed.fused_loss
     rows = ready.assignment.job.eval_batch.rows_of(longest, all_logits=all_logits)
     return Shapes(train=of.largest, evaluation=(min(rows, most), longest))

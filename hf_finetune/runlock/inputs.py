@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_finetune import digests
 from hf_finetune.adaptation import peftio
-from hf_finetune.data import sources
+from hf_finetune.data import cache, sources
 from hf_finetune.data.hub import HubSplit
 from hf_finetune.runlock.lockfile import File, Input
 from hf_finetune.schema.modelfolder import resolve
@@ -38,7 +39,7 @@ def of_model(recipe: Recipe, commit: str | None = None) -> Input:
     """
     place = Path(resolve(recipe.model.name))
     if place.is_absolute():
-        return Input(files=_of_folder(place))
+        return Input(files=_of_folder(place, recipe))
     asked = recipe.model.revision
     return Input(source=recipe.model.name, asked=asked, commit=commit or _pinned(asked))
 
@@ -50,7 +51,7 @@ def of_adapter(recipe: Recipe) -> Input | None:
         RecipeError: It is not there.
     """
     place = getattr(recipe.adapter, "continue_from", None)
-    return None if place is None else Input(files=_of_folder(Path(peftio.find(place, "adapter.from"))))
+    return None if place is None else Input(files=_of_folder(Path(peftio.find(place, "adapter.from")), recipe))
 
 
 def of_data(recipe: Recipe, *, asks: bool = False) -> dict[str, Input]:
@@ -79,11 +80,12 @@ def _pinned(revision: str | None) -> str | None:
     return revision if revision is not None and is_commit(revision) else None
 
 
-def _of_folder(folder: Path) -> list[File]:
+def _of_folder(folder: Path, recipe: Recipe) -> list[File]:
     read = (file for file in folder.iterdir() if file.suffix in SUFFIXES or file.name in NAMES)
     files = sorted(str(file) for file in read if file.is_file())
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
-        return list(_hashed(files, list(threads.map(_sha256, files))))
+        found = threads.map(partial(digests.sha256, root=cache.root(recipe.data.cache)), files)
+        return list(_hashed(files, [digest.hex() for digest in found]))
 
 
 def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
@@ -92,8 +94,3 @@ def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
     for file, sha256 in zip(files, hashes, strict=True):
         name = Path(file).absolute().relative_to(top).as_posix()
         yield File(name=name, size=Path(file).stat().st_size, sha256=sha256)
-
-
-def _sha256(file: str) -> str:
-    with Path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

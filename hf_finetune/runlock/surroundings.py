@@ -35,7 +35,7 @@ def packages(recipe: Recipe, machine: Machine) -> dict[str, str]:
     used = {
         "bitsandbytes": recipe.model.quantization is not None or recipe.training.optimizer == "adamw_8bit",
         "flash_attn": machine.attention.startswith("flash_attention"),
-        "deepspeed": machine.is_sharded,
+        "deepspeed": bool(machine.zero_stage),
     }
     found = {"python": platform.python_version(), "hf_finetune": __version__, "torch": str(torch.__version__)}
     if machine.device == "cuda" and torch.version.cuda:

@@ -1,8 +1,10 @@
 """Confidence intervals of final metrics: rows are drawn with replacement, and every metric is computed anew.
 
-Percentile bootstrap (Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13), by `scipy.stats`. The
-metrics are those of `task.metrics` that follow from sums over rows, so that a thousand resamples are a product of
-matrices instead of a thousand evaluations. Shapes: N rows, C classes, S sums, B resamples.
+Percentile bootstrap (Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13), by `scipy.stats`. Where
+all resamples are alike, as where every row is right, its interval would have no width and claim what nobody knows:
+shares have Wilson's score interval then (Wilson 1927), other metrics none. The metrics are those of `task.metrics` that
+follow from sums over rows, so that a thousand resamples are a product of matrices instead of a thousand evaluations.
+Shapes: N rows, C classes, S sums, B resamples.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ DRAWS = 20_000_000
 """Rows that are drawn in all, so that an interval takes about two seconds at most; `LEAST` resamples may draw more."""
 BATCH = 2_000_000
 """Rows that are drawn together."""
+SHARES = ("accuracy", "exact_match", "ended", "token_accuracy", "hamming_loss")
+"""Metrics that are shares of rows, or means over rows of shares: each row is one trial at most."""
 LISTED = 60
 """Classes up to which each has an interval of its own."""
 
@@ -36,13 +40,16 @@ class Intervals:
     """By name; metrics that do not follow from sums (areas, ranks) are not there."""
     resamples: int = 0
     rows: int = 0
+    by_wilson: tuple[str, ...] = ()
+    """Metrics whose resamples were all alike."""
 
     @property
     def method(self) -> str:
         """How they were made, for people; empty where there are none."""
         if not self.bounds:
             return ""
-        return f"{CONFIDENCE:.0%} percentile bootstrap, {self.resamples:,} resamples of {self.rows:,} rows"
+        wilson = f"; Wilson's for {', '.join(self.by_wilson)}, alike in all of them" if self.by_wilson else ""
+        return f"{CONFIDENCE:.0%} percentile bootstrap, {self.resamples:,} resamples of {self.rows:,} rows{wilson}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def estimate(rows: Array, facts: Mapping[str, Any], seed: int = 0) -> Intervals:
 
 def of_sums(sums: Sums, seed: int = 0) -> Intervals:
     """Intervals of whatever follows from sums over rows."""
-    return _bootstrap(sums.of_rows.shape[1], lambda drawn: sums.metrics(_added(sums, drawn)), seed)
+    return _bootstrap(sums.of_rows.shape[1], lambda drawn: sums.metrics(_added(sums, drawn)), seed, least=0.0)
 
 
 def of_differences(one: Sums, other: Sums, seed: int = 0) -> Intervals:
@@ -85,7 +92,7 @@ def of_differences(one: Sums, other: Sums, seed: int = 0) -> Intervals:
         mine, theirs = one.metrics(_added(one, drawn)), other.metrics(_added(other, drawn))
         return {name: mine[name] - theirs[name] for name in mine if name in theirs}
 
-    return _bootstrap(one.of_rows.shape[1], differences, seed)
+    return _bootstrap(one.of_rows.shape[1], differences, seed, least=-1.0)
 
 
 def of_means(columns: Mapping[str, Array]) -> Sums:
@@ -99,8 +106,8 @@ def of_means(columns: Mapping[str, Array]) -> Sums:
     return Sums(stacked, lambda added: {name: added[row] / added[-1] for row, name in enumerate(names)})
 
 
-def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int) -> Intervals:
-    """Percentile intervals of metrics of (B, N) drawn rows."""
+def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int, *, least: float) -> Intervals:
+    """Percentile intervals of metrics of (B, N) drawn rows; `least` is what a share, or a difference of two, can be."""
     from scipy import stats  # half a second
 
     if count < 2:
@@ -121,7 +128,13 @@ def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: i
         ).confidence_interval
     pairs = zip(names, found.low.tolist(), found.high.tolist(), strict=True)
     bounds = {name: (low, high) for name, low, high in pairs if np.isfinite([low, high]).all()}
-    return Intervals(bounds, resamples, count)
+    alike = [name for name, (low, high) in bounds.items() if high - low <= 1e-12 * max(1.0, abs(high))]
+    # Of no row in `count` that is otherwise; by symmetry also of all of them, and of two models that agree on all.
+    margin = float(stats.binomtest(0, count).proportion_ci(CONFIDENCE, method="wilson").high)
+    shares = {name: bounds[name][0] for name in alike if name in SHARES}
+    wilson = {name: (max(least, value - margin), min(1.0, value + margin)) for name, value in shares.items()}
+    kept = {name: wilson.get(name, pair) for name, pair in bounds.items() if name not in alike or name in wilson}
+    return Intervals(kept, resamples, count, tuple(wilson))
 
 
 def sums_of(rows: Array, facts: Mapping[str, Any]) -> Sums | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.terminal import clock
@@ -75,10 +77,15 @@ def summary_entry(outcome: Outcome) -> Entry:
         "probe_seconds": round(outcome.probe_seconds, 3),
         "trained_parameters": trained,
         "parameters": total,
-        "reload_difference": outcome.reload_difference,
         "device": outcome.machine.device,
         "world_size": outcome.machine.world_size,
     }
+    if outcome.not_taken:
+        facts["steps_not_taken"] = outcome.not_taken
+    if outcome.reload_difference is None:
+        facts["read_back"] = "equal"
+    else:
+        facts["reload_difference"] = outcome.reload_difference
     if outcome.peak_memory is not None:
         facts["peak_memory"] = outcome.peak_memory
     return facts | outcome.rates | scores
@@ -87,6 +94,8 @@ def summary_entry(outcome: Outcome) -> Entry:
 def summary_lines(outcome: Outcome) -> list[str]:
     """The table at the end of a run, and what to do next."""
     rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
+    if outcome.not_taken:
+        rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
     if outcome.rates:
         speed = (
             f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
@@ -101,11 +110,27 @@ def summary_lines(outcome: Outcome) -> list[str]:
         shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
         rows.append((split, "  ".join(shown)))
     page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
+    if outcome.reload_difference is None:
+        saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
+    else:
+        apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
+        saved = ("saved and reloaded", f"{outcome.folder.adapter} ({apart})")
     rows += [
-        ("saved and reloaded", f"{outcome.folder.adapter} (logits equal to {outcome.reload_difference:.1e})"),
+        saved,
         ("report", f"{outcome.folder.report}{page}"),
         ("run folder", str(outcome.folder.path)),
-        ("watch it with", f"tensorboard --logdir {outcome.folder.tensorboard}"),
+        *_how_to_watch(outcome),
     ]
     width = max(len(name) for name, _ in rows)
     return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def _how_to_watch(outcome: Outcome) -> list[tuple[str, str]]:
+    """The command that shows the events, where there are any."""
+    if not outcome.recipe.tracking.tensorboard:
+        return []
+    from hf_finetune.tracking.board.place import Place
+
+    command = f"tensorboard --logdir {shlex.quote(Place.of(outcome.recipe, outcome.folder).folder)}"
+    is_installed = importlib.util.find_spec("tensorboard") is not None
+    return [("watch it with", command if is_installed else f"pip install tensorboard; {command}")]

@@ -24,7 +24,7 @@ class Outcome:
     parameters: tuple[int, int]
     """Trained parameters, all parameters."""
     steps: int
-    """Optimiser steps that were made."""
+    """Steps of the run."""
     seconds: float
     """Wall-clock seconds of training, evaluations in between included."""
     rates: dict[str, float] = field(default_factory=dict)
@@ -35,7 +35,12 @@ class Outcome:
     """What the check before training found and did not refuse."""
     peak_memory: int | None = None
     """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
-    reload_difference: float = 0.0
-    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit."""
+    reload_difference: float | None = 0.0
+    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit.
+
+    None where a second model would not fit (divided or quantised weights): every bit of the saved weights was compared.
+    """
     probe_seconds: float = 0.0
     """Wall-clock seconds before training that went into choosing fast paths."""
+    not_taken: int = 0
+    """Steps that the optimiser did not take, because loss or gradient was not finite."""

@@ -76,7 +76,8 @@ def cost(run: Remains) -> list[tuple[str, str]]:
     parts = {name: mean(train, f"seconds_{name}") for name in STEP_PARTS}
     if any(parts.values()):
         rows.append(("A step", _split({name: value for name, value in parts.items() if value is not None})))
-    share = mean(train, "matmul_share")
+    # Of the whole run, as it printed it; a run that did not come to its end has those of its log lines alone.
+    share = summary.get("matmul_share", mean(train, "matmul_share"))
     if share is not None:
         rows.append(("Matmul peak", f"{share:.1%} of what the machine reaches in one large product was used"))
     if "peak_memory" in summary:
@@ -99,9 +100,13 @@ def trained(run: Remains) -> list[tuple[str, str]]:
     if outcome is not None:
         rows += [("Machine", outcome.machine.describe()), ("Data fingerprint", outcome.prepared.fingerprint)]
     if "step" in summary:
-        rows.append(("Steps", f"{summary['step']:,} of {run.recipe.training.batch_size} rows"))
+        left_out = summary.get("steps_not_taken", 0)
+        told = f"; {left_out:,} were not taken, as loss or gradient was not finite" if left_out else ""
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{told}"))
     if "reload_difference" in summary:
         rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
+    if "read_back" in summary:
+        rows.append(("Read back", "every bit of the saved weights is equal"))
     return rows
 
 

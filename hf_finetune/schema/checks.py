@@ -37,6 +37,8 @@ class Checks(Section):
     """Share of a split's rows."""
     conflicting_labels: Level = "warn"
     """Rows with the same tokens, but another label (classification)."""
+    similar_labels: Level = "warn"
+    """Labels that differ only by case, spaces, invisible characters, Unicode form or the way a number is written."""
     imbalance: Level = "warn"
     """The commonest label has over `max_imbalance` times the training rows of the rarest, and none has a weight."""
     max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0

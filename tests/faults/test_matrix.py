@@ -9,7 +9,7 @@ import pytest
 
 from faults.lab import ROOT
 
-FAULTS = [*(f"F{number}" for number in range(1, 41)), *(f"K{number}" for number in range(1, 16))]
+FAULTS = [*(f"F{number}" for number in range(1, 42)), *(f"K{number}" for number in range(1, 16))]
 HERE = Path(__file__).parent
 FILES = [*HERE.glob("test_*.py"), *HERE.parent.glob("test_push*.py")]
 """Faults of the Hub are tried where the Hub for tests is."""

@@ -82,6 +82,42 @@ def test_f13_under_the_launcher(lab: Lab) -> None:
     resume(lab, job, at=10)
 
 
+WORK = {
+    "export.verify": 0,
+    "runreport.write": 0,
+    "checkpoints.manifest.seal": 0,
+    "preflight.fitting.choose": 0,
+    "data.prepare": 1,
+    "model.load": 1,
+}
+"""Function that one rank calls while the others wait -> a rank that calls it."""
+
+
+@pytest.mark.parametrize(
+    "function", [name if name == "export.verify" else pytest.param(name, marks=pytest.mark.faults) for name in WORK]
+)
+def test_f41_long_work_of_one_rank_ends_nobody(lab: Lab, function: str) -> None:
+    limits = {"HF_FINETUNE_PEER_TIMEOUT": "4", "HF_FINETUNE_COLLECTIVE_TIMEOUT": "4"}
+    job = lab.job(ranks=2, **limits)
+    ended = job.go(["work", {"function": function, "action": "sleep", "rank": WORK[function], "seconds": 8}])
+    assert ended.codes == [0, 0], ended.output
+    assert job.status["state"] == "done"
+
+
+@pytest.mark.faults
+def test_f41_a_rank_that_dies_in_long_work_ends_the_others(lab: Lab) -> None:
+    job = lab.job(ranks=2, **TIMEOUT)
+    children = job.fork(["work", {"function": "export.verify", "action": "die", "rank": 0}])
+    begun = time.monotonic()
+    assert children[0].wait() == -signal.SIGKILL
+    assert children[1].wait(60) == 10, children[1].output
+    assert time.monotonic() - begun < 60
+    assert "rank 0" in children[1].output
+    assert (job.run / "adapter" / "adapter_model.safetensors").exists()
+    job.env.clear()
+    assert job.go().codes == [0, 0]
+
+
 @pytest.mark.parametrize("error", ["hf_finetune.errors.DataError", "ValueError"])
 @pytest.mark.faults
 def test_f36_a_rank_that_fails_is_told_first(lab: Lab, error: str) -> None:

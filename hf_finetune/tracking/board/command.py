@@ -29,6 +29,8 @@ def run(path: str, rebuild: bool) -> int:
     """
     folder = RunFolder(path)
     if rebuild:
+        if not folder.recipe.is_file():
+            raise RecipeError(Problem(f"{folder.path} is no run folder; name one"))
         from hf_finetune.tracking.board import rebuild as rebuilding
 
         say(f"{rebuilding.rebuild(folder):,} events of {folder.path} are made again; see them with: {shown(path)}")

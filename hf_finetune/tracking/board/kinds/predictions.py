@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hf_finetune.records import Record
 
 Array = np.ndarray[Any, Any]
+THRESHOLDS = 127
+"""Points of a PR curve; tensorboardX takes no more."""
 CLASSES = 50
 """Classes that get a PR curve, and a histogram of their logits: of more, those with the most rows."""
 
@@ -40,10 +42,25 @@ def images(record: Record) -> Iterator[Summary]:
     shown = _largest(hits)
     for index in shown:
         tag = tags.of_label(f"{phase}_precision_recall", names[index])
-        yield summary.pr_curve(tag, hits[:, index], probabilities[:, index])
+        yield pr_curve(tag, hits[:, index], probabilities[:, index])
     if len(shown) < len(names):
         text = f"PR curves of {len(shown)} of {len(names)} classes: those with the most rows."
         yield summary.text(f"{phase}/precision_recall", text)
+
+
+def pr_curve(tag: str, hits: Array, probabilities: Array) -> Summary:
+    """A precision-recall curve that ends where no row is predicted: at recall 0 and precision 1, as in scikit-learn.
+
+    tensorboardX 2.6 gives such thresholds the precision 0, so that each curve falls to (0, 0).
+
+    Args:
+        tag: Its name.
+        hits: (N,), whether each row has the label.
+        probabilities: (N,), that it has.
+    """
+    tp, fp, tn, fn, precision, recall = summary.compute_curve(hits, probabilities, num_thresholds=THRESHOLDS)
+    precision[tp + fp == 0] = 1.0
+    return summary.pr_curve_raw(tag, tp, fp, tn, fn, precision, recall, num_thresholds=THRESHOLDS)
 
 
 def histograms(record: Record) -> Iterator[Summary]:

@@ -31,26 +31,30 @@ class Node:
         return self.processes * self.nodes
 
     @classmethod
-    def of(cls, variables: Mapping[str, str]) -> Node:
+    def of(cls, variables: Mapping[str, str], processes: str | None = None) -> Node:
         """Read the variables that `hf_finetune.launch` names.
+
+        Args:
+            variables: Of the environment.
+            processes: What `--processes` says, which counts more than `PET_NPROC_PER_NODE`.
 
         Raises:
             RecipeError: One is no number, or does not fit the others; exit code 2.
         """
+        if processes is not None:
+            variables = {**variables, "PET_NPROC_PER_NODE": processes}
         asked = variables.get("PET_NPROC_PER_NODE", "auto")
         # torchrun knows these words too, and Kubeflow's Trainer sets them.
-        processes = (
-            visible_devices() if asked in ("", "auto", "gpu", "cpu") else _number(variables, "PET_NPROC_PER_NODE")
-        )
+        count = visible_devices() if asked in ("", "auto", "gpu", "cpu") else _number(variables, "PET_NPROC_PER_NODE")
         nodes, rank = _number(variables, "PET_NNODES", 1), _number(variables, "PET_NODE_RANK", 0)
         address, port = variables.get("PET_MASTER_ADDR", ""), _number(variables, "PET_MASTER_PORT", PORT)
-        if processes < 1 or nodes < 1:
+        if count < 1 or nodes < 1:
             raise RecipeError("PET_NPROC_PER_NODE and PET_NNODES are 1 at least; `auto` counts the visible GPUs")
         if not 0 <= rank < nodes:
             raise RecipeError(f"PET_NODE_RANK is {rank}, but of {nodes} nodes; it counts from 0")
         if nodes > 1 and not address:
             raise RecipeError("PET_MASTER_ADDR is not set; it names the first node, as every other one reaches it")
-        return cls(processes, nodes, rank, address if nodes > 1 else "", port)
+        return cls(count, nodes, rank, address if nodes > 1 else "", port)
 
 
 def visible_devices() -> int:

@@ -1,0 +1,129 @@
+"""Packed documents attend one by one: no mask of tokens by tokens, and no products across documents.
+
+For a row of several documents transformers makes a mask of (T, T), and `sdpa` leaves its flash kernels. Here each
+document is a call of its own; where the documents are short, one call with a mask takes less time, and is made.
+
+Shapes: B rows, H heads, K heads of keys and values, T tokens, D size of a head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_finetune.fast import attention
+
+Tensor = torch.Tensor
+
+MASKS: dict[str, Any] = {"sdpa": sdpa_mask, attention.NAME: eager_mask}
+"""Attention that can be called for each document -> how transformers makes its mask."""
+SHORT, SHORT_ON_GPU = {"cpu": 64}, 256
+"""Tokens for each document of a row but one, below which one call with a mask is made; a GPU computes more in the time
+that a call takes."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    inner: str,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each document.
+
+    Args:
+        module: Of the model.
+        query: (B, H, T, D).
+        key: (B, K, T, D).
+        value: (B, K, T, D).
+        attention_mask: A mask that was made all the same; it is obeyed.
+        inner: Name of the attention.
+        options: `position_ids` (B or 1, T), which begin anew with each document, and what `inner` takes.
+
+    Returns:
+        (B, T, H, D), and no weights.
+    """
+    apply: Any = ALL_ATTENTION_FUNCTIONS[inner]
+    positions = options.get("position_ids")
+    if attention_mask is not None or positions is None or query.shape[2] != key.shape[2]:
+        found: tuple[Tensor, None] = apply(module, query, key, value, attention_mask, **options)
+        return found
+    spans = _spans(positions)
+    if not spans:
+        mask = _mask(inner, positions, query.dtype, apart=spans is None)
+        whole: tuple[Tensor, None] = apply(module, query, key, value, mask, **options)
+        return whole
+    rows = []
+    for row, ends in enumerate(spans):
+        parts, begin = [], 0
+        for end in ends:
+            part = [tensor[row : row + 1, :, begin:end] for tensor in (query, key, value)]
+            mask = _mask(inner, positions[:1, begin:end], query.dtype, apart=False)
+            parts.append(apply(module, *part, mask, **options)[0])
+            begin = end
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows), None
+
+
+def _spans(positions: Tensor) -> list[list[int]] | None:
+    """Where the documents of each row end; empty where each row is one, None where one call with a mask is better."""
+    if torch.compiler.is_compiling() or isinstance(positions, FakeTensor):
+        return None  # nobody can look
+    known: Any = positions
+    if not hasattr(known, "spans"):  # every layer gets the same tensor
+        length = positions.shape[1]
+        ends = [[*row.nonzero()[:, 0].tolist(), length] for row in _begins(positions).cpu()]
+        count = sum(map(len, ends))
+        more = count - len(ends)  # than one a row; what fills a row up is one, too
+        is_worth_it = len(ends) * length >= SHORT.get(positions.device.type, SHORT_ON_GPU) * more
+        known.spans = (ends if more else []) if is_worth_it else None
+    spans: list[list[int]] | None = known.spans
+    return spans
+
+
+def _begins(positions: Tensor) -> Tensor:
+    """Where a document begins, but the first of a row: as transformers sees it."""
+    return positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+
+
+def _mask(inner: str, positions: Tensor, dtype: torch.dtype, *, apart: bool) -> Tensor | None:
+    """The mask that `inner` wants, (B or 1, 1, T, T); with `apart`, of several documents in a row."""
+    if inner == "sdpa" and not apart:
+        return None
+    length = positions.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()[None]
+    if apart:
+        document = _begins(positions).cumsum(1)
+        seen = seen & (document[:, :, None] == document[:, None, :])
+    seen = seen[:, None]
+    if inner == "sdpa":
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _no_mask(inner: str, batch_size: int, q_length: int, kv_length: int, *arguments: Any, **options: Any) -> Any:
+    """None for whole rows without padding, which `attend` takes care of; else the mask of `inner`."""
+    if options.get("attention_mask") is None and options.get("local_size") is None and q_length == kv_length:
+        return None
+    return MASKS[inner](batch_size, q_length, kv_length, *arguments, **options)
+
+
+def install(base: Any) -> str | None:
+    """Let a pretrained model attend in this way; its attention before, or None where that can't be."""
+    before = str(base.config._attn_implementation)
+    if before not in MASKS or not base._can_set_attn_implementation():
+        return None
+    name = f"{before}_of_documents"
+    AttentionInterface.register(name, partial(attend, inner=before))
+    AttentionMaskInterface.register(name, partial(_no_mask, before))
+    base.set_attn_implementation(name)
+    return before

@@ -1,0 +1,28 @@
+"""Lines on a terminal break between words, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_finetune.terminal.wrapping import wrapped
+
+
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [
+        ("hf_finetune: error: a word that is long", ["hf_finetune: error: a word", "  that is long"]),
+        ("  memory   1 GB a device, most in training", ["  memory   1 GB a device, most", "           in training"]),
+        ("step 1/9  loss 0.69  12.5 samples/s  0:24 left", ["step 1/9  loss 0.69", "  12.5 samples/s  0:24 left"]),
+        ("  test  loss 0.69  accuracy 0.71  f1 0.7", ["  test  loss 0.69", "        accuracy 0.71  f1 0.7"]),
+        ("again: `hf-finetune push runs/a --repo me/a`", ["again:", "  `hf-finetune push runs/a --repo me/a`"]),
+        ("it is in runs/a-very-long-name/of-a/folder", ["it is in", "  runs/a-very-long-name/of-a/folder"]),
+        ("\x1b[1mcoloured text that is much longer\x1b[0m than it", None),
+        ("short", ["short"]),
+    ],
+)
+def test_a_long_line_breaks_between_its_words(line: str, lines: list[str] | None) -> None:
+    assert wrapped(line, 30).split("\n") == (lines or [line])
+
+
+def test_what_is_no_terminal_or_a_very_narrow_one_gets_the_line_as_it_is() -> None:
+    assert wrapped("word " * 100, None) == wrapped("word " * 100, 10) == "word " * 100
