@@ -201,7 +201,12 @@ def test_more_ranks_do_not_ask_for_the_state_of_each_file_more_often(
 ) -> None:
     asked: list[str] = []
     lstat = Path.lstat
-    monkeypatch.setattr(Path, "lstat", lambda path: asked.append(path.name) or lstat(path))
+
+    def noted(path: Path) -> os.stat_result:
+        asked.append(path.name)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", noted)
     on_threads([0, 1, 2, 3] * 4, wrote(tmp_path, 1))
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.glob("rng_state_*"))) == 16

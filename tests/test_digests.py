@@ -34,7 +34,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Files that are read from now on."""
     seen: list[str] = []
     read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda file: seen.append(str(file)) or read(file))
+
+    def noted(file: str | Path) -> bytes:
+        seen.append(str(file))
+        return read(file)
+
+    monkeypatch.setattr(digests, "_read", noted)
     return seen
 
 

@@ -109,7 +109,8 @@ def test_the_bound_is_above_the_estimate(precision: str, tmp_path: Path, tiny_ll
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = CHAT_RECIPE.format(model=tiny_llama, data=tmp_path / "rows.jsonl", output=tmp_path / "run")
     made = prepared(tmp_path, text, f"training.precision={precision}", "data.checks.leakage=off")
-    longest = max(made.assignment.lengths or ())
+    assert made.assignment.lengths is not None
+    longest = int(made.assignment.lengths.max())
     found = fitting._Search(made, 1).needed(16, again=False)
     assert found < bound(made.recipe, made.outline, made.machine, (16, longest)) < 10 * found
 

@@ -245,9 +245,18 @@ def test_of_many_ranks_a_hanging_one_ends_them_all(start: Start) -> None:
 
 def test_many_ranks_hardly_touch_the_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched: list[str] = []
-    read, write = Beat.read.__func__, Beat.write  # type: ignore[attr-defined]
-    monkeypatch.setattr(Beat, "read", classmethod(lambda cls, file: touched.append("read") or read(cls, file)))
-    monkeypatch.setattr(Beat, "write", lambda self, file: touched.append("write") or write(self, file))
+    read, write = Path.read_text, Beat.write
+
+    def noted_read(path: Path, **options: str) -> str:
+        touched.extend(["read"] if path.parent.name == ".ranks" else [])
+        return read(path, **options)
+
+    def noted_write(told: Beat, file: Path) -> bool:
+        touched.append("write")
+        return write(told, file)
+
+    monkeypatch.setattr(Path, "read_text", noted_read)
+    monkeypatch.setattr(Beat, "write", noted_write)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with Watch(tmp_path, 17, 512, lambda failure: None) as this:
         for step in range(40):

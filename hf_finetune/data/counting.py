@@ -116,7 +116,8 @@ class _Stretch:
 
     def hashes(self) -> Array:
         """One a row."""
-        view = memoryview(np.ascontiguousarray(self.ids, dtype="<i4")).cast("B")
+        bytes_: Any = np.ascontiguousarray(self.ids, dtype="<i4")
+        view = memoryview(bytes_).cast("B")
         spans = itertools.pairwise((self.starts * 4).tolist())
         digests = b"".join(hashlib.blake2b(view[start:end], digest_size=8).digest() for start, end in spans)
         return np.frombuffer(digests, dtype="<u8")

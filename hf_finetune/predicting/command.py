@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_finetune import terminal
+from hf_finetune import digests, terminal
 from hf_finetune.badrows import SHOWN, numbers
+from hf_finetune.data import cache
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.finished import open_run, samebase
 from hf_finetune.predicting import output, predictor, rows, sinks
@@ -106,8 +107,7 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     """What must be the same for a killed call to be gone on with."""
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(digests.sha256(file, cache.root(opened.recipe.data.cache)))
     if (base := samebase.locked(opened.folder)) is not None:
         digest.update(base.model_dump_json().encode())
     machine = opened.machine
