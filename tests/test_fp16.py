@@ -113,6 +113,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(
         run(*FP16)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_scale(run: Runner, scaled: Any, stop_at: Any, tmp_path: Path) -> None:
     scaled(HIGH)
     run(*FP16)
