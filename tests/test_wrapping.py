@@ -15,6 +15,7 @@ from hf_finetune.terminal.wrapping import wrapped
         ("step 1/9  loss 0.69  12.5 samples/s  0:24 left", ["step 1/9  loss 0.69", "  12.5 samples/s  0:24 left"]),
         ("  test  loss 0.69  accuracy 0.71  f1 0.7", ["  test  loss 0.69", "        accuracy 0.71  f1 0.7"]),
         ("again: `hf-finetune push runs/a --repo me/a`", ["again:", "  `hf-finetune push runs/a --repo me/a`"]),
+        ("run: /opt/bin/hf-finetune train a.yaml output=b", ["run:", "  /opt/bin/hf-finetune train a.yaml output=b"]),
         ("it is in runs/a-very-long-name/of-a/folder", ["it is in", "  runs/a-very-long-name/of-a/folder"]),
         ("\x1b[1mcoloured text that is much longer\x1b[0m than it", None),
         ("short", ["short"]),

@@ -9,7 +9,8 @@ from typing import Any
 
 LEAST = 20
 """Columns below which nothing is broken: no word would fit."""
-_COMMAND = re.compile(r"`[^`\n]+`")
+_COMMAND = re.compile(r"`[^`\n]+`|(?<=: )(?:\S*/)?(?:hf-finetune|accelerate|torchrun|python[\d.]*) .+$")
+"""Commands: in backticks, or at the end of a line behind a colon."""
 _HEAD = re.compile(r"(\s+)(?:\S+(?: \S+)*\s{2,})?")
 """What stands before the text of an indented line: spaces, and its name if it has a column of its own."""
 _GAP, _SINGLE = re.compile(r"(?<=\S)( {2,})(?=\S)"), re.compile(r"(?<=\S) (?=\S)")
@@ -26,7 +27,7 @@ def width(stream: Any) -> int | None:
 
 
 def wrapped(text: str, columns: int | None) -> str:
-    """The text with its long lines broken between words; commands in backticks and coloured lines stay whole."""
+    """The text with its long lines broken between words; commands and coloured lines stay whole."""
     if columns is None or columns < LEAST or len(text) <= columns:
         return text
     return "\n".join(_wrapped(line, columns) for line in text.split("\n"))
