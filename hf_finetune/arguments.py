@@ -114,13 +114,13 @@ def training_arguments(
 
 def _cadence(recipe: Recipe) -> dict[str, Any]:
     """When to evaluate and to save."""
-    training, checkpoints = recipe.training, recipe.checkpoints
+    training, every = recipe.training, recipe.saving.every
     has_validation = recipe.data.validation is not None or recipe.data.validation_share is not None
     eval_every = training.eval_every if has_validation else None
     options: dict[str, Any] = {
         **_every("eval", eval_every),
-        **_every("save", checkpoints.every),
-        "save_total_limit": checkpoints.keep,
+        # Checkpoints by the clock and the last one are `ResumableTrainer`'s, and so is the removal of old ones.
+        **_every("save", None if every == "auto" else every),
         "eval_on_start": has_validation and training.eval_at_start,
     }
     if training.best_metric is not None:
@@ -128,7 +128,7 @@ def _cadence(recipe: Recipe) -> dict[str, Any]:
             "metric_for_best_model": training.best_metric,
             "greater_is_better": recipe.task.best_metrics[training.best_metric],
         }
-        if checkpoints.every is None:
+        if every in (None, "auto"):
             options["save_strategy"] = "best"
     return options
 

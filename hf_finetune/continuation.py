@@ -17,6 +17,7 @@ FREE = (
     "output",
     "version",
     "require_pinned",
+    "checkpoints",
     "checkpoints.*",
     "data.cache",
     "data.workers",
@@ -100,6 +101,14 @@ def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
     if problems:
         raise CheckpointError(problems)
     return notes
+
+
+def is_whole(text: str) -> bool:
+    """Whether this may be a whole `recipe.yaml`: a power failure leaves nothing, zeros, or a part."""
+    try:
+        return text.endswith("\n") and isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def refuse_unknown(allowed: Iterable[str]) -> None:

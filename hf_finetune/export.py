@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from hf_finetune import model
 from hf_finetune.adaptation import labelfile, peftio
 from hf_finetune.adaptation.lorainit import changed_base
 from hf_finetune.card import page
+from hf_finetune.durable import put_in_place
 from hf_finetune.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def save(
         has_template = bool(tokenizer.chat_template)
         text = page.plain(recipe, targets, _config(adapted), has_template=has_template)
         (staging / page.FILE).write_text(text, encoding="utf-8")
-        _sync(staging)
-        _replace(staging, final)
+        put_in_place(staging, final)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -191,20 +190,3 @@ def _config(adapted: nn.Module) -> PreTrainedConfig:
         network = network.get_base_model()
     config: PreTrainedConfig = network.config
     return config
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _replace(staging: Path, final: Path) -> None:
-    """Rename into place; an earlier folder is moved aside first and then removed."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

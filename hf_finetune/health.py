@@ -1,6 +1,7 @@
 """Whether the run of this container is alive, by the heartbeat in its `status.json`: for HEALTHCHECK and probes.
 
-    python -m hf_finetune.health [RUN]       one line; exit code 0 alive, starting or ended, 1 its heart stopped
+    python -m hf_finetune.health [RUN]       one line; exit code 0 alive, starting or ended (done, failed, preempted or
+                                             interrupted, as the line says), 1 lost: its heart stopped
 
 Without RUN it looks where `hf_finetune.launch` wrote the run folder's path: the file that `HF_FINETUNE_RUN_FILE` names.
 It imports nothing heavy, so that it can be asked every half minute.
@@ -63,7 +64,7 @@ def look(run: Path, started: float, now: float) -> tuple[int, str]:
         return 0, f"{run}: {state}, step {status.get('step', 0)}"
     if now - started <= STARTING:
         return 0, f"{run}: starting"
-    return 1, f"{run}: running, but no heartbeat for {silent:.0f} s"
+    return 1, f"{run}: lost: no heartbeat for {silent:.0f} s"
 
 
 def main() -> None:

@@ -13,10 +13,13 @@ from hf_finetune import checkpoints, patience, sharding, zero
 from hf_finetune.checkpoints import Facts, Manifest
 from hf_finetune.errors import CheckpointError, Problem
 from hf_finetune.model import pretrained, weights
+from hf_finetune.pace import Pace
 from hf_finetune.resumable import Keeper
 from hf_finetune.runstate import Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hf_finetune.preemption import StopRequest
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.runfolder import RunFolder, Status
@@ -43,17 +46,20 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
         StorageError: The folder can't be written.
     """
     ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
-    store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.checkpoints.keep)
-    facts, found = _facts(ready), store.resume_point()
+    store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.saving.keep)
+    made_from, found = facts(ready), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
     if found.manifest is not None and found.path is not None:
-        zero.check_checkpoint(found.path, found.manifest.world_size, ready.machine)
-        _compare(facts, found.manifest, ready.machine.world_size, tell)
-    if found.path is not None:
-        sharding.refuse_other_format(found.path, ready.machine)
+        check(found.path, found.manifest, made_from, ready, tell)
+        _refuse_shorter(found.manifest.step, ready)
     return Keeper(
-        store=store, facts=facts, stop=stop, journals=(folder.metrics, folder.samples), resume_from=found.path
+        store=store,
+        facts=made_from,
+        stop=stop,
+        journals=(folder.metrics, folder.samples),
+        resume_from=found.path,
+        pace=Pace(ready.recipe.saving, tell),
     )
 
 
@@ -84,7 +90,7 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
 
 
-def _facts(ready: Ready) -> Facts:
+def facts(ready: Ready) -> Facts:
     """What this run's checkpoints are made from."""
     return Facts(
         recipe=hashlib.sha256(ready.recipe.dump().encode()).hexdigest(),
@@ -94,13 +100,38 @@ def _facts(ready: Ready) -> Facts:
     )
 
 
-def _compare(facts: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
+def check(path: Path, manifest: Manifest, wanted: Facts, ready: Ready, tell: Callable[[str], None]) -> None:
+    """Refuse a checkpoint that is of other data, another model, or weights that were spread otherwise.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    zero.check_checkpoint(path, manifest.world_size, ready.machine)
+    _compare(wanted, manifest, ready.machine.world_size, tell)
+    sharding.refuse_other_format(path, ready.machine)
+
+
+def _refuse_shorter(done: int, ready: Ready) -> None:
+    """Refuse a recipe whose length was changed to less than what is trained already.
+
+    Raises:
+        CheckpointError: Its steps can't be taken back.
+    """
+    total, training = ready.assignment.length.total_steps, ready.recipe.training
+    if done > total:
+        message = (
+            f"{done} steps are trained already, and this recipe has {total}; give more, or --restart to start anew"
+        )
+        raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
+
+
+def _compare(wanted: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:
     """Compare a checkpoint with the run that is to go on from it.
 
     Raises:
         CheckpointError: Data or model are not those that it was made from.
     """
-    changed = [name for name in MUST_BE_EQUAL if getattr(facts, name) != getattr(manifest.facts, name)]
+    changed = [name for name in MUST_BE_EQUAL if getattr(wanted, name) != getattr(manifest.facts, name)]
     if changed:
         how = "changed since the run began; put back what it was, or give --restart to start anew"
         problems = [Problem(f"{MUST_BE_EQUAL[name][1]} {how}", key=MUST_BE_EQUAL[name][0]) for name in changed]
@@ -108,6 +139,6 @@ def _compare(facts: Facts, manifest: Manifest, world_size: int, tell: Callable[[
     if manifest.world_size != world_size:
         was = f"{manifest.world_size} ranks, now {world_size}: the same rows in the same order, other random numbers"
         tell(f"note: the run was on {was}")
-    for name, now in facts.versions.items():
+    for name, now in wanted.versions.items():
         if (before := manifest.facts.versions.get(name)) != now:
             tell(f"note: {name} is {now}, the checkpoint was written with {before}: the next steps may differ in bits")

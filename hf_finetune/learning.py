@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from hf_finetune.tuning import Choices
 
 
-PATHS = ("fused_lora", "fused_norm", "fused_mlp", "cheap_dropout", "plain_attention", "fused_loss", "no_mask", "apart")
+PATHS = (
+    "fused_lora",
+    "fused_norm",
+    "fused_mlp",
+    "cheap_dropout",
+    "plain_attention",
+    "fused_loss",
+    "skip_padding_mask",
+    "document_attention",
+)
 """Settings of `speed` that the lock keeps as they came out."""
 
 

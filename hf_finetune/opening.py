@@ -127,26 +127,17 @@ def _refuse_unfinished(folder: RunFolder) -> None:
     if not folder.path.is_dir() or not folder.recipe.is_file():
         what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "is not there"
         raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
-    status = _status(folder.status)
-    state = status.get("state", "unknown")
+    state, reason = folder.condition()
     if state == "running":
         raise CheckpointError(Problem("the run is not finished (running); wait for it", file=str(folder.path)))
     if state != "done":
-        why = str(status.get("reason") or "").partition("\n")[0]
+        why = reason.partition("\n")[0]
         told = f"{state}: {why}" if why else state
-        message = f"the run is not finished ({told}); the training command goes on with it"
+        message = f"the run is not finished ({told}); the training command, given again, resumes it"
         raise CheckpointError(Problem(message, file=str(folder.path)))
     if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
         message = "the adapter is not there, though the run is finished; bring it back, or train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.adapter)))
-
-
-def _status(file: Path) -> dict[str, Any]:
-    try:
-        status: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def _refuse_foreign(overrides: Sequence[str]) -> None:

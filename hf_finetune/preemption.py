@@ -54,6 +54,8 @@ class StopRequest:
         """The first that came here, and when."""
         self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._deferred = False
+        self.is_due = False
+        """Whether any rank wanted a checkpoint when they last agreed."""
         self._parent = os.getppid()
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -87,13 +89,18 @@ class StopRequest:
         """Whether this rank received a signal."""
         return bool(self._own or self._agreed)
 
-    def agreed(self) -> int:
-        """The signal that any rank received, 0 for none; the same on every rank, which all call this together."""
+    def agreed(self, *, due: bool = False) -> int:
+        """The signal that any rank received, 0 for none; the same on every rank, which all call this together.
+
+        Args:
+            due: This rank wants a checkpoint now; `is_due` then says so on every rank, by the same exchange.
+        """
+        self.is_due = due
         if self._group is None:
             return self._own
-        flag = torch.tensor([self._agreed or self._own], dtype=torch.int32)
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
-        self._agreed = int(flag)
+        flags = torch.tensor([self._agreed or self._own, int(due)], dtype=torch.int32)
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._group)
+        self._agreed, self.is_due = int(flags[0]), bool(flags[1])
         return self._agreed
 
     def any_rank(self, flag: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -12,7 +12,7 @@ from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema import reference as page
-from hf_finetune.schema.blocks import Checkpoints, Data, Model, Name, Source, Training, changed
+from hf_finetune.schema.blocks import NO_CHECKPOINTS, Checkpoints, Data, Model, Name, Source, Training, changed
 from hf_finetune.schema.hub import Hub
 from hf_finetune.schema.paths import NO_COMMIT, is_commit
 from hf_finetune.schema.reading import Reading
@@ -43,8 +43,9 @@ class Recipe(Section):
     """Which of its weights are trained."""
     training: Training
     """How it learns."""
-    checkpoints: Checkpoints = Checkpoints()
-    """What is kept on the way."""
+    checkpoints: Checkpoints | Literal["off"] | None = Checkpoints()
+    """What is kept on the way; `off` or null keeps only what `training.best_metric` needs, and the state of a run that
+    is stopped: a run that is killed starts again, and one that is done can't be extended."""
     speed: Speed = Speed()
     """Which fast paths it may take."""
     tracking: Tracking = Tracking()
@@ -55,6 +56,11 @@ class Recipe(Section):
     """The run folder: everything this run writes."""
     require_pinned: bool = False
     """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
+
+    @property
+    def saving(self) -> Checkpoints:
+        """The block `checkpoints`, also where it is off."""
+        return self.checkpoints if isinstance(self.checkpoints, Checkpoints) else NO_CHECKPOINTS
 
     @classmethod
     def load(cls, path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -169,9 +175,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> Self:
-        nothing = self.checkpoints.every is None and self.training.best_metric is None
-        if nothing and changed(self.checkpoints, "keep"):
-            raise ValueError("checkpoints.keep: no checkpoints are written; set checkpoints.every or remove it")
+        nothing = self.saving.is_off and self.training.best_metric is None
+        if nothing and changed(self.saving, "keep"):
+            raise ValueError("checkpoints.keep: no checkpoints are written; set checkpoints.every_minutes or remove it")
         return self
 
 

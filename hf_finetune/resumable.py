@@ -7,6 +7,7 @@ only what is written, what is read back, and when it stops are ours.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
 from hf_finetune import runstate, zero
+from hf_finetune.durable import sync_file
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
 from hf_finetune.terminal import phase
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from hf_finetune.adapters import Adapter
     from hf_finetune.checkpoints import Facts, Store
     from hf_finetune.divergence import Guard
+    from hf_finetune.pace import Pace
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: somebody wants the run to end
@@ -46,6 +49,13 @@ class Keeper:
     """Hears the step of each checkpoint."""
     resume_from: Path | None = None
     """The checkpoint to go on from."""
+    pace: Pace | None = None
+    """When a checkpoint is due by the clock; None where only the Trainer's own steps count."""
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the state after the last step is kept."""
+        return self.pace is not None and self.pace.keeps_last
 
 
 class ResumableTrainer(Trainer):
@@ -61,6 +71,8 @@ class ResumableTrainer(Trainer):
     last_evaluated: int = -1
     """Step of the last evaluation of the watched split that was completed."""
     is_sharded: bool = False
+    last_saved: int = -1
+    """Step of the last checkpoint."""
     _ends_at_once: bool = False
     _has_saved: bool = False
 
@@ -92,10 +104,14 @@ class ResumableTrainer(Trainer):
         step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
+        began = time.perf_counter()
         with phase("saving a checkpoint"):
             store.write(step, self._write_state, self.keeper.facts, protect)
+        self.last_saved = step
         self.keeper.committed(step)
         self._has_saved = True
+        if self.keeper.pace is not None:
+            self.keeper.pace.saved(time.perf_counter() - began)
 
     def _write_state(self, folder: Path) -> None:
         """The files of this rank."""
@@ -134,7 +150,7 @@ class ResumableTrainer(Trainer):
             skipped=0 if self.guard is None else self.guard.skipped,
             overflowed=0 if self.guard is None else self.guard.overflowed,
             overflows_in_a_row=0 if self.guard is None else self.guard.overflows_in_a_row,
-            lines={file.name: _lines(file) for file in self.keeper.journals},
+            lines={file.name: _kept_lines(file) for file in self.keeper.journals},
             throughput=self.throughput_so_far(),
             stream=self.stream_so_far(),
         )
@@ -292,19 +308,24 @@ class ResumableTrainer(Trainer):
         if self.agrees_to_stop():
             raise EvaluationStopped
 
-    def agrees_to_stop(self) -> bool:
-        """Whether any rank was told to stop; every rank asks at the same moment."""
-        if self.keeper is not None and (signal := self.keeper.stop.agreed()):
+    def agrees_to_stop(self, *, due: bool = False) -> bool:
+        """Whether any rank was told to stop; every rank asks at the same moment.
+
+        Args:
+            due: This rank wants a checkpoint; `keeper.stop.is_due` then says so on every rank.
+        """
+        if self.keeper is not None and (signal := self.keeper.stop.agreed(due=due)):
             self.stopped = signal
             self.args.load_best_model_at_end = False  # an unfinished run has no result
         return bool(self.stopped)
 
 
 class _Flow(TrainerCallback):
-    """Resumes at the beginning, and stops where the ranks agree to."""
+    """Resumes at the beginning, saves where that is due by the clock, and stops where the ranks agree to."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
+        self._saves_epoch = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -313,26 +334,48 @@ class _Flow(TrainerCallback):
         if self.trainer.is_deepspeed_enabled:
             zero.hold_back(self.trainer.accelerator)
         self.trainer._resume()
+        if (pace := self._pace) is not None:
+            pace.begin()
+
+    @property
+    def _pace(self) -> Pace | None:
+        return None if self.trainer.keeper is None else self.trainer.keeper.pace
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note that this step is evaluated."""
         self.trainer.last_evaluated = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if any rank was told to; an evaluation that is due waits until the run goes on."""
-        if self.trainer.agrees_to_stop():
+        """Save and stop, if any rank was told to; an evaluation that is due waits until the run goes on.
+
+        A checkpoint that is due by the clock of rank 0 is written by all; at the end of an epoch, after its evaluation.
+        """
+        keeper, epoch = self.trainer.keeper, self.trainer._steps_per_epoch()
+        ends_epoch = epoch > 0 and state.global_step % epoch == 0
+        due = self._pace is not None and args.process_index == 0 and self._pace.is_due(ends_epoch=ends_epoch)
+        if self.trainer.agrees_to_stop(due=due):
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+        elif keeper is not None and keeper.stop.is_due:
+            control.should_save, self._saves_epoch = control.should_save or not ends_epoch, ends_epoch
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A stopped run does nothing more at the end of its epoch."""
+        """A stopped run does nothing more at the end of its epoch; another one saves its last step in any case."""
         if self.trainer.stopped:
             control.should_save = control.should_evaluate = control.should_log = False
+            return
+        keeper = self.trainer.keeper
+        is_last = control.should_training_stop and keeper is not None and keeper.keeps_last
+        if (is_last or self._saves_epoch) and self.trainer.last_saved != state.global_step:
+            control.should_save = True
+        self._saves_epoch = False
 
 
-def _lines(file: Path) -> int:
+def _kept_lines(file: Path) -> int:
+    """Lines of a journal, which are on the disk before the checkpoint that counts on them."""
     if not file.exists():
         return 0
+    sync_file(file)
     with file.open("rb") as stream:
         return sum(1 for _ in stream)

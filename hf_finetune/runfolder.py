@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -17,18 +18,24 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from hf_finetune import continuation
+from hf_finetune.checkpoints.manifest import MANIFEST, Manifest
+from hf_finetune.durable import discard, sync_file, sync_folder
 from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
+"""What `status.json` says."""
 
 HEARTBEAT_SECONDS = 5.0
+LOST_SECONDS = 12 * HEARTBEAT_SECONDS
+"""Without a heartbeat for so long, a run that says `running` was killed, or its machine is gone."""
 
 
 @dataclass(frozen=True)
 class Start:
     """What there is to do in a run folder."""
 
-    kind: Literal["new", "resume", "done"]
+    kind: Literal["new", "resume", "extend", "done"]
+    """`extend`: the folder holds results, and a changed recipe is to go on from the state behind them."""
     notes: tuple[str, ...] = ()
     """What changed since the run began, and is allowed to."""
 
@@ -52,7 +59,11 @@ class RunFolder:
         self.targets = self.path / "targets.json"
         self.run_lock = self.path / "run.lock.json"
         self.lock = self.path / ".lock"
-        self._held: IO[str] | None = None
+        self.real = Path(os.path.realpath(path))
+        """The folder itself, where `path` is a link to it."""
+        self.successor = self.real.with_name(f".{self.real.name}.extended")
+        """What takes the folder's place when a run is extended; see `extending`."""
+        self._held: list[IO[str]] = []
 
     @property
     def has_checkpoints(self) -> bool:
@@ -70,15 +81,32 @@ class RunFolder:
                 return None
             if not self.status.exists() and self.recipe.exists():
                 return {"state": "failed", "reason": "it was killed while it started"}
-            status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
+            status: Any = json.loads(self.status.read_text(encoding="utf-8"))
         except NotADirectoryError:
             raise StorageError(Problem(f"{self.path} is a file; name a folder", key="output")) from None
         except FileNotFoundError:
             message = f"{self.path} holds files that are no run of hf_finetune; name another folder"
             raise RecipeError(Problem(message, key="output")) from None
-        except json.JSONDecodeError:
-            return {"state": "failed", "reason": "its status.json is damaged"}
-        return status
+        except ValueError:
+            status = None
+        damaged = {"state": "failed", "reason": "its status.json is damaged"}
+        return status if isinstance(status, dict) and "state" in status else damaged
+
+    def condition(self) -> tuple[str, str]:
+        """How the run in this folder is: its state, and a reason or nothing.
+
+        The state is that of `status.json`, except `lost` for one that says `running` and isn't (its process let go of
+        the lock, or its heart stopped), and `unknown` where nothing can be read.
+        """
+        try:
+            status = json.loads(self.status.read_text(encoding="utf-8"))
+            state, reason = str(status["state"]), str(status.get("reason") or "")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return "unknown", ""
+        beat = status.get("heartbeat")
+        if state == "running" and (_holder(self.lock)[1] or _age(beat) > LOST_SECONDS):
+            return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {beat}"
+        return state, reason
 
     def look(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
         """What a run would do here, without leaving a trace.
@@ -93,14 +121,20 @@ class RunFolder:
             RecipeError: The folder is in use, or holds something that is no run.
             StorageError: The folder can't be written.
         """
+        self._finish_extension()
         previous = self.previous()
         if previous is not None and (who := _user(self.lock, previous)) is not None:
             message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
             raise RecipeError(Problem(message, key="output"))
         start = Start("new")
         if previous is not None and recipe_yaml and not restart and not self._never_trained(previous):
-            notes = continuation.refuse_changes(self._stored_recipe(), recipe_yaml, allowed)
-            start = Start("done" if previous["state"] == "done" and not notes else "resume", tuple(notes))
+            notes = tuple(self._allowed_changes(recipe_yaml, allowed))
+            start = Start("resume", notes)
+            if notes and (previous["state"] == "done" or self.adapter.exists()):
+                self.last_state(previous)
+                start = Start("extend", notes)
+            elif previous["state"] == "done":
+                start = Start("done")
         if start.kind != "done":
             self._probe()
         return start
@@ -113,16 +147,22 @@ class RunFolder:
             StorageError: The folder can't be written.
         """
         start = self.look(recipe_yaml, restart=restart, allowed=allowed)
-        if start.kind == "done":
-            return start
         try:
             previous = self.previous()
+            if start.kind == "done":
+                if not continuation.is_whole(self._stored_recipe()):
+                    write_atomically(self.recipe, recipe_yaml, durable=True)
+                return start
             if previous is not None and start.kind == "new" and not self._never_trained(previous):
-                self._set_aside()
+                self.real.rename(self.free_name())
+                self.real.mkdir()  # `path` may be a link to it
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.hold(self.path)
             self._sweep()
-            write_atomically(self.recipe, recipe_yaml)
+            discard(self.successor)
+            if start.kind != "extend":  # a finished run stays as it is until nothing can be wrong any more
+                write_atomically(self.recipe, recipe_yaml, durable=True)
+            sync_folder(self.real.parent)
         except RecipeError:
             raise
         except OSError as error:
@@ -130,16 +170,61 @@ class RunFolder:
         return start
 
     def _stored_recipe(self) -> str:
-        """The resolved recipe of the run that the folder holds.
-
-        Raises:
-            CheckpointError: It is not there.
-        """
+        """`recipe.yaml` of the run that the folder holds; nothing where it can't be read."""
         try:
             return self.recipe.read_text(encoding="utf-8")
-        except OSError as error:
-            message = f"{self.recipe} of the earlier run can't be read ({error.strerror}); give --restart to start anew"
-            raise CheckpointError(Problem(message, key="output")) from error
+        except (OSError, ValueError):
+            return ""
+
+    def _allowed_changes(self, recipe_yaml: str, allowed: Sequence[str]) -> list[str]:
+        """What changed since the run in this folder began, and is allowed to.
+
+        Raises:
+            CheckpointError: Something else changed, or nothing says what the run was.
+        """
+        from hf_finetune import runlock  # it imports this file
+
+        stored, lock = self._stored_recipe(), None
+        if not continuation.is_whole(stored):
+            lock = runlock.find(self.run_lock)
+            if lock is None and self._was_made_from(recipe_yaml):
+                return []
+            if lock is None:
+                message = (
+                    f"{self.recipe} of the earlier run is missing or damaged, and neither {self.run_lock.name} nor a "
+                    f"checkpoint shows that it was this recipe; bring the file back, or give --restart to start anew"
+                )
+                raise CheckpointError(Problem(message, key="output"))
+        return continuation.refuse_changes(stored if lock is None else lock.recipe.whole, recipe_yaml, allowed)
+
+    def _was_made_from(self, recipe_yaml: str) -> bool:
+        """Whether a checkpoint says that it was made from this very recipe."""
+        wanted = hashlib.sha256(recipe_yaml.encode()).hexdigest()
+        for file in self.checkpoints.glob(f"checkpoint-*/{MANIFEST}"):
+            with suppress(CheckpointError, OSError):
+                if Manifest.parse(file.read_bytes()).facts.recipe == wanted:
+                    return True
+        return False
+
+    def last_state(self, previous: dict[str, Any]) -> Path:
+        """The checkpoint behind the results in this folder.
+
+        Args:
+            previous: What `previous` returned.
+
+        Raises:
+            CheckpointError: It was not kept.
+        """
+        steps = [int(path.name.partition("-")[2]) for path in self.checkpoints.glob("checkpoint-[0-9]*")]
+        step = previous.get("step") if previous["state"] == "done" else max(steps, default=None)
+        last = self.checkpoints / f"checkpoint-{step}"
+        if not (last / MANIFEST).is_file():
+            message = (
+                f"{self.path} holds the results of a run whose last state was not kept ({last.name} is not there), so "
+                f"that it can't go on; give --restart to train anew (this run is moved aside), or name another folder"
+            )
+            raise CheckpointError(Problem(message, key="output"))
+        return last
 
     def _probe(self) -> None:
         """Make and remove a folder where the run folder is or will be.
@@ -154,13 +239,16 @@ class RunFolder:
             message = f"{self.path} can't be written: {place}: {error.strerror}; name another folder"
             raise StorageError(Problem(message, key="output")) from error
 
-    def _lock(self) -> None:
+    def hold(self, place: Path) -> None:
         """Hold the folder until this process ends, however it ends.
+
+        Args:
+            place: Where it is now: `path`, or `successor`, besides, before that takes its place.
 
         Raises:
             RecipeError: Another run was faster.
         """
-        stream = self.lock.open("a+", encoding="utf-8")
+        stream = (place / self.lock.name).open("a+", encoding="utf-8")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,7 +258,7 @@ class RunFolder:
         stream.truncate(0)
         stream.write(f"{os.getpid()} {socket.gethostname()}\n")
         stream.flush()
-        self._held = stream
+        self._held.append(stream)
 
     def _sweep(self) -> None:
         """Remove what a run left that was killed inside of `write_atomically`; `peers` sweeps the marks of ranks."""
@@ -180,21 +268,27 @@ class RunFolder:
 
     def release(self) -> None:
         """Let go of the folder."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        while self._held:
+            self._held.pop().close()
 
     def _never_trained(self, previous: dict[str, Any]) -> bool:
         """Whether an earlier run ended before its first step, most likely at a mistake that is mended now."""
         unfinished = previous["state"] != "done" and not previous.get("step")
         return unfinished and not self.metrics.exists() and not any(self.checkpoints.glob("*"))
 
-    def _set_aside(self) -> None:
-        """Rename an old run to a free name beside it, so that `--restart` loses nothing."""
+    def free_name(self) -> Path:
+        """Where an old run is moved to, so that `--restart` and an extension lose nothing."""
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        while (target := self.real.with_name(f"{self.real.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(target)
+        return target
+
+    def _finish_extension(self) -> None:
+        """Do what a process was killed before: see `extending`."""
+        status = self.successor / self.status.name
+        if status.is_file() and not self.real.exists() and _user(self.successor / self.lock.name, {}) is None:
+            self.successor.rename(self.real)
+            sync_folder(self.real.parent)
 
 
 def _user(lock: Path, status: dict[str, Any]) -> str | None:
@@ -203,23 +297,39 @@ def _user(lock: Path, status: dict[str, Any]) -> str | None:
     A lock that is free on the host that took it is proof that its run ended; elsewhere the heartbeat decides, for locks
     of some shared file systems hold on one host only.
     """
+    holder, is_free_here = _holder(lock)
+    if holder is not None:
+        return f" (process {holder})"
+    return "" if not is_free_here and _is_alive(status) else None
+
+
+def _holder(lock: Path) -> tuple[str | None, bool]:
+    """Who holds a lock, if anybody does, and whether it is free for sure: it was taken on this host, and let go."""
+    host = ""
     try:
         with lock.open(encoding="utf-8") as stream:
             pid, _, host = stream.read().strip().partition(" ")
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return f" (process {pid})"
+        return pid, False
     except OSError:
-        host = ""  # no such file, or a file system without locks
-    return "" if host != socket.gethostname() and _is_alive(status) else None
+        return None, False  # no such file, or a file system without locks
+    return None, host == socket.gethostname()
 
 
 def _is_alive(status: dict[str, Any]) -> bool:
     """Whether the heart of a run beat a moment ago."""
     if status.get("state") != "running" or "heartbeat" not in status:
         return False
-    age = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
-    return age.total_seconds() < 4 * HEARTBEAT_SECONDS
+    return _age(status["heartbeat"]) < 4 * HEARTBEAT_SECONDS
+
+
+def _age(moment: Any) -> float:
+    """Seconds since then; 0 for what is no moment."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def nearest_existing(path: Path) -> Path:
@@ -233,21 +343,31 @@ TEMPORARY = re.compile(r"\..+\.\d+")
 """Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
 
 
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: a reader never sees half of it. Text is written as UTF-8."""
+def write_atomically(file: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a whole file or nothing: a reader never sees half of it. Text is written as UTF-8.
+
+    Args:
+        file: Replaced where it is there.
+        content: All of it.
+        durable: Return only when a power failure can't take it back: for everything that a resume needs.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync_file(temporary)
         temporary.replace(file)
+        if durable:
+            sync_folder(file.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _write_somehow(file: Path, text: str) -> None:
+def _write_somehow(file: Path, text: str, *, durable: bool) -> None:
     """Write atomically; on a full disk into the file's own block, in one call."""
     try:
-        write_atomically(file, text)
+        write_atomically(file, text, durable=durable)
     except OSError:
         with file.open("r+", encoding="utf-8") as stream:
             stream.write(text)
@@ -259,10 +379,12 @@ class Status:
 
     Args:
         file: `status.json` of the run folder.
+        is_silent: Leave what it says until `start`: a finished run stays finished until its extension begins.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, is_silent: bool = False) -> None:
         self.file = file
+        self.is_silent = is_silent
         self.step = 0
         self.checkpoint: str | None = None
         """The newest checkpoint that counts, as a path inside the run folder."""
@@ -273,6 +395,7 @@ class Status:
 
     def start(self) -> None:
         """Say `running` and start the heartbeat; what an earlier run left here to go on from, still counts."""
+        self.is_silent = False
         with suppress(OSError, ValueError, AttributeError):
             earlier = json.loads(self.file.read_text(encoding="utf-8"))
             name = str(earlier.get("checkpoint") or "")
@@ -284,7 +407,7 @@ class Status:
     def at(self, step: int, checkpoint: str | None) -> None:
         """Say at once where the run is, and what it could go on from."""
         self.step, self.checkpoint = step, checkpoint
-        self._write()
+        self._write(durable=True)
 
     def finish(self, state: State, exit_code: int, reason: str | None = None) -> None:
         """Stop the heartbeat and say how the run ended; the first word on that is the last."""
@@ -294,6 +417,11 @@ class Status:
         if self._thread.is_alive():
             self._thread.join()
         self._write(state, exit_code=exit_code, reason=reason)
+
+    def note(self, step: int, checkpoint: str) -> None:
+        """Say `running` once, for a run that is about to go on from a checkpoint."""
+        self.step, self.checkpoint = step, checkpoint
+        self._write("running", exit_code=None, reason=None)
 
     def says_running(self) -> bool:
         """Whether the file is there and says that the run goes on."""
@@ -305,8 +433,17 @@ class Status:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             self._write()
 
-    def _write(self, state: State | None = None, *, exit_code: int | None = None, reason: str | None = None) -> None:
-        """Write the file anew; without a state, with the one that was said last."""
+    def _write(
+        self,
+        state: State | None = None,
+        *,
+        exit_code: int | None = None,
+        reason: str | None = None,
+        durable: bool = False,
+    ) -> None:
+        """Write the file anew; without a state, with the one that was said last. A new state is durable."""
+        if self.is_silent:
+            return
         with self._lock:
             if state is not None:
                 self._fields = {"state": state, "exit_code": exit_code, "reason": reason}
@@ -319,4 +456,5 @@ class Status:
             # A full or read-only disk must not hide what went wrong; whoever saves says so.
             with suppress(OSError):
                 if self.file.parent.is_dir():
-                    _write_somehow(self.file, json.dumps(status, indent=2) + "\n")
+                    text = json.dumps(status, indent=2) + "\n"
+                    _write_somehow(self.file, text, durable=durable or state is not None)

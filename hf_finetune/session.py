@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 
-from hf_finetune import continuation, runlock
+from hf_finetune import continuation, extending, invocation, runlock
 from hf_finetune.errors import CheckpointError, FinetuneError, PushError
 from hf_finetune.preemption import INTERRUPTED, PREEMPTED, Stopped
 from hf_finetune.runfolder import RunFolder, Start, State, Status
@@ -20,6 +20,7 @@ from hf_finetune.terminal import say
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.peers import Failure
+    from hf_finetune.preflight.heavy import Ready
     from hf_finetune.recipe import Recipe
     from hf_finetune.runlock.repeating import Repeat
     from hf_finetune.tuning.choices import Choices
@@ -85,11 +86,12 @@ def as_before(
         The machine with the precision and the attention of the run's beginning, and all that was chosen then; None for
         a new run, and where nothing can be read or the device is of another kind.
     """
-    kept = [_kept(folder, machine) if machine.is_main and start.kind == "resume" else None]
+    goes_on = start.kind in ("resume", "extend")
+    kept = [_kept(folder, machine) if machine.is_main and goes_on else None]
     broadcast_object_list(kept)
     choices = kept[0] if repeat is None else repeat.choices()
     if choices is None or choices.device != machine.device:
-        if machine.is_main and (repeat is not None or (start.kind == "resume" and folder.has_checkpoints)):
+        if machine.is_main and (repeat is not None or (goes_on and folder.has_checkpoints)):
             why = "is not there, or damaged" if choices is None else f"is of a {choices.device}"
             say(f"note: {folder.run_lock.name} {why}: what it kept is chosen anew, the next steps may differ in bits")
         return machine, None
@@ -102,7 +104,7 @@ def first_day(folder: RunFolder, machine: Machine, start: Start) -> str:
     Its lock says it, else it is when its recipe was written; a new run begins today.
     """
     day = [date.today().isoformat()]
-    if machine.is_main and start.kind == "resume":
+    if machine.is_main and start.kind in ("resume", "extend"):
         kept = runlock.day(folder.run_lock)
         with suppress(OSError):
             day = [kept or date.fromtimestamp(folder.recipe.stat().st_mtime).isoformat()]
@@ -118,14 +120,34 @@ def _kept(folder: RunFolder, machine: Machine) -> Choices | None:
     return choices.without("micro_batch", "activation_checkpointing")
 
 
+def extend(folder: RunFolder, ready: Ready, status: Status) -> None:
+    """Put a finished run aside and go on from its last state; all ranks learn why where that can't be done.
+
+    Raises:
+        FinetuneError: See `extending.begin`.
+    """
+    failed: list[FinetuneError | None] = [None]
+    if ready.machine.is_main:
+        try:
+            extending.begin(folder, ready)
+            status.start()
+        except FinetuneError as error:
+            failed = [error]
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+    status.is_silent = False
+
+
 @contextmanager
-def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
-    """Keep status.json true from here to the end, however it ends."""
-    told = Status(folder.status)
+def status(folder: RunFolder, machine: Machine, start: Start) -> Iterator[Status]:
+    """Keep status.json true from here to the end, however it ends; of a finished run, from where it is extended."""
+    told = Status(folder.status, is_silent=start.kind == "extend")
     if not machine.is_main:
         yield told
         return
-    told.start()
+    if not told.is_silent:
+        told.start()
     try:
         yield told
     except PushError as error:
@@ -136,7 +158,7 @@ def status(folder: RunFolder, machine: Machine) -> Iterator[Status]:
         raise
     except Stopped as stopped:
         told.finish(stopped.state, int(stopped.code or 0), stopped.reason)
-        say(f"{stopped.reason} at step {told.step}; {_how_to_go_on(told)}")
+        say(f"{stopped.reason} at step {told.step}; {_how_to_resume(folder, told)}")
         raise
     except BaseException as error:
         told.finish("failed", 1, f"{type(error).__name__}: {error}")
@@ -165,7 +187,12 @@ def peer_failed(status: Status, machine: Machine, failure: Failure) -> None:
     status.finish(states.get(failure.exit_code, "failed"), failure.exit_code, failure.reason)
 
 
-def _how_to_go_on(status: Status) -> str:
+def _how_to_resume(folder: RunFolder, status: Status) -> str:
+    """What there is to resume from, and the command that does it."""
+    command = invocation.resume_command()
+    how = "run it again without restart" if command is None else f"run: {command}"
+    if status.is_silent:
+        return f"the finished run in {folder.path} was not touched; to extend it, {how}"
     if status.checkpoint is None:
-        return "no checkpoint was written, the same command starts again"
-    return f"the same command goes on from {status.checkpoint}"
+        return f"no checkpoint was written yet; to start again at step 0, {how}"
+    return f"to resume from {folder.path / status.checkpoint}, {how}"

@@ -143,7 +143,7 @@ def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     untie(adapted)
-    base = getattr(adapted, "get_base_model", lambda: adapted)()
+    base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         plugin.transformer_cls_names_to_wrap = units(base, plugin.transformer_cls_names_to_wrap)
     if machine.precision != "fp32":

@@ -54,7 +54,7 @@ def write(file: Path, targets: Targets) -> None:
     """
     stored = {"version": VERSION, "targets": to_json(targets), "started_in": str(Path.cwd())}
     try:
-        write_atomically(file, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(file, json.dumps(stored, indent=1, ensure_ascii=False) + "\n", durable=True)
     except OSError as error:
         raise StorageError(f"{file} can't be written: {error.strerror or error}") from error
 

@@ -287,7 +287,9 @@ class FinetuneTrainer(ResumableTrainer):
         return float(self.accelerator.gather(share).mean())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save whenever the model is the best so far, whatever `checkpoints.every` says.
+        """Save whenever the model is the best so far, whatever `checkpoints.every` says, and where training ends.
+
+        Returns whether to save: the Trainer sets `should_save` to it where nothing else is saved by steps.
 
         Raises:
             DataError: The metric is undefined on this validation split.
@@ -297,8 +299,9 @@ class FinetuneTrainer(ResumableTrainer):
             message = f"{name} is undefined on this validation split; choose another metric, or more varied rows"
             raise DataError(Problem(message, key="training.best_metric"))
         is_best: bool = super()._determine_best_metric(metrics, trial)
-        self.control.should_save = self.control.should_save or is_best
-        return is_best
+        ends = self.control.should_training_stop and self.keeper is not None and self.keeper.keeps_last
+        self.control.should_save = self.control.should_save or is_best or ends
+        return self.control.should_save
 
     def _steps_per_epoch(self) -> int:
         batches = self.job.batches

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -97,11 +97,13 @@ def finetune(
                 push.once_more(folder, recipe)
             return None
         machine, before = session.as_before(folder, recipe, machine, start, repeat)
-        with session.status(folder, machine) as status:
+        with session.status(folder, machine, start) as status:
             with Watch(
                 folder.path, machine.rank, machine.world_size, partial(session.peer_failed, status, machine)
             ) as watch:
                 ready = heavy.prepare(recipe, machine, findings, session.first_day(folder, machine, start))
+                if start.kind == "extend":
+                    session.extend(folder, ready, status)
                 notes = [*start.notes, *(() if repeat is None else repeat.notes_on_rows(ready.prepared.fingerprint))]
                 ready = fitting.fit(ready, before, findings)
                 outcome = _Run(ready, findings, folder, status, stop, watch, before, repeat).complete(notes)
@@ -135,6 +137,9 @@ class _Run:
         observers = Observers(recipe, folder, self.status, machine)
         try:
             return self._complete(learner, keeper, observers)
+        except Stopped:
+            observers.close(is_stopped=True)
+            raise
         finally:
             observers.close()
 
@@ -288,9 +293,9 @@ def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, t
         ModelError: One was not given back.
     """
     if trainer.is_deepspeed_enabled:
-        return zero.trained(trained)
+        return zero.trained(trained, keeps=trainer.args.process_index == 0)
     wanted = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    state: dict[str, torch.Tensor]
+    state: Any
     if trainer.accelerator.is_fsdp2:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -300,7 +305,7 @@ def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, t
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index == 0 and (missing := wanted - state.keys()):
         raise ModelError(f"sharded training did not give back {len(missing)} trained weights, e.g. {min(missing)}")
-    return state
+    return dict(state)
 
 
 def _keep_silent(text: str) -> None:

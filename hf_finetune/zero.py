@@ -135,7 +135,8 @@ def step(engine: Any) -> tuple[bool, float]:
     """Clip and take the optimiser's step, unless a gradient is not finite.
 
     Returns:
-        Whether the step was taken, and the norm of the gradient before clipping.
+        Whether the step was taken, and the norm of the gradient before clipping; not a number where DeepSpeed was
+        told to compute none.
 
     Raises:
         ModelError: This DeepSpeed took a step with a gradient that is not finite.
@@ -143,16 +144,17 @@ def step(engine: Any) -> tuple[bool, float]:
     engine.step()
     found = engine.get_global_grad_norm()
     norm, is_taken = math.nan if found is None else float(found), bool(engine.was_step_applied())
-    if is_taken and not math.isfinite(norm):
+    if is_taken and found is not None and not math.isfinite(norm):
         raise ModelError("DeepSpeed took a step with a gradient that is not finite; install deepspeed 0.19.8 or newer")
     return is_taken, norm
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
+def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
     """The trained weights whole, in fp32 and on the CPU, and what buffers are saved; all ranks gather together.
 
     Args:
         model: Below the engine.
+        keeps: Whether this rank wants them; the others give their parts, and hold one weight at a time.
 
     Raises:
         ModelError: DeepSpeed does not give one of them.
@@ -165,7 +167,8 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
             whole = safe_get_full_fp32_param(parameter)
             if whole is None:
                 raise ModelError(f"DeepSpeed did not give back the trained weight {name}; keep the checkpoints")
-            found[name] = whole.detach().to("cpu", copy=True).view(getattr(parameter, "ds_shape", parameter.shape))
+            if keeps:
+                found[name] = whole.detach().to("cpu", copy=True).view(getattr(parameter, "ds_shape", parameter.shape))
     stored = model.state_dict().keys()
     return found | {name: value.cpu() for name, value in model.named_buffers() if name in stored}
 

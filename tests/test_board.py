@@ -258,13 +258,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         command.run(str(tmp_path / "none"), rebuild=False)
 
 
-def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(classifier: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_stopped", "expected"), [(False, 2), (True, 0)], ids=["failure", "unknown"])
+def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(
+    is_stopped: bool, expected: int, classifier: Path, tmp_path: Path
+) -> None:
     shutil.copytree(classifier, tmp_path / "run")
     folder = RunFolder(str(tmp_path / "run"))
     lines = [line for line in read(folder.metrics) if line["step"] <= 5]
     observers = Observers(Recipe.load(str(folder.recipe)), folder, Status(folder.status), machine())
     observers.keep({"metrics.jsonl": len(lines)}, 5)
-    observers.close()
+    observers.close(is_stopped=is_stopped)
     drawn = events_of(folder.path)
     assert [event.step for event in drawn.Scalars("train/loss")] == [1, 2, 3, 4, 5]
     assert {image.step for image in drawn.Images("eval/confusion_matrix")} == {5}
@@ -272,7 +275,7 @@ def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(classifier: Pa
     assert not (folder.tensorboard / "projector_config.pbtxt").exists()
     assert len(list(folder.tensorboard.glob("*tfevents*"))) == 1
     end = metadata.parse_session_end_info_plugin_data(drawn.PluginTagToContent("hparams")["_hparams_/session_end_info"])
-    assert end.status == 2  # failure: it was closed before its end
+    assert end.status == expected  # closed before its end: a failure, unless it was stopped and can be resumed
 
 
 def test_events_in_an_object_store_hide_those_of_an_earlier_process(tmp_path: Path) -> None:

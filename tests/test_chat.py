@@ -199,9 +199,11 @@ def test_what_the_template_refuses_is_a_data_error() -> None:
 
 def test_a_refusal_says_what_to_do() -> None:
     template = "{% for m in messages %}{{ m.content + '.' }}{% endfor %}"
-    parts: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, CHAT[1]]
-    with pytest.raises(DataError, match=r"concatenate list .*; it may take text alone: write the content of each turn"):
-        trained(template, parts)
+    data: list[dict[str, Any]] = [CHAT[1], {"role": "tool", "content": {"sum": 1}}]
+    with pytest.raises(
+        DataError, match=r"unsupported operand .*; it may take text alone: write the content of each turn"
+    ):
+        trained(template, data)
     with pytest.raises(DataError, match="must alternate; change the roles, their order"):
         trained("{{ raise_exception('roles must alternate') }}", CHAT)
 

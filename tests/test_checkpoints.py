@@ -135,17 +135,23 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_only_the_owner_may_read_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+def test_files_and_folders_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    def private(staging: Path) -> None:
+        body(1)(staging)
+        for file in below(staging):
+            if file.is_file():
+                file.chmod(0o600)  # as safetensors leaves its files
+
     old = os.umask(mask)
     try:
         made = Store(tmp_path / "checkpoints", Alone(), 1)
-        made.write(1, body(1), FACTS)
+        made.write(1, private, FACTS)
     finally:
         os.umask(old)
     modes = {
         (path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in [tmp_path / "checkpoints", *below(tmp_path)]
     }
-    assert modes == {(True, 0o700), (False, 0o600)}
+    assert modes == {(True, 0o777 & ~mask), (False, 0o666 & ~mask)}
 
 
 def below(folder: Path) -> Iterator[Path]:

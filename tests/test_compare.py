@@ -170,7 +170,7 @@ def test_a_run_that_was_killed_does_not_pass_for_a_running_one(tmp_path: Path) -
     runs = [folder(tmp_path / name, [], "running") for name in ("killed", "alive")]
     for path, beat in zip(runs, ("2026-01-01T00:00:00+00:00", datetime.now(UTC).isoformat()), strict=True):
         (Path(path) / "status.json").write_text(json.dumps({"state": "running", "heartbeat": beat}))
-    assert [run.state for run in compare(runs).runs] == ["dead", "running"]
+    assert [run.state for run in compare(runs).runs] == ["lost", "running"]
 
 
 def test_a_real_run_is_read_whole(run: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 
 from hf_finetune import export, model
-from hf_finetune.adapters import Adapter, Setting
+from hf_finetune.adapters import Setting
 from hf_finetune.errors import ModelError, StorageError
 from hf_finetune.tasks import Targets
 
@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path,
     made, adapted = saved(tiny_bert, tmp_path / "a")
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
 
-    def no_space(self: Adapter, adapted: Any, folder: str) -> None:
+    def no_space(*unused: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(made.adapter), "save", no_space)

@@ -328,7 +328,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
         model, paths = llama(), fast.Paths(made.task, models.TWO)
         if quick:
             paths.install(model, made, models.machine())
-            assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout", "apart"}
+            assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout", "document_attention"}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(50):
@@ -367,7 +367,7 @@ def test_a_language_model_gets_no_mask_where_it_needs_none(monkeypatch: pytest.M
         paths = fast.Paths(made.task, models.TWO)
         if quick:
             paths = fast.take(model, made, models.machine(), models.TWO, padded())
-            assert "no_mask" in paths.taken
+            assert "skip_padding_mask" in paths.taken
         masks.clear()
         loss = paths.loss_sum(model, inputs, labels)
         assert masks == [not quick] * 2
@@ -415,7 +415,7 @@ def test_packed_documents_attend_apart(
         paths = fast.Paths(made.task, models.TWO)
         if quick:
             paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
-            assert "apart" in paths.taken
+            assert "document_attention" in paths.taken
         sizes.clear()
         loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone()}, labels)
         found.append({**gradients(model, loss), "loss": loss.detach()[None]})
@@ -447,7 +447,7 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         paths = fast.take(model, made, replace(models.machine(), is_sharded=True), models.TWO, padded())
-        assert {"fused_loss", "no_mask"} == set(paths.taken)
+        assert {"fused_loss", "skip_padding_mask"} == set(paths.taken)
         policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)  # as accelerate has it in bf16
         for layer in model.get_base_model().model.layers:
             fully_shard(layer)
@@ -455,7 +455,7 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
         assert paths.makes_all_logits, "not before it is proven"
         with torch.no_grad():
             paths.prove(model, inputs, labels)
-        assert set(paths.taken) == ({"none"} if capped else {"fused_loss", "no_mask"})
+        assert set(paths.taken) == ({"none"} if capped else {"fused_loss", "skip_padding_mask"})
         if not capped:
             loss = paths.loss_sum(model, inputs, labels)
             assert loss.item() == pytest.approx(plain.item(), rel=1e-5), "not rounded to bf16"
@@ -475,8 +475,8 @@ SWITCHES = (
     "fused_mlp",
     "plain_attention",
     "cheap_dropout",
-    "no_mask",
-    "apart",
+    "skip_padding_mask",
+    "document_attention",
 )
 OFF = tuple(f"speed.{name}=false" for name in SWITCHES)
 

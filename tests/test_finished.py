@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,15 @@ def copied(classifier: Path, tmp_path: Path) -> Path:
 def test_a_run_that_is_not_finished_says_how_to_go_on(copied: Path) -> None:
     status = {"state": "preempted", "reason": "stopped by SIGTERM"}
     (copied / "status.json").write_text(json.dumps(status))
-    with pytest.raises(CheckpointError, match=r"not finished \(preempted: stopped by SIGTERM\).*command goes on"):
+    with pytest.raises(
+        CheckpointError, match=r"not finished \(preempted: stopped by SIGTERM\).*given again, resumes it"
+    ):
         open_run(str(copied))
-    (copied / "status.json").write_text(json.dumps({"state": "running"}))
+    beating = {"state": "running", "heartbeat": datetime.now(UTC).isoformat()}
+    (copied / "status.json").write_text(json.dumps(beating))
+    with pytest.raises(CheckpointError, match=r"not finished \(lost: it was killed"):  # nobody holds its lock
+        open_run(str(copied))
+    (copied / ".lock").write_text("4711 another-host")
     with pytest.raises(CheckpointError, match="wait for it"):
         open_run(str(copied))
 

@@ -121,7 +121,7 @@ def test_other_signals_stop_too_and_status_is_true(  # noqa: PLR0917
     assert status["resumable"]
     assert (tmp_path / "run" / status["checkpoint"] / "MANIFEST.json").is_file()
     assert not (tmp_path / "run" / "adapter").exists()
-    assert "the same command goes on from checkpoints/checkpoint-" in capsys.readouterr().out
+    assert f"to resume from {tmp_path / 'run' / status['checkpoint']}, run it again" in capsys.readouterr().out
     run(*STEPS)
     assert f"resuming from {tmp_path / 'run' / status['checkpoint']} at step" in capsys.readouterr().out
 

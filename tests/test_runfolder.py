@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_finetune import runfolder
+from hf_finetune.checkpoints import Alone, Facts, Store
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.runfolder import RunFolder, Start, State, Status
 
@@ -46,7 +51,7 @@ def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     assert folder.claim("a: 1\n", restart=False) == Start("resume")
 
 
-@pytest.mark.parametrize("ended", ["failed", "done", "preempted"])
+@pytest.mark.parametrize("ended", ["failed", "done", "preempted", "interrupted", "running"])
 def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, ended: State) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "training: {learning_rate: 1.0, seed: 1}\noutput: x\n", ended)
@@ -63,10 +68,88 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, en
 
 def test_an_allowed_change_goes_on_and_is_said(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    finished(folder, "training: {steps: 3}\n", "done")
+    finished(folder, "training: {steps: 3}\n", "failed")
     start = folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
     assert start.kind == "resume"
     assert "training.steps was 3, is 9" in start.notes[0]
+
+
+def test_a_finished_run_is_extended_from_its_last_state_or_left_alone(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    finished(folder, "training: {steps: 3}\n", "done")
+    with pytest.raises(CheckpointError, match=r"last state was not kept .*--restart .* or name another"):
+        folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    (folder.checkpoints / "checkpoint-3").mkdir()
+    (folder.checkpoints / "checkpoint-3" / "MANIFEST.json").touch()
+    start = folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    assert start.kind == "extend"
+    assert (folder.recipe.read_text(), state(folder)) == ("training: {steps: 3}\n", "done")
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"\0" * 300, b"a: 1\nb: [", b"\xff\xfe"], ids=["empty", "zeros", "part", "bytes"]
+)
+def test_a_damaged_recipe_is_one_line_or_proven_by_a_checkpoint(tmp_path: Path, left: bytes) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    finished(folder, "a: 1\nb: 2\n", "failed")
+    folder.recipe.write_bytes(left)
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml of the earlier run is missing or damaged.*--restart"):
+        folder.claim("a: 1\nb: 2\n", restart=False)
+    facts = Facts(recipe=hashlib.sha256(b"a: 1\nb: 2\n").hexdigest(), data="", model="")
+    Store(folder.checkpoints, Alone(), 1).write(3, lambda place: None, facts)
+    assert folder.claim("a: 1\nb: 2\n", restart=False) == Start("resume")
+    assert folder.recipe.read_text() == "a: 1\nb: 2\n"
+    folder.release()
+    folder.recipe.write_bytes(left)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        folder.claim("a: 1\nb: 3\n", restart=False)
+
+
+def test_what_a_resume_needs_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    def replaced(source: str, target: str) -> None:
+        done.append(f"-> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    part = f".recipe.yaml.{os.getpid()}"
+    assert done == [part, "-> recipe.yaml", "run", tmp_path.name]
+    done.clear()
+    status = Status(folder.status)
+    status._write("running", exit_code=None, reason=None)
+    status._write()
+    temporary = f".status.json.{os.getpid()}"
+    assert done == [temporary, "-> status.json", "run", "-> status.json"], "a heartbeat costs no fsync"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"state": "done"}, "done"),
+        ({"state": "failed"}, "failed"),
+        ({"state": "preempted"}, "preempted"),
+        ({"state": "interrupted"}, "interrupted"),
+        ({"state": "running", "heartbeat": datetime.now(UTC).isoformat()}, "running"),
+        ({"state": "running", "heartbeat": "2026-01-01T00:00:00+00:00"}, "lost"),
+        ([], "unknown"),
+    ],
+)
+def test_a_run_has_one_of_six_conditions(said: Any, expected: str, tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.status.write_text(json.dumps(said))
+    assert folder.condition()[0] == expected
+    if expected == "running":
+        folder.lock.write_text(f"4711 {socket.gethostname()}")
+        assert folder.condition()[0] == "lost", "its process let go of the lock on this host"
 
 
 def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ def test_a_run_leaves_everything_in_its_folder(run: Runner) -> None:
     assert [line["step"] for line in done.lines("eval")] == [5, 10, 15]
     assert [line["step"] for line in done.lines("train")] == list(range(1, 16))
     assert {path.name for path in (done.folder / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-15"}
+    modes = {path.stat().st_mode for path in done.folder.rglob("*") if path.is_file()}
+    assert modes == {(done.folder / ".lock").stat().st_mode}, "weights too have the permissions of any new file"
 
 
 def test_training_learns(run: Runner) -> None:

@@ -171,7 +171,7 @@ def start(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Call
         command, pipe = [sys.executable, "-c", ENTRY, *words], subprocess.PIPE
         options: dict[str, Any] = {"stdout": pipe, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
         children = [subprocess.Popen(command, env=env | rank, **options) for rank in ranks(2)]
-        told = [child.communicate(timeout=240)[0] for child in children]
+        told = [child.communicate(timeout=600)[0] for child in children]
         return children[0].returncode, told[0]
 
     return run

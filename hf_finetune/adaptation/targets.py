@@ -98,7 +98,7 @@ def tied(model: Any, spec: str | Iterable[str], full: Iterable[str]) -> list[str
         spec: `all-linear`, which takes neither embedding, a pattern, or names.
         full: Names of modules that are trained in full: with one of the two among them, they share nothing any more.
     """
-    ends = (output_embedding(model), model.get_input_embeddings())
+    ends: list[Any] = [model.get_input_embeddings(), output_embedding(model)]
     if spec == ALL_LINEAR or None in ends or ends[0].weight is not ends[1].weight:
         return []
     found = [path for path, module in model.named_modules() if any(module is end for end in ends)]

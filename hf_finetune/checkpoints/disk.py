@@ -12,19 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hf_finetune.durable import discard, sync_file, sync_folder
 from hf_finetune.errors import FinetuneError, Problem, StorageError
+from hf_finetune.invocation import same_command
 
 THREADS = 4
 """Files that are hashed and synced at the same time: the disk works while the processor does."""
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder, with its parents, that nobody else may look into, whatever the umask is."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-        folder.chmod(0o700)
 
 
 def listing(folder: Path) -> dict[str, int]:
@@ -60,12 +55,12 @@ def digests(folder: Path, names: list[str], *, durable: bool) -> dict[str, str]:
     Args:
         folder: Where they are.
         names: Relative paths.
-        durable: Make the files private to their owner, too, and wait until they are on the disk.
+        durable: Wait until the files are on the disk, too.
     """
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:
         # Side by side: the page cache is read for the hash while the disk writes it.
         pairs = {
-            name: (pool.submit(_sync, folder / name) if durable else None, pool.submit(_digest, folder / name))
+            name: (pool.submit(sync_file, folder / name) if durable else None, pool.submit(_digest, folder / name))
             for name in names
         }
         for synced, _ in pairs.values():
@@ -75,42 +70,18 @@ def digests(folder: Path, names: list[str], *, durable: bool) -> dict[str, str]:
 
 
 def sync_folders(folder: Path) -> None:
-    """Make the names of all files below a folder durable, and the folders private."""
+    """Make the names of all files below a folder durable."""
     folders = [path for path in _below(folder) if path.is_dir()]
     for path in [*reversed(folders), folder]:
-        path.chmod(0o700)
         sync_folder(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network and user-space file systems can't sync a folder; they do so when a file is renamed or closed.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def write_durably(file: Path, content: bytes) -> None:
-    """Write a new private file and wait until it is on the disk."""
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as stream:
-        os.fchmod(handle, 0o600)
+    """Write a new file and wait until it is on the disk."""
+    with file.open("xb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(handle)
-
-
-def discard(path: Path) -> None:
-    """Remove a folder or file if it is there; a symbolic link itself, never what it means."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path)
+        os.fsync(stream.fileno())
 
 
 def delete(folder: Path) -> None:
@@ -153,7 +124,7 @@ def failure(folder: Path, needed: int, reason: str) -> StorageError:
     wanted = f"more than {written:,}" if written > needed or not needed else f"about {needed:,}"
     message = (
         f"{folder} can't take a checkpoint: {reason} (bytes needed: {wanted}, free: {free_bytes(folder):,}); make room "
-        f"or mend it, and run the same command; earlier checkpoints were not touched"
+        f"or mend it, and run {same_command()}; earlier checkpoints were not touched"
     )
     return StorageError(Problem(message, key="output"))
 
@@ -192,12 +163,3 @@ def _raise(error: OSError) -> None:
 def _digest(file: Path) -> str:
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fchmod(handle, 0o600)
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_finetune.checkpoints import disk
+from hf_finetune.durable import as_umask_says
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 
 MANIFEST = "MANIFEST.json"
@@ -98,13 +99,14 @@ class Manifest:
 
 
 def seal(folder: Path, step: int, world_size: int, facts: Facts) -> Manifest:
-    """Hash all files below a folder, make them durable and private, and write the manifest, durable too.
+    """Hash all files below a folder, make them durable, and write the manifest, durable too.
 
     Raises:
         StorageError: Something in the folder is no plain file, or is still being written.
         OSError: The disk refuses.
     """
     sizes = disk.listing(folder)
+    as_umask_says(folder)
     hashes = disk.digests(folder, list(sizes), durable=True)
     if disk.listing(folder) != sizes:
         raise StorageError(Problem(f"{folder}: somebody still writes into it"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from hf_finetune.checkpoints import disk, manifest, nodes
 from hf_finetune.checkpoints.manifest import Facts, Manifest
 from hf_finetune.checkpoints.ranks import Ranks, together
+from hf_finetune.durable import discard, sync_folder
 from hf_finetune.errors import CheckpointError, Problem
 
 GROWTH = 1.2
@@ -47,7 +48,7 @@ class Store:
     """A folder of checkpoints.
 
     Args:
-        folder: Made if need be, private to its user. What a killed run left half-done in it is cleaned up.
+        folder: Made if need be. What a killed run left half-done in it is cleaned up.
         ranks: All of them make a store at the same time.
         keep: Newest checkpoints to keep, 1 or more.
         estimate: Bytes that the first checkpoint may need; 0 where nobody knows. Later ones are measured by it.
@@ -109,7 +110,7 @@ class Store:
         except BaseException:
             if self.is_writer:
                 with contextlib.suppress(OSError):  # the next start cleans up
-                    disk.discard(staging)
+                    discard(staging)
             raise
         self._needed = int(sum(written[self._leaders[self.ranks.rank]].values()) * GROWTH)
         # Not before every disk has committed: what is whole on all of them must never be less than one.
@@ -166,11 +167,11 @@ class Store:
         """Finish what a killed run left half-done."""
         for path in list(self.folder.iterdir()):
             if path.name.startswith(LEFTOVERS):
-                disk.discard(path)
+                discard(path)
             elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
                 final = self.path(int(match[1]))
                 if final.exists():
-                    disk.discard(path)
+                    discard(path)
                 else:
                     path.rename(final)
 
@@ -178,10 +179,10 @@ class Store:
         if not self.folder.is_dir():
             raise disk.failure(self.folder, self._needed, "it was deleted or replaced while the run went on")
         for old in self.folder.glob(".staging-*"):
-            disk.discard(old)
+            discard(old)
         if disk.free_bytes(self.folder) < self._needed:
             raise disk.failure(self.folder, self._needed, "there is not enough room")
-        disk.make_private(staging)
+        staging.mkdir()
 
     def _fill(self, staging: Path, body: Callable[[Path], None]) -> None:
         with disk.reported(self.folder, self._needed):
@@ -216,7 +217,7 @@ class Store:
 
     def _commit(self, staging: Path, step: int) -> None:
         final, replaced = self.path(step), self.folder / f".replaced-{step}"
-        disk.discard(replaced)
+        discard(replaced)
         if final.exists() or final.is_symlink():
             final.rename(replaced)
         try:
@@ -225,8 +226,8 @@ class Store:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        disk.sync_folder(self.folder)
-        disk.discard(replaced)
+        sync_folder(self.folder)
+        discard(replaced)
 
     def _rotate(self, step: int, protect: Iterable[int]) -> None:
         self._damaged.discard(step)

@@ -69,9 +69,9 @@ def groups(counts: Mapping[str, int]) -> list[list[str]]:
     return [sorted(names, key=lambda name: (-counts[name], name)) for names in found.values() if len(names) > 1]
 
 
-def difference(names: Sequence[str]) -> str:
-    """What alone tells labels of a group apart, e.g. `case and spaces`."""
-    pairs = list(itertools.combinations(names, 2))
+def difference(*alike: Sequence[str]) -> str:
+    """What alone tells labels of each group apart, e.g. `case and spaces`."""
+    pairs = [pair for names in alike for pair in itertools.combinations(names, 2)]
     found = [
         what
         for what in _LEVELLERS
@@ -97,3 +97,8 @@ def _levelled(names: tuple[str, ...]) -> dict[str, str]:
 def shown(name: str) -> str:
     """A label in quotation marks, in which all can be seen: spaces at its ends, invisible characters, Unicode form."""
     return repr(name) if unicodedata.is_normalized("NFKC", name) and name.isprintable() else ascii(name)
+
+
+def plain(name: str) -> str:
+    """A label for a listing: as it is, or in quotation marks where a part of it would not be seen."""
+    return name if name == name.strip() and name.isprintable() else shown(name)

@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_finetune import terminal
+from hf_finetune import invocation, terminal
 from hf_finetune.cli.parser import complete, manner, parse
 from hf_finetune.errors import (
     CheckpointError,
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; None takes the process's.
     """
-    words = complete(list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    words = complete(given)
+    invocation.note(given)
     # Before anything is parsed, so that mistakes on the command line are told in the same manner.
     terminal.open_for(manner(words))
     try:

@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
         terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
     from hf_finetune import opening
     from hf_finetune.predicting import output, rows
+    from hf_finetune.schema.roots import refuse_outside
 
+    named = (("--input", arguments.input), ("--output", arguments.output))
+    refuse_outside((option, path) for option, path in named if path != "-")  # before it is said whether it is there
     opening.look(arguments.run_folder, arguments.overrides)
     rows.find(arguments.input, arguments.input_format)
     if arguments.output != "-":

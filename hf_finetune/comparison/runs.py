@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ SPLITS = {"eval": "validation", "final": "validation", "test": "test"}
 """Phase in metrics.jsonl -> the split that was evaluated."""
 
 NO_METRICS = {"step", "epoch", "time", "phase", "runtime"}
-DEAD_S = 60.0
-"""Seconds without a heartbeat; one is due every few seconds."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,7 @@ class Run:
     path: str
     """The folder, as it was given."""
     state: str
-    """running, done, failed, preempted or interrupted, as status.json has it; `dead` where it says running and its
-    heart has stopped; `unknown` without one."""
+    """running, done, failed, preempted, interrupted, lost or unknown: see `RunFolder.condition`."""
     reason: str | None
     """Why it did not come to its end."""
     recipe: dict[str, Any]
@@ -79,15 +75,15 @@ def read(folders: Sequence[str]) -> list[Run]:
 def _read(path: str) -> Run:
     folder = RunFolder(path)
     tree = _recipe(folder, path)
-    status = _status(folder)
+    (state, reason), status = folder.condition(), _status(folder)
     lines = list(_lines(folder.metrics))
     last = _last(lines)
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
     headline, greater = _task(tree.get("task"))
     return Run(
         path=path,
-        state=str(status.get("state", "unknown")),
-        reason=status.get("reason"),
+        state=state,
+        reason=reason or None,
         recipe=dict(_flat(tree)),
         step=max((line["step"] for line in lines), default=status.get("step")),
         evaluated=None if last is None else last[0],
@@ -124,20 +120,7 @@ def _status(folder: RunFolder) -> dict[str, Any]:
         status = json.loads(folder.status.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(status, dict):
-        return {}
-    beat = status.get("heartbeat")
-    if status.get("state") == "running" and isinstance(beat, str) and _age(beat) > DEAD_S:
-        return status | {"state": "dead", "reason": f"no heartbeat since {beat}: it was killed, or its machine is gone"}
-    return status
-
-
-def _age(moment: str) -> float:
-    """Seconds since then; 0 for what is no moment."""
-    try:
-        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
-    except (ValueError, TypeError):
-        return 0.0
+    return status if isinstance(status, dict) else {}
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from hf_finetune.badrows import SHOWN, numbers
 from hf_finetune.classification import likeness
 from hf_finetune.classification.label_values import listed
+from hf_finetune.data import rawtext
 from hf_finetune.data.facts import Facts, Known, Tally, without_unfit
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import Problem
+from hf_finetune.tasks import REMARKS
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
+    from hf_finetune.data.streaming import Look
     from hf_finetune.recipe import Recipe
 
 Found = tuple[str, Problem]
@@ -39,13 +42,13 @@ _ROWS = {
         "end each chat with an assistant turn, and check the chat template",
     ),
     "split_token": (
-        "{have} a token that holds both the end of the prompt and the begin of the answer, so that a model that is "
-        "asked gets other tokens",
-        "move the white space from the end of the prompt to the begin of the answer",
+        "{have} other tokens before the answer than the prompt has alone, so that a model that is asked gets what it "
+        "was not trained on",
+        "move white space from the end of the prompt to the begin of the answer; in a chat, begin the answer without",
     ),
     "dropped_reasoning": (
         "{have} reasoning that the chat template drops",
-        "name a model whose template writes it, or set task.train_on: last where it is in the last answer",
+        "name a model whose template writes it, or set task.train_on: last and end the row with that answer",
     ),
     "dropped_keys": (
         "{have} turns of which the chat template drops a part",
@@ -123,6 +126,28 @@ def _all(recipe: Recipe, prepared: Prepared | Known) -> Iterator[Found]:
         yield from _few(recipe, prepared)
 
 
+def noticed(recipe: Recipe, look: Look, place: str) -> Iterator[tuple[str, Problem]]:
+    """Level and problem of what was noticed while the first rows of a stream were encoded.
+
+    Args:
+        recipe: Its levels.
+        look: What was seen of them.
+        place: What messages call the stream.
+    """
+    for check, bit in {**REMARKS, "special_tokens": rawtext.SPECIAL}.items():
+        level, count = getattr(recipe.data.checks, check), sum(1 for mark in look.marks if mark & bit)
+        if count and level != "off" and not (check == "special_tokens" and _escapes(recipe)):
+            what, remedy = _ROWS[check]
+            counted = f"{count:,} of the first {len(look.marks):,} train {_rows(len(look.marks))}"
+            message = f"{counted} {_conjugated(what, Tally(count))}; {remedy}"
+            yield level, Problem(message, key="data.train", file=place)
+
+
+def _escapes(recipe: Recipe) -> bool | None:
+    """Whether special tokens in text are text; None where the task can't say so."""
+    return getattr(recipe.task, "escape_special_tokens", None)
+
+
 @dataclass(frozen=True)
 class _Split:
     """One split, and how messages speak of it."""
@@ -145,7 +170,7 @@ class _Split:
         """Checks that strike at the first row."""
         for check, (what, remedy) in _ROWS.items():
             tally = self.facts.tallies.get(check)
-            escapes = getattr(self.recipe.task, "escape_special_tokens", None)
+            escapes = _escapes(self.recipe)
             if tally is not None and not (check == "special_tokens" and escapes):
                 where = f"{_where(tally)}: {tally.detail}" if tally.detail else _where(tally)
                 message = f"{self._counted(tally)} {_conjugated(what, tally)} ({where}); {remedy}"
@@ -213,7 +238,7 @@ class _Split:
 
         told = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
         more = f"; and {len(groups) - SHOWN:,} more such groups" if len(groups) > SHOWN else ""
-        differing = likeness.difference(groups[0]) if len(groups) == 1 else "case, spaces or what can't be seen"
+        differing = likeness.difference(*groups[:SHOWN])
         message = f"{self.name} labels differ only by {differing}: {'; '.join(told)}{more}; each is a class of its own"
         yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 

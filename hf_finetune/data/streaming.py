@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.data.encoding import INDEX, Encoder
+from hf_finetune.data.encoding import INDEX, MARKS, Encoder
 from hf_finetune.data.lanes import Lanes, Raw
 from hf_finetune.data.placing import PlacedError
 from hf_finetune.data.splitreport import SplitReport, nothing_left
@@ -34,6 +34,8 @@ class Look:
     report: SplitReport
     whole: bool
     """Whether the stream holds no others."""
+    marks: tuple[int, ...] = ()
+    """Of each that has text: `encoding.MARKS`."""
 
 
 class Stream:
@@ -132,7 +134,7 @@ class Stream:
         """
         rows: list[dict[str, Any]] = []
         problems: dict[Problem, None] = {}
-        report = SplitReport()
+        report, marks = SplitReport(), list[int]()
         with _collect(problems):
             for batch in self.reading.batches(self.reading.open(), None):
                 rows += batch
@@ -140,12 +142,14 @@ class Stream:
                     break
         with _collect(problems):
             if rows:
-                report = self._encode(rows[:most], 0)[1]
+                encoded = self._encoded(rows[:most], 0)
+                report = SplitReport.total(counts for _, counts in self._sorted(encoded, rows[:most]))
+                marks = encoded.get(MARKS, [])
         if problems:
             raise DataError(problems)
         if report.kept == 0 and len(rows) <= most:
             raise self._nothing_left(report)
-        return Look(report, len(rows) <= most)
+        return Look(report, len(rows) <= most, tuple(marks))
 
     def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
@@ -154,7 +158,10 @@ class Stream:
 
     def _fates(self, batch: list[dict[str, Any]], before: int = 0) -> list[Fate]:
         """What becomes of each row of a batch: the encoded one, if it is trained on, and its counts."""
-        encoded = self._encoded(batch, before)
+        return self._sorted(self._encoded(batch, before), batch)
+
+    def _sorted(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> list[Fate]:
+        """The same of a batch that is encoded."""
         spoken = encoded.get(INDEX, [])
         fates: list[Fate] = [(None, SplitReport(rows=1, empty=1))] * len(batch)
         refused: dict[str, Problem] = {}

@@ -55,7 +55,7 @@ class Paths:
     seconds: float = 0.0
     """What choosing took."""
     leaves_mask_out: bool = False
-    """Whether the model gets no padding mask: see `speed.no_mask`."""
+    """Whether the model gets no padding mask: see `speed.skip_padding_mask`."""
     is_unproven: bool = False
     """Whether the model was not compared with itself yet; see `prove`."""
     _tolerance: float = 0.0
@@ -137,9 +137,9 @@ class Paths:
         if speed.plain_attention and on_cpu and (before := attention.install(base)):
             self._removals.append(lambda: base.set_attn_implementation(before))
             self.taken["plain_attention"] = f"in place of {before}"
-        if speed.apart and recipe.data.packing and (inner := documents.install(base)):
+        if speed.document_attention and recipe.data.packing and (inner := documents.install(base)):
             self._removals.append(lambda: base.set_attn_implementation(inner))
-            self.taken["apart"] = "packed documents"
+            self.taken["document_attention"] = "packed documents"
         self._install_outer(base, recipe)
 
     def install_sharded(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
@@ -158,9 +158,9 @@ class Paths:
             self.head = head = FastHead(base.get_output_embeddings(), getattr(recipe.task, "label_smoothing", 0.0))
             self._removals.append(head.remove)
             self.taken["fused_loss"] = "with the head" if head.is_fused else "of trained tokens"
-        if recipe.speed.no_mask and not recipe.data.packing and base.config._attn_implementation in MASKED:
+        if recipe.speed.skip_padding_mask and not recipe.data.packing and base.config._attn_implementation in MASKED:
             self.leaves_mask_out = True
-            self.taken["no_mask"] = "rows are padded on the right"
+            self.taken["skip_padding_mask"] = "rows are padded on the right"
 
     def prove(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> None:
         """Compare a sharded model with itself on the begin of a few rows, and undo what was installed if it differs.

@@ -142,10 +142,10 @@ def _finished(folder: RunFolder) -> Recipe:
     """
     if not folder.status.is_file() or not folder.recipe.is_file():
         raise RecipeError(Problem(f"{folder.path} is no run folder; give one that hf-finetune train made"))
-    previous = folder.previous() or {}
-    if previous.get("state") != "done":
-        how = f"hf-finetune train {folder.recipe} goes on with it"
-        raise RecipeError(Problem(f"{folder.path} is {previous.get('state')}, only a finished run is uploaded; {how}"))
+    state, _ = folder.condition()
+    if state != "done":
+        how = "wait for its end" if state == "running" else f"hf-finetune train {folder.recipe} resumes it"
+        raise RecipeError(Problem(f"{folder.path} is {state}, only a finished run is uploaded; {how}"))
     return Recipe.load(str(folder.recipe))
 
 
@@ -172,7 +172,9 @@ def _note_success(folder: RunFolder) -> None:
     with suppress(OSError, ValueError, TypeError):
         status: dict[str, Any] = json.loads(folder.status.read_text(encoding="utf-8"))
         if status.get("exit_code") == PushError.exit_code:
-            write_atomically(folder.status, json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n")
+            write_atomically(
+                folder.status, json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n", durable=True
+            )
 
 
 def after_training(outcome: Outcome) -> None:

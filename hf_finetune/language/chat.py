@@ -17,6 +17,7 @@ from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.language import dates, escaping, fidelity
 from hf_finetune.language.fidelity import Lost
 from hf_finetune.language.messages import REASONING, Chat, arguments
+from hf_finetune.tasks import is_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ THINKS = re.compile(r"\s*<think>\s*\Z")
 """How a text ends that asks for an answer that begins with its reasoning."""
 PARTS = re.compile(r"""['"]type['"]:\s*['"]text['"]""")
 """What a template writes that takes no parts of text, and writes them out."""
+HEADER = 200
+"""Characters that a header between special tokens has at most."""
 ANSWERS = "set task.train_on: last (the last answer of each chat; write one row for each answer to train all of them)"
 """What to do where a template does not render every answer as it is asked for."""
 
@@ -115,8 +118,11 @@ class Renderer:
             fidelity.check(lost)
             spans = self._marked_spans(settled, rendered, last=train_on == "last")
         elif train_on == "last":
+            as_rendered = text
             text, spans = self._last_span(settled, text)
-            lost = self._lost(settled, text)  # reasoning that the template drops may be written by now
+            if text != as_rendered:  # its reasoning may stand there by now
+                last = f"turn {len(settled.messages)} "
+                lost = tuple(one for one in lost if not (one.is_reasoning and one.at.startswith(last)))
         else:
             fidelity.check(lost)
             spans = self._prefix_spans(settled, text)
@@ -139,7 +145,8 @@ class Renderer:
             reason = (
                 "its chat template ends no assistant turn with a special token, so the model would not learn to stop"
             )
-            raise ModelError(Problem(f"{reason}; name another model, or {ANSWERS}: EOS ends it", key="model.name"))
+            how = "set task.train_on: last, with which EOS ends the last answer of each chat, or name another model"
+            raise ModelError(Problem(f"{reason}; {how}", key="model.name"))
         return min(found)[2]
 
     def spans(self, chat: Chat) -> Rendered:
@@ -202,16 +209,7 @@ class Renderer:
             return text, []
         head = self._render(chat.upto(chat.answers[-1]), ask=True)[0]
         if not text.startswith(head):
-            opened = THINKS.search(head)
-            if opened is None or not text.startswith(head[: opened.start()]):
-                raise DataError(
-                    f"turn {len(chat.messages)}: the chat template asks for an answer by {head[-40:]!r} and then "
-                    "renders it without that: the trained tokens can't be told; set task.train_on: all"
-                )
-            answer = text[opened.start() :].lstrip()
-            if not answer.startswith("<think>"):
-                answer = f"<think>{_thought(chat.messages[-1]).strip()}\n</think>\n\n{answer}"
-            text = head + answer.removeprefix("<think>").lstrip(" ")
+            text = head + self._asked(chat, head, text)
         try:
             end = self._end(text, len(head))
         except ModelError:
@@ -221,6 +219,27 @@ class Renderer:
             text = text.rstrip() + eos
             end = len(text)
         return text, ([(len(head), end)] if chat.trained[-1:] == chat.answers[-1:] else [])
+
+    def _asked(self, chat: Chat, head: str, text: str) -> str:
+        """What stands behind the header that asks for the last answer, where the rendered chat does not begin so."""
+        opened = THINKS.search(head)
+        if opened is not None and text.startswith(head[: opened.start()]):
+            answer = text[opened.start() :].lstrip()
+            if not answer.startswith("<think>"):
+                answer = f"<think>{_thought(chat.messages[-1]).strip()}\n</think>\n\n{answer}"
+            return answer.removeprefix("<think>").lstrip(" ")
+        # Earlier turns may be rendered otherwise once they are answered: look behind what was said last.
+        before = chat.upto(len(chat.messages) - 1)
+        header = head[len(self._render(before)[0]) :]
+        said = before.messages[-1].get("content") if before.messages else None
+        start = text.rfind(said.strip()) if isinstance(said, str) else -1
+        found = text.find(header, start) if header.strip() and start >= 0 else -1
+        if found < 0:
+            raise DataError(
+                f"turn {len(chat.messages)}: the chat template asks for an answer by {head[-40:]!r} and then renders "
+                "it without that: the trained tokens can't be told; set task.train_on: all"
+            )
+        return text[found + len(header) :]
 
     def _settled(
         self, chat: Chat, *, ask: bool = False, marked: bool = False
@@ -247,20 +266,23 @@ class Renderer:
             if all(one.check is not None for one in lost):
                 return form, rendered, lost
             first = first or (form, rendered, lost)
-        if refusal is not None or first is None:
+        if first is None:
             raise refusal or AssertionError("a chat has a form")
         return first
 
     def _forms(self, chat: Chat) -> Iterator[Chat]:
         calls = any("tool_calls" in turn for turn in chat.messages)
-        silent = any(turn.get("content") is None for turn in chat.messages)
+        silent = any(_is_silent(turn) for turn in chat.messages)
         contents: tuple[Any, ...] = (_ABSENT, "", None)
         if silent and TESTS_NONE.search(self._template(chat)):
             contents = (None, _ABSENT, "")
         for parts in (False, True):
             for decoded in (True, False) if calls else (True,):
-                for content in contents if silent else contents[:1]:
-                    turns = [_formed(turn, content, decoded=decoded, parts=parts) for turn in chat.messages]
+                for keeps, content in ((True, contents[0]), *((False, it) for it in contents if silent)):
+                    turns = [
+                        _formed(turn, turn["content"] if keeps and "content" in turn else content, decoded, parts)
+                        for turn in chat.messages
+                    ]
                     yield Chat(turns, chat.tools, chat.muted)
 
     def _lost(self, chat: Chat, text: str) -> tuple[Lost, ...]:
@@ -312,6 +334,12 @@ class Renderer:
     def _special_texts(self) -> list[str]:
         texts = self.tokenizer.convert_ids_to_tokens(sorted(self.special))
         return [text for text in texts if text]
+
+    def header(self, text: str) -> str | None:
+        """What a text has from its last special token on; None where that is far, or there is none."""
+        tail = text[-HEADER:]
+        found = list(self._specials.finditer(tail)) if self._specials is not None else []
+        return tail[found[-1].start() :] if found else None
 
     def guarded(self, text: Any) -> Any:
         """A text of the data, or a dict or list of them, as it is tokenised: with special tokens as text if asked."""
@@ -370,7 +398,12 @@ _ABSENT = object()
 """A content that is not there."""
 
 
-def _formed(turn: dict[str, Any], content: Any, *, decoded: bool, parts: bool) -> dict[str, Any]:
+def _is_silent(turn: dict[str, Any]) -> bool:
+    """Whether a turn has nothing but tool calls: its content may be null, absent or blank."""
+    return "tool_calls" in turn and is_blank(turn.get("content"))
+
+
+def _formed(turn: dict[str, Any], content: Any, decoded: bool, parts: bool) -> dict[str, Any]:
     """A copy of a turn in one of the forms that templates take.
 
     Args:
@@ -380,7 +413,7 @@ def _formed(turn: dict[str, Any], content: Any, *, decoded: bool, parts: bool) -
         parts: Whether a content of text is a list of parts.
     """
     formed = dict(turn)
-    if turn.get("content") is None:
+    if _is_silent(turn):
         formed.pop("content", None)
         if content is not _ABSENT:
             formed["content"] = content

@@ -43,7 +43,7 @@ def plain(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and offsets of a text in which guarded special tokens are text, and the others are what they are."""
     backend, ids = _with_aliases(tokenizer)
-    written, origin, last = [], [], 0
+    written, origin, last = list[str](), list[int](), 0
     specials = pattern(tokenizer)
     for found in specials.finditer(text) if specials is not None else ():
         _copy(text, last, found.start(), written, origin)
@@ -69,7 +69,7 @@ def _with_aliases(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[i
     """A copy of the tokenizer to which special tokens are text, and their aliases what they were; alias -> token id."""
     from tokenizers import AddedToken, Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -81,4 +81,5 @@ def _with_aliases(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[i
         ]
     )
     backend.encode_special_tokens = True
-    return backend, {backend.token_to_id(alias): index for index, alias in aliases.items()}
+    known: dict[str, int] = backend.get_vocab()
+    return backend, {known[alias]: index for index, alias in aliases.items()}

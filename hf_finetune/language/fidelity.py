@@ -39,6 +39,7 @@ class Lost:
     what: str
     check: str | None = None
     """The check of `data.checks` that counts it; None where the row can't be used."""
+    is_reasoning: bool = False
 
     def __str__(self) -> str:
         """For people, without the remedy."""
@@ -85,8 +86,8 @@ def lost(chat: Chat, text: str, template: str, probe: Probe) -> tuple[Lost, ...]
     if any(0 < len(said.strip()) < SHORT for turn in chat.messages for said in _sayings(turn).values()):
         gone |= probe(chat)
     return (
-        *(one for index, turn in enumerate(chat.messages) for one in _of_turn(index, turn, rendered, template, gone)),
         *_of_tools(chat, rendered),
+        *(one for index, turn in enumerate(chat.messages) for one in _of_turn(index, turn, rendered, template, gone)),
     )
 
 
@@ -110,7 +111,7 @@ def _of_turn(
     if not thought:
         alone = is_blank(content) and "tool_calls" not in turn
         what = f"its reasoning {_shown(reasoning)}" + (", and it says nothing else" if alone else "")
-        yield Lost(at, what, None if alone else "dropped_reasoning")
+        yield Lost(at, what, None if alone else "dropped_reasoning", is_reasoning=True)
     if isinstance(content, str):
         if content.strip() and (not text.holds(content) or (index, "content") in gone):
             yield from _of_content(turn, at, content, text)
@@ -131,7 +132,7 @@ def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> I
     if mark and (not after.strip() or text.holds(after)):
         thought = before.replace("<think>", "", 1)
         if thought.strip() and not text.holds(thought):
-            yield Lost(at, f"the reasoning in its content {_shown(thought)}", "dropped_reasoning")
+            yield Lost(at, f"the reasoning in its content {_shown(thought)}", "dropped_reasoning", is_reasoning=True)
     elif turn.get("tool_calls"):
         yield Lost(at, f"the text beside its tool calls {_shown(content)}", "dropped_keys")
     else:
@@ -158,11 +159,11 @@ def _of_tools(chat: Chat, text: Text) -> Iterator[Lost]:
         for call in turn.get("tool_calls", []):
             name = _function(call)["name"]
             if name not in text.text:
-                yield Lost(f"turn {index + 1} ({turn['role']})", f"the tool {name!r}; its model knows no tools")
+                yield Lost(f"turn {index + 1} ({turn['role']})", f"the tool {name!r}")
     for tool in chat.tools or []:
         name = _function(tool)["name"]
         if name not in text.text:
-            yield Lost("tools", f"the tool {name!r}; its model knows no tools")
+            yield Lost("tools", f"the tool {name!r}")
 
 
 def _function(entry: Any) -> dict[str, Any]:

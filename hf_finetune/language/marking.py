@@ -27,7 +27,7 @@ class Marked(NamedTuple):
     labels: list[int]
     """The same id where the token is trained, else `IGNORE`."""
     splits: bool
-    """Whether a token lies across the beginning of what is trained: who asks for it gets other tokens."""
+    """Whether the prompt alone has other tokens than stand before what is trained, as where one lies across both."""
 
 
 def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
@@ -70,25 +70,47 @@ def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]
 
 
 def _splits(renderer: Renderer, rendered: Sequence[Rendered], tokens: Tokens, *, plain: bool) -> list[bool]:
-    """`Marked.splits` of each text.
+    """`Marked.splits` of each text: whether the prompt alone has other tokens than stand before what is trained.
 
-    Offsets tell, and cost nothing. Where the tokenizer leaves white space out of them, the texts before the spans are
-    tokenised alone.
+    Offsets tell where a token lies across, and cost nothing. The prompt is tokenised alone where they don't: where the
+    tokenizer leaves white space out of them, and at the end of white space or inside a number, which tokenizers split
+    by what follows.
     """
-    if not _leaves_out_spaces(renderer.tokenizer):
-        return [_is_across(*row, spans, renderer.special) for *row, (_, spans) in zip(*tokens, rendered, strict=True)]
-    heads = [(row, text[:start]) for row, (text, spans) in enumerate(rendered) for start, _ in spans if start]
-    found = [False] * len(rendered)
-    asked = prompt_ids(renderer.tokenizer, [head for _, head in heads], plain=plain) if heads else []
-    for (row, _), ids in zip(heads, asked, strict=True):
+    tokenizer, leaves_out = renderer.tokenizer, _leaves_out_spaces(renderer.tokenizer)
+    found, whole = [], list[tuple[int, str]]()
+    for row, ((text, spans), ids, offsets) in enumerate(zip(rendered, *tokens, strict=True)):
+        is_split = not leaves_out and _is_across(ids, offsets, spans, renderer.special)
+        for start, _ in spans:
+            if is_split or not start or not (leaves_out or _depends(text, start)):
+                continue
+            header = renderer.header(text[:start])
+            if leaves_out or header is None:
+                whole.append((row, text[:start]))
+            else:
+                begin, end = (bisect_left(offsets, at, key=lambda pair: pair[0]) for at in (start - len(header), start))
+                is_split = tuple(ids[begin:end]) != _header_ids(tokenizer, header)
+        found.append(is_split)
+    asked = prompt_ids(tokenizer, [head for _, head in whole], plain=plain) if whole else []
+    for (row, _), ids in zip(whole, asked, strict=True):
         found[row] |= tokens[0][row][: len(ids)] != ids
     return found
 
 
+def _depends(text: str, start: int) -> bool:
+    """Whether tokens before a place may depend on what follows, though none lies across it."""
+    before, after = text[max(0, start - 2) : start], text[start : start + 1]
+    return (len(before) == 2 and before.isspace()) or (before[-1:].isdigit() and after.isdigit())
+
+
+@lru_cache(maxsize=256)
+def _header_ids(tokenizer: PreTrainedTokenizerBase, header: str) -> tuple[int, ...]:
+    """Tokens of a header that begins with a special token, before which every tokenizer splits."""
+    return tuple(_tokenise(tokenizer, [header], add_special_tokens=False)[0][0])
+
+
 def _is_across(ids: list[int], offsets: list[Span], spans: list[Span], special: frozenset[int]) -> bool:
-    ends = [end for _, end in offsets]
     for start, _ in spans:
-        first = bisect_right(ends, start)
+        first = bisect_right(offsets, start, key=lambda pair: pair[1])
         # A special token that swallows white space is the same token without it.
         if start and first < len(ids) and offsets[first][0] < start and ids[first] not in special:
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ import torch
 from transformers import GenerationConfig
 
 from hf_finetune.adaptation import labelfile
-from hf_finetune.checkpoints.disk import discard, free_bytes, sync_folder
+from hf_finetune.checkpoints.disk import free_bytes
+from hf_finetune.durable import discard, put_in_place
 from hf_finetune.errors import ModelError, Problem, StorageError
 from hf_finetune.hardware import DTYPES
 from hf_finetune.language import generation
@@ -46,7 +46,7 @@ def staged(place: str) -> Iterator[Path]:
             staging.mkdir(parents=True)
         yield staging
         with reported(final):
-            _commit(staging, final)
+            put_in_place(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -141,7 +141,8 @@ def _without_idle_values(config: Any) -> list[str]:
     Models are published with such values. Reading them is allowed, but transformers (5.23) refuses to write a config
     with them once it was changed. Generation stays as it was; returns the names.
     """
-    usual, left_out = GenerationConfig(), list[str]()
+    make: Any = GenerationConfig  # transformers leaves it untyped
+    usual, left_out = make(), list[str]()
     while True:
         try:
             config.validate(strict=True)
@@ -158,20 +159,3 @@ def _without_idle_values(config: Any) -> list[str]:
                 left_out.append(name)
         else:
             return left_out
-
-
-def _commit(staging: Path, final: Path) -> None:
-    """Make it durable and rename it into place; an earlier folder is moved aside first and then removed."""
-    for path in [*staging.rglob("*"), staging]:
-        if path.is_dir():
-            sync_folder(path)
-            continue
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-    old = final.with_name(f".{final.name}.old")
-    discard(old)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    sync_folder(final.parent)
-    discard(old)

@@ -167,7 +167,8 @@ def load(
     if not machine.is_sharded and recipe.model.quantization is None:
         # Before anybody computes with it: what initialises adapters or is measured would run on the CPU. Sharded
         # weights are moved as they are divided, quantised ones were loaded there.
-        model.to(machine.place)
+        unplaced: Any = model  # torch's `to`, wrapped by transformers, has lost its type
+        unplaced.to(machine.place)
     outside = tuple(path for path in fresh if not any(path == h or path.startswith(f"{h}.") for h in head_modules))
     return LoadedModel(model, head_modules + outside, fresh)
 

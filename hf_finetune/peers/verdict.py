@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_finetune.errors import FinetuneError, PeerError
+from hf_finetune.invocation import same_command
 from hf_finetune.peers.beat import Beat, Failure
 
 INTERRUPTED = 130
@@ -22,7 +23,6 @@ LOST_S = 10.0
 
 _BACKWARD = "(_engine_run_backward)"
 """Where a rank waits for gradients of the others, or computes its own."""
-_RESUME = "resume with the same command"
 _GONE = re.compile(
     r"Connection (closed|reset|refused)|[Tt]imed out waiting|Broken pipe|[Rr]ead timeout|[Ss]ocket (closed|timeout)"
     r"|pair closure|failed to pass monitoredBarrier|connectFullMesh|wait timeout|Watchdog caught|NCCL communicator"
@@ -63,18 +63,18 @@ class Peer:
 
     def died(self) -> Failure:
         """It ended without a word."""
-        return Failure(self.rank, f"{self.describe()} died {self.when()}; {_RESUME}", PeerError.exit_code)
+        return Failure(self.rank, f"{self.describe()} died {self.when()}; {_resume()}", PeerError.exit_code)
 
     def fell_silent(self, steps: str) -> Failure:
         """It lives, as far as one can see, but does not beat."""
         how = " (it is stopped by a signal)" if self.is_here and self.beat.process.is_stopped() else ""
         text = f"{self.describe()} has not answered for {self.silent:.0f} s{how}, last {self.when()}"
-        return Failure(self.rank, f"{text}; {steps}; {_RESUME}", PeerError.exit_code)
+        return Failure(self.rank, f"{text}; {steps}; {_resume()}", PeerError.exit_code)
 
     def hangs(self, steps: str) -> Failure:
         """It beats, but its main thread does not come on."""
         where = f"{self.when()}, at {self.beat.place}" if self.beat.place else self.when()
-        text = f"{self.describe()} has made no progress for {self.beat.idle:.0f} s {where}; {steps}; {_RESUME}"
+        text = f"{self.describe()} has made no progress for {self.beat.idle:.0f} s {where}; {steps}; {_resume()}"
         return Failure(self.rank, text, PeerError.exit_code)
 
 
@@ -137,7 +137,7 @@ def unexplained(own: Beat, peers: Peers, error: BaseException) -> Failure:
     alive = [peer for peer in peers.values() if peer.beat.state == "running" and peer.silent < LOST_S]
     if len(alive) == len(peers) and any(not peer.is_here for peer in alive):
         text += "; all of them are alive, so look at the network between the nodes"
-    return Failure(own.rank, f"{text}; {steps(peers, own)}; {_RESUME}", PeerError.exit_code)
+    return Failure(own.rank, f"{text}; {steps(peers, own)}; {_resume()}", PeerError.exit_code)
 
 
 def steps(peers: Peers, own: Beat) -> str:
@@ -147,6 +147,10 @@ def steps(peers: Peers, own: Beat) -> str:
         reached[beat.step].append(beat.rank)
     told = (f"{step} (rank {', '.join(map(str, sorted(ranks)))})" for step, ranks in sorted(reached.items()))
     return f"last step of each: {', '.join(told)}"
+
+
+def _resume() -> str:
+    return f"resume with {same_command()}"
 
 
 def _first_line(error: BaseException) -> str:

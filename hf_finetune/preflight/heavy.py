@@ -99,6 +99,10 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
         if isinstance(prepared.train, Stream):
             with findings.collect():
                 looked = prepared.train.look()
+                noticed = list(checks.noticed(recipe, looked, prepared.train.reading.places))
+                findings.warn(problem for level, problem in noticed if level == "warn")
+                if errors := [problem for level, problem in noticed if level == "error"]:
+                    raise DataError(errors)
         with findings.collect():
             assignment = jobs.assign(recipe, prepared, machine, tokenizer)
     return Examined(recipe, machine, tokenizer, prepared, outline, assignment, looked)

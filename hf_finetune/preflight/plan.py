@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from hf_finetune.memory import Estimate
     from hf_finetune.preflight.heavy import Ready
     from hf_finetune.preflight.load import Load
+    from hf_finetune.recipe import Recipe
 
+MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.5, "adafactor": 0.1, "sgd": 0.0}
+"""Numbers of fp32 that each optimiser keeps of a trained weight, about."""
 LOGS = 20_000_000
 """Bytes set aside for metrics, event files, tokenizer and reports."""
 SHARE_OF_MEMORY = 0.95
@@ -61,6 +64,7 @@ def make(ready: Ready, findings: Findings) -> Plan:
         ("machine", machine.describe()),
         *([("chosen", Choices(machine.device, ready.chosen).describe())] if ready.chosen else []),
         ("memory", f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}"),
+        ("checkpoints", _checkpoints(recipe, estimate.parameters[0])),
         ("disk", f"{size(disk)} in {recipe.output}"),
     ]
     return Plan(lines, {**_of_data(ready), **_of_work(ready, of), **_of_machine(ready, estimate, disk)})
@@ -167,12 +171,34 @@ def too_little(ready: Ready, needed: int, free: int) -> Problem:
 
 
 def _disk(ready: Ready, trained: int) -> int:
-    """Bytes of adapter, checkpoints (weights and two optimiser moments each) and logs."""
+    """Bytes of adapter, checkpoints and logs."""
     recipe = ready.recipe
-    kept = 0
-    if recipe.checkpoints.every is not None or recipe.training.best_metric is not None:
-        kept = recipe.checkpoints.keep + 1  # the next one is written before the oldest goes
-    return 4 * trained * (1 + 3 * kept) + LOGS
+    has_best = recipe.training.best_metric is not None
+    kept = 1  # of a run that is stopped
+    if has_best or not recipe.saving.is_off:
+        kept = recipe.saving.keep + 1 + has_best  # the next one is written before the oldest goes
+    return 4 * trained + _checkpoint_bytes(recipe, trained) * kept + LOGS
+
+
+def _checkpoint_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes of one checkpoint: the trained weights and what the optimiser keeps of each, in fp32."""
+    return int(4 * trained * (1 + MOMENTS[recipe.training.optimizer]))
+
+
+def _checkpoints(recipe: Recipe, trained: int) -> str:
+    """When they are written, what they take, and what stays when the run is done."""
+    saving = recipe.saving
+    often = [] if saving.every_minutes is None else [f"every {saving.every_minutes:g} minutes"]
+    if saving.every is not None:
+        often.append("at each epoch" if saving.every in ("auto", "epoch") else f"every {saving.every} steps")
+    often += [] if recipe.training.best_metric is None else [f"at the best {recipe.training.best_metric}"]
+    if saving.is_off:
+        kept = "" if not often else f", {often[0]} excepted"
+        return f"off{kept}: a run that is killed starts again, one that is done can't be extended"
+    is_paced = saving.every == "auto" or saving.every_minutes is not None
+    rarer = " (less often where that would take over 1 % of the time)" if is_paced else ""
+    each = size(_checkpoint_bytes(recipe, trained))
+    return f"{' and '.join(often)}{rarer}; {saving.keep} kept, {each} each; the last one stays, to extend the run"
 
 
 def _has_room(output: Path, needed: int) -> None:

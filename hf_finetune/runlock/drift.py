@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
 BITLESS = (
-    "output", "version", "require_pinned", "checkpoints.*", "data.cache", "data.checks.*", "data.workers", "hub",
-    "hub.*", "tracking.*",
+    "output", "version", "require_pinned", "checkpoints", "checkpoints.*", "data.cache", "data.checks.*",
+    "data.workers", "hub", "hub.*", "tracking.*",
 )  # fmt: skip
 """Keys that change no bit of metrics or weights."""
 COMPARED_BY_CONTENT = (

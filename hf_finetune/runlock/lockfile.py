@@ -123,7 +123,7 @@ class Lock(_Part):
             StorageError: It can't be written.
         """
         try:
-            write_atomically(file, json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
+            write_atomically(file, json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n", durable=True)
         except OSError as error:
             raise StorageError(Problem(f"{file} can't be written: {error.strerror}", key="output")) from error
 

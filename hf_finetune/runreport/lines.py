@@ -6,6 +6,7 @@ import importlib.util
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.classification import likeness
 from hf_finetune.terminal import clock
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def data_lines(prepared: Prepared) -> list[str]:
     # Not `targets.counts`, which has the rows that are dropped too.
     labels = prepared.facts["train"].labels if "train" in prepared.facts else {}
     if labels:
-        lines.append("labels: " + ", ".join(f"{name} {count:,}" for name, count in labels.items()))
+        lines.append("labels: " + ", ".join(f"{likeness.plain(name)} {count:,}" for name, count in labels.items()))
     return lines
 
 

@@ -265,7 +265,20 @@ class Training(Section):
 class Checkpoints(Section):
     """What is kept while training."""
 
-    every: Every | None = None
-    """Steps between two checkpoints, or `epoch`; null writes none, except those that `best_metric` needs."""
+    every_minutes: Annotated[float, Field(gt=0.0, le=100_000.0)] | None = 10.0
+    """Minutes between two checkpoints, more where saving would otherwise take over 1 % of the time; null does not look
+    at the clock."""
+    every: Every | Literal["auto"] | None = "auto"
+    """Steps between two checkpoints, or `epoch`: these are written whatever they cost. `auto` writes one at the end of
+    each epoch, except where that would take over 1 % of the time; null writes none by steps."""
     keep: Count = 2
-    """How many are kept; the best one is always among them."""
+    """How many are kept, also when the run is done: from the last one it can be extended. The best one is kept too."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether none is written, except those that `best_metric` needs and that of a run that is stopped."""
+        return self.every is None and self.every_minutes is None
+
+
+NO_CHECKPOINTS = Checkpoints(every=None, every_minutes=None)
+"""What `checkpoints: off` means."""

@@ -20,8 +20,7 @@ class Checks(Section):
     """What is looked for in the data: each check is `error`, `warn` or `off`, next to it the limit it may have."""
 
     empty_text: Level = "error"
-    """Rows whose text, prompt, completion or chat, or one of its questions or trained answers, is null or blank; with
-    `warn` and `off` they are dropped."""
+    """Rows whose text, prompt, completion or a chat's turn is blank; with `warn` and `off` they are dropped."""
     no_trained_token: Level = "error"  # noqa: S105 (no password)
     """Rows of which nothing is trained, also because it was cut off; with `warn` and `off` they are dropped."""
     unseen_label: Level = "error"
@@ -53,8 +52,7 @@ class Checks(Section):
     untrained_end: Level = "warn"
     """Rows that are not cut, yet train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
     split_token: Level = "warn"  # noqa: S105 (no password)
-    """Rows in which one token holds the end of the prompt and the begin of the answer: a model that is asked gets
-    other tokens (causal_lm)."""
+    """Rows whose prompt has other tokens with its answer than without: a model that is asked gets those (causal_lm)."""
     dropped_reasoning: Level = "warn"
     """Chats with reasoning that the chat template drops (causal_lm)."""
     dropped_keys: Level = "warn"

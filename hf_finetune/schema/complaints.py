@@ -176,7 +176,7 @@ def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
     for part in detail["loc"]:
         if len(here) > 1 and isinstance(part, str):
             tagged = [option for option in here if option.tag == part]
-            union = union if tagged or union is not None else path
+            union = union if tagged else path
             here = tagged or [option for option in here if option.labelled(part)]
             continue
         owner = here[0].block if here else None
@@ -185,15 +185,19 @@ def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
     return _Finding(detail, path, tuple(here), owner, union)
 
 
-def _one_per_union(findings: Iterable[_Finding]) -> list[_Finding]:
+def _one_per_union(findings: Sequence[_Finding]) -> list[_Finding]:
     """Where a value may have several types, keep the errors of the type it was meant to have, else one for all."""
     groups: dict[Any, list[_Finding]] = {}
     for index, finding in enumerate(findings):
         groups.setdefault(index if finding.union is None else finding.union, []).append(finding)
     kept: list[_Finding] = []
-    for group in groups.values():
+    for union, group in groups.items():
         meant = [finding for finding in group if not finding.wrong_type]
-        kept += meant or [group[0]]
+        # Where a block is given that has mistakes of its own, it was meant to be a block.
+        has_block = isinstance(union, tuple) and any(
+            finding.path[: len(union)] == union != finding.path for finding in findings
+        )
+        kept += meant or ([] if has_block else [group[0]])
     return kept
 
 

@@ -57,6 +57,8 @@ class Option:
             return origin in (list, dict) and label.startswith(f"{origin.__name__}[")
         if self.block is not None:
             return bool(label == self.block.__name__)
+        if origin is Literal:
+            return label.startswith("literal[")
         return origin not in (list, dict)
 
     def step(self, part: str | int) -> Step | None:

@@ -104,7 +104,7 @@ HINTS = {
     "completion_only_loss": "write task.train_on: assistant",
     "evaluation_strategy": "write training.eval_every: N, epoch or null",
     "eval_strategy": "write training.eval_every: N, epoch or null",
-    "save_strategy": "write checkpoints.every: N, epoch or null",
+    "save_strategy": "write checkpoints.every: N, epoch or auto, or checkpoints: off",
     "peft_type": "write adapter.kind: lora (or another one)",
     "task_type": "write task.kind: causal_lm or text_classification",
     "report_to": "TensorBoard files and metrics.jsonl are always written; remove it",

@@ -14,9 +14,9 @@ class Speed(Section):
     """Compute a frozen linear layer and its LoRA branch as one operation with fewer copies."""
     fused_loss: bool = True
     """Make an LLM's logits for trained tokens only, a chunk at a time, together with their gradient."""
-    no_mask: bool = True
+    skip_padding_mask: bool = True
     """Leave out a language model's padding mask: rows are padded on the right, and no token sees what follows it."""
-    apart: bool = True
+    document_attention: bool = True
     """Let packed documents attend one by one, without a mask of tokens by tokens, where they are long enough."""
     fused_norm: bool = True
     """Compute an RMSNorm with a frozen weight, and its gradient, as one operation with fewer copies."""

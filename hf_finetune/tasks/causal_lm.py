@@ -360,5 +360,5 @@ def _remarks(lost: Iterable[Lost], *, splits: bool) -> int:
 
 def _cut(ids: list[int], labels: list[int], max_length: int) -> Encoded:
     kept = labels[:max_length]
-    trained = sum(label != IGNORE for label in kept[1:])
+    trained = len(kept[1:]) - kept[1:].count(IGNORE)
     return {"input_ids": ids[:max_length], "labels": kept, "length": len(ids), "trained": trained}

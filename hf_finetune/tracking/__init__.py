@@ -144,7 +144,11 @@ class Observers:
             self.board.conclude(line)
         self.close()
 
-    def close(self) -> None:
-        """Close the event file; later calls do nothing."""
+    def close(self, *, is_stopped: bool = False) -> None:
+        """Close the event file; later calls do nothing.
+
+        Args:
+            is_stopped: The run was preempted or interrupted, which is no failure.
+        """
         if self.board is not None:
-            self.board.close()
+            self.board.close("unknown" if is_stopped else "failure")

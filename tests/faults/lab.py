@@ -103,7 +103,8 @@ class Job:
 
     def launch(self, *start: str, plugins: Sequence[Any] = (), **options: Any) -> subprocess.Popen[str]:
         """Start it as a person does: `launch("-m", "hf_finetune")`, or with a launcher before it."""
-        environment = os.environ | {"PYTHONPATH": str(TESTS), "FAULTS": json.dumps(list(plugins))} | self.env
+        path = os.pathsep.join([str(TESTS), str(ROOT)])
+        environment = os.environ | {"PYTHONPATH": path, "FAULTS": json.dumps(list(plugins))} | self.env
         command = [*start, *self.command]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=ROOT, env=environment, **{**pipe, **options})

@@ -10,6 +10,7 @@ import builtins
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -137,6 +138,31 @@ def shell(command: str) -> None:
 def slow(seconds: float) -> None:
     """Make steps long enough to be hit."""
     on_trainer("data", lambda trainer: time.sleep(seconds))
+
+
+def pace(share: float = 1.0, first: float = 0.0) -> None:
+    """Let checkpoints by the clock take more of the time than they may: a test has no ten minutes."""
+    from hf_finetune import pace as own
+
+    own.SHARE, own.FIRST_S = share, first
+
+
+def renaming(ends: str, when: str, action: str = "die", **options: Any) -> None:
+    """Act `before` or `after` something is renamed to a name with this end."""
+    act = functools.partial(globals()[action], **options)
+
+    def hit(source: Any, target: Any, *a: Any, **o: Any) -> None:
+        if os.fspath(target).endswith(ends):
+            act()
+
+    for name in ("rename", "replace"):
+        wrap(os, name, **{when: hit if when == "before" else lambda result, *a, **o: hit(*a, **o)})
+
+
+def linking(number: int, action: str = "die", **options: Any) -> None:
+    """Act when so many files got a second name."""
+    act, count = functools.partial(globals()[action], **options), itertools.count(1)
+    wrap(os, "link", before=lambda *a, **o: act() if next(count) == number else None)
 
 
 def work(function: str, action: str, rank: int, **options: Any) -> None:

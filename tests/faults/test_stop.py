@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from faults.lab import ROOT, Job, Lab
+from faults.lab import ROOT, TESTS, Job, Lab
 from faults.oracle import finished, resume, resumed_at
 
 PLACES = ("forward", "data", "eval", "save")
@@ -188,15 +190,38 @@ def test_f19_sigint_and_sigusr1(lab: Lab, number: str, code: int, state: str) ->
     resume(lab, job, at=stopped(job, code, state, number))
 
 
+def test_what_a_run_that_is_stopped_tells_to_type_resumes_it(lab: Lab) -> None:
+    job = lab.job("training.epochs=1")
+    stop = ["at", {"place": "step_end", "step": 7, "action": "die", "number": 2, "wait": 0}]
+    ended = job.go(stop, more=["--restart"])
+    assert ended.code == 130
+    (told,) = [line for line in ended.output.splitlines() if "to resume from" in line]
+    assert told.startswith("stopped by SIGINT at step 7; to resume from ")
+    program, *words = shlex.split(told.partition(", run: ")[2])
+    assert program == "hf-finetune"
+    child = job.server.start(*words)
+    assert child.wait() == 0, child.output
+    assert resumed_at(child.output) == 7
+
+
 @pytest.mark.faults
 def test_f19_ctrl_c_in_a_terminal_reaches_both_ranks_and_the_launcher(lab: Lab) -> None:
     job = lab.job(ranks=2)
+    job.overrides.append("--restart")
     process = job.launch(*LAUNCH, *TWO, ENTRY[1], plugins=[pause(job, "forward", rank=0)], start_new_session=True)
     interrupt(job, lambda: os.killpg(process.pid, signal.SIGINT), wait=1.0)
-    process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=120)
     job.until(lambda: job.status["state"] != "running", 60)
     assert not orphans(job)
-    resume(lab, job, at=stopped(job, 130, "interrupted", "SIGINT"))
+    step = stopped(job, 130, "interrupted", "SIGINT")
+    job.overrides.clear()
+    assert "to resume from" in output, output
+    (command,) = re.findall(r"to resume from .*, run: (.*)", output)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
+    again = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert resumed_at(again.stdout) == step
+    finished(lab, job)
 
 
 @pytest.mark.faults

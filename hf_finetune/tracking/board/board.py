@@ -119,10 +119,10 @@ class Board(Watcher):
             self._draw_predictions(self._last, already=True)
         self._end("success", at)
 
-    def close(self) -> None:
+    def close(self, outcome: hparams.Outcome = "failure") -> None:
         """Say how the run ended, where that was not said, and write what waits; later calls do nothing."""
         if self._has_begun and not self._has_ended:
-            self._end("failure", time.time())
+            self._end(outcome, time.time())
         self.events.close()
 
     # ---- records ----

@@ -17,7 +17,8 @@ from hf_finetune.tracking.board.layout import headline
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
-Outcome = Literal["success", "failure"]
+Outcome = Literal["success", "failure", "unknown"]
+"""What TensorBoard knows besides `running`; a run that was stopped and can be resumed is neither of the first two."""
 BLOCKS = ("task", "model", "adapter", "training")
 DATA = ("max_length", "overlong", "packing", "limit")
 ASIDE = {"log_every", "eval_every", "eval_at_start", "eval_batch", "deterministic", "sample_prompts", "max_new_tokens"}

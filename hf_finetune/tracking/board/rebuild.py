@@ -90,7 +90,7 @@ def _write(recipe: Recipe, folder: RunFolder, place: Place) -> int:
     board = Board(recipe, folder, events)
     replay(board, read(folder.metrics))
     board.add_lock()
-    board.close()
+    board.close("failure" if folder.condition()[0] == "failed" else "unknown")
     if said:
         raise StorageError(Problem(said[0].partition(": events")[0], key=KEY))
     return events.written
