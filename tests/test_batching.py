@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -225,3 +226,29 @@ def test_packing_fills_sequences() -> None:
     lengths = random.Random(0).choices(range(20, 400), k=2000)
     packs = pack(lengths, 512)
     assert sum(lengths) / (512 * len(packs)) > 0.97
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 60))
+def test_documents_are_packed_as_if_they_came_one_by_one(lengths: list[int], capacity: int) -> None:
+    # A run of version 0.1.0, which placed them so, goes on with the same sequences.
+    packs: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    for document in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fitting = [room for room in free if room[0] >= lengths[document]]
+        left, place = min(fitting) if fitting else (capacity, len(packs))
+        packs += [] if fitting else [[]]
+        packs[place].append(document)
+        free = [room for room in free if room[1] != place] + [(left - lengths[document], place)]
+    packed = pack(lengths, capacity)
+    assert list(packed) == packs
+    assert packed.sums(np.array(lengths, dtype=np.int64)).tolist() == [sum(lengths[d] for d in one) for one in packs]
+
+
+def test_the_batches_of_a_seed_stay_those_of_version_0_1_0() -> None:
+    batches = list(GlobalBatches([(7 * row) % 31 + 1 for row in range(1000)], Division(3, 3), seed=5).global_batches())
+    assert (batches[0], batches[-1], len(batches)) == ([536, 133, 102], [828], 334)
+    lengths = [max((7 * row) % 31 + 1 for row in batch) for batch in batches]
+    spread = GlobalBatches([(7 * row) % 31 + 1 for row in range(1000)], Division(3, 3), seed=5).spread(4)
+    assert [max((7 * row) % 31 + 1 for row in batch) for batch in spread] == [
+        sorted(lengths)[place] for place in (41, 125, 208, 292)
+    ]
