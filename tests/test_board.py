@@ -242,7 +242,7 @@ def test_a_run_that_goes_on_is_left_alone(run: Callable[..., Any]) -> None:
     done = run("training.steps=2", "tracking.tensorboard=false")
     assert not (done.folder / "tensorboard").exists()
     holder = RunFolder(str(done.folder))
-    holder._lock()
+    holder.hold(holder.path)
     with pytest.raises(RecipeError, match="belongs to a run that is going on"):
         rebuild(RunFolder(str(done.folder)))
     holder.release()

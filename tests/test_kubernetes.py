@@ -149,7 +149,7 @@ def test_a_kustomization_is_complete(folder: str) -> None:
     assert claims == {document["metadata"]["name"] for document in documents("base") if "Claim" in document["kind"]}
     recipe = Recipe.load(str(FOLDER / folder / "recipe.yaml"))
     assert recipe.output.startswith("/work/runs/")
-    assert recipe.checkpoints.every, "what is preempted goes on from a checkpoint"
+    assert not recipe.saving.is_off, "what is preempted goes on from a checkpoint"
 
 
 @pytest.mark.parametrize("folder", ["job", "jobset", "trainjob"])
