@@ -7,8 +7,10 @@ only what is written, what is read back, and when it stops are ours.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,6 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
 from hf_finetune import runstate, zero
-from hf_finetune.durable import sync_file
 from hf_finetune.preemption import StopRequest
 from hf_finetune.runstate import Progress
 from hf_finetune.terminal import phase
@@ -376,6 +377,7 @@ def _kept_lines(file: Path) -> int:
     """Lines of a journal, which are on the disk before the checkpoint that counts on them."""
     if not file.exists():
         return 0
-    sync_file(file)
     with file.open("rb") as stream:
+        with suppress(OSError):  # a journal that can't be written costs a warning, never a checkpoint
+            os.fsync(stream.fileno())
         return sum(1 for _ in stream)

@@ -219,7 +219,7 @@ def test_the_plan_says_what_would_be_chosen_and_what_is_too_much(
     monkeypatch.setenv("HF_FINETUNE_MEMORY", "1kB")
     cli.main(["check", str(tmp_path / "recipe.yaml")])
     told = capsys.readouterr()
-    assert "chosen      micro batch 1 (estimated: 1 row needs " in told.out
+    assert "chosen       micro batch 1 (estimated: 1 row needs " in told.out
     assert "of up to 1\n" in told.out
     assert "cpu, 1 threads each, fp32, sdpa attention, activation checkpointing" in told.out
     assert "of memory are needed and 1 kB are free; lower data.max_length\n" in told.err

@@ -417,8 +417,8 @@ def test_a_stopped_run_has_the_records_of_one_that_was_not(
     assert contents(tmp_path / "run") == whole
 
 
-def stop_at(step: int) -> Callable[[Any], bool]:
-    def agrees(trainer: Any) -> bool:
+def stop_at(step: int) -> Callable[..., bool]:
+    def agrees(trainer: Any, *, due: bool = False) -> bool:
         if trainer.state.global_step == step and not trainer.stopped:
             trainer.stopped, trainer.args.load_best_model_at_end = 15, False
         return bool(trainer.stopped)

@@ -142,7 +142,7 @@ def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, star
         assert resumed.wait(180) == 143
     assert HIDDEN not in shown.output
     assert f"training {BAR}" in PAINT.sub("", shown.output)
-    told = [line for line in shown.screen() if "to resume from " in line]
+    told = [line for line in shown.screen() if "stopped by " in line]
     assert [line.split(" at ")[0] for line in told] == ["stopped by SIGINT", "stopped by SIGTERM"]
     assert [line for line in shown.screen() if BAR in line or " gone" in line] == []
 

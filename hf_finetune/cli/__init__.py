@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     finally:
         terminal.close()
+        invocation.note(())  # what this process does next was not asked for by this command line
 
 
 def _run(words: list[str], *, debug: bool) -> None:
