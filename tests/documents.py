@@ -45,7 +45,7 @@ class Block:
     @property
     def trains(self) -> bool:
         """Whether it makes a run of a recipe of its own, as opposed to using one."""
-        return re.search(r"(?:hf-finetune|hf_finetune) recipes/", self.text) is not None
+        return re.search(r"(?:hf-finetune|hf_finetune)(?: train)?(?: --processes \S+)? recipes/", self.text) is not None
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
