@@ -158,7 +158,7 @@ def test_two_processes_both_end(recipe: str, tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.count("did you mean 'label'") == 1
     assert not (tmp_path / "run").exists(), "a mistake that is seen at once leaves no trace"
-    failed = hf_finetune(recipe, "data.max_length=2", "data.overlong=error", launcher=TWO)
+    failed = hf_finetune(recipe, "data.max_length=4", "data.overlong=error", launcher=TWO)
     assert failed.returncode == 1
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
