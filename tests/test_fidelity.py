@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from datetime import date
@@ -96,6 +97,14 @@ def test_parts_of_text_are_joined(template: str) -> None:
 def test_what_would_be_lost_is_refused_by_turn_and_role(chat: list[Any], complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         encoded(TEXT_ONLY, chat)
+
+
+def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None:
+    shapes = itertools.product(["user", "assistant"], repeat=7)
+    chats = [[ASKED, *(turn(role, "hi") for role in roles), ASKED, ANSWERED] for roles in shapes]
+    chats.append([turn("observation", "is"), ASKED, ANSWERED])
+    with pytest.raises(DataError, match=r"turn 1 \(observation\): .* drops its content 'is'"):
+        CausalLM(messages="chat").encode({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])

@@ -69,6 +69,8 @@ class Renderer:
     """Whether special tokens in the text of the chat are text."""
     special: frozenset[int] = field(init=False, repr=False, compare=False)
     _probed: dict[Any, frozenset[tuple[int, str]]] = field(init=False, repr=False, default_factory=dict, compare=False)
+    _kept: set[Any] = field(init=False, repr=False, default_factory=set, compare=False)
+    """Kinds of turns of probed chats of which nothing was dropped."""
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -294,7 +296,8 @@ class Renderer:
         """See `fidelity.Probe`; chats of the same shape are asked about once."""
         key = fidelity.shape(chat)
         if key not in self._probed:
-            if len(self._probed) >= fidelity.FEW:
+            kinds = fidelity.kinds(chat)
+            if len(self._probed) >= fidelity.FEW and kinds <= self._kept:
                 return frozenset()
             probed, words = fidelity.probed(chat)
             try:
@@ -302,6 +305,8 @@ class Renderer:
             except DataError:  # it looks into the texts
                 words = {}
             self._probed[key] = frozenset(what for what, word in words.items() if word not in text)
+            if words and not self._probed[key]:
+                self._kept.update(kinds)
         return self._probed[key]
 
     def _check_roles(self, chat: Chat) -> None:

@@ -21,7 +21,8 @@ from hf_finetune.tasks import is_blank
 SHORT = 16
 """Characters below which a text may be found by chance."""
 FEW = 64
-"""Shapes of chats that are probed for one batch of rows: beyond that, probing would take as long as rendering."""
+"""Shapes of chats that are all probed for one batch of rows. Probing each further one would take as long as rendering:
+only those with a kind of turn are that no probed chat had; see `kinds`."""
 SHOWN = 40
 """Characters of a dropped text that a message shows."""
 READ = {"role", "content", "tool_calls", *REASONING}
@@ -217,6 +218,13 @@ def shape(chat: Chat) -> tuple[Any, ...]:
         (turn["role"], *turn, *_sayings(turn), *(not said.strip() for said in _sayings(turn).values()))
         for turn in chat.messages
     )
+
+
+def kinds(chat: Chat) -> frozenset[Any]:
+    """Name the kinds of turns in a chat: what each holds, what comes before it, and whether it is the last."""
+    has_tools, *turns = shape(chat)
+    last = len(turns) - 1
+    return frozenset((has_tools, turns[at - 1] if at else None, turn, at == last) for at, turn in enumerate(turns))
 
 
 def _plain(content: Any) -> Any:
