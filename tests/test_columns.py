@@ -334,6 +334,10 @@ FAULTS: dict[str, tuple[Files, list[str]]] = {
         {"a.csv": table("pos", "neg") + table("pos")},
         ["a.csv:4: data.train: repeats the header; remove the line"],
     ),
+    "a header in the middle, with spaces and capitals": (
+        {"a.csv": table("pos", "neg") + "Text, LABEL \n"},
+        ["a.csv:4: data.train: repeats the header; remove the line"],
+    ),
     "marks behind backslashes": (
         {"a.csv": 'text,label\n"a \\"good, long\\" film",pos\n"fine",neg\n'},
         [r'a.csv:2: data.train: escapes quotation marks as \", which csv does not know; double them ("")'],

@@ -85,10 +85,10 @@ def test_parts_of_text_are_joined(template: str) -> None:
         ([turn("developer", "Be brief."), ASKED, ANSWERED], r"turn 1 has the role 'developer'.*write 'system'"),
         ([turn("System", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'System'; write 'system'"),
         ([turn("sytem", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'sytem'; write 'system'"),
-        ([ASKED, turn("observation", "it rains a lot"), ANSWERED], r"turn 2 \(observation\).*drops.*'it rains a lot'"),
-        ([ASKED, turn("observation", "3"), ANSWERED], r"turn 2 \(observation\): .* drops its content '3'"),
-        ([ASKED, turn("critic", "It is three."), ANSWERED], r"turn [23] .*drops its content 'It is three.'"),
-        ([ASKED, turn("tool", {"sky": "grey"}), ANSWERED], r"turn 2 \(tool\): .* which is dict and no text"),
+        ([ASKED, turn("observation", "it rains a lot"), ANSWERED], r"turn 2 \(observation\): .* drops its content; "),
+        ([ASKED, turn("observation", "3"), ANSWERED], r"turn 2 \(observation\): .* drops its content; name"),
+        ([ASKED, turn("critic", "It is three."), ANSWERED], r"turn [23] .*drops its content; name"),
+        ([ASKED, turn("tool", {"sky": "grey"}), ANSWERED], r"turn 2 \(tool\): .* which is no text \(dict\); name"),
         ([ASKED, turn("assistant", None, function_call={"name": "f"})], r"\(assistant\).*write it as tool_calls"),
         ([ASKED, turn("assistant", "", reasoning_content="I count.")], r"turn 2 .*reasoning.*says nothing else"),
         ([ASKED, turn("assistant", "x", weight=0.5)], r"turn 2 \(assistant\) has the weight 0.5; write 0"),
@@ -103,7 +103,7 @@ def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None
     shapes = itertools.product(["user", "assistant"], repeat=7)
     chats = [[ASKED, *(turn(role, "hi") for role in roles), ASKED, ANSWERED] for roles in shapes]
     chats.append([turn("observation", "is"), ASKED, ANSWERED])
-    with pytest.raises(DataError, match=r"turn 1 \(observation\): .* drops its content 'is'"):
+    with pytest.raises(DataError, match=r"turn 1 \(observation\): .* drops its content; name"):
         CausalLM(messages="chat").encode({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
 
 
@@ -160,7 +160,7 @@ def test_a_call_that_the_template_drops_is_refused() -> None:
             TEXT_CALLS, [ASKED, turn("assistant", "Let me see.", tool_calls=[CALL]), turn("tool", "rain"), ANSWERED]
         )
     names = CALLS.replace("({{ c.function.arguments | tojson }})", "")
-    with pytest.raises(DataError, match=r"drops .city. of"):
+    with pytest.raises(DataError, match=r"drops values of the arguments of 'look_up'"):
         encoded(names, [ASKED, turn("assistant", None, tool_calls=[CALL])])
     with pytest.raises(DataError, match=r"no \{name, arguments\}"):
         encoded(CALLS, [ASKED, turn("assistant", None, tool_calls=[{"function": "look_up"}])])

@@ -41,9 +41,16 @@ class Lost:
     check: str | None = None
     """The check of `data.checks` that counts it; None where the row can't be used."""
     is_reasoning: bool = False
+    said: str = ""
+    """The text that is lost."""
 
     def __str__(self) -> str:
         """For people, without the remedy."""
+        return self.kind + (f" {_shown(self.said)}" if self.said else "")
+
+    @property
+    def kind(self) -> str:
+        """The same without the text, so that one message stands for all rows that lose such a thing."""
         return f"{self.at}: the chat template drops {self.what}"
 
 
@@ -100,7 +107,7 @@ def check(found: tuple[Lost, ...]) -> None:
     """
     for one in found:
         if one.check is None:
-            raise DataError(f"{one}; name a model whose template takes it, or remove it")
+            raise DataError(f"{one.kind}; name a model whose template takes it, or remove it")
 
 
 def _of_turn(
@@ -111,20 +118,20 @@ def _of_turn(
     thought = not reasoning.strip() or (text.holds(reasoning) and (index, "reasoning") not in gone)
     if not thought:
         alone = is_blank(content) and "tool_calls" not in turn
-        what = f"its reasoning {_shown(reasoning)}" + (", and it says nothing else" if alone else "")
-        yield Lost(at, what, None if alone else "dropped_reasoning", is_reasoning=True)
+        what = "its reasoning" + (", and it says nothing else" if alone else "")
+        yield Lost(at, what, None if alone else "dropped_reasoning", is_reasoning=True, said=reasoning)
     if isinstance(content, str):
         if content.strip() and (not text.holds(content) or (index, "content") in gone):
             yield from _of_content(turn, at, content, text)
     elif content is not None and not text.holds(json.dumps(content, ensure_ascii=False)):
-        yield Lost(at, f"its content, which is {type(content).__name__} and no text: {_shown(str(content))}")
+        yield Lost(at, f"its content, which is no text ({type(content).__name__})", said=str(content))
     for call in turn.get("tool_calls", []):
         yield from _of_call(call, at, text)
     for key, value in turn.items():
         if key in READ or key in MUTE or is_blank(value) or (key == "name" and turn["role"] in {"tool", "function"}):
             continue
         if not (text.holds(value) if isinstance(value, str) else key in template):
-            yield Lost(at, f"its {key} {_shown(str(value))}", "dropped_keys")
+            yield Lost(at, f"its {key}", "dropped_keys", said=str(value))
 
 
 def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> Iterator[Lost]:
@@ -133,11 +140,11 @@ def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> I
     if mark and (not after.strip() or text.holds(after)):
         thought = before.replace("<think>", "", 1)
         if thought.strip() and not text.holds(thought):
-            yield Lost(at, f"the reasoning in its content {_shown(thought)}", "dropped_reasoning", is_reasoning=True)
+            yield Lost(at, "the reasoning in its content", "dropped_reasoning", is_reasoning=True, said=thought)
     elif turn.get("tool_calls"):
-        yield Lost(at, f"the text beside its tool calls {_shown(content)}", "dropped_keys")
+        yield Lost(at, "the text beside its tool calls", "dropped_keys", said=content)
     else:
-        yield Lost(at, f"its content {_shown(content)}")
+        yield Lost(at, "its content", said=content)
 
 
 def _of_call(call: Any, at: str, text: Text) -> Iterator[Lost]:
@@ -149,7 +156,7 @@ def _of_call(call: Any, at: str, text: Text) -> Iterator[Lost]:
             yield Lost(at, f"the JSON of the arguments of {name!r}, writing them as Python does")
         for value in _leaves(given):
             if value.strip() and not text.holds(value) and repr(value)[1:-1] not in text.text:
-                yield Lost(at, f"{_shown(value)} of the arguments of {name!r}")
+                yield Lost(at, f"values of the arguments of {name!r}", said=value)
     elif isinstance(given, str) and given.strip() and not text.holds(given):
         yield Lost(at, f"the arguments of {name!r}")
 

@@ -14,6 +14,8 @@ FIELD_LIMIT = 1 << 30
 """Characters of a field; the module's own limit is 128 KiB."""
 _BACKSLASH = r'escapes quotation marks as \", which csv does not know; double them ("")'
 _INSIDE = 'has text behind a closing quotation mark; double each mark inside a quoted text ("")'
+SPACES = 100
+"""White space that a repeated header may have besides; longer records are not compared with it."""
 
 
 def rows(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> Iterator[Row]:
@@ -34,7 +36,8 @@ def rows(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> It
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
     reader = csv.reader(lines, **options)
     header = _header(reader, lines, place, needed)
-    width = len(header)
+    width, bare = len(header), _bare(header)
+    long = sum(map(len, header)) + SPACES
     while True:
         before = reader.line_num
         try:
@@ -49,7 +52,7 @@ def rows(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> It
         fault = ""
         if len(record) != width:
             fault = _width(record, width, tab=tab)
-        elif record == header:
+        elif sum(map(len, record)) <= long and _bare(record) == bare:
             fault = "repeats the header; remove the line"
         yield Row(before + 1, dict(zip(header, record, strict=False)), fault)
 
@@ -66,6 +69,11 @@ class _Lines:
     def __next__(self) -> str:
         self.last = next(self.stream)
         return self.last
+
+
+def _bare(record: Sequence[str]) -> list[str]:
+    """A record without regard to case and to white space around its cells."""
+    return [cell.strip().casefold() for cell in record]
 
 
 def _header(reader: Any, lines: _Lines, place: str, needed: Sequence[str]) -> list[str]:
