@@ -21,13 +21,16 @@ from typing import Any, Literal
 import torch
 from torch import distributed
 
-from hf_finetune import patience
+from hf_finetune import patience, terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED, PREEMPTED = 130, 143
 """Exit codes: from the keyboard, and by whoever runs the job."""
 ECHO_S = 5.0
 """Under a launcher, the same signal within so many seconds is the same wish."""
+COPY_S = 0.5
+"""The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice."""
+STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,11 +39,13 @@ class Stopped(SystemExit):
 
     Args:
         number: Of the signal.
+        at_once: It was a second one, which does not wait for a checkpoint.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, at_once: bool = False) -> None:
         self.state: Literal["interrupted", "preempted"] = "interrupted" if number == signal.SIGINT else "preempted"
-        self.reason = f"stopped by {signal.Signals(number).name}"
+        name = signal.Signals(number).name
+        self.reason = f"stopped at once by a second signal, {name}," if at_once else f"stopped by {name}"
         super().__init__(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
@@ -52,7 +57,7 @@ class StopRequest:
         """What any rank received. Written by `agreed` alone, and `_own` by the handler alone: it may run in between."""
         self._own, self._since = 0, 0.0
         """The first that came here, and when."""
-        self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else COPY_S
         self._deferred = False
         self.is_due = False
         """Whether any rank wanted a checkpoint when they last agreed."""
@@ -128,7 +133,8 @@ class StopRequest:
         if is_first and self._agreed:
             return  # another rank was told before, and all of them are stopping already
         if not is_first or not self._deferred:
-            raise Stopped(number)
+            raise Stopped(number, at_once=not is_first)
+        terminal.notice(STOPPING)
 
 
 def _follow_parent() -> None:

@@ -195,4 +195,6 @@ def _how_to_resume(folder: RunFolder, status: Status) -> str:
         return f"the finished run in {folder.path} was not touched; to extend it, {how}"
     if status.checkpoint is None:
         return f"no checkpoint was written yet; to start again at step 0, {how}"
-    return f"to resume from {folder.path / status.checkpoint}, {how}"
+    lost = status.step - int(status.checkpoint.rpartition("-")[2])
+    unsaved = f" (the last {lost} steps are not in it)" if lost > 0 else ""
+    return f"to resume from {folder.path / status.checkpoint}{unsaved}, {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +27,8 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
     from rich.table import Table
     from rich.text import Text
 
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     drawn = io.StringIO()
-    console = Console(width=None if is_terminal else UNLIMITED, color_system=None, file=drawn)
+    console = Console(width=width(), color_system=None, file=drawn)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     # Names in the first column stay whole where the others have room for a number all the same.
     longest = max((len(printable(row[0])) for rows in sections for row in rows), default=0)
@@ -43,6 +43,12 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
             table.add_row(*(Text(printable(content)) for content in row))
     console.print(table)
     return [line.rstrip() for line in drawn.getvalue().splitlines()]
+
+
+def width() -> int:
+    """Columns of the terminal; `UNLIMITED` where stdout is none."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else UNLIMITED
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

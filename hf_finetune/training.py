@@ -33,7 +33,7 @@ from hf_finetune import (
 )
 from hf_finetune.card import page
 from hf_finetune.divergence import Guard
-from hf_finetune.errors import FinetuneError, ModelError, OutOfMemoryError, Problem
+from hf_finetune.errors import DivergedError, FinetuneError, ModelError, OutOfMemoryError, Problem
 from hf_finetune.hub import best, push
 from hf_finetune.observing import Observing
 from hf_finetune.peers import Watch
@@ -163,10 +163,11 @@ class _Run:
             # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
             keeper.store.ranks.barrier()
             hardware.limit_collectives(patience.collective())
+            resumed_at = trainer.steps_done()
             seconds, scores = _train(trainer, learner, self.stop)
             hardware.limit_collectives(patience.wait())
             self.watch.progress(trainer.state.global_step, "saving the adapter", is_long=True)
-            with phase("saving the adapter"):
+            with phase("saving the adapter"), _divergence_named(trainer):
                 difference = _save(trainer, learner, folder)
         outcome = Outcome(
             recipe=recipe,
@@ -175,6 +176,7 @@ class _Run:
             prepared=learner.prepared,
             parameters=model.parameter_counts(learner.adapted),
             steps=trainer.state.global_step,
+            resumed_at=resumed_at,
             seconds=seconds,
             rates=trainer.throughput.rates(),
             scores=scores,
@@ -284,6 +286,24 @@ def _save(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> floa
     say("note: a second model does not fit in memory: the saved weights are compared bit by bit, not by their logits")
     export.compare(trained, recipe, folder.adapter)
     return None
+
+
+@contextmanager
+def _divergence_named(trainer: FinetuneTrainer) -> Iterator[None]:
+    """Blame training, not the saved file, where the two disagree because training has blown the model up.
+
+    Raises:
+        DivergedError: The last loss is over twice the first. Then rounding decides what the model says.
+    """
+    try:
+        yield
+    except ModelError as error:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if not losses or losses[-1] <= 2 * losses[0]:
+            raise
+        rose = f"the loss rose from {losses[0]:.4g} to {losses[-1]:.4g}, and the model's answers hang on rounding"
+        problem = Problem(f"training diverged: {rose}; lower it and give --restart", key="training.learning_rate")
+        raise DivergedError(problem) from error
 
 
 def _gathered(trainer: FinetuneTrainer, trained: torch.nn.Module) -> dict[str, torch.Tensor]:

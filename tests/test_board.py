@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,28 @@ def test_histograms_hold_every_value(classifier: Path) -> None:
     right = events_of(classifier).Histograms("eval_confidence/right")[-1].histogram_value
     assert right.num == (record.arrays["rows"][:, :-1].argmax(1) == record.arrays["rows"][:, -1]).sum()
     assert right.max <= sure.max() + 1e-6
+
+
+@pytest.mark.parametrize(
+    "values", [[0.999999999999996, 1.0], [1.0, 1.0], [0.0, 5e-324], [1e300, 1e300], [-1e308, 1e308]]
+)
+def test_a_histogram_of_values_that_hardly_differ_or_hardly_fit_ends_nothing(values: list[float]) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        drawn = histograms.of_values("confidence", np.array(values))
+    assert drawn is None or drawn.value[0].histo.num == 2
+    assert histograms.of_values("confidence", np.array([])) is None
+
+
+def test_what_cannot_be_drawn_costs_one_warning(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(record: Record) -> Iterator[Any]:
+        raise ValueError("too odd")
+
+    monkeypatch.setattr(predictions, "histograms", fail)
+    copied = shutil.copytree(classifier, tmp_path / "run")
+    assert command.run(str(copied), rebuild=True) == 0
+    assert capsys.readouterr().err.count("too odd") == 1
 
 
 def test_weights_have_histograms_and_numbers(classifier: Path) -> None:

@@ -171,6 +171,12 @@ def test_an_empty_list_of_calls_is_none() -> None:
     assert encoded(CALLS.replace("if m.tool_calls", "if m.tool_calls is defined"), chat)[1] == "It is three.</s>"
 
 
+def test_a_chat_may_begin_with_the_assistant_though_the_template_looks_into_the_first_turn() -> None:
+    template = "{% if messages[0].role == 'system' %}{% endif %}" + PREFIXED
+    trained = encoded(template, [turn("assistant", "Hello!"), ASKED, ANSWERED])[1]
+    assert trained == "Hello!</s>It is three.</s>"
+
+
 def test_turns_of_weight_0_are_read_and_not_trained() -> None:
     chat = [ASKED, turn("assistant", "No idea.", weight=0), turn("user", "Try."), {**ANSWERED, "weight": 1}]
     marked = PREFIXED.replace(

@@ -130,6 +130,7 @@ def test_a_second_signal_does_not_wait(run: Runner, stop_at: Callable[..., None]
     from hf_finetune import runstate
 
     def save(*arguments: Any) -> None:
+        time.sleep(0.6)  # sooner it would count as a copy of the first
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         raise AssertionError("not reached")

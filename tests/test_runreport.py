@@ -145,7 +145,15 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
 def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: Any = {"steps": 1, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None, "scores": {}}
+    found: Any = {
+        "steps": 1,
+        "resumed_at": 0,
+        "not_taken": 0,
+        "seconds": 1.0,
+        "rates": {},
+        "peak_memory": None,
+        "scores": {},
+    }
     found |= {"reload_difference": 0.0}
 
     def last_line(**tracking: Any) -> str:

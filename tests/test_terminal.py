@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, star
     assert f"training {BAR}" in PAINT.sub("", shown.output)
     told = [line for line in shown.screen() if "stopped by " in line]
     assert [line.split(" at ")[0] for line in told] == ["stopped by SIGINT", "stopped by SIGTERM"]
-    assert [line for line in shown.screen() if BAR in line or " gone" in line] == []
+    assert [line for line in shown.screen() if BAR in line or " elapsed" in line] == []
 
 
 def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> None:

@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from hf_finetune import training
 from hf_finetune.errors import CheckpointError, DataError, DivergedError, ModelError, RecipeError
 from hf_finetune.tracking.journal import MEASURED
 
@@ -307,3 +309,12 @@ def test_data_driven_initialisation_does_not_depend_on_the_micro_batch(run: Runn
 def test_two_runs_of_one_process_may_differ_in_precision(run: Runner) -> None:
     assert run("training.epochs=1").outcome.machine.precision == "fp32"
     assert run("training.epochs=1", "training.precision=bf16", restart=True).outcome.machine.precision == "bf16"
+
+
+def test_a_model_that_training_blew_up_is_not_called_a_broken_file() -> None:
+    grown: Any = SimpleNamespace(state=SimpleNamespace(log_history=[{"loss": 0.7}, {"eval_loss": 9.0}, {"loss": 28.0}]))
+    with pytest.raises(DivergedError, match=r"the loss rose from 0.7 to 28"), training._divergence_named(grown):
+        raise ModelError("logits differ")
+    grown.state.log_history.append({"loss": 0.5})
+    with pytest.raises(ModelError, match="logits differ"), training._divergence_named(grown):
+        raise ModelError("logits differ")

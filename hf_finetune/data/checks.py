@@ -48,7 +48,8 @@ _ROWS = {
     ),
     "dropped_reasoning": (
         "{have} reasoning that the chat template drops",
-        "name a model whose template writes it, or set task.train_on: last and end the row with that answer",
+        "name a model whose template writes it; where it is dropped of earlier turns alone, end the row with that "
+        "answer and set task.train_on: last",
     ),
     "dropped_keys": (
         "{have} turns of which the chat template drops a part",

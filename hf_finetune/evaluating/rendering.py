@@ -10,6 +10,8 @@ from hf_finetune import tables
 from hf_finetune.comparison.table import metric_text
 from hf_finetune.terminal.message import printable
 
+WIDE = 120
+"""Columns of a terminal from which on each metric of a slice shows its interval."""
 Table = tuple[str, list[str], list[list[str]]]
 """Title, heads, rows."""
 
@@ -25,7 +27,7 @@ def render(document: Mapping[str, Any], form: str, headline: Sequence[str], *, e
     """
     if form == "json":
         return json.dumps(document, indent=2, ensure_ascii=False)
-    found = list(_tables(document, headline, everything=everything))
+    found = list(_tables(document, headline, everything=everything, narrow=form == "text" and tables.width() < WIDE))
     head = _head(document)
     if form == "markdown":
         blocks = [f"**{tables.cell(title)}**\n\n{tables.markdown(heads, rows)}" for title, heads, rows in found]
@@ -53,16 +55,20 @@ FATES = {
 """Field of `data` -> what became of so many rows."""
 
 
-def _tables(document: Mapping[str, Any], headline: Sequence[str], *, everything: bool) -> Iterator[Table]:
+def _tables(document: Mapping[str, Any], headline: Sequence[str], *, everything: bool, narrow: bool) -> Iterator[Table]:
     metrics = document["metrics"]
     shown = _chosen(metrics, headline, everything=everything)
     yield "metric", ["metric", "value", "95 % interval"], [[name, *_value(metrics[name])] for name in shown]
     for column, parts in document["slices"].items():
         names = [name for name in headline if any(name in part["metrics"] for part in parts)]
         rows = [
-            [part["value"], f"{part['rows']:,}", *(_short(part["metrics"].get(name)) for name in names)]
+            [part["value"], f"{part['rows']:,}", *(_short(part["metrics"].get(name), narrow) for name in names)]
             for part in parts
         ]
+        if narrow and len(names) > 1:  # all intervals would fold into splinters: the main metric keeps its own
+            bounds = [_value(part["metrics"][names[1]])[1] if names[1] in part["metrics"] else "-" for part in parts]
+            names = [*names, f"{names[1]}: 95 % interval"]
+            rows = [[*row, interval] for row, interval in zip(rows, bounds, strict=True)]
         yield f"by {column}", [f"by {column}", "rows", *names], rows
     for versus in document["against"]:
         compared = _chosen(versus["differences"], headline, everything=everything)
@@ -101,8 +107,8 @@ def _value(metric: Mapping[str, Any], *, signed: bool = False) -> list[str]:
     return [sign + metric_text(float(metric["value"])), bounds]
 
 
-def _short(metric: Mapping[str, Any] | None) -> str:
+def _short(metric: Mapping[str, Any] | None, narrow: bool) -> str:
     if metric is None:
         return "-"
     value, bounds = _value(metric)
-    return value if bounds == "-" else f"{value} ({bounds})"
+    return value if bounds == "-" or narrow else f"{value} ({bounds})"

@@ -186,9 +186,9 @@ class Renderer:
     def _prefix_spans(self, chat: Chat, text: str) -> list[Span]:
         spans = []
         for index in chat.trained:
-            head = self._render(chat.upto(index), ask=True)[0]
             is_whole = index + 1 == len(chat.messages)
             whole = text if is_whole else self._render(chat.upto(index + 1))[0]
+            head = self._render(chat.upto(index), ask=True)[0] if index else self._opening(whole)
             end = self._end(whole, len(head))
             turn = f"turn {index + 1}: the chat template"
             if not whole.startswith(head):
@@ -200,6 +200,19 @@ class Renderer:
                 raise DataError(f"{turn} renders this turn differently when more turns follow; {ANSWERS}")
             spans.append((len(head), end))
         return spans
+
+    def _opening(self, text: str) -> str:
+        """What stands before the first turn of a chat that the assistant begins, with its header.
+
+        Many templates look into the first turn and can't render a chat without any. So the header is that of another
+        chat.
+
+        Args:
+            text: The rendering of this turn alone.
+        """
+        header = self.header(self._render(Chat([{"role": "user", "content": "asdf"}]), ask=True)[0])
+        start = -1 if header is None else text.rfind(header)
+        return self._render(Chat([]), ask=True)[0] if header is None or start < 0 else text[: start + len(header)]
 
     def _last_span(self, chat: Chat, text: str) -> Rendered:
         """The chat up to its last answer, which is to be trained as it is asked for.

@@ -94,7 +94,8 @@ def summary_entry(outcome: Outcome) -> Entry:
 
 def summary_lines(outcome: Outcome) -> list[str]:
     """The table at the end of a run, and what to do next."""
-    rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}")]
+    part = f" from step {outcome.resumed_at:,} on, where the run was resumed" if outcome.resumed_at else ""
+    rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}{part}")]
     if outcome.not_taken:
         rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
     if outcome.rates:

@@ -26,7 +26,7 @@ class Outcome:
     steps: int
     """Steps of the run."""
     seconds: float
-    """Wall-clock seconds of training, evaluations in between included."""
+    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
     rates: dict[str, float] = field(default_factory=dict)
     """Whole-run samples and tokens per second, share of padding."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -42,5 +42,7 @@ class Outcome:
     """
     probe_seconds: float = 0.0
     """Wall-clock seconds before training that went into choosing fast paths."""
+    resumed_at: int = 0
+    """The step from which this process went on; 0 if it began the run."""
     not_taken: int = 0
     """Steps that the optimiser did not take, because loss or gradient was not finite."""

@@ -61,7 +61,9 @@ def read(path: str) -> Document:
     """
     document = parse(_text(path), path)
     if document.value is None:
-        raise RecipeError(Problem("is empty; a recipe needs at least task, model, data, training", file=path))
+        raise RecipeError(
+            Problem("is empty; a recipe needs at least task, model, data, adapter, training, output", file=path)
+        )
     if not isinstance(document.value, dict):
         raise RecipeError(Problem("must be a mapping of keys to values; write `key: value` lines", file=path, line=1))
     return document

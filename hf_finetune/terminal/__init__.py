@@ -25,7 +25,7 @@ from hf_finetune.terminal.plain import Voice
 
 __all__ = [
     "Manner", "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "finish", "last_words",
-    "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
+    "notice", "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
 ]  # fmt: skip
 
 _voice = Voice()
@@ -122,6 +122,11 @@ def last_words(lines: Iterable[str], code: int) -> None:
     """
     fields = {"code": code, "rank": rank()}
     _voice.last_words([Message(line, "error", "error", "stderr", fields) for line in lines])
+
+
+def notice(text: str) -> None:
+    """Show a line below the phases from now on, where somebody looks; safe in a handler of signals."""
+    _voice.notice = text
 
 
 def begin(phase: Phase) -> Phase:

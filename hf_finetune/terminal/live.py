@@ -109,6 +109,8 @@ class Display(Voice):
             # Clipped, not wrapped: a terminal that is made narrower must not break what is drawn.
             lines = (phase.detail, phase.outcome)
             parts += [Text(f"  {printable(line)}", no_wrap=True, overflow="ellipsis") for line in lines if line]
+        if self.notice and parts:
+            parts.append(Text(f"  {self.notice}", no_wrap=True, overflow="ellipsis", style=STYLES["warning"]))
         self._height = max(len(parts), 1)
         return Group(*parts)
 
@@ -119,7 +121,7 @@ def _bar(phase: Phase) -> Table:
     row.add_column(no_wrap=True)
     row.add_column(no_wrap=True, overflow="ellipsis")
     left = phase.left()
-    told = [phase.share(), f"{clock(phase.seconds)} gone", "" if left is None else f"{clock(left)} left"]
+    told = [phase.share(), f"{clock(phase.seconds)} elapsed", "" if left is None else f"{clock(left)} left"]
     mark: Any = Text(_SPINNER[int(phase.seconds * PER_SECOND) % len(_SPINNER)])
     if phase.total:
         mark = ProgressBar(total=phase.total, completed=phase.now(), width=24)

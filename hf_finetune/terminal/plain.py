@@ -46,6 +46,8 @@ class Voice:
 
     def __init__(self, least: Level = "info") -> None:
         self.least = LEVELS.index(least)
+        self.notice = ""
+        """What a display shows below its phases."""
         self._timers: dict[Phase, threading.Timer] = {}
 
     def tell(self, message: Message) -> None:

@@ -172,7 +172,7 @@ def test_f18_two_sigterms_in_a_save_leave_nothing_torn(lab: Lab) -> None:
     job.until(lambda: (job.folder / "ready").exists())
     for _ in range(2):
         children[0].send(signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(0.7)
     assert children[0].wait(5) == 143
     assert job.checkpoints == [5]
     resume(lab, job, at=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tensorboardX import summary
@@ -11,6 +12,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from transformers import TrainerState
 
 from hf_finetune.schema.watching import is_due
+from hf_finetune.terminal import warn
 from hf_finetune.tracking.board import hparams, layout, tags
 from hf_finetune.tracking.board.kinds import (
     data,
@@ -59,6 +61,8 @@ class Board(Watcher):
         self._has_begun = self._has_ended = False
         self._times: dict[tuple[str, int], float] = {}
         self._embeddings: list[str] = []
+        self._undrawn: set[str] = set()
+        """Kinds of records of which a warning said that they can't be drawn."""
         self._last: Record | None = None
         """The newest predictions on the validation split, which may turn out to be those of the saved model."""
 
@@ -90,12 +94,24 @@ class Board(Watcher):
         """Draw a record, as often as the recipe wants it; a kind that this knows nothing of is left out."""
         if record.kind == "environment":
             self._times.setdefault(("train", record.step), record.facts["time"])
-        if record.kind == "predictions":
-            self._draw_predictions(record)
-        elif record.kind == "embeddings":
-            self._draw_embeddings(record)
-        elif record.kind in DRAWN:
-            self._add_all(DRAWN[record.kind](record), record)
+        with self._trying(record):
+            if record.kind == "predictions":
+                self._draw_predictions(record)
+            elif record.kind == "embeddings":
+                self._draw_embeddings(record)
+            elif record.kind in DRAWN:
+                self._add_all(DRAWN[record.kind](record), record)
+
+    @contextmanager
+    def _trying(self, record: Record) -> Iterator[None]:
+        """Warn once of a kind of picture that can not be drawn: no run ends because its model says odd things."""
+        try:
+            yield
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if record.kind not in self._undrawn:
+                self._undrawn.add(record.kind)
+                why = f"{type(error).__name__}: {error}"
+                warn(f"TensorBoard lacks {record.kind} of step {record.step}: drawing them failed ({why}); report this")
 
     def conclude(self, line: Entry) -> None:
         """Draw the summary of a run that is done.
@@ -116,7 +132,8 @@ class Board(Watcher):
                 found[tags.of_metric("final", metric)] = value
         self._add(_scalars(found), step, at)
         if self._last is not None and self._last.step == step and not self._keeps_best:
-            self._draw_predictions(self._last, already=True)
+            with self._trying(self._last):
+                self._draw_predictions(self._last, already=True)
         self._end("success", at)
 
     def close(self, outcome: hparams.Outcome = "failure") -> None:

@@ -50,4 +50,15 @@ def of_values(tag: str, values: Array) -> Summary | None:
 
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values)]
-    return counted(tag, *np.histogram(values, bins=BINS)) if len(values) else None
+    if not len(values):
+        return None
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    # Values that hardly differ leave no room for so many edges between them, and numpy (2.x) refuses.
+    least = BINS * np.spacing(max(abs(low), abs(high), float(np.finfo(np.float32).tiny)))
+    if high - low < least:
+        low, high = low - least, high + least
+    if not np.isfinite(high - low):
+        return None
+    return counted(tag, *np.histogram(values, bins=BINS, range=(low, high)))
