@@ -168,7 +168,7 @@ def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: boo
     from hf_finetune import memory, model
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
     valid = Recipe.model_validate(recipe)
     machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded, activation_checkpointing=True)

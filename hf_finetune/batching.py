@@ -25,7 +25,7 @@ from hf_finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
     from hf_finetune.data.lanes import Lanes
-    from hf_finetune.tasks import Collator, Encoded, Task
+    from hf_finetune.tasks.base import Collator, Encoded, Task
 
 STREAMED, FAILED = "streamed", "failed"
 _PR_SET_PDEATHSIG = 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Batch, Targets
+    from hf_finetune.tasks.base import Batch, Targets
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest difference of logits that a reload may make, as a share of the largest logit: in half precisions (8 and 11

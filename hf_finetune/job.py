@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hf_finetune.adapters import Adapter
     from hf_finetune.hardware import EvalBatch
-    from hf_finetune.tasks import Batch, Questions, Targets, Task
+    from hf_finetune.tasks.base import Batch, Questions, Targets, Task
 
 COUNTS = ("tokens", "squares", batching.STREAMED)
 """What the loader of training batches adds to them, and no model takes."""

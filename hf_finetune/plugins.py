@@ -72,14 +72,16 @@ class Plugin(Section):
 def discover(package: str, base: type[Plugin]) -> dict[str, type[Plugin]]:
     """Every plugin class under `package`, by kind, in alphabetical order.
 
-    A module without a concrete subclass of `base` is none. Modules are imported unguarded: a broken plugin says so
-    instead of reading as an unknown kind.
+    A module without a concrete subclass of `base` is none, nor is one whose name begins with `_`. Modules are
+    imported unguarded: a broken plugin says so instead of reading as an unknown kind.
 
     Raises:
         TypeError: A module holds two plugins.
     """
     found: dict[str, type[Plugin]] = {}
     for module_info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module_info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"{package}.{module_info.name}")
         for value in vars(module).values():
             declared = inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.language.packing import PACKED_ATTENTION
 from hf_finetune.plugins import Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema import reference as page
@@ -18,7 +17,8 @@ from hf_finetune.schema.paths import NO_COMMIT, is_commit
 from hf_finetune.schema.reading import Reading
 from hf_finetune.schema.speed import Speed
 from hf_finetune.schema.watching import Tracking
-from hf_finetune.tasks import Task
+from hf_finetune.tasks._packing import PACKED_ATTENTION
+from hf_finetune.tasks.base import Task
 
 if TYPE_CHECKING:
     AnyTask = Task

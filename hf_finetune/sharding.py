@@ -22,7 +22,7 @@ from torch import distributed, nn
 from hf_finetune import hardware, model
 from hf_finetune.adaptation import peftio, targets
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
-from hf_finetune.language import packing
+from hf_finetune.tasks import _packing as packing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.model import LoadedModel
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 T = TypeVar("T")
 READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"

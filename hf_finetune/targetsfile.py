@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 from hf_finetune.runfolder import write_atomically
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 VERSION = 1
 

@@ -23,9 +23,9 @@ from hf_finetune import batching, buckets, zero
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
-from hf_finetune.language.generation import answer_together, until
 from hf_finetune.resumable import ResumableTrainer
 from hf_finetune.runstate import Progress
+from hf_finetune.tasks._generation import answer_together, until
 from hf_finetune.tracking.step_times import DATA, FORWARD, StepTimes
 from hf_finetune.tracking.throughput import Tally, Throughput
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
     from hf_finetune.observing import Look, Observing
-    from hf_finetune.tasks import Questions
+    from hf_finetune.tasks.base import Questions
 
 
 class FinetuneTrainer(ResumableTrainer):

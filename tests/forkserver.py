@@ -23,7 +23,7 @@ LOADED = [
     "hf_finetune.training",
     "hf_finetune.preflight.light",
     "hf_finetune.preflight.heavy",
-    "hf_finetune.classification.metrics",
+    "hf_finetune.tasks._metrics",
     "rich.live",
     "rich.progress",
     "hf_finetune.predicting.command",

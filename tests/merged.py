@@ -18,7 +18,7 @@ from hf_finetune.merging.options import Dtype
 from hf_finetune.merging.rows import Rows
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 
 def finished(made: Recipe, targets: Targets, place: Path, precision: Precision = "fp32") -> Finished:

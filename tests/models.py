@@ -12,7 +12,7 @@ from hf_finetune.adapters import Setting
 from hf_finetune.hardware import Machine, Precision
 from hf_finetune.model import LoadedModel
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks import Batch, Targets
+from hf_finetune.tasks.base import Batch, Targets
 
 TWO = Targets(names=("negative", "positive"), counts=(5, 5), id_of={"negative": 0, "positive": 1})
 FOUR = Targets(names=("bad", "fine", "good", "<b>|x`"), counts=(1, 2, 3, 4))

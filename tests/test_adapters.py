@@ -19,7 +19,7 @@ from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.model import heads
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
 PISSA = {"kind": "lora", "r": 4, "init": "pissa"}

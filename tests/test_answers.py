@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_finetune.errors import DataError
-from hf_finetune.language.answers import compare, extract
-from hf_finetune.language.generation import Generation
+from hf_finetune.tasks._generation import Generation, compare, extract
 
 GSM8K = r"#### (-?[\d,]+)"
 

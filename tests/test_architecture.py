@@ -25,7 +25,7 @@ LAYERS = {
     "errors": 0,
     **dict.fromkeys(["badrows", "findings", "plugins", "terminal"], 1),
     "schema": 2,
-    # 3: the contracts, tasks/__init__ and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
+    # 3: the contracts, tasks/base and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
     "recipe": 6,
     # 7: everything that works on a recipe
     "training": 8,
@@ -94,7 +94,7 @@ def layer(module: str) -> int:
     if package in LAYERS:
         return LAYERS[package]
     if package in {"tasks", "adapters"}:
-        return 5 if plugin else 3
+        return 3 if plugin in ("", "base") else 4 if plugin.startswith("_") else 5
     return 4 if module in below_recipe() else 7
 
 

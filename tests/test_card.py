@@ -24,7 +24,7 @@ from pushing import environment
 from hf_finetune import export, model
 from hf_finetune.card import body, header, licence, loading, naming, page, settings
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
 EVIL = "x`\n---\nbase_model: evil\n---\n# Pwned\n[a](http://e.vil)<img src=x>|```python\nimport os\n```"

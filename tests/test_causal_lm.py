@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.language.generation import Generation
-from hf_finetune.tasks import IGNORE, Encoded, Targets
+from hf_finetune.tasks._generation import Generation
+from hf_finetune.tasks.base import IGNORE, Encoded, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 ROWS: dict[str, list[Any]] = {

@@ -19,8 +19,8 @@ from sklearn.metrics import average_precision_score, confusion_matrix
 
 from hf_finetune import charts
 from hf_finetune.charts import glyphs, paper
-from hf_finetune.classification.calibration import calibration, ece
 from hf_finetune.records import Record
+from hf_finetune.tasks._metrics import calibration, ece
 
 Array = np.ndarray[Any, Any]
 HOSTILE = "<b>$x^2$&\u202e"

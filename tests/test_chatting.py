@@ -19,8 +19,8 @@ from hf_finetune.chatting.partners import Writer
 from hf_finetune.chatting.streaming import Manner, Speaker
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.finished import Finished, open_run
-from hf_finetune.language.generation import generate
 from hf_finetune.predicting.predictor import Labels
+from hf_finetune.tasks._generation import generate
 
 ROOT = Path(__file__).parent.parent
 ASKED = "what is one plus two ?"

@@ -18,7 +18,7 @@ from hf_finetune import data, patience, targetsfile
 from hf_finetune.data import cache
 from hf_finetune.errors import DataError, PeerError, StorageError
 from hf_finetune.hardware import Machine
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 SECOND = Machine("cpu", 1, 1, 2, 2, 1, "fp32", "sdpa")
 

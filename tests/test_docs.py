@@ -13,7 +13,7 @@ from documents import ROOT
 from hf_finetune.adapters import Adapter
 from hf_finetune.plugins import discover
 from hf_finetune.recipe import Recipe, reference
-from hf_finetune.tasks import Task
+from hf_finetune.tasks.base import Task
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 CHINESE = ROOT / "README.zh.md"

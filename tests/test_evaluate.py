@@ -19,7 +19,7 @@ from hf_finetune.evaluating.command import Options
 from hf_finetune.evaluating.scoring import Scored
 from hf_finetune.evaluating.versus import compare
 from hf_finetune.runreport import intervals
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.text_classification import TextClassification
 

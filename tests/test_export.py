@@ -15,7 +15,7 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, 
 from hf_finetune import export, model
 from hf_finetune.adapters import Setting
 from hf_finetune.errors import ModelError, StorageError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
 NO_LABELS = Targets()

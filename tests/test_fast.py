@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hf_finetune import fast
 from hf_finetune.fast import attention, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
-from hf_finetune.language import token_loss
+from hf_finetune.tasks import _token_loss as token_loss
 
 if TYPE_CHECKING:
     from conftest import Run

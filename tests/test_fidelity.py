@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from hf_finetune import data, finished, runlock, session
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.language.chat import Chat
 from hf_finetune.recipe import Recipe
 from hf_finetune.runlock import repeating
-from hf_finetune.tasks import IGNORE, REMARKS, Targets
+from hf_finetune.tasks._chat import Chat
+from hf_finetune.tasks.base import IGNORE, REMARKS, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.training import finetune
 

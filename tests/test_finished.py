@@ -17,7 +17,7 @@ from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.finished import Finished, open_run, samebase
 from hf_finetune.records import Record, stored
 from hf_finetune.runlock.lockfile import Input
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 
 def last_predictions(run: Path) -> Record:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, set_seed
 
-from hf_finetune.language.generation import Generation, end_tokens, generate
+from hf_finetune.tasks._generation import Generation, end_tokens, generate
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18]]
 

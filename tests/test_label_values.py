@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hf_finetune.classification import label_values
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks import _labels as label_values
+from hf_finetune.tasks.base import Targets
 
 
 @pytest.mark.parametrize("values", [[-1, -1], [None, None]])

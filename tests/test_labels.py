@@ -11,9 +11,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from sklearn.utils.class_weight import compute_class_weight
 
-from hf_finetune.classification import label_values, labels
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks import _labels as label_values
+from hf_finetune.tasks import _labels as labels
+from hf_finetune.tasks.base import Targets
 
 
 def column(values: list[Any], feature: Any = None) -> Dataset:

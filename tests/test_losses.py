@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_finetune.classification import losses
+from hf_finetune.tasks import _losses as losses
 
 WEIGHTS = (0.5, 2.0, 1.25)
 

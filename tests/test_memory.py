@@ -15,7 +15,7 @@ from hf_finetune import memory, model
 from hf_finetune.memory import Estimate, Shapes, state
 from hf_finetune.memory.heap import MAPPED, Heap, can_give_back
 from hf_finetune.memory.ledger import Ledger
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 MB = 1 << 20
 GPU = replace(machine("bf16"), device="cuda")

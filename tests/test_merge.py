@@ -21,7 +21,7 @@ from hf_finetune.finished import Finished
 from hf_finetune.merging import Options, folder, story, weights
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 NONE = Targets()
 LORA = {"kind": "lora", "r": 4}

@@ -12,8 +12,8 @@ from scipy import stats
 from sklearn import metrics as sk
 from torch.nn import functional
 
-from hf_finetune.classification import metrics
 from hf_finetune.errors import DivergedError
+from hf_finetune.tasks import _metrics as metrics
 
 RANDOM = np.random.default_rng(0)
 NAMES = ("bad", "fair", "good")

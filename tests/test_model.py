@@ -19,7 +19,7 @@ from hf_finetune.hardware import Machine
 from hf_finetune.model import dropout
 from hf_finetune.model.pretrained import read_config
 from hf_finetune.schema.blocks import Model
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
 FULL = {"kind": "full"}

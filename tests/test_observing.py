@@ -144,7 +144,7 @@ def test_examples_are_the_most_confidently_wrong_rows_by_their_number_in_the_fil
 
 def test_a_wrong_number_and_wrong_cells_are_told_apart() -> None:
     from hf_finetune.observing.predictions import judge
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
     from hf_finetune.tasks.text_classification import TextClassification
 
     numbers = TextClassification(kind="text_classification", text="t", label="l", problem="regression")
@@ -263,7 +263,7 @@ def test_positions_are_binned_by_width() -> None:
 
 
 def test_a_position_counts_where_its_token_stands() -> None:
-    from hf_finetune.language.token_loss import row_sums
+    from hf_finetune.tasks._token_loss import row_sums
 
     logits, labels = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)), torch.full((2, 4), -100)
     labels[0, 2], labels[1, 2], labels[1, 3] = 5, 6, 1

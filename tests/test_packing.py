@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from hf_finetune.errors import ModelError
-from hf_finetune.language.packing import PACKED_ATTENTION, Packing, Padding, check_packing
-from hf_finetune.tasks import IGNORE, Targets
+from hf_finetune.tasks._packing import PACKED_ATTENTION, Packing, Padding, check_packing
+from hf_finetune.tasks.base import IGNORE, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 TASK = CausalLM(text="text")

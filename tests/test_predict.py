@@ -251,7 +251,7 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
     found = objects(target.read_text())
     assert [set(row) for row in found] == [{"question", "id", "generated", "ended"}, {"question", "generated", "ended"}]
     from hf_finetune.finished import open_run
-    from hf_finetune.language.generation import generate
+    from hf_finetune.tasks._generation import generate
 
     run = open_run(str(chatter))
     task: Any = run.recipe.task

@@ -17,14 +17,14 @@ from reported import CHAT, CLASSES, EVIL
 from scipy import stats
 
 from hf_finetune import runreport
-from hf_finetune.classification import metrics
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.runreport import intervals, markdown, told
 from hf_finetune.runreport.remains import Remains
 from hf_finetune.schema.watching import Tracking
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks import _metrics as metrics
+from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.text_classification import TextClassification
 
 TEXTS = ["the film is good .", "bad plot", "a very very good story , great cast and lovely music !", "dull"]

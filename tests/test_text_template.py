@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hf_finetune.errors import DataError
-from hf_finetune.language.text_template import columns, fill, parse
+from hf_finetune.tasks._examples import columns, fill, parse
 
 ROW: dict[str, Any] = {"question": "why?", "n": 3, "two words": "yes", "null": None, "list": ["a"]}
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_finetune.classification import texts
 from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.tasks import _texts as texts
 
 TEXTS = ["the film is good .", "bad plot", "a very very good story , great cast and lovely music !", "dull"]
 PAIRS = [["good " * 50, "bad"], ["bad", "plot"]]

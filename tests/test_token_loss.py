@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_finetune.language import token_loss
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks import _token_loss as token_loss
+from hf_finetune.tasks.base import IGNORE
 
 
 def batch(rows: int = 3, tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 
 @dataclass(frozen=True)

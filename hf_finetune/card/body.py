@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
     from hf_finetune.runreport.remains import Remains
     from hf_finetune.runreport.told import Result
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 CLASSES = 100
 """Labels that are listed."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 FOLDER = 'folder = "."'
 BASE = "base = PeftConfig.from_pretrained(folder).base_model_name_or_path"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hf_finetune.recipe import Recipe
     from hf_finetune.runreport.remains import Remains
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 __all__ = ["FILE", "IMAGES", "complete", "plain"]
 

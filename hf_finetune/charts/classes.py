@@ -66,7 +66,7 @@ def reliability(rows: Array) -> Figure:
     """
     import numpy as np
 
-    from hf_finetune.classification.calibration import calibration
+    from hf_finetune.tasks._metrics import calibration
 
     found = calibration(rows)
     figure, (upper, lower) = stacked([2.6, 1.0])

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, RecipeError
-from hf_finetune.language import marking, text_template
-from hf_finetune.language.chat import Chat
 from hf_finetune.predicting.predictor import Labels
 from hf_finetune.predicting.rows import LINE
 from hf_finetune.rowfiles import Row
+from hf_finetune.tasks import _examples as text_template
+from hf_finetune.tasks import _marking as marking
+from hf_finetune.tasks._chat import Chat
 
 if TYPE_CHECKING:
     from hf_finetune.chatting.streaming import Speaker

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from hf_finetune.errors import OutOfMemoryError
-from hf_finetune.language.generation import end_tokens
 from hf_finetune.resources import is_out_of_memory
+from hf_finetune.tasks._generation import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.plugins import discover
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.tasks import Task
+from hf_finetune.tasks.base import Task
 
 SPLITS = {"eval": "validation", "final": "validation", "test": "test"}
 """Phase in metrics.jsonl -> the split that was evaluated."""

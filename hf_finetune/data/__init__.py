@@ -27,7 +27,7 @@ from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.data.streaming import Stream
 from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from hf_finetune.data.placing import PlacedError, place, placed_in
 from hf_finetune.data.splits import Split
 from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from hf_finetune import errors, patience, targetsfile
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 FORMAT = 5
 """Raised whenever what an entry holds changes."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_finetune.badrows import SHOWN, numbers
-from hf_finetune.classification import likeness
-from hf_finetune.classification.label_values import listed
 from hf_finetune.data import rawtext
 from hf_finetune.data.facts import Facts, Known, Tally, without_unfit
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import Problem
-from hf_finetune.tasks import REMARKS
+from hf_finetune.tasks import _likeness as likeness
+from hf_finetune.tasks._labels import listed
+from hf_finetune.tasks.base import REMARKS
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared

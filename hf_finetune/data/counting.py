@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from hf_finetune.classification import likeness
 from hf_finetune.data import rawtext
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
-from hf_finetune.language import escaping
-from hf_finetune.tasks import REMARKS
+from hf_finetune.tasks import _escaping as escaping
+from hf_finetune.tasks import _likeness as likeness
+from hf_finetune.tasks.base import REMARKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.tasks import Targets, Task
+    from hf_finetune.tasks.base import Targets, Task
 
 Array = np.ndarray[Any, Any]
 
@@ -233,7 +233,7 @@ class _Counting:
         """Rows that are not cut and whose last trained tokens do not end a turn or text."""
         if stretch.labels is None:
             return
-        from hf_finetune.tasks import IGNORE
+        from hf_finetune.tasks.base import IGNORE
 
         labels, starts = stretch.labels
         trained = np.flatnonzero(labels != IGNORE)

@@ -19,12 +19,12 @@ from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
 from hf_finetune.data.workplace import Workplace, note
 from hf_finetune.errors import DataError, OutOfMemoryError, Problem
 from hf_finetune.hardware import cores
-from hf_finetune.language import escaping
+from hf_finetune.tasks import _escaping as escaping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.tasks import Targets, Task
+    from hf_finetune.tasks.base import Targets, Task
 
 Overlong = Literal["truncate", "drop", "error"]
 

@@ -9,7 +9,7 @@ from hf_finetune.badrows import SHOWN
 from hf_finetune.errors import Problem
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Task
+    from hf_finetune.tasks.base import Task
 
 MOST_PROBLEMS = 20
 """Problems of one file that are told one by one."""

@@ -18,7 +18,7 @@ from hf_finetune.data.splitreport import SplitReport
 
 if TYPE_CHECKING:
     from hf_finetune.errors import DataError
-    from hf_finetune.tasks import Encoded
+    from hf_finetune.tasks.base import Encoded
 
     Fate = tuple[Encoded | None, SplitReport]
     """An encoded row, None where it is dropped, and its counts."""

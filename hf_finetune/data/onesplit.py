@@ -22,7 +22,7 @@ from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 GIVEN = "--data"
 """The key that messages name where files are given on the command line."""

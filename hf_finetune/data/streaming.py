@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.data.lanes import Fate
     from hf_finetune.data.reading import Reading
     from hf_finetune.schema.blocks import Data
-    from hf_finetune.tasks import Encoded
+    from hf_finetune.tasks.base import Encoded
 
 LOOKED_AT = 1_000
 """Rows that are looked at before training."""

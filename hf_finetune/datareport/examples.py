@@ -12,7 +12,7 @@ from hf_finetune.batching import PackedRows, Rows, lengths_of
 from hf_finetune.data import Stream
 from hf_finetune.packs import pack
 from hf_finetune.pages.escaping import exact, shortened
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_finetune.data.onesplit import OneSplit
     from hf_finetune.finished import Finished, Serving
     from hf_finetune.hardware import EvalBatch
-    from hf_finetune.tasks import Targets, Task
+    from hf_finetune.tasks.base import Targets, Task
 
 Array = np.ndarray[Any, Any]
 
@@ -132,7 +132,7 @@ def _rows(run: Finished, served: Serving, encoded: Any, most: EvalBatch) -> Arra
 
 def _answers(run: Finished, served: Serving, one: OneSplit) -> tuple[Array, dict[str, Array]]:
     """Numbers of the raw rows whose answers were generated, and the values of each metric."""
-    from hf_finetune.language.generation import BATCH, generate
+    from hf_finetune.tasks._generation import BATCH, generate
 
     questions = run.recipe.task.questions(one.split.raw(), run.tokenizer)
     if questions is None:

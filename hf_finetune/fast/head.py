@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_finetune.language.token_loss import counted, each, loss_sum_of, row_sums_of
+from hf_finetune.tasks._token_loss import counted, each, loss_sum_of, row_sums_of
 
 Tensor = torch.Tensor
 

@@ -15,12 +15,12 @@ from torch import distributed
 from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
 from hf_finetune.hardware import uses_fsdp
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets, Task
+    from hf_finetune.tasks.base import Targets, Task
 
 Tensor = torch.Tensor
 Remove = Callable[[], None]

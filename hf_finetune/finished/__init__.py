@@ -16,7 +16,7 @@ from hf_finetune import hardware, hubreach, model, opening, quiet, runlock
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.finished import loading, samebase
 from hf_finetune.finished.serving import Serving
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:

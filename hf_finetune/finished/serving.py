@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_finetune import fast
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from hf_finetune.fast import Paths
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Batch, Targets
+    from hf_finetune.tasks.base import Batch, Targets
 
 PROBE = ("a few words", "and some more words, so that rows differ in length")
 """Texts with which the model is compared with itself, with and without fast paths."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 OTHER_SHAPES = 0.35
 """On a CPU, share of a training step's own memory that batches of other shapes leave behind: oneDNN's kernels, cached

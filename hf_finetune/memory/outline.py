@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 STEPS = 1_000_000
 """Steps that an adapter with phases is told; how many there are really changes no shape."""

@@ -20,7 +20,7 @@ from hf_finetune.memory.ledger import Ledger, fake
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 HOLES, KEPT, COPY = "holes between tensors", "kept of earlier steps", "second copy to compare"
 """What a CPU process holds besides what lives; see `heap`."""

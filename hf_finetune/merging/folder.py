@@ -17,8 +17,8 @@ from hf_finetune.checkpoints.disk import free_bytes
 from hf_finetune.durable import discard, put_in_place
 from hf_finetune.errors import ModelError, Problem, StorageError
 from hf_finetune.hardware import DTYPES
-from hf_finetune.language import generation
 from hf_finetune.model.pretrained import silence
+from hf_finetune.tasks import _generation as generation
 from hf_finetune.terminal import say
 
 if TYPE_CHECKING:

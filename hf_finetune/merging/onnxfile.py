@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hf_finetune.finished import Finished
     from hf_finetune.merging.scoring import EvalRows, Logits
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 FILE = "onnx/model.onnx"
 """Where ONNX files of a model folder are looked for."""

@@ -14,7 +14,7 @@ from hf_finetune.model.pretrained import silence
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished
     from hf_finetune.merging.scoring import EvalRows, Logits
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 ROOM = 1.5
 """Memory that a GPU must have free, as a multiple of the weights: activations need some, too."""

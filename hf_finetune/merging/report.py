@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import __version__
-from hf_finetune.language import dates
 from hf_finetune.merging.options import REPORT
 from hf_finetune.schema.modelfolder import resolve
+from hf_finetune.tasks import _dates as dates
 from hf_finetune.terminal import Message, tell
 
 if TYPE_CHECKING:

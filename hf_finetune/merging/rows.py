@@ -17,7 +17,7 @@ from hf_finetune.terminal import phase, say, warn
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished
     from hf_finetune.merging.options import Options
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 PROBED = 16
 """Rows whose logits are compared."""

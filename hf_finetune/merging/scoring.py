@@ -14,7 +14,7 @@ from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
     from hf_finetune.merging.rows import Rows
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 Logits = Callable[["Batch"], torch.Tensor]
 """A batch without labels -> logits (B, C) or (B, T, V)."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_finetune.adapters import Setting
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Targets
+    from hf_finetune.tasks.base import Targets
 
 __all__ = [
     "LoadedModel",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_finetune.observing.occasion import Occasion
     from hf_finetune.observing.predictions import Judged, Split
     from hf_finetune.schema.watching import Tracking
-    from hf_finetune.tasks import Batch, Targets, Task
+    from hf_finetune.tasks.base import Batch, Targets, Task
 
 Array = np.ndarray[Any, Any]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import special
 
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Targets, Task
+    from hf_finetune.tasks.base import Targets, Task
 
 Array = np.ndarray[Any, Any]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_finetune.language import token_loss
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks import _token_loss as token_loss
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_finetune.finished import Finished, Serving
     from hf_finetune.hardware import EvalBatch
     from hf_finetune.rowfiles import Row
-    from hf_finetune.tasks import Task
+    from hf_finetune.tasks.base import Task
     from hf_finetune.tasks.causal_lm import CausalLM
     from hf_finetune.tasks.text_classification import TextClassification
 
@@ -234,7 +234,7 @@ class Answers(Predictor):
         return self.task.ask(columns, self.run.tokenizer)
 
     def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
-        from hf_finetune.language.generation import BATCH, generate
+        from hf_finetune.tasks._generation import BATCH, generate
 
         rows = self.run.recipe.training.eval_batch
         with self.served.running():

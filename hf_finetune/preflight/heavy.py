@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune import data, hardware, hubreach, jobs, model, sharding, terminal
 from hf_finetune.data import Stream, checks
 from hf_finetune.errors import DataError, ModelError, RecipeError
-from hf_finetune.tasks import Targets
+from hf_finetune.tasks.base import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

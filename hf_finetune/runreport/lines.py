@@ -6,7 +6,7 @@ import importlib.util
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.classification import likeness
+from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.terminal import clock
 
 if TYPE_CHECKING:

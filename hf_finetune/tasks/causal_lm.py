@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.errors import ModelError, Problem
-from hf_finetune.language import answers, dates, examples, marking, text_template, token_loss
-from hf_finetune.language.chat import Renderer, Spoken
-from hf_finetune.language.packing import Packing, Padding, check_packing
 from hf_finetune.schema.blocks import changed
-from hf_finetune.tasks import IGNORE, REMARKS, Collator, Encoded, Questions, Rows, Targets, Task
+from hf_finetune.tasks import _dates as dates
+from hf_finetune.tasks import _examples as examples
+from hf_finetune.tasks import _marking as marking
+from hf_finetune.tasks import _token_loss as token_loss
+from hf_finetune.tasks._chat import Renderer, Spoken
+from hf_finetune.tasks._packing import Packing, Padding, check_packing
+from hf_finetune.tasks.base import IGNORE, REMARKS, Collator, Encoded, Questions, Rows, Targets, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.language.fidelity import Lost
-    from hf_finetune.language.generation import Generation
+    from hf_finetune.tasks._fidelity import Lost
+    from hf_finetune.tasks._generation import Generation
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 CONTINUED = 32
@@ -88,7 +91,7 @@ class CausalLM(Task):
     @classmethod
     def _parses(cls, template: str | None) -> str | None:
         if template is not None:
-            text_template.parse(template)
+            examples.parse(template)
         return template
 
     @field_validator("answer_pattern")
@@ -156,7 +159,7 @@ class CausalLM(Task):
         """Columns that the data must have."""
         whole = [column for column in (self.messages, self.tools, self.text) if column is not None]
         templates = [template for template in (self.prompt, self.completion) if template is not None]
-        return list(dict.fromkeys([*whole, *(name for text in templates for name in text_template.columns(text))]))
+        return list(dict.fromkeys([*whole, *(name for text in templates for name in examples.columns(text))]))
 
     def optional_columns(self) -> list[str]:
         """Tools: not every chat has any."""
@@ -288,7 +291,7 @@ class CausalLM(Task):
         """Columns that a row must have to be answered; `tools` may be absent."""
         if self.prompt is None:
             return [column for column in (self.messages, self.text) if column is not None]
-        return text_template.columns(self.prompt)
+        return examples.columns(self.prompt)
 
     def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Token ids of rows up to where the model is to answer, whether they hold an answer or not.
@@ -314,6 +317,8 @@ class CausalLM(Task):
 
     def answer_metrics(self, generations: list[Generation], references: list[str]) -> dict[str, float]:
         """`exact_match`, `ended` and `generated_tokens` of generated answers; see `answers.compare`."""
+        from hf_finetune.tasks import _generation as answers
+
         return answers.compare(generations, references, self.answer_pattern)
 
     @property
@@ -324,6 +329,8 @@ class CausalLM(Task):
 
     def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
         """Prompts of the first `generate_rows` rows, answers to which are generated and compared."""
+        from hf_finetune.tasks import _generation as answers
+
         if rows is None or not self.generate_rows:
             return None
         first = rows[: self.generate_rows]

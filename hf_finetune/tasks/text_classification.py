@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, asser
 from pydantic import Field, model_validator
 
 from hf_finetune.badrows import BadRows
-from hf_finetune.classification import label_values
-from hf_finetune.classification import labels as reading
 from hf_finetune.schema.blocks import Name, Share
-from hf_finetune.tasks import IGNORE, Collator, Encoded, Rows, Targets, Task, is_blank
+from hf_finetune.tasks import _labels as label_values
+from hf_finetune.tasks import _labels as reading
+from hf_finetune.tasks.base import IGNORE, Collator, Encoded, Rows, Targets, Task, is_blank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,7 +165,7 @@ class TextClassification(Task):
             RowsError: A text or a label is missing or unfit; every row of the batch of which that is so.
             RecipeError: `max_length` leaves no room for text.
         """
-        from hf_finetune.classification import texts
+        from hf_finetune.tasks import _texts as texts
 
         columns: list[list[str]] = []
         labels: Iterable[int | float | list[float]] = ()
@@ -205,7 +205,7 @@ class TextClassification(Task):
         """Pads to the longest row of the batch, on the right."""
         import torch
 
-        from hf_finetune.classification.texts import PadRows
+        from hf_finetune.tasks._texts import PadRows
 
         if packed:
             raise ValueError("rows of a classifier can't share a sequence")
@@ -228,7 +228,7 @@ class TextClassification(Task):
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Cross-entropy, binary cross-entropy or squared error, summed; see `Task.loss_sum`."""
-        from hf_finetune.classification import losses
+        from hf_finetune.tasks import _losses as losses
 
         match self.problem:
             case "single_label":
@@ -242,7 +242,7 @@ class TextClassification(Task):
 
     def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Sum of the rows' class weights, or number of cells, or of rows: the divisor of torch's mean losses."""
-        from hf_finetune.classification import losses
+        from hf_finetune.tasks import _losses as losses
 
         match self.problem:
             case "single_label":
@@ -264,7 +264,7 @@ class TextClassification(Task):
 
     def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
         """Metrics of a split; `loss` has neither class weights nor smoothing, so that recipes can be compared."""
-        from hf_finetune.classification import metrics
+        from hf_finetune.tasks import _metrics as metrics
 
         logits, labels = rows[:, : len(targets.names)], rows[:, len(targets.names) :]
         match self.problem:

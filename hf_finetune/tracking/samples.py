@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune.language.generation import answer_together
+from hf_finetune.tasks._generation import answer_together
 from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from hf_finetune.errors import ModelError
 from hf_finetune.fast import Paths
 from hf_finetune.fast import attention as plain
-from hf_finetune.language import packing
 from hf_finetune.resources import is_out_of_memory
+from hf_finetune.tasks import _packing as packing
 from hf_finetune.tuning.bench import ROUNDS, Bench
 from hf_finetune.tuning.choices import Choice
 from hf_finetune.tuning.memo import Memo
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 WORTH = 400
 """Micro-batches of a run from which on it earns the measuring back: that takes about 15."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.job import Job
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
     from hf_finetune.tuning.choices import Choice
 
 SHAPES = 3

@@ -11,7 +11,7 @@ from hf_finetune.tuning.choices import Choice
 from hf_finetune.tuning.memo import Memo
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
 
 WORTH_SECONDS = 900.0
 """Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth."""

@@ -14,7 +14,7 @@ from hf_finetune.data import cache
 from hf_finetune.runfolder import write_atomically
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Batch
+    from hf_finetune.tasks.base import Batch
     from hf_finetune.tuning.bench import Bench
 
 RECIPE: Any = {

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from hf_finetune.errors import DataError
-from hf_finetune.language.messages import REASONING, Chat
-from hf_finetune.tasks import is_blank
+from hf_finetune.tasks._messages import REASONING, Chat
+from hf_finetune.tasks.base import is_blank
 
 SHORT = 16
 """Characters below which a text may be found by chance."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import ModelError
-from hf_finetune.tasks import IGNORE, Batch
+from hf_finetune.tasks.base import IGNORE, Batch
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 
 def cross_entropy_sum(

@@ -14,10 +14,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, ModelError, Problem
-from hf_finetune.language import dates, escaping, fidelity
-from hf_finetune.language.fidelity import Lost
-from hf_finetune.language.messages import REASONING, Chat, arguments
-from hf_finetune.tasks import is_blank
+from hf_finetune.tasks import _dates as dates
+from hf_finetune.tasks import _escaping as escaping
+from hf_finetune.tasks import _fidelity as fidelity
+from hf_finetune.tasks._fidelity import Lost
+from hf_finetune.tasks._messages import REASONING, Chat, arguments
+from hf_finetune.tasks.base import is_blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_finetune.errors import DataError
 from hf_finetune.schema.nearest import nearest
-from hf_finetune.tasks import is_blank
+from hf_finetune.tasks.base import is_blank
 
 SPEAKERS = ("assistant", "user")
 """The roles that are told apart here."""

@@ -10,7 +10,7 @@ import torch
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.tasks import Batch, Encoded
+from hf_finetune.tasks.base import Batch, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

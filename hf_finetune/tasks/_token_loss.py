@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import ModelError, Problem
-from hf_finetune.language import escaping
-from hf_finetune.language.chat import Rendered, Renderer, Span
-from hf_finetune.tasks import IGNORE
+from hf_finetune.tasks import _escaping as escaping
+from hf_finetune.tasks._chat import Rendered, Renderer, Span
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,22 +1,76 @@
-"""Raw rows of a language model's data, read as chats or as plain texts."""
+"""Rows as chats, prompts or texts: columns, and templates over columns such as `"Question: {question}"`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
+from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import DataError
-from hf_finetune.language import text_template
-from hf_finetune.language.chat import Chat, Renderer, Spoken
-from hf_finetune.language.messages import REASONING, is_text
-from hf_finetune.tasks import is_blank
+from hf_finetune.tasks._chat import Chat, Renderer, Spoken
+from hf_finetune.tasks._messages import REASONING, is_text
+from hf_finetune.tasks.base import is_blank
 
 if TYPE_CHECKING:
-    from hf_finetune.tasks import Rows
+    from hf_finetune.tasks.base import Rows
+
+Part = tuple[str, str | None]
+"""Literal text, and the column whose value follows it (None at the end)."""
+
+
+def parse(template: str) -> list[Part]:
+    """Split a template into literal texts and columns; a string without braces is one column's name.
+
+    Only bare column names stand in braces: attributes and indices would reach into Python objects. Literal braces
+    are doubled.
+
+    Raises:
+        ValueError: A brace is alone, or something else than a column's name stands in braces.
+    """
+    if "{" not in template and "}" not in template:
+        return [("", template)]
+    parts: list[Part] = []
+    for literal, name, spec, conversion in Formatter().parse(template):
+        if name is not None and (not name or spec or conversion or set(name) & set(".[]{}!:")):
+            raise ValueError(f"only bare column names may stand in braces, as in '{{question}}', not '{{{name}}}'")
+        parts.append((literal, name))
+    if not any(name for _, name in parts):
+        raise ValueError("names no column; put one in braces, as in '{question}'")
+    return parts
+
+
+def columns(template: str) -> list[str]:
+    """The columns that a template names, each once, in order."""
+    return list(dict.fromkeys(name for _, name in parse(template) if name is not None))
+
+
+def fill(parts: list[Part], row: Mapping[str, Any]) -> str:
+    """The text of one row. An empty cell inside a longer template is empty text, as csv can't tell the two apart.
+
+    Raises:
+        DataError: A column is missing, or holds something else than text or a number.
+    """
+    alone = len(parts) == 1 and not parts[0][0]
+    return "".join(literal + ("" if name is None else _cell(row, name, alone)) for literal, name in parts)
+
+
+def _cell(row: Mapping[str, Any], name: str, alone: bool) -> str:
+    if name not in row:
+        raise DataError(f"there is no column {name!r}; the data have {', '.join(map(repr, row))}")
+    value = row[name]
+    if value is None and not alone:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"column {name!r} holds {type(value).__name__}, not text")
+
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -44,17 +98,15 @@ class Reader:
     def chat(self, row: Row) -> Chat:
         """The row as a chat."""
         if self.messages is not None:
-            return Chat.parse(_cell(row, self.messages), _cell(row, self.tools) if self.tools else None)
+            return Chat.parse(_value(row, self.messages), _value(row, self.tools) if self.tools else None)
         prompt, completion = self.pair(row)
         return Chat([*self.asked(prompt).messages, {"role": "assistant", "content": completion}])
 
     def pair(self, row: Row) -> tuple[str, str]:
         """Prompt and completion of a row, neither blank; plain text has an empty prompt."""
         if self.text is not None:
-            return "", text_template.fill([("", self.text)], row)
-        prompt, completion = (
-            text_template.fill(text_template.parse(template), row) for template in (self.prompt, self.completion)
-        )
+            return "", fill([("", self.text)], row)
+        prompt, completion = (fill(parse(template), row) for template in (self.prompt, self.completion))
         if not prompt.strip() or not completion.strip():
             raise DataError(
                 f"the {'completion' if prompt.strip() else 'prompt'} is empty; remove the row or fill it in"
@@ -80,14 +132,14 @@ class Reader:
         """The chat that waits for an answer, of a row that needs none: up to its last assistant turn if it ends so."""
         if self.messages is None:
             return self.asked(self.open_text(row))
-        chat = Chat.parse(_cell(row, self.messages), _cell(row, self.tools) if self.tools else None)
+        chat = Chat.parse(_value(row, self.messages), _value(row, self.tools) if self.tools else None)
         ends = bool(chat.answers) and chat.answers[-1] == len(chat.messages) - 1
         return chat.upto(chat.answers[-1]) if ends else chat
 
     def open_text(self, row: Row) -> str:
         """The prompt, or the plain text, that is to be continued; not blank."""
         template = self.prompt if self.text is None else ""
-        text = text_template.fill(text_template.parse(template) if template else [("", self.text)], row)
+        text = fill(parse(template) if template else [("", self.text)], row)
         if not text.strip():
             raise DataError("the prompt is empty; remove the row or fill it in")
         return text
@@ -142,7 +194,7 @@ def _is_blank(row: Row, reader: Reader) -> bool:
             )
         return is_blank(turns)
     templates = [reader.prompt, reader.completion] if reader.text is None else []
-    parts = [text_template.parse(template) for template in templates] or [[("", reader.text)]]
+    parts = [parse(template) for template in templates] or [[("", reader.text)]]
     return any(all(is_blank(row[name]) for _, name in part if name is not None) for part in parts)
 
 
@@ -163,7 +215,7 @@ def _says_nothing(turn: Mapping[str, Any]) -> bool:
     return isinstance(turn.get("role"), str) and blank and not any(turn.get(key) for key in others)
 
 
-def _cell(row: Row, column: str) -> Any:
+def _value(row: Row, column: str) -> Any:
     if column not in row:
         raise DataError(f"there is no column {column!r}; the data have {', '.join(map(repr, row))}")
     return row[column]

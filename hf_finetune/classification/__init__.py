@@ -1,1 +1,0 @@
-"""What classifiers and regressors are made of here: labels, texts, losses, metrics."""
