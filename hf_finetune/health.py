@@ -9,18 +9,15 @@ It imports nothing heavy, so that it can be asked every half minute.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
+from hf_finetune import runstatus
 from hf_finetune.errors import Problem, StorageError
 
 VARIABLE = "HF_FINETUNE_RUN_FILE"
-LIMIT = 60.0
-"""Seconds without a heartbeat, of which there is one every five, that make a run unhealthy."""
 STARTING = 120.0
 """Seconds in which a new process may import, and find the heartbeat of one that was killed."""
 
@@ -52,19 +49,17 @@ def look(run: Path, started: float, now: float) -> tuple[int, str]:
     Returns:
         0 or 1, and a line for people.
     """
-    try:
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
-        state, beat = status["state"], datetime.fromisoformat(status["heartbeat"]).timestamp()
-    except FileNotFoundError:
+    file = run / "status.json"
+    if not file.exists():
         return 0, f"{run}: starting"
-    except (OSError, ValueError, KeyError) as error:
-        return 1, f"{run}: status.json can't be read: {error}"
-    silent = now - beat
-    if state != "running" or silent <= LIMIT:
-        return 0, f"{run}: {state}, step {status.get('step', 0)}"
+    status = runstatus.read(file)
+    if not status:
+        return 1, f"{run}: status.json can't be read, or is damaged"
+    if status["state"] != "running" or runstatus.is_alive(status, now):
+        return 0, f"{run}: {status['state']}, step {status.get('step', 0)}"
     if now - started <= STARTING:
         return 0, f"{run}: starting"
-    return 1, f"{run}: lost: no heartbeat for {silent:.0f} s"
+    return 1, f"{run}: lost: no heartbeat for {runstatus.silence(status, now):.0f} s"
 
 
 def main() -> None:

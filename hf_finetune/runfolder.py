@@ -10,6 +10,7 @@ import re
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,17 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from hf_finetune import continuation
+from hf_finetune import continuation, runstatus
 from hf_finetune.checkpoints.manifest import MANIFEST, Manifest
 from hf_finetune.durable import discard, sync_file, sync_folder
 from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
 """What `status.json` says."""
-
-HEARTBEAT_SECONDS = 5.0
-LOST_SECONDS = 12 * HEARTBEAT_SECONDS
-"""Without a heartbeat for so long, a run that says `running` was killed, or its machine is gone."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,12 @@ class RunFolder:
                 return None
             if not self.status.exists() and self.recipe.exists():
                 return {"state": "failed", "reason": "it was killed while it started"}
-            status: Any = json.loads(self.status.read_text(encoding="utf-8"))
+            if not self.status.exists():
+                message = f"{self.path} holds files that are no run of hf_finetune; name another folder"
+                raise RecipeError(Problem(message, key="output"))
         except NotADirectoryError:
             raise StorageError(Problem(f"{self.path} is a file; name a folder", key="output")) from None
-        except FileNotFoundError:
-            message = f"{self.path} holds files that are no run of hf_finetune; name another folder"
-            raise RecipeError(Problem(message, key="output")) from None
-        except ValueError:
-            status = None
-        damaged = {"state": "failed", "reason": "its status.json is damaged"}
-        return status if isinstance(status, dict) and "state" in status else damaged
+        return runstatus.read(self.status) or {"state": "failed", "reason": "its status.json is damaged"}
 
     def condition(self) -> tuple[str, str]:
         """How the run in this folder is: its state, and a reason or nothing.
@@ -98,15 +91,11 @@ class RunFolder:
         The state is that of `status.json`, except `lost` for one that says `running` and isn't (its process let go of
         the lock, or its heart stopped), and `unknown` where nothing can be read.
         """
-        try:
-            status = json.loads(self.status.read_text(encoding="utf-8"))
-            state, reason = str(status["state"]), str(status.get("reason") or "")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return "unknown", ""
-        beat = status.get("heartbeat")
-        if state == "running" and (_holder(self.lock)[1] or _age(beat) > LOST_SECONDS):
-            return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {beat}"
-        return state, reason
+        status = runstatus.read(self.status)
+        if status.get("state") == "running" and (_holder(self.lock)[1] or not runstatus.is_alive(status)):
+            last = status.get("heartbeat")
+            return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {last}"
+        return status.get("state", "unknown"), str(status.get("reason") or "")
 
     def look(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
         """What a run would do here, without leaving a trace.
@@ -123,7 +112,7 @@ class RunFolder:
         """
         self._finish_extension()
         previous = self.previous()
-        if previous is not None and (who := _user(self.lock, previous)) is not None:
+        if previous is not None and (who := _user(self.lock, self.status)) is not None:
             message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
             raise RecipeError(Problem(message, key="output"))
         start = Start("new")
@@ -286,21 +275,26 @@ class RunFolder:
     def _finish_extension(self) -> None:
         """Do what a process was killed before: see `extending`."""
         status = self.successor / self.status.name
-        if status.is_file() and not self.real.exists() and _user(self.successor / self.lock.name, {}) is None:
+        if status.is_file() and not self.real.exists() and _user(self.successor / self.lock.name, status) is None:
             self.successor.rename(self.real)
             sync_folder(self.real.parent)
 
 
-def _user(lock: Path, status: dict[str, Any]) -> str | None:
-    """Who uses a run folder at this moment, for a message; None where nobody does.
-
-    A lock that is free on the host that took it is proof that its run ended; elsewhere the heartbeat decides, for locks
-    of some shared file systems hold on one host only.
-    """
+def _user(lock: Path, status: Path) -> str | None:
+    """Who uses a run folder at this moment, for a message; None where nobody does."""
     holder, is_free_here = _holder(lock)
     if holder is not None:
         return f" (process {holder})"
-    return "" if not is_free_here and _is_alive(status) else None
+    # A lock that is free on the host that took it proves that its run ended. Locks of some shared file systems hold on
+    # one host only: elsewhere the heartbeat decides. One that is young may be the last of a run that was killed a
+    # moment ago, e.g. of a pod that this one replaces: a run that goes on writes the next one while this one waits.
+    seen = runstatus.read(status)
+    end = time.monotonic() + runstatus.LOST_SECONDS
+    while not is_free_here and runstatus.is_alive(latest := runstatus.read(status)) and time.monotonic() < end:
+        if latest["heartbeat"] != seen.get("heartbeat"):
+            return ""
+        time.sleep(0.5)
+    return None
 
 
 def _holder(lock: Path) -> tuple[str | None, bool]:
@@ -315,21 +309,6 @@ def _holder(lock: Path) -> tuple[str | None, bool]:
     except OSError:
         return None, False  # no such file, or a file system without locks
     return None, host == socket.gethostname()
-
-
-def _is_alive(status: dict[str, Any]) -> bool:
-    """Whether the heart of a run beat a moment ago."""
-    if status.get("state") != "running" or "heartbeat" not in status:
-        return False
-    return _age(status["heartbeat"]) < 4 * HEARTBEAT_SECONDS
-
-
-def _age(moment: Any) -> float:
-    """Seconds since then; 0 for what is no moment."""
-    try:
-        return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def nearest_existing(path: Path) -> Path:
@@ -396,10 +375,10 @@ class Status:
     def start(self) -> None:
         """Say `running` and start the heartbeat; what an earlier run left here to go on from, still counts."""
         self.is_silent = False
-        with suppress(OSError, ValueError, AttributeError):
-            earlier = json.loads(self.file.read_text(encoding="utf-8"))
-            name = str(earlier.get("checkpoint") or "")
-            if name and (self.file.parent / name).is_dir():
+        earlier = runstatus.read(self.file)
+        name = str(earlier.get("checkpoint") or "")
+        if name and (self.file.parent / name).is_dir():
+            with suppress(KeyError, TypeError, ValueError):
                 self.checkpoint, self.step = name, int(earlier["step"])
         self._write("running", exit_code=None, reason=None)
         self._thread.start()
@@ -425,12 +404,10 @@ class Status:
 
     def says_running(self) -> bool:
         """Whether the file is there and says that the run goes on."""
-        with suppress(OSError, ValueError, AttributeError):
-            return bool(json.loads(self.file.read_text(encoding="utf-8")).get("state") == "running")
-        return False
+        return runstatus.read(self.file).get("state") == "running"
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while not self._stop.wait(runstatus.HEARTBEAT_SECONDS):
             self._write()
 
     def _write(

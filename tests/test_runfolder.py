@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hf_finetune import runfolder
+from hf_finetune import runstatus
 from hf_finetune.checkpoints import Alone, Facts, Store
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.runfolder import RunFolder, Start, State, Status
@@ -162,9 +162,25 @@ def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> No
     status._write("running", exit_code=None, reason=None)
     folder.release()
     assert folder.look("a: 1\n", restart=False) == Start("resume")
+
+
+def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runstatus, "LOST_SECONDS", 1.5)
+    monkeypatch.setattr(runstatus, "HEARTBEAT_SECONDS", 0.2)
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim("a: 1\n", restart=False)
+    folder.metrics.write_text("{}\n")
+    folder.release()
     folder.lock.write_text("4711 another-host")
+    status = Status(folder.status)
+    status.start()
     with pytest.raises(RecipeError, match="is going on; stop it"):
         folder.look("a: 1\n", restart=False)
+    status._stop.set()
+    status._thread.join()
+    assert folder.look("a: 1\n", restart=False) == Start("resume"), "killed a moment ago"
 
 
 def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path) -> None:
@@ -228,7 +244,7 @@ def test_a_file_instead_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(runstatus, "HEARTBEAT_SECONDS", 0.05)
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)
     status = Status(folder.status)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from hf_finetune import runstatus
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.plugins import discover
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.tasks.base import Task
+from hf_finetune.tracking import journal
 
 SPLITS = {"eval": "validation", "final": "validation", "test": "test"}
 """Phase in metrics.jsonl -> the split that was evaluated."""
@@ -75,8 +75,8 @@ def read(folders: Sequence[str]) -> list[Run]:
 def _read(path: str) -> Run:
     folder = RunFolder(path)
     tree = _recipe(folder, path)
-    (state, reason), status = folder.condition(), _status(folder)
-    lines = list(_lines(folder.metrics))
+    state, reason = folder.condition()
+    lines = journal.read(folder.metrics)
     last = _last(lines)
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
     headline, greater = _task(tree.get("task"))
@@ -85,7 +85,7 @@ def _read(path: str) -> Run:
         state=state,
         reason=reason or None,
         recipe=dict(_flat(tree)),
-        step=max((line["step"] for line in lines), default=status.get("step")),
+        step=max((line["step"] for line in lines), default=runstatus.read(folder.status).get("step")),
         evaluated=None if last is None else last[0],
         metrics={} if last is None else last[1],
         seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
@@ -115,29 +115,6 @@ def _recipe(folder: RunFolder, path: str) -> dict[str, Any]:
     return tree
 
 
-def _status(folder: RunFolder) -> dict[str, Any]:
-    try:
-        status = json.loads(folder.status.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl; the last one may be half written."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    for line in text.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            yield found
-
-
 def _last(lines: Iterable[dict[str, Any]]) -> tuple[int, dict[str, float]] | None:
     """Step and metrics of the summary, or of the last evaluation of each split."""
     found: tuple[int, dict[str, float]] | None = None
@@ -154,15 +131,9 @@ def _last(lines: Iterable[dict[str, Any]]) -> tuple[int, dict[str, float]] | Non
 
 
 def _numbers(line: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, float]:
-    """Metrics by their new names; NaN and infinity are text in the file."""
-    found = {}
-    for name, new in names.items():
-        value = line[name]
-        if value in ("nan", "inf", "-inf"):
-            value = float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[new] = float(value)
-    return found
+    """Metrics by their new names."""
+    values = {new: line[name] for name, new in names.items()}
+    return {name: float(v) for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from hf_finetune import runlock
+from hf_finetune import runlock, runstatus
 from hf_finetune.errors import Problem, PushError, RecipeError
 from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.order import Answer, Order
@@ -169,12 +169,11 @@ def _option(place: tuple[int | str, ...]) -> str:
 
 def _note_success(folder: RunFolder) -> None:
     """Where the run ended with 8, it is now as if its upload had not failed."""
-    with suppress(OSError, ValueError, TypeError):
-        status: dict[str, Any] = json.loads(folder.status.read_text(encoding="utf-8"))
-        if status.get("exit_code") == PushError.exit_code:
-            write_atomically(
-                folder.status, json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n", durable=True
-            )
+    status = runstatus.read(folder.status)
+    if status.get("exit_code") == PushError.exit_code:
+        text = json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n"
+        with suppress(OSError):
+            write_atomically(folder.status, text, durable=True)
 
 
 def after_training(outcome: Outcome) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from hf_finetune import runstatus
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.node import Node
 
@@ -39,7 +39,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    before = _read(status)
+    before = runstatus.read(status)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told by the processes
     for number in SIGNALS:
         signal.signal(number, _hand_on)
@@ -50,7 +50,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
         failed = exit_code(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:  # a configuration of one process
         failed = exit_code(error.returncode)
-    return failed and (told(before, _read(status)) or failed)
+    return failed and (told(before, runstatus.read(status)) or failed)
 
 
 def exit_code(code: int) -> int:
@@ -109,12 +109,3 @@ def _hand_on(number: int, _frame: FrameType | None) -> None:
             continue
     if not children:
         sys.exit(128 + number)
-
-
-def _read(status: Path) -> dict[str, Any]:
-    """What `status.json` says; empty where there is none."""
-    try:
-        said: dict[str, Any] = json.loads(status.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune.records import Record
 from hf_finetune.runreport import intervals
 from hf_finetune.runreport.intervals import Intervals
+from hf_finetune.tracking import journal
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
@@ -46,9 +46,9 @@ class Remains:
         return cls(
             folder,
             recipe,
-            [{name: _number(value) for name, value in line.items()} for line in _objects(folder.metrics)],
+            journal.read(folder.metrics),
             newest(folder.observations),
-            list(_objects(folder.samples)),
+            journal.read_samples(folder.samples),
             outcome,
         )
 
@@ -163,26 +163,6 @@ def newest(folder: Path) -> dict[tuple[str, str], Record]:
 
 def _step(file: Path) -> int:
     return int(file.stem.rpartition("-")[2])
-
-
-def _objects(file: Path) -> Iterable[dict[str, Any]]:
-    """The lines of a file of JSON objects; half a line, as a kill leaves it, is none."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON may hold
-    except (OSError, UnicodeDecodeError):
-        return
-    for line in lines:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
-
-
-def _number(value: Any) -> Any:
-    """NaN and infinity, which metrics.jsonl has as text."""
-    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def mean(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:

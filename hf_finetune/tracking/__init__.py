@@ -32,13 +32,13 @@ class Observers:
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, status: Status, machine: Machine) -> None:
-        from hf_finetune.tracking.journal import Journal
+        from hf_finetune.tracking.callbacks import Journal
 
         self.recipe = recipe
         self.folder = folder
         self.status = status
         self.machine = machine
-        self.journal = Journal(folder.metrics, writes=machine.is_main, complain=warn)
+        self.journal = Journal(folder.metrics, writes=machine.is_main)
         self.board = self._board() if machine.is_main and recipe.tracking.tensorboard else None
         self._is_recordless = False
 
@@ -53,8 +53,8 @@ class Observers:
         """Callbacks for the Trainer, in the order in which they must hear of a log."""
         from transformers import EarlyStoppingCallback
 
+        from hf_finetune.tracking.callbacks import Progress
         from hf_finetune.tracking.console import Console
-        from hf_finetune.tracking.progress import Progress
 
         callbacks: list[TrainerCallback] = [self.journal]
         stopping = self.recipe.training.early_stopping

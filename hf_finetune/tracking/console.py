@@ -9,10 +9,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_finetune import terminal
 from hf_finetune.terminal import Message, Phase, clock
-from hf_finetune.tracking.journal import Entry, Watcher
+from hf_finetune.tracking.callbacks import MetricsCallback
+from hf_finetune.tracking.journal import Entry
 
 
-class Console(Watcher):
+class Console(MetricsCallback):
     """Shows progress, on rank 0.
 
     Args:

@@ -1,15 +1,14 @@
-"""`metrics.jsonl`: the source of truth for metrics, one object a logged step and phase, on disk at once."""
+"""`metrics.jsonl`, the source of truth for metrics: one object a logged step and phase. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from hf_finetune.terminal import warn
 
 Entry = dict[str, Any]
 """One line: step, epoch, time (Unix seconds), phase (train | eval | final | test | summary), then the metrics."""
@@ -21,10 +20,10 @@ _NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_p
 _RATES = {"samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
-def entry(logs: dict[str, Any], state: TrainerState) -> Entry | None:
-    """A line of metrics.jsonl from the Trainer's flat log, or None for a log that holds nothing of ours."""
-    at = logs.setdefault("time", now())  # the same for everyone who sees this log
-    head: Entry = {"step": state.global_step, "epoch": round(logs.get("epoch") or state.epoch or 0.0, 6), "time": at}
+def entry(logs: dict[str, Any], step: int, epoch: float | None) -> Entry | None:
+    """Make a line from the Trainer's flat log; None for a log without loss or metrics."""
+    at = logs.setdefault("time", now())  # the same for every callback that sees this log
+    head: Entry = {"step": step, "epoch": round(logs.get("epoch") or epoch or 0.0, 6), "time": at}
     for phase in ("eval", "final", "test"):
         found = of_phase(logs, phase)
         if found:
@@ -39,22 +38,40 @@ def now() -> float:
 
 
 def of_phase(logs: dict[str, Any], phase: str) -> dict[str, Any]:
-    """What the Trainer's flat log holds of an evaluation, without the phase's prefix and the Trainer's own rates."""
+    """Take an evaluation's metrics from the Trainer's flat log, without prefix and without the Trainer's own rates."""
     prefix = f"{phase}_"
     found = {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
     return {key: value for key, value in found.items() if key not in _RATES}
 
 
+def append(file: Path, line: Entry) -> None:
+    """Append a line to metrics.jsonl and flush it.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    # JSON has no NaN and no infinity: they become text, which `read` turns back.
+    plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def read(file: Path) -> list[Entry]:
-    """The lines of a metrics.jsonl; a last one that was cut off by a kill is left out."""
-    if not file.exists():
-        return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [{key: _number(value) for key, value in json.loads(line).items()} for line in whole]
+    """Read metrics.jsonl; damaged lines are left out, with one warning. This is its only reader."""
+    special = {"nan", "inf", "-inf"}
+    return [
+        {key: float(value) if isinstance(value, str) and value in special else value for key, value in line.items()}
+        for line in _lines(file, "phase")
+    ]
+
+
+def read_samples(file: Path) -> list[Entry]:
+    """Read samples.jsonl (step, prompt, answer, ended); damaged lines are left out, with one warning."""
+    return _lines(file, "answer")
 
 
 def keep_lines(file: Path, lines: int) -> None:
-    """Cut a file off after so many lines; one that would be empty is removed."""
+    """Cut a file off after so many lines; remove it if it would be empty."""
     if not file.exists():
         return
     with file.open("rb+") as stream:
@@ -65,69 +82,29 @@ def keep_lines(file: Path, lines: int) -> None:
         file.unlink()
 
 
-def _number(value: Any) -> Any:
-    """NaN and infinity, which are kept as text."""
-    return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-class Watcher(TrainerCallback):
-    """A callback that sees every log as a line of metrics.jsonl."""
-
-    def see(self, line: Entry, state: TrainerState) -> None:
-        """Do something with a line."""
-        raise NotImplementedError
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Hand the line on, where the log holds anything of ours."""
-        line = entry(logs or {}, state)
-        if line is not None:
-            self.see(line, state)
-
-
-class Journal(Watcher):
-    """Writes metrics.jsonl on rank 0 and keeps the entries of this process in memory.
-
-    Args:
-        file: `metrics.jsonl` of the run folder.
-        writes: Whether this is rank 0.
-        complain: Says what is wrong, and stops nothing.
-    """
-
-    def __init__(self, file: Path, *, writes: bool, complain: Callable[[str], None]) -> None:
-        self.file = file
-        self.complain = complain
-        self.writes = writes
-        self.entries: list[Entry] = []
-        self.lost = 0
-        """Lines that could not be written."""
-
-    def keep(self, lines: int) -> None:
-        """Go on after so many lines of an earlier process; what it wrote after its last checkpoint comes again."""
-        if self.writes:
-            keep_lines(self.file, lines)
-            self.entries = read(self.file)
-
-    def add(self, line: Entry) -> None:
-        """Append one line and flush it; NaN and infinity, which JSON can't hold, are written as text."""
-        self.entries.append(line)
-        if not self.writes:
-            return
-        plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
+def _lines(file: Path, needed: str) -> list[Entry]:
+    """Read objects that have a step and the needed key."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warn(f"{file} can't be read ({error.strerror}); going on without it")
+        return []
+    found: list[Entry] = []
+    damaged: list[int] = []
+    # Not `splitlines`: a label or a text may hold U+2028, which JSON does not escape.
+    lines = content.split(b"\n")
+    for number, text in enumerate(lines, 1):
         try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                self.complain(f"{self.file} can't be written ({error.strerror}): its lines are lost, training goes on")
-
-    def see(self, line: Entry, state: TrainerState) -> None:
-        """Write the line."""
-        self.add(line)
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and needed in line:
+            found.append(line)
+        elif text.strip() and number < len(lines):  # a kill leaves half of the last line: nothing to warn about
+            damaged.append(number)
+    if damaged:
+        many = f"{len(damaged)} damaged lines are" if len(damaged) > 1 else "a damaged line is"
+        warn(f"{file}:{damaged[0]}: {many} left out")
+    return found

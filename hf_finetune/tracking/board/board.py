@@ -26,7 +26,8 @@ from hf_finetune.tracking.board.kinds import (
     weights,
 )
 from hf_finetune.tracking.board.markdown import block
-from hf_finetune.tracking.journal import Entry, Watcher
+from hf_finetune.tracking.callbacks import MetricsCallback
+from hf_finetune.tracking.journal import Entry
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
@@ -42,7 +43,7 @@ DRAWN: dict[str, Callable[[Record], Iterator[Summary]]] = {
 HEAD = frozenset({"step", "phase", "time"})
 
 
-class Board(Watcher):
+class Board(MetricsCallback):
     """Draws a run.
 
     What is drawn follows from the lines, the records and the recipe alone, whenever they are handed over; so a board

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_finetune.tracking import journal
 from hf_finetune.tracking.board.markdown import table
 
 TAG = "samples"
@@ -23,9 +23,6 @@ def text(lines: Iterable[Line]) -> str:
 
 
 def stored(file: Path) -> Iterator[tuple[int, list[Line]]]:
-    """Step and lines of each evaluation that `samples.jsonl` holds; a last line that was cut off is left out."""
-    if not file.exists():
-        return
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    for step, group in itertools.groupby(lines, key=lambda line: int(line["step"])):
+    """Step and lines of each evaluation that `samples.jsonl` holds."""
+    for step, group in itertools.groupby(journal.read_samples(file), key=lambda line: int(line["step"])):
         yield step, list(group)
