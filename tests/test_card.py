@@ -85,7 +85,7 @@ def test_the_hub_finds_nothing_wrong_with_a_card(
 
 def test_curves_and_confusion_matrix_are_shown(classifier: Path) -> None:
     shown = re.findall(r"!\[[^\]]+\]\((images/[\w.-]+)\)", card_of(classifier))
-    assert {"images/loss.png", "images/confusion-validation.png"} <= set(shown)
+    assert {"images/loss.png", "images/confusion_matrix-validation.png"} <= set(shown)
     assert {f"images/{file.name}" for file in (classifier / "adapter" / "images").iterdir()} == set(shown)
 
 

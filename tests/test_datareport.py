@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from prepared import CLASSES, hostile, make, reviews, write
 
-from hf_finetune.datareport import charts, show
+from hf_finetune.charts import drawing, runs
+from hf_finetune.datareport import show
 from hf_finetune.errors import StorageError
 from hf_finetune.pages.escaping import exact, harmless
 
@@ -91,13 +92,13 @@ def test_of_many_labels_the_commonest_are_drawn(tmp_path: Path, tiny_bert: str) 
 
 
 def test_names_are_no_formulas() -> None:
-    drawn = charts.shares(["$x^2$", "\u202e", "電影"], {"train": [50.0, 25.0, 25.0]}, "about")
+    drawn = drawing.svg(runs.shares(["$x^2$", "\u202e", "電影"], {"train": [50.0, 25.0, 25.0]}), about="about")
     assert all(name in drawn for name in ("$x^2$", r"\u202e", "電影"))
 
 
 @pytest.mark.parametrize(("limit", "note"), [(8, "max_length 8"), (50, "max_length 50"), (512, "max_length 512 →")])
 def test_the_limit_is_drawn_wherever_it_is(limit: int, note: str) -> None:
-    drawn = charts.histogram([0, 10, 20, 5000], [5, 3, 1], limit, (0, "about"))
+    drawn = drawing.svg(runs.lengths([0, 10, 20, 5000], [5, 3, 1], limit, 0), about="about")
     assert f">{note}</text>" in drawn
     assert ">to 4,999</text>" in drawn
 

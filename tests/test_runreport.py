@@ -343,7 +343,7 @@ def test_a_real_run_leaves_its_report(run: Runner) -> None:
     done = run("training.epochs=3", "tracking.report=true")
     text, page = ((done.folder / name).read_text() for name in ("report.md", "report.html"))
     images = {file.name for file in (done.folder / "plots").iterdir()}
-    assert {"loss.png", "confusion-validation.png", "reliability-validation.png"} <= images
+    assert {"loss.png", "confusion_matrix-validation.png", "reliability-validation.png"} <= images
     assert set(re.findall(r"\(plots/([\w.-]+)\)", text)) == images
     accuracy = done.outcome.scores["validation"]["accuracy"]
     assert f"| accuracy | {accuracy:.6g} |" in text

@@ -9,7 +9,6 @@ from hf_finetune import runlock, terminal
 from hf_finetune.card.body import body
 from hf_finetune.card.header import header
 from hf_finetune.card.loading import blocks
-from hf_finetune.card.pictures import chosen, copied
 from hf_finetune.runfolder import write_atomically
 from hf_finetune.runreport import MISHAPS
 
@@ -52,8 +51,7 @@ def complete(run: Remains) -> None:
         raise AssertionError("the labels are known to the process that trained")
     try:
         how = _code(folder / FILE)
-        pictures = copied(chosen(run), run.folder.plots, folder / IMAGES)
-        shown = [f"![{about}]({IMAGES}/{name})" for name, about in pictures]
+        shown = _pictures(run, folder / IMAGES)
         recipe = runlock.as_trained(run.recipe, run.folder.run_lock)
         told = body(recipe, run.outcome.prepared.targets, how, run, shown)
         write_atomically(folder / FILE, _joined(header(recipe, run).to_yaml(), told))
@@ -61,6 +59,24 @@ def complete(run: Remains) -> None:
         shutil.rmtree(folder / IMAGES, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         terminal.warn(f"the card {folder / FILE} has no metrics and charts ({reason}); the adapter itself is complete")
+
+
+def _pictures(run: Remains, target: Path) -> list[str]:
+    """Copy the charts of a card that the report drew, and link them; none where the recipe asks for no report.
+
+    Raises:
+        OSError: The disk does not take them.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    wanted = [plot for plot in run.plots if plot.on_card] if run.recipe.tracking.report else []
+    shown = []
+    for plot in wanted:
+        file = run.folder.plots / f"{plot.name}.png"
+        if file.is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / file.name)
+            shown.append(f"![{plot.title}. {plot.about}]({target.name}/{file.name})")
+    return shown
 
 
 def _code(file: Path) -> list[str]:

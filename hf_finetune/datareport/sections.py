@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 import hf_finetune
-from hf_finetune.datareport import charts, examples, summary
+from hf_finetune.charts import drawing, runs
+from hf_finetune.datareport import examples, summary
 from hf_finetune.pages.escaping import exact
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _balance(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport]) -> 
         for name in names[:LABELS_LISTED]
     ]
     about = f"Bar chart: share of each label in {', '.join(counted)}; the numbers are in the table beside it"
-    chart = Markup(charts.shares(names[:LABELS_DRAWN], shares, about))  # noqa: S704
+    chart = Markup(drawing.svg(runs.shares(names[:LABELS_DRAWN], shares), "shares", about))  # noqa: S704
     hidden = [max(0, len(names) - most) for most in (LABELS_DRAWN, LABELS_LISTED)]
     return Balance(chart, list(counted), rows, *hidden)
 
@@ -175,7 +176,8 @@ def _lengths(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport], lim
             f"Histogram of tokens a row of {split}, longest {report.longest:,}; "
             f"{over.count:,} rows ({over.share:.1f} %) are cut or dropped at max_length {limit:,}"
         )
-        svg = charts.histogram(found.length_edges, found.lengths, limit, (index, about))
+        figure = runs.lengths(found.length_edges, found.lengths, limit, index)
+        svg = drawing.svg(figure, f"lengths{index}", about)
         drawn.append(Lengths(split, Markup(svg), report, over))  # noqa: S704
     return drawn
 

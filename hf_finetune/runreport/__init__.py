@@ -61,18 +61,17 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> Remains | None:
 
 def page(folder: RunFolder, recipe: Recipe) -> str:
     """The page from the folder alone: without what became of the rows, which only the run's process knows."""
-    from hf_finetune.runreport import figures, webpage
+    from hf_finetune.runreport import webpage
 
     run = Remains.read(folder, recipe)
-    return webpage.html(run, [webpage.drawn(chart)[0] for chart in figures.of(run)])
+    return webpage.html(run, [webpage.drawn(plot)[0] for plot in run.plots])
 
 
 def plots(folder: RunFolder, recipe: Recipe) -> dict[str, bytes]:
     """The charts of a run from its folder, as PNG by name."""
-    from hf_finetune import charts
-    from hf_finetune.runreport import figures
+    from hf_finetune.charts import drawing
 
-    return {chart.name: charts.png(chart.draw()) for chart in figures.of(Remains.read(folder, recipe))}
+    return {plot.name: drawing.png(plot.draw()) for plot in Remains.read(folder, recipe).plots}
 
 
 def _write(run: Remains) -> None:
@@ -81,9 +80,9 @@ def _write(run: Remains) -> None:
     Raises:
         OSError: The disk is full, or can't be written.
     """
-    from hf_finetune.runreport import figures, markdown, webpage
+    from hf_finetune.runreport import markdown, webpage
 
-    shown = figures.of(run) if run.recipe.tracking.report else []
+    shown = run.plots if run.recipe.tracking.report else []
     write_atomically(run.folder.report, markdown.text(run, shown))
     if not run.recipe.tracking.report:
         return

@@ -9,14 +9,14 @@ from hf_finetune.pages.escaping import harmless, shortened
 from hf_finetune.runreport import lines, told
 
 if TYPE_CHECKING:
-    from hf_finetune.runreport.figures import Chart
+    from hf_finetune.charts.drawing import Plot
     from hf_finetune.runreport.remains import Remains
     from hf_finetune.tracking.journal import Entry
 
 TEXT_CHARACTERS = 300
 
 
-def text(run: Remains, charts: Sequence[Chart]) -> str:
+def text(run: Remains, charts: Sequence[Plot]) -> str:
     """The report as Markdown.
 
     Args:

@@ -10,6 +10,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.charts import runs
+from hf_finetune.charts.drawing import Plot
 from hf_finetune.records import Record
 from hf_finetune.runreport import intervals
 from hf_finetune.runreport.intervals import Intervals
@@ -107,6 +109,22 @@ class Remains:
             for split, record in found.items()
             if record is not None
         }
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """`<measure>/<module>` -> how much each module learned; empty where nothing was measured."""
+        records = [self.records.get(("weights", phase)) for phase in ("final", "eval")]
+        found = [dict(record.facts.get("scalars") or {}) for record in records if record is not None]
+        return next((scalars for scalars in found if runs.learned(scalars)), {})
+
+    @cached_property
+    def plots(self) -> list[Plot]:
+        """The charts that the run has data for, in the order of the page."""
+        records = {
+            split: [found for kind in ("positions", "predictions") if (found := self.record(kind, split)) is not None]
+            for split in self.phases
+        }
+        return runs.plots(self.lines, records, self.weights)
 
     @cached_property
     def missing(self) -> list[str]:

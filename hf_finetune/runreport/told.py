@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import charts
-from hf_finetune.runreport import figures, lines
+from hf_finetune.charts import runs
+from hf_finetune.runreport import lines
 from hf_finetune.runreport.remains import mean
 from hf_finetune.terminal import clock
 
@@ -112,8 +112,8 @@ def trained(run: Remains) -> list[tuple[str, str]]:
 
 def modules(run: Remains) -> tuple[str, list[tuple[str, float]]]:
     """Which quantity, and the modules where it is largest."""
-    quantity, scalars = figures.learned(run)
-    return quantity.replace("_", " "), charts.largest_modules(scalars, quantity)[:MODULES] if quantity else []
+    measure = runs.learned(run.weights)
+    return measure.replace("_", " "), runs.largest_modules(run.weights, measure)[:MODULES] if measure else []
 
 
 def fates(run: Remains) -> list[str]:

@@ -8,17 +8,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import hf_finetune
-from hf_finetune import charts as drawing
 from hf_finetune import pages
-from hf_finetune.charts.language import STRONGEST
+from hf_finetune.charts import drawing
+from hf_finetune.charts.predictions import STRONGEST, strength
+from hf_finetune.charts.runs import SECTIONS
 from hf_finetune.datareport import summary
 from hf_finetune.runreport import told
-from hf_finetune.runreport.figures import SECTIONS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from hf_finetune.runreport.figures import Chart
+    from hf_finetune.charts.drawing import Plot
     from hf_finetune.runreport.remains import Remains
 
 LEVELS = 9
@@ -40,7 +40,7 @@ CLASSES = 300
 class Drawn:
     """A chart as it stands in the page."""
 
-    chart: Chart
+    chart: Plot
     svg: Markup
 
 
@@ -108,7 +108,7 @@ def _context(run: Remains, charts: Sequence[Drawn]) -> dict[str, Any]:
     }
 
 
-def drawn(chart: Chart) -> tuple[Drawn, bytes]:
+def drawn(chart: Plot) -> tuple[Drawn, bytes]:
     """A chart for the page, and as PNG."""
     from markupsafe import Markup
 
@@ -157,7 +157,7 @@ def _token(text: str, loss: float | None, entropy: float | None, trained: bool) 
         f"loss {loss:.3g} nats" if loss is not None else "",
         f"entropy {entropy:.3g}" if entropy is not None else "",
     ]
-    level = round(LEVELS * drawing.strength(loss))
+    level = round(LEVELS * strength(loss))
     shown = text.replace("\\", "\\\\").replace(" ", "▁")
     return Token(shown, level, bool(trained), ", ".join(part for part in parts if part), "\n" in text)
 

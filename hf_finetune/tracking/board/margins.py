@@ -42,26 +42,9 @@ def interval(losses: Array, weights: Array) -> tuple[float, float, float] | None
 
 def row_losses(record: Record) -> tuple[Array, Array]:
     """Loss and weight of each counted row of `predictions`: both (N,) float64."""
-    import numpy as np
-    from scipy import special
+    from hf_finetune.charts import predictions
 
-    rows = np.asarray(record.arrays["rows"], dtype=np.float64)
-    problem = record.facts.get("problem")
-    if problem is None:  # a language model: summed nats, tokens
-        tokens = rows[:, 1]
-        return np.divide(rows[:, 0], tokens, out=np.zeros(len(rows)), where=tokens > 0), tokens
-    if problem == "regression":
-        rows = rows[np.isfinite(rows).all(axis=1)]
-        return (rows[:, 0] - rows[:, 1]) ** 2, np.ones(len(rows))
-    if problem == "multi_label":
-        logits, cells = np.split(rows, 2, axis=1)
-        kept = (cells >= 0).all(axis=1)
-        losses = (np.logaddexp(0.0, logits) - logits * cells).mean(axis=1)
-        return losses[kept], np.ones(int(kept.sum()))
-    rows = rows[rows[:, -1] >= 0]
-    chosen = rows[:, -1].astype(int)
-    losses = -special.log_softmax(rows[:, :-1], axis=1)[np.arange(len(rows)), chosen]
-    return losses, np.ones(len(rows))
+    return predictions.row_losses(record.arrays["rows"], record.facts.get("problem"))
 
 
 def draw(record: Record) -> Iterator[Summary]:

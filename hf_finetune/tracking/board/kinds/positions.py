@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hf_finetune import charts
+from hf_finetune.charts import predictions
 from hf_finetune.tracking.board.kinds.pictures import picture
 
 if TYPE_CHECKING:
@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 
 def draw(record: Record) -> Iterator[Summary]:
     """One image."""
-    yield picture(f"{record.phase}/loss_by_position", charts.positions(record))
+    yield picture(f"{record.phase}/loss_by_position", predictions.positions(record.arrays))

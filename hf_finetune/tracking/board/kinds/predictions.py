@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special
 from tensorboardX import summary
 
-from hf_finetune import charts
+from hf_finetune.charts import predictions as charts
 from hf_finetune.tracking.board import margins, tags
 from hf_finetune.tracking.board.kinds.histograms import of_values
 from hf_finetune.tracking.board.kinds.pictures import picture
@@ -29,15 +28,13 @@ CLASSES = 50
 def images(record: Record) -> Iterator[Summary]:
     """Curves and images, and the interval of the loss: what `tracking.images` asks for."""
     yield from margins.draw(record)
-    phase, rows, names = record.phase, record.arrays["rows"], record.facts["names"]
+    phase, names = record.phase, record.facts["names"]
     problem = record.facts.get("problem")
-    if problem == "regression":
-        yield picture(f"{phase}/predicted", charts.predicted(rows))
+    for plot in charts.plots(record.arrays, record.facts):
+        if plot.on_board:
+            yield picture(f"{phase}/{plot.name}", plot.draw())
     if problem not in {"single_label", "multi_label"}:
         return
-    if problem == "single_label" and (rows[:, -1] >= 0).any():
-        yield picture(f"{phase}/confusion_matrix", charts.confusion(rows, names))
-        yield picture(f"{phase}/reliability", charts.reliability(rows))
     probabilities, hits = ranked(record)
     shown = _largest(hits)
     for index in shown:
@@ -73,13 +70,7 @@ def histograms(record: Record) -> Iterator[Summary]:
 
 def ranked(record: Record) -> tuple[Array, Array]:
     """Probabilities and true cells (bool) of a classifier's counted rows, both (N, C)."""
-    rows = np.asarray(record.arrays["rows"], dtype=np.float64)
-    classes = len(record.facts["names"])
-    if record.facts["problem"] == "multi_label":
-        rows = rows[(rows[:, classes:] >= 0).all(axis=1)]
-        return special.expit(rows[:, :classes]), rows[:, classes:] > 0.5
-    rows = rows[rows[:, -1] >= 0]
-    return special.softmax(rows[:, :-1], axis=1), rows[:, -1:].astype(int) == np.arange(classes)
+    return charts.probabilities(record.arrays["rows"], len(record.facts["names"]))
 
 
 def _largest(hits: Array) -> list[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorboardX import summary
 
-from hf_finetune import charts
+from hf_finetune.charts import predictions
 from hf_finetune.tracking.board.kinds.pictures import picture
 from hf_finetune.tracking.board.markdown import cell, table
 
@@ -32,7 +32,7 @@ def draw(record: Record) -> Iterator[Summary]:
     """An image and a text a row."""
     for number, row in enumerate(record.facts["rows"], 1):
         if row["tokens"]:
-            yield picture(f"{record.phase}_tokens/example_{number}", charts.tokens([row]))
+            yield picture(f"{record.phase}_tokens/example_{number}", predictions.tokens([row]))
             yield summary.text(f"{record.phase}_tokens/example_{number}", _text(row))
 
 
