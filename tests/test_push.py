@@ -122,7 +122,7 @@ def test_what_is_no_file_of_an_adapter_stays_here(
 
 
 LEAKS = {
-    "README.md": ("in {run}.", "holds a path of this machine; take it out"),
+    "README.md": ("in {run}.", "holds a path of this machine; remove it"),
     "labels.json": (TOKEN, "holds a token"),
 }
 
@@ -212,7 +212,7 @@ def test_a_run_that_is_not_finished_is_not_uploaded(
 
 def test_a_folder_that_is_no_run_is_told_so(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("push", str(tmp_path), "--repo", REPO) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_a_run_without_weights_has_nothing_to_upload(push: Push, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

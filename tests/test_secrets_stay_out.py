@@ -17,7 +17,7 @@ from hubserver import Fault, Hub, serving
 from pushing import REPO, TOKEN, environment, start
 
 from hf_finetune.hub import secrets
-from hf_finetune.hub.allowed import ALLOWED
+from hf_finetune.hub.outgoing import ALLOWED
 
 HOST, USER = socket.gethostname(), getpass.getuser()
 LOUD = {
@@ -80,7 +80,7 @@ def _arguments(process: subprocess.Popen[str]) -> Iterator[bytes]:
 def test_the_runs_went_as_they_should(traces: Traces) -> None:
     assert traces.codes == [0, 1, 1], (traces.folder / "err.txt").read_text()  # --debug ends in Python's own traceback
     assert "Traceback" in (traces.folder / "err.txt").read_text()
-    assert b"hf_finetune.hub.upload" in traces.arguments
+    assert b"hf_finetune.hub.worker" in traces.arguments
     assert traces.hub.repos[REPO].log[1:]
 
 

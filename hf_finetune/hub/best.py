@@ -1,7 +1,7 @@
-"""`hub.every: best`: each checkpoint that is the best so far is uploaded while training goes on, and never waited for.
+"""`hub.every: best`: upload each checkpoint that is the best so far while training goes on, which never waits for it.
 
-Rank 0 writes a copy of the adapter, which takes as long as saving it, and a process of its own uploads it. While one is
-on its way, later ones wait, and only the newest of them is sent. Failures are counted; they end no run.
+Rank 0 writes a copy of the adapter, which takes as long as saving it, and another process uploads it. While one upload
+is under way only the newest later copy is kept. Failures are counted; they end no run.
 """
 
 from __future__ import annotations
@@ -10,58 +10,36 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_finetune import export, terminal
 from hf_finetune.errors import FinetuneError, Problem
 from hf_finetune.hub import outgoing, secrets
-from hf_finetune.hub.order import Order
-from hf_finetune.hub.push import run_id
-from hf_finetune.hub.sending import Sending
+from hf_finetune.hub.push import make_order, run_id
+from hf_finetune.hub.upload import Upload
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
+    from hf_finetune.hub.upload import Order
     from hf_finetune.learning import Learner
     from hf_finetune.runfolder import RunFolder
-    from hf_finetune.schema.hub import Hub
     from hf_finetune.trainer import FinetuneTrainer
 
 PREFIX = ".upload-"
-"""Of a folder in the run folder, for copies."""
-
-
-@dataclass
-class Uploads:
-    """What became of them."""
-
-    begun: int = 0
-    failures: list[str] = field(default_factory=list)
-    """Why, one each."""
-
-    @property
-    def problems(self) -> list[Problem]:
-        """For the report: nothing where all went well."""
-        if not self.failures:
-            return []
-        told = f"{len(self.failures)} of {self.begun} uploads of the best checkpoint so far failed"
-        return [Problem(f"{told}, the last one: {self.failures[-1]}", key="hub.every")]
 
 
 @contextmanager
-def uploaded(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> Iterator[Uploads]:
-    """Upload best checkpoints while the body trains; what is on its way at the end is broken off.
+def uploaded(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> Iterator[BestUploads]:
+    """Upload best checkpoints from rank 0 while the body trains; an upload under way at the end is broken off.
 
     Args:
         trainer: Not started yet.
-        learner: Names the recipe; only rank 0 uploads.
+        learner: Holds the recipe.
         folder: The run.
     """
-    uploads, hub = Uploads(), learner.recipe.hub
+    uploads, hub = BestUploads(trainer, learner, folder), learner.recipe.hub
     if hub is None or hub.every is None or not learner.machine.is_main:
         yield uploads
         return
@@ -69,102 +47,99 @@ def uploaded(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> I
         terminal.say("no uploads of the best checkpoint: the weights are sharded (FSDP, ZeRO-3)")
         yield uploads
         return
-    for left in folder.path.glob(f"{PREFIX}*"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder.path, ignore_cleanup_errors=True) as place:
-        watcher = _Watcher(trainer, learner, hub, _Place(folder, Path(place)), uploads)
-        trainer.add_callback(watcher)
+    for abandoned in folder.path.glob(f"{PREFIX}*"):  # by a killed process
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder.path, ignore_cleanup_errors=True) as staging:
+        uploads.staging = Path(staging)
+        trainer.add_callback(uploads)
         try:
             yield uploads
         finally:
-            watcher.end()
+            # The finished adapter comes next, so nobody needs the rest.
+            uploads.waiting = None
+            uploads.proceed()
+            if uploads.current is not None:
+                uploads.current[0].stop()
 
 
-@dataclass(frozen=True)
-class _Place:
-    folder: RunFolder
-    staging: Path
+class BestUploads(TrainerCallback):
+    """Upload a copy of the adapter whenever a saved checkpoint is the best so far.
 
+    Args:
+        trainer: Holds the model.
+        learner: Holds the recipe.
+        folder: The run.
+    """
 
-class _Watcher(TrainerCallback):
-    """Hears of checkpoints."""
-
-    def __init__(self, trainer: FinetuneTrainer, learner: Learner, hub: Hub, place: _Place, uploads: Uploads) -> None:
-        self.trainer, self.learner, self.hub, self.place, self.uploads = trainer, learner, hub, place, uploads
-        self.sending: tuple[Sending, Path] | None = None
+    def __init__(self, trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> None:
+        self.trainer, self.learner, self.folder = trainer, learner, folder
+        self.staging = folder.path
+        self.hub = learner.recipe.hub
+        self.begun = 0
+        self.failures: list[str] = []
+        self.current: tuple[Upload, Path] | None = None  # with the folder of its copy
         self.waiting: tuple[Order, Path] | None = None
-        """The next one, and the folder that its files are in."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Failures, for the report."""
+        if not self.failures:
+            return []
+        counted = f"{len(self.failures)} of {self.begun} uploads of the best checkpoint so far failed"
+        return [Problem(f"{counted}, the last one: {self.failures[-1]}", key="hub.every")]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Upload what was just saved, if it is the best so far."""
+        """Upload the checkpoint that was just saved if it is the best so far."""
         if state.best_global_step != state.global_step or self.trainer.stopped:
             return
-        self._forget()
-        staging = self.place.staging / str(state.global_step)
-        try:
-            self.waiting = self._order(state.global_step, staging), staging
-        except (FinetuneError, OSError) as error:
-            self.uploads.begun += 1
-            self._failed(str(error))
-        self._go_on()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See whether the last one is done."""
-        self._go_on()
-
-    def end(self) -> None:
-        """Break off what is on its way: the finished adapter comes next, or nothing."""
-        self._forget()
-        self._go_on()
-        if self.sending is not None:
-            self.sending[0].stop()
-
-    def _forget(self) -> None:
-        """Nobody needs the one that waits any more."""
         if self.waiting is not None:
             shutil.rmtree(self.waiting[1], ignore_errors=True)
-        self.waiting = None
+            self.waiting = None
+        copy = self.staging / str(state.global_step)
+        try:
+            self.waiting = self._copied(state.global_step, copy), copy
+        except (FinetuneError, OSError) as error:
+            self.begun += 1
+            self._failed(str(error))
+        self.proceed()
 
-    def _go_on(self) -> None:
-        """Hear how the last one ended, and begin with the next."""
-        while self.sending is not None and (answer := self.sending[0].poll()) is not None:
-            if answer.event == "failed":
-                self._failed(answer.reason)
-            if answer.event != "again":
-                self.sending[0].stop()
-                shutil.rmtree(self.sending[1], ignore_errors=True)
-                self.sending = None
-        if self.sending is not None or self.waiting is None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look after the upload under way."""
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Note how the last upload ended, and begin the next one."""
+        if self.current is not None and (result := self.current[0].poll()) is not None:
+            if result.failure:
+                self._failed(result.failure)
+            self.current[0].stop()
+            shutil.rmtree(self.current[1], ignore_errors=True)
+            self.current = None
+        if self.current is not None or self.waiting is None:
             return
-        (order, staging), self.waiting = self.waiting, None
-        self.uploads.begun += 1
+        (order, copy), self.waiting = self.waiting, None
+        self.begun += 1
         refusal = secrets.why_not()
         if refusal is not None:
             self._failed(refusal)
         else:
-            self.sending = Sending(order), staging
+            self.current = Upload(order), copy
 
     def _failed(self, reason: str) -> None:
-        self.uploads.failures.append(reason)
-        terminal.warn(f"the best checkpoint so far was not uploaded to {self.hub.repo}: {reason}")
+        self.failures.append(reason)
+        terminal.warn(f"the best checkpoint so far was not uploaded: {reason}")
 
-    def _order(self, step: int, staging: Path) -> Order:
-        """A copy of the adapter as it is now.
+    def _copied(self, step: int, copy: Path) -> Order:
+        """Copy the adapter as it is now.
 
         Raises:
             FinetuneError: The disk does not take it.
         """
-        recipe, changed = self.learner.recipe, staging / "changed"
-        changed.mkdir(parents=True)
-        adapter = staging / "adapter"
+        if self.hub is None:
+            raise AssertionError("called for a recipe with hub.every alone")
+        recipe, edited = self.learner.recipe, copy / "edited"
+        edited.mkdir(parents=True)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        export.save(model, recipe, self.learner.prepared.targets, self.learner.tokenizer, adapter)
-        found = outgoing.gather(adapter, self.hub.repo, changed)
-        return Order(
-            repo=self.hub.repo,
-            private=self.hub.private,
-            as_pr=False,
-            files={name: str(file) for name, file in found.files.items()},
-            message=f"Run {run_id(self.place.folder)}, best checkpoint so far, step {step}",
-            timeout=self.hub.timeout,
-        )
+        export.save(model, recipe, self.learner.prepared.targets, self.learner.tokenizer, copy / "adapter")
+        files, _ = outgoing.gather(copy / "adapter", self.hub.repo, edited)
+        return make_order(self.hub, files, f"Run {run_id(self.folder)}, best checkpoint so far, step {step}")

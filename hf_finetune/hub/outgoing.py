@@ -1,124 +1,90 @@
-"""Which files of an adapter folder leave this machine: those on a list, without the paths that only it knows."""
+"""Select the files of an adapter folder that may leave this machine, and take out what only this machine knows."""
 
 from __future__ import annotations
 
 import json
+import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hf_finetune.card.loading import moved
 from hf_finetune.errors import Problem, PushError
 from hf_finetune.hub import secrets
-from hf_finetune.hub.allowed import ALLOWED, WEIGHTS
 
-CARD, ADAPTER, CONFIG = "README.md", "adapter_config.json", "config.json"
-TELLING = (CARD, ADAPTER, CONFIG, "tokenizer_config.json", "generation_config.json")
-"""Files that programs write names of folders into; vocabularies hold any text."""
-TEXTS = (".md", ".json", ".txt", ".jinja")
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """What is uploaded."""
-
-    files: dict[str, Path]
-    """Name in the repository -> the file that is read."""
-    left_out: tuple[str, ...]
-    """Names of files in the folder that are not on the list."""
+# An allowlist, because anything may lie in the folder: no optimiser, random state, pickle or event file matches it.
+ALLOWED = re.compile(
+    r"README\.md|labels\.json|adapter_config\.json|adapter_model\.safetensors"
+    r"|config\.json|generation_config\.json|model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|processor_config\.json"
+    r"|vocab\.(?:json|txt)|merges\.txt|(?:tokenizer|spiece|sentencepiece\.bpe)\.model"
+    r"|chat_template\.(?:jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
+    r"|images/[\w.-]+\.png",
+    re.ASCII,
+)
+WEIGHTS = re.compile(r"adapter_model\.safetensors|model(?:-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+# Programs write folder names into these; a vocabulary may hold any text.
+NAMING_FOLDERS = ("README.md", "adapter_config.json", "config.json", "tokenizer_config.json", "generation_config.json")
 
 
-def gather(folder: Path, repo: str, staging: Path) -> Outgoing:
-    """The files of an adapter folder as they may leave.
+def gather(folder: Path, repo: str, staging: Path) -> tuple[dict[str, Path], list[str]]:
+    """Select the files of an adapter folder as they may leave.
 
     Args:
         folder: `adapter/` of a run; nothing in it is changed.
         repo: OWNER/NAME, which the card's code is made to load from.
-        staging: An empty folder for files that are changed.
+        staging: An empty folder for edited copies.
+
+    Returns:
+        Name in the repository -> file to read, and the names that stay here.
 
     Raises:
-        PushError: There is no adapter, or a file holds a token or a path of this machine.
+        PushError: There are no weights, or a file holds a token or a path of this machine.
     """
-    found = sorted(file for file in folder.rglob("*") if not file.is_dir())
-    names = {file.relative_to(folder).as_posix(): file for file in found}
-    # What a link leads to may be anything.
-    files = {name: file for name, file in names.items() if ALLOWED.fullmatch(name) and _is_plain(file)}
+    found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if not file.is_dir()}
+    # Regular files only: a link may lead anywhere.
+    files = {
+        name: file for name, file in found.items() if ALLOWED.fullmatch(name) and stat.S_ISREG(file.lstat().st_mode)
+    }
     if not any(WEIGHTS.fullmatch(name) for name in files):
         raise PushError(Problem(f"{folder} holds no weights; there is nothing to upload"))
-    for name, content in _changed(files, repo).items():
-        files[name] = staging / name
-        files[name].write_text(content, encoding="utf-8")
-    problems = [problem for name, file in files.items() for problem in _refused(name, file, folder)]
+    for name in {"README.md", "adapter_config.json", "config.json"} & files.keys():
+        try:
+            text = files[name].read_text(encoding="utf-8")
+            edited = moved(text, repo) if name == "README.md" else _without_local_names(text)
+        except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no object in it
+            message = f"is damaged ({error}); restore it, or train again with --restart"
+            raise PushError(Problem(message, file=str(files[name]))) from error
+        if edited != text:
+            files[name] = staging / name
+            files[name].write_text(edited, encoding="utf-8")
+    problems = [problem for name, file in files.items() for problem in _leaks(name, file, folder)]
     if problems:
         raise PushError(problems)
-    return Outgoing(files, tuple(name for name in names if name not in files))
+    return files, [name for name in found if name not in files]
 
 
-def _is_plain(file: Path) -> bool:
-    return stat.S_ISREG(file.lstat().st_mode)
+def _without_local_names(text: str) -> str:
+    """Edit a configuration so that it doesn't name the folder of its base; other text stays as it is."""
+    config = json.loads(text)
+    if Path(str(config.get("base_model_name_or_path") or "")).is_absolute():
+        # Null and not the last part: a name without a slash would be looked up on the Hub, where it is somebody else's.
+        return json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True)
+    if config.pop("_name_or_path", None) is not None:
+        return json.dumps(config, indent=2) + "\n"
+    return text
 
 
-def _changed(files: dict[str, Path], repo: str) -> dict[str, str]:
-    """The texts that differ from those of the run folder."""
-    told = {CARD: lambda text: moved(text, repo), ADAPTER: _without_base, CONFIG: _without_name}
-    made: dict[str, str] = {}
-    for name, change in told.items():
-        if name in files:
-            text, changed = _retold(files[name], change)
-            made |= {name: changed} if changed != text else {}
-    return made
-
-
-def _retold(file: Path, change: Callable[[str], str]) -> tuple[str, str]:
-    """A text, and what is told in its place.
-
-    Raises:
-        PushError: It is none.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-        return text, change(text)
-    except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no object in it
-        message = f"is damaged ({error}); bring it back, or train anew with --restart"
-        raise PushError(Problem(message, file=str(file))) from error
-
-
-def _without_base(text: str) -> str:
-    """An adapter's configuration without the local folder of its base.
-
-    Null and not its last part: a name without a slash would be looked up on the Hub, where it is somebody else's.
-    """
-    config: dict[str, Any] = json.loads(text)
-    if not Path(str(config.get("base_model_name_or_path") or "")).is_absolute():
-        return text
-    return json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True)
-
-
-def _without_name(text: str) -> str:
-    config: dict[str, Any] = json.loads(text)
-    if config.pop("_name_or_path", None) is None:
-        return text
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _refused(name: str, file: Path, folder: Path) -> Iterator[Problem]:
-    """Why a file may not leave."""
-    if not name.endswith(TEXTS):
+def _leaks(name: str, file: Path, folder: Path) -> Iterator[Problem]:
+    """Find tokens and paths of this machine in a file that is about to leave."""
+    if not name.endswith((".md", ".json", ".txt", ".jinja")):
         return
     content = file.read_bytes()
     if any(form.encode() in content for secret in secrets.known() for form in secrets.forms(secret)):
-        yield Problem("holds a token; take it out", file=str(folder / name))
-    if name not in TELLING:
-        return
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
-        if any(place in line for place in _places(folder)):
-            yield Problem("holds a path of this machine; take it out", file=str(folder / name), line=number)
-
-
-def _places(folder: Path) -> Iterable[str]:
-    """Folders that nobody else has to know of."""
-    homes = [] if Path.home() == Path("/") else [Path.home()]
-    places = {str(place) for place in (*homes, Path.cwd(), folder.absolute().parent, folder.resolve().parent)}
-    return [place for place in places if place != "/"]
+        yield Problem("holds a token; remove it", file=str(folder / name))
+    if name in NAMING_FOLDERS:
+        places = {str(place) for place in (Path.home(), Path.cwd(), folder.absolute().parent, folder.resolve().parent)}
+        places.discard("/")
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+            if any(place in line for place in places):
+                yield Problem("holds a path of this machine; remove it", file=str(folder / name), line=number)
