@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune import targetsfile
 from hf_finetune.errors import CheckpointError, DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
+from hf_finetune.plugins import key_of
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import datafiles, modelfolder
@@ -25,11 +26,6 @@ from hf_finetune.schema.roots import outside, refuse_outside
 if TYPE_CHECKING:
     from hf_finetune.schema.blocks import Data, Source
     from hf_finetune.targetsfile import Kept
-
-OPEN = ("task.", "data.", "model.", "speed.", "training.precision=", "training.eval_batch=", "training.deterministic=")
-"""Beginnings of overrides that make sense for a model that is trained already."""
-FIXED = ("task.kind=", "task.problem=", "task.labels=", "task.label=[", "model.quantization=")
-"""Those among them that would make another model, or other labels, of it; the label column counts in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +137,12 @@ def _refuse_unfinished(folder: RunFolder) -> None:
 
 
 def _refuse_foreign(overrides: Sequence[str]) -> None:
-    strange = [word for word in overrides if not word.startswith(OPEN) or word.startswith(FIXED)]
-    if strange:
-        key = strange[0].partition("=")[0]
-        reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"
-        raise RecipeError(Problem(reason, file="command line", key=key))
+    for word in overrides:
+        key, _, value = word.partition("=")
+        may = key_of(Recipe, key).finished
+        if may == "never" or key in Recipe.model_fields or (may == "name" and value.startswith("[")):
+            reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"
+            raise RecipeError(Problem(reason, file="command line", key=key))
 
 
 def _recipe(folder: RunFolder, started_in: Path | None, overrides: Sequence[str]) -> Recipe:

@@ -1,27 +1,63 @@
-"""`Section`, a strict and frozen block of a recipe, and `Plugin`, a section whose `kind` is the name of its file.
+"""`Section`, a strict and frozen block of a recipe; `Plugin`, a section whose `kind` is the name of its file; `Key`.
 
 A new task or PEFT method is one new file in `tasks/` or `adapters/`: no registry, no decorator, nothing else to edit.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
-from typing import Annotated, Any, Union
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, GetJsonSchemaHandler, Tag, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from hf_finetune.schema.expectations import keys, options
+
+
+@dataclass(frozen=True)
+class Key:
+    """Tell what a recipe key means to runs that exist, in the `Annotated` type of its field.
+
+    None is what the block around says; the outermost block says the defaults below.
+    """
+
+    resume: Literal["never", "ask", "free"] | None = None
+    """Whether it may change when a run is resumed: never (default), with `--allow-change`, or freely."""
+    lock: Literal["value", "content", "ignored"] | None = None
+    """How a repeat is compared with its lock: by value (default), by what it leads to, or not at all."""
+    card: bool | None = None
+    """Whether the model card shows it (default), because it says something about what was learned."""
+    study: bool | None = None
+    """Whether it is a hyperparameter that runs are compared by; false by default."""
+    finished: Literal["never", "name", "free"] | None = None
+    """Whether a command may override it for a finished run: never (default), by a name but no list, or freely."""
+    replaces: tuple[str, ...] = ()
+    """Keys beside it that go where this one is given anew and not null, because both would contradict each other."""
+    owns: tuple[str, ...] = ()
+    """Keys beside it that go where this one gets another value, because they mean nothing without the old one."""
+
+
+ASK = Key(resume="ask")
+FREE = Key(resume="free")
+STUDY = Key(study=True)
+SEEN = Key(resume="ask", study=False)  # changes what is seen of a run, not what it learns
+CONTENT = Key(lock="content")  # says where something lies, which may lie elsewhere if it is the same
+# Changes nothing of what is learned: where things are written, how often, by how many processes.
+OUTSIDE = Key(resume="free", lock="ignored", card=False)
+
 
 class Section(BaseModel):
     """A block of a recipe: unknown keys are errors, types are exact, numbers are finite, nothing changes later.
 
-    Fields that don't fit together are found by `@model_validator(mode="after")` methods, one small method a rule: it
-    raises ValueError("key ...; what to do"), and the first word names the key to blame. `Recipe.load` also runs them
-    on a block of which only some fields could be read, so each finds what it can.
+    Rules between fields are `@model_validator(mode="after")` methods, one small method a rule: it raises
+    ValueError("key ...; what to do"), and the first word names the key to blame. They also run on a block of which only
+    some fields could be read, so that one report has every problem.
     """
 
     model_config = ConfigDict(
@@ -39,12 +75,12 @@ class Section(BaseModel):
 class Plugin(Section):
     """A section that stands for one variant; its `kind` is the name of the file it is declared in."""
 
-    kind: str = ""
+    kind: Annotated[str, Key(finished="never")] = ""
     """Which variant this is: the name of its file."""
 
     @classmethod
     def name(cls) -> str:
-        """The `kind` of this class, e.g. `lora`."""
+        """Give the `kind` of this class, e.g. `lora`."""
         return cls.__module__.rpartition(".")[2]
 
     @model_validator(mode="before")
@@ -70,10 +106,10 @@ class Plugin(Section):
 
 
 def discover(package: str, base: type[Plugin]) -> dict[str, type[Plugin]]:
-    """Every plugin class under `package`, by kind, in alphabetical order.
+    """Find every plugin class under `package`, by kind, in alphabetical order.
 
-    A module without a concrete subclass of `base` is none, nor is one whose name begins with `_`. Modules are
-    imported unguarded: a broken plugin says so instead of reading as an unknown kind.
+    Modules whose name begins with `_`, or without a concrete subclass of `base`, are passed over. The others are imported
+    unguarded: a broken plugin says so instead of reading as an unknown kind.
 
     Raises:
         TypeError: A module holds two plugins.
@@ -94,23 +130,44 @@ def discover(package: str, base: type[Plugin]) -> dict[str, type[Plugin]]:
 
 
 def union(package: str, base: type[Plugin]) -> Any:
-    """The type of a recipe field that holds any plugin of `package`, told apart by `kind`.
+    """Make the type of a recipe field that holds any plugin of `package`, told apart by `kind`.
 
-    Returns a typing construct for pydantic; each member keeps its own fields on dump and in the JSON Schema.
+    Each member keeps its own fields on dump and in the JSON Schema.
     """
-    classes = discover(package, base)
-    members = tuple(Annotated[cls, Tag(kind)] for kind, cls in classes.items())
+
+    def kind_of(value: Any) -> Any:
+        kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+        return kind if isinstance(kind, str) else None
+
+    members = tuple(Annotated[cls, Tag(kind)] for kind, cls in discover(package, base).items())
     return Annotated[
         Union[members],  # noqa: UP007 - built at run time
-        Discriminator(
-            _kind_of,
-            custom_error_type="unknown_kind",
-            custom_error_message="needs a known kind",
-            custom_error_context={"known": ", ".join(classes)},
-        ),
+        Discriminator(kind_of, custom_error_type="unknown_kind", custom_error_message="needs a known kind"),
     ]
 
 
-def _kind_of(value: Any) -> Any:
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) else None
+@functools.cache
+def key_of(root: type[BaseModel], dotted: str) -> Key:
+    """Look up what a key of a recipe means to runs that exist; an unknown key means what its block does.
+
+    Args:
+        root: Class of the outermost block.
+        dotted: E.g. `training.early_stopping.patience`, `data.mix.0.source`.
+    """
+    found = Key("never", "value", card=True, study=False, finished="never")
+    blocks: list[type[BaseModel]] = [root]
+    for part in dotted.split("."):
+        infos = [keys(block)[part] for block in blocks if part in keys(block)]
+        if infos:
+            types = [option.type for info in infos for option in options(info)]
+            entries = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in types]
+            blocks = [kind for kind in entries if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        elif not part.isdecimal():  # an index of a list stays in the block of its entries
+            blocks = []
+        # `replaces` and `owns` are about the very key, and other tasks may say more of a key of the same name.
+        found = replace(found, replaces=(), owns=())
+        for said in (item for info in infos for item in info.metadata if isinstance(item, Key)):
+            more: dict[str, Any] = {field.name: getattr(said, field.name) for field in fields(Key)}
+            more |= {"replaces": found.replaces + said.replaces, "owns": found.owns + said.owns}
+            found = replace(found, **{name: value for name, value in more.items() if value is not None})
+    return found

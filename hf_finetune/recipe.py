@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.plugins import Section, union
+from hf_finetune.plugins import OUTSIDE, STUDY, Key, Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema import reference as page
 from hf_finetune.schema.blocks import NO_CHECKPOINTS, Checkpoints, Data, Model, Name, Source, Training, changed
@@ -31,35 +31,35 @@ else:
 class Recipe(Section):
     """One fine-tuning run."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: Annotated[int, Field(ge=1, le=1), Key(resume="free", lock="ignored")] = 1
     """Format of this file."""
-    task: AnyTask
+    task: Annotated[AnyTask, Key(study=True, finished="free")]
     """What the model learns."""
-    model: Model
+    model: Annotated[Model, Key(study=True, finished="free")]
     """What it starts from."""
-    data: Data
+    data: Annotated[Data, Key(finished="free")]
     """What it learns from."""
-    adapter: AnyAdapter
+    adapter: Annotated[AnyAdapter, STUDY]
     """Which of its weights are trained."""
-    training: Training
+    training: Annotated[Training, STUDY]
     """How it learns."""
-    checkpoints: Checkpoints | Literal["off"] | None = Checkpoints()
+    checkpoints: Annotated[Checkpoints | Literal["off"] | None, OUTSIDE] = Checkpoints()
     """What is kept on the way; `off` or null keeps only what `training.best_metric` needs, and the state of a run that
     is stopped: a run that is killed starts again, and one that is done can't be extended."""
-    speed: Speed = Speed()
+    speed: Annotated[Speed, Key(resume="ask", finished="free")] = Speed()
     """Which fast paths it may take."""
-    tracking: Tracking = Tracking()
+    tracking: Annotated[Tracking, OUTSIDE] = Tracking()
     """What is shown of it on the way."""
-    hub: Hub | None = None
+    hub: Annotated[Hub | None, OUTSIDE] = None
     """Where the finished adapter is uploaded to; null uploads nothing."""
-    output: Name
+    output: Annotated[Name, OUTSIDE]
     """The run folder: everything this run writes."""
-    require_pinned: bool = False
+    require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
     """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
 
     @property
     def saving(self) -> Checkpoints:
-        """The block `checkpoints`, also where it is off."""
+        """Give the block `checkpoints`, also where it is off."""
         return self.checkpoints if isinstance(self.checkpoints, Checkpoints) else NO_CHECKPOINTS
 
     @classmethod
@@ -79,7 +79,7 @@ class Recipe(Section):
         return read(path, overrides).checked()
 
     def dump(self) -> str:
-        """This recipe as YAML, with every default; `load` reads it back to an equal recipe."""
+        """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
         return yamlwriter.document(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
@@ -182,56 +182,20 @@ class Recipe(Section):
 
 
 def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
-    """Read a recipe file, what it extends, and the overrides, once for everything that is asked about them.
-
-    Args:
-        path: The YAML file.
-        overrides: Each `key.path=value`, the value in YAML.
-
-    Returns:
-        The recipe or every problem that was found; nothing that a file or an override says raises.
-    """
+    """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result."""
     return reading.read(Recipe, path, overrides)
 
 
 def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
-    """Read a recipe that stands inside another file; like `read`.
-
-    Args:
-        text: Its YAML.
-        file: What holds it, for messages.
-        overrides: Each `key.path=value`.
-    """
+    """Read a recipe that stands inside another file, `file`; like `read`."""
     return reading.read_text(Recipe, text, file, overrides)
 
 
-def explain(path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
-    """Every value of the resolved recipe: dotted key, value as YAML, and `file:line`, `command line` or `default`.
-
-    Raises:
-        RecipeError: The file or an override is wrong.
-    """
-    return read(path, overrides).explain()
-
-
-def dropped(path: str, overrides: Sequence[str]) -> list[str]:
-    """Keys of a recipe file that `Recipe.load` leaves out because an override makes them meaningless.
-
-    Args:
-        path: The YAML file.
-        overrides: Each `key.path=value`; `model.name=...` drops `model.revision`, `training.steps=...` the epochs.
-
-    Returns:
-        Those that the recipe gives and that are not null.
-    """
-    return read(path, overrides).dropped
-
-
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a recipe file, for editors; where `extends` is given, nothing else is required."""
+    """Make the JSON Schema (2020-12) of a recipe file; where `extends` is given, nothing else is required."""
     return editor.schema(Recipe.model_json_schema())
 
 
 def reference() -> str:
-    """Every key of a recipe as Markdown, for people; what `docs/recipe.md` holds."""
+    """Write `docs/recipe.md`: every key of a recipe, for people."""
     return page.markdown(Recipe.model_json_schema())

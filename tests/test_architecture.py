@@ -23,8 +23,8 @@ PACKAGE = ROOT / "hf_finetune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(["badrows", "findings", "plugins", "terminal"], 1),
-    "schema": 2,
+    **dict.fromkeys(["badrows", "findings", "terminal"], 1),
+    **dict.fromkeys(["plugins", "schema"], 2),
     # 3: the contracts, tasks/base and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
     "recipe": 6,
     # 7: everything that works on a recipe

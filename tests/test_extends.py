@@ -83,7 +83,7 @@ def test_the_child_decides_what_the_base_said_otherwise(read: Read, base: str, c
 def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
     Path("a.yaml").write_text("adapter: {kind: a, only: 1, both: {old: 1}}\n")
     read("extends: a.yaml\nadapter: {both: {new: 1}, kind: b}\n")
-    layer = layers.load("x.yaml")
+    layer = layers.load("x.yaml", Recipe)
     assert layer.tree == {"adapter": {"both": {"new": 1}, "kind": "b"}}
     assert ("adapter", "both", "old") not in layer.origin.places
 
@@ -102,7 +102,7 @@ def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
 )
 def test_an_override_decides_too_and_it_is_told(read: Read, override: str, dropped: list[str]) -> None:
     found = read(BASE, override)
-    assert (lines(found), found.dropped) == ([], dropped)
+    assert (lines(found), list(found.dropped)) == ([], dropped)
     key = override.partition("=")[0]
     assert found.notes == [f"{gone} of the recipe is not used, because {key} was overridden" for gone in dropped]
 
@@ -185,7 +185,7 @@ def test_extends_is_no_override(read: Read) -> None:
 
 def test_explain_tells_where_every_value_came_from(read: Read) -> None:
     read("extends: base.yaml\nadapter: {r: 4}\n")
-    told = {key: (value, origin) for key, value, origin in recipe.explain("x.yaml", ["training.seed=7"])}
+    told = {key: (value, origin) for key, value, origin in recipe.read("x.yaml", ["training.seed=7"]).explain()}
     assert told["adapter.r"] == ("4", "x.yaml:2")
     assert told["adapter.kind"] == ("lora", "base.yaml:4")
     assert told["training.seed"] == ("7", "command line")

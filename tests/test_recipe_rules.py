@@ -9,7 +9,7 @@ import pytest
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.preflight import advice
-from hf_finetune.recipe import Recipe, dropped
+from hf_finetune.recipe import Recipe, read
 
 VALID = """\
 task: {kind: text_classification, text: sentence, label: label}
@@ -119,7 +119,7 @@ def test_what_a_commit_leaves_behind_is_told(load: Load, overrides: list[str], k
         "mix: [{train: a, source: b, revision: c}, {train: a.csv}], source: s, subset: t, revision: null",
     )
     load(text)
-    assert dropped("x.yaml", overrides) == keys
+    assert list(read("x.yaml", overrides).dropped) == keys
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import labelfile, peftio, targets
 from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.plugins import CONTENT
 from hf_finetune.schema.blocks import Name
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class IA3(Adapter):
     """Those of `target_modules` whose *input* is scaled instead of the output; null takes PEFT's choice."""
     modules_to_save: targets.Names | None = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
-    continue_from: Name | None = Field(default=None, alias="from")
+    continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
     """Run or adapter folder whose (IA)3 adapter goes on training; its targets are kept."""
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
 from hf_finetune.adapters import Adapter, Rates, Setting
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.plugins import CONTENT
 from hf_finetune.schema.blocks import Name, Share
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Lora(Adapter):
     trainable_tokens: targets.Names | None = None
     """Tokens whose embeddings are trained, as the tokenizer writes them, e.g. `<|im_end|>`; with an output layer of its
     own weights, its rows for them too."""
-    continue_from: Name | None = Field(default=None, alias="from")
+    continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
     """Run or adapter folder whose LoRA goes on training here; settings that contradict it are errors."""
 
     @model_validator(mode="after")

@@ -6,31 +6,36 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.card.naming import hub_base, is_on_hub
+from hf_finetune.plugins import key_of
 from hf_finetune.schema import credentials, yamlwriter
 from hf_finetune.schema.modelfolder import PACKAGE
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
 
-LEFT_OUT = ("output", "tracking", "checkpoints", "hub")
-"""Blocks that say nothing of what was learned."""
 LOCAL = "(local)"
 _PATH = re.compile(r"(?<![\w.])(?:~|\.{1,2})?/[\w.-]+(?:/[\w.-]*)*|[A-Za-z]:\\[^\s'\"]*|\b\w+://\S+")
 
 
 def public(recipe: Recipe) -> str:
     """What the recipe sets, as YAML, with `(local)` in the place of what names this machine; no defaults."""
-    whole = recipe.model_dump(mode="json", exclude_defaults=True)
-    tree: dict[str, Any] = {name: block for name, block in whole.items() if name not in LEFT_OUT}
+    tree = _shown(recipe.model_dump(mode="json", exclude_defaults=True), type(recipe))
     if hub_base(recipe) is None and not recipe.model.name.startswith(PACKAGE):
         tree["model"]["name"] = LOCAL
     for part in (tree["data"], *tree["data"].get("mix", ())):
         _without_files(part)
-    for block, name in (("data", "cache"), ("data", "workers"), ("task", "sample_prompts")):
-        tree[block].pop(name, None)
     if "from" in tree["adapter"]:
         tree["adapter"]["from"] = LOCAL
     return yamlwriter.document(_clean(tree))
+
+
+def _shown(tree: dict[str, Any], root: type[Recipe], prefix: str = "") -> dict[str, Any]:
+    """Leave out the keys that say nothing of what was learned."""
+    return {
+        name: _shown(value, root, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if key_of(root, f"{prefix}{name}").card
+    }
 
 
 def _without_files(part: dict[str, Any]) -> None:

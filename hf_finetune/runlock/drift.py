@@ -8,24 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import continuation
 from hf_finetune.errors import DataError, ModelError, Problem, RecipeError
+from hf_finetune.plugins import key_of
+from hf_finetune.recipe import Recipe
 from hf_finetune.runlock import inputs, surroundings
 from hf_finetune.runlock.lockfile import File, Git, Input, Lock, Made
 from hf_finetune.schema.expectations import shown
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
 
-BITLESS = (
-    "output", "version", "require_pinned", "checkpoints", "checkpoints.*", "data.cache", "data.checks.*",
-    "data.workers", "hub", "hub.*", "tracking.*",
-)  # fmt: skip
-"""Keys that change no bit of metrics or weights."""
-COMPARED_BY_CONTENT = (
-    "adapter.from", "data.revision", "data.source", "data.subset", "data.test", "data.train", "data.validation",
-    "model.name", "model.revision",
-)  # fmt: skip
-"""Keys that say where something lies: it may lie elsewhere, if it is the same."""
 ALLOWED = ("lock.packages", "lock.hardware", "lock.changed")
 """What `--allow-change` may name, also with the name of one thing in it: `lock.packages.numpy`."""
 HINTS = {
@@ -59,10 +50,9 @@ def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -
         allowed: Keys of `--allow-change`.
     """
     drift = Drift()
-    for key, (was, now) in continuation.differences(lock.recipe.whole, recipe.dump(), free=BITLESS).items():
-        if key not in COMPARED_BY_CONTENT:
-            how = "a repeat changes nothing; leave it as it was, or train without --locked"
-            drift.problems.append(Problem(f"was {_plain(was)}, is {_plain(now)}: {how}", key=key))
+    for key, told in _changed_keys(lock.recipe.whole, recipe.dump()):
+        how = "a repeat changes nothing; leave it as it was, or train without --locked"
+        drift.problems.append(Problem(f"{told}: {how}", key=key))
     for text in lock.changed:
         said = f"the run was changed while it went on: {text}"
         _add(drift, "lock.changed", said, allowed)
@@ -146,14 +136,18 @@ def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
 
 def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
     """Key and sentence for all that differs between two starts of one run and may decide bits."""
-    for key, (old, new) in continuation.differences(was.recipe.whole, now.recipe.whole, free=BITLESS).items():
-        if key not in COMPARED_BY_CONTENT:
-            yield key, f"was {_plain(old)}, is {_plain(new)}"
+    yield from _changed_keys(was.recipe.whole, now.recipe.whole)
     for key in sorted(was.data.keys() | now.data.keys()):
         yield from ((key, text) for text in _changed(was.data.get(key), now.data.get(key)))
     yield from _values("lock.packages", was.packages, now.packages)
     yield from _values("lock.hardware", was.hardware, now.hardware)
     yield from other_choices(was.choices, now.choices)
+
+
+def _changed_keys(was: str, now: str) -> Iterator[tuple[str, str]]:
+    for key, (old, new) in continuation.differences(was, now).items():
+        if key_of(Recipe, key).lock == "value":
+            yield key, f"was {_plain(old)}, is {_plain(new)}"
 
 
 def other_choices(was: Made, now: Made) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.plugins import Section
+from hf_finetune.plugins import ASK, CONTENT, FREE, OUTSIDE, SEEN, STUDY, Key, Section
 from hf_finetune.schema.checks import Checks
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -22,22 +22,28 @@ Every = Count | Literal["epoch"]
 
 
 def changed(block: Section, field: str) -> bool:
-    """Whether a field has another value than its default, which a dumped recipe writes out."""
+    """Compare a field with its default, which a dumped recipe writes out like any other value."""
     return bool(getattr(block, field) != type(block).model_fields[field].default)
+
+
+def _needs_source(source: str | None, **given: str | None) -> None:
+    for name, value in given.items():
+        if source is None and value is not None:
+            raise ValueError(f"{name} belongs to a source; set source or remove it")
 
 
 class Model(Section):
     """The pretrained model."""
 
-    name: Name
+    name: Annotated[Name, Key(lock="content", owns=("revision",))]
     """Hub id (`owner/name`), local folder, or `package:NAME/PATH`, a folder inside an installed Python package."""
-    revision: Name | None = None
+    revision: Annotated[Name | None, CONTENT] = None
     """Commit, tag or branch on the Hub; only a commit is the same model tomorrow."""
-    dropout: Share | None = None
+    dropout: Annotated[Share | None, ASK] = None
     """Sets every dropout of the model; null keeps what its config says."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], ASK] = "auto"
     """Attention implementation."""
-    quantization: Literal["nf4", "int8"] | None = None
+    quantization: Annotated[Literal["nf4", "int8"] | None, Key(finished="never")] = None
     """Keep the frozen base weights in 4 or 8 bits (needs the extra `quantization`)."""
 
 
@@ -46,7 +52,7 @@ class Source(Section):
 
     train: Files
     """A split of `source`, or files."""
-    source: Name | None = None
+    source: Annotated[Name | None, Key(owns=("subset", "revision"))] = None
     """Hub id or local folder; null where `train` names files."""
     subset: Name | None = None
     """Configuration of the Hub data set."""
@@ -57,53 +63,51 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _subset_has_source(self) -> Self:
-        if self.source is None and self.subset is not None:
-            raise ValueError("subset belongs to a source; set source or remove it")
+        _needs_source(self.source, subset=self.subset)
         return self
 
     @model_validator(mode="after")
     def _revision_has_source(self) -> Self:
-        if self.source is None and self.revision is not None:
-            raise ValueError("revision belongs to a source; set source or remove it")
+        _needs_source(self.source, revision=self.revision)
         return self
 
 
 class Data(Section):
     """Where the rows come from, and how long they may be."""
 
-    train: Files | None = None
+    train: Annotated[Files | None, Key(lock="content", replaces=("mix",))] = None
     """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
-    validation: Files | None = None
+    validation: Annotated[Files | None, Key(resume="ask", lock="content", replaces=("validation_share",))] = None
     """Like `train`; what is evaluated during training."""
-    test: Files | None = None
+    test: Annotated[Files | None, Key(resume="ask", lock="content")] = None
     """Like `train`; evaluated once, after training."""
-    source: Name | None = None
+    source: Annotated[Name | None, Key(lock="content", owns=("subset", "revision"))] = None
     """Hub id or local folder that `train`, `validation` and `test` are read from; null for plain files."""
-    subset: Name | None = None
+    subset: Annotated[Name | None, CONTENT] = None
     """Configuration of the Hub data set, e.g. `sst2` of `nyu-mll/glue`."""
-    revision: Name | None = None
+    revision: Annotated[Name | None, CONTENT] = None
     """Commit, tag or branch of the Hub data set."""
-    mix: Annotated[list[Source], Field(min_length=2)] | None = None
+    mix: Annotated[Annotated[list[Source], Field(min_length=2)] | None, Key(replaces=("train",))] = None
     """Several training sets instead of `train`, drawn by weight until the first is used up."""
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    validation_share: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)] | None, Key(replaces=("validation",))] = None
     """Share of the training rows that is cut off for validation, by `training.seed`, where there is no `validation`."""
-    max_length: Annotated[int, Field(ge=2, le=1_048_576)] = 512
+    max_length: Annotated[Annotated[int, Field(ge=2, le=1_048_576)], STUDY] = 512
     """Most tokens of a row."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    overlong: Annotated[Literal["truncate", "drop", "error"], STUDY] = "truncate"
     """What happens to rows with more than `max_length` tokens; counted and reported in every case."""
-    packing: bool = False
+    packing: Annotated[bool, STUDY] = False
     """Put several rows into one sequence of `max_length` tokens, with no attention across rows (causal_lm)."""
     streaming: bool = False
     """Read while training instead of loading first: for data that do not fit; needs `training.steps`."""
     shuffle_buffer: Count = 10_000
     """Rows that streaming holds to shuffle from."""
-    limit: Count | None = None
+    limit: Annotated[Count | None, STUDY] = None
     """At most this many rows of each split, drawn by `training.seed`: for trials."""
-    cache: Name | None = None
+    cache: Annotated[Name | None, OUTSIDE] = None
     """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE] = None
     """Processes that tokenise; null is one a core."""
-    checks: Checks = Checks()
+    checks: Annotated[Checks, Key(resume="free", lock="ignored")] = Checks()
     """What is looked for in the data, and how bad each finding is."""
 
     @model_validator(mode="after")
@@ -118,10 +122,7 @@ class Data(Section):
             raise ValueError(
                 "source, subset and revision are for validation and test here; each part of mix has its own"
             )
-        if self.source is None and self.subset is not None:
-            raise ValueError("subset belongs to a source; set source or remove it")
-        if self.source is None and self.revision is not None:
-            raise ValueError("revision belongs to a source; set source or remove it")
+        _needs_source(self.source, subset=self.subset, revision=self.revision)
         return self
 
     @model_validator(mode="after")
@@ -142,7 +143,7 @@ class Data(Section):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there are rows to evaluate during training."""
+        """Tell whether rows are evaluated during training."""
         return self.validation is not None or self.validation_share is not None
 
 
@@ -167,63 +168,67 @@ class LossSpike(Section):
 class Training(Section):
     """The optimisation. It is the same whatever machine runs it."""
 
-    epochs: Annotated[float, Field(gt=0.0, le=10_000.0)] | None = None
+    epochs: Annotated[Annotated[float, Field(gt=0.0, le=10_000.0)] | None, Key(resume="ask", replaces=("steps",))] = (
+        None
+    )
     """Passes over the training rows; give this or `steps`."""
-    steps: Count | None = None
+    steps: Annotated[Count | None, Key(resume="ask", replaces=("epochs",))] = None
     """Optimiser steps; give this or `epochs`."""
     batch_size: Count
     """Global batch: rows of one optimiser step (packed sequences where `data.packing` is on), across every device and
     accumulation step."""
-    micro_batch: Count | Literal["auto"] = "auto"
+    micro_batch: Annotated[Count | Literal["auto"], FREE] = "auto"
     """Rows of one forward pass on one device; accumulation follows from it. `auto` takes as many as a device is kept
     busy with, and halves them until the estimated memory fits what is free."""
-    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)]
+    learning_rate: Annotated[Annotated[float, Field(gt=0.0, le=10.0)], ASK]
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine", "constant"], ASK] = "linear"
     """Shape of the learning rate after warmup; linear and cosine end at 0."""
-    warmup_ratio: Share = 0.0
+    warmup_ratio: Annotated[Share, Key(resume="ask", replaces=("warmup_steps",))] = 0.0
     """Share of all steps in which the learning rate rises from 0."""
-    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    warmup_steps: Annotated[
+        Annotated[int, Field(ge=0, le=1_000_000_000)] | None, Key(resume="ask", replaces=("warmup_ratio",))
+    ] = None
     """The same in steps; excludes `warmup_ratio`."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
     """`adamw_8bit` needs the extra `quantization`."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    weight_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], ASK] = 0.0
     """Weight decay, decoupled for the AdamWs and Adafactor, plain L2 for SGD; not applied to biases and norms."""
-    beta1: Share = 0.9
+    beta1: Annotated[Share, ASK] = 0.9
     """First moment's decay of AdamW."""
-    beta2: Share = 0.999
+    beta2: Annotated[Share, ASK] = 0.999
     """Second moment's decay of AdamW."""
-    max_grad_norm: Annotated[float, Field(gt=0.0, le=1e6)] | None = 1.0
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0.0, le=1e6)] | None, ASK] = 1.0
     """Gradients are scaled down to this global norm; null turns clipping off."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Key(resume="ask", finished="free")] = "auto"
     """Arithmetic of the forward and backward pass; trained weights and the optimiser stay in fp32."""
-    activation_checkpointing: bool | Literal["auto"] = "auto"
+    activation_checkpointing: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. `auto` does where an eighth of
     the usual micro-batch, by the estimate, needs more memory than is free."""
-    early_stopping: EarlyStopping | None = None
+    early_stopping: Annotated[EarlyStopping | None, ASK] = None
     """Stop when `best_metric` no longer improves."""
-    best_metric: Name | None = None
+    best_metric: Annotated[Name | None, ASK] = None
     """Keep the checkpoint that is best by this validation metric, e.g. `accuracy` or `loss`; null keeps the last."""
     group_by_length: bool = True
     """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""
-    log_every: Count = 10
+    log_every: Annotated[Count, Key(resume="free", study=False)] = 10
     """Steps between two logged training metrics."""
-    eval_every: Every | None = "epoch"
+    eval_every: Annotated[Every | None, SEEN] = "epoch"
     """Steps between two evaluations, or `epoch`; null evaluates only at the end."""
-    eval_at_start: bool = False
+    eval_at_start: Annotated[bool, SEEN] = False
     """Evaluate once before the first step: what the model can do without training."""
-    eval_batch: Count | Literal["auto"] = "auto"
+    eval_batch: Annotated[Count | Literal["auto"], Key(resume="free", study=False, finished="free")] = "auto"
     """Rows of one forward pass in evaluation."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], FREE] = "stop"
     """A loss or gradient that is NaN or infinite ends the run before the optimiser takes the step, or the step is left
     out."""
-    max_skipped: Count = 10
+    max_skipped: Annotated[Count, FREE] = 10
     """Most steps that `on_nonfinite: skip` leaves out."""
-    loss_spike: LossSpike | None = None
+    loss_spike: Annotated[LossSpike | None, FREE] = None
     """Stop when the loss leaps and stays there; null does not look."""
     seed: Seed = 42
     """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
-    deterministic: bool = True
+    deterministic: Annotated[bool, Key(resume="ask", study=False, finished="free")] = True
     """Use deterministic kernels on a GPU, so that one seed makes two runs bit-identical there too; a little slower.
     A CPU run always is."""
 
@@ -276,7 +281,7 @@ class Checkpoints(Section):
 
     @property
     def is_off(self) -> bool:
-        """Whether none is written, except those that `best_metric` needs and that of a run that is stopped."""
+        """Tell that none is written, except for `best_metric` and by a run that is stopped."""
         return self.every is None and self.every_minutes is None
 
 

@@ -1,279 +1,334 @@
-"""Turns pydantic's findings into lines that name the file, the line, the key, and what to write instead."""
+"""Finds everything that is wrong with a recipe, key by key, in words that say what to write instead.
+
+pydantic runs the rules between the fields of a block only when each field is right, and its locations mix keys with the
+names of union members. So each key is validated by itself here. The fields that are right make up blocks, on which each
+rule runs whose fields could be read: one report then has all problems.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from hf_finetune.errors import Problem
-from hf_finetune.schema import foreign, habits
-from hf_finetune.schema.expectations import Option, alternatives, block_of, describe, keys, options, shown
-from hf_finetune.schema.nearest import elsewhere, has, nearest
+from hf_finetune.schema import foreign
+from hf_finetune.schema.expectations import Option, alternatives, describe, keys, options, shown
 from hf_finetune.schema.origin import Origin
-from hf_finetune.schema.partial import broken_rules
-from hf_finetune.schema.yamlfile import KeyPath
+from hf_finetune.schema.yamlfile import KeyPath, resolve_scalar
 
-_WRONG_TYPE = {"literal_error", "unknown_kind"}
+UNREAD = object()
+"""In place of a value that is missing or wrong."""
+
 _BOUNDS = {
-    "greater_than_equal": ("ge", "be at least"),
-    "greater_than": ("gt", "be more than"),
-    "less_than_equal": ("le", "be at most"),
-    "less_than": ("lt", "be less than"),
-    "string_too_long": ("max_length", "have at most"),
-    "too_short": ("min_length", "have at least"),
-    "too_long": ("max_length", "have at most"),
+    "greater_than_equal": ("ge", "be at least", ""),
+    "greater_than": ("gt", "be more than", ""),
+    "less_than_equal": ("le", "be at most", ""),
+    "less_than": ("lt", "be less than", ""),
+    "string_too_long": ("max_length", "have at most", " characters"),
+    "too_short": ("min_length", "have at least", " entries"),
+    "too_long": ("max_length", "have at most", " entries"),
 }
-_UNITS = {"string_too_long": " characters", "too_short": " entries", "too_long": " entries"}
+_TRUTH = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_GROUPED = re.compile(r"[-+]?[0-9][0-9_,]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?", re.ASCII)
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]*)?) ?%", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+", re.ASCII)
+_TIME = re.compile(r"[0-9]+(?::[0-5]?[0-9])+", re.ASCII)
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """One pydantic error, with the type that the recipe's class declares at that place."""
-
-    detail: Mapping[str, Any]
-    path: KeyPath
-    expected: Any = None
-    owner: type[BaseModel] | None = None
-    """The block that `path` ends in."""
-    union: KeyPath | None = None
-    """Path of the value that may have several types, where the error is one type's."""
-
-    @property
-    def wrong_type(self) -> bool:
-        """Whether the value as a whole has another type than this branch of the union wants."""
-        kind = self.detail["type"]
-        return self.path == self.union and (kind in _WRONG_TYPE or kind.endswith("_type"))
-
-    def meant(self, root: type[BaseModel]) -> KeyPath | None:
-        """The key that an unknown key probably stands for: what another tool calls so, or its like in this block."""
-        if self.detail["type"] != "extra_forbidden":
-            return None
-        word = str(self.path[-1])
-        if foreign.hint(word) is not None:
-            target = foreign.meant(word)
-            return None if target is None else tuple(target.split("."))
-        if self.owner is None or word in elsewhere(self.path, root):
-            return None
-        near = nearest(word, keys(self.owner))
-        return (*self.path[:-1], near) if near else None
-
-
-@dataclass
-class Context:
-    """What there is to say about a tree besides what pydantic says."""
-
-    root: type[BaseModel]
-    origin: Origin
-    unread: set[KeyPath]
-    """Keys that are given with nothing that can be used: another finding has said so."""
-    complete: bool = True
-    """False where absent keys may be given in a file that can't be read."""
-
-
-def misspelt(error: ValidationError, root: type[BaseModel]) -> set[KeyPath]:
-    """The keys that a recipe means and does not give, because it calls them something else."""
-    found = (_locate(root, detail).meant(root) for detail in error.errors(include_url=False))
-    return {path for path in found if path is not None}
-
-
-def with_likely_kinds(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any] | None:
-    """The tree with the kind that was probably meant where there is none or an unknown one; None where nothing tells.
-
-    What stands below a misspelt kind can then be checked in the same report.
-    """
-    guessed: dict[str, Any] = {}
-    for detail in error.errors(include_url=False):
-        value = detail["input"]
-        if detail["type"] == "unknown_kind" and isinstance(value, Mapping):
-            (name,) = _locate(root, detail).path
-            kinds = {option.tag: keys(option.block) for option in options(keys(root)[str(name)]) if option.block}
-            kind, misnamed = _likely_kind(value, {str(tag): list(known) for tag, known in kinds.items()})
-            if kind is not None:
-                kept = {key: inner for key, inner in value.items() if key != misnamed}
-                guessed[str(name)] = kept | {"kind": kind}
-    return {**tree, **guessed} if guessed else None
-
-
-def _likely_kind(value: Mapping[Any, Any], kinds: Mapping[str, Sequence[str]]) -> tuple[str | None, str | None]:
-    """The kind that was probably meant, and the key that stands in place of `kind`.
-
-    It is the nearest to what is written, else the only one that knows most of the keys that are given.
-    """
-    words = [key for key in value if isinstance(key, str)]
-    misnamed = None if "kind" in value else next((key for key in words if value[key] in list(kinds)), None)
-    written = value.get(misnamed or "kind")
-    near = nearest(written, kinds) if isinstance(written, str) else None
-    if near is not None:
-        return near, misnamed
-    fitting = {kind: len({*words, "kind"} & set(known)) for kind, known in kinds.items()}
-    most = [kind for kind, count in fitting.items() if count == max(fitting.values()) > 1]
-    return (most[0] if len(most) == 1 else None), misnamed
-
-
-def problems(error: ValidationError, context: Context) -> list[Problem]:
-    """Every finding of a validation, each once; of rules between fields only where every key could be read.
+class Examination:
+    """Examines a tree of plain values against the class of a recipe.
 
     Args:
-        error: What pydantic raised.
-        context: Of the tree that was validated.
+        root: Class of the outermost block.
+        tree: As the files and the command line say it.
+        origin: Tells where each key is given.
+        unread: Keys that are given with nothing that can be used, which other problems say.
+        complete: False where a file could not be read, so that an absent key may be given there.
     """
-    located = [_locate(context.root, detail) for detail in error.errors(include_url=False)]
-    told = [finding for finding in located if not _is_known_already(finding, context)]
-    found = [_spoken(finding, context) for finding in _one_per_union(told)]
-    return [_problem(path, message, context.origin) for path, message in dict.fromkeys(found)]
+
+    def __init__(
+        self, root: type[BaseModel], tree: Mapping[str, Any], origin: Origin, *, unread: set[KeyPath], complete: bool
+    ) -> None:
+        self._root, self._origin, self._unread, self._complete = root, origin, set(unread), complete
+        self._found: list[tuple[KeyPath, str]] = []
+        self._missing: list[tuple[KeyPath, KeyPath, str]] = []  # blamed key, needed key, message
+        self._defaults: list[tuple[KeyPath, BaseModel, str]] = []
+        self._blocks: list[tuple[KeyPath, BaseModel]] = []
+        self.partial: Any = self._block(root, tree, ())
+        """The outermost block with the fields that are right: reading another one raises AttributeError."""
+        for path, block, name in self._defaults:
+            if not complete or path in self._unread:  # it is given, only not legibly, so its default says nothing
+                block.__dict__.pop(name, None)
+
+    def problems(self) -> list[Problem]:
+        """List what is wrong, each once: values, keys, and rules between fields."""
+        for blamed, needed, message in self._missing:
+            if self._complete and not any(given[: len(needed)] == needed for given in self._unread):
+                self._found.append((blamed, message))
+        for path, block in self._blocks:
+            for decorator in type(block).__pydantic_decorators__.model_validators.values():
+                if decorator.info.mode == "after":
+                    try:
+                        getattr(block, decorator.cls_var_name)()
+                    except ValueError as error:
+                        self._found.append(_blamed(path, type(block), str(error)))
+                    except AttributeError:
+                        continue  # the rule needs a field that could not be read, which is a problem of its own
+        return [
+            Problem(message, ".".join(shown(part, plain=True) for part in path), *self._origin.place(path))
+            for path, message in dict.fromkeys(self._found)
+        ]
+
+    def _block(
+        self, cls: type[BaseModel], tree: Mapping[str, Any], path: KeyPath, variants: Sequence[Option] = ()
+    ) -> BaseModel:
+        """Read a block; `variants` are all that the plugin may be, for keys that belong to another kind."""
+        block = cls.model_construct()
+        for name, info in cls.model_fields.items():
+            key = info.alias or name
+            here = (*path, key)
+            if key not in tree and not info.is_required():
+                self._defaults.append((here, block, name))
+                continue
+            if key in tree:
+                value = self._value(info, tree[key], here)
+                for decorator in cls.__pydantic_decorators__.field_validators.values():
+                    if value is not UNREAD and name in decorator.info.fields:
+                        try:
+                            value = getattr(cls, decorator.cls_var_name)(value)
+                        except ValueError as error:
+                            self._found.append((here, str(error)))
+                            value = UNREAD
+            else:
+                value = UNREAD
+                self._missing.append((here, here, f"is missing; add {describe(options(info))}"))
+            block.__dict__.pop(name, None)
+            if value is not UNREAD:
+                block.__dict__[name] = value
+        for key in tree:
+            if key not in keys(cls):
+                self._found.append(((*path, key), "unknown key" + self._unknown(key, path, cls, variants)))
+        self._blocks.append((path, block))
+        return block
+
+    def _value(self, info: FieldInfo, value: Any, path: KeyPath) -> Any:
+        expected = options(info)
+        plugins = [option for option in expected if option.tag is not None]
+        if plugins:
+            return self._plugin(plugins, value, path)
+        blocks = [option.block for option in expected if option.block is not None]
+        if blocks and isinstance(value, Mapping):
+            return self._block(blocks[0], value, path)
+        lists = [option for option in expected if get_origin(option.type) is list and _entry(option).block]
+        if lists and isinstance(value, list) and len(value) >= lists[0].bounds.get("min_length", 0):
+            return self._list(_entry(lists[0]), value, path)
+        try:
+            return _adapter(info).validate_python(value)
+        except ValidationError as error:
+            self._found += _wrong(expected, value, path, error, self._origin.written)
+            return UNREAD
+
+    def _list(self, entry: Option, value: list[Any], path: KeyPath) -> Any:
+        items: list[Any] = []
+        for index, item in enumerate(value):
+            here = (*path, index)
+            if entry.block is not None and isinstance(item, Mapping):
+                items.append(self._block(entry.block, item, here))
+            else:
+                self._found.append((here, _wrong_type([entry], item, self._origin.written.get(here))))
+        return items if len(items) == len(value) else UNREAD
+
+    def _plugin(self, variants: Sequence[Option], value: Any, path: KeyPath) -> Any:
+        """Read a block with a kind; below an unknown kind, read on as the one that was probably meant."""
+        kinds = {str(option.tag): option.block for option in variants if option.block is not None}
+        known = ", ".join(kinds)
+        if not isinstance(value, Mapping):
+            message = f"must be a block of keys with a kind, not {shown(value)}; known kinds: {known}"
+            self._found.append((path, message))
+            return UNREAD
+        words = [key for key in value if isinstance(key, str)]
+        misnamed = None
+        if "kind" not in value:
+            misnamed = next((key for key in words if value[key] in list(kinds)), None) or nearest("kind", words)
+        written = value.get(misnamed or "kind")
+        if misnamed is not None:
+            self._unread.add((*path, "kind"))
+            self._found.append(((*path, misnamed), "unknown key; did you mean 'kind'?"))
+        elif written is None:
+            self._missing.append((path, (*path, "kind"), f"needs a kind; known: {known}"))
+        elif not isinstance(written, str):
+            self._found.append(((*path, "kind"), f"must be text, not {shown(written)}; known: {known}"))
+        elif written not in kinds:
+            self._found.append(((*path, "kind"), f"unknown kind {shown(written)}" + suggestion(written, list(kinds))))
+        kind = nearest(written, kinds) if isinstance(written, str) else None
+        if kind is None:
+            # The only one that knows most of the keys that are given.
+            fitting = {kind: len({*words, "kind"} & set(keys(block))) for kind, block in kinds.items()}
+            most = [kind for kind, count in fitting.items() if count == max(fitting.values()) > 1]
+            kind = most[0] if len(most) == 1 else None
+        block = kinds.get(str(kind))
+        if block is None:
+            return UNREAD
+        kept = {key: inner for key, inner in value.items() if key != misnamed}
+        return self._block(block, kept | {"kind": kind}, path, variants)
+
+    def _unknown(self, key: str, path: KeyPath, cls: type[BaseModel], variants: Sequence[Option]) -> str:
+        """Say what another tool's key is called here, else the same key elsewhere, else the nearest one."""
+        known = list(keys(cls))
+        near = nearest(key, known)
+        if (hint := foreign.hint(key)) is not None:
+            meant = foreign.KEYS.get(key)
+            if meant is not None:
+                self._unread.add(tuple(meant.split(".")))
+            return f"; {hint}"
+        others = self._elsewhere(path)
+        if key in others:
+            return f"; did you mean {others[key]!r}?"
+        if near is not None:
+            self._unread.add((*path, near))
+        if kinds := [str(option.tag) for option in variants if option.block and key in keys(option.block)]:
+            return f"; it is for kind {alternatives(kinds)}"
+        if near is None and (far := nearest(key, others, 0.8)) is not None:
+            return f"; did you mean {others[far]!r}?"
+        return suggestion(key, known)
+
+    def _elsewhere(self, path: KeyPath) -> dict[str, str]:
+        """Map the keys at the top and of all other blocks than that at `path` to their dotted names."""
+        dotted = {name: name for name in keys(self._root)} if path else {}
+        for name, info in keys(self._root).items():
+            if path[:1] != (name,):
+                blocks = [option.block for option in options(info) if option.block is not None]
+                dotted |= {key: f"{name}.{key}" for block in blocks for key in keys(block) if key not in dotted}
+        return dotted
 
 
-def rules(block: BaseModel, origin: Origin) -> list[Problem]:
-    """Every broken rule between the fields of what `partial.assemble` made."""
-    found = [_blamed(path, owner, message) for path, owner, message in broken_rules(block)]
-    return [_problem(path, message, origin) for path, message in dict.fromkeys(found)]
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Find the most similar word, whatever its case."""
+    lowered = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=cutoff)
+    return lowered[near[0]] if near else None
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Give `; did you mean 'x'?` for the nearest known word, else the list of known words."""
+    near = nearest(word, known)
+    return f"; known: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
 
 
 def in_order(found: Iterable[Problem], files: Sequence[str] = ()) -> list[Problem]:
-    """Problems by file and line, each once; those without a line come last."""
+    """Sort problems by file and line, each once; those without a line come last."""
     rank = {file: index for index, file in enumerate(files)}
     return sorted(
         dict.fromkeys(found), key=lambda p: (p.line is None, rank.get(p.file, len(rank)) if p.line else 0, p.line or 0)
     )
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, else the list of what is known."""
-    near = nearest(word, known)
-    return f"; known: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
+def _entry(option: Option) -> Option:
+    """Give what a list is to hold."""
+    return options(get_args(option.type)[0])[0]
 
 
-def _problem(path: KeyPath, message: str, origin: Origin) -> Problem:
-    file, line = origin.place(path)
-    return Problem(message, key=".".join(shown(part, plain=True) for part in path), file=file, line=line)
+@functools.cache
+def _adapter(info: FieldInfo) -> TypeAdapter[Any]:
+    # pydantic refuses a config for the type of a block, which has its own.
+    declared: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+    is_block = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    return TypeAdapter(declared, config=None if is_block else {"strict": True, "allow_inf_nan": False})
 
 
-def _is_known_already(finding: _Finding, context: Context) -> bool:
-    """Whether a finding only follows from another one."""
-    kind, path = finding.detail["type"], finding.path
-    if kind == "missing":
-        return not context.complete or any(given[: len(path)] == path for given in context.unread)
-    if (
-        kind == "unknown_kind"
-        and isinstance(finding.detail["input"], Mapping)
-        and "kind" not in finding.detail["input"]
-    ):
-        return not context.complete or (*path, "kind") in context.unread
-    # A rule may be broken by the default of a key that is given; `rules` knows better.
-    is_rule = kind == "value_error" and block_of(finding.expected or ()) is not None
-    return is_rule and (bool(context.unread) or not context.complete)
-
-
-def _locate(model: type[BaseModel], detail: Mapping[str, Any]) -> _Finding:
-    """Walk a pydantic location down the annotations: it mixes keys with the labels of union branches."""
-    path: KeyPath = ()
-    union: KeyPath | None = None
-    owner: type[BaseModel] | None = None
-    here: Sequence[Option] = options(model)
-    for part in detail["loc"]:
-        if len(here) > 1 and isinstance(part, str):
-            tagged = [option for option in here if option.tag == part]
-            union = union if tagged else path
-            here = tagged or [option for option in here if option.labelled(part)]
-            continue
-        owner = here[0].block if here else None
-        step = here[0].step(part) if here else None
-        path, here = ((*path, *step.path), step.options) if step else ((*path, part), ())
-    return _Finding(detail, path, tuple(here), owner, union)
-
-
-def _one_per_union(findings: Sequence[_Finding]) -> list[_Finding]:
-    """Where a value may have several types, keep the errors of the type it was meant to have, else one for all."""
-    groups: dict[Any, list[_Finding]] = {}
-    for index, finding in enumerate(findings):
-        groups.setdefault(index if finding.union is None else finding.union, []).append(finding)
-    kept: list[_Finding] = []
-    for union, group in groups.items():
-        meant = [finding for finding in group if not finding.wrong_type]
-        # Where a block is given that has mistakes of its own, it was meant to be a block.
-        has_block = isinstance(union, tuple) and any(
-            finding.path[: len(union)] == union != finding.path for finding in findings
-        )
-        kept += meant or ([] if has_block else [group[0]])
-    return kept
-
-
-def _spoken(finding: _Finding, context: Context) -> tuple[KeyPath, str]:
-    """Path and message of one finding."""
-    detail, path = finding.detail, finding.path
-    if detail["type"] == "value_error":
-        return _blamed(path, block_of(finding.expected), str(detail["ctx"]["error"]))
-    if detail["type"] == "unknown_kind":
-        return _unknown_kind(path, detail["input"], detail["ctx"]["known"].split(", "))
-    if detail["type"] == "extra_forbidden":
-        return path, "unknown key" + _known_keys(finding, context.root)
-    written = context.origin.written.get(path)
-    if finding.union == path and finding.wrong_type:
-        return path, habits.wrong_type(_expected_at(context.root, path), detail["input"], written)
-    return path, _plain(finding, written)
-
-
-def _expected_at(root: type[BaseModel], path: KeyPath) -> Sequence[Option]:
-    """Every type that a value at `path` may have."""
-    here: Sequence[Option] = options(root)
-    for part in path:
-        here = next((step.options for option in here if (step := option.step(part)) is not None), ())
-    return here
-
-
-def _blamed(path: KeyPath, block: type[BaseModel] | None, message: str) -> tuple[KeyPath, str]:
-    """A rule's message starts with the key to blame: `steps: ...` or `steps is ...`."""
-    word = message.split(" ", 1)[0]
-    key = word.rstrip(":,")
-    if block is None or key.split(".")[0] not in keys(block):
+def _blamed(path: KeyPath, block: type[BaseModel], message: str) -> tuple[KeyPath, str]:
+    """Read the key to blame off a rule's message, which begins with it: `steps: ...` or `steps is ...`."""
+    key = message.split(" ", 1)[0].rstrip(":,")
+    if key.split(".")[0] not in keys(block):
         return path, message
     return (*path, *key.split(".")), message.removeprefix(f"{key}: ")
 
 
-def _unknown_kind(path: KeyPath, value: Any, known: Sequence[str]) -> tuple[KeyPath, str]:
-    if not isinstance(value, Mapping):
-        return path, f"must be a block of keys with a kind, not {shown(value)}; known kinds: {', '.join(known)}"
-    kind = value.get("kind")
-    if "kind" not in value:
-        words = [key for key in value if isinstance(key, str)]
-        meant = next((key for key in words if value[key] in known), None) or nearest("kind", words)
-        if meant is not None:
-            return (*path, meant), "unknown key; did you mean 'kind'?"
-    if kind is None:
-        return path, f"needs a kind; known: {', '.join(known)}"
-    if not isinstance(kind, str):
-        return (*path, "kind"), f"must be text, not {shown(kind)}; known: {', '.join(known)}"
-    return (*path, "kind"), f"unknown kind {shown(kind)}" + suggestion(kind, known)
+def _wrong(
+    expected: Sequence[Option], value: Any, path: KeyPath, error: ValidationError, written: Mapping[KeyPath, str]
+) -> list[tuple[KeyPath, str]]:
+    """Put pydantic's errors about one value into words.
+
+    Of a value that may have several types, only the errors of the type that it has count; where it has none of them,
+    one line says all of them.
+    """
+    found: list[tuple[KeyPath, str]] = []
+    for detail in error.errors(include_url=False):
+        location = list(detail["loc"])
+        # pydantic puts the names of union members before the keys.
+        while len(expected) > 1 and location and isinstance(location[0], str) and not _holds(value, location[0]):
+            location.pop(0)
+        here, inner = path, expected
+        for part in location:
+            if part != "[key]":  # pydantic's mark where the key itself is wrong
+                holder = next((option for option in inner if get_origin(option.type) in (list, dict)), None)
+                inner = [] if holder is None else options(get_args(holder.type)[-1])
+                here = (*here, part)
+        kind = detail["type"]
+        is_type = kind == "literal_error" or kind.endswith("_type")
+        if is_type and not location:
+            continue
+        if is_type:
+            message = _wrong_type(inner, detail["input"], written.get(here))
+        elif kind == "value_error":
+            message = str(detail["ctx"]["error"])
+        elif kind in _BOUNDS:
+            name, bound, unit = _BOUNDS[kind]
+            actual = detail["input"]
+            actual = shown(len(actual) if isinstance(actual, str | list | dict) else actual)
+            message = f"must {bound} {shown(detail['ctx'][name])}{unit}, not {actual}"
+        else:
+            words = {"finite_number": "must be a finite number", "string_too_short": "must not be empty text"}
+            message = f"{words.get(kind, detail['msg'])}, not {shown(detail['input'])}"
+        found.append((here, message))
+    return found or [(path, _wrong_type(expected, value, written.get(path)))]
 
 
-def _known_keys(finding: _Finding, root: type[BaseModel]) -> str:
-    """What another tool's key is called here, the same key of another block, or the nearest key of this block."""
-    word = str(finding.path[-1])
-    if (hint := foreign.hint(word)) is not None:
-        return f"; {hint}"
-    others = elsewhere(finding.path, root)
-    if word in others:
-        return f"; did you mean {others[word]!r}?"
-    if kinds := [option.tag for option in _expected_at(root, finding.path[:-1]) if has(option, word)]:
-        return f"; it is for kind {alternatives(map(str, kinds))}"
-    known = list(keys(finding.owner)) if finding.owner is not None else []
-    near = nearest(word, others, 0.8) if nearest(word, known) is None else None
-    return suggestion(word, known) if near is None else f"; did you mean {others[near]!r}?"
+def _holds(value: Any, key: str) -> bool:
+    return isinstance(value, Mapping) and key in value
 
 
-def _plain(finding: _Finding, written: str | None) -> str:
-    """What is wrong with one value of one type."""
-    kind, value, context = finding.detail["type"], finding.detail["input"], finding.detail.get("ctx", {})
-    if kind == "missing":
-        return f"is missing; add {describe(finding.expected)}"
-    if kind == "literal_error" or kind.endswith("_type"):
-        return habits.wrong_type(finding.expected, value, written)
-    if kind in _BOUNDS:
-        name, bound = _BOUNDS[kind]
-        actual = shown(len(value) if isinstance(value, str | list) else value)
-        return f"must {bound} {shown(context[name])}{_UNITS.get(kind, '')}, not {actual}"
-    words = {"finite_number": "must be a finite number", "string_too_short": "must not be empty text"}.get(kind)
-    return f"{words or finding.detail['msg']}, not {shown(value)}"
+def _wrong_type(expected: Sequence[Option], value: Any, written: str | None) -> str:
+    """Say what a value of the wrong type should be, and how to write it where another habit is behind it.
+
+    Args:
+        expected: The types that a value may have there.
+        value: As it was read.
+        written: As the file writes it, where it is not text.
+    """
+    wants_text = any(option.type is str for option in expected)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    actual = shown(written or value, plain=True) if wants_text and is_number else shown(value)
+    message = f"must be {describe(expected)}, not {actual}"
+    if isinstance(value, str):
+        choices = [choice for option in expected for choice in option.choices if isinstance(choice, str)]
+        begins = sorted((choice for choice in choices if value.lower().startswith(choice)), key=len)
+        near = begins[-1:] or difflib.get_close_matches(value, choices, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else _hint(value, {option.type for option in expected})
+    else:
+        hint = "put it in quotes" if wants_text and isinstance(value, int | float) else ""
+    return f"{message}; {hint}" if hint else message
+
+
+def _hint(text: str, types: set[Any]) -> str:
+    """Say how to write a text that was meant as a number or a truth value."""
+    kind = type(resolve_scalar(text))
+    if kind in types or (kind is int and float in types):
+        return "remove the quotes"
+    if bool in types:
+        return f"write {_TRUTH.get(text.lower(), 'true or false')}"
+    if not types & {int, float}:
+        return ""
+    if percent := _PERCENT.fullmatch(text):
+        return f"write {float(percent[1]) / 100:g}"
+    if _TIME.fullmatch(text):
+        return "a number with colons is a time; write it as one number"
+    if _DECIMAL_COMMA.fullmatch(text) and not re.fullmatch(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}", text, re.ASCII):
+        return f"decimals take a point; write {text.replace(',', '.')}"
+    return f"write {text.replace('_', '').replace(',', '')}" if _GROUPED.fullmatch(text) else ""

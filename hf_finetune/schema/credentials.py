@@ -34,17 +34,17 @@ _VALUE = re.compile(
     re.ASCII,
 )
 _REFERENCE = re.compile(r"\$\{[A-Z][A-Z0-9_]*\}|^\$[A-Z][A-Z0-9]*_[A-Z0-9_]*(?=/|$)", re.ASCII)
+# E.g. `$SCRATCH/runs`. Not in a task or an adapter: a label or a token may be called `$USD`.
 _PLAIN_REFERENCE = re.compile(r"^\$[A-Z][A-Z0-9_]*(?=/|$)", re.ASCII)
-"""`$SCRATCH/runs`; a label or a token may be called `$USD`."""
 
 
 def is_secret_name(key: str) -> bool:
-    """Whether a key names a secret, such as `hub_token`, `api_key` or `password`."""
+    """Recognise keys such as `hub_token`, `api_key` or `password`."""
     return _NAME.fullmatch(key.lower().replace("-", "_")) is not None
 
 
 def redacted(text: str) -> str:
-    """The text with `<hidden>` in the place of whatever looks like a credential."""
+    """Put `<hidden>` in the place of everything that looks like a credential."""
     return _VALUE.sub(HIDDEN, text)
 
 
@@ -66,40 +66,30 @@ def _scrub(tree: dict[str, Any], path: KeyPath) -> Iterator[tuple[KeyPath, str]]
         if redacted(key) != key:
             del tree[key]
             yield path, f"holds a key that looks like a credential (not shown); {REFUSAL}"
-        elif is_secret_name(key) and path[-1:] not in {(name,) for name in FREE_KEYS}:
+        elif is_secret_name(key) and not FREE_KEYS.intersection(path[-1:]):
             del tree[key]
             yield here, REFUSAL
-        elif isinstance(value, dict):
-            yield from _scrub(value, here)
-        elif isinstance(value, str | list):
+        else:
             found = list(_complaints(value, here))
             yield from found
+            # A key inside a block is gone already; what remains is the value itself, or an entry of a list.
             if any(where == here or not isinstance(where[-1], str) for where, _ in found):
                 del tree[key]
 
 
 def _complaints(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """Those of a text, or of the entries of a list; blocks in a list are scrubbed like others."""
-    if isinstance(value, str):
-        message = _complaint(value, path)
-        if message is not None:
-            yield path, message
+    if isinstance(value, dict):
+        yield from _scrub(value, path)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _complaints(item, (*path, index))
-    elif isinstance(value, dict):
-        yield from _scrub(value, path)
-
-
-def _complaint(value: str, path: KeyPath) -> str | None:
-    """Why a text can't stand in a recipe, or None."""
-    if _VALUE.search(value):
-        return f"looks like a credential (not shown); {REFUSAL}"
-    reference = _REFERENCE.search(value)
-    if reference is None and path[:1] not in {("task",), ("adapter",)}:
-        reference = _PLAIN_REFERENCE.search(value)
-    if reference is None:
-        return None
-    name = reference.group().strip("${}")
-    how = REFUSAL if is_secret_name(name) else "write the value out, or override it on the command line"
-    return f"{reference.group()} is not replaced by an environment variable; {how}"
+    elif isinstance(value, str):
+        reference = _REFERENCE.search(value)
+        if reference is None and path[:1] not in {("task",), ("adapter",)}:
+            reference = _PLAIN_REFERENCE.search(value)
+        if _VALUE.search(value):
+            yield path, f"looks like a credential (not shown); {REFUSAL}"
+        elif reference is not None:
+            name = reference.group().strip("${}")
+            how = REFUSAL if is_secret_name(name) else "write the value out, or override it on the command line"
+            yield path, f"{reference.group()} is not replaced by an environment variable; {how}"

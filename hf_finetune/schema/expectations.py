@@ -1,4 +1,4 @@
-"""What the classes of a recipe expect at a place, read off their annotations, in words for messages."""
+"""Types that the classes of a recipe declare, read off their annotations and put into words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -15,16 +15,6 @@ from hf_finetune.schema.credentials import redacted
 
 _BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length")
 _LONGEST = 60
-_TOO_LARGE_TO_TELL = 1_000_000
-
-
-class Step(NamedTuple):
-    """One part of a pydantic location, taken."""
-
-    path: tuple[str | int, ...]
-    """What it adds to the path of the key: nothing for pydantic's own marks."""
-    options: Sequence[Option]
-    """What is expected there."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class Option:
 
     @property
     def tag(self) -> str | None:
-        """The plugin's kind, where the block is one."""
+        """The plugin's kind, where the block is a plugin."""
         name = getattr(self.block, "name", None)
         return str(name()) if callable(name) else None
 
@@ -49,32 +39,6 @@ class Option:
     def choices(self) -> tuple[Any, ...]:
         """The allowed values, where they are listed."""
         return get_args(self.type) if get_origin(self.type) is Literal else ()
-
-    def labelled(self, label: str) -> bool:
-        """Whether pydantic's label of a union branch, e.g. `list[constrained-str]`, may mean this option."""
-        origin = get_origin(self.type)
-        if label.startswith(("list[", "dict[")):
-            return origin in (list, dict) and label.startswith(f"{origin.__name__}[")
-        if self.block is not None:
-            return bool(label == self.block.__name__)
-        if origin is Literal:
-            return label.startswith("literal[")
-        return origin not in (list, dict)
-
-    def step(self, part: str | int) -> Step | None:
-        """Go down one part of a location; None where this type has no such part."""
-        arguments = get_args(self.type)
-        if self.block is not None and part in keys(self.block):
-            return Step((part,), options(keys(self.block)[str(part)]))
-        if get_origin(self.type) is list and isinstance(part, int):
-            return Step((part,), options(arguments[0]))
-        if get_origin(self.type) is dict:
-            return Step((), options(arguments[0])) if part == "[key]" else Step((part,), options(arguments[1]))
-        return None
-
-    def holds(self, value: Any) -> bool:
-        """Whether a number or truth value is of this type."""
-        return type(value) is self.type or (self.type is float and type(value) is int)
 
     def __str__(self) -> str:
         """E.g. `a whole number (at least 1)`."""
@@ -90,20 +54,17 @@ class Option:
             key, value = (describe(options(argument)) for argument in get_args(self.type))
             return f"a block of {key}: {value}"
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        return words.get(self.type, "another value") + self._range()
+        limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        # A limit of millions only keeps numbers finite; it would tell nobody anything.
+        told = [f"{word} {shown(self.bounds[name])}" for name, word in limits.items() if self._has_small(name)]
+        return words.get(self.type, "another value") + (f" ({' and '.join(told)})" if told else "")
 
-    def _range(self) -> str:
-        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-        told = [
-            f"{word} {shown(self.bounds[name])}"
-            for name, word in words.items()
-            if abs(self.bounds.get(name, math.inf)) < _TOO_LARGE_TO_TELL
-        ]
-        return f" ({' and '.join(told)})" if told else ""
+    def _has_small(self, bound: str) -> bool:
+        return bool(abs(self.bounds.get(bound, math.inf)) < 1_000_000)
 
 
 def options(annotation: Any, metadata: Iterable[Any] = ()) -> Sequence[Option]:
-    """Every type that an annotation or a field admits, `None` left out."""
+    """List every type that an annotation or a field admits, `None` left out."""
     if isinstance(annotation, FieldInfo):
         return options(annotation.annotation, annotation.metadata)
     if get_origin(annotation) is Annotated:
@@ -114,33 +75,35 @@ def options(annotation: Any, metadata: Iterable[Any] = ()) -> Sequence[Option]:
     return [] if annotation is type(None) else [Option(annotation, _bounds(metadata))]
 
 
+def _bounds(metadata: Iterable[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            found |= _bounds(item.metadata)
+        found |= {name: getattr(item, name) for name in _BOUNDS if getattr(item, name, None) is not None}
+    return found
+
+
 def keys(block: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The YAML keys of a block and its fields."""
+    """Map the YAML keys of a block to its fields."""
     return {info.alias or name: info for name, info in block.model_fields.items()}
 
 
-def block_of(expected: Sequence[Option]) -> type[BaseModel] | None:
-    """The class of the block that is expected, where there is just one."""
-    blocks = [option.block for option in expected if option.block is not None]
-    return blocks[0] if len(blocks) == 1 else None
-
-
 def describe(expected: Sequence[Option]) -> str:
-    """What is expected, e.g. `text or a list of text`."""
-    blocks = [option for option in expected if option.tag is not None]
-    if len(blocks) > 1:
+    """Say what is expected, e.g. `text or a list of text`."""
+    if sum(option.tag is not None for option in expected) > 1:
         return "a block of keys with a kind"
     return alternatives(dict.fromkeys(str(option) for option in expected))
 
 
 def alternatives(words: Iterable[str]) -> str:
-    """`a, b or c`."""
+    """Join words as `a, b or c`."""
     *most, last = list(words) or ["another value"]
     return f"{', '.join(most)} or {last}" if most else last
 
 
 def shown(value: Any, *, plain: bool = False) -> str:
-    """A value as YAML writes it, shortened; `plain` leaves out the quotes."""
+    """Show a value as YAML writes it, shortened and without credentials; `plain` leaves out the quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -155,13 +118,3 @@ def shown(value: Any, *, plain: bool = False) -> str:
         value = redacted(value)
     text = str(value) if plain and str(value).isprintable() else repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def _bounds(metadata: Iterable[Any]) -> dict[str, Any]:
-    """Bounds out of `Annotated` metadata."""
-    found: dict[str, Any] = {}
-    for item in metadata:
-        if isinstance(item, FieldInfo):
-            found |= _bounds(item.metadata)
-        found |= {name: getattr(item, name) for name in _BOUNDS if getattr(item, name, None) is not None}
-    return found

@@ -1,17 +1,25 @@
-"""`extends: base.yaml`: the files of a recipe, each put on top of the one that it extends."""
+"""The files of a recipe, each put on top of the one that it extends, and the overrides of the command line.
+
+A value that is given anew takes along what belonged to the old one, and what would contradict it: a commit of another
+repository means nothing, and a recipe with `steps` on top of one with `epochs` has decided.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.plugins import key_of
 from hf_finetune.schema import credentials, yamlfile
-from hf_finetune.schema.origin import Origin, Place
-from hf_finetune.schema.replaced import VARIANTS, drop
+from hf_finetune.schema.expectations import keys, options
+from hf_finetune.schema.origin import OVERRIDE, Origin, Place, indexed
 from hf_finetune.schema.roots import outside
 from hf_finetune.schema.yamlfile import Document, KeyPath
 
@@ -23,29 +31,103 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|hf:", re.ASCII)
 
 @dataclass
 class Layer:
-    """What the files of a recipe say together."""
+    """All that the files and the command line say together."""
 
-    tree: dict[str, Any]
+    root: type[BaseModel]
+    """Class of the recipe, which tells which keys exclude each other."""
     origin: Origin
+    tree: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unread: set[KeyPath] = field(default_factory=set)
     """Keys that are given, but with nothing that can be used."""
     files: list[str] = field(default_factory=list)
-    """The recipe first, then what it extends."""
+    """The recipe first, then the files that it extends."""
     complete: bool = True
-    """False where a file is missing from the chain, so that an absent key may be given there."""
+    """False where a file of the chain can't be read, so that an absent key may be given there."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Keys that an override made meaningless, each with the key that was overridden."""
+
+    def add(self, document: Document, file: str) -> None:
+        """Take over the problems of a file, and take its secrets out of it."""
+        self.files.append(file)
+        self.problems += document.problems
+        self.unread |= document.unread
+        for where, message in credentials.scrub(document.value):
+            above = (where[:end] for end in range(len(where), 0, -1))
+            line = next((document.lines[path] for path in above if path in document.lines), 1)
+            self.problems.append(Problem(message, key=".".join(map(str, where)), file=file, line=line))
+            while where and not isinstance(where[-1], str):
+                where = where[:-1]
+            self.unread.add(where)
+
+    def merge(self, above: dict[str, Any], path: tuple[str, ...] = ()) -> None:
+        """Put one block on top: blocks are joined, other values replaced."""
+        below = self.tree
+        for part in path:
+            below = below[part]
+        kind = above.get("kind")
+        if self._is_variant(path) and isinstance(kind, str) and below.get("kind", kind) != kind:
+            below.clear()
+            self.origin.forget(path)
+        given = {".".join((*path, key)) for key in above}
+        for key, value in above.items():
+            here = (*path, key)
+            self.drop_rivals(here, value, given)
+            if isinstance(value, dict) and isinstance(below.get(key), dict):
+                self.merge(value, here)
+            else:
+                if key in below:
+                    self.origin.forget(here)
+                below[key] = value
+
+    def drop_rivals(self, path: tuple[str, ...], value: Any, given: Container[str]) -> dict[str, str]:
+        """Drop what a new value of one key leaves without meaning; the key itself stays.
+
+        Args:
+            path: The key.
+            value: Its new value.
+            given: Dotted keys that are given anew, too, and so stay.
+
+        Returns:
+            Dotted keys that were not null, each with the key that it went with.
+        """
+        block: Any = self.tree
+        for part in indexed(path[:-1]):
+            is_there = isinstance(block, dict) or (isinstance(block, list) and isinstance(part, int))
+            try:
+                block = block[part] if is_there else None
+            except (KeyError, IndexError):
+                block = None
+        if not isinstance(block, dict):
+            return {}
+        dotted, key = ".".join(path), path[-1]
+        changes = key not in block or block[key] != value
+        about = key_of(self.root, dotted)
+        names = [*(about.owns if changes else ()), *(about.replaces if value is not None else ())]
+        if key == "kind" and self._is_variant(path[:-1]) and changes and isinstance(value, str):
+            names += [name for name in block if name != "kind"]
+        dropped = {}
+        for name in names:
+            rival = ".".join((*path[:-1], name))
+            if name in block and rival not in given:
+                self.origin.forget((*indexed(path[:-1]), name))
+                if block.pop(name) is not None:
+                    dropped[rival] = dotted
+        return dropped
+
+    def _is_variant(self, path: KeyPath) -> bool:
+        """Tell the blocks whose keys depend on their `kind`."""
+        info = keys(self.root).get(str(path[0])) if len(path) == 1 else None
+        return info is not None and any(option.tag is not None for option in options(info))
 
 
-def load(path: str) -> Layer:
+def load(path: str, root: type[BaseModel]) -> Layer:
     """Read a recipe file and everything that it extends.
 
-    Args:
-        path: The file, as the user gave it.
-
     Raises:
-        RecipeError: The file itself can't be read. What is wrong with others is a problem of the layer.
+        RecipeError: The file itself can't be read. Mistakes in other files are problems of the layer.
     """
-    layer = Layer({}, Origin(path))
+    layer = Layer(root, Origin(path))
     documents: list[Document] = []
     seen = {os.path.realpath(path)}
     file: str | None = path
@@ -58,23 +140,31 @@ def load(path: str) -> Layer:
             layer.problems += error.problems
             layer.complete = False
             break
-        _clean(document, file, layer)
+        layer.add(document, file)
         documents.append(document)
-        layer.files.append(file)
-        file = _next(document, file, seen, layer)
+        try:
+            file = _base(document, file, seen, len(documents))
+        except RecipeError as error:
+            if (EXTENDS,) not in layer.unread:
+                line = document.lines[(EXTENDS,)]
+                layer.problems += (Problem(p.message, EXTENDS, layer.files[-1], line) for p in error.problems)
+            layer.complete = False
+            break
     for document, name in zip(reversed(documents), reversed(layer.files), strict=True):
-        _merge(layer, document.value)
+        document.value.pop(EXTENDS, None)
+        layer.merge(document.value)
         layer.origin.add(document, name)
         layer.origin.forget((EXTENDS,))
     return layer
 
 
-def of_text(text: str, file: str) -> Layer:
-    """A recipe that does not lie in a file of its own, without `extends`.
+def of_text(text: str, file: str, root: type[BaseModel]) -> Layer:
+    """Read a recipe that does not lie in a file of its own, without `extends`.
 
     Args:
         text: The YAML.
-        file: What holds it, for messages; lines of the text are none of this file.
+        file: The file that holds it, for messages; lines of the text are not lines of that file.
+        root: Class of the recipe.
 
     Raises:
         RecipeError: The text can't be read.
@@ -82,54 +172,89 @@ def of_text(text: str, file: str) -> Layer:
     document = yamlfile.parse(text, file)
     if not isinstance(document.value, dict):
         raise RecipeError(Problem("holds no recipe: a mapping of keys to values", file=file))
-    layer = Layer({}, Origin(file), files=[file])
-    _clean(document, file, layer)
+    layer = Layer(root, Origin(file, dict.fromkeys(document.lines, Place(file)), document.written))
+    layer.add(document, file)
     layer.tree = document.value
-    layer.origin.places = dict.fromkeys(document.lines, Place(file))
-    layer.origin.written = document.written
     return layer
 
 
-def _clean(document: Document, file: str, layer: Layer) -> None:
-    """Keep a file's complaints, and take its secrets out."""
-    layer.problems += document.problems
-    layer.unread |= document.unread
-    for where, message in credentials.scrub(document.value):
-        above = (where[:end] for end in range(len(where), 0, -1))
-        line = next((document.lines[path] for path in above if path in document.lines), 1)
-        layer.problems.append(Problem(message, key=".".join(map(str, where)), file=file, line=line))
-        while where and not isinstance(where[-1], str):
-            where = where[:-1]
-        layer.unread.add(where)
+def override(given: Sequence[str], layer: Layer) -> None:
+    """Set every `key.path=value` of the command line, the last one of a key last.
+
+    Overrides that can't be set become problems of the layer.
+    """
+    keys_given = {one.partition("=")[0] for one in given}
+    for one in given:
+        key, separator, text = one.partition("=")
+        if not separator or not all(key.split(".")):
+            message = f"{one!r} is no override; write key.path=value"
+            layer.problems.append(Problem(credentials.redacted(message), file=OVERRIDE))
+            continue
+        try:
+            _override(key, text, keys_given, layer)
+        except RecipeError as error:
+            layer.problems += (replace(problem, key=key, file=OVERRIDE, line=None) for problem in error.problems)
 
 
-def _next(document: Document, file: str, seen: set[str], layer: Layer) -> str | None:
-    """The file that a document extends, None where it extends none or none that can be read."""
-    given: KeyPath = (EXTENDS,)
-    if given not in document.lines:
-        return None
-    try:
-        return _base(document.value.pop(EXTENDS, None), file, seen, len(layer.files))
-    except RecipeError as error:
-        if given not in layer.unread:
-            line = document.lines[given]
-            layer.problems += (Problem(p.message, EXTENDS, file, line) for p in error.problems)
-        layer.complete = False
-        return None
+def _override(key: str, text: str, given: Container[str], layer: Layer) -> None:
+    path = tuple(key.split("."))
+    if path[0] == EXTENDS:
+        raise RecipeError("is for recipe files, it can't be overridden; write a file that extends the other")
+    document = yamlfile.parse(text, OVERRIDE)
+    alone: dict[str, Any] = {path[-1]: document.value}
+    for part in reversed(path[:-1]):
+        alone = {part: alone}
+    found = [Problem(p.message, key=f"{key}.{p.key}".rstrip("."), file=OVERRIDE) for p in document.problems]
+    for where, message in credentials.scrub(alone):
+        found.append(Problem(message, key=".".join(map(str, where)), file=OVERRIDE))
+    layer.problems += found
+    node: Any = alone
+    for part in path[:-1]:
+        node = node.get(part, {})
+    if path[-1] not in node or any(problem.key == key for problem in found):
+        return  # Nothing is left to set; later messages are about the value below.
+    layer.unread.update((*path, *unread) for unread in document.unread)
+    layer.dropped |= layer.drop_rivals(path, document.value, given)
+    # Set it, and make the blocks on the way where there are none.
+    node = layer.tree
+    here: KeyPath = ()
+    for part in path:
+        index = _index(node, part)
+        here = (*here, index)
+        if len(here) < len(path):
+            child = node.get(index) if isinstance(node, dict) else node[index]
+            if not isinstance(child, dict | list):
+                child = node[index] = {}
+                layer.origin.forget(here)
+                layer.origin.places[here] = Place(OVERRIDE)
+            node = child
+    node[here[-1]] = document.value
+    layer.origin.forget(here)
+    layer.origin.places |= {(*here, *inner): Place(OVERRIDE) for inner in [(), *document.lines]}
+    layer.origin.written |= {(*here, *inner): written for inner, written in document.written.items()}
 
 
-def _base(name: Any, file: str, seen: set[str], depth: int) -> str:
-    """The path of a base, once it is known to be a file that may be read.
+def _index(node: dict[str, Any] | list[Any], part: str) -> str | int:
+    if isinstance(node, dict):
+        return part
+    if part.isdecimal() and len(part) < 10 and int(part) < len(node):
+        return int(part)
+    raise RecipeError(f"the list has {len(node)} entries, counted from 0; there is no entry {part!r}")
+
+
+def _base(document: Document, file: str, seen: set[str], depth: int) -> str | None:
+    """Give the path of the file that a document extends, once it is known to be one that may be read.
 
     Raises:
-        RecipeError: It is not.
+        RecipeError: It must not be read, or is not there.
     """
+    if (EXTENDS,) not in document.lines:
+        return None
+    name = document.value.get(EXTENDS)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise RecipeError("must be the path of one recipe file, relative to this one")
     if _REMOTE.match(name):
-        raise RecipeError(
-            f"{credentials.redacted(name)!r} is not on this machine; nothing is fetched, give a local file"
-        )
+        raise RecipeError(f"{credentials.redacted(name)!r} is an address; nothing is fetched, give a local file")
     if name.startswith("~"):
         raise RecipeError(f"{name!r}: ~ is not expanded; write the path out, relative to this file")
     base = str(Path(file).parent / name)
@@ -145,24 +270,3 @@ def _base(name: Any, file: str, seen: set[str], depth: int) -> str:
         raise RecipeError(f"is nested deeper than {MAX_BASES} files; extend a nearer base")
     seen.add(os.path.realpath(base))
     return base
-
-
-def _merge(layer: Layer, above: dict[str, Any], path: tuple[str, ...] = ()) -> None:
-    """Put one block on top: blocks are joined, other values replaced, what lost its meaning dropped."""
-    below = layer.tree
-    for part in path:
-        below = below[part]
-    kind = above.get("kind")
-    if len(path) == 1 and path[0] in VARIANTS and isinstance(kind, str) and below.get("kind", kind) != kind:
-        below.clear()
-        layer.origin.forget(path)
-    given = {".".join((*path, key)) for key in above}
-    for key, value in above.items():
-        here = (*path, key)
-        list(drop(layer.tree, here, value, given, layer.origin))
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _merge(layer, value, here)
-        else:
-            if key in below:
-                layer.origin.forget(here)
-            below[key] = value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.errors import ModelError, Problem
+from hf_finetune.plugins import ASK, SEEN, Key
 from hf_finetune.schema.blocks import changed
 from hf_finetune.tasks import _dates as dates
 from hf_finetune.tasks import _examples as examples
@@ -45,20 +46,20 @@ class CausalLM(Task):
     packable: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
 
-    messages: Text | None = None
+    messages: Annotated[Text | None, Key(replaces=("text", "prompt", "completion", "system"))] = None
     """Column of chats: lists of `{role, content}` turns, or the same as JSON text; assistant turns may have
     `tool_calls`, and `system` and `tool` turns are rendered as the chat template does."""
     tools: Text | None = None
     """Column of the tools that the assistant may call: a list of JSON schemas, or the same as JSON text."""
-    prompt: Text | None = None
+    prompt: Annotated[Text | None, Key(replaces=("text", "messages", "tools"))] = None
     """Column, or a template over columns such as `"{instruction}\\n\\n{input}"`; literal braces are doubled. With a
     chat template this is the user's turn."""
-    completion: Text | None = None
+    completion: Annotated[Text | None, Key(replaces=("text", "messages", "tools"))] = None
     """Column or template of what is to be written after the prompt. Without a chat template it follows the prompt as
     it is: let it start with the white space that separates them, not the prompt end with it."""
     system: Text | None = None
     """System turn put before `prompt`; needs a chat template."""
-    text: Text | None = None
+    text: Annotated[Text | None, Key(replaces=("messages", "tools", "prompt", "completion", "system"))] = None
     """Column of plain text; every token is trained, and EOS is appended."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """`assistant` trains what the assistant says (or the completion) and the token that ends it, but for turns with
@@ -75,16 +76,18 @@ class CausalLM(Task):
     on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the probability that the training loss spreads over the whole vocabulary."""
-    sample_prompts: Annotated[int, Field(ge=0, le=1000)] | list[Text] = 3
+    sample_prompts: Annotated[
+        Annotated[int, Field(ge=0, le=1000)] | list[Text], Key(resume="free", card=False, study=False)
+    ] = 3
     """What the model answers at each evaluation for people to read: fixed texts, or so many of the first validation
     prompts (of plain text: the first tokens)."""
-    generate_rows: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    generate_rows: Annotated[Annotated[int, Field(ge=0, le=1_000_000)], ASK] = 0
     """Answers to so many held-out prompts are generated and compared: metrics `exact_match`, `ended` (share that stop
     by themselves, with the token that ends a turn) and `generated_tokens`."""
-    answer_pattern: Text | None = None
+    answer_pattern: Annotated[Text | None, ASK] = None
     """Regular expression that finds the answer in generated and reference text: its last match, group 1 where there is
     one. Null compares the whole texts without surrounding white space."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
+    max_new_tokens: Annotated[Annotated[int, Field(ge=1, le=1_048_576)], SEEN] = 256
     """Most tokens of a generated answer."""
 
     @field_validator("prompt", "completion")

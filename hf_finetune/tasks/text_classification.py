@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, asser
 from pydantic import Field, model_validator
 
 from hf_finetune.badrows import BadRows
+from hf_finetune.plugins import Key
 from hf_finetune.schema.blocks import Name, Share
 from hf_finetune.tasks import _labels as label_values
 from hf_finetune.tasks import _labels as reading
@@ -41,11 +42,11 @@ class TextClassification(Task):
 
     text: Name | Annotated[list[Name], Field(min_length=1, max_length=2)]
     """Column of the text, or two columns that are read as a pair, e.g. `[premise, hypothesis]`."""
-    label: Name | Annotated[list[Name], Field(min_length=2)]
+    label: Annotated[Name | Annotated[list[Name], Field(min_length=2)], Key(finished="name")]
     """Column of the label. For `multi_label`: a column of lists of labels, or a list of columns of 0 and 1."""
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    problem: Annotated[Literal["single_label", "multi_label", "regression"], Key(finished="never")] = "single_label"
     """One label a row, any number of labels a row, or a number."""
-    labels: Annotated[list[Name], Field(min_length=2)] | None = None
+    labels: Annotated[Annotated[list[Name], Field(min_length=2)] | None, Key(finished="never")] = None
     """Label names in the order of their ids; null reads them off the training data, in sorted order.
 
     For a column of integers the names are given to 0, 1, 2, ... unless they are integers themselves.

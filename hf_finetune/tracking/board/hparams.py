@@ -11,6 +11,7 @@ from tensorboardX.proto import api_pb2 as api
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
+from hf_finetune.plugins import key_of
 from hf_finetune.schema import yamlwriter
 from hf_finetune.tracking.board.layout import headline
 
@@ -19,25 +20,18 @@ if TYPE_CHECKING:
 
 Outcome = Literal["success", "failure", "unknown"]
 """What TensorBoard knows besides `running`; a run that was stopped and can be resumed is neither of the first two."""
-BLOCKS = ("task", "model", "adapter", "training")
-DATA = ("max_length", "overlong", "packing", "limit")
-ASIDE = {"log_every", "eval_every", "eval_at_start", "eval_batch", "deterministic", "sample_prompts", "max_new_tokens"}
-"""Keys that change what is seen of a run, not what it learns."""
 RATES = ("summary/seconds", "summary/samples_per_second", "summary/tokens_per_second", "summary/peak_memory")
 
 
 def values(recipe: Recipe) -> dict[str, str | bool | float]:
     """The keys of a recipe that decide what is learned, flattened: `training.learning_rate` -> 5e-4."""
-    tree = recipe.model_dump(mode="json")
-    flat: dict[str, Any] = {}
-    for block in BLOCKS:
-        flat |= {f"{block}.{key}": value for key, value in tree[block].items() if key not in ASIDE}
-    flat |= {f"data.{key}": tree["data"][key] for key in DATA}
+    blocks = {name: block for name, block in recipe.model_dump(mode="json").items() if isinstance(block, dict)}
+    flat = {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
     plain = (str, bool, int, float)
     return {
         key: value if isinstance(value, plain) else yamlwriter.inline(value).strip()
         for key, value in flat.items()
-        if value not in (None, [], {})
+        if value not in (None, [], {}) and key_of(type(recipe), key).study
     }
 
 
