@@ -108,8 +108,8 @@ class Plugin(Section):
 def discover(package: str, base: type[Plugin]) -> dict[str, type[Plugin]]:
     """Find every plugin class under `package`, by kind, in alphabetical order.
 
-    Modules whose name begins with `_`, or without a concrete subclass of `base`, are passed over. The others are imported
-    unguarded: a broken plugin says so instead of reading as an unknown kind.
+    Modules whose name begins with `_`, or without a concrete subclass of `base`, are passed over. The others are
+    imported unguarded: a broken plugin says so instead of reading as an unknown kind.
 
     Raises:
         TypeError: A module holds two plugins.

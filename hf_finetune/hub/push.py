@@ -17,6 +17,7 @@ from hf_finetune import runlock, runstatus
 from hf_finetune.errors import Problem, PushError, RecipeError
 from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.upload import Order, Upload
+from hf_finetune.plugins import key_of
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder, write_atomically
 from hf_finetune.schema.hub import Hub
@@ -132,8 +133,8 @@ def make_order(hub: Hub, files: Mapping[str, Path], message: str, *, tag: str | 
 
 def run_id(folder: RunFolder) -> str:
     """Identify a run on the Hub by its recipe, data and base, and by no name of this machine."""
-    # These blocks change nothing of what is uploaded.
-    nameless = {"output", "hub", "tracking", "checkpoints"}
+    # What the card does not show changes nothing of what is uploaded.
+    nameless = {name for name in Recipe.model_fields if not key_of(Recipe, name).card}
     recipe = Recipe.load(str(folder.recipe)).model_dump(mode="json", exclude=nameless)
     parts = [json.dumps(recipe, sort_keys=True).encode()]
     lock = runlock.find(folder.run_lock)
