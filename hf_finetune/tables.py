@@ -1,22 +1,22 @@
-"""Tables of text: for a terminal, and in markdown; nothing that is in a cell breaks out of it."""
+"""Tables and lists of text, for a terminal and in markdown; nothing that is in a cell breaks out of it."""
 
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from hf_finetune.pages.escaping import harmless
 from hf_finetune.terminal.message import printable
 
-UNLIMITED = 100_000
-"""Characters of a line that goes to no terminal."""
-ROOM = 9
-"""Columns of the terminal that a number takes, with the space beside it."""
+UNLIMITED = 100_000  # characters of a line that goes to no terminal
+NUMBER = 9  # columns of the terminal that a number takes, with the space beside it
 
 
 def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> list[str]:
-    """The lines of a table, by rich: folds what is too wide for the terminal, and never cuts.
+    """Lay out a table with rich, which folds what is too wide for the terminal and never cuts.
 
     Args:
         heads: One a column.
@@ -30,9 +30,9 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
     drawn = io.StringIO()
     console = Console(width=width(), color_system=None, file=drawn)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    # Names in the first column stay whole where the others have room for a number all the same.
+    # Names in the first column stay whole as long as every other column has room for a number.
     longest = max((len(printable(row[0])) for rows in sections for row in rows), default=0)
-    has_room = longest + ROOM * (len(heads) - 1) <= console.width
+    has_room = longest + NUMBER * (len(heads) - 1) <= console.width
     for index, name in enumerate(heads):
         least = longest if index == 0 and has_room else None
         table.add_column(Text(printable(name)), overflow="fold", min_width=least)
@@ -46,25 +46,40 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
 
 
 def width() -> int:
-    """Columns of the terminal; `UNLIMITED` where stdout is none."""
+    """Count the columns of the terminal; `UNLIMITED` where stdout is none."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return shutil.get_terminal_size().columns if is_terminal else UNLIMITED
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in markdown.
+def number(value: float | None) -> str:
+    """Write a metric with four digits after the point, or as many as a small one needs."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if not value or abs(value) >= 1e-3 else f"{value:.3g}"
 
-    Args:
-        heads: One a column.
-        rows: Of cells.
-    """
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in markdown, every cell escaped."""
     lines = [f"| {' | '.join(map(cell, heads))} |", "|---" * len(heads) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])
 
 
+def bullets(texts: Iterable[str]) -> str:
+    """Write a list in markdown, every item escaped."""
+    return "\n".join(f"- {cell(text)}" for text in texts)
+
+
 def cell(content: str) -> str:
-    """Any text as the text of a cell: no markup, no HTML, no second cell, no second line."""
-    content = printable(content.replace("\n", " ")).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "|`*_[]":
-        content = content.replace(mark, f"\\{mark}")
-    return content
+    """Escape any text for markdown: no markup, no HTML, no second cell, no second line."""
+    content = harmless(content.replace("\n", " ").replace("\\", "\\\\"))
+    content = content.replace("&", "&amp;").replace("<", "&lt;")
+    # An underscore within a word marks nothing, and names of metrics have many.
+    return re.sub(r"[|`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", content)
+
+
+def fenced(content: str, language: str) -> str:
+    """Write a block of code in markdown that nothing in it can end."""
+    fence = "```"
+    while fence in content:
+        fence += "`"
+    return f"{fence}{language}\n{content.rstrip()}\n{fence}"

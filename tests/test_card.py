@@ -22,8 +22,9 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, build, loaded, recipe
 from pushing import environment
 
 from hf_finetune import export, model
-from hf_finetune.card import body, header, licence, loading, naming, page, settings
+from hf_finetune.card import header, loading, naming, page
 from hf_finetune.recipe import Recipe
+from hf_finetune.runreport.content import Result
 from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
@@ -94,12 +95,14 @@ def test_limits_tell_what_was_cut_and_how_uneven_the_labels_are(run: Any) -> Non
     text = card_of(done.folder)
     kept = [line for line in text.splitlines() if line.startswith("- train: ")]
     assert re.search(r"\d+ cut to max_length", kept[0])
-    assert "- check of the data `conflicting_labels` (warn): 41 in train, 9 in validation" in text
+    assert "- check of the data conflicting_labels (warn): 41 in train, 9 in validation" in text
 
 
 def test_uneven_labels_are_a_limit(classifier: Path) -> None:
-    assert body._imbalance(TWO) == []
-    assert body._imbalance(replace(TWO, counts=(3, 30))) == ["uneven labels: 30 rows of positive, 3 of negative"]
+    run: Any = SimpleNamespace(facts={}, scores={"validation": {}})
+    assert list(page._limits(run, TWO)) == []
+    uneven = replace(TWO, counts=(3, 30))
+    assert list(page._limits(run, uneven)) == ["uneven labels: 30 rows of positive, 3 of negative"]
 
 
 def test_the_recipe_of_a_card_names_nothing_of_this_machine(classifier: Path, tiny_bert: str) -> None:
@@ -126,23 +129,22 @@ def test_the_recipe_of_a_card_names_nothing_of_this_machine(classifier: Path, ti
     ],
 )
 def test_paths_addresses_and_tokens_are_hidden(text: str, hidden: str) -> None:
-    assert settings.hidden(text) == hidden
+    assert naming.hidden(text) == hidden
 
 
 def test_a_card_says_that_its_code_loads_no_quantised_base(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA)
-    assert "quantised" not in "".join(body.body(made, TWO, ["code"]))
+    assert "quantised" not in (page.card(made, TWO, ["code"]))
     made = made.model_copy(update={"model": made.model.model_copy(update={"quantization": "nf4"})})
-    told = "\n".join(body.body(made, TWO, ["code"])).partition("```python")[0]
+    told = page.card(made, TWO, ["code"]).partition("```python")[0]
     assert "every metric here measured, on the base quantised to nf4" in told
 
 
 def test_rows_cut_off_the_training_split_are_not_called_the_hubs_validation(tiny_bert: str) -> None:
     tree = recipe(tiny_bert, LORA).model_dump(mode="json")
     tree["data"] = {"source": "nyu-mll/glue", "train": "train", "validation_share": 0.1, "limit": 50}
-    result: Any = SimpleNamespace(split="validation", method="")
-    score: Any = SimpleNamespace(name="accuracy", value=0.5, bounds=None)
-    made = header._result(Recipe.model_validate(tree), result, score)
+    result = Result("validation", {"accuracy": 0.5}, {}, "")
+    made = header._eval_result(Recipe.model_validate(tree), result, "accuracy")
     seed = tree["training"]["seed"]
     assert (made.dataset_split, made.dataset_args) == ("train", {"share": 0.1, "limit": 50, "seed": seed})
 
@@ -151,11 +153,11 @@ def test_data_of_the_hub_are_named_and_files_are_not(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA)
     tree = made.model_dump(mode="json") | {"data": {"source": "nyu-mll/glue", "subset": "sst2", "train": "train"}}
     public = Recipe.model_validate(tree)
-    assert [part.source for part in naming.sources(public)] == ["nyu-mll/glue"]
-    assert "source: nyu-mll/glue" in settings.public(public)
+    assert naming.hub_sources(public) == ["nyu-mll/glue"]
+    assert "source: nyu-mll/glue" in naming.public_recipe(public)
     data: Any = ModelCard(page.plain(public, TWO, loaded(made).model.config, has_template=False)).data
     assert data.datasets == ["nyu-mll/glue"]
-    assert naming.sources(made) == []
+    assert naming.hub_sources(made) == []
 
 
 def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -> None:
@@ -215,15 +217,15 @@ def test_the_licence_of_a_local_base_is_that_of_its_card(tiny_bert: str, tmp_pat
     base.mkdir()
     (base / "config.json").write_text((Path(tiny_bert) / "config.json").read_text())
     made = recipe(str(base), LORA)
-    assert licence.of_base(made) == {}
+    assert header.licence_of_base(made) == {}
     (base / "README.md").write_text(BASE_CARD)
-    assert licence.of_base(made) == {"license": "other", "license_name": "tiny"}
+    assert header.licence_of_base(made) == {"license": "other", "license_name": "tiny"}
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    assert licence.of_base(made) == {}
+    assert header.licence_of_base(made) == {}
 
 
 def test_a_licence_on_the_hub_that_is_out_of_reach_is_left_out() -> None:
-    assert licence.of_base(recipe("owner/name", LORA)) == {}
+    assert header.licence_of_base(recipe("owner/name", LORA)) == {}
 
 
 def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> None:
@@ -231,8 +233,8 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
         hub.repos["owner/name"] = Repo(private=False)
         hub.repos["owner/name"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
         tree = recipe("owner/name", LORA).model_dump(mode="json")
-        script = f"from hf_finetune.recipe import Recipe; from hf_finetune.card import licence; tree = {tree!r}\n"
-        script += "print(licence.of_base(Recipe.model_validate(tree)))"
+        script = f"from hf_finetune.recipe import Recipe; from hf_finetune.card import header; tree = {tree!r}\n"
+        script += "print(header.licence_of_base(Recipe.model_validate(tree)))"
         env = environment(hub.url, tmp_path / "home", None)
         hub.faults = [Fault("GET .*/README.md", "reset", times=99)]
         asked = [subprocess.check_output([sys.executable, "-c", script], env=env, text=True)]
@@ -244,7 +246,7 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
 
 
 def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    licence._remote.cache_clear()
+    header._hub_card.cache_clear()
     with serving("none") as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -253,9 +255,9 @@ def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypa
         hub.repos["owner/limited"] = Repo(private=False)
         hub.repos["owner/limited"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
         hub.faults = [Fault("GET .*/README.md", "status", status=429, times=99)]
-        found = [licence.of_base(recipe("owner/limited", LORA)) for _ in range(2)]
+        found = [header.licence_of_base(recipe("owner/limited", LORA)) for _ in range(2)]
         assert (found, len(hub.asked("README.md"))) == ([{}, {}], 1)
-    licence._remote.cache_clear()
+    header._hub_card.cache_clear()
 
 
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:

@@ -130,7 +130,7 @@ def test_no_text_breaks_out_of_its_cell(two: list[str], tmp_path: Path, capsys: 
     assert {line.replace("\\|", "").count("|") for line in table} == {4}
     assert "x\\|y" in table[0]
     assert not {"\x1b", "<i>", " *x*"} & {part for part in ("\x1b", "<i>", " *x*") if part in out}
-    assert "| validation\\_accuracy | 0.8000 | 0.8000 |" in out
+    assert "| validation_accuracy | 0.8000 | 0.8000 |" in out
     assert command(two[0], odd) == 0
     assert "\x1b" not in capsys.readouterr().out
 
@@ -143,7 +143,7 @@ def test_no_text_breaks_out_of_its_cell(two: list[str], tmp_path: Path, capsys: 
         (lambda place: place.write_text("x"), "there is no such folder"),
         (lambda place: (place.mkdir(), (place / "recipe.yaml").write_text("a: [")), "can't be read"),
         (lambda place: (place.mkdir(), (place / "recipe.yaml").write_bytes(b"\xff\xfe")), "can't be read"),
-        (lambda place: (place.mkdir(), (place / "recipe.yaml").write_text("- a")), "is no recipe"),
+        (lambda place: (place.mkdir(), (place / "recipe.yaml").write_text("- a")), "is not a recipe"),
     ],
     ids=["nothing", "empty", "a file", "no YAML", "no text", "a list"],
 )

@@ -382,9 +382,10 @@ def test_observing_changes_no_bit_of_the_run(start: Start, data: dict[str, Any],
     watched = start(blocks, *settings, "tracking.embeddings=1", "tracking.tensorboard=true")
     alone = start(blocks, *settings, *(f"tracking.{name}=false" for name in OFF))
     assert fingerprint(watched) == fingerprint(alone)
-    assert {record.kind for record in stored(alone / "observations")} - {"environment"} == {"data", "predictions"}
+    ends = {"environment", "report"}
+    assert {record.kind for record in stored(alone / "observations")} - ends == {"data", "predictions"}
     expected = {"tokens", "positions"} if task == "causal_lm" else {"examples", "embeddings"}
-    found = {record.kind for record in stored(watched / "observations")} - {"environment"}
+    found = {record.kind for record in stored(watched / "observations")} - ends
     assert found == {"data", "predictions", "weights"} | expected
     assert set(records(watched, "weights")) == {("eval", 0), ("eval", 3), ("eval", 6)}
 
@@ -435,7 +436,7 @@ def contents(run: Path) -> dict[tuple[str, str, int], Any]:
 
 def by_place(run: Path) -> dict[tuple[str, str, int], Record]:
     found = {(record.kind, record.phase, record.step): record for record in stored(run / "observations")}
-    return {at: record for at, record in found.items() if at[0] != "environment"}
+    return {at: record for at, record in found.items() if at[0] not in ("environment", "report")}
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ import reported
 from reported import CHAT, CLASSES, EVIL
 from scipy import stats
 
-from hf_finetune import runreport
+from hf_finetune import runreport, tables
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.runreport import intervals, markdown, told
-from hf_finetune.runreport.remains import Remains
+from hf_finetune.runreport import content, intervals, markdown
+from hf_finetune.runreport.remains import RunData
 from hf_finetune.schema.watching import Tracking
 from hf_finetune.tasks import _metrics as metrics
 from hf_finetune.tasks.base import Targets
@@ -35,8 +35,8 @@ Runner = Callable[..., "Run"]
 NAMES = ["good", "bad", "odd", "rare"]
 
 
-def remains(folder: RunFolder, task: dict[str, Any]) -> Remains:
-    return Remains.read(folder, reported.recipe(folder.path.parent, task))
+def data_of(folder: RunFolder, task: dict[str, Any]) -> RunData:
+    return RunData.read(folder, reported.recipe(folder.path.parent, task))
 
 
 def classes(count: int) -> Array:
@@ -137,9 +137,9 @@ def test_all_wrong_and_models_that_agree_everywhere_have_an_interval_too() -> No
 
 
 def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
-    run = remains(reported.classifier(tmp_path), CLASSES)
+    run = data_of(reported.classifier(tmp_path), CLASSES)
     lines = [{**line, "matmul_share": 0.584} for line in run.of("train")] + [{**run.summary, "matmul_share": 0.484}]
-    assert "48.4%" in dict(told.cost(replace(run, lines=lines)))["Matmul peak"]
+    assert "48.4%" in dict(content.cost(replace(run, lines=lines)))["Matmul peak"]
 
 
 def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
@@ -188,7 +188,7 @@ def test_masked_rows_are_not_drawn() -> None:
 
 
 def test_the_last_evaluation_tells_about_the_model_that_is_saved(tmp_path: Path) -> None:
-    run = remains(reported.classifier(tmp_path), CLASSES)
+    run = data_of(reported.classifier(tmp_path), CLASSES)
     record = run.record("predictions", "validation")
     assert record is not None
     assert record.step == 20
@@ -199,7 +199,7 @@ def test_the_last_evaluation_tells_about_the_model_that_is_saved(tmp_path: Path)
 def test_a_final_evaluation_stands_before_the_last(tmp_path: Path) -> None:
     folder = reported.classifier(tmp_path)
     reported.predictions(40, "final").write(folder.observations)
-    run = remains(folder, CLASSES)
+    run = data_of(folder, CLASSES)
     late = replace(run, lines=[*run.lines, {"step": 20, "phase": "final", "loss": 0.4}])
     record = late.record("predictions", "validation")
     assert record is not None
@@ -208,27 +208,27 @@ def test_a_final_evaluation_stands_before_the_last(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_on_after_its_end_has_an_older_final_evaluation(tmp_path: Path) -> None:
-    run = remains(reported.classifier(tmp_path), CLASSES)
+    run = data_of(reported.classifier(tmp_path), CLASSES)
     longer = replace(run, lines=[{"step": 15, "phase": "final", "loss": 0.4}, *run.lines])
     assert longer.phases["validation"] == "eval"
 
 
 def test_numbers_that_json_can_not_hold_stop_no_report(tmp_path: Path) -> None:
     folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": "nan", "accuracy": 0.5}))
-    assert "| 20 | nan | 0.5000 |" in markdown.text(remains(folder, CLASSES), [])
+    assert "| 20 | nan | 0.5000 |" in markdown.text(data_of(folder, CLASSES), [])
     assert "nan" in runreport.page(folder, reported.recipe(tmp_path, CLASSES))
 
 
 def test_an_older_record_is_not_taken_for_the_newest(tmp_path: Path) -> None:
     folder = reported.classifier(tmp_path)
     (folder.observations / "predictions" / "eval-00000020.npz").write_bytes(b"PK torn")
-    run = remains(folder, CLASSES)
+    run = data_of(folder, CLASSES)
     assert run.record("predictions", "validation") is None
     assert "The predictions on validation were not kept" in run.missing[0]
 
 
 def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
-    text = markdown.text(remains(reported.classifier(tmp_path), CLASSES), [])
+    text = markdown.text(data_of(reported.classifier(tmp_path), CLASSES), [])
     assert re.search(r"\| accuracy \| 0\.8 \| 0\.\d+ to 0\.\d+ \|", text)
     assert "Intervals: 95% percentile bootstrap, 1,000 resamples of 80 rows." in text
     assert "| row | label | predicted | confidence | text |" in text
@@ -236,7 +236,7 @@ def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
 
 
 def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:
-    text = markdown.text(remains(reported.classifier(tmp_path), CLASSES), [])
+    text = markdown.text(data_of(reported.classifier(tmp_path), CLASSES), [])
     assert "<script" not in text
     assert not set("\x1b\u202e") & set(text)
     rows = [line for line in text.splitlines() if line.startswith("| 3 | good |")]
@@ -244,7 +244,7 @@ def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:
 
 
 def test_cost_is_what_all_devices_took(tmp_path: Path) -> None:
-    told_ = dict(told.cost(remains(reported.classifier(tmp_path), CLASSES)))
+    told_ = dict(content.cost(data_of(reported.classifier(tmp_path), CLASSES)))
     assert told_["Cost"] == "2 device-hours of cuda (4 x 30:00)"
     assert told_["A step"] == "data 0.1 s (10%), forward 0.2 s (20%), backward 0.5 s (50%), optimizer 0.2 s (20%)"
     assert told_["Matmul peak"].startswith("25.0%")
@@ -254,7 +254,7 @@ def test_cost_is_what_all_devices_took(tmp_path: Path) -> None:
 def test_what_a_resumed_run_cost_is_said_to_be_a_part(tmp_path: Path) -> None:
     folder = reported.classifier(tmp_path)
     Record("environment", "train", 12, facts={"table": {}}).write(folder.observations)
-    cost = dict(told.cost(remains(folder, CLASSES)))
+    cost = dict(content.cost(data_of(folder, CLASSES)))
     assert cost["Time"] == "30:00, evaluations in between included; from step 12 on, where the run was resumed"
 
 
@@ -350,9 +350,7 @@ def test_a_real_run_leaves_its_report(run: Runner) -> None:
     assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.6g}</td>' in page
     assert done.outcome.prepared.fingerprint in page
     assert "PeftModel.from_pretrained(model, folder)" in page
-    again = runreport.plots(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml")))
-    assert {f"{name}.png" for name in again} == images
-    assert again["loss"] == (done.folder / "plots" / "loss.png").read_bytes()
+    assert runreport.page(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml"))) == page
 
 
 def test_a_report_that_can_not_be_written_loses_no_run(
@@ -380,5 +378,5 @@ def test_a_record_that_is_not_whole_loses_no_run(
 
 
 def test_texts_end_no_block_of_code() -> None:
-    assert markdown.fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
-    assert EVIL not in markdown.cell(EVIL)
+    assert tables.fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
+    assert EVIL not in tables.cell(EVIL)

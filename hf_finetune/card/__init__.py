@@ -1,1 +1,1 @@
-"""The model card of `adapter/`: what it is, how it did, what its limits are, and code that loads it."""
+"""The model card of `adapter/`: its metadata, how the model did, its limits, and code that loads it."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hf_finetune import runlock, terminal
-from hf_finetune.card.body import body
+from hf_finetune import __version__, runlock, targetsfile, terminal
+from hf_finetune.card import naming
 from hf_finetune.card.header import header
 from hf_finetune.card.loading import blocks
 from hf_finetune.runfolder import write_atomically
-from hf_finetune.runreport import MISHAPS
+from hf_finetune.runreport import MISHAPS, content
+from hf_finetune.runreport.markdown import tables_of
+from hf_finetune.tables import bullets, fenced, markdown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,76 +21,128 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from hf_finetune.recipe import Recipe
-    from hf_finetune.runreport.remains import Remains
+    from hf_finetune.runreport.remains import RunData
     from hf_finetune.tasks.base import Targets
 
-__all__ = ["FILE", "IMAGES", "complete", "plain"]
-
-FILE = "README.md"
-IMAGES = "images"
+FILE, IMAGES = "README.md", "images"
+LABELS = 100  # listed at most
+UNEVEN = 3.0  # times the rows of the rarest label that the commonest has, from where on that is a limit
 
 
 def plain(recipe: Recipe, targets: Targets, config: PreTrainedConfig, *, has_template: bool) -> str:
-    """The card of a model whose metrics are not known, as Markdown with a YAML header.
+    """Write the card of a model whose metrics are not known.
 
     Args:
-        recipe: What was run.
+        recipe: Of the run.
         targets: Label names.
         config: Of the model that was trained.
-        has_template: Whether the tokenizer has a chat template.
+        has_template: The tokenizer has a chat template.
     """
-    how = blocks(recipe, targets, config, has_template=has_template)
-    return _joined(header(recipe, None).to_yaml(), body(recipe, targets, how))
+    return card(recipe, targets, blocks(recipe, targets, config, has_template=has_template))
 
 
-def complete(run: Remains) -> None:
+def complete(run: RunData) -> None:
     """Put metrics, charts and limits into the card of a finished run; a warning where that fails.
 
     Args:
-        run: With its outcome. Its `adapter/` holds the plain card, whose code is kept.
+        run: Its `adapter/` holds the plain card, whose code is kept.
     """
     folder = run.folder.adapter
-    if run.outcome is None:
-        raise AssertionError("the labels are known to the process that trained")
     try:
-        how = _code(folder / FILE)
-        shown = _pictures(run, folder / IMAGES)
+        kept = targetsfile.read(run.folder.targets)
+        # Later blocks are quoted from the recipe.
+        parts = (folder / FILE).read_text(encoding="utf-8").split("```python\n")[1:3]
+        code = [part.partition("```")[0] for part in parts]
+        images = _images(run, folder / IMAGES)
         recipe = runlock.as_trained(run.recipe, run.folder.run_lock)
-        told = body(recipe, run.outcome.prepared.targets, how, run, shown)
-        write_atomically(folder / FILE, _joined(header(recipe, run).to_yaml(), told))
+        if kept is None:
+            raise ValueError(f"{run.folder.targets.name} is missing")
+        write_atomically(folder / FILE, card(recipe, kept.targets, code, run, images))
     except MISHAPS as error:
         shutil.rmtree(folder / IMAGES, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         terminal.warn(f"the card {folder / FILE} has no metrics and charts ({reason}); the adapter itself is complete")
 
 
-def _pictures(run: Remains, target: Path) -> list[str]:
+def _images(run: RunData, target: Path) -> list[str]:
     """Copy the charts of a card that the report drew, and link them; none where the recipe asks for no report.
 
     Raises:
         OSError: The disk does not take them.
     """
     shutil.rmtree(target, ignore_errors=True)
-    wanted = [plot for plot in run.plots if plot.on_card] if run.recipe.tracking.report else []
-    shown = []
-    for plot in wanted:
+    links = []
+    for plot in run.plots if run.recipe.tracking.report else ():
         file = run.folder.plots / f"{plot.name}.png"
-        if file.is_file():
+        if plot.on_card and file.is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(file, target / file.name)
-            shown.append(f"![{plot.title}. {plot.about}]({target.name}/{file.name})")
-    return shown
+            links.append(f"![{plot.title}. {plot.about}]({target.name}/{file.name})")
+    return links
 
 
-def _code(file: Path) -> list[str]:
-    """What loads the model, and what uses it, in a card.
+def card(
+    recipe: Recipe, targets: Targets, code: Sequence[str], run: RunData | None = None, images: Sequence[str] = ()
+) -> str:
+    """Write a card; every text of recipes, labels and data is escaped.
 
-    Raises:
-        OSError: It can't be read.
+    Args:
+        recipe: Of the run.
+        targets: Label names.
+        code: Python that loads the model, and that uses it.
+        run: Its metrics; None where they are not known.
+        images: Charts, in Markdown.
     """
-    parts = file.read_text(encoding="utf-8").split("```python\n")[1:]
-    return [part.partition("```")[0] for part in parts[:2]]  # later ones are quoted from the recipe
+    kind = "An adapter for" if recipe.adapter.freezes_base else "A model trained from"
+    parts = [
+        f"---\n{header(recipe, run).to_yaml().strip()}\n---",
+        f"# {naming.title(recipe)}",
+        f"{kind} {naming.base(recipe)}. Trained by hf_finetune {__version__}.",
+    ]
+    if targets.names:
+        counts = targets.counts or ("",) * len(targets.names)
+        rows = [[str(i), str(name), str(n)] for i, (name, n) in enumerate(zip(targets.names, counts, strict=True))]
+        parts.append(markdown(["Id", "Label", "Training rows"], rows[:LABELS]))
+        parts += [f"{len(rows) - LABELS:,} more labels are in `labels.json`."] if len(rows) > LABELS else []
+    parts += ["## How to load it", "Run this in the folder of this file, or put its path or Hub id for `folder`."]
+    if recipe.model.quantization is not None:
+        parts.append(
+            "It was trained, and every metric here measured, on the base quantised to "
+            f"{recipe.model.quantization}. This code loads the base as it is published, not quantised: that gives "
+            "other numbers."
+        )
+    parts.append(f"```python\n{code[0]}```")
+    parts += [part for text in code[1:] if text for part in ("## How to use it", f"```python\n{text}```")]
+    if run is not None:
+        results = content.results(run)
+        parts += ["## Results"] if results else []
+        parts += [part for result in results for part in tables_of(result, LABELS)]
+    parts += images
+    if run is not None and (limits := bullets(_limits(run, targets))):
+        parts += ["## Limits", limits]
+    links = [f"[{source}](https://huggingface.co/datasets/{source})" for source in naming.hub_sources(recipe)]
+    facts = [f"- Data: {', '.join(links) or 'not on the Hub'}"]
+    if run is not None:
+        steps, environment = run.summary.get("step"), dict(run.environment)
+        facts += [] if steps is None else [f"- {steps:,} steps of {recipe.training.batch_size} rows"]
+        packages = ("torch", "transformers", "peft", "accelerate", "datasets", "python")
+        versions = [f"{name} {environment[name]}" for name in packages if name in environment]
+        facts += [bullets([f"Versions: {', '.join(versions)}"])] if versions else []
+    parts += ["## Training", "\n".join(facts), fenced(naming.public_recipe(recipe), "yaml")]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _joined(yaml: str, parts: list[str]) -> str:
-    return "\n\n".join([f"---\n{yaml.strip()}\n---", *(part for part in parts if part)]) + "\n"
+def _limits(run: RunData, targets: Targets) -> Iterator[str]:
+    """Say what became of the rows, and what the checks of the data counted."""
+    yield from run.facts.get("rows", ())
+    counts = {str(name): count for name, count in zip(targets.names, targets.counts, strict=False)}
+    if len(counts) > 1 and max(counts.values()):
+        common, rare = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        if counts[common] >= UNEVEN * counts[rare]:
+            yield f"uneven labels: {counts[common]:,} rows of {common}, {counts[rare]:,} of {rare}"
+    for name, level, splits in run.facts.get("findings", ()):
+        found = ", ".join(f"{count:,} in {split}" for split, count in splits.items() if count)
+        if found:
+            yield f"check of the data {name} ({level}): {found}"
+    if not run.scores:
+        yield "There was no held-out split: nothing is known of how good it is."

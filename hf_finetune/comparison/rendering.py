@@ -3,65 +3,69 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import Any
 
 from hf_finetune import tables
-from hf_finetune.comparison.table import ABSENT, Comparison, metric_text, outcome_rows, value_text
-from hf_finetune.terminal.message import printable
-
-Section = tuple[str, list[tuple[str, list[str]]]]
-"""Heading, and rows of a name and one text a run."""
+from hf_finetune.comparison.runs import ABSENT, Comparison
+from hf_finetune.schema import yamlwriter
+from hf_finetune.terminal import clock
+from hf_finetune.terminal.message import jsonable, printable
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """The comparison as text.
-
-    Args:
-        comparison: What to show.
-        form: `text`, `json` or `markdown`.
-    """
-    return {"text": _text, "json": _json, "markdown": _markdown}[form](comparison)
-
-
-def _sections(comparison: Comparison, mark: str) -> list[Section]:
-    metrics = []
-    for name, row in comparison.metrics.items():
-        best = comparison.best.get(name, [])
-        texts = [metric_text(value) + (mark if number in best else "") for number, value in enumerate(row)]
-        metrics.append((name, texts))
-    differences = [(key, [value_text(value) for value in row]) for key, row in comparison.differences.items()]
-    sections = [("outcome", outcome_rows(comparison)), ("metrics", metrics), ("recipe", differences)]
-    return [section for section in sections if section[1]]
-
-
-def _text(comparison: Comparison) -> str:
-    """By rich: folds what is too wide for the terminal, and never cuts."""
-    heads = ["", *(run.path for run in comparison.runs)]
-    sections = [[[name, *texts] for name, texts in rows] for _, rows in _sections(comparison, " *")]
-    return "\n".join([*tables.text(heads, sections), *_remarks(comparison)])
-
-
-def _remarks(comparison: Comparison) -> list[str]:
+    """Write the comparison as `text`, `json` or `markdown`."""
+    runs = comparison.runs
+    if form == "json":
+        return _json(comparison)
+    sections = _sections(comparison)
+    if form == "markdown":
+        blocks = []
+        for title, rows in sections:
+            heads = " | ".join(tables.cell(run.path) for run in runs)
+            lines = [f"| {title} | {heads} |", "|---" * (len(runs) + 1) + "|"]
+            for name, texts, best in rows:
+                cells = [f"**{tables.cell(t)}**" if n in best else tables.cell(t) for n, t in enumerate(texts)]
+                lines.append(f"| {tables.cell(name)} | {' | '.join(cells)} |")
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
+    bodies = [
+        [[name, *(text + (" *" if n in best else "") for n, text in enumerate(texts))] for name, texts, best in rows]
+        for _, rows in sections
+    ]
     remarks = ["* best of the finished runs"] if comparison.best else []
-    if not comparison.differences and len(comparison.runs) > 1:
+    if not comparison.differences and len(runs) > 1:
         remarks.append("the recipes are the same")
-    for run in comparison.runs:
+    for run in runs:
         if not run.is_done and run.reason:
             remarks.append(f"{printable(run.path)}: {run.state}: {printable(run.reason.splitlines()[0])}")
-    return ["", *remarks] if remarks else []
+    lines = [*tables.text(["", *(run.path for run in runs)], bodies), *(["", *remarks] if remarks else [])]
+    return "\n".join(lines)
 
 
-def _markdown(comparison: Comparison) -> str:
-    blocks = []
-    heads = [tables.cell(run.path) for run in comparison.runs]
-    for title, rows in _sections(comparison, "\0"):
-        lines = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        for name, texts in rows:
-            cells = [f"**{tables.cell(text[:-1])}**" if text.endswith("\0") else tables.cell(text) for text in texts]
-            lines.append(f"| {tables.cell(name)} | {' | '.join(cells)} |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+Row = tuple[str, list[str], list[int]]  # a name, one text a run, and the numbers of the best runs
+
+
+def _sections(comparison: Comparison) -> list[tuple[str, list[Row]]]:
+    """Lay out how far each run came and how fast it was, its metrics, and the settings that differ."""
+    runs = comparison.runs
+    outcome: list[Row] = [
+        ("state", [run.state for run in runs], []),
+        ("steps", ["-" if run.step is None else f"{run.step:,}" for run in runs], []),
+        ("training time", ["-" if run.seconds is None else clock(run.seconds) for run in runs], []),
+        ("samples/s", ["-" if (s := run.samples_per_second) is None else f"{s:.1f}" for run in runs], []),
+    ]
+    if not all(run.is_done for run in runs):
+        steps = ["-" if run.evaluated is None else f"step {run.evaluated:,}" for run in runs]
+        texts = ["the end" if run.is_done else step for run, step in zip(runs, steps, strict=True)]
+        outcome.append(("metrics of", texts, []))
+    metrics = [
+        (name, [tables.number(value) for value in row], comparison.best.get(name, []))
+        for name, row in comparison.metrics.items()
+    ]
+    settings: list[Row] = [
+        (key, ["-" if value is ABSENT else yamlwriter.inline(value) for value in row], [])
+        for key, row in comparison.differences.items()
+    ]
+    return [section for section in (("outcome", outcome), ("metrics", metrics), ("recipe", settings)) if section[1]]
 
 
 def _json(comparison: Comparison) -> str:
@@ -74,7 +78,7 @@ def _json(comparison: Comparison) -> str:
             "evaluated_at": run.evaluated,
             "seconds": run.seconds,
             "samples_per_second": run.samples_per_second,
-            "metrics": {name: _finite(value) for name, value in run.metrics.items()},
+            "metrics": run.metrics,
             "recipe": run.recipe,
         }
         for run in comparison.runs
@@ -82,10 +86,5 @@ def _json(comparison: Comparison) -> str:
     differences = {
         key: [None if value is ABSENT else value for value in row] for key, row in comparison.differences.items()
     }
-    told: dict[str, Any] = {"runs": runs, "differences": differences, "best": comparison.best}
-    return json.dumps(told, indent=2, default=str)
-
-
-def _finite(value: float) -> float | str:
-    """NaN and infinity as text, as in metrics.jsonl: JSON can't hold them."""
-    return value if math.isfinite(value) else str(value)
+    document = {"runs": runs, "differences": differences, "best": comparison.best}
+    return json.dumps(jsonable(document), indent=2, default=str)

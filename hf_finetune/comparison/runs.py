@@ -1,9 +1,9 @@
-"""What a run folder tells: the recipe as it was resolved, the state, the last metrics."""
+"""Runs put side by side: recipe as resolved, state and last metrics of each run folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,9 @@ from hf_finetune.plugins import discover
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.tasks.base import Task
 from hf_finetune.tracking import journal
+from hf_finetune.tracking.journal import Entry
 
-SPLITS = {"eval": "validation", "final": "validation", "test": "test"}
-"""Phase in metrics.jsonl -> the split that was evaluated."""
-
-NO_METRICS = {"step", "epoch", "time", "phase", "runtime"}
+ABSENT = object()  # value of a key that a recipe does not have
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,32 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether its metrics are final."""
+        """Tell whether its metrics are final."""
         return self.state == "done"
 
 
-def read(folders: Sequence[str]) -> list[Run]:
-    """Read every run.
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side; each list has one value a run."""
+
+    runs: list[Run]
+    differences: dict[str, list[Any]]
+    """Recipe key -> values; `ABSENT` where a recipe has no such key."""
+    metrics: dict[str, list[float | None]]
+    """`validation_loss`, ... -> values."""
+    best: dict[str, list[int]]
+    """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart."""
+
+
+def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        folders: Run folders.
+        everything: Every metric, e.g. those of each class; not only those that a run prints itself.
 
     Raises:
-        RecipeError: A folder holds no run, or what it holds can't be read; all of them are told.
+        RecipeError: Folders hold no run, or their recipes can't be read; all of them are named.
     """
     runs: list[Run] = []
     problems: list[Problem] = []
@@ -69,38 +84,39 @@ def read(folders: Sequence[str]) -> list[Run]:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    return runs
+    # Where a run was written is no setting, and stands above its column.
+    keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
+    rows = {key: [run.recipe.get(key, ABSENT) for run in runs] for key in keys}
+    differences = {
+        key: row for key, row in rows.items() if any(type(row[0]) is not type(v) or row[0] != v for v in row[1:])
+    }
+    present = dict.fromkeys(name for run in runs for name in run.metrics)
+    main = dict.fromkeys(name for run in runs for name in run.headline)
+    chosen = [name for split in ("validation", "test") for short in main if (name := f"{split}_{short}") in present]
+    chosen += [name for name in present if name not in chosen] if everything else []
+    metrics = {name: [run.metrics.get(name) for run in runs] for name in chosen}
+    best = {name: found for name, row in metrics.items() if (found := _best(name, row, runs))}
+    return Comparison(runs, differences, metrics, best)
+
+
+def _best(name: str, row: Sequence[float | None], runs: Sequence[Run]) -> list[int]:
+    """Find the best runs; only finished ones compete, and only where one is better than another."""
+    short = name.partition("_")[2]
+    directions = {run.greater_is_better[short] for run in runs if short in run.greater_is_better}
+    values = {n: value for n, value in enumerate(row) if value is not None and math.isfinite(value) and runs[n].is_done}
+    if len(directions) != 1 or len(set(values.values())) < 2:
+        return []
+    top = (max if directions.pop() else min)(values.values())
+    return [number for number, value in values.items() if value == top]
 
 
 def _read(path: str) -> Run:
-    folder = RunFolder(path)
-    tree = _recipe(folder, path)
-    state, reason = folder.condition()
-    lines = journal.read(folder.metrics)
-    last = _last(lines)
-    speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
-    headline, greater = _task(tree.get("task"))
-    return Run(
-        path=path,
-        state=state,
-        reason=reason or None,
-        recipe=dict(_flat(tree)),
-        step=max((line["step"] for line in lines), default=runstatus.read(folder.status).get("step")),
-        evaluated=None if last is None else last[0],
-        metrics={} if last is None else last[1],
-        seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
-        samples_per_second=speeds[-1] if speeds else None,
-        headline=headline,
-        greater_is_better=greater,
-    )
-
-
-def _recipe(folder: RunFolder, path: str) -> dict[str, Any]:
-    """The resolved recipe.
+    """Read one run.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: The folder holds none, or a recipe that can't be read.
     """
+    folder = RunFolder(path)
     if not folder.path.is_dir():
         raise RecipeError(Problem("there is no such folder; give the run folder, `output` of the recipe", file=path))
     try:
@@ -108,32 +124,46 @@ def _recipe(folder: RunFolder, path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise RecipeError(Problem("holds no run of hf_finetune: there is no recipe.yaml in it", file=path)) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        told = str(getattr(error, "strerror", None) or error).splitlines()[0]
-        raise RecipeError(Problem(f"can't be read: {told}", file=str(folder.recipe))) from None
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise RecipeError(Problem(f"can't be read: {reason}", file=str(folder.recipe))) from None
     if not isinstance(tree, dict):
-        raise RecipeError(Problem("is no recipe", file=str(folder.recipe)))
-    return tree
+        raise RecipeError(Problem("is not a recipe", file=str(folder.recipe)))
+    state, reason = folder.condition()
+    lines = journal.read(folder.metrics)
+    evaluated, metrics = _last_metrics(lines)
+    speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
+    headline, greater_is_better = _task_metrics(tree.get("task"))
+    return Run(
+        path=path,
+        state=state,
+        reason=reason or None,
+        recipe=dict(_flat(tree)),
+        step=max((line["step"] for line in lines), default=runstatus.read(folder.status).get("step")),
+        evaluated=evaluated,
+        metrics=metrics,
+        seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
+        samples_per_second=speeds[-1] if speeds else None,
+        headline=headline,
+        greater_is_better=greater_is_better,
+    )
 
 
-def _last(lines: Iterable[dict[str, Any]]) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics of the summary, or of the last evaluation of each split."""
-    found: tuple[int, dict[str, float]] | None = None
+def _last_metrics(lines: Sequence[Entry]) -> tuple[int | None, dict[str, float]]:
+    """Find step and metrics of the summary, or of the last evaluations, which may be of several splits."""
+    step: int | None = None
+    metrics: dict[str, float] = {}
     for line in lines:
-        phase, step = line.get("phase"), line["step"]
-        before = {} if found is None or found[0] != step else found[1]
+        phase = line.get("phase")
+        values = {name: v for name, v in line.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if phase == "summary":
-            names = {name: name for name in line if name.startswith(("validation_", "test_"))}
-            return step, _numbers(line, names)
-        if phase in SPLITS:
-            names = {name: f"{SPLITS[phase]}_{name}" for name in line if name not in NO_METRICS}
-            found = step, before | _numbers(line, names)
-    return found
-
-
-def _numbers(line: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, float]:
-    """Metrics by their new names."""
-    values = {new: line[name] for name, new in names.items()}
-    return {name: float(v) for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            return line["step"], {name: v for name, v in values.items() if name.startswith(("validation_", "test_"))}
+        if phase in ("eval", "final", "test"):
+            split = "test" if phase == "test" else "validation"
+            no_metrics = ("step", "epoch", "time", "runtime")
+            found = {f"{split}_{name}": float(v) for name, v in values.items() if name not in no_metrics}
+            metrics = {**(metrics if step == line["step"] else {}), **found}
+            step = line["step"]
+    return step, metrics
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -144,8 +174,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _task(block: Any) -> tuple[tuple[str, ...], Mapping[str, bool]]:
-    """What the task says of its metrics; of a task that this version does not know, the loss alone."""
+def _task_metrics(block: Any) -> tuple[tuple[str, ...], Mapping[str, bool]]:
+    """Ask the task for its main metrics and which way is better; an unknown task has the loss alone."""
     kind = block.get("kind") if isinstance(block, dict) else None
     known = discover("hf_finetune.tasks", Task).get(str(kind))
     if known is None or not issubclass(known, Task):
@@ -155,8 +185,3 @@ def _task(block: Any) -> tuple[tuple[str, ...], Mapping[str, bool]]:
     except ValidationError:
         return known.headline, {"loss": False}
     return task.headline, task.best_metrics
-
-
-def is_number(value: Any) -> bool:
-    """Whether a metric can be compared."""
-    return isinstance(value, int | float) and math.isfinite(value)

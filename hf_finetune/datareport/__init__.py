@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
     from hf_finetune.findings import Findings
     from hf_finetune.recipe import Recipe
 
-__all__ = ["Page", "write"]
-
 
 @dataclass(frozen=True)
 class Page:
-    """What the page is about."""
+    """Content of the page."""
 
     recipe: Recipe
     prepared: Prepared
@@ -36,30 +35,49 @@ class Page:
 
 
 def write(path: str, page: Page) -> None:
-    """Write the page.
+    """Write the page; the same text for the same content.
 
     Args:
-        path: An HTML file in a folder that exists; replaced where it is there.
-        page: What it shows.
+        path: An HTML file in a folder that exists; it is replaced.
+        page: Content.
 
     Raises:
         StorageError: The file can't be written.
         DataError: A streamed row can't be read.
     """
-    html = _render(page)
+    from hf_finetune.datareport import sections
+
+    html = pages.environment(__name__).get_template("page.html.jinja").render(sections.context(page))
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         write_atomically(Path(path), html)
     except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"can't write the data report: {reason}; give another --report"
+        message = f"can't write the data report: {error.strerror or error}; give another --report"
         raise StorageError(Problem(message, file=path)) from error
 
 
-def _render(page: Page) -> str:
-    """The whole page; the same text for the same page."""
-    from hf_finetune.datareport import sections
+def recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name the settings that decide about the data; those that are not used are left out."""
+    data = recipe.data
+    problem = getattr(recipe.task, "problem", "")
+    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
 
-    template = pages.environment(__name__).get_template("page.html.jinja")
-    return template.render(sections.context(page))
+    def listed(files: str | Sequence[str]) -> str:
+        return files if isinstance(files, str) else ", ".join(files)
+
+    rows = [
+        ("Task", f"{recipe.task.kind}, {problem}" if problem else recipe.task.kind),
+        ("Model", recipe.model.name + revision),
+        ("Adapter", recipe.adapter.kind),
+        ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
+        *((split.capitalize(), listed(getattr(data, split) or "")) for split in ("train", "validation", "test")),
+        ("Mix", ", ".join(listed(source.train) for source in data.mix or [])),
+        ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
+        ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
+        ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
+        ("Rows share sequences", "yes, packed" if data.packing else ""),
+        ("Reading", "streamed" if data.streaming else ""),
+        ("Output", recipe.output),
+    ]
+    return [(name, value) for name, value in rows if value]

@@ -20,15 +20,10 @@ if TYPE_CHECKING:
     from hf_finetune.data import Prepared
     from hf_finetune.recipe import Recipe
 
-HEAD, TAIL = 900, 300
-"""Tokens of a row that are shown: the first and the last, where an answer ends."""
-FOLD = 150
-"""Tokens of a longer row that a page shows before it is unfolded."""
-TOKEN_CHARACTERS = 60
-TEXT_CHARACTERS = 10_000
-SPACE = "▁"
-"""What a space of a token is shown as, whatever its tokenizer writes."""
-UNDECODED = "\N{REPLACEMENT CHARACTER}"
+HEAD, TAIL = 900, 300  # tokens shown of a row: the first and the last, where an answer ends
+FOLD = 150  # tokens of a longer row that a page shows before it is unfolded
+TOKEN_CHARACTERS, TEXT_CHARACTERS = 60, 10_000
+SPACE = "▁"  # shown for a space within a token, however its tokenizer spells it
 
 
 @dataclass(frozen=True)
@@ -36,28 +31,17 @@ class Token:
     """One token of an example."""
 
     text: str
-    """What it stands for, harmless, spaces as `SPACE`."""
+    """Harmless, spaces as `SPACE`."""
     id: int
     trained: bool
-    """Whether the loss counts its prediction."""
+    """The loss counts its prediction."""
     special: bool
     second: bool
-    """Whether it belongs to the second text of a pair."""
+    """It belongs to the second text of a pair."""
     starts: bool
-    """Whether a row begins here, of the one or several in the sequence."""
+    """A row begins here, of the one or several in the sequence."""
     breaks: bool
-    """Whether it ends a line."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Tokens in a row with the same fate."""
-
-    trained: bool
-    second: bool
-    starts: bool
-    """Whether it begins another row that shares the sequence."""
-    tokens: list[Token]
+    """It ends a line."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +51,8 @@ class Example:
     name: str
     """E.g. `row 3`, from 1 in the split, or the rows that share the sequence."""
     label: str
-    """Name of the label, or the number to learn; empty where every token has its own."""
+    """Of the row; empty where every token has its own."""
     length: int
-    """Tokens."""
     trained: int | None
     """Tokens that the loss counts; None where it counts the row as a whole."""
     head: tuple[Token, ...]
@@ -79,15 +62,15 @@ class Example:
     """The tokens decoded, harmless, shortened to `TEXT_CHARACTERS`."""
 
     @property
-    def parts(self) -> list[list[Run]]:
+    def parts(self) -> list[list[list[Token]]]:
         """The runs of `head`, and those of `tail` where there is one."""
-        return [_runs(tokens, first=index == 0) for index, tokens in enumerate((self.head, self.tail)) if tokens]
+        return [_runs(tokens) for tokens in (self.head, self.tail) if tokens]
 
     @property
-    def folded(self) -> list[list[Run]]:
+    def folded(self) -> list[list[list[Token]]]:
         """The runs of the first and of the last few tokens of a row longer than `FOLD`."""
         last = (*self.head, *self.tail)[-FOLD // 3 :]
-        return [_runs(self.head[: FOLD - FOLD // 3], first=True), _runs(last, first=False)]
+        return [_runs(self.head[: FOLD - FOLD // 3]), _runs(last)]
 
     @property
     def left_out(self) -> int:
@@ -96,22 +79,36 @@ class Example:
 
     @property
     def is_pair(self) -> bool:
-        """Whether there is a second text."""
+        """Tell whether there is a second text."""
         return any(token.second for token in (*self.head, *self.tail))
 
 
+def _runs(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Cut tokens wherever they begin another row, or begin or end being trained, or being the second text."""
+    runs: list[list[Token]] = []
+    for token in tokens:
+        last = runs[-1][-1] if runs else None
+        if last is None or token.starts or (last.trained, last.second) != (token.trained, token.second):
+            runs.append([])
+        runs[-1].append(token)
+    return runs
+
+
 def first(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-    """The first `count` training sequences: rows in their order, packed as for training, or the begin of the stream.
+    """Show the first training sequences: rows in their order, packed as for training, or the begin of the stream.
 
     Raises:
         DataError: A streamed row can't be read.
     """
-    reader = _Reader(tokenizer, prepared.targets.names)
-    return [reader.example(documents) for documents in itertools.islice(_sequences(recipe, prepared), count)]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
+    names = prepared.targets.names
+    sequences = itertools.islice(_sequences(recipe, prepared), count)
+    return [_example(documents, tokenizer, names, special) for documents in sequences]
 
 
 def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, Any]]]:
-    """The encoded rows of each training sequence."""
+    """Yield the encoded rows of each training sequence."""
     if isinstance(prepared.train, Stream):
         for number, row in enumerate(prepared.train.rows(recipe.training.seed)):
             yield [{**row, "row": number}]
@@ -124,83 +121,61 @@ def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, An
     yield from (packed[index] for index in range(len(packed)))
 
 
-class _Reader:
-    """Reads encoded rows with the tokenizer that made them."""
+def _example(
+    documents: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], special: set[int]
+) -> Example:
+    """Show a sequence of one encoded row or several, with the tokenizer that made it."""
+    # A language model has a label for each token; names are what a classifier has.
+    by_token = not names
+    places = [(row, index) for row in documents for index in range(len(row["input_ids"]))]
+    ids = [row["input_ids"][index] for row, index in places]
+    shown = len(places) if len(places) <= HEAD + TAIL else HEAD
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
-        self.names = names
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
-
-    def example(self, documents: list[dict[str, Any]]) -> Example:
-        """One sequence of one encoded row or several."""
-        places = [(row, index) for row in documents for index in range(len(row["input_ids"]))]
-        # A language model has a label for each token; names are what a classifier has.
-        by_token = not self.names
-        shown = len(places) if len(places) <= HEAD + TAIL else HEAD
-        ids = [row["input_ids"][index] for row, index in places]
-        return Example(
-            name=_name(documents),
-            label="" if by_token else shortened(self._label(documents[0]["labels"]), TEXT_CHARACTERS),
-            length=len(places),
-            trained=sum(_trained(row) for row in documents) if by_token else None,
-            head=tuple(self._token(row, index, by_token=by_token) for row, index in places[:shown]),
-            tail=tuple(self._token(*place, by_token=by_token) for place in places[max(shown, len(places) - TAIL) :]),
-            # Each token is a character at least, or nothing.
-            text=shortened(exact(str(self.tokenizer.decode(ids[:TEXT_CHARACTERS]))), TEXT_CHARACTERS),
-        )
-
-    def _token(self, row: dict[str, Any], index: int, *, by_token: bool) -> Token:
+    def token(row: dict[str, Any], index: int) -> Token:
         id_ = row["input_ids"][index]
-        spelt = self._text(id_)
+        text = _text(tokenizer, id_)
         return Token(
-            text=shortened(exact(spelt[: 2 * TOKEN_CHARACTERS]), TOKEN_CHARACTERS).replace(" ", SPACE),
+            text=shortened(exact(text[: 2 * TOKEN_CHARACTERS]), TOKEN_CHARACTERS).replace(" ", SPACE),
             id=id_,
-            trained=by_token and _is_trained(row, index),
-            special=id_ in self.special,
+            # Nothing predicts the first token of a document.
+            trained=by_token and index > 0 and row["labels"][index] != IGNORE,
+            special=id_ in special,
             second="token_type_ids" in row and row["token_type_ids"][index] == 1,
             starts=index == 0,
-            breaks=spelt.endswith("\n"),
+            breaks=text.endswith("\n"),
         )
 
-    def _text(self, id_: int) -> str:
-        """A token's text; its spelling in the vocabulary where it is only a part of a character."""
-        spelling: Any = self.tokenizer.convert_ids_to_tokens(id_)
-        if spelling is None:
-            return f"[token {id_} of no text]"
-        if SPACE in spelling:
-            return str(spelling)
-        decoded = self.tokenizer.convert_tokens_to_string([spelling])
-        return str(spelling if not decoded or UNDECODED in decoded else decoded)
-
-    def _label(self, value: Any) -> str:
-        """A class, the classes whose cell is 1, or a number."""
-        if isinstance(value, list):
-            return ", ".join(exact(name) for name, cell in zip(self.names, value, strict=True) if cell) or "no label"
-        return f"{value:g}" if isinstance(value, float) else exact(self.names[value])
-
-
-def _runs(tokens: Sequence[Token], *, first: bool) -> list[Run]:
-    """Tokens, cut wherever their fate changes; `first` says that they begin the sequence."""
-    runs: list[Run] = []
-    for index, token in enumerate(tokens):
-        another = token.starts and not (first and index == 0)
-        if not runs or another or (runs[-1].trained, runs[-1].second) != (token.trained, token.second):
-            runs.append(Run(token.trained, token.second, another, []))
-        runs[-1].tokens.append(token)
-    return runs
+    label, trained = "", None
+    if by_token:
+        trained = sum(value != IGNORE for row in documents for value in row["labels"][1:])
+    else:
+        label = shortened(_label(documents[0]["labels"], names), TEXT_CHARACTERS)
+    listed = [row["row"] + 1 for row in documents]
+    return Example(
+        name=f"row {numbers(listed)}" if len(listed) == 1 else f"rows {numbers(listed)} in one sequence",
+        label=label,
+        length=len(places),
+        trained=trained,
+        head=tuple(token(*place) for place in places[:shown]),
+        tail=tuple(token(*place) for place in places[max(shown, len(places) - TAIL) :]),
+        # Each token is a character at least, or nothing.
+        text=shortened(exact(str(tokenizer.decode(ids[:TEXT_CHARACTERS]))), TEXT_CHARACTERS),
+    )
 
 
-def _trained(row: dict[str, Any]) -> int:
-    return sum(label != IGNORE for label in row["labels"][1:])
+def _text(tokenizer: Any, id_: int) -> str:
+    """Spell a token; as in the vocabulary where it is only a part of a character."""
+    spelling = tokenizer.convert_ids_to_tokens(id_)
+    if spelling is None:
+        return f"[token {id_} of no text]"
+    if SPACE in spelling:
+        return str(spelling)
+    decoded = tokenizer.convert_tokens_to_string([spelling])
+    return str(spelling if not decoded or "\N{REPLACEMENT CHARACTER}" in decoded else decoded)
 
 
-def _is_trained(row: dict[str, Any], index: int) -> bool:
-    """Whether the loss counts a token: nothing predicts the first of a document."""
-    return bool(index > 0 and row["labels"][index] != IGNORE)
-
-
-def _name(documents: list[dict[str, Any]]) -> str:
-    rows = [row["row"] + 1 for row in documents]
-    return f"row {numbers(rows)}" if len(rows) == 1 else f"rows {numbers(rows)} in one sequence"
+def _label(value: Any, names: Sequence[str]) -> str:
+    """Name a class, the classes whose cell is 1, or a number."""
+    if isinstance(value, list):
+        return ", ".join(exact(name) for name, cell in zip(names, value, strict=True) if cell) or "no label"
+    return f"{value:g}" if isinstance(value, float) else exact(names[value])

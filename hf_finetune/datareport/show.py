@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.data import Prepared
-    from hf_finetune.datareport.examples import Example, Run
     from hf_finetune.recipe import Recipe
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -25,7 +24,7 @@ def lines(
     count: int,
     colour: bool,
 ) -> list[str]:
-    """The first `count` training sequences.
+    """Show the first training sequences.
 
     Tokens are separated by spaces, special ones in ⟨ ⟩; a space within one is `▁`, and what can't be seen is an escape.
     Trained and masked tokens stand in lines of their own.
@@ -34,40 +33,35 @@ def lines(
         recipe: Tells whether rows share sequences.
         prepared: The data.
         tokenizer: The one that encoded them.
-        count: How many rows, or packed sequences.
+        count: Rows, or packed sequences.
         colour: Paint trained tokens green and masked ones dim, with ANSI sequences.
 
     Raises:
         DataError: A streamed row can't be read.
     """
-    shown = examples.first(recipe, prepared, tokenizer, count)
-    blocks = [_block(example, colour=colour) for example in shown]
-    return [line for block in blocks for line in ["", *block]][1:]
+    found: list[str] = []
+    for example in examples.first(recipe, prepared, tokenizer, count):
+        whole = example.trained is None
+        trained = "trained as a whole" if whole else f"{example.trained:,} trained"
+        found += ["", f"{example.name}: {example.length:,} tokens, {trained}"]
+        if example.label:
+            found.append(f"  label    {_painted(shortened(example.label, LABEL_CHARACTERS), GREEN if colour else '')}")
+        for number, runs in enumerate(example.parts):
+            if number:
+                found.append(f"  ...      {example.left_out:,} tokens left out here")
+            for index, run in enumerate(runs):
+                begins, is_first = run[0], number == index == 0
+                if begins.starts and not is_first:
+                    found.append("  ---      the next row of this sequence, which does not see those before")
+                if whole:
+                    name, ink = "pair" if begins.second else "tokens", ""
+                else:
+                    name, ink = ("trained", GREEN) if begins.trained else ("masked", DIM)
+                texts = [f"⟨{token.text}⟩" if token.special else token.text for token in run]
+                found.append(f"  {name:<8} {_painted(' '.join(texts), ink if colour else '')}")
+        found.append(f"  text     {shortened(example.text, TEXT_CHARACTERS)}")
+    return found[1:]
 
 
-def _block(example: Example, *, colour: bool) -> list[str]:
-    """One example: what it is, its tokens, its text."""
-    whole = example.trained is None
-    counts = f"{example.length:,} tokens, " + ("trained as a whole" if whole else f"{example.trained:,} trained")
-    block = [f"{example.name}: {counts}"]
-    if example.label:
-        block.append(f"  label    {_painted(shortened(example.label, LABEL_CHARACTERS), GREEN, colour=colour)}")
-    for number, runs in enumerate(example.parts):
-        if number:
-            block.append(f"  ...      {example.left_out:,} tokens left out here")
-        for run in runs:
-            block += _run_lines(run, whole=whole, colour=colour)
-    return [*block, f"  text     {shortened(example.text, TEXT_CHARACTERS)}"]
-
-
-def _run_lines(run: Run, *, whole: bool, colour: bool) -> list[str]:
-    """Tokens with one fate: `trained` or `masked`; where the row counts as a whole, `tokens`, `pair` for text two."""
-    texts = [f"⟨{token.text}⟩" if token.special else token.text for token in run.tokens]
-    name = ("pair" if run.second else "tokens") if whole else "trained" if run.trained else "masked"
-    ink = "" if whole else GREEN if run.trained else DIM
-    line = f"  {name:<8} {_painted(' '.join(texts), ink, colour=colour)}"
-    return ["  ---      the next row of this sequence, which does not see those before", line] if run.starts else [line]
-
-
-def _painted(text: str, ink: str, *, colour: bool) -> str:
-    return f"{ink}{text}{PLAIN}" if colour and ink else text
+def _painted(text: str, ink: str) -> str:
+    return f"{ink}{text}{PLAIN}" if ink else text

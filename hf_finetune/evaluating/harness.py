@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hf_finetune import tables, terminal
-from hf_finetune.comparison.table import metric_text
 from hf_finetune.errors import RecipeError
 from hf_finetune.evaluating import document
 from hf_finetune.finished import open_run
@@ -86,5 +85,7 @@ def _rendered(kept: dict[str, Any], form: str) -> str:
             metric, _, how = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and how:
                 error = found.get(f"{metric}_stderr,{how}")
-                rows.append([task, metric, metric_text(value), metric_text(error) if isinstance(error, float) else "-"])
+                rows.append(
+                    [task, metric, tables.number(value), tables.number(error) if isinstance(error, float) else "-"]
+                )
     return tables.markdown(heads, rows) if form == "markdown" else "\n".join(tables.text(heads, [rows]))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_finetune import tables
-from hf_finetune.comparison.table import metric_text
 from hf_finetune.terminal.message import printable
 
 WIDE = 120
@@ -73,7 +72,7 @@ def _tables(document: Mapping[str, Any], headline: Sequence[str], *, everything:
     for versus in document["against"]:
         compared = _chosen(versus["differences"], headline, everything=everything)
         rows = [
-            [name, metric_text(versus["metrics"][name]), *_value(versus["differences"][name], signed=True)]
+            [name, tables.number(versus["metrics"][name]), *_value(versus["differences"][name], signed=True)]
             for name in compared
         ]
         title = f"against {versus['name']}"
@@ -103,8 +102,8 @@ def _chosen(metrics: Mapping[str, Any], headline: Sequence[str], *, everything: 
 
 def _value(metric: Mapping[str, Any], *, signed: bool = False) -> list[str]:
     sign = "+" if signed and float(metric["value"]) > 0 else ""
-    bounds = f"{metric_text(metric['low'])} .. {metric_text(metric['high'])}" if "low" in metric else "-"
-    return [sign + metric_text(float(metric["value"])), bounds]
+    bounds = f"{tables.number(metric['low'])} .. {tables.number(metric['high'])}" if "low" in metric else "-"
+    return [sign + tables.number(float(metric["value"])), bounds]
 
 
 def _short(metric: Mapping[str, Any] | None, narrow: bool) -> str:

@@ -40,11 +40,10 @@ def uploaded(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> I
         folder: The run.
     """
     uploads, hub = BestUploads(trainer, learner, folder), learner.recipe.hub
-    if hub is None or hub.every is None or not learner.machine.is_main:
-        yield uploads
-        return
-    if learner.machine.is_sharded:
+    is_wanted = hub is not None and hub.every is not None and learner.machine.is_main
+    if is_wanted and learner.machine.is_sharded:
         terminal.say("no uploads of the best checkpoint: the weights are sharded (FSDP, ZeRO-3)")
+    if not is_wanted or learner.machine.is_sharded:
         yield uploads
         return
     for abandoned in folder.path.glob(f"{PREFIX}*"):  # by a killed process

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from hf_finetune import runlock, runstatus
 from hf_finetune.errors import Problem, PushError, RecipeError
 from hf_finetune.hub import outgoing, secrets
-from hf_finetune.hub.upload import Order, Upload
+from hf_finetune.hub.upload import Order, Result, Upload
 from hf_finetune.plugins import key_of
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import RunFolder, write_atomically
@@ -104,19 +104,17 @@ def push(folder: RunFolder, hub: Hub, *, command: str) -> None:
             for name in left_out:
                 say(f"note: {folder.adapter / name} is not uploaded: it does not belong to an adapter")
             tag = None if hub.as_pr else hub.tag or f"run-{identity}"
-            result, failure = None, secrets.why_not() or ""
-            if not failure:
-                order = make_order(hub, files, f"Run {identity}", tag=tag)
-                result = Upload(order).wait()
-                failure = result.failure
+            order = make_order(hub, files, f"Run {identity}", tag=tag)
+            refusal = secrets.why_not()
+            result = Result(failure=refusal) if refusal else Upload(order).wait()
     except PushError:
         raise
     except OSError as error:
-        result, failure = None, str(error.strerror or error)
+        result = Result(failure=str(error.strerror or error))
     except SystemExit as stopped:  # `preemption.Stopped`: training is over, so a signal is a failed upload
-        result, failure = None, getattr(stopped, "reason", "stopped")
-    if failure or result is None:
-        message = f"{folder.adapter} is finished and whole, but was not uploaded to {hub.repo}: {failure}"
+        result = Result(failure=getattr(stopped, "reason", "stopped"))
+    if result.failure:
+        message = f"{folder.adapter} is finished and whole, but was not uploaded to {hub.repo}: {result.failure}"
         raise PushError(Problem(f"{message}; try it again with: {command}"))
     version = f" as {result.tag}" if result.tag else ""
     text = f"uploaded to {result.url}{version}" if result.is_new else f"{result.url} already holds this{version}"

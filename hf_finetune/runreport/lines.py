@@ -1,10 +1,10 @@
-"""What a run says in lines: about its data, model and plan while it starts, and its summary at the end."""
+"""Lines for the terminal: data, model and plan while a run starts, and its summary at the end."""
 
 from __future__ import annotations
 
 import importlib.util
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.terminal import clock
@@ -12,15 +12,28 @@ from hf_finetune.terminal import clock
 if TYPE_CHECKING:
     from hf_finetune.arguments import Length
     from hf_finetune.batching import Division
-    from hf_finetune.data import Prepared, SplitReport
+    from hf_finetune.data import Prepared
     from hf_finetune.recipe import Recipe
     from hf_finetune.runreport.outcome import Outcome
     from hf_finetune.tracking.journal import Entry
 
 
 def data_lines(prepared: Prepared) -> list[str]:
-    """One line a split: rows, tokens, and everything that was cut or dropped; then the labels."""
-    lines = [f"{split}: {_split_line(counts)}" for split, counts in prepared.reports.items()]
+    """Count rows and tokens of each split, and everything that was cut or dropped; then the labels."""
+    lines = []
+    for split, counts in prepared.reports.items():
+        parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
+        parts += [f"{counts.trained:,} trained"] if counts.trained != counts.kept else []
+        parts.append(f"longest {counts.longest:,}")
+        losses = (
+            (counts.cut, "cut to max_length"),
+            (counts.dropped, "dropped as over-long"),
+            (counts.empty, "dropped without text"),
+            (counts.untrained, "dropped without a trained token"),
+            (counts.unused, "never drawn from the mix"),
+        )
+        parts += [f"{count:,} {loss}" for count, loss in losses if count]
+        lines.append(f"{split}: {', '.join(parts)}")
     # Not `targets.counts`, which has the rows that are dropped too.
     labels = prepared.facts["train"].labels if "train" in prepared.facts else {}
     if labels:
@@ -28,50 +41,30 @@ def data_lines(prepared: Prepared) -> list[str]:
     return lines
 
 
-def _split_line(counts: SplitReport) -> str:
-    losses = {
-        "cut": f"{counts.cut:,} cut to max_length",
-        "dropped": f"{counts.dropped:,} dropped as over-long",
-        "empty": f"{counts.empty:,} dropped without text",
-        "untrained": f"{counts.untrained:,} dropped without a trained token",
-        "unused": f"{counts.unused:,} never drawn from the mix",
-    }
-    parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
-    if counts.trained != counts.kept:
-        parts.append(f"{counts.trained:,} trained")
-    parts.append(f"longest {counts.longest:,}")
-    parts += [text for name, text in losses.items() if getattr(counts, name)]
-    return ", ".join(parts)
-
-
 def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
-    """The model and what of it is trained."""
+    """Name the model, and how much of it is trained."""
     trained, total = parameters
-    return (
-        f"model {recipe.model.name}: {total:,} parameters, {trained:,} trained by {recipe.adapter.kind} "
-        f"({trained / total:.2%})"
-    )
+    share = f"{trained:,} trained by {recipe.adapter.kind} ({trained / total:.2%})"
+    return f"model {recipe.model.name}: {total:,} parameters, {share}"
 
 
 def plan_line(division: Division, length: Length) -> str:
-    """How the global batch is divided, and how many steps there are."""
+    """Say how the global batch is divided, and how many steps there are."""
+
+    def counted(number: int, thing: str) -> str:
+        plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
+        return f"{number:,} {thing}{plural}"
+
     return (
-        f"{_counted(length.total_steps, 'step')} of {division.batch_size} rows: {_counted(division.world_size, 'rank')}"
-        f" x {_counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
+        f"{counted(length.total_steps, 'step')} of {division.batch_size} rows: {counted(division.world_size, 'rank')}"
+        f" x {counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
     )
 
 
-def _counted(number: int, thing: str) -> str:
-    """`1 step`, `2 steps`, `2 micro-batches`."""
-    plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
-    return f"{number:,} {thing}{plural}"
-
-
 def summary_entry(outcome: Outcome) -> Entry:
-    """The row that closes metrics.jsonl."""
-    scores = {f"{split}_{name}": value for split, found in outcome.scores.items() for name, value in found.items()}
+    """Make the row that closes metrics.jsonl."""
     trained, total = outcome.parameters
-    facts: dict[str, Any] = {
+    row: Entry = {
         "step": outcome.steps,
         "phase": "summary",
         "seconds": round(outcome.seconds, 3),
@@ -82,57 +75,46 @@ def summary_entry(outcome: Outcome) -> Entry:
         "world_size": outcome.machine.world_size,
     }
     if outcome.not_taken:
-        facts["steps_not_taken"] = outcome.not_taken
+        row["steps_not_taken"] = outcome.not_taken
     if outcome.reload_difference is None:
-        facts["read_back"] = "equal"
+        row["read_back"] = "equal"
     else:
-        facts["reload_difference"] = outcome.reload_difference
+        row["reload_difference"] = outcome.reload_difference
     if outcome.peak_memory is not None:
-        facts["peak_memory"] = outcome.peak_memory
-    return facts | outcome.rates | scores
+        row["peak_memory"] = outcome.peak_memory
+    scores = {f"{split}_{name}": value for split, found in outcome.scores.items() for name, value in found.items()}
+    return row | outcome.rates | scores
 
 
 def summary_lines(outcome: Outcome) -> list[str]:
-    """The table at the end of a run, and what to do next."""
+    """Write the table at the end of a run, and what to do next."""
+    recipe, folder, rates = outcome.recipe, outcome.folder, outcome.rates
     part = f" from step {outcome.resumed_at:,} on, where the run was resumed" if outcome.resumed_at else ""
     rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}{part}")]
     if outcome.not_taken:
         rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
-    if outcome.rates:
-        speed = (
-            f"{outcome.rates['samples_per_second']:.1f} samples/s, {outcome.rates['tokens_per_second']:.0f} tokens/s"
-        )
-        rows.append(("speed", f"{speed}, {outcome.rates['padding_share']:.1%} padding"))
-    if "matmul_share" in outcome.rates:
-        share, peak = outcome.rates["matmul_share"], outcome.rates["matmul_peak"]
+    if rates:
+        speed = f"{rates['samples_per_second']:.1f} samples/s, {rates['tokens_per_second']:.0f} tokens/s"
+        rows.append(("speed", f"{speed}, {rates['padding_share']:.1%} padding"))
+    if "matmul_share" in rates:
+        share, peak = rates["matmul_share"], rates["matmul_peak"]
         rows.append(("matmul peak", f"{share:.1%} of {peak / 1e12:.3g} TFLOP/s, measured here"))
     if outcome.peak_memory is not None:
         rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
     for split, scores in outcome.scores.items():
-        shown = [f"{name} {scores[name]:.4f}" for name in outcome.recipe.task.headline if name in scores]
-        rows.append((split, "  ".join(shown)))
-    page = f", {outcome.folder.page.name}" if outcome.recipe.tracking.report else ""
+        rows.append((split, "  ".join(f"{name} {scores[name]:.4f}" for name in recipe.task.headline if name in scores)))
     if outcome.reload_difference is None:
-        saved = ("saved and read back", f"{outcome.folder.adapter} (every bit of the weights is equal)")
+        rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
     else:
         apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
-        saved = ("saved and reloaded", f"{outcome.folder.adapter} ({apart})")
-    rows += [
-        saved,
-        ("report", f"{outcome.folder.report}{page}"),
-        ("run folder", str(outcome.folder.path)),
-        *_how_to_watch(outcome),
-    ]
+        rows.append(("saved and reloaded", f"{folder.adapter} ({apart})"))
+    page = f", {folder.page.name}" if recipe.tracking.report else ""
+    rows += [("report", f"{folder.report}{page}"), ("run folder", str(folder.path))]
+    if recipe.tracking.tensorboard:
+        from hf_finetune.tracking.board.place import Place
+
+        watch = f"tensorboard --logdir {shlex.quote(Place.of(recipe, folder).folder)}"
+        is_installed = importlib.util.find_spec("tensorboard") is not None
+        rows.append(("watch it with", watch if is_installed else f"pip install tensorboard; {watch}"))
     width = max(len(name) for name, _ in rows)
     return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
-
-
-def _how_to_watch(outcome: Outcome) -> list[tuple[str, str]]:
-    """The command that shows the events, where there are any."""
-    if not outcome.recipe.tracking.tensorboard:
-        return []
-    from hf_finetune.tracking.board.place import Place
-
-    command = f"tensorboard --logdir {shlex.quote(Place.of(outcome.recipe, outcome.folder).folder)}"
-    is_installed = importlib.util.find_spec("tensorboard") is not None
-    return [("watch it with", command if is_installed else f"pip install tensorboard; {command}")]

@@ -1,9 +1,11 @@
-"""What a run came to."""
+"""What a run came to, as the process knows it that trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.runreport.lines import data_lines
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
@@ -24,7 +26,6 @@ class Outcome:
     parameters: tuple[int, int]
     """Trained parameters, all parameters."""
     steps: int
-    """Steps of the run."""
     seconds: float
     """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
     rates: dict[str, float] = field(default_factory=dict)
@@ -32,7 +33,6 @@ class Outcome:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final metrics per split."""
     warnings: tuple[Problem, ...] = ()
-    """What the check before training found and did not refuse."""
     peak_memory: int | None = None
     """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
     reload_difference: float | None = 0.0
@@ -46,3 +46,19 @@ class Outcome:
     """The step from which this process went on; 0 if it began the run."""
     not_taken: int = 0
     """Steps that the optimiser did not take, because loss or gradient was not finite."""
+
+    def facts(self) -> dict[str, Any]:
+        """Collect what the report tells and no other file of the run folder does, as JSON holds it."""
+        splits, levels = self.prepared.facts, self.recipe.data.checks.model_dump()
+        struck = [name for name in levels if any(name in found.tallies for found in splits.values())]
+        counts = {
+            name: {split: found.tallies[name].count if name in found.tallies else 0 for split, found in splits.items()}
+            for name in struck
+        }
+        return {
+            "machine": self.machine.describe(),
+            "fingerprint": self.prepared.fingerprint,
+            "rows": data_lines(self.prepared),
+            "findings": [[name, str(levels[name]), counts[name]] for name in struck],
+            "warnings": [str(problem) for problem in self.warnings],
+        }

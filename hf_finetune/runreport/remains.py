@@ -1,12 +1,11 @@
-"""What a run left in its folder: lines of metrics.jsonl, records, sample answers. Reports are made of these."""
+"""Data of one run for its reports: metrics, observations, sample answers and environment, read from its folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,12 @@ from hf_finetune.tracking import journal
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
     from hf_finetune.runfolder import RunFolder
-    from hf_finetune.runreport.outcome import Outcome
     from hf_finetune.tracking.journal import Entry
-
-SPLITS = ("validation", "test")
-NOT_METRICS = {"step", "epoch", "phase", "runtime", "time"}
 
 
 @dataclass(frozen=True)
-class Remains:
-    """One run, as its folder tells it."""
+class RunData:
+    """One run as its folder holds it."""
 
     folder: RunFolder
     recipe: Recipe
@@ -39,20 +34,12 @@ class Remains:
     """The newest of each kind and phase."""
     samples: Sequence[Mapping[str, Any]] = ()
     """Lines of samples.jsonl: step, prompt, answer, ended."""
-    outcome: Outcome | None = None
-    """What only the process knows that trained: what became of the rows, and the machine."""
 
     @classmethod
-    def read(cls, folder: RunFolder, recipe: Recipe, outcome: Outcome | None = None) -> Remains:
-        """Read what a folder holds; what is damaged or not there is left out."""
-        return cls(
-            folder,
-            recipe,
-            journal.read(folder.metrics),
-            newest(folder.observations),
-            journal.read_samples(folder.samples),
-            outcome,
-        )
+    def read(cls, folder: RunFolder, recipe: Recipe) -> RunData:
+        """Read a folder; what is damaged or missing is left out."""
+        samples = journal.read_samples(folder.samples)
+        return cls(folder, recipe, journal.read(folder.metrics), newest(folder.observations), samples)
 
     @property
     def summary(self) -> Entry:
@@ -60,20 +47,20 @@ class Remains:
         return next((line for line in reversed(self.lines) if line.get("phase") == "summary"), {})
 
     def of(self, phase: str) -> list[Entry]:
-        """Lines of a phase."""
+        """Select the lines of a phase."""
         return [line for line in self.lines if line.get("phase") == phase]
 
     @cached_property
     def phases(self) -> dict[str, str]:
-        """Split -> the phase in which the model that is saved was evaluated on it.
+        """Split -> the phase in which the saved model was evaluated on it.
 
-        The validation split's is `final`, or the last `eval` where that already saw these weights.
+        That of the validation split is `final`, or the last `eval` where that already saw these weights.
         """
         found = {}
-        watched = [line for line in self.lines if line.get("phase") in ("eval", "final")]
-        if watched:
+        evaluations = [line for line in self.lines if line.get("phase") in ("eval", "final")]
+        if evaluations:
             # A run that went on after its end has an older final line.
-            found["validation"] = max(watched, key=lambda line: (line["step"], line["phase"] == "final"))["phase"]
+            found["validation"] = max(evaluations, key=lambda line: (line["step"], line["phase"] == "final"))["phase"]
         if self.of("test"):
             found["test"] = "test"
         return found
@@ -81,24 +68,21 @@ class Remains:
     @cached_property
     def scores(self) -> dict[str, dict[str, float]]:
         """Final metrics by split."""
-        if self.outcome is not None:
-            return self.outcome.scores
+        no_metrics = {"step", "epoch", "phase", "runtime", "time"}
         return {
             split: {
                 name: value
                 for name, value in self.of(phase)[-1].items()
-                if name not in NOT_METRICS and isinstance(value, int | float)
+                if name not in no_metrics and isinstance(value, int | float)
             }
             for split, phase in self.phases.items()
         }
 
     def record(self, kind: str, split: str) -> Record | None:
-        """The record of the model that is saved, on a split; None where it was not kept."""
+        """Find the record of the saved model on a split; None where it was not kept."""
         phase = self.phases.get(split)
-        if phase is None:
-            return None
-        record = self.records.get((kind, phase))
-        return record if record is not None and record.step == self.of(phase)[-1]["step"] else None
+        record = self.records.get((kind, phase)) if phase is not None else None
+        return record if record is not None and record.step == self.of(record.phase)[-1]["step"] else None
 
     @cached_property
     def intervals(self) -> dict[str, Intervals]:
@@ -126,23 +110,28 @@ class Remains:
         }
         return runs.plots(self.lines, records, self.weights)
 
-    @cached_property
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Outcome.facts`; empty for a run that has not ended."""
+        record = self.records.get(("report", "train"))
+        return record.facts if record is not None else {}
+
+    @property
     def missing(self) -> list[str]:
-        """What a reader would look for and not find, and why not."""
-        told = []
-        for split in self.phases:
-            if self.record("predictions", split) is None:
-                told.append(
-                    f"The predictions on {split} were not kept (the disk may have been full): there are no confidence "
-                    "intervals and no charts of them."
-                )
+        """Say what a reader would look for in vain, and why."""
+        lost = "kept (the disk may have been full)"
+        found = [
+            f"The predictions on {split} were not {lost}: there are no confidence intervals and no charts of them."
+            for split in self.phases
+            if self.record("predictions", split) is None
+        ]
         if not self.recipe.data.has_validation and self.recipe.data.test is None:
-            told.append("The recipe has no validation and no test split: there are no scores.")
+            found.append("The recipe has no validation and no test split: there are no scores.")
         if not self.lines:
-            told.append("metrics.jsonl was not kept (the disk may have been full): there are no curves.")
+            found.append(f"metrics.jsonl was not {lost}: there are no curves.")
         if not self.environment:
-            told.append("The environment was not kept (the disk may have been full).")
-        return told
+            found.append(f"The environment was not {lost}.")
+        return found
 
     @property
     def environment(self) -> list[tuple[str, str]]:
@@ -152,14 +141,14 @@ class Remains:
         return [(str(name), str(value)) for name, value in table.items()] if isinstance(table, dict) else []
 
     @property
-    def went_on_at(self) -> int:
-        """Step at which the last process went on with the run; 0 for a run in one piece."""
+    def resumed_at(self) -> int:
+        """The step at which the last process resumed the run; 0 for a run in one piece."""
         record = self.records.get(("environment", "train"))
         return record.step if record is not None else 0
 
     @property
     def loading(self) -> str | None:
-        """Python that loads what was saved, from its model card; None where there is none."""
+        """Python that loads the model, from its card; None where there is none."""
         try:
             card = (self.folder.adapter / "README.md").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -168,22 +157,16 @@ class Remains:
         return found[1] if found else None
 
 
+Remains = RunData  # for callers that have not been renamed yet
+
+
 def newest(folder: Path) -> dict[tuple[str, str], Record]:
-    """The newest record of each kind and phase below `observations/`; damaged ones are left out."""
-    files: dict[tuple[str, str], Path] = {}
-    for file in sorted(folder.glob("*/*-*.npz")):
+    """Read the newest record of each kind and phase below `observations/`; damaged ones are left out."""
+    files: dict[tuple[str, str], tuple[int, Path]] = {}
+    for file in folder.glob("*/*-*.npz"):
         phase, _, step = file.stem.rpartition("-")
         if step.isdecimal():
-            files[file.parent.name, phase] = max(file, files.get((file.parent.name, phase), file), key=_step)
-    found = {key: Record.read(file) for key, file in files.items()}
+            key = file.parent.name, phase
+            files[key] = max(files.get(key, (-1, file)), (int(step), file))
+    found = {key: Record.read(file) for key, (_, file) in files.items()}
     return {key: record for key, record in found.items() if record is not None}
-
-
-def _step(file: Path) -> int:
-    return int(file.stem.rpartition("-")[2])
-
-
-def mean(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:
-    """Mean of a quantity over the lines that have it; None where none has."""
-    values = [line[name] for line in lines if isinstance(line.get(name), int | float) and isfinite(line[name])]
-    return sum(values) / len(values) if values else None
