@@ -19,8 +19,9 @@ from hf_finetune.errors import CheckpointError, DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.plugins import key_of
 from hf_finetune.recipe import Recipe
+from hf_finetune.rowfiles import find
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.schema import datafiles, modelfolder
+from hf_finetune.schema import modelfolder
 from hf_finetune.schema.roots import outside, refuse_outside
 
 if TYPE_CHECKING:
@@ -110,13 +111,13 @@ def _unreadable(rows: Rows, recipe: Recipe | None) -> list[Problem]:
         task = SimpleNamespace(columns=lambda: needed, optional_columns=recipe.task.optional_columns)
     if rows.files:
         data = SimpleNamespace(source=None, test=list(rows.files))
-        found = datafiles.problems(SimpleNamespace(task=task, data=data))
+        found = find.problems(SimpleNamespace(task=task, data=data))
         return [replace(problem, key="--data") for problem in found]
     if recipe is None:
         return []
     split = rows.split or ("test" if recipe.data.test is not None else "validation")
     data = SimpleNamespace(source=recipe.data.source, **{split: getattr(recipe.data, split)})
-    return datafiles.problems(SimpleNamespace(task=task, data=data))
+    return find.problems(SimpleNamespace(task=task, data=data))
 
 
 def _refuse_unfinished(folder: RunFolder) -> None:

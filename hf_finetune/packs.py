@@ -5,15 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
 class Packs(Sequence[list[int]]):
     """The documents of each sequence, by number.
 
@@ -22,24 +20,15 @@ class Packs(Sequence[list[int]]):
         starts: Where each sequence begins in them, and the end: one more than there are sequences.
     """
 
-    documents: Array
-    starts: Array
+    def __init__(self, documents: Array, starts: Array) -> None:
+        self.documents, self.starts = documents, starts
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]  # nobody takes slices
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        index %= len(self)
         documents: list[int] = self.documents[self.starts[index] : self.starts[index + 1]].tolist()
         return documents
 
@@ -53,8 +42,6 @@ def pack(lengths: Sequence[int] | Array, capacity: int) -> Packs:
     """Put documents into as few sequences as a greedy rule finds: best-fit decreasing bin packing.
 
     Source: D. S. Johnson, "Near-optimal bin packing algorithms", 1973: at most 11/9 of the optimum plus a constant.
-    Documents of one length are placed together: the first sequence that they fit best takes as many as it can, then the
-    next one, which is where they would go one by one.
 
     Args:
         lengths: Tokens of each document, each at most `capacity`.
@@ -66,57 +53,43 @@ def pack(lengths: Sequence[int] | Array, capacity: int) -> Packs:
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable").astype(np.int32 if len(sizes) < 2**31 else np.int64)
     ordered = sizes[order]
-    places = np.empty_like(order)
-    """The sequence of each document, in that order."""
+    places = np.empty_like(order)  # the sequence of each document, in that order
     bounds = [*np.flatnonzero(np.diff(ordered, prepend=-1)).tolist(), len(ordered)]
-    room, sequences = _Room(), 0
+    rooms: list[int] = []  # tokens that still fit into some sequence, sorted, and below these sequences
+    opened: dict[int, list[Array]] = {}
+    sequences = 0
+
+    def put(room: int, some: Array) -> None:
+        # Sequences that are full are forgotten.
+        if room > 0 and len(some):
+            if room not in opened:
+                bisect.insort(rooms, room)
+            opened.setdefault(room, []).append(some)
+
+    # Documents of one length are placed together: the first sequence that they fit best takes as many as it can, then
+    # the next one, which is where they would go one by one.
     for begin, end in itertools.pairwise(bounds):
         length, done = int(ordered[begin]), begin
         while done < end:
-            free, open_ = room.least(length) or (capacity, None)
-            each = max(1, free // length) if length else end - done
+            best = bisect.bisect_left(rooms, length)
+            room = rooms.pop(best) if best < len(rooms) else capacity
+            each = max(1, room // length) if length else end - done
             wanted = -(-(end - done) // each)
-            if open_ is None:
-                open_ = np.arange(sequences, sequences + wanted, dtype=order.dtype)
+            if room in opened:
+                parts = opened.pop(room)
+                takers = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts), kind="stable")
+                put(room, takers[wanted:])
+                takers = takers[:wanted]
+            else:
+                takers = np.arange(sequences, sequences + wanted, dtype=order.dtype)
                 sequences += wanted
-            elif len(open_) > wanted:
-                room.put(free, open_[wanted:])
-                open_ = open_[:wanted]
-            taken = np.repeat(open_, each)[: end - done]
+            taken = np.repeat(takers, each)[: end - done]
             places[done : done + len(taken)] = taken
             done += len(taken)
-            last = len(taken) - each * (len(open_) - 1)
-            room.put(free - each * length, open_[:-1] if last < each else open_)
-            if last < each:
-                room.put(free - last * length, open_[-1:])
+            last = len(taken) - each * (len(takers) - 1)
+            put(room - each * length, takers[:-1])
+            put(room - last * length, takers[-1:])
     # Stable: the documents of a sequence stay in the order in which it took them.
     documents = order[np.argsort(places, kind="stable")]
     counts = np.bincount(places, minlength=sequences) if len(places) else np.empty(0, np.int64)
     return Packs(documents, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-
-
-class _Room:
-    """Sequences that are not full, by the tokens that still fit."""
-
-    def __init__(self) -> None:
-        self._free: list[int] = []
-        """Sorted."""
-        self._open: dict[int, list[Array]] = {}
-
-    def least(self, length: int) -> tuple[int, Array] | None:
-        """Take out those with the least room of at least `length`: the room, and the sequences in their order."""
-        place = bisect.bisect_left(self._free, length)
-        if place == len(self._free):
-            return None
-        free = self._free.pop(place)
-        parts = self._open.pop(free)
-        return free, parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts), kind="stable")
-
-    def put(self, free: int, sequences: Array) -> None:
-        """Sequences, in their order, that have so much room left; those that are full are forgotten."""
-        if free <= 0 or not len(sequences):
-            return
-        if free not in self._open:
-            bisect.insort(self._free, free)
-            self._open[free] = []
-        self._open[free].append(sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from forked import Server
 from test_data import CLASSES, MACHINE, recipe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune import data, rowfiles
 from hf_finetune.data import sources
-from hf_finetune.data.faults import Wanted
+from hf_finetune.data.cells import Wanted
 from hf_finetune.data.reading import Reading
 from hf_finetune.errors import DataError
 from hf_finetune.predicting import rows as predicting
@@ -72,7 +73,7 @@ def loaded(task: dict[str, Any], names: list[str]) -> dict[str, list[Any]]:
     """The columns as they are loaded."""
     block = recipe(task, train=names)
     origin = sources.locate(block.data).train[0]
-    columns: dict[str, list[Any]] = origin.load("cache", Wanted.by(block.task).trained())[:]
+    columns: dict[str, list[Any]] = origin.load("cache", replace(Wanted.by(block.task), held_out=False))[:]
     return columns
 
 
@@ -361,7 +362,7 @@ FAULTS: dict[str, tuple[Files, list[str]]] = {
     ),
     "objects in lines of their own": (
         {"a.jsonl": json.dumps({"text": "x", "label": 1}, indent=1) * 3},
-        ["a.jsonl:1: data.train: begins an object that spans 4 lines; write each object on one line"],
+        ["a.jsonl:1: data.train: begins an object that spans several lines; write each object on one line"],
     ),
     "a list by the wrong name": (
         {"a.jsonl": json.dumps([{"text": "x", "label": 1}] * 9, indent=1)},
@@ -420,9 +421,7 @@ def test_a_fault_of_a_stream_is_told_with_its_line(case: str) -> None:
 
 
 def test_a_long_list_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_finetune.rowfiles import jsonrows
-
-    monkeypatch.setattr(jsonrows, "CHUNK", 7)
+    monkeypatch.setattr(rowfiles, "CHUNK", 7)
     rows = [{"text": "é" * n, "n": n, "deep": [None, True, -1.5e3, {"x": '\\"]}'}]} for n in range(40)]
     lay({"a.json": json.dumps(rows, indent=1)})
     assert list(predicted(["a.json"])) == rows

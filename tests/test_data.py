@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import data
-from hf_finetune.errors import DataError, FinetuneError, RecipeError
+from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 
@@ -22,6 +22,21 @@ CLASSES = {"kind": "text_classification", "text": "text", "label": "label"}
 TEXTS = {"kind": "causal_lm", "text": "text"}
 PAIRS = {"kind": "causal_lm", "prompt": "question", "completion": "answer"}
 Prepare = Callable[..., data.Prepared]
+
+
+@dataclasses.dataclass
+class Found:
+    """What the checks of the data find, by level."""
+
+    errors: list[Problem] = dataclasses.field(default_factory=list)
+    warnings: list[Problem] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[str, Problem]]) -> Found:
+        made = cls()
+        for level, problem in found:
+            (made.errors if level == "error" else made.warnings).append(problem)
+        return made
 
 
 def recipe(task: dict[str, Any], seed: int = 42, **block: Any) -> Recipe:

@@ -258,6 +258,6 @@ def test_launches_do_not_share_failures(variable: str, tmp_path: Path, monkeypat
     files = set()
     for value in ("1", "2", "a/b c"):
         monkeypatch.setenv(variable, value)
-        files.add(cache._Failure(tmp_path / "key").file)
+        files.add(cache.Entry(tmp_path, "key").failure)
     assert len(files) == 3
-    assert {file.parent for file in files} == {tmp_path}
+    assert {file.parent for file in files} == {tmp_path / "encoded"}

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data import CLASSES, MACHINE, PAIRS, TEXTS, good, mixed, recipe, write, write_json
+from test_data import CLASSES, MACHINE, PAIRS, TEXTS, Found, good, mixed, recipe, write, write_json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import data
 from hf_finetune.data import checks
-from hf_finetune.data.checks import Verdict
 from hf_finetune.errors import DataError
 from hf_finetune.schema.checks import Checks, table
 
@@ -30,9 +29,10 @@ def judge(tokenizers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
     """Prepares data in an empty working directory and returns the verdict."""
     monkeypatch.chdir(tmp_path)
 
-    def prepare(task: dict[str, Any] = CLASSES, **block: Any) -> Verdict:
+    def prepare(task: dict[str, Any] = CLASSES, **block: Any) -> Found:
         made = recipe(task, **block)
-        return checks.findings(made, data.prepare(made, tokenizers[task["kind"]], MACHINE))
+        found = data.prepare(made, tokenizers[task["kind"]], MACHINE)
+        return Found.of(checks.findings(made, found.facts, found.counted, found.places))
 
     return prepare
 
@@ -51,7 +51,7 @@ LABELS = ["bad", "good"]
 def test_clean_data_have_no_finding(judge: Any) -> None:
     write_json("train.jsonl", rows(12))
     write_json("dev.jsonl", [{"text": f"a story {'so ' * index}", "label": LABELS[index % 2]} for index in range(4)])
-    assert judge(train="train.jsonl", validation="dev.jsonl") == Verdict()
+    assert judge(train="train.jsonl", validation="dev.jsonl") == Found()
 
 
 def test_empty_texts_are_an_error_a_warning_or_only_counted(judge: Any) -> None:
@@ -63,7 +63,7 @@ def test_empty_texts_are_an_error_a_warning_or_only_counted(judge: Any) -> None:
     )
     (warning,) = judge(train="train.jsonl", checks={"empty_text": "warn"}).warnings
     assert warning.message.endswith("fill them in or remove them; they are dropped")
-    assert judge(train="train.jsonl", checks={"empty_text": "off"}) == Verdict()
+    assert judge(train="train.jsonl", checks={"empty_text": "off"}) == Found()
 
 
 def test_every_row_is_counted_once(tokenizers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_numbers_and_lists_of_labels_that_look_the_same(judge: Any) -> None:
     many = {**CLASSES, "problem": "multi_label"}
     (problem,) = judge(many, train="train.jsonl", checks=off).warnings
     assert "differ only by case: 'Bad' (8), 'bad' (4, row " in problem.message
-    assert judge(many, train="train.jsonl", checks={**off, "similar_labels": "off"}) == Verdict()
+    assert judge(many, train="train.jsonl", checks={**off, "similar_labels": "off"}) == Found()
 
 
 def test_a_label_of_validation_that_looks_like_a_known_one(judge: Any) -> None:
@@ -171,7 +171,7 @@ def test_what_is_only_told(judge: Any, lines: list[Any], message: str) -> None:
 def test_the_way_out_of_imbalance_is_one_that_works(judge: Any) -> None:
     write_json("train.jsonl", [*good(1), *[{"text": "bad " * n, "label": "bad"} for n in range(1, 22)]])
     off = {"unknown_tokens": "off"}
-    assert judge({**CLASSES, "class_weights": "balanced"}, train="train.jsonl", checks=off) == Verdict()
+    assert judge({**CLASSES, "class_weights": "balanced"}, train="train.jsonl", checks=off) == Found()
     (problem,) = judge(UGLY, train="train.jsonl", checks=off).warnings
     assert problem.message.endswith("'ugly' 0 (limit 20 to 1); add rows, or remove the label from task.labels")
 
@@ -198,7 +198,7 @@ def test_every_check_can_be_turned_off(judge: Any) -> None:
     write_json("train.jsonl", [EMPTY, *rows(2), *rows(2), {"text": "qwerty\0\x07 film", "label": "bad"}])
     assert len(judge(train="train.jsonl").warnings) == 3
     off = {check.name: "off" for check in table()}
-    assert judge(train="train.jsonl", validation="train.jsonl", checks=off) == Verdict()
+    assert judge(train="train.jsonl", validation="train.jsonl", checks=off) == Found()
 
 
 def test_a_cut_off_split_is_named_by_the_share(judge: Any) -> None:

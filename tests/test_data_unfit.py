@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data import CLASSES, MACHINE, TEXTS, good, mixed, recipe, write_json
+from test_data import CLASSES, MACHINE, TEXTS, Found, good, mixed, recipe, write_json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import data
 from hf_finetune.data import checks
 from hf_finetune.data.building import UnfitError
-from hf_finetune.data.checks import Verdict
 
 NAMED = {**CLASSES, "labels": ["good", "bad", "ugly"]}
 BLANK = {"text": " ", "label": "good"}
@@ -31,12 +30,13 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refused(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], **block: Any) -> tuple[UnfitError, Verdict]:
+def refused(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], **block: Any) -> tuple[UnfitError, Found]:
     """What is raised, and what the checks make of what is known all the same."""
     made = recipe(task, **block)
     with pytest.raises(UnfitError) as raised:
         data.prepare(made, tokenizer, MACHINE)
-    return raised.value, checks.findings(made, raised.value.known)
+    error = raised.value
+    return error, Found.of(checks.findings(made, error.facts, error.counted, error.places, error.left_out))
 
 
 def test_unfit_rows_hide_nothing_of_the_others(bert: PreTrainedTokenizerBase) -> None:
@@ -60,8 +60,8 @@ def test_the_labels_are_read_off_the_other_rows(bert: PreTrainedTokenizerBase) -
     error, _ = refused(bert, CLASSES, train="train.jsonl", test="test.jsonl")
     assert len(error.problems) == 3
     assert "'godd', which is none of the known labels: bad, good" in error.problems[2].message
-    assert error.known.facts["train"].labels == {"bad": 2, "good": 2}
-    assert error.known.left_out == {"train": 2, "test": 1}
+    assert error.facts["train"].labels == {"bad": 2, "good": 2}
+    assert error.left_out == {"train": 2, "test": 1}
 
 
 def test_a_row_with_two_faults_is_told_of_both(bert: PreTrainedTokenizerBase) -> None:
@@ -83,7 +83,7 @@ def test_a_split_without_any_fit_row_hides_no_other(bert: PreTrainedTokenizerBas
     write_json("train.jsonl", [UNLABELLED] * 3)
     write_json("dev.jsonl", [*mixed(2), BLANK])
     error, verdict = refused(bert, CLASSES, train="train.jsonl", validation="dev.jsonl")
-    assert list(error.known.facts) == ["validation"]
+    assert list(error.facts) == ["validation"]
     assert [problem.key for problem in verdict.errors] == ["data.validation"]
 
 
@@ -91,7 +91,7 @@ def test_it_survives_pickling(bert: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", [*mixed(2), UNLABELLED])
     error, _ = refused(bert, CLASSES, train="train.jsonl")
     again = pickle.loads(pickle.dumps(error))
-    assert (again.problems, again.known) == (error.problems, error.known)
+    assert (again.problems, again.facts, again.left_out) == (error.problems, error.facts, error.left_out)
 
 
 def test_balanced_weights_are_of_the_rows_that_are_kept(bert: PreTrainedTokenizerBase) -> None:
@@ -122,7 +122,7 @@ def test_a_stream_that_can_not_be_read_hides_no_validation_rows(tiny_llama: str)
 def test_where_most_training_rows_are_unfit_nothing_is_said_of_their_labels(bert: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", [*good(2), MISSPELT, MISSPELT])
     _, verdict = refused(bert, NAMED, train="train.jsonl")
-    assert verdict == Verdict([], [])
+    assert verdict == Found()
     write_json("train.jsonl", [*good(4), MISSPELT])
     _, verdict = refused(bert, NAMED, train="train.jsonl")
     assert "only the label 'good' of good, bad, ugly (1 unfit train row not counted); a" in verdict.errors[0].message

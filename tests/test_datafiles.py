@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from test_data import CLASSES, recipe, write, write_json
 
-from hf_finetune.data.faults import Wanted
-from hf_finetune.data.files import LocalFiles
+from hf_finetune import rowfiles
+from hf_finetune.data.cells import Wanted
+from hf_finetune.data.sources import LocalFiles
 from hf_finetune.errors import DataError
-from hf_finetune.schema import datafiles, filehead
+from hf_finetune.rowfiles import find
 
 WANTED = Wanted(("text", "label"), ("text",))
 
@@ -27,7 +28,7 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def light(**block: Any) -> list[str]:
-    return [str(problem) for problem in datafiles.problems(recipe(CLASSES, **block))]
+    return [str(problem) for problem in find.problems(recipe(CLASSES, **block))]
 
 
 def whole(content: bytes | str, name: str = "a.jsonl") -> list[str]:
@@ -67,8 +68,8 @@ def test_what_could_not_be_read_of_a_recipe_is_skipped() -> None:
         class data:  # noqa: N801
             train, source = "no.csv", None
 
-    assert [problem.key for problem in datafiles.problems(Partial())] == ["data.train"]
-    assert datafiles.problems(object()) == []
+    assert [problem.key for problem in find.problems(Partial())] == ["data.train"]
+    assert find.problems(object()) == []
 
 
 def test_pipes_devices_and_broken_links_are_refused_without_opening_them() -> None:
@@ -113,7 +114,7 @@ def test_what_the_first_bytes_tell(name: str, content: bytes, message: str) -> N
         ("a.json", b'\xef\xbb\xbf [ {"text": "a", "label": 0} ]'),
         ("a.json", b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'),
         ("a.jsonl", b'\n{"text": "a", "label": 0, "more": 1}\n'),
-        ("a.jsonl", b'{"label": 0, "text": "' + b"x" * filehead.HEAD + "é".encode() * 9 + b'"}\n'),
+        ("a.jsonl", b'{"label": 0, "text": "' + b"x" * rowfiles.HEAD + "é".encode() * 9 + b'"}\n'),
     ],
 )
 def test_good_files_pass_both_looks(name: str, content: bytes) -> None:
@@ -178,7 +179,7 @@ def test_many_faults_are_cut_short() -> None:
 
 def test_the_light_look_loads_no_library() -> None:
     heavy = ["torch", "transformers", "datasets", "numpy", "pyarrow", "pandas"]
-    code = f"import sys, hf_finetune.schema.datafiles; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, hf_finetune.rowfiles.find; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -18,9 +18,9 @@ import hf_finetune
 from hf_finetune import quiet
 from hf_finetune.data import building, cache, sources
 from hf_finetune.data.building import UnfitError
+from hf_finetune.data.cells import Wanted
 from hf_finetune.data.encoding import Encoder
-from hf_finetune.data.facts import Facts, Known, Tally
-from hf_finetune.data.faults import Wanted
+from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.reading import Reading
 from hf_finetune.data.sources import Origins
 from hf_finetune.data.splitreport import SplitReport
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
 
-__all__ = ["Facts", "Known", "Prepared", "SplitReport", "Stream", "Tally", "UnfitError", "prepare"]
+__all__ = ["Facts", "Prepared", "SplitReport", "Stream", "Tally", "UnfitError", "prepare"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import datasets
 
@@ -34,7 +33,6 @@ from hf_finetune.tasks.base import Targets
 
 FORMAT = 5
 """Raised whenever what an entry holds changes."""
-
 STARTED = time.time()
 """When this process came here. Ranks meet before they prepare data, so a failure of this launch is later."""
 POLL_S = 0.5
@@ -43,29 +41,38 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Content:
-    """What an entry holds."""
+    """What an entry holds, by split."""
 
     encoded: Mapping[str, datasets.Dataset]
-    """By split."""
     raw: Mapping[str, datasets.Dataset]
-    """Raw rows of the splits that are evaluated."""
+    """Of the splits that are evaluated."""
     targets: Targets
     reports: Mapping[str, SplitReport]
     facts: Mapping[str, Facts] = field(default_factory=dict)
 
 
 def root(setting: str | None) -> Path:
-    """The cache folder.
-
-    Args:
-        setting: `data.cache`.
-    """
+    """The cache folder, where `data.cache` is set so."""
     if setting is not None:
         return Path(setting).expanduser()
     if os.environ.get("HF_FINETUNE_CACHE"):
         return Path(os.environ["HF_FINETUNE_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "hf_finetune"
+
+
+def scratch(folder: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder below the cache for what is not finished.
+
+    Raises:
+        StorageError: The cache can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        message = f"can't write the cache: {error.strerror}; set data.cache to a folder that can be written"
+        raise StorageError(Problem(message, file=str(folder))) from error
 
 
 class Entry:
@@ -78,6 +85,14 @@ class Entry:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path = folder / "encoded" / key
+        # Ranks of one launch share their parent process, and the launcher counts its restarts. In containers with a
+        # common cache, host names and process ids repeat, so the launcher's port and run id count too.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        launcher = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
+        run = hashlib.sha256(repr(launcher).encode()).hexdigest()[:12]
+        launch = f"{socket.gethostname()}-{os.getppid()}-{run}-{restart}"
+        self.failure = self.path.parent / f".{key[:16]}-{launch}.failed"
+        """Tells the other ranks of this node and launch that building failed, and why."""
 
     def read(self) -> Content | None:
         """The content, mapped from disk; None where the entry is absent or damaged."""
@@ -98,8 +113,6 @@ class Entry:
     def get(self, build: Callable[[Path], Content], *, builds: bool) -> Content:
         """The content; one rank of each node builds it where it is absent, the others wait.
 
-        Waiting is by polling, not by a collective: tokenising may take longer than a collective's timeout.
-
         Args:
             build: Makes the content; may use the folder that it is given, which is gone afterwards.
             builds: Whether this rank is the one that builds.
@@ -108,111 +121,70 @@ class Entry:
             FinetuneError: What `build` raised, on every rank of the node.
             StorageError: The cache can't be written.
         """
-        marker = _Failure(self.path)
         if not builds:
-            return self._wait(marker)
-        marker.clear()
+            return self._wait()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self.failure.unlink()
         content = self.read()
         if content is None:
-            with marker:
+            try:
                 self._build(build)
-                content = self.read()
+            except BaseException as error:
+                self._note_failure(error)
+                raise
+            content = self.read()
         if content is None:
             raise StorageError(Problem("an entry just written to the cache can't be read back", file=str(self.path)))
         return content
 
     def _build(self, build: Callable[[Path], Content]) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{self.path.name[:16]}-", dir=self.path.parent))
-        except OSError as error:
-            message = f"can't write the cache: {error.strerror}; set data.cache to a folder that can be written"
-            raise StorageError(Problem(message, file=str(self.path.parent))) from error
-        try:
-            (scratch / "work").mkdir()
-            content = build(scratch / "work")
-            _write(content, scratch / "entry")
-            self._publish(scratch)
-        except OSError as error:
-            if isinstance(error, FinetuneError):
-                raise
-            message = f"can't write the cache: {error.strerror or error}; free space or set data.cache"
-            raise StorageError(Problem(message, file=str(self.path.parent))) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with scratch(self.path.parent, f".{self.path.name[:16]}-") as place:
+            work, entry = Path(place, "work"), Path(place, "entry")
+            try:
+                work.mkdir()
+                _write(build(work), entry)
+                if self.path.exists() and self.read() is None:
+                    # Damaged: truncated or half deleted. Another run may do the same at this moment.
+                    shutil.rmtree(self.path, ignore_errors=True)
+                try:
+                    entry.rename(self.path)
+                except OSError:
+                    if self.read() is None:  # else another run was faster, and its entry stays
+                        raise
+            except OSError as error:
+                if isinstance(error, FinetuneError):
+                    raise
+                message = f"can't write the cache: {error.strerror or error}; free space or set data.cache"
+                raise StorageError(Problem(message, file=str(self.path.parent))) from error
 
-    def _publish(self, scratch: Path) -> None:
-        """Move the finished entry into place in one step; where another run was faster, theirs stays."""
-        if self.path.exists() and self.read() is None:
-            # Damaged: truncated or half deleted. Another run may do the same at this moment.
-            shutil.rmtree(self.path, ignore_errors=True)
-        try:
-            (scratch / "entry").rename(self.path)
-        except OSError:
-            if self.read() is None:
-                raise
+    def _note_failure(self, error: BaseException) -> None:
+        problems = [Problem(f"the first rank of this node failed to prepare the data: {error!r}")]
+        kind = PeerError.__name__
+        if isinstance(error, FinetuneError):
+            # The other ranks need the problems alone: of a kind that `errors` knows.
+            names = (one.__name__ for one in type(error).__mro__)
+            problems, kind = list(error.problems), next(name for name in names if hasattr(errors, name))
+        text = json.dumps({"kind": kind, "problems": [asdict(one) for one in problems], "time": time.time()})
+        with suppress(OSError):  # a cache that can't be written; the launcher ends the other ranks
+            # In one step: a waiting rank must never read half of it.
+            part = self.failure.with_suffix(f".{os.getpid()}")
+            part.write_text(text, "utf-8")
+            part.rename(self.failure)
 
-    def _wait(self, marker: _Failure) -> Content:
+    def _wait(self) -> Content:
+        # By polling, not by a collective: tokenising may take longer than a collective's timeout.
         limit = patience.wait().total_seconds()
         deadline = time.monotonic() + limit
         while (content := self.read()) is None:
-            marker.check()
+            with suppress(FileNotFoundError, NotADirectoryError):
+                failed = json.loads(self.failure.read_text("utf-8"))
+                if failed["time"] >= STARTED:
+                    raise getattr(errors, failed["kind"])(Problem(**problem) for problem in failed["problems"])
             if time.monotonic() > deadline:
                 message = f"the first rank of this node has not prepared the data within {limit / 3600:g} hours"
                 raise PeerError(f"{message}; {patience.WAIT} sets the limit in seconds")
             time.sleep(POLL_S)
         return content
-
-
-class _Failure:
-    """A file that tells the other ranks of this node and launch that building failed, and why.
-
-    Ranks of one launch share their parent process, and the launcher counts its restarts. In containers with a common
-    cache, host names and process ids repeat: so the launcher's port and run id count too, and old files are ignored.
-    """
-
-    def __init__(self, entry: Path) -> None:
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        told = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")]
-        run = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
-        launch = f"{socket.gethostname()}-{os.getppid()}-{run}-{restart}"
-        self.file = entry.parent / f".{entry.name[:16]}-{launch}.failed"
-
-    def clear(self) -> None:
-        """Forget an earlier failure."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            self.file.unlink()
-
-    def check(self) -> None:
-        """Raise what the builder raised, if it failed."""
-        try:
-            told = json.loads(self.file.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        if told["time"] >= STARTED:
-            raise getattr(errors, told["kind"])(Problem(**problem) for problem in told["problems"])
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            return
-        problems = [Problem(f"the first rank of this node failed to prepare the data: {error!r}")]
-        told: type[FinetuneError] = PeerError
-        if isinstance(error, FinetuneError):
-            # The other ranks need the problems alone: of a kind that `errors` knows.
-            kinds = type(error).__mro__
-            problems, told = list(error.problems), next(k for k in kinds if getattr(errors, k.__name__, None) is k)
-        text = json.dumps({"kind": told.__name__, "problems": [asdict(p) for p in problems], "time": time.time()})
-        try:
-            # In one step: a waiting rank must never read half of it.
-            part = self.file.with_suffix(f".{os.getpid()}")
-            part.write_text(text, "utf-8")
-            part.rename(self.file)
-        except OSError:
-            return  # a cache that can't be written; the launcher ends the other ranks
 
 
 def _write(content: Content, folder: Path) -> None:

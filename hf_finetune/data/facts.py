@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import Problem
 
 
@@ -50,20 +49,6 @@ class Facts:
             labels=dict(stored["labels"]),
             frequent={name: tuple((text, count) for text, count in top) for name, top in stored["frequent"].items()},
         )
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of data of which a part is unfit, so that it is no `Prepared`: counted in the other rows."""
-
-    facts: Mapping[str, Facts]
-    """By split; none of a split without any fit row."""
-    counted: Mapping[str, SplitReport]
-    """What would become of the rows of each split; its `rows` are all, those that are left out included."""
-    places: Mapping[str, str]
-    """What messages call each split."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """Unfit rows of each split."""
 
 
 def without_unfit(problem: Problem, rows: int) -> Problem:

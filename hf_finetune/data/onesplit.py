@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.data import cache, checks, files, sources, splits
+from hf_finetune.data import cache, checks, sources, splits
+from hf_finetune.data.cells import Wanted
 from hf_finetune.data.counting import Setting, gather
 from hf_finetune.data.encoding import Encoder, Encoding, encode
-from hf_finetune.data.facts import Known
-from hf_finetune.data.faults import Wanted
 from hf_finetune.data.sources import Origins
 from hf_finetune.data.splits import Split
 from hf_finetune.data.workplace import Workplace
-from hf_finetune.errors import DataError, Problem, RecipeError, StorageError
+from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:
@@ -79,14 +77,7 @@ def opened(recipe: Recipe, tokenizer: Any, targets: Targets, wish: Wish, phase: 
         RecipeError: The recipe has no such split.
         StorageError: There is no place for temporary files.
     """
-    root = cache.root(recipe.data.cache)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".one-", dir=root, ignore_cleanup_errors=True)
-    except OSError as error:
-        message = f"can't write the cache: {error.strerror}; set data.cache to a folder that can be written"
-        raise StorageError(Problem(message, file=str(root))) from error
-    with scratch as folder:
+    with cache.scratch(cache.root(recipe.data.cache), ".one-") as folder:
         place = Workplace(Path(folder), recipe.data.workers, phase)
         origins = _origins(recipe, wish)
         with phase("reading data"):
@@ -99,8 +90,8 @@ def opened(recipe: Recipe, tokenizer: Any, targets: Targets, wish: Wish, phase: 
 def _origins(recipe: Recipe, wish: Wish) -> Origins:
     """Where the wanted rows come from, and no others."""
     if wish.files:
-        found = files.find(list(wish.files), None, GIVEN)
-        return Origins((), (1.0,), replace(found, cache=recipe.data.cache), None)
+        found = sources.local_files(wish.files, None, GIVEN, recipe.data.cache)
+        return Origins((), (1.0,), found, None)
     data, alone = recipe.data, {"train": None, "mix": None, "validation": None, "validation_share": None, "test": None}
     there = {"train": True, "validation": data.has_validation, "test": data.test is not None}
     if not there.get(wish.split or "", False):
@@ -124,10 +115,10 @@ def _load(recipe: Recipe, origins: Origins, wish: Wish, folder: str) -> Split:
     # The limit draws from the recipe's splits, never from files that are given; streamed rows are read whole here.
     changes: dict[str, Any] = {"streaming": False} | ({"limit": None, "validation_share": None} if wish.files else {})
     block = recipe.data.model_copy(update=changes)
-    loaded = splits.load(block, origins, wanted, recipe.training.seed, folder)
-    if loaded.problems:
-        raise DataError(loaded.problems)
-    return replace(loaded.splits[wish.split or "validation"], name=NAME)
+    loaded, problems = splits.load(block, origins, wanted, recipe.training.seed, folder)
+    if problems:
+        raise DataError(problems)
+    return replace(loaded[wish.split or "validation"], name=NAME)
 
 
 def _checked(recipe: Recipe, tokenizer: Any, targets: Targets, split: Split, encoding: Encoding) -> tuple[Problem, ...]:
@@ -138,8 +129,8 @@ def _checked(recipe: Recipe, tokenizer: Any, targets: Targets, split: Split, enc
     """
     setting = Setting(recipe.task, tokenizer, targets, recipe.data.max_length)
     facts = gather({NAME: split}, {NAME: encoding}, setting)
-    known = Known(facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
-    verdict = checks.findings(recipe, known)
-    if verdict.errors:
-        raise DataError(replace(problem, key="") for problem in verdict.errors)
-    return tuple(replace(problem, key="") for problem in verdict.warnings)
+    found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
+    told = [(level, replace(problem, key="")) for level, problem in found]
+    if errors := [problem for level, problem in told if level == "error"]:
+        raise DataError(errors)
+    return tuple(problem for _, problem in told)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from hf_finetune.badrows import SHOWN, RowsError, numbers
@@ -64,10 +63,3 @@ def placed_in(error: RowsError, split: Split) -> PlacedError:
     """An error about rows of a whole split, with their sources and numbers there."""
     rows = split.rows.select_columns(list(BOOKKEEPING)).with_format("numpy")
     return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, range(len(rows)), split.places)
-
-
-def place(error: DataError, split: Split) -> DataError:
-    """An error about a whole split, with its sources."""
-    where = ", ".join(split.places)
-    # What names a key of the recipe is about the recipe, not about a row.
-    return DataError(p if p.file or p.key else replace(p, file=where) for p in error.problems)

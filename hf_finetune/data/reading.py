@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 
-from hf_finetune.data.cells import Cell
-from hf_finetune.data.diagnosis import READING_ERRORS
+from hf_finetune.data.cells import Cell, Wanted
+from hf_finetune.data.sources import READING_ERRORS, Origins
 from hf_finetune.data.splits import check_columns
 from hf_finetune.errors import DataError, FinetuneError, Problem
-
-if TYPE_CHECKING:
-    from hf_finetune.data.faults import Wanted
-    from hf_finetune.data.sources import Origins
-    from hf_finetune.schema.blocks import Data
+from hf_finetune.schema.blocks import Data
 
 BATCH = 100
 """Raw rows that are encoded at once."""

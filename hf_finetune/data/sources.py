@@ -1,19 +1,234 @@
-"""Finds out where each split comes from: local files, or splits of a data set on the Hub."""
+"""Where each split comes from: local files, or a split of a data set on the Hub, of which no code is ever executed."""
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from hf_finetune.data import files
-from hf_finetune.data.files import LocalFiles
-from hf_finetune.data.hub import REPOSITORY, HubSplit
-from hf_finetune.errors import DataError, Problem, RecipeError
+import datasets
+from datasets.exceptions import DatasetsError
+
+from hf_finetune import digests
+from hf_finetune.data import cache, loading
+from hf_finetune.data.cells import Wanted
+from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError, StorageError
+from hf_finetune.hubreach import HTTP_ERROR
+from hf_finetune.rowfiles.find import find
 from hf_finetune.schema.blocks import Data, Source
+from hf_finetune.schema.complaints import suggestion
+from hf_finetune.schema.paths import is_commit
+
+READING_ERRORS = (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
+"""What `datasets`, pandas and pyarrow raise for data that they can't read.
+
+pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
+"""
+SAMPLE_BYTES = 1 << 20
+"""How much of each end of a streamed file goes into its identity."""
+
+
+def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
+    """A `DataError` about what made reading fail, or a `StorageError` for a full disk."""
+    causes = [error]
+    while following := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
+        causes.append(following)
+    for cause in causes:
+        if isinstance(cause, FinetuneError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            return StorageError(f"can't cache the data: {cause.strerror}; free space or set data.cache")
+    deepest = str(causes[-1]).strip().partition("\n")[0] or type(causes[-1]).__name__
+    return DataError(Problem(f"can't be read as {form}: {deepest}; write it anew", file=file))
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files of one split, all of one format."""
+
+    key: str
+    """The recipe key that names them, e.g. `data.train`."""
+    files: tuple[str, ...]
+    cache: str | None = None
+    """The recipe's `data.cache`: beside it stands what is known about the content of files."""
+
+    @property
+    def suffix(self) -> str:
+        """Their format: `.csv`, `.tsv`, ..."""
+        return Path(self.files[0]).suffix.lower()
+
+    @property
+    def place(self) -> str:
+        """What messages call them."""
+        more = len(self.files) - 1
+        return self.files[0] + (f" (and {more} more, rows counted through)" if more else "")
+
+    def identity(self, *, whole: bool) -> str:
+        """SHA-256 of suffix and contents, wherever the files lie; see `digests`."""
+        digest = hashlib.sha256(self.suffix.encode())
+        for one in self.digests(whole=whole):
+            digest.update(one)
+        return digest.hexdigest()
+
+    def digests(self, *, whole: bool) -> list[bytes]:
+        """SHA-256 of each file, read once as long as it does not change.
+
+        Args:
+            whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
+        """
+        root = cache.root(self.cache)
+        return [_digest(*stamp, root) if whole else _sampled(*stamp) for stamp in self.stamps()]
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size in bytes and time of change in ns of each file."""
+        return [(file, (state := Path(file).stat()).st_size, state.st_mtime_ns) for file in self.files]
+
+    def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
+        """All rows, with the wanted columns, mapped from an Arrow file in the folder.
+
+        Raises:
+            DataError: Everything that is wrong with the files, each fault with its line where it has one.
+            StorageError: The folder can't be written.
+        """
+        try:
+            return loading.load(self.files, self.suffix[1:], wanted, Path(folder, f"{self.key}.arrow"))
+        except READING_ERRORS as error:
+            raise self.explain(error) from error
+
+    def stream(self, wanted: Wanted) -> datasets.IterableDataset:
+        """The rows, read lazily, as are their faults; raises like `load`."""
+        try:
+            return loading.stream(self.files, self.suffix[1:], wanted, self.key)
+        except READING_ERRORS as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: Exception) -> FinetuneError:
+        """What a user is told about an error that surfaced while the files were read."""
+        told = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
+        if not isinstance(told, DataError):
+            return told
+        return DataError(problem if problem.key else replace(problem, key=self.key) for problem in told.problems)
+
+
+@functools.cache
+def _digest(file: str, size: int, changed: int, root: Path) -> bytes:
+    # While size and time of change are the same, an earlier answer holds.
+    return digests.sha256(file, root)
+
+
+@functools.cache
+def _sampled(file: str, size: int, changed: int) -> bytes:
+    with Path(file).open("rb") as stream:
+        digest = hashlib.sha256(str(size).encode())
+        digest.update(stream.read(SAMPLE_BYTES))
+        stream.seek(max(0, size - SAMPLE_BYTES))
+        digest.update(stream.read(SAMPLE_BYTES))
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a data set on the Hub."""
+
+    key: str
+    """The recipe key that names it, e.g. `data.train`."""
+    source: str
+    """`owner/name`."""
+    subset: str | None
+    revision: str | None
+    split: str
+    """Name of the split, or several joined by `+`; slices as in `train[:10%]` where rows are not streamed."""
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return " ".join(part for part in (self.source, self.subset, self.split) if part)
+
+    def identity(self, *, whole: bool) -> str:
+        """Repository, subset, split and commit."""
+        return f"{self.source} {self.subset} {self.split} {self.commit}"
+
+    @property
+    def commit(self) -> str:
+        """Of the data set; the Hub, or its cache, is asked only where the recipe pins none."""
+        pinned = self.revision is not None and is_commit(self.revision)
+        return str(self.revision if pinned else self._builder().hash)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Nothing: a commit does not change."""
+        return []
+
+    def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
+        """All rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
+
+        Raises:
+            DataError: The Hub can't be reached, or lacks the data set, subset, revision or split.
+        """
+        builder = self._builder()
+        try:
+            builder.download_and_prepare()
+            return builder.as_dataset(split=self._known_split(builder))
+        except (*READING_ERRORS, HTTP_ERROR) as error:
+            raise self.explain(error) from error
+
+    def stream(self, wanted: Wanted) -> datasets.IterableDataset:
+        """The rows, read lazily; raises like `load`."""
+        builder = self._builder()
+        try:
+            return builder.as_streaming_dataset(split=self._known_split(builder))
+        except (*READING_ERRORS, HTTP_ERROR) as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: Exception) -> FinetuneError:
+        """What a user is told about an error of the libraries."""
+        if isinstance(error, FinetuneError):
+            return error
+        known = re.search(r"(?:Should be one of|Available splits:) (\[.*\])", str(error))
+        if known:
+            what = f"unknown split {self.split!r}; known: {known[1]}"
+            return DataError(Problem(what, key=self.key, file=self.source))
+        told = _reading_error(error, "a data set", self.place)
+        return type(told)(replace(told.problems[0], key=self.key))
+
+    def _builder(self) -> Any:
+        try:
+            builder = _builder(self.source, self.subset, self.revision)
+        except (ConnectionError, HTTP_ERROR) as error:
+            reason = str(error).strip().partition("\n")[0]
+            remedy = "connect, or download it and set data.source to the folder and the splits to its files"
+            raise DataError(Problem(f"{reason}; {remedy}", key="data.source", file=self.source)) from error
+        except READING_ERRORS as error:
+            reason = str(error).strip().replace("\n", " ")
+            raise DataError(Problem(reason, key="data.source", file=self.source)) from error
+        if self.revision is not None and is_commit(self.revision) and builder.hash != self.revision:
+            # Offline, `datasets` takes whatever commit it cached last.
+            message = f"only commit {builder.hash} is cached, the recipe pins {self.revision}; connect to load it"
+            raise DataError(Problem(message, key="data.revision", file=self.source))
+        return builder
+
+    def _known_split(self, builder: Any) -> str:
+        """The split, if the data set has it; some tell their splits only after they were downloaded."""
+        known = list(builder.info.splits or {})
+        for part in self.split.split("+"):
+            name = part.partition("[")[0]
+            if known and name not in known:
+                message = f"unknown split {name!r}{suggestion(name, known)}; it has {', '.join(known)}"
+                raise DataError(Problem(message, key=self.key, file=self.source))
+        return self.split
+
+
+@functools.cache
+def _builder(source: str, subset: str | None, revision: str | None) -> Any:
+    return datasets.load_dataset_builder(source, subset, revision=revision)
+
 
 Origin = LocalFiles | HubSplit
-"""Where rows come from."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +245,6 @@ class Origins:
     """What is wrong with those that are missing here."""
 
     def __iter__(self) -> Iterator[Origin]:
-        """Every origin."""
         yield from self.train
         yield from (origin for origin in (self.validation, self.test) if origin is not None)
 
@@ -76,53 +290,55 @@ def locate(data: Data) -> Origins:
     """
     problems: list[Problem] = []
 
-    def found(names: str | list[str], where: Data | Source, key: str) -> Iterator[Origin]:
+    def found(names: str | list[str] | None, where: Data | Source, key: str) -> list[Origin]:
         try:
-            origin = _origin(names, where, key)
-            yield replace(origin, cache=data.cache) if isinstance(origin, LocalFiles) else origin
+            return [] if names is None else [_origin(names, where, key, data.cache)]
         except DataError as error:
             problems.extend(error.problems)
+            return []
 
-    parts: Sequence[Source] = data.mix or ()
-    train: list[Origin] = []
-    if data.train is not None:
-        train += found(data.train, data, "data.train")
-    for index, part in enumerate(parts):
+    train = found(data.train, data, "data.train")
+    for index, part in enumerate(data.mix or ()):
         train += found(part.train, part, f"data.mix.{index}.train")
-    held = {
-        name: next(found(names, data, f"data.{name}"), None)
-        for name, names in (("validation", data.validation), ("test", data.test))
-        if names is not None
-    }
-    total = sum(part.weight for part in parts)
-    weights = tuple(part.weight / total for part in parts) or (1.0,)
-    return Origins(tuple(train), weights, held.get("validation"), held.get("test"), tuple(problems))
+    held = {name: found(getattr(data, name), data, f"data.{name}") for name in ("validation", "test")}
+    total = sum(part.weight for part in data.mix or ())
+    weights = tuple(part.weight / total for part in data.mix or ()) or (1.0,)
+    validation, test = (next(iter(origins), None) for origins in held.values())
+    return Origins(tuple(train), weights, validation, test, tuple(problems))
 
 
-def _origin(names: str | list[str], where: Data | Source, key: str) -> Origin:
+def _origin(names: str | list[str], where: Data | Source, key: str, cache: str | None) -> Origin:
     """The origin of one split.
 
     Args:
         names: Files or splits.
         where: The block with `source`, `subset` and `revision`.
         key: Recipe key of `names`, for messages.
+        cache: The recipe's `data.cache`.
     """
-    source = where.source
+    source, block = where.source, key.rpartition(".")[0]
     if source is None:
-        return files.find(names, None, key)
+        return local_files(names, None, key, cache)
     if Path(source).expanduser().is_dir():
-        _refuse_hub_fields(where, key)
-        return files.find(names, source, key)
-    if not REPOSITORY.fullmatch(source):
+        given = [name for name in ("subset", "revision") if getattr(where, name) is not None]
+        if given:
+            reason = f"belongs to a Hub id, and {source} is a folder; remove it"
+            raise RecipeError(Problem(reason, key=f"{block}.{name}") for name in given)
+        return local_files(names, source, key, cache)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         message = f"{source!r} is no folder here, and no data set on the Hub (owner/name)"
-        raise DataError(Problem(message, key=f"{key.rpartition('.')[0]}.source"))
+        raise DataError(Problem(message, key=f"{block}.source"))
     split = names if isinstance(names, str) else "+".join(names)
     return HubSplit(key, source, where.subset, where.revision, split)
 
 
-def _refuse_hub_fields(where: Data | Source, key: str) -> None:
-    block = key.rpartition(".")[0]
-    given = [name for name in ("subset", "revision") if getattr(where, name) is not None]
-    if given:
-        reason = f"belongs to a Hub id, and {where.source} is a folder; remove it"
-        raise RecipeError(Problem(reason, key=f"{block}.{name}") for name in given)
+def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
+    """The files that names and globs mean; see `rowfiles.find`.
+
+    Raises:
+        DataError: Everything that is wrong with them, such as that nothing matches.
+    """
+    files, problems = find(patterns, folder, key)
+    if problems:
+        raise DataError(problems)
+    return LocalFiles(key, tuple(files), cache)

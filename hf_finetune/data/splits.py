@@ -6,29 +6,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 
-from hf_finetune.data.cells import Cell
+from hf_finetune.data.cells import Cell, Wanted
+from hf_finetune.data.sources import Origin, Origins
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.schema.filehead import missing_columns
-
-if TYPE_CHECKING:
-    from hf_finetune.data.faults import Wanted
-    from hf_finetune.data.sources import Origin, Origins
-    from hf_finetune.schema.blocks import Data
+from hf_finetune.rowfiles import missing_columns
+from hf_finetune.schema.blocks import Data
 
 ROW = "__row__"
 """Column: number of the row in its source, from 1."""
 PART = "__part__"
 """Column: number of the source among those that are mixed, from 0."""
 BOOKKEEPING = (ROW, PART)
-
-ORDER = ["train", "validation", "test"]
-"""Of the splits in every report."""
-
 WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string", "large_string": "string"}
 """Types without their width -> what they become when sources are mixed."""
 
@@ -56,15 +49,9 @@ class Split:
         return self.places[row[PART]], row[ROW]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What could be loaded, and what is wrong with the rest."""
-
-    splits: dict[str, Split]
-    problems: list[Problem]
-
-
-def load(data: Data, origins: Origins, wanted: Wanted, seed: int, cache: str) -> Loaded:
+def load(
+    data: Data, origins: Origins, wanted: Wanted, seed: int, folder: str
+) -> tuple[dict[str, Split], dict[Problem, None]]:
     """Every split that the recipe has, but a streamed `train`.
 
     Args:
@@ -72,40 +59,43 @@ def load(data: Data, origins: Origins, wanted: Wanted, seed: int, cache: str) ->
         origins: Where the rows come from.
         wanted: What the task needs; other columns are left out.
         seed: Fixes what is cut off, mixed and drawn.
-        cache: Folder for the files that local rows are mapped from.
+        folder: Takes the files that local rows are mapped from.
 
     Returns:
         The splits, without those of which a source can't be read, lacks a column, has no row, or does not fit the
-        others of the mix: these are the problems.
+        others of the mix; and these problems.
     """
     splits: dict[str, Split] = {}
-    problems: list[Problem] = list(origins.problems)
+    problems = dict.fromkeys(origins.problems)
     taken = [column for column in wanted.columns if column in BOOKKEEPING]
     if taken:
-        return Loaded({}, [*problems, Problem(f"no column can be called {taken[0]!r}; rename it", key="task")])
+        return {}, {**problems, Problem(f"no column can be called {taken[0]!r}; rename it", key="task"): None}
     parts = []
     for origin in () if data.streaming else origins.train:
-        with _collect(problems):
-            parts.append(_load(origin, "train", wanted.trained(), cache))
-    for name, held in (("validation", origins.validation), ("test", origins.test)):
-        with _collect(problems):
-            splits |= {} if held is None else {name: _load(held, name, wanted, cache)}
-    with _collect(problems):
+        with collect(problems):
+            parts.append(_load(origin, "train", replace(wanted, held_out=False), folder))
+    with collect(problems):
         if parts and len(parts) == len(data.mix or (0,)):
-            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, Path(cache))
+            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, Path(folder))
             if data.validation_share is not None:
-                splits["train"], splits["validation"] = cut_off(splits["train"], data.validation_share, seed)
-    if data.limit is not None:
-        splits = {name: _limited(split, data.limit, seed) for name, split in splits.items()}
-    return Loaded({name: splits[name] for name in ORDER if name in splits}, problems)
+                splits["train"], splits["validation"] = _cut_off(splits["train"], data.validation_share, seed)
+    for name, held in (("validation", origins.validation), ("test", origins.test)):
+        with collect(problems):
+            splits |= {} if held is None else {name: _load(held, name, wanted, folder)}
+    for name, split in splits.items():
+        if data.limit is not None and len(split.rows) > data.limit:
+            chosen = np.random.default_rng(seed).permutation(len(split.rows))[: data.limit]
+            splits[name] = replace(split, rows=split.rows.select(np.sort(chosen)))
+    return splits, problems
 
 
 @contextmanager
-def _collect(problems: list[Problem]) -> Iterator[None]:
+def collect(problems: dict[Problem, None]) -> Iterator[None]:
+    """Keep what a `DataError` of the body says."""
     try:
         yield
     except DataError as error:
-        problems += error.problems
+        problems |= dict.fromkeys(error.problems)
 
 
 def check_columns(have: Sequence[str], need: Sequence[str], origin: Origin) -> None:
@@ -119,12 +109,17 @@ def check_columns(have: Sequence[str], need: Sequence[str], origin: Origin) -> N
         raise DataError(replace(problem, key=origin.key) for problem in missing)
 
 
-def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Divide rows into those that stay and a random share, both in their old order; at least one row each.
+def _load(origin: Origin, name: str, wanted: Wanted, folder: str) -> Split:
+    rows = origin.load(folder, wanted)
+    if len(rows) == 0:
+        raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
+    check_columns(rows.column_names, wanted.columns, origin)
+    rows = rows.select_columns(list(wanted.columns)).add_column(ROW, np.arange(1, len(rows) + 1))
+    return Split(name, rows.add_column(PART, np.zeros(len(rows), dtype=np.int64)), (origin.place,))
 
-    Raises:
-        DataError: There is only one row.
-    """
+
+def _cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Divide rows into those that stay and a random share, both in their old order; at least one row each."""
     count = len(split.rows)
     if count < 2:
         message = "has 1 row; a share for validation needs at least 2; add rows or remove it"
@@ -136,26 +131,6 @@ def cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
         replace(split, rows=split.rows.select(rest)),
         replace(split, name="validation", unused=0, rows=split.rows.select(taken)),
     )
-
-
-def _load(origin: Origin, name: str, wanted: Wanted, cache: str) -> Split:
-    rows = origin.load(cache, wanted)
-    if len(rows) == 0:
-        raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
-    check_columns(rows.column_names, wanted.columns, origin)
-    return Split(name, _numbered(rows.select_columns(list(wanted.columns)), 0), (origin.place,))
-
-
-def _numbered(rows: datasets.Dataset, part: int) -> datasets.Dataset:
-    rows = rows.add_column(ROW, np.arange(1, len(rows) + 1))
-    return rows.add_column(PART, np.full(len(rows), part))
-
-
-def _limited(split: Split, limit: int, seed: int) -> Split:
-    if len(split.rows) <= limit:
-        return split
-    chosen = np.random.default_rng(seed).permutation(len(split.rows))[:limit]
-    return replace(split, rows=split.rows.select(np.sort(chosen)))
 
 
 def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Path) -> Split:
@@ -171,9 +146,8 @@ def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Pa
                 rows = rows.cast(features, load_from_cache_file=False, cache_file_name=str(folder / f"{index}.arrow"))
         except (TypeError, ValueError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
-            raise DataError(
-                Problem(f"its columns do not fit those of {places[0]}: {reason}", file=places[index])
-            ) from error
+            message = f"its columns do not fit those of {places[0]}: {reason}"
+            raise DataError(Problem(message, file=places[index])) from error
         numbered.append(rows.shuffle(seed=seed + index, keep_in_memory=True))
     mixed = datasets.interleave_datasets(
         numbered, probabilities=list(weights), seed=seed, stopping_strategy="first_exhausted"
@@ -189,25 +163,23 @@ def _common_features(all_features: Sequence[datasets.Features], places: Sequence
     Raises:
         DataError: Types differ in more than width, or label names differ.
     """
-    first = all_features[0]
     common = {}
-    for column in first:
+    for column in all_features[0]:
         kinds = [features[column] for features in all_features]
         strange = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), None)
-        if column in BOOKKEEPING or strange is None:
-            common[column] = kinds[0]
-        elif (family := _family(kinds)) is not None:
-            common[column] = family
-        else:
-            message = f"column {column!r} is {_said(kinds[strange])}, but {_said(kinds[0])} in {places[0]}"
-            raise DataError(Problem(f"{message}; make them equal", file=places[strange]))
+        common[column] = kinds[0]
+        if column not in BOOKKEEPING and strange is not None:
+            common[column] = _family(kinds)
+            if common[column] is None:
+                message = f"column {column!r} is {_in_words(kinds[strange])}, but {_in_words(kinds[0])} in {places[0]}"
+                raise DataError(Problem(f"{message}; make them equal", file=places[strange]))
     return datasets.Features(common)
 
 
 def _family(kinds: Sequence[Any]) -> Any:
     """The type that can hold all as they stand, if there is one: the widest of a family, or any JSON."""
     if any(isinstance(kind, Cell) for kind in kinds):
-        words = any(_said(kind) in {"text", "labels"} for kind in kinds)
+        words = any(_in_words(kind) in {"text", "labels"} for kind in kinds)
         return None if words else Cell()
     if not any(isinstance(kind, datasets.Value | datasets.ClassLabel) for kind in kinds):
         return kinds[0]
@@ -220,8 +192,7 @@ def _family(kinds: Sequence[Any]) -> Any:
     return None if family is None else datasets.Value(family)
 
 
-def _said(kind: Any) -> str:
-    """A type in words."""
+def _in_words(kind: Any) -> str:
     if isinstance(kind, datasets.ClassLabel):
         return "labels"
     if isinstance(kind, datasets.Value):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,15 @@ class Workplace:
     def tallied(self, split: Split) -> Iterator[Path]:
         """Show how many rows of a split are encoded; gives the file that `note` takes."""
         tally = self.scratch / f"{split.name}.tally"
+
+        def count() -> int:
+            try:
+                return int(np.fromfile(tally, ">u4").sum())
+            except OSError:
+                return 0  # not begun, or over
+
         with self.phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
-            shown.count = partial(_tallied, tally)
+            shown.count = count
             yield tally
 
 
@@ -37,10 +43,3 @@ def note(tally: Path, rows: int) -> None:
     """Note that a batch of so many rows is encoded; any process may, at any time."""
     with tally.open("ab") as stream:
         stream.write(rows.to_bytes(4))
-
-
-def _tallied(file: Path) -> int:
-    try:
-        return int(np.fromfile(file, ">u4").sum())
-    except OSError:
-        return 0  # not begun, or over

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from hf_finetune import rowfiles
 from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.rowfiles import jsonrows, tables
-from hf_finetune.rowfiles.nottext import not_text
-from hf_finetune.rowfiles.row import Row
-from hf_finetune.schema.filehead import missing_columns
+from hf_finetune.rowfiles import Row, missing_columns
 
 Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "lines"]
 FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "json", "parquet", "lines")
@@ -88,7 +87,7 @@ class Input:
         if self.is_pipe:
             return None
         if self.form == "parquet":
-            return int(self._parquet_file().metadata.num_rows)
+            return int(self._parquet().metadata.num_rows)
         if self.form == "json":
             return None
         lines = 0
@@ -109,29 +108,32 @@ class Input:
             DataError: The file can't be read, is not UTF-8, or lacks a column.
         """
         if self.form == "parquet":
-            yield from self._parquet(needed)
+            opened = self._parquet()
+            if problems := missing_columns(opened.schema_arrow.names, needed, self.name):
+                raise DataError(problems)
+            batches = (batch.to_pylist() for batch in opened.iter_batches(batch_size=PARQUET_ROWS))
+            yield from (Row(number, cells) for number, cells in enumerate(chain.from_iterable(batches), 1))
             return
         with self._opened() as stream:
             try:
-                if self.form in ("csv", "tsv"):
-                    yield from tables.rows(stream, self.place, needed, tab=self.form == "tsv")
-                elif self.form == "jsonl":
-                    yield from _objects(jsonrows.lines(stream), needed)
-                elif self.form == "json":
-                    yield from _objects(jsonrows.whole(stream, self.place)[0], needed)
-                else:
+                if self.form == "lines":
                     for number, line in enumerate(stream, 1):
                         blank = "" if line.strip() else "is blank; remove the line"
                         yield Row(number, {LINE: line.rstrip("\r\n")}, blank)
+                    return
+                found, _ = rowfiles.rows(stream, self.form, self.place, needed)
+                for row in found:
+                    absent = next((name for name in needed if name not in row.cells), None)
+                    # A row of csv that is too short has a fault already.
+                    yield Row(row.number, row.cells, row.fault or ("" if absent is None else f"has no key {absent!r}"))
             except UnicodeDecodeError as error:
-                located = None if self.is_pipe else not_text(self.name, whole=True)
                 message = f"is not UTF-8 ({error.reason} at byte {error.start} of what was read last); save it as UTF-8"
-                raise DataError(located or Problem(message, file=self.place)) from None
+                told = Problem(message, file=self.place) if self.is_pipe else rowfiles.not_utf8(self.name)
+                raise DataError(told) from None
 
     @contextmanager
     def _opened(self) -> Iterator[IO[str]]:
-        # Only csv and tsv see line ends inside fields; for the others `\r\n` ends a line, and a lone `\r` does not.
-        newline = "" if self.form in ("csv", "tsv") else "\n"
+        newline = rowfiles.newline(self.form)
         if self.name == STDIN:
             if sys.stdin is None or sys.stdin.closed:
                 raise DataError(Problem("is closed; give --input FILE", file=self.place))
@@ -147,31 +149,14 @@ class Input:
         except OSError as error:
             raise _unreadable(self.name, error) from error
 
-    def _parquet_file(self) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def _parquet(self) -> Any:
+        from hf_finetune.data import parquetfiles
 
-        try:
-            return pq.ParquetFile(self.name)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(Problem(f"can't be read as parquet: {error}", file=self.name)) from error
-
-    def _parquet(self, needed: Sequence[str]) -> Iterator[Row]:
-        opened = self._parquet_file()
-        problems = missing_columns(opened.schema_arrow.names, needed, self.name)
-        if problems:
-            raise DataError(problems)
-        number = 0
-        for batch in opened.iter_batches(batch_size=PARQUET_ROWS):
-            for cells in batch.to_pylist():
-                number += 1
-                yield Row(number, cells)
+        return parquetfiles.opened(self.name)
 
     def schema(self) -> Any:
         """Arrow schema of a parquet file; None of any other."""
-        if self.form != "parquet":
-            return None
-        return self._parquet_file().schema_arrow
+        return self._parquet().schema_arrow if self.form == "parquet" else None
 
 
 def _unreadable(name: str, error: OSError) -> DataError:
@@ -204,13 +189,6 @@ def find(name: str, form: str | None) -> Input:
         known = ", ".join(SUFFIXES)
         raise RecipeError(f"{name}: its suffix tells no format ({known}); give --input-format")
     return Input(name, chosen)
-
-
-def _objects(rows: Iterator[Row], needed: Sequence[str]) -> Iterator[Row]:
-    """Rows of JSON; one that lacks a key has a fault."""
-    for row in rows:
-        absent = [name for name in needed if name not in row.cells]
-        yield row if row.fault or not absent else Row(row.number, row.cells, f"has no key {absent[0]!r}")
 
 
 def _head_format(line: str, needed: Sequence[str]) -> Format:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import data, hardware, hubreach, jobs, model, sharding, terminal
 from hf_finetune.data import Stream, checks
-from hf_finetune.errors import DataError, ModelError, RecipeError
+from hf_finetune.errors import DataError, ModelError, Problem, RecipeError
 from hf_finetune.tasks.base import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_finetune.data import Known, Prepared
+    from hf_finetune.data import Prepared
     from hf_finetune.data.streaming import Look
     from hf_finetune.findings import Findings
     from hf_finetune.hardware import Machine
@@ -86,7 +86,8 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
             try:
                 prepared = data.prepare(recipe, tokenizer, machine, terminal.phase)
             except data.UnfitError as error:
-                _judge(recipe, error.known, findings)
+                found = checks.findings(recipe, error.facts, error.counted, error.places, error.left_out)
+                _judge(found, findings)
                 raise
     targets = UNKNOWN if prepared is None else prepared.targets
     outline = model.examine(recipe, targets, tokenizer, findings)
@@ -95,14 +96,11 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
             sharding.check(recipe, machine, outline)
     looked = None
     if prepared is not None:
-        _judge(recipe, prepared, findings)
+        _judge(checks.findings(recipe, prepared.facts, prepared.counted, prepared.places), findings)
         if isinstance(prepared.train, Stream):
             with findings.collect():
                 looked = prepared.train.look()
-                noticed = list(checks.noticed(recipe, looked, prepared.train.reading.places))
-                findings.warn(problem for level, problem in noticed if level == "warn")
-                if errors := [problem for level, problem in noticed if level == "error"]:
-                    raise DataError(errors)
+                _judge(checks.noticed(recipe, looked.marks, prepared.train.reading.places), findings)
         with findings.collect():
             assignment = jobs.assign(recipe, prepared, machine, tokenizer)
     return Examined(recipe, machine, tokenizer, prepared, outline, assignment, looked)
@@ -126,9 +124,9 @@ def complete(seen: Examined) -> Ready:
     return Ready(seen.recipe, seen.machine, seen.tokenizer, seen.prepared, seen.outline, seen.assignment, seen.looked)
 
 
-def _judge(recipe: Recipe, prepared: Prepared | Known, findings: Findings) -> None:
-    """Keep what the data's facts mean by the recipe's `data.checks`."""
-    verdict = checks.findings(recipe, prepared)
-    if verdict.errors:
-        findings.add(DataError(verdict.errors))
-    findings.warn(verdict.warnings)
+def _judge(found: Iterable[tuple[str, Problem]], findings: Findings) -> None:
+    """Keep what the checks of the data found, by its level."""
+    told = list(found)
+    if errors := [problem for level, problem in told if level == "error"]:
+        findings.add(DataError(errors))
+    findings.warn(problem for level, problem in told if level == "warn")

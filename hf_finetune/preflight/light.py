@@ -10,8 +10,9 @@ from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.findings import Findings
 from hf_finetune.hub import secrets
 from hf_finetune.preflight import advice
+from hf_finetune.rowfiles import find
 from hf_finetune.runfolder import RunFolder
-from hf_finetune.schema import datafiles, modelfolder, paths
+from hf_finetune.schema import modelfolder, paths
 from hf_finetune.tracking.board import place
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     if found:
         findings.add(RecipeError(found))
     # What must not be read, or has no proper name, is not looked at.
-    missing = [] if findings.blame("data") else datafiles.problems(recipe)
+    missing = [] if findings.blame("data") else find.problems(recipe)
     if missing:
         findings.add(DataError(missing))
     board = _given(recipe, "tracking", "folder")

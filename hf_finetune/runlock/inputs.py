@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hf_finetune import digests
 from hf_finetune.adaptation import peftio
 from hf_finetune.data import cache, sources
-from hf_finetune.data.hub import HubSplit
+from hf_finetune.data.sources import HubSplit
 from hf_finetune.runlock.lockfile import File, Input
 from hf_finetune.schema.modelfolder import resolve
 from hf_finetune.schema.paths import is_commit
