@@ -1,4 +1,4 @@
-"""Rows that can't be used, collected instead of raised one by one; the same complaint about several is one line."""
+"""Collects rows that can't be used instead of raising one by one; the same complaint about several is one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RowsError(DataError):
     """Rows of a batch or a split are unfit.
 
     Args:
-        found: What is wrong -> the rows it is wrong with, counted from 0, in order.
+        found: Rows by complaint, counted from 0, in order.
     """
 
     def __init__(self, found: Mapping[str, Sequence[int]]) -> None:
@@ -30,20 +30,20 @@ class RowsError(DataError):
 
 
 class BadRows:
-    """Collects what is wrong with rows."""
+    """Collects complaints about rows."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[int]] = {}
         self.count = 0
 
     def add(self, row: int, what: str) -> None:
-        """Row `row`, counted from 0, has this fault."""
+        """Note a fault of a row, counted from 0."""
         self.found.setdefault(what, []).append(row)
         self.count += 1
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep what a `RowsError` of the body says; other errors pass."""
+        """Keep the rows of a `RowsError` of the body; other errors pass."""
         try:
             yield
         except RowsError as error:
@@ -53,11 +53,11 @@ class BadRows:
 
     @property
     def full(self) -> bool:
-        """Whether so many rows are bad that reading on is no use."""
+        """Say that so many rows are bad that reading on is no use."""
         return self.count >= MOST
 
     def raise_any(self) -> None:
-        """Raise all of it at once.
+        """Raise all complaints at once.
 
         Raises:
             RowsError: There is a bad row.
@@ -67,11 +67,6 @@ class BadRows:
 
 
 def numbers(rows: Sequence[int], count: int | None = None) -> str:
-    """`3, 9, 12, 15, 17 and 40 more`.
-
-    Args:
-        rows: At least the first few.
-        count: How many there are, where `rows` are not all.
-    """
+    """Format as `3, 9, 12, 15, 17 and 40 more`; `count` is the number of rows where `rows` has only the first few."""
     more = (len(rows) if count is None else count) - min(len(rows), SHOWN)
     return ", ".join(map(str, rows[:SHOWN])) + (f" and {more:,} more" if more else "")

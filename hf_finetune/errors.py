@@ -1,4 +1,4 @@
-"""What can go wrong, one class a kind, each with the exit code of the process.
+"""Errors that are raised on purpose: one class a kind, each with the exit code of the process.
 
     FinetuneError             1   a bug, or a failure nobody foresaw
     ├── RecipeError           2   the recipe or the command line
@@ -25,7 +25,7 @@ class Problem:
     """One finding: where it is, what is wrong, what to do."""
 
     message: str
-    """What is wrong; what to do."""
+    """What is wrong; what to do about it."""
     key: str = ""
     """Dotted path of the recipe key, e.g. `training.batch_size`; empty where no key is to blame."""
     file: str = ""
@@ -39,7 +39,7 @@ class Problem:
 
 
 class FinetuneError(Exception):
-    """Base of every error that the project raises on purpose; carries one `Problem` or more."""
+    """Base of every error that is raised on purpose. `problems` has its findings, one or more."""
 
     exit_code = 1
 

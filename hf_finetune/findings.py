@@ -1,4 +1,4 @@
-"""`Findings`: what a check finds, of several kinds, so that one report holds everything."""
+"""Collects what checks find, of several kinds, so that one report holds everything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_finetune.errors import (
 )
 
 KINDS: tuple[type[FinetuneError], ...] = (RecipeError, DataError, ModelError, StorageError, CheckpointError)
-"""What can be known before weights load, by exit code."""
+"""Errors that can be known before weights load, by exit code."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,30 @@ class Finding:
         """`error` or `warning`."""
         return "warning" if self.kind is None else "error"
 
+    @property
+    def exit_code(self) -> int:
+        """Of the error; 0 for a warning."""
+        return 0 if self.kind is None else self.kind.exit_code
+
     def as_json(self) -> dict[str, Any]:
-        """For machines: level, exit code, file, line, key, message."""
-        code = 0 if self.kind is None else self.kind.exit_code
-        return {"level": self.level, "exit_code": code, **asdict(self.problem)}
+        """Format for machines."""
+        return {"level": self.level, "exit_code": self.exit_code, **asdict(self.problem)}
 
 
 class Findings:
     """Collects problems instead of stopping at the first."""
 
-    def __init__(self) -> None:
-        self._found: dict[Finding, None] = {}
+    def __init__(self, found: Iterable[Finding] = ()) -> None:
+        self._found = dict.fromkeys(found)
 
     def __iter__(self) -> Iterator[Finding]:
-        """Errors first, by kind; then the warnings. Within a kind by file, then line."""
-        return iter(sorted(self._found, key=_order))
+        """Errors first, by kind, then the warnings; within a kind by file and line."""
+
+        def order(finding: Finding) -> tuple[int, bool, str, int]:
+            problem = finding.problem
+            return finding.exit_code or 100, problem.line is None, problem.file, problem.line or 0
+
+        return iter(sorted(self._found, key=order))
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -68,19 +77,20 @@ class Findings:
         self._found |= dict.fromkeys(Finding(problem, None) for problem in problems)
 
     def merge(self, others: Findings) -> None:
-        """Keep what another check found."""
+        """Keep the findings of another check."""
         self._found |= others._found
 
     def located(self, locate: Callable[[Problem], Problem]) -> Findings:
-        """The same findings, each problem with the file and line of the key that it names."""
-        result = Findings()
-        result._found = {replace(finding, problem=locate(finding.problem)): None for finding in self._found}
-        return result
+        """Give the same findings with the file and line of the key that each names."""
+        return Findings(replace(finding, problem=locate(finding.problem)) for finding in self._found)
 
     def blame(self, key: str, kind: type[FinetuneError] | None = None) -> bool:
-        """Whether an error, of a kind if one is given, names this key or one inside it."""
-        found = [finding for finding in self._found if finding.kind is not None and kind in (None, finding.kind)]
-        return any(finding.problem.key == key or finding.problem.key.startswith(f"{key}.") for finding in found)
+        """Tell whether an error, of a kind if one is given, names this key or one inside it."""
+        return any(
+            f"{finding.problem.key}.".startswith(f"{key}.")
+            for finding in self._found
+            if finding.kind is not None and kind in (None, finding.kind)
+        )
 
     @property
     def errors(self) -> list[Problem]:
@@ -89,13 +99,13 @@ class Findings:
 
     @property
     def warnings(self) -> list[Problem]:
-        """The problems that are only told."""
+        """The problems that stop nothing."""
         return [finding.problem for finding in self if finding.kind is None]
 
     @property
     def exit_code(self) -> int:
         """The lowest exit code of the errors; 0 where there is none."""
-        return min((finding.kind.exit_code for finding in self._found if finding.kind is not None), default=0)
+        return min((finding.exit_code for finding in self._found if finding.kind is not None), default=0)
 
     def raise_errors(self) -> None:
         """Raise every error at once, as the kind with the lowest exit code.
@@ -103,12 +113,6 @@ class Findings:
         Raises:
             FinetuneError: There is an error.
         """
-        kinds = [finding.kind for finding in self._found if finding.kind is not None]
+        kinds = [finding.kind for finding in self if finding.kind is not None]
         if kinds:
-            raise min(kinds, key=lambda kind: kind.exit_code)(self.errors)
-
-
-def _order(finding: Finding) -> tuple[int, bool, str, int]:
-    problem = finding.problem
-    code = 100 if finding.kind is None else finding.kind.exit_code
-    return code, problem.line is None, problem.file, problem.line or 0
+            raise kinds[0](self.errors)

@@ -1,4 +1,4 @@
-"""Makes the libraries speak only when something is wrong: their chatter hides what a user must read."""
+"""Silences the libraries unless something is wrong: their chatter hides the lines that a user must read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import transformers
 
 def hush() -> None:
     """Turn off progress bars and everything below an error of transformers, datasets and accelerate."""
-    chatter: Any = transformers.utils.logging
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    verbosity: Any = transformers.utils.logging
+    verbosity.set_verbosity_error()
+    verbosity.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     for name in ("accelerate", "torch.distributed", "httpx", "fsspec"):

@@ -23,7 +23,7 @@ from screens import Terminal
 
 from hf_finetune import cli, terminal
 from hf_finetune.errors import Problem
-from hf_finetune.terminal import Manner, Message, Phase, plain
+from hf_finetune.terminal import Message, Phase, plain
 
 ROOT = Path(__file__).parent.parent
 BAR = "━"
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, star
 def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> None:
     code = (
         "import os, time; from hf_finetune import terminal\n"
-        "terminal.open_for(terminal.Manner())\n"
+        "terminal.open_for()\n"
         "it = terminal.begin(terminal.Phase('waiting', 3)); it.detail, it.outcome = 'for', 'ever'; time.sleep(0.6)\n"
         "terminal.last_words(['rank 1 died'], 10); time.sleep(0.6); os._exit(10)"
     )
@@ -163,7 +163,7 @@ def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> N
 def test_drawn_lines_are_never_wider_than_the_terminal(start: Start) -> None:
     code = (
         "import time; from hf_finetune import terminal\n"
-        "terminal.open_for(terminal.Manner())\n"
+        "terminal.open_for()\n"
         "with terminal.phase('working') as it: it.detail = 'x' * 300; time.sleep(300)"
     )
     with Terminal(40) as shown:
@@ -180,7 +180,7 @@ def test_drawn_lines_are_never_wider_than_the_terminal(start: Start) -> None:
 
 def test_what_others_print_stands_above_the_display(live: Callable[[], Terminal]) -> None:
     screen = live()
-    terminal.open_for(Manner())
+    terminal.open_for()
     with terminal.phase("working", 10, "rows"):
         print("from a library")
         sys.stderr.write("and its complaint\n")
@@ -196,7 +196,7 @@ def test_what_others_print_stands_above_the_display(live: Callable[[], Terminal]
 def test_no_color_is_respected(live: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
     screen = live()
     monkeypatch.setenv("NO_COLOR", "1")
-    terminal.open_for(Manner())
+    terminal.open_for()
     with terminal.phase("working", 10) as it:
         it.done = 5
         terminal.warn("no colour")
@@ -211,7 +211,7 @@ def test_without_a_capable_terminal_lines_are_plain(
 ) -> None:
     screen = live()
     monkeypatch.setenv(name, value)
-    terminal.open_for(Manner())
+    terminal.open_for()
     with terminal.phase("working", 10):
         terminal.say("a line")
     wait_for("a line", screen)
@@ -223,7 +223,7 @@ def test_a_terminal_that_goes_away_stops_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
     monkeypatch.setattr(sys, "stdout", os.fdopen(theirs, "w"))
-    terminal.open_for(Manner())
+    terminal.open_for()
     with terminal.phase("working", 10):
         os.close(ours)
         terminal.say("into the void")
@@ -238,7 +238,7 @@ def test_a_step_costs_next_to_nothing(live: Callable[[], Terminal]) -> None:
 
     from hf_finetune.tracking.console import Console
 
-    terminal.open_for(Manner())
+    terminal.open_for()
     console, state, control = Console(("loss",)), TrainerState(max_steps=10_000), TrainerControl()
     arguments: Any = TrainingArguments
     console.on_train_begin(arguments, state, control)
@@ -353,7 +353,7 @@ def test_long_phases_are_told_and_short_ones_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain, "LONG_S", 0.1)
-    terminal.open_for(Manner())
+    terminal.open_for()
     with terminal.phase("short", 10, "rows"):
         pass
     with terminal.phase("tokenising train", 12_000, "rows") as it:
@@ -365,7 +365,7 @@ def test_long_phases_are_told_and_short_ones_not(
 @pytest.mark.usefixtures("closed")
 def test_other_ranks_say_errors_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    terminal.open_for(Manner())
+    terminal.open_for()
     terminal.say("hello")
     terminal.warn("mind")
     terminal.report([Problem("is full", key="output")], 5)
@@ -375,8 +375,8 @@ def test_other_ranks_say_errors_alone(capsys: pytest.CaptureFixture[str], monkey
 @pytest.mark.parametrize("options", [[], ["--log-format", "json"]])
 def test_nobody_reads_and_a_full_disk(options: list[str]) -> None:
     code = (
-        "import sys; from hf_finetune import terminal; from hf_finetune.cli.parser import manner\n"
-        "terminal.open_for(manner(sys.argv[1:]))\n"
+        "import sys; from hf_finetune import terminal; from hf_finetune.cli.parser import open_terminal\n"
+        "open_terminal(sys.argv[1:])\n"
         "for n in range(3000): terminal.say(f'line {n}')\n"
         "terminal.warn('w'); terminal.close()"
     )

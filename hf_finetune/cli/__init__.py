@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_finetune import invocation, terminal
-from hf_finetune.cli.parser import complete, manner, parse
+from hf_finetune.cli.parser import complete, open_terminal, parse
 from hf_finetune.errors import (
     CheckpointError,
     DataError,
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     words = complete(given)
     invocation.note(given)
-    # Before anything is parsed, so that mistakes on the command line are told in the same manner.
-    terminal.open_for(manner(words))
+    open_terminal(words)
     try:
         _run(words, debug="--debug" in words)
     except SystemExit as end:

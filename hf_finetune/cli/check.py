@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         as_json=arguments.format == "json",
     )
     if options.as_json:  # what it does meanwhile is no part of the document
-        terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+        terminal.open_for(arguments.log_format, quiet=True)
     code = command.run(given.reading, options)
     if code:
         sys.exit(code)

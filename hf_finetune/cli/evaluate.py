@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         FinetuneError: The run, the data or the command line is wrong.
     """
     if arguments.format != "text":  # what it does meanwhile is no part of the document
-        terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+        terminal.open_for(arguments.log_format, quiet=True)
     from hf_finetune import opening
 
     overrides = tuple(arguments.overrides)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol
 
 from hf_finetune import __version__, terminal
 from hf_finetune.cli import chat, check, compare, evaluate, merge, predict, push, schema, tensorboard, train
-from hf_finetune.terminal import Manner, Message
+from hf_finetune.terminal import Message
 
 VERBS = (train, check, evaluate, predict, chat, merge, push, compare, tensorboard, schema)
 EPILOG = """\
@@ -103,7 +103,7 @@ def complete(words: list[str]) -> list[str]:
     return ["train", *words] if first.endswith((".yaml", ".yml")) else words
 
 
-def manner(words: list[str]) -> Manner:
-    """How to speak, read off the words before they are known to be right."""
+def open_terminal(words: list[str]) -> None:
+    """Print as the words say, before they are known to be right: mistakes in them are printed in that manner, too."""
     is_json = f"{_FORMAT}=json" in words or (_FORMAT, "json") in pairwise(words)
-    return Manner("json" if is_json else "text", quiet="--quiet" in words)
+    terminal.open_for("json" if is_json else "text", quiet="--quiet" in words)

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         FinetuneError: The run, the data or the command line is wrong.
     """
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
-        terminal.open_for(terminal.Manner(arguments.log_format, quiet=True))
+        terminal.open_for(arguments.log_format, quiet=True)
     from hf_finetune import opening
     from hf_finetune.predicting import output, rows
     from hf_finetune.schema.roots import refuse_outside

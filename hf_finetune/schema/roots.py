@@ -12,11 +12,7 @@ VARIABLE = "HF_FINETUNE_ROOT"
 
 
 def outside(path: str) -> str | None:
-    """Why a path is refused, symlinks followed; None where it lies inside the root, or where there is no root.
-
-    Args:
-        path: Any path, whether or not it is there.
-    """
+    """Say why a path is refused, symlinks followed, whether or not it is there; None where it may be used."""
     root = os.environ.get(VARIABLE)
     if not root:
         return None
@@ -28,18 +24,12 @@ def outside(path: str) -> str | None:
 
 
 def refuse_outside(named: Iterable[tuple[str, str]]) -> None:
-    """Refuse paths of a command line.
-
-    Args:
-        named: Option and path.
+    """Refuse paths of a command line, each with its option.
 
     Raises:
         RecipeError: Some lie outside the root.
     """
-    problems = [
-        Problem(f"{option} {path}: {why}", file="command line")
-        for option, path in named
-        if (why := outside(path)) is not None
-    ]
+    found = [(option, path, outside(path)) for option, path in named]
+    problems = [Problem(f"{option} {path}: {why}", file="command line") for option, path, why in found if why]
     if problems:
         raise RecipeError(problems)

@@ -1,68 +1,69 @@
-"""What a run says: in plain lines, as JSON lines, or with a live display below them.
+"""Output of a run: plain lines, JSON lines, or a live display below the lines, by Python's `logging`.
 
-    terminal.open_for(Manner(...))       by the command line; everybody else just speaks
-    say("..."), warn("..."), tell(Message(...))
+    terminal.open_for("json", quiet=False)           as the command line says; without it, lines are plain
+    say("..."), warn("..."), tell(Message(...))      records of the logger `hf_finetune`
     with phase("tokenising train", total=rows, unit="rows") as it:
         it.done = ...
 
-Without `open_for`, as where the package is imported, lines are plain. Rank 0 alone speaks; others have errors only.
+Only rank 0 prints; the others print errors. `logging.getLogger("hf_finetune")` takes further handlers and levels.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 from hf_finetune.errors import Problem
 from hf_finetune.terminal.jsonlines import JsonLines
-from hf_finetune.terminal.message import Level, Message
+from hf_finetune.terminal.message import Message
 from hf_finetune.terminal.phase import Phase, Phases, clock, unseen
-from hf_finetune.terminal.plain import Voice
+from hf_finetune.terminal.plain import Lines
 
 __all__ = [
-    "Manner", "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "finish", "last_words",
+    "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "finish", "last_words",
     "notice", "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
 ]  # fmt: skip
 
-_voice = Voice()
+_logger = logging.getLogger("hf_finetune")
+_logger.propagate = False  # handlers of the root logger would print every line once more
+_logger.setLevel(logging.INFO)
+_handler = Lines()
+_logger.addHandler(_handler)
 
 
-@dataclass(frozen=True)
-class Manner:
-    """How the command line wants a run to speak."""
-
-    log_format: Literal["text", "json"] = "text"
-    quiet: bool = False
-    """Warnings, errors, and what the command was given to see; nothing else."""
-
-
-def open_for(manner: Manner) -> None:
-    """Speak like this until `close`."""
-    global _voice  # a process has one terminal
-    least: Level = "error" if rank() else "warning" if manner.quiet else "info"
-    if manner.log_format == "json":
-        _voice = JsonLines(least)
-    elif least == "info" and _is_live():
+def open_for(log_format: Literal["text", "json"] | None = None, *, quiet: bool = False) -> None:
+    """Print in this manner until `close`; `quiet` leaves warnings, errors, and what the command was given to print."""
+    level = logging.ERROR if rank() else logging.WARNING if quiet else logging.INFO
+    if log_format == "json":
+        _use(JsonLines(level))
+    elif level == logging.INFO and _is_live():
         from hf_finetune.terminal.live import Display
 
-        _voice = Display()
+        _use(Display())
     else:
-        _voice = Voice(least)
+        _use(Lines(level))
 
 
 def close() -> None:
-    """Leave the terminal as it was, and speak in plain lines."""
-    global _voice
-    voice, _voice = _voice, Voice()
-    voice.close()
+    """Leave the terminal as it was, and print plain lines."""
+    before = _handler
+    _use(Lines())
+    before.close()
+
+
+def _use(handler: Lines) -> None:
+    global _handler  # a process has one terminal
+    _logger.removeHandler(_handler)
+    _handler = handler
+    _logger.addHandler(_handler)
 
 
 def _is_live() -> bool:
-    """Whether somebody looks at stdout who can see a line change."""
+    """Tell whether somebody looks at stdout who can see a line change."""
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
     able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
@@ -70,86 +71,76 @@ def _is_live() -> bool:
 
 
 def tell(message: Message) -> None:
-    """Say something."""
-    _voice.tell(message)
+    """Print a message."""
+    # The level of the record only decides whether it is printed; the message has its own.
+    level = logging.CRITICAL if message.is_asked_for else logging.getLevelNamesMapping()[message.level.upper()]
+    _logger.log(level, "%s", message.text, extra={"said": message})
 
 
 def say(line: str) -> None:
-    """Say one line; `note: ` and `warning: ` at its beginning say what it is."""
+    """Print one line; `note: ` and `warning: ` at its beginning are its event."""
     tell(Message.of_line(line))
 
 
 def show(document: str) -> None:
-    """Print what a command was given to print, as it is, in every manner."""
-    _voice.show(document)
+    """Print a document that a command was given to print, as it is."""
+    _handler.show(document)
 
 
 def write(piece: str) -> None:
-    """Write a part of something that is said bit by bit, such as an answer; `finish` follows."""
-    _voice.piece(piece)
+    """Print a part of an answer that comes bit by bit; `finish` follows."""
+    _handler.piece(piece)
 
 
 def finish(message: Message) -> None:
-    """What was written bit by bit is complete: machines get it in one message."""
-    _voice.finish(message)
+    """End what was printed bit by bit; machines get it in one message."""
+    _handler.finish(message)
 
 
 def warn(text: str) -> None:
-    """Say on stderr that something is wrong that stops nothing."""
+    """Print a warning on stderr."""
     tell(Message(text, "warning", "warning", "stderr"))
 
 
 def report(problems: Iterable[Problem], code: int) -> None:
-    """Say why this process ends with an exit code."""
+    """Print the reasons why this process ends with an exit code."""
     for problem in problems:
         tell(Message.of_problem(problem, code, rank()))
 
 
 def crash(error: BaseException) -> bool:
-    """Say what bug ends this process; False where Python's own traceback does."""
-    if not isinstance(_voice, JsonLines):
+    """Report a bug that ends this process; False where Python's own traceback does."""
+    if not isinstance(_handler, JsonLines):
         return False
-    _voice.crash(error)
+    _handler.crash(error)
     return True
 
 
 def last_words(lines: Iterable[str], code: int) -> None:
-    """Say why this process ends by force; waits for no lock and no buffer that a hung thread may hold.
-
-    Args:
-        lines: One a problem.
-        code: The exit code.
-    """
+    """Print the reasons why this process ends by force, waiting for no lock and no buffer of a hung thread."""
     fields = {"code": code, "rank": rank()}
-    _voice.last_words([Message(line, "error", "error", "stderr", fields) for line in lines])
+    _handler.last_words([Message(line, "error", "error", "stderr", fields) for line in lines])
 
 
 def notice(text: str) -> None:
-    """Show a line below the phases from now on, where somebody looks; safe in a handler of signals."""
-    _voice.notice = text
+    """Show a line below the phases from now on; safe in a signal handler."""
+    _handler.notice = text
 
 
 def begin(phase: Phase) -> Phase:
     """Show a phase until `end`."""
-    _voice.begin(phase)
+    _handler.begin(phase)
     return phase
 
 
 def end(phase: Phase) -> None:
-    """The phase is over; later calls do nothing."""
-    _voice.end(phase)
+    """Take a phase away; later calls do nothing."""
+    _handler.end(phase)
 
 
 @contextmanager
 def phase(name: str, total: int | None = None, unit: str = "", *, is_told: bool = True) -> Iterator[Phase]:
-    """Show a phase while the body runs.
-
-    Args:
-        name: What goes on.
-        total: How much there is to do, where that is known.
-        unit: What is counted.
-        is_told: Whether plain lines tell of it when it takes long.
-    """
+    """Show a phase while the body runs; plain lines report it where it takes long, unless `is_told` is false."""
     shown = begin(Phase(name, total, unit, is_told))
     try:
         yield shown
@@ -158,6 +149,6 @@ def phase(name: str, total: int | None = None, unit: str = "", *, is_told: bool 
 
 
 def rank() -> int:
-    """Of this process, as its launcher says."""
+    """Read this process's rank off the launcher's variables."""
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0

@@ -20,16 +20,15 @@ from rich.text import Text
 
 from hf_finetune.terminal.message import Message, printable
 from hf_finetune.terminal.phase import Phase, clock
-from hf_finetune.terminal.plain import Voice
+from hf_finetune.terminal.plain import Lines
 from hf_finetune.terminal.wrapping import wrapped
 
 PER_SECOND = 4
-"""How often the display is drawn."""
 STYLES = {"info": "", "warning": "yellow", "error": "red"}
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
-class Display(Voice):
+class Display(Lines):
     """Plain lines, and below them a bar for each phase that goes on."""
 
     def __init__(self) -> None:
@@ -73,9 +72,10 @@ class Display(Voice):
         with self._lock:
             self._stop()
             self._phases.clear()
+        super().close()
 
     def last_words(self, messages: list[Message]) -> None:
-        """Draw no more, clear what is drawn as well as can be without a lock, and say it."""
+        """Draw no more, clear the picture as well as can be without a lock, and print the reasons."""
         if self._screen is not None and self._live is not None:
             self._screen.is_closed = True
             self.raw("\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._height - 1), descriptor=1)
@@ -102,7 +102,7 @@ class Display(Voice):
             self._live = None
 
     def _draw(self) -> Group:
-        """The present picture: for each phase a bar and how far it is, its details, its latest result."""
+        """Draw for each phase a bar and how far it is, its details, its latest result."""
         parts: list[Any] = []
         for phase in tuple(self._phases):
             parts.append(_bar(phase))
@@ -138,14 +138,14 @@ class _Console(Console):
 
 
 class _Screen(io.TextIOBase):
-    """The terminal, which may go away while the run goes on."""
+    """The terminal, which may go away while the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.is_closed = False
 
     def write(self, text: str) -> int:
-        """Write, or not."""
+        """Write, unless it is gone."""
         if not self.is_closed:
             try:
                 self._stream.write(text)
@@ -156,7 +156,7 @@ class _Screen(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or not."""
+        """Flush, unless it is gone."""
         if not self.is_closed:
             try:
                 self._stream.flush()
@@ -164,16 +164,16 @@ class _Screen(io.TextIOBase):
                 self.is_closed = True
 
     def fileno(self) -> int:
-        """The descriptor below, which knows the terminal's width."""
+        """Give the descriptor below, which knows the terminal's width."""
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Claim to be a terminal."""
         return True
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """What the terminal can show."""
+        """Name the terminal's encoding."""
         return self._stream.encoding
 
 

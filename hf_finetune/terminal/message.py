@@ -1,8 +1,9 @@
-"""One thing that is said: a line for people, an object for machines."""
+"""A message: a line for people, an object for machines."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -15,51 +16,59 @@ from hf_finetune.errors import Problem
 Level = Literal["info", "warning", "error"]
 Stream = Literal["stdout", "stderr"]
 
-LEVELS: tuple[Level, ...] = ("info", "warning", "error")
+# Control characters but tab and line feed; and characters that break or reorder a line.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""All but tab and line feed; and what breaks or reorders a line."""
-_PREFIX = re.compile(r"(note|warning): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is said, once, whatever it will look like."""
+    """One message, however it will look."""
 
     text: str
     """For people; no prefix."""
     event: str = "note"
-    """What it is about: note, warning, error, train, eval, final, test, summary, phase, ..."""
+    """Its subject: note, warning, error, train, eval, final, test, summary, phase, ..."""
     level: Level = "info"
     stream: Stream = "stdout"
     fields: Mapping[str, Any] = field(default_factory=dict)
     """For machines: step, loss, ...; they never replace time, level, event and message."""
     line: str | None = None
-    """What people read instead of the text, as it is; None reads `text`, with who says it where that is a fault."""
+    """Printed for people instead of the text, as it is."""
     is_asked_for: bool = False
-    """Whether the command was given to see this, so that `--quiet` does not take it away."""
+    """The command was given to print this, so `--quiet` does not suppress it."""
 
     @classmethod
     def of_line(cls, line: str) -> Message:
-        """A line of stdout; `note: ` and `warning: ` at its beginning say what it is."""
-        found = _PREFIX.fullmatch(line)
-        if found is None:
+        """Make a message of a line; `note: ` or `warning: ` at its beginning is its event."""
+        kind, separator, text = line.partition(": ")
+        if not separator or kind not in ("note", "warning"):
             return cls(line)
-        kind, text = found.groups()
         return cls(text, event=kind, level="warning" if kind == "warning" else "info", line=printable(line))
 
     @classmethod
     def of_problem(cls, problem: Problem, code: int, rank: int) -> Message:
-        """An error that ends the process with this exit code; ranks other than 0 say who they are."""
+        """Make a message of an error that ends the process with this exit code."""
         text = str(problem) if rank == 0 else f"rank {rank}: {problem}"
         return cls(text, "error", "error", "stderr", fields={"code": code, "rank": rank, **asdict(problem)})
 
+    @classmethod
+    def of_record(cls, record: logging.LogRecord) -> Message:
+        """Unwrap the message of a log record, or make one of a plain record."""
+        said = getattr(record, "said", None)
+        if isinstance(said, Message):
+            return said
+        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
+        if record.levelno < logging.WARNING:
+            return cls(record.getMessage())
+        return cls(record.getMessage(), level, level, "stderr")
+
     def as_line(self) -> str:
-        """For people; control characters, which could steer the terminal, are shown as what they are."""
+        """Format for people."""
         prefix = f"hf_finetune: {self.level}: " if self.stream == "stderr" and self.level != "info" else ""
         return printable(prefix + self.text) if self.line is None else self.line
 
     def as_json(self) -> str:
-        """One JSON object in one line of ASCII; NaN and infinity, which JSON can't hold, are written as text."""
+        """Format as one JSON object in one line of ASCII."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head = {"time": now, "level": self.level, "event": self.event, "message": self.text}
         rest = {name: jsonable(value) for name, value in self.fields.items() if name not in head}
@@ -67,12 +76,12 @@ class Message:
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters (escape sequences begin with one) written out, e.g. as `\x1b`."""
+    r"""Write control characters, which could steer the terminal, as what they are, e.g. `\x1b`."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def jsonable(value: Any) -> Any:
-    """The value with NaN and infinity as text, tuples as lists and keys as text: what strict JSON holds."""
+    """Turn NaN and infinity, which JSON can't hold, and keys into text, and tuples into lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

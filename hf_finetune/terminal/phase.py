@@ -11,21 +11,20 @@ from typing import Protocol
 
 @dataclass(eq=False)
 class Phase:
-    """Something that takes a while. Whoever does it sets `done`, which costs nothing; whoever shows it looks."""
+    """Something that takes a while. The code that does it sets `done`, which costs nothing; the display looks."""
 
     name: str
-    """What goes on: `tokenising train`, `loading the model`, `training`."""
+    """E.g. `tokenising train`, `loading the model`, `training`."""
     total: int | None = None
-    """How much there is to do; None where that is not known."""
     unit: str = ""
-    """What is counted: rows, batches, steps."""
+    """E.g. rows, batches, steps."""
     is_told: bool = True
-    """Whether plain lines tell of it when it takes long; not where other lines do."""
+    """Plain lines report it when it takes long."""
     done: int = 0
     count: Callable[[], int] | None = None
-    """Counts what is done where nobody sets it, because other processes do the work."""
+    """Counts the work of other processes, where `done` is not set."""
     first: int = 0
-    """What was done before it began, and says nothing about its speed."""
+    """Done before it began, so that it says nothing about the speed."""
     detail: str = ""
     """The latest about it, in one line."""
     outcome: str = ""
@@ -34,31 +33,31 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Time since it began."""
         return time.monotonic() - self.started
 
     def now(self) -> int:
-        """How much is done."""
+        """Count the work that is done."""
         if self.count is not None:
             self.done = max(self.done, self.count())
         return self.done
 
     def left(self) -> float | None:
-        """Seconds until it ends, at the speed until now; None where nothing tells."""
+        """Estimate the seconds until it ends, at the speed until now; None where nothing tells."""
         done = self.now()
         if not self.total or done <= self.first:
             return None
         return self.seconds * max(self.total - done, 0) / (done - self.first)
 
     def share(self) -> str:
-        """`120/1,000 rows`, or as much of that as is known."""
+        """Format as `120/1,000 rows`, or as much of that as is known."""
         if self.total is None:
             return f"{self.now():,} {self.unit}" if self.unit and self.now() else ""
         return f"{self.now():,}/{self.total:,} {self.unit}".rstrip()
 
 
 class Phases(Protocol):
-    """Who is told of phases: `terminal.phase`, or `unseen`."""
+    """Shows phases: `terminal.phase`, or `unseen`."""
 
     def __call__(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
         """Show a phase while the body runs."""
@@ -66,12 +65,12 @@ class Phases(Protocol):
 
 @contextmanager
 def unseen(name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
-    """A phase that nobody sees."""
+    """Run a phase that nobody sees."""
     yield Phase(name, total, unit)
 
 
 def clock(seconds: float) -> str:
-    """`75` -> `1:15`, `3675` -> `1:01:15`."""
+    """Format `75` as `1:15`, `3675` as `1:01:15`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

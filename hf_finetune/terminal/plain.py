@@ -1,62 +1,55 @@
-"""Plain lines: what people read where there is no terminal, or where they want it so."""
+"""The handler for plain lines, where nobody looks at a terminal, or where lines are asked for."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 from pathlib import Path
 from typing import TextIO
 
-from hf_finetune.terminal.message import LEVELS, Level, Message, Stream, printable
+from hf_finetune.terminal.message import Message, Stream, printable
 from hf_finetune.terminal.phase import Phase, clock
 from hf_finetune.terminal.wrapping import width, wrapped
 
 LONG_S = 5.0
-"""Phases that take longer are told."""
+"""Phases that take longer are reported."""
 
 
 def write(stream: Stream, text: str) -> None:
     """Write at once; where nobody reads any more (`| head`) or the disk is full, the run goes on in silence."""
     try:
-        _write(stream, text)
-    except UnicodeEncodeError:
-        _write(stream, text.encode("ascii", "backslashreplace").decode())
+        target = getattr(sys, stream)
+        try:
+            target.write(text)
+        except UnicodeEncodeError:
+            target.write(text.encode("ascii", "backslashreplace").decode())
+        target.flush()
     except (OSError, ValueError, AttributeError):  # closed while running, or from the start
         setattr(sys, stream, nowhere())  # for the rest of the process
 
 
 def nowhere() -> TextIO:
-    """A stream whose lines nobody sees."""
+    """Open a stream whose lines nobody sees."""
     return Path(os.devnull).open("w", encoding="utf-8")
 
 
-def _write(stream: Stream, text: str) -> None:
-    target = getattr(sys, stream)
-    target.write(text)
-    target.flush()
+class Lines(logging.Handler):
+    """Writes plain lines. Phases are shown at level `info` only."""
 
-
-class Voice:
-    """How things are said; this one says them in plain lines.
-
-    Args:
-        least: Messages below this level are not said, and phases neither, unless it is `info`.
-    """
-
-    def __init__(self, least: Level = "info") -> None:
-        self.least = LEVELS.index(least)
+    def __init__(self, level: int = logging.INFO) -> None:
+        super().__init__(level)
         self.notice = ""
-        """What a display shows below its phases."""
+        """A line that a display shows below its phases."""
         self._timers: dict[Phase, threading.Timer] = {}
 
-    def tell(self, message: Message) -> None:
-        """Say something."""
-        if message.is_asked_for or LEVELS.index(message.level) >= self.least:
-            self.put(message)
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a log record."""
+        self.put(Message.of_record(record))
 
     def put(self, message: Message) -> None:
-        """Write a message that is to be said."""
+        """Write a message."""
         columns = width(getattr(sys, message.stream))
         write(message.stream, wrapped(message.as_line(), columns) + "\n")
 
@@ -65,37 +58,38 @@ class Voice:
         write("stdout", document + "\n")
 
     def piece(self, text: str) -> None:
-        """Write a part of something that is said bit by bit, and was asked for."""
+        """Write a part of an answer that is printed bit by bit."""
         write("stdout", printable(text))
 
     def finish(self, message: Message) -> None:
-        """It is said; the whole of it."""
+        """End what was printed bit by bit; people have read it."""
 
     def begin(self, phase: Phase) -> None:
-        """A phase begins; it is told once it turns out to be long."""
-        if phase.is_told and self.least == 0:
-            timer = self._timers[phase] = threading.Timer(LONG_S, self._tell_begin, (phase,))
+        """Show a phase, here once it turns out to be long."""
+        if phase.is_told and self.level <= logging.INFO:
+            timer = threading.Timer(LONG_S, lambda: self._report(phase, f"{phase.share()} ..."))
+            self._timers[phase] = timer
             timer.daemon = True
             timer.start()
 
     def end(self, phase: Phase) -> None:
-        """It is over."""
+        """Take a phase away."""
         timer = self._timers.pop(phase, None)
         if timer is not None:
             timer.cancel()
             if phase.seconds >= LONG_S:
                 done = phase.share() if phase.total is None else f"{phase.total:,} {phase.unit}"
-                self.tell(Message(" ".join(f"{phase.name}: {done} in {clock(phase.seconds)}".split())))
+                self._report(phase, f"{done} in {clock(phase.seconds)}")
 
-    def _tell_begin(self, phase: Phase) -> None:
-        self.tell(Message(" ".join(f"{phase.name}: {phase.share()} ...".split())))
+    def _report(self, phase: Phase, progress: str) -> None:
+        self.put(Message(" ".join(f"{phase.name}: {progress}".split())))
 
     def last_words(self, messages: list[Message]) -> None:
-        """Say something right before the process ends by force: without Python's buffers and locks."""
+        """Say why the process ends by force, past every buffer and lock that a hung thread may hold."""
         self.raw("".join(message.as_line() + "\n" for message in messages))
 
     def raw(self, text: str, descriptor: int = 2) -> None:
-        """Write past everything that a hung thread may hold."""
+        """Write to a descriptor."""
         try:
             os.write(descriptor, text.encode("utf-8", "backslashreplace"))
         except OSError:
@@ -106,3 +100,4 @@ class Voice:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        super().close()
