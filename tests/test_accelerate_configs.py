@@ -70,20 +70,14 @@ def survey(name: str, folder: Path) -> list[str]:
     return sorted(line for line in done.stdout.splitlines() if " cpu " in line)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.stem))
-def test_accelerate_reads_it_and_says_what_to_edit(path: Path) -> None:
-    loaded = config(path.name)
-    assert loaded.mixed_precision == "no"
-    assert loaded.num_processes >= loaded.num_machines
-    comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert "# Edit: " in comments
-    assert f"accelerate launch --config_file accelerate_configs/{path.name}" in comments
-
-
-def test_the_promised_configurations_are_there() -> None:
-    of_cpus = {"cpu", "cpu_2_processes", "cpu_2_processes_fsdp2"}
-    names = of_cpus | {"gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "multi_node"}
-    assert {path.stem for path in CONFIGS} == names
+def test_accelerate_reads_it_and_says_what_to_edit() -> None:
+    for path in CONFIGS:
+        loaded = config(path.name)
+        assert loaded.mixed_precision == "no"
+        assert loaded.num_processes >= loaded.num_machines
+        comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+        assert "# Edit: " in comments
+        assert f"accelerate launch --config_file accelerate_configs/{path.name}" in comments
 
 
 def test_cpu_is_one_process_with_every_core(tmp_path: Path) -> None:
@@ -121,13 +115,13 @@ def test_fsdp2_is_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["FSDP_OFFLOAD_PARAMS"] == "false"
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_deepspeed_has_its_zero_stage(stage: str) -> None:
-    _, environment = prepare_deepspeed_cmd_env(launcher_arguments(f"deepspeed_zero{stage}.yaml"))
-    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
-    assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
-    assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
-    assert environment["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] == "none"
+def test_deepspeed_has_its_zero_stage() -> None:
+    for stage in ["2", "3"]:
+        _, environment = prepare_deepspeed_cmd_env(launcher_arguments(f"deepspeed_zero{stage}.yaml"))
+        assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
+        assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+        assert environment["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] == "none"
 
 
 def test_multi_node_spreads_the_processes_evenly() -> None:

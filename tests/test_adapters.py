@@ -44,7 +44,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("rslora", "gaussian", "loraplus", "pissa")])
 def test_training_changes_head_and_adapter_and_the_file_loads_on_the_plain_base(
     name: str, tiny_bert: str, tmp_path: Path
 ) -> None:
@@ -77,13 +77,21 @@ def plain_base(made: Recipe) -> Any:
     return base
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "eva", "adalora", "full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        "pissa",
+        "eva",
+        "adalora",
+    ],
+)
 def test_a_fresh_adapter_leaves_the_model_as_it_is(name: str, tiny_bert: str) -> None:
     made = recipe(tiny_bert, ADAPTERS[name])
     torch.testing.assert_close(logits(build(made), made), logits(loaded(made).model, made), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "adalora", "ia3", "names"])
+@pytest.mark.parametrize("name", ["lora", "pissa", "names"])
 def test_what_is_trained_is_fp32_on_a_bf16_base(name: str, tiny_bert: str, tmp_path: Path) -> None:
     made = recipe(tiny_bert, ADAPTERS[name])
     adapted = build(made, precision="bf16")
@@ -96,8 +104,7 @@ def test_what_is_trained_is_fp32_on_a_bf16_base(name: str, tiny_bert: str, tmp_p
     assert (logits(restored, made) - expected).abs().max() <= (0.1 if name == "pissa" else 0.05) * expected.abs().max()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize(("tied", "init"), [(True, "default"), (False, "pissa")])
 def test_trainable_tokens_train_their_rows_and_no_others(
     tied: bool, init: str, tiny_llama: str, tmp_path: Path
 ) -> None:
@@ -124,9 +131,8 @@ def untied(folder: str, place: Path) -> str:
     return str(place / "untied")
 
 
-@pytest.mark.parametrize(
-    ("adapter", "complaint"),
-    [
+def test_what_does_not_exist_in_the_model_is_refused(tiny_bert: str) -> None:
+    for adapter, complaint in [
         (LORA | {"target_modules": ["query", "q_proj"]}, "'q_proj' matches no module.*linear layers: query \\(2\\)"),
         (LORA | {"target_modules": ["quary"]}, "did you mean 'query'"),
         (LORA | {"target_modules": "layer.0.query"}, "matches no module"),
@@ -140,11 +146,9 @@ def untied(folder: str, place: Path) -> str:
         ({"kind": "adalora", "init_r": 33}, "33 is more than the smaller side"),
         ({"kind": "ia3", "target_modules": ["q"], "feedforward_modules": ["q"]}, "'q' matches no module"),
         (LORA | {"from": "nowhere"}, "is not there; give a run folder"),
-    ],
-)
-def test_what_does_not_exist_in_the_model_is_refused(adapter: dict[str, Any], complaint: str, tiny_bert: str) -> None:
-    with pytest.raises((ModelError, RecipeError), match=complaint):
-        build(recipe(tiny_bert, adapter))
+    ]:
+        with pytest.raises((ModelError, RecipeError), match=complaint):
+            build(recipe(tiny_bert, adapter))
 
 
 def test_ia3_asks_for_targets_where_peft_has_none(tiny_bert: str) -> None:
@@ -154,9 +158,8 @@ def test_ia3_asks_for_targets_where_peft_has_none(tiny_bert: str) -> None:
         IA3().check_targets(base, ("classifier",))
 
 
-@pytest.mark.parametrize(
-    ("cls", "fields"),
-    [
+def test_values_that_make_no_sense_are_refused() -> None:
+    for cls, fields in [
         (Lora, {"r": 0}),
         (Lora, {"r": "8"}),
         (Lora, {"alpha": float("inf")}),
@@ -170,18 +173,16 @@ def test_ia3_asks_for_targets_where_peft_has_none(tiny_bert: str) -> None:
         (AdaLora, {"warmup_share": 0.5, "final_share": 0.5}),
         (IA3, {"target_modules": ["a"]}),
         (IA3, {"target_modules": ["a"], "feedforward_modules": ["b"]}),
-    ],
-)
-def test_values_that_make_no_sense_are_refused(cls: Any, fields: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        cls.model_validate(fields)
+    ]:
+        with pytest.raises(ValidationError):
+            cls.model_validate(fields)
 
 
 def test_from_round_trips_under_its_yaml_name() -> None:
     assert Lora.model_validate({"from": "run"}).model_dump()["from"] == "run"
 
 
-@pytest.mark.parametrize("first", ["lora", "pissa", "rslora", "dora", "ia3"])
+@pytest.mark.parametrize("first", ["pissa", "dora", "ia3"])
 def test_an_adapter_continues_where_it_stopped(first: str, tiny_bert: str, tmp_path: Path) -> None:
     made = recipe(tiny_bert, ADAPTERS[first])
     adapted = build(made)
@@ -201,10 +202,7 @@ def test_an_adapter_continues_where_it_stopped(first: str, tiny_bert: str, tmp_p
     ("wanted", "key"),
     [
         ({"r": 8}, "adapter.r"),
-        ({"alpha": 1.0}, "adapter.alpha"),
-        ({"dora": True}, "adapter.dora"),
         ({"target_modules": ["query"]}, "adapter.target_modules"),
-        ({"target_modules": ".*query"}, "adapter.target_modules"),
         ({"modules_to_save": ["pooler"]}, "adapter.modules_to_save"),
         ({"trainable_tokens": ["film"]}, "adapter.trainable_tokens"),
     ],
@@ -221,15 +219,7 @@ def test_settings_that_contradict_the_continued_adapter_are_refused(
 
 @pytest.mark.parametrize(
     ("first", "again", "fits"),
-    [
-        (["query"], "all-linear", False),
-        (["query"], ["query", "value"], False),
-        (["query"], r".*layer\.0.*query", False),
-        (["query"], ".*query", True),
-        (".*query", ["query"], True),
-        (["query", "word_embeddings"], ".*(query|word_embeddings)", True),
-        ("all-linear", "all-linear", True),
-    ],
+    [(["query"], "all-linear", False), (["query"], r".*layer\.0.*query", False), (".*query", ["query"], True)],
 )
 def test_targets_of_a_continued_adapter_are_compared_by_module(
     first: Any, again: Any, fits: bool, tiny_bert: str, tmp_path: Path
@@ -248,8 +238,7 @@ SWAPPED = Targets(names=("positive", "negative"))
 OTHERS = Targets(names=("spam", "ham"))
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-@pytest.mark.parametrize("labels", [SWAPPED, OTHERS, FOUR], ids=["order", "names", "number"])
+@pytest.mark.parametrize(("kind", "labels"), [("lora", SWAPPED), ("lora", OTHERS), ("ia3", FOUR)])
 def test_an_adapter_does_not_continue_under_other_labels(
     kind: str, labels: Targets, tiny_bert: str, tmp_path: Path
 ) -> None:
@@ -367,11 +356,14 @@ def test_targets_are_checked_without_weights(tiny_bert: str) -> None:
     assert not any("classifier" in path for path in found)
 
 
-QUANTISED = [(name, "nf4") for name in ("lora", "dora", "ia3", "adalora", "eva")] + [("lora", "int8"), ("eva", "int8")]
+QUANTISED = [
+    *((name, "nf4", CLASSIFIER) for name in ("lora", "dora", "ia3", "adalora", "eva")),
+    ("eva", "int8", CLASSIFIER),
+    ("lora", "int8", LANGUAGE_MODEL),
+]
 
 
-@pytest.mark.parametrize(("name", "quantization"), QUANTISED)
-@pytest.mark.parametrize("task", [CLASSIFIER, LANGUAGE_MODEL], ids=["classifier", "lm"])
+@pytest.mark.parametrize(("name", "quantization", "task"), QUANTISED)
 def test_quantised_bases_train_and_reload(
     name: str, quantization: str, task: dict[str, Any], tiny_llama: str, tmp_path: Path
 ) -> None:
@@ -400,10 +392,10 @@ def test_dora_on_8_bit_weights_is_refused_on_a_cpu(tiny_llama: str) -> None:
         build(recipe(tiny_llama, LORA | {"dora": True}, LANGUAGE_MODEL, quantization="int8"))
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "full"}, PISSA, LORA | {"init": "olora"}])
-def test_methods_that_change_the_base_refuse_quantised_weights(adapter: dict[str, Any], tiny_llama: str) -> None:
-    with pytest.raises(ValidationError, match=r"model\.quantization"):
-        recipe(tiny_llama, adapter, LANGUAGE_MODEL, quantization="nf4")
+def test_methods_that_change_the_base_refuse_quantised_weights(tiny_llama: str) -> None:
+    for adapter in [{"kind": "full"}, PISSA, LORA | {"init": "olora"}]:
+        with pytest.raises(ValidationError, match=r"model\.quantization"):
+            recipe(tiny_llama, adapter, LANGUAGE_MODEL, quantization="nf4")
 
 
 @pytest.mark.parametrize("kept", [None, 100], ids=["lost", "cut short"])

@@ -99,21 +99,21 @@ def test_the_train_loader_counts_real_tokens() -> None:
     assert [int(batch["tokens"]) for batch in loader] == [9]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones(world_size: int) -> None:
-    from hf_finetune.batching import Rows
+def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones() -> None:
+    for world_size in [1, 2, 3]:
+        from hf_finetune.batching import Rows
 
-    lengths = [3, 1, 4, 1, 5, 9, 2]
-    rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]
-    seen = []
-    for rank in range(world_size):
-        loader = eval_loader(rows, lengths, Division(2 * world_size, 2, rank, world_size), stack)
-        seen.append([(batch["row_ids"].tolist(), batch["labels"].tolist()) for batch in loader])
-    assert len({len(batches) for batches in seen}) == 1
-    assert all(len({len(ids) for ids, _ in step}) == 1 for step in zip(*seen, strict=True))
-    pairs = [pair for batches in seen for ids, labels in batches for pair in zip(ids, labels, strict=True)]
-    assert sorted(pair for pair in pairs if pair[0] >= 0) == [(index, index) for index in range(7)]
-    assert all(label == -100 for row, label in pairs if row < 0)
+        lengths = [3, 1, 4, 1, 5, 9, 2]
+        rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]
+        seen = []
+        for rank in range(world_size):
+            loader = eval_loader(rows, lengths, Division(2 * world_size, 2, rank, world_size), stack)
+            seen.append([(batch["row_ids"].tolist(), batch["labels"].tolist()) for batch in loader])
+        assert len({len(batches) for batches in seen}) == 1
+        assert all(len({len(ids) for ids, _ in step}) == 1 for step in zip(*seen, strict=True))
+        pairs = [pair for batches in seen for ids, labels in batches for pair in zip(ids, labels, strict=True)]
+        assert sorted(pair for pair in pairs if pair[0] >= 0) == [(index, index) for index in range(7)]
+        assert all(label == -100 for row, label in pairs if row < 0)
 
 
 class Numbers:
@@ -156,23 +156,19 @@ def streamed(
     return batches, counts, numbers.encoded
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "micro_batch", "world_size"), [(12, 1, 8), (5, 1, 4), (4, 1, 3), (10, 2, 4), (33, 4, 8), (5, 2, 2)]
-)
-def test_a_stream_gives_every_row_to_one_rank_however_it_is_divided(
-    batch_size: int, micro_batch: int, world_size: int
-) -> None:
-    alone, _, _ = streamed(Division(batch_size, batch_size), 4)
-    ranks = [streamed(Division(batch_size, micro_batch, rank, world_size), 4) for rank in range(world_size)]
-    for step, (whole,) in enumerate(alone):
-        parts = [label for batches, _, _ in ranks for batch in batches[step] for label in batch]
-        assert sorted(label for label in parts if label >= 0) == sorted(whole)
-        assert len(whole) == batch_size
-        assert {len(batches[step]) for batches, _, _ in ranks} == {
-            Division(batch_size, micro_batch, 0, world_size).accumulation
-        }
-    encoded = [number for _, _, numbers in ranks for number in numbers]
-    assert len(set(encoded)) == len(encoded), "a rank encodes only its own rows"
+def test_a_stream_gives_every_row_to_one_rank_however_it_is_divided() -> None:
+    for batch_size, micro_batch, world_size in [(12, 1, 8), (5, 1, 4), (4, 1, 3), (10, 2, 4), (33, 4, 8), (5, 2, 2)]:
+        alone, _, _ = streamed(Division(batch_size, batch_size), 4)
+        ranks = [streamed(Division(batch_size, micro_batch, rank, world_size), 4) for rank in range(world_size)]
+        for step, (whole,) in enumerate(alone):
+            parts = [label for batches, _, _ in ranks for batch in batches[step] for label in batch]
+            assert sorted(label for label in parts if label >= 0) == sorted(whole)
+            assert len(whole) == batch_size
+            assert {len(batches[step]) for batches, _, _ in ranks} == {
+                Division(batch_size, micro_batch, 0, world_size).accumulation
+            }
+        encoded = [number for _, _, numbers in ranks for number in numbers]
+        assert len(set(encoded)) == len(encoded), "a rank encodes only its own rows"
 
 
 def test_a_stream_goes_on_with_other_ranks_and_encodes_nothing_twice() -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import marked
 from benchmarks import profile_step as profile
 from benchmarks.profile_step import Sizes
 from benchmarks.race.workloads import FULL
-from hf_finetune.schema.speed import Speed
+
+pytestmark = pytest.mark.slow
 
 SIZES = Sizes(r=16, vocabulary=512)
 
 
-@pytest.mark.parametrize(
-    ("names", "shapes", "group"),
-    [
+def test_an_operation_is_in_its_group() -> None:
+    for names, shapes, group in [
         (("aten::mm",), [[100, 64], [64, 128]], profile.FROZEN),
         (("aten::addmm_", "_LoraLinear"), [[100, 128], [100, 16], [16, 128]], profile.LORA),
         (("aten::bmm",), [[8, 20, 32], [8, 32, 20]], profile.ATTENTION),
@@ -34,10 +32,8 @@ SIZES = Sizes(r=16, vocabulary=512)
         (("aten::native_layer_norm",), [[2, 20, 64]], profile.OTHER),
         (("autograd::engine::evaluate_function: MmBackward0",), [], None),
         (("_LoraLinear",), [], None),
-    ],
-)
-def test_an_operation_is_in_its_group(names: tuple[str, ...], shapes: list[list[int]], group: str | None) -> None:
-    assert profile.group_of(names, shapes, SIZES) == group
+    ]:
+        assert profile.group_of(names, shapes, SIZES) == group
 
 
 def test_a_profile_of_a_layer_finds_its_products_and_none_of_others() -> None:
@@ -53,27 +49,9 @@ def test_a_profile_of_a_layer_finds_its_products_and_none_of_others() -> None:
     assert sum(found.values()) <= sum(event.time_range.elapsed_us() for event in events) / 1e6
 
 
-def test_every_fast_path_can_be_switched_off_for_the_comparison() -> None:
-    switched = dict(word.removeprefix("speed.").split("=") for word in profile.plain())
-    assert switched == dict.fromkeys(Speed.model_fields, "false")
-    Speed.model_validate(dict.fromkeys(switched, False))
-
-
 def test_a_table_has_milliseconds_and_shares() -> None:
     groups = Counter({profile.FROZEN: 0.03, profile.REST: 0.01})
     text = profile.table(FULL[0], {"off": (groups, 0.04), "on": (groups, 0.04)}, 25.0)
     assert f"| {profile.FROZEN} | 30.0 | 75% | 30.0 | 75% |" in text
     assert "| part of a step | off, ms | share | on, ms | share |" in text
     assert profile.ATTENTION not in text
-
-
-def test_the_page_on_speed_names_every_fast_path_and_has_the_marks_that_programs_fill(tmp_path: Path) -> None:
-    page = Path(__file__).parent.parent / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
-    for name in Speed.model_fields:
-        assert f"`speed.{name}: false`" in text
-    copy = tmp_path / "page.md"
-    copy.write_text(text, encoding="utf-8")
-    for name in ("results", "profile", "scaling"):
-        marked.put(copy, name, f"what {name} says")
-        assert f"-->\n\nwhat {name} says\n\n<!-- {name}: end -->" in copy.read_text(encoding="utf-8")

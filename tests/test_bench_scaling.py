@@ -10,6 +10,8 @@ from benchmarks import scaling
 from benchmarks.race.workloads import Shape
 from benchmarks.scaling import SHARDED, Cluster, Load
 
+pytestmark = pytest.mark.slow
+
 LOAD = Load(
     weights=1_000_000_000,
     trained=10_000_000,

@@ -44,9 +44,8 @@ def trained(row: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row["labels"] if label != IGNORE]))
 
 
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
+def test_fields_that_do_not_fit_together_are_refused() -> None:
+    for fields, complaint in [
         ({}, "exactly one of"),
         ({"messages": "a", "text": "b"}, "exactly one of"),
         ({"prompt": "a"}, "give both"),
@@ -57,11 +56,9 @@ def trained(row: Any, tokenizer: Any) -> str:
         ({"messages": "a", "generate_rows": 1, "answer_pattern": "("}, "no regular expression"),
         ({"prompt": "{a.b}", "completion": "c"}, "bare column names"),
         ({"text": "a", "sample_prompts": True}, "sample_prompts"),
-    ],
-)
-def test_fields_that_do_not_fit_together_are_refused(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
-        CausalLM(**fields)
+    ]:
+        with pytest.raises(ValidationError, match=complaint):
+            CausalLM(**fields)
 
 
 def test_columns() -> None:
@@ -113,17 +110,14 @@ def test_a_long_row_is_cut_from_the_right_and_keeps_its_full_length(tokenizer: A
     assert (whole["trained"], cut["trained"]) == (6, 2)
 
 
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
+def test_a_bad_row_is_named(tokenizer: Any) -> None:
+    for rows, complaint in [
         ({"question": ["one", None], "answer": ["two", "three"]}, "row 1: column 'question' holds NoneType"),
         ({"question": ["one", "two"], "answer": ["two", " "]}, "row 1: the completion is empty"),
         ({"question": ["one"]}, "row 0: there is no column 'answer'"),
-    ],
-)
-def test_a_bad_row_is_named(rows: Any, complaint: str, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=complaint):
-        encode(PAIR, tokenizer, rows=rows)
+    ]:
+        with pytest.raises(DataError, match=complaint):
+            encode(PAIR, tokenizer, rows=rows)
 
 
 @pytest.mark.parametrize(

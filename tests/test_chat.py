@@ -78,9 +78,9 @@ def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) ->
     return [tokenizer.decode(run) for run in runs if run]
 
 
-@pytest.mark.parametrize("template", [PREFIXED, MARKED, END_OUTSIDE])
-def test_every_assistant_turn_is_trained_with_its_end_token_and_nothing_else(template: str) -> None:
-    assert trained(template, CHAT) == ["first 🙂é</s>", "second</s>"]
+def test_every_assistant_turn_is_trained_with_its_end_token_and_nothing_else() -> None:
+    for template in [PREFIXED, MARKED, END_OUTSIDE]:
+        assert trained(template, CHAT) == ["first 🙂é</s>", "second</s>"]
 
 
 @pytest.mark.parametrize("template", [PREFIXED, MARKED])
@@ -103,11 +103,11 @@ def test_a_header_that_the_turn_does_not_have_is_refused() -> None:
         trained(PREFIXED.replace("<|assistant|>{% endif", "<|assistant|><think>{% endif"), CHAT)
 
 
-@pytest.mark.parametrize("closing", ["{{ eos_token }}", "\n", "<|tool|>\n{{ eos_token }}\n"])
-def test_what_stands_behind_the_end_of_turn_is_not_trained(closing: str) -> None:
-    phi = PREFIXED.replace("</s>\n", "<|end|>\n").replace(ASK, closing + ASK)
-    closed = "{% if not add_generation_prompt %}" + closing + "{% endif %}"
-    assert trained(phi.replace(closing + ASK, closed + ASK), CHAT) == ["first 🙂é<|end|>", "second<|end|>"]
+def test_what_stands_behind_the_end_of_turn_is_not_trained() -> None:
+    for closing in ["{{ eos_token }}", "\n", "<|tool|>\n{{ eos_token }}\n"]:
+        phi = PREFIXED.replace("</s>\n", "<|end|>\n").replace(ASK, closing + ASK)
+        closed = "{% if not add_generation_prompt %}" + closing + "{% endif %}"
+        assert trained(phi.replace(closing + ASK, closed + ASK), CHAT) == ["first 🙂é<|end|>", "second<|end|>"]
 
 
 def test_special_tokens_that_close_a_turn_together_are_all_trained() -> None:
@@ -172,9 +172,8 @@ def test_json_text_is_read_like_lists() -> None:
     assert chat == Chat([{"role": "user", "content": "x"}], [{"name": "f"}])
 
 
-@pytest.mark.parametrize(
-    ("messages", "complaint"),
-    [
+def test_what_is_no_chat_is_refused() -> None:
+    for messages, complaint in [
         ("{", "no JSON"),
         (None, "NoneType, not a list"),
         ([{"from": "human", "value": "x"}], "turn 1 is no {role, content}"),
@@ -185,11 +184,9 @@ def test_json_text_is_read_like_lists() -> None:
         ),
         ([CHAT[1], {"role": "gpt", "content": "x"}], "turn 2 has the role 'gpt'"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON"),
-    ],
-)
-def test_what_is_no_chat_is_refused(messages: Any, complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
-        Chat.parse(messages)
+    ]:
+        with pytest.raises(DataError, match=complaint):
+            Chat.parse(messages)
 
 
 def test_what_the_template_refuses_is_a_data_error() -> None:
@@ -216,13 +213,13 @@ def test_the_templates_own_bos_is_the_only_one() -> None:
     assert labels[0] == IGNORE
 
 
-@pytest.mark.parametrize(("adds_bos", "text", "bos"), [(True, "ab", 1), (True, "<s>ab", 1), (False, "ab", 0)])
-def test_plain_text_has_the_bos_of_its_tokenizer_once_and_a_trained_eos(adds_bos: bool, text: str, bos: int) -> None:
-    renderer = Renderer(byte_tokenizer(None, adds_bos=adds_bos))
-    ids, labels, _ = mark_plain(renderer, [(text, [(len(text) - 1, len(text))])])[0]
-    assert ids.count(renderer.tokenizer.bos_token_id) == bos
-    assert renderer.tokenizer.decode([label for label in labels if label != IGNORE]) == "b</s>"
-    assert prompt_ids(renderer.tokenizer, [text], plain=True)[0] == ids[:-1]
+def test_plain_text_has_the_bos_of_its_tokenizer_once_and_a_trained_eos() -> None:
+    for adds_bos, text, bos in [(True, "ab", 1), (True, "<s>ab", 1), (False, "ab", 0)]:
+        renderer = Renderer(byte_tokenizer(None, adds_bos=adds_bos))
+        ids, labels, _ = mark_plain(renderer, [(text, [(len(text) - 1, len(text))])])[0]
+        assert ids.count(renderer.tokenizer.bos_token_id) == bos
+        assert renderer.tokenizer.decode([label for label in labels if label != IGNORE]) == "b</s>"
+        assert prompt_ids(renderer.tokenizer, [text], plain=True)[0] == ids[:-1]
 
 
 def test_plain_text_without_eos_is_refused() -> None:

@@ -140,12 +140,9 @@ def test_no_text_breaks_out_of_its_cell(two: list[str], tmp_path: Path, capsys: 
     [
         (lambda place: None, "there is no such folder"),
         (lambda place: place.mkdir(), "holds no run of hf_finetune"),
-        (lambda place: place.write_text("x"), "there is no such folder"),
         (lambda place: (place.mkdir(), (place / "recipe.yaml").write_text("a: [")), "can't be read"),
-        (lambda place: (place.mkdir(), (place / "recipe.yaml").write_bytes(b"\xff\xfe")), "can't be read"),
-        (lambda place: (place.mkdir(), (place / "recipe.yaml").write_text("- a")), "is not a recipe"),
     ],
-    ids=["nothing", "empty", "a file", "no YAML", "no text", "a list"],
+    ids=["nothing", "empty", "no YAML"],
 )
 def test_a_folder_without_a_run_is_named(
     make: Callable[[Path], Any], says: str, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

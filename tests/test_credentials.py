@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -47,33 +46,28 @@ def complain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Complain:
     return complain
 
 
-@pytest.mark.parametrize("secret", SECRETS)
-@pytest.mark.parametrize(
-    "text",
-    [
-        VALID.replace("some/model", "'{}'"),
-        VALID.replace("prompt: question", "prompt: question, system: 'use {}'"),
-        VALID.replace("train: train.jsonl", "train: ['a.csv', '{}']"),
-        VALID.replace("steps: 3", "steps: '{}'"),
-        VALID + "'{}': 1\n",
-        "extends: '{}'\n" + VALID,
-    ],
-)
-def test_a_secret_is_refused_once_and_not_echoed(complain: Complain, secret: str, text: str) -> None:
-    (line,) = complain(text.replace("{}", secret))
-    assert "secrets do not belong in a recipe; set HF_TOKEN in the environment" in line
-    assert BODY not in line
-    assert "AKIA" not in line
+def test_a_secret_is_refused_once_and_not_echoed(complain: Complain) -> None:
+    for secret in SECRETS:
+        for text in [
+            VALID.replace("some/model", "'{}'"),
+            VALID.replace("prompt: question", "prompt: question, system: 'use {}'"),
+            VALID.replace("train: train.jsonl", "train: ['a.csv', '{}']"),
+            VALID.replace("steps: 3", "steps: '{}'"),
+            VALID + "'{}': 1\n",
+            "extends: '{}'\n" + VALID,
+        ]:
+            (line,) = complain(text.replace("{}", secret))
+            assert "secrets do not belong in a recipe; set HF_TOKEN in the environment" in line
+            assert BODY not in line
+            assert "AKIA" not in line
 
 
-@pytest.mark.parametrize("secret", SECRETS)
-@pytest.mark.parametrize(
-    "override", ["{}", "model.name={}", "{}=1", "model={{name: '{}'}}", "training.seed=[{}", "a={}"]
-)
-def test_nor_is_one_of_the_command_line(complain: Complain, secret: str, override: str) -> None:
-    found = complain(VALID, override.replace("{{", "{").replace("}}", "}").replace("{}", secret))
-    assert found
-    assert not any(BODY in line or "AKIA" in line for line in found)
+def test_nor_is_one_of_the_command_line(complain: Complain) -> None:
+    for secret in SECRETS:
+        for override in ["{}", "model.name={}", "{}=1", "model={{name: '{}'}}", "training.seed=[{}", "a={}"]:
+            found = complain(VALID, override.replace("{{", "{").replace("}}", "}").replace("{}", secret))
+            assert found
+            assert not any(BODY in line or "AKIA" in line for line in found)
 
 
 def test_a_secret_that_another_file_replaces_is_refused_too(complain: Complain) -> None:
@@ -82,40 +76,35 @@ def test_a_secret_that_another_file_replaces_is_refused_too(complain: Complain) 
     assert line.startswith("base.yaml:2: model.name: looks like a credential (not shown)")
 
 
-@pytest.mark.parametrize("key", ["hub_token", "token", "hf_token", "HF_TOKEN", "api_key", "password", "client-secret"])
-def test_a_key_for_a_secret_is_refused_at_any_level(complain: Complain, key: str) -> None:
-    assert complain(VALID + f"{key}: x\n") == [f"x.yaml:7: {key}: {credentials.REFUSAL}"]
-    assert complain(VALID.replace("name: some", f"{key}: null, name: some")) == [
-        f"x.yaml:2: model.{key}: {credentials.REFUSAL}"
-    ]
-    assert complain(VALID, f"data.{key}=x") == [f"command line: data.{key}: {credentials.REFUSAL}"]
+def test_a_key_for_a_secret_is_refused_at_any_level(complain: Complain) -> None:
+    for key in ["hub_token", "token", "hf_token", "HF_TOKEN", "api_key", "password", "client-secret"]:
+        assert complain(VALID + f"{key}: x\n") == [f"x.yaml:7: {key}: {credentials.REFUSAL}"]
+        assert complain(VALID.replace("name: some", f"{key}: null, name: some")) == [
+            f"x.yaml:2: model.{key}: {credentials.REFUSAL}"
+        ]
+        assert complain(VALID, f"data.{key}=x") == [f"command line: data.{key}: {credentials.REFUSAL}"]
 
 
-@pytest.mark.parametrize("text", ["${HF_TOKEN}", "$HF_TOKEN", "runs/${USER}/x", "$SCRATCH/x", "${HOME}", "$HOME"])
-def test_references_to_the_environment_are_not_expanded_but_refused(complain: Complain, text: str) -> None:
-    (line,) = complain(VALID.replace("runs/x", text))
-    assert line.startswith("x.yaml:6: output: $")
-    assert "is not replaced by an environment variable" in line
+def test_references_to_the_environment_are_not_expanded_but_refused(complain: Complain) -> None:
+    for text in ["${HF_TOKEN}", "$HF_TOKEN", "runs/${USER}/x", "$SCRATCH/x", "${HOME}", "$HOME"]:
+        (line,) = complain(VALID.replace("runs/x", text))
+        assert line.startswith("x.yaml:6: output: $")
+        assert "is not replaced by an environment variable" in line
 
 
-@pytest.mark.parametrize(
-    "text", ["{question}", "costs ${price}", "{{x}} {question}", "$5", "$USD", "100 $", "skip-this"]
-)
-def test_templates_and_dollars_stay(complain: Complain, text: str) -> None:
-    assert complain(VALID.replace("prompt: question", f"prompt: '{text}'")) == []
+def test_templates_and_dollars_stay(complain: Complain) -> None:
+    for text in ["{question}", "costs ${price}", "{{x}} {question}", "$5", "$USD", "100 $", "skip-this"]:
+        assert complain(VALID.replace("prompt: question", f"prompt: '{text}'")) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_names_and_commits_are_no_credentials() -> None:
+    for text in [
         "hf-internal-testing/tiny-random-bert",
         "risk-assessment-model-of-the-year-2024",
         "0123456789" * 4,
         "task-" + BODY,
-    ],
-)
-def test_names_and_commits_are_no_credentials(text: str) -> None:
-    assert credentials.redacted(text) == text
+    ]:
+        assert credentials.redacted(text) == text
 
 
 def test_labels_may_be_called_like_a_secret(complain: Complain) -> None:
@@ -137,6 +126,6 @@ def test_no_key_of_a_recipe_reads_as_a_secret() -> None:
     assert "trainable_tokens" in fields(Recipe)
 
 
-@pytest.mark.parametrize("value", [SECRETS[0], "x" * 55 + SECRETS[0]])
-def test_what_is_shown_of_a_value_hides_secrets_before_it_is_shortened(value: Any) -> None:
-    assert "aB3" not in shown(value)
+def test_what_is_shown_of_a_value_hides_secrets_before_it_is_shortened() -> None:
+    for value in [SECRETS[0], "x" * 55 + SECRETS[0]]:
+        assert "aB3" not in shown(value)

@@ -100,23 +100,20 @@ def test_one_class_alone_is_a_check_where_more_are_declared(judge: Any) -> None:
     assert judge(declared, train="train.jsonl", checks={"single_class": "off"}).errors == []
 
 
-@pytest.mark.parametrize(
-    ("other", "shown", "differing"),
-    [
+def test_labels_that_look_the_same(judge: Any) -> None:
+    for other, shown, differing in [
         ("Good", "'Good'", "case"),
         ("good ", "'good '", "spaces"),
         ("good\u00a0", "'good\\xa0'", "spaces"),
         ("go\u200bod", "'go\\u200bod'", "invisible characters"),
         ("g\uff4fod", "'g\\uff4fod'", "Unicode form"),
         (" GOOD", "' GOOD'", "spaces and case"),
-    ],
-)
-def test_labels_that_look_the_same(judge: Any, other: str, shown: str, differing: str) -> None:
-    lines = [*rows(8), {"text": "a warm film", "label": other}, {"text": "a cold film", "label": other}]
-    write_json("train.jsonl", lines)
-    (problem,) = judge(train="train.jsonl", checks={"unknown_tokens": "off"}).warnings
-    assert f"train labels differ only by {differing}: 'good' (4), {shown} (2, row 9)" in problem.message
-    assert (problem.file, problem.key) == ("train.jsonl", "data.train")
+    ]:
+        lines = [*rows(8), {"text": "a warm film", "label": other}, {"text": "a cold film", "label": other}]
+        write_json("train.jsonl", lines)
+        (problem,) = judge(train="train.jsonl", checks={"unknown_tokens": "off"}).warnings
+        assert f"train labels differ only by {differing}: 'good' (4), {shown} (2, row 9)" in problem.message
+        assert (problem.file, problem.key) == ("train.jsonl", "data.train")
 
 
 def test_numbers_and_lists_of_labels_that_look_the_same(judge: Any) -> None:
@@ -146,9 +143,8 @@ def test_leakage_above_its_limit(judge: Any, limit: float, struck: bool) -> None
     assert [problem.key for problem in errors] == ["data.validation"] * struck
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
+def test_what_is_only_told(judge: Any) -> None:
+    for lines, message in [
         ([*rows(8), *rows(1)], "1 of 9 train rows has the tokens of an earlier row (11.1%, limit 5.0%; row 9)"),
         ([*rows(8), {**rows(1)[0], "label": "good"}], "2 of 9 train rows have the tokens of another row with another"),
         (
@@ -159,13 +155,11 @@ def test_leakage_above_its_limit(judge: Any, limit: float, struck: bool) -> None
         ([*rows(8), {"text": "qwerty", "label": "bad"}], "1 of 79 train tokens is unknown to the tokenizer (1.3%"),
         ([*rows(8), {"text": "a\u202efilm", "label": "bad"}], "1 of 9 train rows has control characters"),
         (rows(3), "training.batch_size: the train split has 3 rows, fewer than one batch of 4"),
-    ],
-)
-def test_what_is_only_told(judge: Any, lines: list[Any], message: str) -> None:
-    write_json("train.jsonl", lines)
-    verdict = judge(train="train.jsonl", max_length=40)
-    assert verdict.errors == []
-    assert message in "\n".join(map(str, verdict.warnings))
+    ]:
+        write_json("train.jsonl", lines)
+        verdict = judge(train="train.jsonl", max_length=40)
+        assert verdict.errors == []
+        assert message in "\n".join(map(str, verdict.warnings))
 
 
 def test_the_way_out_of_imbalance_is_one_that_works(judge: Any) -> None:

@@ -162,9 +162,8 @@ def test_unknown_tokens_are_counted_with_their_rows(facts: Any) -> None:
     assert facts(train="train.jsonl")["train"].tallies["unknown_tokens"] == Tally(2, (("train.jsonl", 3),))
 
 
-@pytest.mark.parametrize(
-    ("text", "marks"),
-    [
+def test_marks_of_raw_text() -> None:
+    for text, marks in [
         ("a film\n\ttwo", 0),
         ("\u05de\u05d4 \u200f\U0001f600", 0),
         ("a\0film", rawtext.NUL),
@@ -172,12 +171,10 @@ def test_unknown_tokens_are_counted_with_their_rows(facts: Any) -> None:
         ("a\u202efilm", rawtext.CONTROL),
         ("NA", rawtext.MISSING),
         ("NA film", 0),
-    ],
-)
-def test_marks_of_raw_text(text: str, marks: int) -> None:
-    nested = [{"role": "user", "content": text}]
-    assert rawtext.marks({"text": [text], "label": ["x"]}) == [marks]
-    assert rawtext.marks({"messages": [nested]}) == [marks & ~rawtext.MISSING]
+    ]:
+        nested = [{"role": "user", "content": text}]
+        assert rawtext.marks({"text": [text], "label": ["x"]}) == [marks]
+        assert rawtext.marks({"messages": [nested]}) == [marks & ~rawtext.MISSING]
 
 
 def test_words_for_missing_count_in_tables_alone(facts: Any) -> None:

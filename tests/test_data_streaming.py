@@ -63,7 +63,7 @@ def test_a_streamed_row_equals_a_loaded_one(llama: PreTrainedTokenizerBase) -> N
     assert sorted(streamed, key=str) == sorted(loaded.remove_columns("row").to_list(), key=str)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "json"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_every_format_streams(llama: PreTrainedTokenizerBase, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2, raising=False)
     rows = [{"text": "film " * count, "other": "x"} for count in range(1, 6)]
@@ -152,21 +152,18 @@ def test_an_unfit_row_is_shown(llama: PreTrainedTokenizerBase) -> None:
         lengths(stream(llama, train="train.jsonl").rows(1), 200)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_broken_files_are_named(llama: PreTrainedTokenizerBase) -> None:
+    for name, content, message in [
         ("train.jsonl", b'{"text": "a"}\n{"text": \n', "train.jsonl:2: is no valid JSON"),
         ("train.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "train.jsonl:2: is not UTF-8 at byte 24"),
         ("train.csv", b"text,label\na,0\nb,c,1\n", "train.csv:3: has 3 fields, the header 2"),
         ("train.jsonl", b'{"txt": "a"}\n', "train.jsonl: has no column 'text'; did you mean 'txt'?"),
         ("train.jsonl", b"\n\n", "has 0 rows"),
-    ],
-)
-def test_broken_files_are_named(llama: PreTrainedTokenizerBase, name: str, content: bytes, message: str) -> None:
-    Path(name).write_bytes(content)
-    with pytest.raises(FinetuneError) as error:
-        lengths(stream(llama, train=name).rows(1), 10)
-    assert message in bare(error.value)
+    ]:
+        Path(name).write_bytes(content)
+        with pytest.raises(FinetuneError) as error:
+            lengths(stream(llama, train=name).rows(1), 10)
+        assert message in bare(error.value)
 
 
 def test_streamed_labels_need_names_and_evaluation_is_loaded(llama: PreTrainedTokenizerBase) -> None:

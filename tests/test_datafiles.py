@@ -83,9 +83,8 @@ def test_pipes_devices_and_broken_links_are_refused_without_opening_them() -> No
     assert light(train="pipe.*") == light(train="pipe.csv")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_what_the_first_bytes_tell() -> None:
+    for name, content, message in [
         ("a.csv.gz", gzip.compress(b"text,label\n", mtime=0), "is compressed (.gz); unpack it"),
         ("a.csv", gzip.compress(b"text,label\n", mtime=0), "is compressed (gzip); unpack it"),
         ("a.jsonl", gzip.compress(b"{}\n" * 99, mtime=0)[:12], "is compressed (gzip); unpack it"),
@@ -98,36 +97,30 @@ def test_pipes_devices_and_broken_links_are_refused_without_opening_them() -> No
         ("a.json", b'{"text": ["a", "b"], "label": [0, 1]}', "is one object of lists, which is read as one row"),
         ("a.json", b'[{"txt": "a", "label": 0}]', "has no column 'text'; did you mean 'txt'?"),
         ("a.parquet", b"garbage", "is no parquet file"),
-    ],
-)
-def test_what_the_first_bytes_tell(name: str, content: bytes, message: str) -> None:
-    Path(name).write_bytes(content)
-    (line,) = light(train=name)
-    assert message in line
+    ]:
+        Path(name).write_bytes(content)
+        (line,) = light(train=name)
+        assert message in line
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
+def test_good_files_pass_both_looks() -> None:
+    for name, content in [
         ("a.csv", b'\xef\xbb\xbftext,label\n"a, b",c\n'),
         ("a.tsv", b'text\tlabel\n"a\tb\n'),
         ("a.json", b'\xef\xbb\xbf [ {"text": "a", "label": 0} ]'),
         ("a.json", b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'),
         ("a.jsonl", b'\n{"text": "a", "label": 0, "more": 1}\n'),
         ("a.jsonl", b'{"label": 0, "text": "' + b"x" * rowfiles.HEAD + "é".encode() * 9 + b'"}\n'),
-    ],
-)
-def test_good_files_pass_both_looks(name: str, content: bytes) -> None:
-    assert whole(content, name) == []
-    assert light(train=name) == []
+    ]:
+        assert whole(content, name) == []
+        assert light(train=name) == []
 
 
 ROW = '{"text": "a", "label": 0}\n'
 
 
-@pytest.mark.parametrize(
-    ("content", "lines"),
-    [
+def test_lines_of_json_that_would_be_repaired_in_silence() -> None:
+    for content, lines in [
         (ROW + '{"text": "a", "label": 1, "text": "b"}\n', [":2: has the key 'text' twice; the first would be lost"]),
         (ROW * 2 + '{"txt": "a", "label": 1}\n' * 3, [":3: has no key 'text'; did you mean 'txt'? (also line 4, 5)"]),
         (
@@ -141,11 +134,9 @@ ROW = '{"text": "a", "label": 0}\n'
         ('{"text": "a \\ud800", "label": 1}\n', [":1: 'text' holds half a surrogate pair"]),
         (ROW + '{"te\n' + ROW + "[1]\n", [":2: is no valid JSON at column 5", ":4: is no JSON object"]),
         ('{"x": 1}\n' * 2, [": has no column 'text'; known: x", ": has no column 'label'; known: x"]),
-    ],
-)
-def test_lines_of_json_that_would_be_repaired_in_silence(content: str, lines: list[str]) -> None:
-    found = whole(content)
-    assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
+    ]:
+        found = whole(content)
+        assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
 
 
 def test_rows_of_a_json_list_are_counted() -> None:
@@ -153,9 +144,8 @@ def test_rows_of_a_json_list_are_counted() -> None:
     assert whole(json.dumps(rows), "a.json") == [": row 2: has no key 'text'; known: label (also row 3)"]
 
 
-@pytest.mark.parametrize(
-    ("content", "lines"),
-    [
+def test_lines_of_csv_that_would_be_repaired_in_silence() -> None:
+    for content, lines in [
         ("text,label\na\nb,1\nc\n", [":2: has 1 field, the header 2; fill in the missing ones (also line 4)"]),
         (
             'text,label\na,1\n"b,2\nc,3\n',
@@ -164,11 +154,9 @@ def test_rows_of_a_json_list_are_counted() -> None:
         ("text,label\na,100000000000000000000\n", []),
         ("text,label\n100000000000000000000,1\n\nb,2\n", []),
         ("text,label\n", [": has 0 rows below its header"]),
-    ],
-)
-def test_lines_of_csv_that_would_be_repaired_in_silence(content: str, lines: list[str]) -> None:
-    found = whole(content, "a.csv")
-    assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
+    ]:
+        found = whole(content, "a.csv")
+        assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
 
 
 def test_many_faults_are_cut_short() -> None:

@@ -59,11 +59,7 @@ def test_ten_megabytes_in_a_row_make_no_large_page(tmp_path: Path, tiny_bert: st
 
 @pytest.mark.parametrize(
     ("task", "label", "drawn"),
-    [
-        ({"problem": "regression"}, 2.5, 1),
-        ({"problem": "multi_label"}, ["funny", "warm"], 2),
-        ({"labels": ["1", "2"], "streaming": True}, "1", 0),
-    ],
+    [({"problem": "regression"}, 2.5, 1), ({"problem": "multi_label"}, ["funny", "warm"], 2)],
 )
 def test_every_problem_has_a_page(tmp_path: Path, tiny_bert: str, task: dict[str, Any], label: Any, drawn: int) -> None:
     block = {"streaming": True} if task.pop("streaming", False) else {}
@@ -96,11 +92,11 @@ def test_names_are_no_formulas() -> None:
     assert all(name in drawn for name in ("$x^2$", r"\u202e", "電影"))
 
 
-@pytest.mark.parametrize(("limit", "note"), [(8, "max_length 8"), (50, "max_length 50"), (512, "max_length 512 →")])
-def test_the_limit_is_drawn_wherever_it_is(limit: int, note: str) -> None:
-    drawn = drawing.svg(runs.lengths([0, 10, 20, 5000], [5, 3, 1], limit, 0), about="about")
-    assert f">{note}</text>" in drawn
-    assert ">to 4,999</text>" in drawn
+def test_the_limit_is_drawn_wherever_it_is() -> None:
+    for limit, note in [(8, "max_length 8"), (50, "max_length 50"), (512, "max_length 512 →")]:
+        drawn = drawing.svg(runs.lengths([0, 10, 20, 5000], [5, 3, 1], limit, 0), about="about")
+        assert f">{note}</text>" in drawn
+        assert ">to 4,999</text>" in drawn
 
 
 def test_a_line_break_and_its_spelling_look_different() -> None:

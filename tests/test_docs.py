@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import documents
-import pytest
 import yaml
 from documents import ROOT
 
@@ -25,42 +24,24 @@ def test_the_recipe_reference_is_current() -> None:
     assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == reference() + "\n"
 
 
-def test_the_reference_has_every_key_of_every_block() -> None:
-    page = reference()
-    for field in ("adapter.", "task.", "data.checks", "training.early_stopping"):
-        assert f"`{field}" in page or f"### `{field.rstrip('.')}`" in page
-    keys = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
-    assert keys >= set(Recipe.model_fields) | {"factor", "patience", "loraplus_ratio", "completion", "max_leakage"}
+def test_every_plugin_has_a_section() -> None:
+    for page, package, base in [("tasks", "tasks", Task), ("adapters", "adapters", Adapter)]:
+        titles = " ".join(title for _, title in documents.headings(ROOT / f"docs/{page}.md"))
+        assert [kind for kind in discover(f"hf_finetune.{package}", base) if f"`{kind}`" not in titles] == []
 
 
-@pytest.mark.parametrize(("page", "package", "base"), [("tasks", "tasks", Task), ("adapters", "adapters", Adapter)])
-def test_every_plugin_has_a_section(page: str, package: str, base: type) -> None:
-    titles = " ".join(title for _, title in documents.headings(ROOT / f"docs/{page}.md"))
-    assert [kind for kind in discover(f"hf_finetune.{package}", base) if f"`{kind}`" not in titles] == []
+def test_links_lead_somewhere() -> None:
+    for page in [*DOCS, CHINESE]:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", [*DOCS, CHINESE], ids=lambda page: str(page.name))
-def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.name))
-def test_a_page_begins_with_its_title_and_links_stay_in_the_site(page: Path) -> None:
-    titles = documents.headings(page)
-    assert [level for level, _ in titles].count(1) == 1
-    assert titles[0][0] == 1
-    assert re.findall(r"\]\(\.\./[^)]*\)", page.read_text(encoding="utf-8")) == []
-
-
-def test_the_list_of_the_security_page_is_whole_and_names_tests_that_exist() -> None:
-    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (S\d+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
-    assert [name for name, _, _ in rows] == [f"S{number}" for number in range(1, 27)]
-    for name, _, shown in rows:
-        files = re.findall(r"`(tests/[\w/.]+)`", shown)
-        assert files or shown == "-", name
-        assert all((ROOT / file).exists() for file in files), name
+def test_a_page_begins_with_its_title_and_links_stay_in_the_site() -> None:
+    for page in DOCS:
+        titles = documents.headings(page)
+        assert [level for level, _ in titles].count(1) == 1
+        assert titles[0][0] == 1
+        assert re.findall(r"\]\(\.\./[^)]*\)", page.read_text(encoding="utf-8")) == []
 
 
 def test_the_site_has_a_page_for_every_entry() -> None:
@@ -70,14 +51,14 @@ def test_the_site_has_a_page_for_every_entry() -> None:
     assert set(entries) == {page.name for page in DOCS}
 
 
-@pytest.mark.parametrize("page", [*DOCS, CHINESE], ids=lambda page: str(page.name))
-def test_recipes_in_the_pages_load(page: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    for number, block in enumerate(blocks):
-        if "output:" in block:
-            file = tmp_path / f"{number}.yaml"
-            file.write_text(block, encoding="utf-8")
-            assert Recipe.load(str(file)).output.startswith("runs/")
+def test_recipes_in_the_pages_load(tmp_path: Path) -> None:
+    for page in [*DOCS, CHINESE]:
+        blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for number, block in enumerate(blocks):
+            if "output:" in block:
+                file = tmp_path / f"{number}.yaml"
+                file.write_text(block, encoding="utf-8")
+                assert Recipe.load(str(file)).output.startswith("runs/")
 
 
 def test_the_readmes_have_the_same_structure_and_commands() -> None:

@@ -60,22 +60,6 @@ def test_what_is_not_run_is_listed_and_counted() -> None:
     assert len(RUN) >= 20
 
 
-def test_commands_are_found_and_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(documents, "ROOT", tmp_path)
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# Page\n\n    X=1 hf-finetune check a\n\n    - no command\n\n```sh\nmkdir a\n```\n\n```yaml\na: 1\n```\n\n"
-        "<!-- needs: gpu -->\n\n    accelerate launch \\\n        x\n\n"
-        "<!-- needs: slurm, gpu -->\n```sh\nsbatch a\n```\n"
-    )
-    assert [(block.line, block.text, block.needs) for block in documents.blocks(page)] == [
-        (3, "X=1 hf-finetune check a\n", ()),
-        (8, "mkdir a\n", ()),
-        (17, "accelerate launch \\\n    x\n", ("gpu",)),
-        (22, "sbatch a\n", ("slurm", "gpu")),
-    ]
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: str, classifier: Path) -> Path:
     """A folder in which the commands of the pages make sense."""

@@ -83,7 +83,7 @@ def test_the_figures_of_the_card_are_those_of_evaluate(
 
 @pytest.mark.parametrize(
     ("run", "split", "phase"),
-    [("tested", "test", "test"), ("tested", "validation", "eval"), ("answering", "validation", "eval")],
+    [("tested", "test", "test"), ("answering", "validation", "eval")],
 )
 def test_metrics_are_those_that_the_run_recorded(
     run: str, split: str, phase: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
@@ -160,39 +160,34 @@ def test_a_language_model_is_compared_by_answers_and_loss(answering: Path, capsy
     assert document["metrics"]["generated_tokens"]["value"] <= 2
 
 
-@pytest.mark.parametrize(
-    ("rows", "pattern", "kept", "says"),
-    [
+def test_only_answers_to_the_same_rows_are_compared() -> None:
+    for rows, pattern, kept, says in [
         (3, "x", 3, "compared on the 3 rows that both answer"),
         (5, "x", 5, None),
         (0, "x", 0, "answer no row in common"),
         (3, "y", 0, "has another task.answer_pattern"),
-    ],
-)
-def test_only_answers_to_the_same_rows_are_compared(rows: int, pattern: str, kept: int, says: str | None) -> None:
-    def scored(count: int, pattern: str) -> Any:
-        answers = {"exact_match": np.ones(count)} if count else {}
-        task: Any = SimpleNamespace(answer_pattern=pattern)
-        return Scored(task, Targets(), np.ones((5, 2)), np.arange(5), np.arange(count), answers)
+    ]:
 
-    *both, told = versus._same_answers(scored(5, "x"), scored(rows, pattern), "other")
-    assert [len(one.answered) for one in both] == [kept, kept]
-    assert [list(one.answers) for one in both] == [["exact_match"] if kept else []] * 2
-    assert [says in note for note in told] == [True] if says else told == []
+        def scored(count: int, pattern: str) -> Any:
+            answers = {"exact_match": np.ones(count)} if count else {}
+            task: Any = SimpleNamespace(answer_pattern=pattern)
+            return Scored(task, Targets(), np.ones((5, 2)), np.arange(5), np.arange(count), answers)
+
+        *both, told = versus._same_answers(scored(5, "x"), scored(rows, pattern), "other")
+        assert [len(one.answered) for one in both] == [kept, kept]
+        assert [list(one.answers) for one in both] == [["exact_match"] if kept else []] * 2
+        assert [says in note for note in told] == [True] if says else told == []
 
 
-@pytest.mark.parametrize(
-    ("rows", "says"),
-    [
+def test_bad_rows_are_named(classifier: Path, tmp_path: Path) -> None:
+    for rows, says in [
         ("text,label\na film,positive\nthe plot,splendid\n", r"row 2: column 'label' holds 'splendid', which is none"),
         ("text,label\na film,positive\nthe plot\n", r"data\.csv:3: --data: has 1 field"),
         ("text,lable\na film,positive\n", r"has no column 'label'; did you mean 'lable'"),
-    ],
-)
-def test_bad_rows_are_named(rows: str, says: str, classifier: Path, tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text(rows)
-    with pytest.raises(DataError, match=says):
-        command.run(Options(str(classifier), files=(str(tmp_path / "data.csv"),)))
+    ]:
+        (tmp_path / "data.csv").write_text(rows)
+        with pytest.raises(DataError, match=says):
+            command.run(Options(str(classifier), files=(str(tmp_path / "data.csv"),)))
 
 
 def test_rows_that_are_cut_are_counted(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,19 +199,16 @@ def test_rows_that_are_cut_are_counted(classifier: Path, tmp_path: Path, capsys:
     assert "are cut to 32 tokens" in told.err or "is cut to 32 tokens" in told.err
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
+def test_mistakes_of_the_command_line(classifier: Path) -> None:
+    for options, says in [
         ({"split": "test"}, r"the run has no split 'test'; it has train, validation"),
         ({"split": "train", "files": ("x.csv",)}, "exclude each other"),
         ({"by": ("sauce",)}, r"has no column 'sauce'"),
         ({"files": ("nothing.csv",)}, r"--data: no file matches 'nothing\.csv'"),
         ({"against": ("nowhere",)}, "nowhere: is not there"),
-    ],
-)
-def test_mistakes_of_the_command_line(options: dict[str, Any], says: str, classifier: Path) -> None:
-    with pytest.raises((RecipeError, DataError, CheckpointError), match=says):
-        command.run(Options(str(classifier), **options))
+    ]:
+        with pytest.raises((RecipeError, DataError, CheckpointError), match=says):
+            command.run(Options(str(classifier), **options))
 
 
 def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatter: Path) -> None:

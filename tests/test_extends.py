@@ -60,9 +60,8 @@ def test_a_base_lies_relative_to_its_file_and_may_have_one_itself(read: Read) ->
     assert (found.adapter.model_dump()["r"], found.model.dropout, found.output) == (4, 0.1, "runs/base")
 
 
-@pytest.mark.parametrize(
-    ("base", "child", "gone"),
-    [
+def test_the_child_decides_what_the_base_said_otherwise(read: Read) -> None:
+    for base, child, gone in [
         ("base", "training: {steps: 9}", "training.epochs"),
         ("base", "data: {mix: [{train: a.csv}, {train: b.csv}]}", "data.train"),
         ("base", "data: {validation_share: 0.1}", "data.validation"),
@@ -72,12 +71,10 @@ def test_a_base_lies_relative_to_its_file_and_may_have_one_itself(read: Read) ->
         ("chat", "task: {text: t}", "task.prompt"),
         ("chat", "task: {text: t}", "task.system"),
         ("chat", "task: {messages: m}", "task.completion"),
-    ],
-)
-def test_the_child_decides_what_the_base_said_otherwise(read: Read, base: str, child: str, gone: str) -> None:
-    found = read(f"extends: {base}.yaml\n{child}\n")
-    assert lines(found) == []
-    assert {key: value for key, value, _ in found.explain()}.get(gone, "null") == "null"
+    ]:
+        found = read(f"extends: {base}.yaml\n{child}\n")
+        assert lines(found) == []
+        assert {key: value for key, value, _ in found.explain()}.get(gone, "null") == "null"
 
 
 def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
@@ -88,9 +85,8 @@ def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
     assert ("adapter", "both", "old") not in layer.origin.places
 
 
-@pytest.mark.parametrize(
-    ("override", "dropped"),
-    [
+def test_an_override_decides_too_and_it_is_told(read: Read) -> None:
+    for override, dropped in [
         ("training.steps=9", ["training.epochs"]),
         ("data.validation_share=0.1", ["data.validation"]),
         ("adapter.kind=full", ["adapter.r"]),
@@ -98,13 +94,11 @@ def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
         ("model.name=some/model", []),
         ("adapter.kind=lora", []),
         ("training.steps=null", []),
-    ],
-)
-def test_an_override_decides_too_and_it_is_told(read: Read, override: str, dropped: list[str]) -> None:
-    found = read(BASE, override)
-    assert (lines(found), list(found.dropped)) == ([], dropped)
-    key = override.partition("=")[0]
-    assert found.notes == [f"{gone} of the recipe is not used, because {key} was overridden" for gone in dropped]
+    ]:
+        found = read(BASE, override)
+        assert (lines(found), list(found.dropped)) == ([], dropped)
+        key = override.partition("=")[0]
+        assert found.notes == [f"{gone} of the recipe is not used, because {key} was overridden" for gone in dropped]
 
 
 def test_two_that_exclude_each_other_in_one_place_are_a_mistake(read: Read) -> None:
@@ -139,9 +133,14 @@ def test_a_base_that_cannot_be_read_hides_no_other_mistake_and_makes_none_up(rea
     assert not hasattr(found.partial, "output")
 
 
-@pytest.mark.parametrize(
-    ("base", "says"),
-    [
+def test_what_cannot_be_extended_is_refused(read: Read) -> None:
+    os.mkfifo("pipe")
+    Path("loop.yaml").write_text("extends: x.yaml\n")
+    Path("ring.yaml").write_text("extends: ring.yaml\n")
+    Path("0.yaml").write_text(BASE)
+    for number in range(1, 12):
+        Path(f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")
+    for base, says in [
         ("x.yaml", "can't extend itself"),
         ("loop.yaml", "loop.yaml:1: extends: 'x.yaml' is part of this very chain"),
         ("ring.yaml", "ring.yaml:1: extends: 'ring.yaml' is part of this very chain"),
@@ -154,18 +153,10 @@ def test_a_base_that_cannot_be_read_hides_no_other_mistake_and_makes_none_up(rea
         ("[a.yaml]", "must be the path of one recipe file"),
         ("", "must be the path of one recipe file"),
         ("11.yaml", "2.yaml:1: extends: is nested deeper than 10 files"),
-    ],
-)
-def test_what_cannot_be_extended_is_refused(read: Read, base: str, says: str) -> None:
-    os.mkfifo("pipe")
-    Path("loop.yaml").write_text("extends: x.yaml\n")
-    Path("ring.yaml").write_text("extends: ring.yaml\n")
-    Path("0.yaml").write_text(BASE)
-    for number in range(1, 12):
-        Path(f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")
-    (problem,) = read(f"extends: {base}\n").problems
-    assert says in str(problem)
-    assert problem.key == "extends"
+    ]:
+        (problem,) = read(f"extends: {base}\n").problems
+        assert says in str(problem)
+        assert problem.key == "extends"
     assert lines(read("extends: 9.yaml\n")) == []
 
 

@@ -271,8 +271,10 @@ def passed(model: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Ten
     return loss.detach(), found, sum(kept.values())
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj"], ["down_proj"]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "targets"),
+    [(torch.float32, "all-linear"), (torch.bfloat16, ["q_proj", "gate_proj"]), (torch.bfloat16, ["down_proj"])],
+)
 def test_a_gated_layer_keeps_less_and_gives_the_same_bits(dtype: torch.dtype, targets: Any) -> None:
     model = llama(dtype, lora_dropout=0.25, target_modules=targets)
     lora.install(model)
@@ -387,9 +389,14 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
     assert not paths.leaves_mask_out
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "lengths", [([70, 90], [100, 30, 30]), ([9, 3, 148], [20] * 8), ([83, 75, 2], [160]), ([160], [160])]
+    ("name", "lengths"),
+    [
+        ("sdpa", ([70, 90], [100, 30, 30])),
+        ("sdpa", ([9, 3, 148], [20] * 8)),
+        ("eager", ([83, 75, 2], [160])),
+        ("sdpa", ([160], [160])),
+    ],
 )
 def test_packed_documents_attend_apart(
     name: str, lengths: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
@@ -485,6 +492,7 @@ def losses(done: Run) -> list[float]:
     return [line["loss"] for line in done.lines("train")]
 
 
+@pytest.mark.slow
 def test_fifty_steps_are_those_of_the_plain_paths(run: Callable[..., Run]) -> None:
     setting = ("training.steps=50", "training.precision=fp32", "model.dropout=0", "adapter.dropout=0")
     quick, plain = losses(run(*setting)), losses(run(*setting, *OFF, restart=True))
@@ -492,6 +500,7 @@ def test_fifty_steps_are_those_of_the_plain_paths(run: Callable[..., Run]) -> No
     assert quick == pytest.approx(plain, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_with_dropout_and_in_bf16_as_much_is_learned(run: Callable[..., Run]) -> None:
     setting = ("training.steps=60", "training.precision=bf16", "model.dropout=0.1", "adapter.dropout=0.1")
     quick, plain = losses(run(*setting)), losses(run(*setting, *OFF, restart=True))

@@ -51,8 +51,6 @@ LAST_DIFFERS = (
     "{{ m.content }}</s>{% endfor %}" + ASK
 )
 NO_END = HEAD + "\n{{ m.content }}{% endfor %}" + ASK
-DATED = "<|system|>Today is {{ strftime_now('%d %b %Y') }}.</s>" + PREFIXED
-
 ASKED = {"role": "user", "content": "what is it?"}
 ANSWERED = {"role": "assistant", "content": "It is three."}
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": '{"city": "Rome", "days": 2}'}}
@@ -71,16 +69,15 @@ def encoded(template: str, chat: list[Any], **task: Any) -> tuple[str, str, set[
     return tokenizer.decode(row["input_ids"]), tokenizer.decode(kept), noticed
 
 
-@pytest.mark.parametrize("template", [PREFIXED, TEXT_ONLY, TRIMS, CALLS])
-def test_parts_of_text_are_joined(template: str) -> None:
-    asked = turn("user", [{"type": "text", "text": "what "}, {"type": "text", "text": "is it?"}])
-    in_parts = [asked, turn("assistant", [{"type": "text", "text": "It is three."}])]
-    assert encoded(template, in_parts) == encoded(template, [ASKED, ANSWERED])
+def test_parts_of_text_are_joined() -> None:
+    for template in [PREFIXED, TEXT_ONLY, TRIMS, CALLS]:
+        asked = turn("user", [{"type": "text", "text": "what "}, {"type": "text", "text": "is it?"}])
+        in_parts = [asked, turn("assistant", [{"type": "text", "text": "It is three."}])]
+        assert encoded(template, in_parts) == encoded(template, [ASKED, ANSWERED])
 
 
-@pytest.mark.parametrize(
-    ("chat", "complaint"),
-    [
+def test_what_would_be_lost_is_refused_by_turn_and_role() -> None:
+    for chat, complaint in [
         ([turn("user", ["see", {"type": "image_url"}]), ANSWERED], r"turn 1 \(user\).*image_url"),
         ([turn("developer", "Be brief."), ASKED, ANSWERED], r"turn 1 has the role 'developer'.*write 'system'"),
         ([turn("System", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'System'; write 'system'"),
@@ -92,11 +89,9 @@ def test_parts_of_text_are_joined(template: str) -> None:
         ([ASKED, turn("assistant", None, function_call={"name": "f"})], r"\(assistant\).*write it as tool_calls"),
         ([ASKED, turn("assistant", "", reasoning_content="I count.")], r"turn 2 .*reasoning.*says nothing else"),
         ([ASKED, turn("assistant", "x", weight=0.5)], r"turn 2 \(assistant\) has the weight 0.5; write 0"),
-    ],
-)  # fmt: skip
-def test_what_would_be_lost_is_refused_by_turn_and_role(chat: list[Any], complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
-        encoded(TEXT_ONLY, chat)
+    ]:
+        with pytest.raises(DataError, match=complaint):
+            encoded(TEXT_ONLY, chat)
 
 
 def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None:
@@ -121,16 +116,13 @@ def test_reasoning_that_the_template_drops_is_counted(key: str) -> None:
     assert encoded(PREFIXED, [ASKED, said])[2] == set()
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
+def test_keys_that_the_template_drops_are_counted() -> None:
+    for answer in [
         {"content": "Let me see first.", "tool_calls": [CALL]},
         {"content": "It is three.", "refusal": "I would rather not."},
         {"content": "It is three.", "train": False},
-    ],
-)
-def test_keys_that_the_template_drops_are_counted(answer: dict[str, Any]) -> None:
-    assert encoded(CALLS, [ASKED, {"role": "assistant", **answer}])[2] == {"dropped_keys"}
+    ]:
+        assert encoded(CALLS, [ASKED, {"role": "assistant", **answer}])[2] == {"dropped_keys"}
 
 
 def test_names_that_the_template_drops_are_counted_but_for_those_of_tools() -> None:
@@ -138,11 +130,11 @@ def test_names_that_the_template_drops_are_counted_but_for_those_of_tools() -> N
     assert encoded(PREFIXED, [ASKED, turn("tool", "it rains", name="look_up"), ANSWERED])[2] == set()
 
 
-@pytest.mark.parametrize("said", ["  It is\u3000three. \u00a0\n", "3", '"quoted"\n\ntwice', "It is  three.\tYes."])
-@pytest.mark.parametrize("template", [TRIMS, PREFIXED, TRIMS.replace("| trim", "| trim | tojson")])
-def test_a_template_that_trims_or_quotes_drops_nothing(template: str, said: str) -> None:
-    chat = [turn("system", " a "), turn("user", said), turn("assistant", said)]
-    assert encoded(template, chat, train_on="all")[2] == set()
+def test_a_template_that_trims_or_quotes_drops_nothing() -> None:
+    for template in [TRIMS, PREFIXED, TRIMS.replace("| trim", "| trim | tojson")]:
+        for said in ["  It is\u3000three. \u00a0\n", "3", '"quoted"\n\ntwice', "It is  three.\tYes."]:
+            chat = [turn("system", " a "), turn("user", said), turn("assistant", said)]
+            assert encoded(template, chat, train_on="all")[2] == set()
 
 
 def test_calls_are_written_as_the_template_takes_them() -> None:
@@ -219,23 +211,20 @@ def test_answers_that_are_rendered_differently_later_are_refused_with_a_way_to_t
     assert text.endswith(trained)
 
 
-@pytest.mark.parametrize(
-    ("answer", "trained"),
-    [
+def test_the_last_answer_stands_behind_what_asks_for_it() -> None:
+    for answer, trained in [
         ({"content": "<think>\nI count.\n</think>\n\nThree."}, "I count.\n</think>\n\nThree.</s>"),
         ({"content": "Three.", "reasoning_content": "I count."}, "I count.\n</think>\n\nThree.</s>"),
         ({"content": "Three."}, "\n</think>\n\nThree.</s>"),
-    ],
-)
-def test_the_last_answer_stands_behind_what_asks_for_it(answer: dict[str, Any], trained: str) -> None:
-    chat = [ASKED, {"role": "assistant", **answer}]
-    with pytest.raises(DataError, match=r"asks for an answer by .*set task.train_on: last"):
-        encoded(THINKS, chat)
-    assert encoded(THINKS, chat, train_on="last") == (
-        "<|user|>what is it?</s><|assistant|><think>\n" + trained,
-        trained,
-        set(),
-    )
+    ]:
+        chat = [ASKED, {"role": "assistant", **answer}]
+        with pytest.raises(DataError, match=r"asks for an answer by .*set task.train_on: last"):
+            encoded(THINKS, chat)
+        assert encoded(THINKS, chat, train_on="last") == (
+            "<|user|>what is it?</s><|assistant|><think>\n" + trained,
+            trained,
+            set(),
+        )
 
 
 def test_eos_ends_the_last_answer_where_the_template_ends_none() -> None:
@@ -292,6 +281,7 @@ class Later(date):
         return cls(2031, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_template_prints_the_day_on_which_the_run_began(
     tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

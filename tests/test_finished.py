@@ -56,12 +56,10 @@ def test_a_run_that_is_opened_says_what_it_said_in_training(kind: str, request: 
 @pytest.mark.parametrize(
     "changes",
     [
-        ["training.precision=bf16"],
         ["adapter={kind: full}", "training.learning_rate=1e-3"],
-        ["adapter={kind: ia3}"],
         ["training.precision=bf16", "adapter={kind: lora, r: 4, modules_to_save: [bert.pooler]}"],
     ],
-    ids=["bf16", "full", "ia3", "bf16-pooler"],
+    ids=["full", "bf16-pooler"],
 )
 def test_also_in_half_precision_and_with_other_adapters(changes: list[str], run: Callable[..., Any]) -> None:
     made = run(*changes)
@@ -188,17 +186,14 @@ def test_a_base_that_is_another_one_is_refused(
     assert "the base is still the same could not be compared" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("now", "says"),
-    [
+def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
+    for now, says in [
         ({"source": "a/b", "commit": "1" * 40}, None),
         ({"source": "a/c", "commit": "1" * 40}, "it was a/b, is a/c"),
         ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
-    ],
-)
-def test_a_base_of_the_hub_is_compared_by_name_and_commit(now: dict[str, Any], says: str | None) -> None:
-    found = samebase._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
-    assert found is None if says is None else says in str(found)
+    ]:
+        found = samebase._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
+        assert found is None if says is None else says in str(found)
 
 
 def test_a_run_is_used_by_one_process(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,8 @@ def complain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Complain:
     return complain
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
+def test_a_key_of_another_tool_is_one_finding_that_names_ours(complain: Complain) -> None:
+    for old, new, says in [
         ("epochs: 3", "num_train_epochs: 3", "training.num_train_epochs: unknown key; write training.epochs"),
         ("batch_size: 64", "per_device_train_batch_size: 8", "write training.batch_size, the global batch"),
         ("learning_rate: 5e-4", "lr: 5e-4", "training.lr: unknown key; write training.learning_rate"),
@@ -55,13 +54,9 @@ def complain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Complain:
         ("epochs: 3", "epochs: 3, packing: true", "training.packing: unknown key; did you mean 'data.packing'?"),
         ("output:", "learing_rate: 1\noutput:", "learing_rate: unknown key; did you mean 'training.learning_rate'?"),
         ("r: 16", "extend: base.yaml", "write extends: FILE"),
-    ],
-)
-def test_a_key_of_another_tool_is_one_finding_that_names_ours(
-    complain: Complain, old: str, new: str, says: str
-) -> None:
-    (line,) = complain(VALID.replace(old, new))
-    assert says in line
+    ]:
+        (line,) = complain(VALID.replace(old, new))
+        assert says in line
 
 
 def dotted(block: type[BaseModel], prefix: str = "") -> set[str]:
@@ -82,9 +77,8 @@ def test_no_key_of_ours_is_called_foreign() -> None:
     assert names & (foreign.KEYS.keys() | foreign.HINTS.keys()) == set()
 
 
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
+def test_a_habit_of_yaml_1_1_is_pointed_out(complain: Complain) -> None:
+    for override, says in [
         ("training.deterministic=no", "must be true or false, not 'no'; write false"),
         ("training.deterministic=On", "not 'On'; write true"),
         ("training.deterministic=maybe", "not 'maybe'; write true or false"),
@@ -97,20 +91,18 @@ def test_no_key_of_ours_is_called_foreign() -> None:
         ("model.revision=12e4567", "must be text, not 12e4567; put it in quotes"),
         ("model.revision=0123456", "model.revision: 0123456 is one number in YAML 1.2 and another one (octal)"),
         ("training.seed=010", "write 10 without the zero"),
-    ],
-)
-def test_a_habit_of_yaml_1_1_is_pointed_out(complain: Complain, override: str, says: str) -> None:
-    (line,) = complain(VALID, override)
-    assert says in line
-    key, _, value = override.partition("=")
-    block, _, name = key.partition(".")
-    (line,) = complain(VALID.replace(f"{block}: {{", f"{block}: {{{name}: {value}, "))
-    assert says in line
+    ]:
+        (line,) = complain(VALID, override)
+        assert says in line
+        key, _, value = override.partition("=")
+        block, _, name = key.partition(".")
+        (line,) = complain(VALID.replace(f"{block}: {{", f"{block}: {{{name}: {value}, "))
+        assert says in line
 
 
-@pytest.mark.parametrize("value", ["2024-01-01", "no", "'0123456'", "v1.0"])
-def test_text_that_looks_odd_is_text(complain: Complain, value: str) -> None:
-    assert complain(VALID, f"model.revision={value}") == []
+def test_text_that_looks_odd_is_text(complain: Complain) -> None:
+    for value in ["2024-01-01", "no", "'0123456'", "v1.0"]:
+        assert complain(VALID, f"model.revision={value}") == []
 
 
 def test_a_number_with_two_meanings_is_one_finding_where_it_is_required(complain: Complain) -> None:

@@ -9,8 +9,6 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pytest
-
 from hf_finetune import health
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
@@ -22,22 +20,17 @@ def status(run: Path, state: str, silent: float) -> None:
     run.joinpath("status.json").write_text(json.dumps({"state": state, "step": 7, "heartbeat": beat}))
 
 
-@pytest.mark.parametrize(
-    ("state", "silent", "age", "said"),
-    [
+def test_a_run_is_alive_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    for state, silent, age, said in [
         ("running", 5, 1000, (0, "running, step 7")),
         ("running", 70, 1000, (1, "no heartbeat for 70 s")),
         ("running", 7000, 30, (0, "starting")),
         ("preempted", 7000, 1000, (0, "preempted")),
         ("done", 7000, 1000, (0, "done")),
-    ],
-)
-def test_a_run_is_alive_as_long_as_its_heart_beats(
-    tmp_path: Path, state: str, silent: float, age: float, said: tuple[int, str]
-) -> None:
-    status(tmp_path, state, silent)
-    found, line = health.look(tmp_path, NOW - age, NOW)
-    assert (found, said[1] in line) == (said[0], True), line
+    ]:
+        status(tmp_path, state, silent)
+        found, line = health.look(tmp_path, NOW - age, NOW)
+        assert (found, said[1] in line) == (said[0], True), line
 
 
 def test_a_run_that_has_not_begun_is_starting(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_every_call_that_could_run_such_code_says_no() -> None:
 # S2, S3 ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickled_weights_are_refused_unread(name: str, folder: Path, sentinel: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb(sentinel)))
@@ -155,12 +155,11 @@ def test_torch_reads_weights_only() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"vocab_file": "../secret.txt"},
         {"tokenizer_file": "../secret.txt"},
         {"chat_template": [{"name": "../../written", "template": "x"}, {"name": "default", "template": "x"}]},
         {"chat_template": [{"name": "default", "template": "{{ ''.__class__.__mro__ }}"}]},
     ],
-    ids=["vocab", "tokenizer", "template name", "template code"],
+    ids=["tokenizer", "template name", "template code"],
 )
 def test_a_tokenizer_stays_in_its_folder(changes: dict[str, object], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("topsecret\n")

@@ -14,9 +14,8 @@ TRAIN = ["recipe.yaml", "data.train=my rows.csv", "--restart"]
 VENV = "/opt/venv/bin"
 
 
-@pytest.mark.parametrize(
-    ("parent", "own", "before"),
-    [
+def test_the_command_is_the_one_that_was_given_without_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for parent, own, before in [
         ([f"{VENV}/python", f"{VENV}/accelerate", "launch", "a.py"], None, f"{VENV}/accelerate launch a.py"),
         (["python3", "-m", "accelerate.commands.launch", "a.py"], None, "python3 -m accelerate.commands.launch a.py"),
         (["python", "-m", "hf_finetune.launch"], None, "python -m hf_finetune.launch"),
@@ -24,19 +23,15 @@ VENV = "/opt/venv/bin"
         (["timeout", "9", "hf-finetune", "train"], [f"{VENV}/python", f"{VENV}/hf-finetune"], f"{VENV}/hf-finetune"),
         (["bash"], [f"{VENV}/python3.11", "-m", "hf_finetune"], f"{VENV}/python3.11 -m hf_finetune"),
         ([], ["pytest"], "hf-finetune"),
-    ],
-)  # fmt: skip
-def test_the_command_is_the_one_that_was_given_without_restart(
-    parent: list[str], own: list[str] | None, before: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["train", *TRAIN] if "hf-finetune" in before else TRAIN
-    monkeypatch.setattr(invocation, "_words", list(words))
-    monkeypatch.setattr(invocation, "_parent", [*parent, *TRAIN])
-    monkeypatch.setattr(sys, "orig_argv", [*(own or ["python"]), *(words if own != ["pytest"] else ())])
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith(VENV))
-    verb = "train " if "hf-finetune" in before else ""
-    assert invocation.resume_command() == f"{before} {verb}recipe.yaml 'data.train=my rows.csv'"
-    assert invocation.same_command() == "the same command without --restart"
+    ]:
+        words = ["train", *TRAIN] if "hf-finetune" in before else TRAIN
+        monkeypatch.setattr(invocation, "_words", list(words))
+        monkeypatch.setattr(invocation, "_parent", [*parent, *TRAIN])
+        monkeypatch.setattr(sys, "orig_argv", [*(own or ["python"]), *(words if own != ["pytest"] else ())])
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith(VENV))
+        verb = "train " if "hf-finetune" in before else ""
+        assert invocation.resume_command() == f"{before} {verb}recipe.yaml 'data.train=my rows.csv'"
+        assert invocation.same_command() == "the same command without --restart"
 
 
 def test_a_program_below_the_working_directory_is_named_from_there(monkeypatch: pytest.MonkeyPatch) -> None:

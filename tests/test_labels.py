@@ -25,9 +25,8 @@ def stream(values: list[Any], feature: Any = None) -> IterableDataset:
     return column(values, feature).to_iterable_dataset()
 
 
-@pytest.mark.parametrize(
-    ("values", "names", "ids"),
-    [
+def test_names_and_ids() -> None:
+    for values, names, ids in [
         ([1, 0, 2, 1], ("0", "1", "2"), [1, 0, 2, 1]),
         ([5, 0, 2, 10], ("0", "2", "5", "10"), [2, 0, 1, 3]),
         ([1, 0], ("0", "1"), [1, 0]),
@@ -35,13 +34,11 @@ def stream(values: list[Any], feature: Any = None) -> IterableDataset:
         (["10", "9"], ("9", "10"), [1, 0]),
         ([True, False], ("false", "true"), [1, 0]),
         ([True, True, False], ("false", "true"), [1, 1, 0]),
-    ],
-)
-def test_names_and_ids(values: list[Any], names: tuple[str, ...], ids: list[int]) -> None:
-    targets = labels.read_labels(column(values), "label")
-    assert targets.names == names
-    assert label_values.ids(values, "label", targets) == ids
-    assert targets.counts == tuple(np.bincount(ids))
+    ]:
+        targets = labels.read_labels(column(values), "label")
+        assert targets.names == names
+        assert label_values.ids(values, "label", targets) == ids
+        assert targets.counts == tuple(np.bincount(ids))
 
 
 def test_a_class_label_brings_names_and_order() -> None:
@@ -68,25 +65,21 @@ def test_integers_count_where_the_names_of_a_class_label_are_integers_too() -> N
     assert label_values.ids([0, 1], "label", targets) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("values", "names", "ids"),
-    [
+def test_the_recipe_may_name_the_labels() -> None:
+    for values, names, ids in [
         (["b", "a"], ["b", "a"], [0, 1]),
         ([1, 0], ["negative", "positive"], [1, 0]),
         ([True, False], ["negative", "positive"], [1, 0]),
         ([5, 2], ["5", "2"], [0, 1]),
         ([True, False], ["true", "false"], [0, 1]),
-    ],
-)
-def test_the_recipe_may_name_the_labels(values: list[Any], names: list[str], ids: list[int]) -> None:
-    targets = labels.read_labels(column(values), "label", names)
-    assert targets.names == tuple(names)
-    assert label_values.ids(values, "label", targets) == ids
+    ]:
+        targets = labels.read_labels(column(values), "label", names)
+        assert targets.names == tuple(names)
+        assert label_values.ids(values, "label", targets) == ids
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_unfit_training_labels_are_refused() -> None:
+    for values, message in [
         (["a", None], r"row 1: column 'label' is null: the row has no label"),
         (
             [1.0, 2.0],
@@ -98,11 +91,9 @@ def test_the_recipe_may_name_the_labels(values: list[Any], names: list[str], ids
         ([], r"column 'label' holds no label in training"),
         (["a", "a"], r"column 'label' holds only 'a' in training; a classifier needs two labels"),
         ([["a"], ["b"]], r"row 0, 1: column 'label' holds a list; set problem: multi_label"),
-    ],
-)
-def test_unfit_training_labels_are_refused(values: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        labels.read_labels(column(values), "label")
+    ]:
+        with pytest.raises(DataError, match=message):
+            labels.read_labels(column(values), "label")
 
 
 def test_row_numbers_count_on_across_batches() -> None:
@@ -122,15 +113,13 @@ def test_training_rows_without_a_label_are_refused() -> None:
         labels.read_labels(column([0, -1], ClassLabel(names=["a", "b"])), "label")
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"), [(-1, "usually means"), (-100, "usually means"), (-7, "a negative label")]
-)
-def test_negative_labels_are_refused_unless_they_are_listed(value: int, reason: str) -> None:
-    with pytest.raises(
-        DataError, match=rf"row 1: column 'label' holds {value}, .*{reason}.* list {value} in task.labels"
-    ):
-        labels.read_labels(column([1, value]), "label")
-    assert labels.read_labels(column([1, value]), "label", ["1", str(value)]).counts == (1, 1)
+def test_negative_labels_are_refused_unless_they_are_listed() -> None:
+    for value, reason in [(-1, "usually means"), (-100, "usually means"), (-7, "a negative label")]:
+        with pytest.raises(
+            DataError, match=rf"row 1: column 'label' holds {value}, .*{reason}.* list {value} in task.labels"
+        ):
+            labels.read_labels(column([1, value]), "label")
+        assert labels.read_labels(column([1, value]), "label", ["1", str(value)]).counts == (1, 1)
 
 
 def test_one_class_alone_is_left_to_the_checks_where_more_are_declared() -> None:
@@ -142,34 +131,28 @@ def test_ids_survive_json() -> None:
     assert json.loads(json.dumps(targets.id_of)) == targets.id_of
 
 
-@pytest.mark.parametrize(
-    ("values", "feature", "names"),
-    [
+def test_lists_of_labels() -> None:
+    for values, feature, names in [
         ([["b", "a"], [], ["a"]], None, ("a", "b")),
         ([[7, 3], [], [3]], None, ("3", "7")),
         ([[1, 0], [], [0]], List(ClassLabel(names=["x", "y"])), ("x", "y")),
-    ],
-)
-def test_lists_of_labels(values: list[Any], feature: Any, names: tuple[str, ...]) -> None:
-    targets = labels.read_lists(column(values, feature), "label")
-    assert targets.names == names
-    assert targets.counts == (2, 1)
-    assert label_values.multi_hot(values, "label", targets) == [[1, 1], [0, 0], [1, 0]]
+    ]:
+        targets = labels.read_lists(column(values, feature), "label")
+        assert targets.names == names
+        assert targets.counts == (2, 1)
+        assert label_values.multi_hot(values, "label", targets) == [[1, 1], [0, 0], [1, 0]]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_unfit_lists_are_refused() -> None:
+    for values, message in [
         ([["a"], None, ["b"]], "row 1: column 'label' is null; a row without labels holds an empty list"),
         ([["a"], ["a", "b", "a"]], "row 1: column 'label' repeats a label: a, b, a"),
         (["a", "b"], "row 0, 1: column 'label' holds text; multi_label needs a list"),
         ([[0.0], [1.0]], "row 0, 1: column 'label' holds a float"),
         ([["a"], ["a"]], "column 'label' holds 1 labels in training"),
-    ],
-)
-def test_unfit_lists_are_refused(values: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        labels.read_lists(column(values), "label")
+    ]:
+        with pytest.raises(DataError, match=message):
+            labels.read_lists(column(values), "label")
 
 
 @pytest.mark.parametrize("cells", [[1, 0, 1], [True, False, True]])
@@ -227,17 +210,14 @@ def test_balanced_weights_per_label_are_the_ratio_of_scikit_learns() -> None:
     assert targets.weights == pytest.approx((yes / no, 1 / 3))
 
 
-@pytest.mark.parametrize(
-    ("counts", "rows", "per_label", "message"),
-    [
+def test_balanced_weights_need_counts() -> None:
+    for counts, rows, per_label, message in [
         ((4, 0), 4, False, "no training row has the label 'y'"),
         ((2, 4), 4, True, "every training row has the label 'y'"),
         ((), None, False, "streaming has none"),
-    ],
-)
-def test_balanced_weights_need_counts(counts: tuple[int, ...], rows: int | None, per_label: bool, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        labels.weighted(Targets(("x", "y"), counts), "balanced", rows, per_label=per_label)
+    ]:
+        with pytest.raises(DataError, match=message):
+            labels.weighted(Targets(("x", "y"), counts), "balanced", rows, per_label=per_label)
 
 
 def test_named_weights_follow_the_ids_and_name_every_label() -> None:

@@ -44,19 +44,16 @@ def test_what_torchrun_and_kubeflow_set_is_understood() -> None:
     assert Node.of({"PET_NPROC_PER_NODE": "auto", "PET_MASTER_ADDR": "a"}) == Node(1)
 
 
-@pytest.mark.parametrize(
-    ("said", "word"),
-    [
+def test_a_place_that_can_not_be_is_refused() -> None:
+    for said, word in [
         ({"PET_NPROC_PER_NODE": "many"}, "PET_NPROC_PER_NODE"),
         ({"PET_NPROC_PER_NODE": "0"}, "1 at least"),
         ({"PET_NNODES": "1:4"}, "PET_NNODES"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "a"}, "counts from 0"),
         ({"PET_NNODES": "2"}, "PET_MASTER_ADDR"),
-    ],
-)
-def test_a_place_that_can_not_be_is_refused(said: dict[str, str], word: str) -> None:
-    with pytest.raises(RecipeError, match=word):
-        Node.of(said)
+    ]:
+        with pytest.raises(RecipeError, match=word):
+            Node.of(said)
 
 
 def test_the_code_is_what_the_status_says_of_this_run() -> None:

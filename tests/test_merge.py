@@ -43,9 +43,12 @@ LLAMA = {
     "embedding": LORA | {"modules_to_save": ["embed_tokens"]},
 }
 CASES = [
-    *[("bert", CLASSIFIER, TWO, name, (KINDS | BERT)[name]) for name in ("patterns", "adalora", "ia3", "full")],
-    *[("llama", LANGUAGE_MODEL, NONE, name, adapter) for name, adapter in (KINDS | LLAMA).items()],
-    *[("llama", CLASSIFIER, FOUR, name, KINDS[name]) for name in ("dora", "full")],
+    *[("bert", CLASSIFIER, TWO, name, (KINDS | BERT)[name]) for name in ("patterns", "adalora", "full")],
+    *[
+        ("llama", LANGUAGE_MODEL, NONE, name, (KINDS | LLAMA)[name])
+        for name in ("rslora", "pissa", "eva", "tokens", "ia3", "embedding")
+    ],
+    ("llama", CLASSIFIER, FOUR, "dora", KINDS["dora"]),
 ]
 
 
@@ -103,7 +106,7 @@ def finished_again(run: Any, made: Recipe) -> Any:
     return replace(run, recipe=made)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_folder_is_in_the_dtype_asked_for(dtype: Any, tiny_llama: str, tmp_path: Path) -> None:
     run = finished(recipe(tiny_llama, LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
     written(run, tmp_path / "folder", dtype)
@@ -307,10 +310,10 @@ def test_a_folder_that_is_there_is_replaced_only_on_request_and_only_if_merge_wr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "others"]
 
 
-@pytest.mark.parametrize("inside", ["", "..", "adapter", "adapter/merged"])
-def test_the_run_is_never_replaced(chatter: Path, inside: str) -> None:
-    with pytest.raises(RecipeError, match="would replace the run"):
-        Options(to=str(chatter / inside), overwrite=True).check(str(chatter))
+def test_the_run_is_never_replaced(chatter: Path) -> None:
+    for inside in ["", "..", "adapter", "adapter/merged"]:
+        with pytest.raises(RecipeError, match="would replace the run"):
+            Options(to=str(chatter / inside), overwrite=True).check(str(chatter))
 
 
 def test_all_that_is_wrong_with_the_command_is_told_at_once(
@@ -335,11 +338,11 @@ def test_paths_outside_the_root_are_refused(chatter: Path, tmp_path: Path, monke
     assert len(raised.value.problems) == 2
 
 
-@pytest.mark.parametrize("to", [".", "..", "/"])
-def test_the_folder_one_is_in_is_no_place_for_a_model(to: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="is the folder you are in, or holds it"):
-        Options(to=to).check("/run")
+def test_the_folder_one_is_in_is_no_place_for_a_model(tmp_path: Path, monkeypatch: Any) -> None:
+    for to in [".", "..", "/"]:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(RecipeError, match="is the folder you are in, or holds it"):
+            Options(to=to).check("/run")
 
 
 def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path, tmp_path: Path) -> None:
@@ -401,7 +404,7 @@ def test_a_base_with_generation_values_that_have_no_effect_is_merged_without_the
     assert all(name in said for name in given)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ".*(lm_head|v_proj)"])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(lm_head|v_proj)"])
 def test_an_adapter_of_tied_embeddings_is_warned_about_before_training_and_refused_at_once(
     targets: Any, tiny_llama: str, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_heads_are_found_and_trained_on_every_architecture(shape: str, base: str
     torch.testing.assert_close(logits(restored, made), logits(adapted, made), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", ["Bert", "GPT2"], indirect=True)
 def test_dropout_zero_makes_training_mode_equal_to_eval_mode(base: str) -> None:
     made = recipe(base, FULL, dropout=0.0)
     network: Any = loaded(made).model
@@ -81,6 +82,7 @@ def test_dropout_zero_makes_training_mode_equal_to_eval_mode(base: str) -> None:
     assert torch.equal(trained, network(**inputs).logits)
 
 
+@pytest.mark.parametrize("shape", ["Bert", "GPT2"], indirect=True)
 def test_dropout_reaches_a_model_that_is_already_built(base: str) -> None:
     made = recipe(base, FULL)
     network: Any = loaded(made).model
@@ -91,6 +93,7 @@ def test_dropout_reaches_a_model_that_is_already_built(base: str) -> None:
     assert torch.equal(network.train()(**inputs).logits, network.eval()(**inputs).logits)
 
 
+@pytest.mark.parametrize("shape", ["Roberta", "DistilBert", "Llama"], indirect=True)
 def test_one_seed_draws_one_head_in_every_dtype(base: str) -> None:
     exact = dict(loaded(recipe(base, LORA)).model.named_parameters())
     rounded = dict(loaded(recipe(base, LORA), precision="bf16").model.named_parameters())
@@ -182,7 +185,6 @@ def edit(folder: str, place: Path, **changes: Any) -> str:
         ({"model_type": "clip"}, "no AutoModelForSequenceClassification for it"),
         ({"model_type": "novel"}, "can't be loaded"),
         ({"attn_implementation": "attacker/kernel"}, "code from the Hub"),
-        ({"_attn_implementation": "attacker/kernel"}, "code from the Hub"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_without_weights(
@@ -222,19 +224,16 @@ def test_a_package_is_found_without_being_imported(tiny_bert: str, tmp_path: Pat
     assert "weights_for_tests" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
+def test_places_that_are_not_there_are_named() -> None:
+    for name, complaint in [
         ("package:not_here_at_all/model", "'not_here_at_all' is not installed; pip install not-here-at-all"),
         ("package:hf_finetune/nothing", "has no folder 'nothing'"),
         ("package:../etc", "write package:NAME/PATH"),
         ("./nowhere", "there is no folder './nowhere'"),
         ("a/b/c", "there is no folder 'a/b/c'"),
-    ],
-)
-def test_places_that_are_not_there_are_named(name: str, complaint: str) -> None:
-    with pytest.raises(ModelError, match=complaint):
-        model.resolve(name)
+    ]:
+        with pytest.raises(ModelError, match=complaint):
+            model.resolve(name)
 
 
 def test_the_missing_demo_package_names_its_extra(monkeypatch: Any) -> None:
@@ -259,8 +258,7 @@ def test_a_hub_id_stays_as_it_is_and_an_absent_one_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [model.load_tokenizer, read_config])
-@pytest.mark.parametrize("place", ["folder", "package"])
+@pytest.mark.parametrize(("place", "read"), [("folder", model.load_tokenizer), ("package", read_config)])
 def test_a_revision_of_a_folder_is_refused(
     place: str, read: Any, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

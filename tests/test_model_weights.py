@@ -27,11 +27,6 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def scramble(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(b"\xff" * file.stat().st_size)
-
-
 def shard(folder: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -42,7 +37,6 @@ def shard(folder: Path) -> None:
     ("damage", "says"),
     [
         (truncate, "truncated or damaged model.safetensors"),
-        (scramble, "truncated or damaged model.safetensors"),
         (shard, "lacks 1 of 2 weight files, e.g. model-00002-of-00002.safetensors"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a format that can run code"),
@@ -61,7 +55,6 @@ def test_weights_that_are_not_whole_are_found(damage: Callable[[Path], None], sa
         ("_experts_implementation", "evil/kernel", "may be code from the Hub"),
         ("use_kernels", True, "asks for kernels from the Hub"),
         ("quantization_config", {"quant_method": "gptq"}, r"quantised \(gptq\); name the unquantised model"),
-        ("text_config", {"model_type": "bert", "_attn_implementation": "evil/kernel"}, "may be code from the Hub"),
     ],
 )
 def test_a_config_chooses_no_kernels(key: str, value: object, says: str, folder: Path) -> None:

@@ -37,14 +37,13 @@ def find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Find:
     return find
 
 
-@pytest.mark.parametrize("name", ["some/model", "bert", "a.b_c-d/E.f", "package:pack/model", "./x", "/x/y", "~/x", "a"])
-def test_names_that_may_be_models(find: Find, name: str) -> None:
-    assert find(f"model.name={name}") == []
+def test_names_that_may_be_models(find: Find) -> None:
+    for name in ["some/model", "bert", "a.b_c-d/E.f", "package:pack/model", "./x", "/x/y", "~/x", "a"]:
+        assert find(f"model.name={name}") == []
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
+def test_a_malformed_model_name_is_told(find: Find) -> None:
+    for name, says in [
         ("a/b/c", "a Hub id has just one slash"),
         ("../x", "there is no folder '../x'"),
         ("my model", "it is no Hub id: a Hub id has letters, digits"),
@@ -60,12 +59,10 @@ def test_names_that_may_be_models(find: Find, name: str) -> None:
         ("package:a/../../x", "is no package path"),
         ('"a\\nb"', "holds the character U+000A"),
         ('"a\\0b"', "holds the character U+0000"),
-    ],
-)
-def test_a_malformed_model_name_is_told(find: Find, name: str, says: str) -> None:
-    (line,) = find(f"model.name={name}")
-    assert line.startswith("command line: model.name: ")
-    assert says in line
+    ]:
+        (line,) = find(f"model.name={name}")
+        assert line.startswith("command line: model.name: ")
+        assert says in line
 
 
 def test_a_folder_may_have_any_name(find: Find) -> None:
@@ -73,14 +70,13 @@ def test_a_folder_may_have_any_name(find: Find) -> None:
     assert find("model.name=my models/a/b--c") == []
 
 
-@pytest.mark.parametrize("output", ["runs/x", "/tmp/some/run", "./runs", "läufe/1", "x" * 255])
-def test_places_that_may_be_run_folders(find: Find, output: str) -> None:
-    assert find(f"output={output}") == []
+def test_places_that_may_be_run_folders(find: Find) -> None:
+    for output in ["runs/x", "/tmp/some/run", "./runs", "läufe/1", "x" * 255]:
+        assert find(f"output={output}") == []
 
 
-@pytest.mark.parametrize(
-    ("output", "says"),
-    [
+def test_a_run_folder_that_is_none_is_told(find: Find) -> None:
+    for output, says in [
         ("/", "is the root of the file system"),
         ("//", "is the root of the file system"),
         (".", "is the working directory"),
@@ -94,12 +90,10 @@ def test_places_that_may_be_run_folders(find: Find, output: str) -> None:
         ("x/" + "é" * 200, "more than 255 bytes"),
         ('"a\\0b"', "holds the character U+0000"),
         ('"a\\eb"', "holds the character U+001B"),
-    ],
-)
-def test_a_run_folder_that_is_none_is_told(find: Find, output: str, says: str) -> None:
-    (line,) = find(f"output={output}")
-    assert line.startswith("command line: output: ")
-    assert says in line
+    ]:
+        (line,) = find(f"output={output}")
+        assert line.startswith("command line: output: ")
+        assert says in line
 
 
 def test_the_home_folder_is_no_run_folder(find: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +102,16 @@ def test_the_home_folder_is_no_run_folder(find: Find, tmp_path: Path, monkeypatc
     assert find(f"output={tmp_path}/home/run") == []
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
+def test_nothing_outside_the_root_is_named_also_through_symlinks(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("root").mkdir()
+    Path("outside.csv").touch()
+    Path("root/in.csv").touch()
+    Path("root/link").symlink_to("/tmp")
+    Path("root/link.csv").symlink_to(Path("outside.csv").absolute())
+    monkeypatch.setenv("HF_FINETUNE_ROOT", "root")
+    inside = ["data.train=root/in.csv", "output=root/run"]
+    assert find(*inside, "data.cache=root/c", "model.name=owner/name") == []
+    for override in [
         "output=/elsewhere/run",
         "output=root/link/run",
         "data.train=outside.csv",
@@ -120,22 +121,10 @@ def test_the_home_folder_is_no_run_folder(find: Find, tmp_path: Path, monkeypatc
         "data.source=.",
         "model.name=./model",
         "adapter.from=runs/old",
-    ],
-)
-def test_nothing_outside_the_root_is_named_also_through_symlinks(
-    find: Find, monkeypatch: pytest.MonkeyPatch, override: str
-) -> None:
-    Path("root").mkdir()
-    Path("outside.csv").touch()
-    Path("root/in.csv").touch()
-    Path("root/link").symlink_to("/tmp")
-    Path("root/link.csv").symlink_to(Path("outside.csv").absolute())
-    monkeypatch.setenv("HF_FINETUNE_ROOT", "root")
-    inside = ["data.train=root/in.csv", "output=root/run"]
-    assert find(*inside, "data.cache=root/c", "model.name=owner/name") == []
-    (line,) = find(*inside, override)
-    assert f"{override.partition('=')[0]}: " in line
-    assert "lies outside HF_FINETUNE_ROOT, root" in line
+    ]:
+        (line,) = find(*inside, override)
+        assert f"{override.partition('=')[0]}: " in line
+        assert "lies outside HF_FINETUNE_ROOT, root" in line
 
 
 def test_without_a_root_paths_are_free(find: Find) -> None:
@@ -147,9 +136,8 @@ def test_data_from_an_address_are_not_read(find: Find) -> None:
     assert "write the Hub id, a/b" in find("data.source=https://huggingface.co/datasets/a/b")[0]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "keys"),
-    [
+def test_what_must_be_pinned_is_named(find: Find) -> None:
+    for overrides, keys in [
         ([], ["model.revision"]),
         ([f"model.revision={COMMIT}"], []),
         (["model.name=./local"], []),
@@ -157,20 +145,23 @@ def test_data_from_an_address_are_not_read(find: Find) -> None:
         ([f"model.revision={COMMIT}", "data.source=a/b"], ["data.revision"]),
         ([f"model.revision={COMMIT}", "data.source=a/b", f"data.revision={COMMIT}"], []),
         ([f"model.revision={COMMIT}", "data.mix=[{train: a, source: a/b}, {train: a.csv}]"], ["data.mix.0.revision"]),
-    ],
-)
-def test_what_must_be_pinned_is_named(find: Find, overrides: list[str], keys: list[str]) -> None:
-    found = find("require_pinned=true", *overrides)
-    assert [line.split(": ")[1] for line in found] == keys
-    assert all("require_pinned asks for a commit" in line for line in found)
+    ]:
+        found = find("require_pinned=true", *overrides)
+        assert [line.split(": ")[1] for line in found] == keys
+        assert all("require_pinned asks for a commit" in line for line in found)
 
 
-@pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT[:7], COMMIT.upper()])
-def test_a_branch_or_a_short_commit_is_no_pin(find: Find, revision: str) -> None:
-    assert find(f"model.revision='{revision}'") == []
-    pinned = ["require_pinned=true", "data.source=a/b", f"model.revision='{revision}'", f"data.revision='{revision}'"]
-    found = read("x.yaml", pinned).problems
-    assert [problem.key for problem in found] == ["model.revision", "data.revision"]
+def test_a_branch_or_a_short_commit_is_no_pin(find: Find) -> None:
+    for revision in ["main", "v1.0", COMMIT[:7], COMMIT.upper()]:
+        assert find(f"model.revision='{revision}'") == []
+        pinned = [
+            "require_pinned=true",
+            "data.source=a/b",
+            f"model.revision='{revision}'",
+            f"data.revision='{revision}'",
+        ]
+        found = read("x.yaml", pinned).problems
+        assert [problem.key for problem in found] == ["model.revision", "data.revision"]
 
 
 def test_what_could_not_be_read_is_passed_over(find: Find) -> None:

@@ -182,6 +182,7 @@ def test_whoever_is_stopped_because_a_peer_died_names_the_peer(start: Start) -> 
 PID = WATCHED.replace("    meet()", "    (folder / 'pid').write_text(str(os.getpid())) if rank else 0; meet()")
 
 
+@pytest.mark.slow
 def test_a_hung_main_thread_is_found_by_a_rank_that_waits_in_gloo(start: Start) -> None:
     hang = "    threading.Event().wait()"
     run = start("    distributed.all_reduce(torch.ones(1))", hang, before=GLOO, timeout=3)
@@ -193,6 +194,7 @@ def test_a_hung_main_thread_is_found_by_a_rank_that_waits_in_gloo(start: Start) 
     assert run.end(1) == (10, "")
 
 
+@pytest.mark.slow
 def test_gloo_makes_no_noise_about_a_killed_rank(start: Start, tmp_path: Path) -> None:
     run = start("    distributed.all_reduce(torch.ones(1))", WAIT, before=GLOO)
     run.meet()
@@ -373,9 +375,8 @@ def test_a_stop_that_nobody_agreed_on_ends_the_others_in_the_end() -> None:
     assert list(verdict.sure({1: peer}, beat(rank=0, idle=31.0), 600, patient=True)) == [left]
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
+def test_errors_of_communication_are_known() -> None:
+    for error, expected in [
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), True),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms for recv"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] writev [127.0.0.1]:4: Broken pipe"), True),
@@ -384,10 +385,8 @@ def test_a_stop_that_nobody_agreed_on_ends_the_others_in_the_end() -> None:
         (ConnectionResetError("Connection reset by peer"), False),
         (CheckpointError("Connection closed"), False),
         (DataError("x"), False),
-    ],
-)
-def test_errors_of_communication_are_known(error: Exception, expected: bool) -> None:
-    assert is_of_a_peer(error) is expected
+    ]:
+        assert is_of_a_peer(error) is expected
 
 
 def test_torchs_own_errors_of_communication_are_known() -> None:
@@ -531,11 +530,11 @@ def test_files_of_ranks_that_are_no_more_go(tmp_path: Path) -> None:
     assert (file.name, json.loads(file.read_text())["state"]) == ("0.json", "done")
 
 
-@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", ""])
-def test_the_time_limit_is_a_positive_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("HF_FINETUNE_PEER_TIMEOUT", text)
-    with pytest.raises(RecipeError, match="HF_FINETUNE_PEER_TIMEOUT is"):
-        Watch(tmp_path, 0, 2, lambda failure: None)
+def test_the_time_limit_is_a_positive_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ["soon", "0", "-1", "inf", "nan", ""]:
+        monkeypatch.setenv("HF_FINETUNE_PEER_TIMEOUT", text)
+        with pytest.raises(RecipeError, match="HF_FINETUNE_PEER_TIMEOUT is"):
+            Watch(tmp_path, 0, 2, lambda failure: None)
 
 
 def test_problems_keep_their_places_in_what_others_say() -> None:

@@ -34,13 +34,9 @@ STREAMED = (
 
 
 RARER = (
-    ("training.optimizer=sgd", "training.max_grad_norm=null"),
-    ("adapter={kind: ia3}",),
-    ("adapter={kind: full}",),
-    ("adapter.dora=true",),
-    ("adapter.init=pissa",),
+    ("checkpoints.every=4", "training.log_every=5"),
+    ("training.group_by_length=false", "training.schedule=cosine", "training.warmup_steps=3"),
     ("training.best_metric=loss", "training.early_stopping={patience: 1}", "training.eval_every=2"),
-    ("training.best_metric=loss", "training.eval_every=2"),
     ("training.best_metric=loss", "training.eval_every=2", "speed.cheap_dropout=false"),
 )
 """Settings that `make test-slow` tries; `make test-faults` tries more."""
@@ -87,9 +83,7 @@ def interrupted(run: Runner, stop_at: Callable[..., None], at: int, *overrides: 
     "setting",
     [
         (),
-        ("checkpoints.every=4", "training.log_every=5"),
         ("training.steps=null", "training.epochs=3", "training.eval_every=epoch", "training.best_metric=accuracy"),
-        ("training.group_by_length=false", "training.schedule=cosine", "training.warmup_steps=3"),
         ("adapter={kind: adalora, init_r: 4, target_r: 2, interval: 1}", "training.steps=14"),
         STREAMED,
         *(pytest.param(setting, marks=pytest.mark.slow) for setting in RARER),

@@ -115,16 +115,16 @@ def test_s12_every_repository_is_private(traces: Traces) -> None:
     assert {name: repo.private for name, repo in traces.hub.repos.items()} == dict.fromkeys(traces.hub.repos, True)
 
 
-@pytest.mark.parametrize("before", range(4))
-@pytest.mark.parametrize("after", range(4))
-def test_a_token_is_found_in_base64_wherever_it_stands(before: int, after: int) -> None:
-    import base64
-    from urllib.parse import quote
+def test_a_token_is_found_in_base64_wherever_it_stands() -> None:
+    for before in range(4):
+        for after in range(4):
+            import base64
+            from urllib.parse import quote
 
-    odd = "hf_a+b/c=d" * 3
-    text = base64.b64encode(b"x" * before + odd.encode() + b"y" * after).decode()
-    assert any(form in text for form in secrets.forms(odd))
-    assert quote(odd, safe="") in list(secrets.forms(odd))
+            odd = "hf_a+b/c=d" * 3
+            text = base64.b64encode(b"x" * before + odd.encode() + b"y" * after).decode()
+            assert any(form in text for form in secrets.forms(odd))
+            assert quote(odd, safe="") in list(secrets.forms(odd))
 
 
 def test_what_is_said_hides_tokens_and_signed_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,6 @@ def test_the_second_text_of_a_pair_is_told(tmp_path: Path, tiny_bert: str) -> No
             {"funny": 1, "warm": 1, "bad": 0},
             "funny, warm",
         ),
-        ({"problem": "multi_label", "label": ["funny", "warm"]}, {"funny": 0, "warm": 0}, "no label"),
     ],
 )
 def test_labels_of_every_problem(

@@ -40,9 +40,8 @@ def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tup
     return [dict(row) for row in task.encode(rows, tokenizer, targets, 64)], targets
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_settings_that_do_not_fit_are_refused() -> None:
+    for fields, message in [
         ({"label": ["a", "b"]}, "set problem: multi_label, or name one column"),
         ({"label": ["a", "b"], "problem": "regression"}, "regression learns one number"),
         ({"label": "text"}, "name column 'text' twice"),
@@ -57,11 +56,9 @@ def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tup
         ({"label_smoothing": 1.0}, "less than 1"),
         ({"threshold": 0.4}, "threshold has no meaning for single_label"),
         ({"smoothing": 0.1}, "Extra inputs are not permitted"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        make(**fields)
+    ]:
+        with pytest.raises(ValidationError, match=message):
+            make(**fields)
 
 
 @every_problem

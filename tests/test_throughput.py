@@ -93,8 +93,7 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_no_training_time(run: Callable[
     assert max(line["seconds_step"] for line in lines[1:]) < 0.9
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama"])
+@pytest.mark.parametrize(("kind", "name"), [("lora", "tiny_llama"), ("full", "tiny_bert")])
 def test_flops_are_those_that_torch_counts(kind: str, name: str, request: pytest.FixtureRequest) -> None:
     adapter: dict[str, Any] = {
         "lora": {"kind": "lora", "r": 4, "alpha": 8, "target_modules": "all-linear"},

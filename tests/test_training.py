@@ -118,7 +118,7 @@ def test_a_decoder_model_classifies_too(run: Runner, tiny_llama: str) -> None:
     assert done.outcome.reload_difference < 1e-4
 
 
-@pytest.mark.parametrize("adapter", ["adalora", "ia3", "full"])
+@pytest.mark.parametrize("adapter", ["adalora", "ia3"])
 def test_every_adapter_runs_and_reloads(run: Runner, adapter: str) -> None:
     targets = ", target_modules: [query, value], feedforward_modules: [value]" if adapter == "ia3" else ""
     done = run(f"adapter={{kind: {adapter}{targets}}}")
@@ -202,9 +202,7 @@ def test_a_diverged_run_stops_and_says_so(run: Runner, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-@pytest.mark.parametrize(
-    "adapter", ["lora, r: 4, init: pissa", "lora, r: 4, init: olora", "lora, r: 4, init: eva", "adalora", "full"]
-)
+@pytest.mark.parametrize("adapter", ["lora, r: 4, init: pissa", "full"])
 def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter: str) -> None:
     done = run(
         f"adapter={{kind: {adapter}}}", "training.epochs=6", "training.best_metric=loss",
@@ -217,7 +215,7 @@ def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter:
     assert done.outcome.reload_difference < 1e-4
 
 
-@pytest.mark.parametrize("adapter", ["lora, r: 4", "lora, r: 4, init: pissa", "full"])
+@pytest.mark.parametrize("adapter", ["lora, r: 4, init: pissa", "full"])
 def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
     run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str, tmp_path: Path
 ) -> None:
@@ -281,13 +279,14 @@ def test_an_undefined_best_metric_is_told(run: Runner, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "setting",
-    ["training.warmup_steps=1000", "training.early_stopping={patience: 2}", "training.early_stopping={patience: 9}"],
-)
-def test_what_could_never_act_is_refused(run: Runner, setting: str) -> None:
-    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
-        run(setting, "training.best_metric=loss")
+def test_what_could_never_act_is_refused(run: Runner) -> None:
+    for setting in [
+        "training.warmup_steps=1000",
+        "training.early_stopping={patience: 2}",
+        "training.early_stopping={patience: 9}",
+    ]:
+        with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+            run(setting, "training.best_metric=loss")
 
 
 def test_a_language_model_that_is_not_a_number_stops(run: Runner, tiny_llama: str) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hf_finetune.terminal.wrapping import wrapped
 
 
-@pytest.mark.parametrize(
-    ("line", "lines"),
-    [
+def test_a_long_line_breaks_between_its_words() -> None:
+    for line, lines in [
         ("hf_finetune: error: a word that is long", ["hf_finetune: error: a word", "  that is long"]),
         ("  memory   1 GB a device, most in training", ["  memory   1 GB a device, most", "           in training"]),
         ("step 1/9  loss 0.69  12.5 samples/s  0:24 left", ["step 1/9  loss 0.69", "  12.5 samples/s  0:24 left"]),
@@ -19,10 +16,8 @@ from hf_finetune.terminal.wrapping import wrapped
         ("it is in runs/a-very-long-name/of-a/folder", ["it is in", "  runs/a-very-long-name/of-a/folder"]),
         ("\x1b[1mcoloured text that is much longer\x1b[0m than it", None),
         ("short", ["short"]),
-    ],
-)
-def test_a_long_line_breaks_between_its_words(line: str, lines: list[str] | None) -> None:
-    assert wrapped(line, 30).split("\n") == (lines or [line])
+    ]:
+        assert wrapped(line, 30).split("\n") == (lines or [line])
 
 
 def test_what_is_no_terminal_or_a_very_narrow_one_gets_the_line_as_it_is() -> None:

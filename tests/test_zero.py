@@ -132,11 +132,9 @@ def test_what_does_not_work_is_refused_before_anything_loads(
     ("file", "stage", "ranks_then", "says"),
     [
         ("trained.safetensors", 2, 2, "was written without DeepSpeed, this start is with DeepSpeed ZeRO-1 or 2"),
-        ("global_step4/mp_rank_00_model_states.pt", 0, 2, "ZeRO-1 or 2, this start is without DeepSpeed"),
         ("global_step4/zero_pp_rank_0_mp_rank_00_model_states.pt", 2, 2, "was written with DeepSpeed ZeRO-3"),
         ("global_step4/mp_rank_00_model_states.pt", 1, 4, "divided it among 4 ranks, and can't go on with 2"),
         ("global_step4/mp_rank_00_model_states.pt", 1, 2, None),
-        ("trained.safetensors", 0, 4, None),
     ],
 )
 def test_a_checkpoint_of_another_way_to_divide_is_refused(

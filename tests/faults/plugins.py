@@ -16,7 +16,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -368,12 +367,3 @@ def kill_workers() -> None:
 def unset(name: str) -> None:
     """Take a variable out of the environment."""
     os.environ.pop(name, None)
-
-
-# ---- for the fork server's own tests ----
-
-
-def speak() -> None:
-    """Say what a process sees of itself."""
-    seen = [os.environ.get("SAID"), os.environ.get("HOME"), str(Path.cwd()), sys.stdin.readlines()]
-    print(*seen, sep="\n", file=sys.stderr)

@@ -51,14 +51,14 @@ def spoilt(lab: Lab, killed: Job, name: str, spoil: Callable[[Path], None]) -> N
     assert any(name in line for line in told), ended.output
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", FILES)
+# Of every file and bit: test_checkpoints.py.
+@pytest.mark.parametrize(("name", "share"), [("MANIFEST.json", 0.0), ("trained.safetensors", 1.0)])
 @pytest.mark.faults
 def test_f25_one_flipped_bit_is_seen(lab: Lab, killed: Job, name: str, share: float) -> None:
     spoilt(lab, killed, name, lambda file: flip(file, share))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["MANIFEST.json", "progress.json"])
 @pytest.mark.faults
 def test_f26_a_lost_file_is_seen(lab: Lab, killed: Job, name: str) -> None:
     spoilt(lab, killed, name, Path.unlink)

@@ -81,18 +81,13 @@ def has_newer(job: Job, before: list[int]) -> bool:
 
 # ---- finished runs, made longer ----
 
-LONGER = ("training.epochs=2", "--allow-change", "training.epochs")
 PLAIN = ("training.schedule=constant", "training.eval_every=epoch", "checkpoints.every=epoch")
 DEATHS: dict[str, list[Any]] = {
-    "while the successor is made": ["linking", {"number": 5}],
     "before the first rename": ["renaming", {"ends": ".old-1", "when": "before"}],
     "between the renames": ["renaming", {"ends": ".old-1", "when": "after"}],
     "after the second rename": ["renaming", {"ends": "/run", "when": "after"}],
-    "before its first step": ["at", {"place": "data", "step": 14, "action": "die"}],
     "in the middle": ["at", {"place": "logged", "step": 20, "action": "die"}],
     "while it saves the adapter": ["renaming", {"ends": "/adapter", "when": "before"}],
-    "after it saved the adapter": ["renaming", {"ends": "/adapter", "when": "after"}],
-    "before its report": ["renaming", {"ends": "/report.md", "when": "before"}],
     "after its report": ["renaming", {"ends": "/report.md", "when": "after"}],
 }
 FEW = ("between the renames", "while it saves the adapter")

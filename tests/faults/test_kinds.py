@@ -18,19 +18,14 @@ STREAMED = ("data.streaming=true", "data.shuffle_buffer=40", "task.labels=[negat
 KINDS = {
     "adalora": ("adapter={kind: adalora, init_r: 6, target_r: 3, dropout: 0.1, interval: 2}",),
     "ia3": ("adapter={kind: ia3, target_modules: [query, value], feedforward_modules: [value]}",),
-    "dora": ("adapter.dora=true",),
     "pissa": ("adapter.init=pissa", "adapter.dropout=0"),
     "eva": ("adapter.init=eva",),
-    "loraplus": ("adapter.loraplus_ratio=8",),
     "full": ("adapter={kind: full}", "training.learning_rate=5e-4"),
     "adafactor": ("training.optimizer=adafactor",),
-    "sgd": ("training.optimizer=sgd", "training.learning_rate=0.05"),
     "bf16": ("training.precision=bf16",),
     "checkpointing": ("training.activation_checkpointing=true",),
-    "smoothing": ("task.label_smoothing=0.1", "task.class_weights={positive: 2.0, negative: 0.5}"),
     "grouped": ("training.group_by_length=true",),
     "workers": ("data.workers=2",),
-    "eval_at_start": ("training.eval_at_start=true",),
     "streamed": STREAMED,
 }
 QUICK = {"grouped"}
@@ -67,17 +62,16 @@ def test_language_models(lab: Lab, tiny_llama: str, more: tuple[str, ...]) -> No
         assert samples.read_bytes() == reference.read_bytes()
 
 
-@pytest.mark.parametrize("step", [9, 13, 14, 20, 26])
+@pytest.mark.parametrize("step", [9, 14, 26])
 @pytest.mark.faults
 def test_k9_streams_in_their_first_and_second_pass(lab: Lab, step: int) -> None:
     resume(lab, killed(lab.job(*STREAMED), step), at=(step - 1) // 5 * 5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["grouped", "streamed"])
 @pytest.mark.faults
-def test_k7_k9_in_the_middle_of_the_second_pass(lab: Lab, kind: str, ranks: int) -> None:
-    resume(lab, killed(lab.job(*KINDS[kind], ranks=ranks), 22), at=20)
+def test_k7_k9_in_the_middle_of_the_second_pass(lab: Lab, kind: str) -> None:
+    resume(lab, killed(lab.job(*KINDS[kind], ranks=2), 22), at=20)
 
 
 STOPPING = (
@@ -86,7 +80,7 @@ STOPPING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("back", [2, 5, 8])
+@pytest.mark.parametrize("back", [2, 8])
 @pytest.mark.faults
 def test_k6_early_stopping_stops_at_the_same_step_with_the_same_best(lab: Lab, back: int) -> None:
     reference = lab.reference(STOPPING)

@@ -17,12 +17,7 @@ from faults.oracle import finished, resume, resumed_at
 
 CHANGES = {
     "training.batch_size": "4",
-    "training.seed": "7",
-    "training.epochs": "3",
-    "training.learning_rate": "1e-3",
-    "training.group_by_length": "true",
     "adapter.r": "8",
-    "adapter.dropout": "0.2",
     "data.max_length": "24",
 }
 DIE = ["at", {"place": "step_end", "step": 12, "action": "die"}]

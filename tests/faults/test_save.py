@@ -12,10 +12,9 @@ from faults.oracle import resume
 
 STEP = 15
 """The save that is hit; those of 5 and 10 are whole."""
-FILES = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pt", "trainer_state.json", "progress.json")
 OLD: list[tuple[str, str]] = [
     ("before", "trained.safetensors"),
-    *(("half", file) for file in FILES),
+    *(("half", file) for file in ("trained.safetensors", "optimizer.pt", "progress.json")),
     ("half", "MANIFEST.json"),
 ]
 """Here the checkpoint before it is used."""
@@ -42,7 +41,10 @@ def test_f1_to_f9_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
     resume(lab, job, at=STEP if committed else STEP - 5)
 
 
-@pytest.mark.parametrize(("when", "file"), POINTS)
+@pytest.mark.parametrize(
+    ("when", "file"),
+    [("half", "trained.safetensors"), ("half", "MANIFEST.json"), ("renamed", ""), ("half_deleted", "")],
+)
 @pytest.mark.faults
 def test_f1_to_f9_two_processes_killed_inside_a_save(lab: Lab, when: str, file: str) -> None:
     job = lab.job(ranks=2)
@@ -54,11 +56,10 @@ def test_f1_to_f9_two_processes_killed_inside_a_save(lab: Lab, when: str, file: 
     resume(lab, job, at=STEP if committed else STEP - 5)
 
 
-@pytest.mark.parametrize("when", ["before", "half"])
 @pytest.mark.faults
-def test_f11_the_second_rank_killed_while_it_writes(lab: Lab, when: str) -> None:
+def test_f11_the_second_rank_killed_while_it_writes(lab: Lab) -> None:
     job = lab.job(ranks=2)
-    children = job.fork(at_point(when, "rng_state_1.pt", rank=1))
+    children = job.fork(at_point("half", "rng_state_1.pt", rank=1))
     assert children[1].wait() == -signal.SIGKILL
     assert children[0].wait() not in (0, -signal.SIGKILL), children[0].output
     assert STEP not in job.checkpoints

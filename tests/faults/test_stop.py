@@ -93,8 +93,7 @@ def test_f15_sigterm_to_the_second_rank_only(lab: Lab, place: str) -> None:
     resume(lab, job, at=step)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "place"), [(1, "forward"), (2, "forward"), (2, "save")])
 @pytest.mark.faults
 def test_f16_sigterm_to_the_launcher(lab: Lab, place: str, ranks: int) -> None:
     job = lab.job(ranks=ranks)
@@ -116,7 +115,7 @@ def test_f16_sigterm_to_the_launcher(lab: Lab, place: str, ranks: int) -> None:
         resume(lab, job, at=step)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["forward", "save"])
 @pytest.mark.faults
 def test_f17_sigterm_as_process_1(lab: Lab, place: str) -> None:
     job = lab.job()
@@ -237,7 +236,7 @@ def test_f20_a_stopped_run_writes_no_adapter_and_can_be_stopped_again(lab: Lab) 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("wait", [0.0, 0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("wait", [0.0, 0.6])
 def test_a_signal_before_training_ends_at_once(lab: Lab, wait: float) -> None:
     job = lab.job()
     children = job.fork(["slow", {"seconds": 0.05}])

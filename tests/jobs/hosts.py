@@ -20,8 +20,6 @@ from faults.lab import ROOT, TESTS, Job
 
 CORES = sorted(os.sched_getaffinity(os.getppid()))
 """Those of whoever started pytest: pytest itself keeps to one of them."""
-PORT = 29500
-"""As in accelerate_configs/multi_node.yaml. Every network is its own, so that it is always free."""
 START = 240.0
 """Seconds that libraries may take to load, on all hosts together, on a busy machine."""
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
