@@ -1,11 +1,11 @@
 # The one task runner. Needs Python >= 3.11, make, and a package index.
 #
 #   make demo          fine-tune a small encoder with LoRA on the CPU or GPU at hand
-#   make test          the test suite
+#   make test          one test of each promise, in under five minutes on two cores
 #   make test-slow     the tests that take longer
-#   make test-faults   runs that are killed, stopped, starved and damaged, all of them: docs/reliability.md
+#   make test-faults   more runs that are killed, stopped, starved and damaged: docs/reliability.md
 #   make test-jobs     the image, Kubernetes, Slurm, several nodes, an installation from the lock; needs Debian and root
-#   make test-lowest   the suite with the lowest versions that pyproject.toml admits
+#   make test-lowest   `make test` with the lowest versions that pyproject.toml admits
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
 #   make lint          style, format, types

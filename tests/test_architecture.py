@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md, held: layers, sizes, docstrings, style, types."""
+"""The shape of the package: which room imports which, how large files and functions are, and style and types."""
 
 from __future__ import annotations
 
@@ -7,38 +7,14 @@ import itertools
 import re
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 import hf_finetune
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_finetune"
-FILES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = {
-    "errors": 0,
-    **dict.fromkeys(["badrows", "findings", "terminal"], 1),
-    **dict.fromkeys(["plugins", "schema"], 2),
-    # 3: the contracts, tasks/base and adapters/__init__; 4: what tasks and adapters are made of; 5: themselves
-    "recipe": 6,
-    # 7: everything that works on a recipe
-    "training": 8,
-    "hf_finetune": 9,
-    "cli": 10,
-    "launch": 11,
-    "__main__": 11,
-}
-VERSION = {"hf_finetune"}
-"""The package itself, for its version."""
-HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy", "sklearn", "scipy"}
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def name_of(path: Path) -> str:
@@ -47,195 +23,121 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {name_of(path): path for path in FILES}
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+ROOMS = (
+    "errors", "log", "config", "tasks", "adapters", "recipe", "device", "run", "data", "models", "tracking", "training",
+    "reports", "inference", "hub", "pipeline", "search", "service", "cli", "__main__",
+)  # fmt: skip
+"""Each imports itself and those before it. The package itself, the public API, imports any of them."""
+SPINE = (
+    "recipe", "config.blocks", "tasks.base", "tasks.text_classification", "data.sources", "data.prepare",
+    "data.batches", "models.load", "training.trainer", "tracking.tensorboard", "run.folder", "pipeline",
+)  # fmt: skip
+"""What a newcomer reads, in this order."""
+TASK_TALK = re.compile(
+    r"isinstance\([^)]*\b(CausalLM|TextClassification)\b|peft_(type|task) ?[!=]=|auto_model ?[!=]=|task\.problem\b"
+    r"|[\"']input_ids[\"']"
+)
+# To be deleted when the modules have moved into their rooms.
+moved = pytest.mark.skipif(not (PACKAGE / "config").is_dir(), reason="modules have not moved into their rooms yet")
 
 
-@cache
-def tree(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+def room(module: str) -> str:
+    """`hf_finetune.data.sources` -> `data`; empty for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
 
 
-def is_typing_only(node: ast.AST) -> bool:
-    """Whether this is `if TYPE_CHECKING:`."""
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+def imported(module: str, *, at_once: bool = False) -> set[str]:
+    """Return the modules of this project that one imports: anywhere, or only what runs as it is loaded."""
+    names: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        waits = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        )
+        if not (at_once and waits):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(TREES[module])
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    return (found & MODULES.keys()) - {module, "hf_finetune"}
 
 
-def imports(node: ast.AST, *, inside_functions: bool) -> Iterator[str]:
-    """Full names that a module imports at run time."""
-    for child in ast.iter_child_nodes(node):
-        if is_typing_only(child):
-            assert isinstance(child, ast.If)
-            for other in child.orelse:
-                yield from imports(other, inside_functions=inside_functions)
-        elif isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "imports are absolute"
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif inside_functions or not isinstance(child, Function):
-            yield from imports(child, inside_functions=inside_functions)
+@moved
+def test_a_room_imports_only_those_before_it() -> None:
+    """Imports for types and inside functions count: a reader follows them, too."""
+    assert {room(module) for module in MODULES} - {"", *ROOMS} == set(), "a module is in no room"
+    upward = [
+        f"{module} imports {other}"
+        for module in MODULES
+        if room(module)
+        for other in imported(module)
+        if ROOMS.index(room(other)) > ROOMS.index(room(module))
+    ]
+    assert upward == []
 
 
-@cache
-def project_imports(path: Path, *, inside_functions: bool) -> frozenset[str]:
-    """Modules of this project that a file imports."""
-    found = set()
-    for name in imports(tree(path), inside_functions=inside_functions):
-        known = next((module for module in (name, name.rpartition(".")[0]) if module in MODULES), None)
-        if known is not None:
-            found.add(known)
-    return frozenset(found - {name_of(path)})
+@moved
+def test_the_spine_is_there_and_short() -> None:
+    lines = {name: len(SOURCES[f"hf_finetune.{name}"].splitlines()) for name in SPINE}
+    assert sum(lines.values()) < 4_200, lines
 
 
-def layer(module: str) -> int:
-    """The higher, the later in the story; a module imports its own layer and those below."""
-    package, _, plugin = module.removeprefix("hf_finetune.").partition(".")
-    if package in LAYERS:
-        return LAYERS[package]
-    if package in {"tasks", "adapters"}:
-        return 3 if plugin in ("", "base") else 4 if plugin.startswith("_") else 5
-    return 4 if module in below_recipe() else 7
-
-
-@cache
-def below_recipe() -> frozenset[str]:
-    """What a recipe's tasks and adapters reach, also from inside functions, and so must not know a recipe."""
-    reached: set[str] = set()
-    waiting = [module for module in MODULES if module.split(".")[1:2] in (["tasks"], ["adapters"])]
-    while waiting:
-        module = waiting.pop()
-        if module not in reached:
-            reached.add(module)
-            waiting += project_imports(MODULES[module], inside_functions=True)
-    return frozenset(reached)
-
-
-def functions(node: ast.AST) -> Iterator[Function]:
-    """Every function and method."""
-    return (child for child in ast.walk(node) if isinstance(child, Function))
-
-
-def body_lines(function: Function) -> int:
-    """Lines of a function's body without its docstring."""
-    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
-    return body[-1].end_lineno - body[0].lineno + 1 if body and body[-1].end_lineno else 0
-
-
-def test_imports_point_one_way() -> None:
-    upward = {
-        (module, other)
-        for module, path in MODULES.items()
-        for other in project_imports(path, inside_functions=True) - VERSION
-        if layer(other) > layer(module)
+@moved
+def test_only_tasks_know_which_task_they_are() -> None:
+    talking = {
+        module: TASK_TALK.findall(source)
+        for module, source in SOURCES.items()
+        if room(module) != "tasks" and not module.startswith("hf_finetune.models.kernels")
     }
-    assert upward == set()
+    assert {module: found for module, found in talking.items() if found} == {}
 
 
 def test_no_import_cycle() -> None:
-    graph = {module: project_imports(path, inside_functions=False) for module, path in MODULES.items()}
+    graph = {module: imported(module, at_once=True) for module in MODULES}
     while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
         graph = {module: needs for module, needs in graph.items() if module not in leaves}
     assert graph == {}
 
 
-def test_what_a_recipe_is_made_of_knows_nothing_else() -> None:
-    reached = below_recipe()
-    strangers = {"recipe", "training", "cli", "trainer", "model", "hardware", "data", "export", "evaluation", "report"}
-    assert {module.split(".")[1] for module in reached if "." in module} & strangers == set()
+def test_files_and_functions_can_be_read_in_one_go() -> None:
+    long = {module: lines for module, source in SOURCES.items() if (lines := len(source.splitlines())) > 600}
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                long |= {f"{module}.{node.name}": lines} if lines > 70 else {}
+    assert long == {}
 
 
-def test_heavy_libraries_wait_inside_functions() -> None:
-    waiting, reached = ["hf_finetune.recipe", *(m for m in MODULES if layer(m) == 5)], set()
-    while waiting:
-        module = waiting.pop()
-        if module not in reached:
-            reached.add(module)
-            waiting += project_imports(MODULES[module], inside_functions=False)
-    tops = {m: {name.partition(".")[0] for name in imports(tree(MODULES[m]), inside_functions=False)} for m in reached}
-    assert {module: names & HEAVY for module, names in tops.items() if names & HEAVY} == {}
-
-
-def test_files_are_one_concept() -> None:
-    sizes = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    assert {name: size for name, size in sizes.items() if size > 600} == {}
-
-
-def test_functions_are_short() -> None:
-    sizes = {f"{name_of(path)}.{f.name}": body_lines(f) for path in FILES for f in functions(tree(path))}
-    assert {name: size for name, size in sizes.items() if size > 70} == {}
-
-
-def test_no_drawers() -> None:
-    assert {name.rpartition(".")[2] for name in MODULES} & {"utils", "util", "common", "helpers", "misc"} == set()
-
-
-def test_nothing_is_caught_blindly() -> None:
-    caught = [
-        f"{path.name}:{node.lineno}"
-        for path in FILES
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.ExceptHandler)
-        and (node.type is None or {"Exception", "BaseException"} & set(re.findall(r"\w+", ast.unparse(node.type))))
-        and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None)
+@moved
+def test_docstrings_say_what_to_expect_and_not_what_is_asked() -> None:
+    """ "Return the rows", not "What the rows are": a function is told what it does."""
+    asking = [
+        f"{module}: {text.splitlines()[0]}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module)
+        if (text := ast.get_docstring(node)) and re.match(r"(What|Whether|Who|How|Where|Which|Why|When)\b", text)
     ]
-    assert caught == []
+    assert asking == []
 
 
-def test_public_names_are_sorted_and_there() -> None:
-    assert sorted(hf_finetune.__all__) == hf_finetune.__all__
-    assert all(hasattr(hf_finetune, name) for name in hf_finetune.__all__)
-    public = {name for name in imports(tree(PACKAGE / "__init__.py"), inside_functions=False) if "hf_finetune" in name}
-    assert {name.rpartition(".")[2] for name in public} <= set(hf_finetune.__all__)
+def test_no_module_is_a_drawer() -> None:
+    names = set(itertools.chain(*(module.split(".") for module in MODULES)))
+    assert names & {"utils", "util", "common", "helpers", "misc"} == set()
 
 
-def test_changelog_starts_with_this_version() -> None:
-    versions = re.findall(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert versions[0] == hf_finetune.__version__
-
-
-def dependencies() -> dict[str, Requirement]:
-    """Direct dependencies by normalised name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {normal(r.name): r for r in map(Requirement, project["dependencies"])}
-
-
-def pins(file: str) -> dict[str, Version]:
-    """Versions that a constraints file pins."""
-    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "exact versions without local tags"
-    return {normal(name): Version(version) for name, _, version in (line.partition("==") for line in lines)}
-
-
-def normal(name: str) -> str:
-    """A distribution's name as the index compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def test_every_dependency_has_both_bounds() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
-    foreign = [r for r in map(Requirement, declared) if r.name != "hf-finetune"]
-    assert [r.name for r in foreign if {spec.operator for spec in r.specifier} != {">=", "<"}] == []
-
-
-def test_the_tested_set_is_pinned_within_the_bounds() -> None:
-    tested = pins("constraints.txt")
-    assert str(tested["torch"]) == "2.13.0"
-    assert [name for name, r in dependencies().items() if tested[name] not in r.specifier] == []
-
-
-def test_the_lowest_set_is_the_lower_bounds() -> None:
-    lowest = pins("constraints-lowest.txt")
-    bounds = {
-        name: Version(spec.version)
-        for name, r in dependencies().items()
-        for spec in r.specifier
-        if spec.operator == ">="
-    }
-    assert {name: lowest[name] for name in bounds if name != "torch"} == {
-        n: v for n, v in bounds.items() if n != "torch"
-    }
+def test_public_names_are_there() -> None:
+    assert [name for name in hf_finetune.__all__ if not hasattr(hf_finetune, name)] == []
 
 
 @pytest.mark.lint

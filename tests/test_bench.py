@@ -27,11 +27,10 @@ from benchmarks.race import (
     race,
     runner,
     summary,
-    systems,
     table,
 )
 from benchmarks.race.results import Measurement, Store, plan
-from benchmarks.race.workloads import FULL, QUICK, Shape, Target
+from benchmarks.race.workloads import QUICK, Shape, Target
 
 pytestmark = pytest.mark.slow
 
@@ -71,24 +70,18 @@ def test_the_ratio_of_times_says_how_many_times_faster() -> None:
     assert found.median == pytest.approx(2.0)
 
 
-def test_a_spread_of_nothing_is_none() -> None:
-    assert summary.Spread.of([None, None]) is None
-    assert summary.Spread.of([3.0, None, 1.0, 2.0]) == summary.Spread(2.0, 1.0, 3.0, 3)
-
-
-@pytest.mark.parametrize(
-    ("target", "seconds"),
-    [(Target("accuracy", 0.8), 20.0), (Target("accuracy", 0.95), None), (Target("loss", 0.5), 10.0)],
-)
-def test_the_time_to_a_target_is_that_of_the_first_evaluation_that_meets_it(
-    target: Target, seconds: float | None
-) -> None:
-    evaluations = [
-        {"seconds": 10.0, "accuracy": 0.7, "loss": 0.5},
-        {"seconds": 20.0, "accuracy": 0.8, "loss": 0.6},
-        {"seconds": 30.0, "accuracy": 0.9, "loss": 0.1},
-    ]
-    assert summary.time_to(evaluations, target) == seconds
+def test_the_time_to_a_target_is_that_of_the_first_evaluation_that_meets_it() -> None:
+    for target, seconds in [
+        (Target("accuracy", 0.8), 20.0),
+        (Target("accuracy", 0.95), None),
+        (Target("loss", 0.5), 10.0),
+    ]:
+        evaluations = [
+            {"seconds": 10.0, "accuracy": 0.7, "loss": 0.5},
+            {"seconds": 20.0, "accuracy": 0.8, "loss": 0.6},
+            {"seconds": 30.0, "accuracy": 0.9, "loss": 0.1},
+        ]
+        assert summary.time_to(evaluations, target) == seconds
 
 
 def test_flops_are_4_a_frozen_and_6_a_trained_weight_and_token_and_the_head_counts_for_answers_alone() -> None:
@@ -123,15 +116,6 @@ def test_the_made_llama_is_the_same_every_time(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_stand_in_chats_are_the_same_every_time_and_add_up() -> None:
-    rows = corpora.gsm8k(None).train
-    assert rows == corpora.gsm8k(None).train
-    for row in rows[:50]:
-        for step in row["answer"].split("<<")[1:]:
-            sum_, _, total = step.partition(">>")[0].partition("=")
-            assert eval(sum_) == int(total)
-
-
 def test_a_workload_takes_the_same_rows_whoever_trains(prepared: measure.Prepared) -> None:
     rows = [json.loads(line) for line in (prepared.folder / "train.jsonl").read_text().splitlines()]
     assert rows == corpora.cut(corpora.gsm8k(None), CHATS).train
@@ -160,23 +144,9 @@ def test_sst2_is_read_from_its_tsv_files(tmp_path: Path) -> None:
     assert corpus.note == ""
 
 
-def test_long_chats_fill_the_sequence() -> None:
-    long = replace(CHATS, max_length=2048, rows=3, validation_rows=1)
-    corpus = corpora.cut(corpora.gsm8k(None), long)
-    assert len(corpus.train) == 3
-    assert all(len(row["answer"]) >= 4 * 2048 for row in corpus.train)
-
-
 def test_every_second_round_goes_backwards() -> None:
     order = [(found.system, found.seed) for found in plan([("w", "d", ("a", "b"))], 3)]
     assert order == [("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
-
-
-def test_workloads_take_turns_in_a_round() -> None:
-    found = plan([("one", "d", ("a", "b", "c")), ("two", "d", ("a",))], 2)
-    order = [(measurement.workload, measurement.system) for measurement in found]
-    assert order[:4] == [("one", "a"), ("two", "a"), ("one", "b"), ("one", "c")]
-    assert order[4:] == order[:4][::-1]
 
 
 def test_what_was_measured_is_found_again_under_the_same_settings_only(tmp_path: Path) -> None:
@@ -260,19 +230,6 @@ def test_a_peer_that_can_not_be_installed_is_in_the_table(tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("known_peak")
-def test_installing_that_takes_all_the_time_leaves_a_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sleep(environment: Any, index: Any, timeout: float) -> float:
-        one.deadline -= timeout
-        raise environments.OutOfTimeError(f"not installed within {timeout:.0f} s")
-
-    monkeypatch.setattr(environments, "install", sleep)
-    monkeypatch.setattr(measure, "measure", None)  # would not be survived
-    one = small(tmp_path, "--budget", "100", systems=("trl",))
-    one.run()
-    assert one.found() == []
-
-
-@pytest.mark.usefixtures("known_peak")
 def test_a_run_that_the_end_of_the_time_cuts_short_is_measured_again_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,29 +242,6 @@ def test_a_run_that_the_end_of_the_time_cuts_short_is_measured_again_later(
     patient = small(tmp_path, "--budget", "300", "--timeout", "200", systems=("plain",))
     patient.run()
     assert patient.found() == [slow]
-
-
-@pytest.mark.usefixtures("known_peak")
-def test_a_second_run_is_not_begun_where_the_first_took_longer_than_is_left(tmp_path: Path) -> None:
-    one = small(tmp_path, "--budget", "100")
-    first = one.plan()[0][1]
-    one.store.put(first, {**result("hf_finetune", 1, 5.0), "wall": 150.0})
-    assert one.has_time_for(first)
-    assert not one.has_time_for(replace(first, seed=2))
-
-
-@pytest.mark.usefixtures("known_peak")
-def test_the_table_alone_needs_no_words_about_data_and_keeps_the_machine_of_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(20)]
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
-    small(tmp_path / "results", "--gsm8k", str(tmp_path))
-    monkeypatch.setattr(machine, "peaks", None)  # would not be survived
-    again = small(tmp_path / "results", "--table")
-    assert again.prepared[0].notes == ()
-    assert "fp32 0.10, bf16 0.40 TFLOP/s" in again.write()
 
 
 def test_a_row_has_medians_ratios_and_how_many_seeds(prepared: measure.Prepared) -> None:
@@ -342,17 +276,6 @@ def test_goals_say_what_was_measured_and_whether_it_is_enough(prepared: measure.
     assert line in goals.markdown(found)
 
 
-def test_a_target_has_a_goal_of_its_own(prepared: measure.Prepared) -> None:
-    workload = replace(CHATS, target=Target("loss", 1.0), goals={"plain": 8.0})
-    results = {
-        "hf_finetune": [result("hf_finetune", 1, 1.0, time_to_target=10.0)],
-        "plain": [result("plain", 1, 1.0, time_to_target=90.0)],
-    }
-    rows = table.rows(replace(prepared, workload=workload), results, 1e12)
-    (goal,) = goals.check(workload, rows)
-    assert (goal.what, goal.measured, goal.is_met) == ("time to the target", "9.00 x (1 seeds)", True)
-
-
 def test_a_table_replaces_what_stands_between_its_marks_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     file.write_text("before\n<!-- results: from a -->\nold\n<!-- results: end -->\nafter\n")
@@ -362,20 +285,6 @@ def test_a_table_replaces_what_stands_between_its_marks_and_nothing_else(tmp_pat
         assert file.read_text() == text
     with pytest.raises(SystemExit, match="profile: end"):
         marked.put(file, "profile", "x")
-
-
-def test_a_peer_that_does_not_run_is_in_the_table_with_its_last_words(prepared: measure.Prepared) -> None:
-    failed = {"system": "trl", "seed": 1, "failed": "ERROR: No matching distribution found for trl|x"}
-    entries = table.rows(prepared, {"hf_finetune": [], "trl": [failed]}, 1e12)
-    text = table.markdown(prepared, entries, [])
-    assert "did not run: `ERROR: No matching distribution found for trl/x`" in text
-    assert {line.count("|") for line in text.splitlines() if line.startswith("| ")} == {11}
-
-
-def test_other_tokens_are_said_to_be_other_work(prepared: measure.Prepared) -> None:
-    own = {"tokens": prepared.tokens // 2, "trained_parameters": 1, "steps": 3}
-    entries = table.rows(prepared, {"plain": [result("plain", 1, 5.0, own=own)]}, 1e12)
-    assert "has 50.0% of the tokens" in table.markdown(prepared, entries, [])
 
 
 def test_a_package_that_can_not_be_had_is_an_install_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,29 +305,6 @@ def test_the_last_words_of_a_log_are_its_last_error() -> None:
     assert environments.last_line("OSError: no /a/b/lib/x.so, see https://a.b/c/d") == (
         "OSError: no .../x.so, see https://a.b/c/d"
     )
-
-
-def test_a_gpu_workload_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "has_gpu", lambda: False)
-    reasons = {race.impossible(workload, NOTHING) for workload in FULL if workload.needs_gpu}
-    assert reasons == {"no GPU here"}
-
-
-def test_targets_are_for_the_real_data_only() -> None:
-    workload = next(workload for workload in FULL if workload.name == "gsm8k-llama-12m-target")
-    assert "--gsm8k and --llama" in race.impossible(workload, NOTHING)
-    assert not race.impossible(workload, measure.Sources(None, Path("a"), Path("b")))
-
-
-def test_every_system_of_a_workload_is_known_and_has_a_goal_or_none() -> None:
-    for workload in (*QUICK, *FULL):
-        assert set(workload.systems) <= set(systems.SYSTEMS)
-        assert set(workload.goals) | set(workload.memory_goals) <= set(workload.systems)
-        assert workload.batch_size % (workload.micro_batch or workload.batch_size) == 0
-        assert workload.systems[0] == "hf_finetune"
-        # The others don't read it.
-        told = workload.activation_checkpointing is not None
-        assert not told or all(name == "hf_finetune" or name.startswith("trl") for name in workload.systems)
 
 
 def test_a_run_is_watched_until_it_ends(tmp_path: Path) -> None:
@@ -460,51 +346,13 @@ def test_memory_is_compared_where_micro_batches_are_equal(prepared: measure.Prep
     assert ratios == [summary.Spread(2.0, 2.0, 2.0, 1), None]
 
 
-def test_who_recomputes_activations_is_said_to_all_or_left_to_each(prepared: measure.Prepared, tmp_path: Path) -> None:
-    for value, said in ((None, "auto"), (True, "true"), (False, "false")):
-        workload = replace(CHATS, activation_checkpointing=value)
-        assert (workload.digest() == CHATS.digest()) == (value is None)
-        measurement = Measurement("quick-chats", "d", "hf_finetune", 1)
-        job = measure.job_of(replace(prepared, workload=workload), measurement, tmp_path)
-        assert f"  activation_checkpointing: {said}\n" in ours.write_recipe(job).read_text()
-        assert job["activation_checkpointing"] is value
-
-
-def test_results_kept_from_before_a_later_field_are_still_found() -> None:
-    assert next(workload for workload in FULL if workload.name == "sst2-minilm").digest() == "acdca1ef39b6"
-
-
-def test_a_fixed_micro_batch_is_in_our_recipe_and_else_the_choice_is_ours(
-    prepared: measure.Prepared, tmp_path: Path
-) -> None:
-    for rows, said in ((None, "auto"), (2, "2")):
-        workload = replace(CHATS, micro_batch=rows)
-        measurement = Measurement("quick-chats", "d", "hf_finetune", 1)
-        job = measure.job_of(replace(prepared, workload=workload), measurement, tmp_path)
-        assert f"  micro_batch: {said}\n" in ours.write_recipe(job).read_text()
-        assert job["micro_batch"] == (rows or CHATS.batch_size)
-
-
-def test_our_count_of_tokens_is_read_from_what_we_say() -> None:
-    assert ours.tokens("run folder x\ntrain: 1,024 rows, 27,001 tokens, longest 41\n") == 27_001
-    assert ours.tokens("") is None
-
-
-def test_the_trainers_own_words_become_events() -> None:
-    seen = [(1.0, "{'loss': '9.1', 'epoch': '1'}"), (2.0, "{'loss': '8'}"), (3.0, "{'train_runtime': '15.49', 'x': 1}")]
-    found = systems.printed_events(seen)
-    assert found == [{"event": "first_step", "time": 1.0}, {"event": "train_end", "time": 3.0, "seconds": 15.49}]
-
-
-@pytest.mark.parametrize("configure", [clis.llama_factory, clis.axolotl, clis.ms_swift])
-def test_peers_with_a_command_line_are_told_the_same(
-    configure: Any, prepared: measure.Prepared, tmp_path: Path
-) -> None:
-    job = measure.job_of(prepared, Measurement("quick-chats", prepared.digest, "x", 7), tmp_path)
-    command = configure(job).command
-    said = " ".join(command) + "".join(file.read_text() for file in tmp_path.glob("config.yaml"))
-    for fact in (job["model"], str(job["learning_rate"]), "512"):
-        assert fact in said
+def test_peers_with_a_command_line_are_told_the_same(prepared: measure.Prepared, tmp_path: Path) -> None:
+    for configure in [clis.llama_factory, clis.axolotl, clis.ms_swift]:
+        job = measure.job_of(prepared, Measurement("quick-chats", prepared.digest, "x", 7), tmp_path)
+        command = configure(job).command
+        said = " ".join(command) + "".join(file.read_text() for file in tmp_path.glob("config.yaml"))
+        for fact in (job["model"], str(job["learning_rate"]), "512"):
+            assert fact in said
 
 
 @pytest.mark.usefixtures("known_peak")

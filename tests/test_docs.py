@@ -1,4 +1,4 @@
-"""The pages of docs/ are current, and linked; the Chinese README says what the English one says."""
+"""README and docs/ are current, and linked; the Chinese README says what the English one says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from documents import ROOT
 from hf_finetune.adapters import Adapter
 from hf_finetune.plugins import discover
 from hf_finetune.recipe import Recipe, reference
+from hf_finetune.schema.checks import table
 from hf_finetune.tasks.base import Task
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -31,7 +32,7 @@ def test_every_plugin_has_a_section() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*DOCS, CHINESE]:
+    for page in [*DOCS, ENGLISH, CHINESE]:
         links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert [link for link in links if not (page.parent / link).exists()] == []
 
@@ -52,13 +53,27 @@ def test_the_site_has_a_page_for_every_entry() -> None:
 
 
 def test_recipes_in_the_pages_load(tmp_path: Path) -> None:
-    for page in [*DOCS, CHINESE]:
+    for page in [*DOCS, ENGLISH, CHINESE]:
         blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
         for number, block in enumerate(blocks):
             if "output:" in block:
                 file = tmp_path / f"{number}.yaml"
                 file.write_text(block, encoding="utf-8")
                 assert Recipe.load(str(file)).output.startswith("runs/")
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    named = re.findall(
+        r"\b((?:recipes|accelerate_configs|benchmarks)/[\w./-]+\.(?:yaml|py))", ENGLISH.read_text("utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_data_checks_is_that_of_the_recipe() -> None:
+    row = r"^\| `(\w+)` \| (error|warn|off) \| `?([^|`]*)`? \| (.*) \|$"
+    rows = re.findall(row, ENGLISH.read_text(encoding="utf-8"), re.MULTILINE)
+    told = [(name, default, limit.strip(), meaning) for name, default, limit, meaning in rows]
+    assert told == [(c.name, c.default, c.limit, c.meaning.rstrip(".")) for c in table()]
 
 
 def test_the_readmes_have_the_same_structure_and_commands() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import loopback
@@ -48,6 +49,22 @@ def test_no_host_is_named() -> None:
         assert (
             re.findall(r"https?:|index-url|find-links|[\w-]+\.(?:org|com|io)\b", file.read_text(encoding="utf-8")) == []
         )
+
+
+def test_every_dependency_has_both_bounds() -> None:
+    groups = PROJECT["project"]["optional-dependencies"].values()
+    declared = map(Requirement, chain(PROJECT["project"]["dependencies"], *groups))
+    bounds = {r.name: {spec.operator for spec in r.specifier} for r in declared if r.name != "hf-finetune"}
+    assert {name: found for name, found in bounds.items() if found != {">=", "<"}} == {}
+
+
+def test_the_tested_set_is_within_the_bounds_and_the_lowest_set_is_the_lower_ones() -> None:
+    tested, lowest = ({p.name: p.version for p in read(ROOT / f"constraints{n}.txt")} for n in ("", "-lowest"))
+    direct = {normal(r.name): r.specifier for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    assert [name for name, specifier in direct.items() if tested[name] not in specifier] == []
+    lower = {name: spec.version for name, found in direct.items() for spec in found if spec.operator == ">="}
+    wrong = {name for name, version in lower.items() if Version(lowest[name]) != Version(version)}
+    assert wrong <= {"torch"}
 
 
 def test_a_line_without_a_version_is_refused(tmp_path: Path) -> None:

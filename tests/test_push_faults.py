@@ -22,18 +22,14 @@ def run(classifier: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(classifier, tmp_path / "run"))
 
 
-QUICK = ("503_twice", "409_at_the_commit", "reset_after_the_commit", "hangs_once", "503", "hangs", "429_for_an_hour")
+QUICK = ("503_twice", "409_at_the_commit", "reset_after_the_commit", "503", "hangs")
 """Of those below, for `make test`."""
 PASSING = {
     "503_twice": [Fault("POST /api/repos/create", times=2)],
-    "503_of_the_storage": [Fault("PUT /lfs", times=2)],
-    "503_about_the_card": [Fault("POST /api/validate-yaml", content=b"<html>no JSON</html>")],
     "429_with_retry_after": [Fault("GET /api/models/me/reviews$", status=429, headers={"Retry-After": "1"})],
     "409_at_the_commit": [Fault("POST .*/commit/", status=409)],
     "reset_in_the_middle_of_the_weights": [Fault("PUT /lfs", "reset")],
-    "reset_in_the_middle_of_the_commit": [Fault("POST .*/commit/", "reset")],
     "reset_after_the_commit": [Fault("POST .*/commit/", "reset", after=True)],
-    "reset_after_the_tag": [Fault("POST .*/tag/", "reset", after=True)],
     "hangs_once": [Fault("POST .*/preupload/", "hang")],
 }
 
@@ -89,9 +85,6 @@ LASTING = {
     "503": Fault(".", times=999),
     "hangs": Fault(".", "hang", times=999),
     "slow": Fault(".", "slow", times=999),
-    "reset": Fault(".", "reset", times=999),
-    "409": Fault("/commit/", status=409, times=999),
-    "429_for_an_hour": Fault("PUT /lfs", status=429, times=999, headers={"Retry-After": "3600"}),
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECIPE
+from conftest import QUICK, RECIPE
 from forked import Server
 from screens import Terminal
 
@@ -127,15 +127,15 @@ def start() -> Iterator[Start]:
         process.wait()
 
 
-def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, start: Start, recipe: str) -> None:
-    words = ("-m", "hf_finetune", recipe, "training.epochs=10000", "training.log_every=20")
+def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, recipe: str) -> None:
+    words = (recipe, "training.epochs=10000", "training.log_every=20", *QUICK)
+    env = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm", "COLUMNS": "80"}
     with Terminal() as shown:
-        process = start(shown, *words)
+        process = server.start(*words, env=env, streams=(shown.theirs,) * 3)
         wait_for("step 20/", shown)
-        process.send_signal(signal.SIGINT)
+        process.send(signal.SIGINT)
         assert process.wait(180) == 130
-        env = {name: value for name, value in os.environ.items() if name != "CI"} | {"TERM": "xterm", "COLUMNS": "80"}
-        resumed = server.start(*words[2:], env=env, streams=(shown.theirs,) * 3)
+        resumed = server.start(*words, env=env, streams=(shown.theirs,) * 3)
         wait_for("resuming from", shown)
         wait_for("step 60/", shown)
         resumed.send(signal.SIGTERM)

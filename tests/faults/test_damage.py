@@ -98,6 +98,7 @@ def test_f37_newest_means_the_highest_step_whatever_the_clock_says(lab: Lab, kil
     resume(lab, killed, at=15, before=(killed.run / "metrics.jsonl").read_text())
 
 
+@pytest.mark.faults
 def test_f37_a_clock_that_went_back_blocks_nobody(lab: Lab, killed: Job) -> None:
     killed.back()
     status = killed.run / "status.json"

@@ -138,16 +138,6 @@ def test_k5_before_the_first_checkpoint(lab: Lab) -> None:
     assert "--restart" not in ended.output
 
 
-def test_k5_a_finished_run_is_left_as_it_is(lab: Lab) -> None:
-    job = lab.job("training.epochs=1")
-    assert job.go().code == 0
-    before = {path: path.read_bytes() for path in job.run.rglob("*") if path.is_file() and path.name != ".lock"}
-    ended = job.go()
-    assert ended.code == 0
-    assert "already holds this run, finished" in ended.output
-    assert {path: path.read_bytes() for path in before} == before
-
-
 @pytest.mark.faults
 def test_k10_logs_that_do_not_divide_the_checkpoints(lab: Lab) -> None:
     job = lab.job("training.log_every=7")

@@ -28,7 +28,6 @@ KINDS = {
     "workers": ("data.workers=2",),
     "streamed": STREAMED,
 }
-QUICK = {"grouped"}
 
 
 def killed(job: Job, step: int, place: str = "step_end") -> Job:
@@ -37,9 +36,8 @@ def killed(job: Job, step: int, place: str = "step_end") -> Job:
     return job
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.faults) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.faults
 def test_k7_k9_k11_every_kind_of_run(lab: Lab, kind: str) -> None:
     resume(lab, killed(lab.job(*KINDS[kind]), 18), at=15)
 

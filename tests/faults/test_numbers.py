@@ -139,6 +139,7 @@ def is_finite(value: object) -> bool:
     return math.isfinite(number)
 
 
+@pytest.mark.faults
 def test_every_line_of_metrics_is_plain_json(lab: Lab) -> None:
     job = lab.job()
     job.go(poison("loss", "nan", 3))
