@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: asked once a process, for where it can't each of many requests waits for itself."""
+"""Asks once a process whether the Hub can be reached; where it can't, each of many requests would wait for itself."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hf_finetune.terminal import warn
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
 SECONDS = 10.0
-"""How long the Hub may take to answer."""
+"""Time that the Hub may take to answer."""
 
 _cut_off = False
 """This process decided to do without the Hub."""
 
 
 def settle(recipe: Recipe) -> None:
-    """Where the recipe needs the Hub and it can't be reached, go by what is cached, as with HF_HUB_OFFLINE=1; say so.
+    """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the recipe needs the Hub and it can't be reached.
 
-    A process that has found out so goes by it until `again`.
+    This holds for the process, until `again`.
     """
     parts = (recipe.data, *(recipe.data.mix or ()))
     named = [recipe.model.name, *(part.source for part in parts if part.source is not None)]

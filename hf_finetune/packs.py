@@ -1,4 +1,4 @@
-"""Which documents share a sequence, in arrays: what ten million documents need stays below a gigabyte."""
+"""Packs documents into sequences, in arrays: ten million documents need less than a gigabyte."""
 
 from __future__ import annotations
 

@@ -58,19 +58,18 @@ class Prepared:
     raw_test: datasets.Dataset | None
     """Like `raw_validation`."""
     targets: Targets
-    """What the training rows say about the labels."""
     counted: Mapping[str, SplitReport]
-    """What became of the rows of each split that was loaded."""
+    """By split, as far as it was loaded."""
     facts: Mapping[str, Facts]
-    """What was counted in the rows of each split that was loaded; `checks.findings` judges it."""
+    """By split; `checks.findings` judges them."""
     places: Mapping[str, str]
-    """What messages call each split."""
+    """Names of the splits in messages."""
     fingerprint: str
     """SHA-256, as hex, over everything that determines the rows: data, tokenizer, task and settings."""
 
     @property
     def reports(self) -> dict[str, SplitReport]:
-        """What became of the rows of each split; of a stream, of those that this process read in the first pass."""
+        """One a split; of a stream, for the rows that this process read in the first pass."""
         if not isinstance(self.train, Stream) or self.train.report().rows == 0:
             return dict(self.counted)
         return {"train": self.train.report(), **self.counted}

@@ -38,9 +38,9 @@ class UnfitError(DataError):
 
     Args:
         problems: Everything that is.
-        facts: What was counted in the other rows of each split; none of a split without any fit row.
-        counted: What would become of the rows of each split; its `rows` are all, those that are left out included.
-        places: What messages call each split.
+        facts: Counted in the fit rows of each split; a split without any is absent.
+        counted: The report of each split without those rows; its `rows` include them.
+        places: Names of the splits in messages.
         left_out: Unfit rows of each split.
     """
 
@@ -103,7 +103,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, 
 
 
 class _Building:
-    """What was made of the splits so far, and what is wrong with them."""
+    """The splits as far as they are encoded, and their problems."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, place: Workplace) -> None:
         self.recipe, self.tokenizer, self.reading, self.place = recipe, tokenizer, reading, place
@@ -112,10 +112,10 @@ class _Building:
         """The rows that are encoded: all, or those that are fit."""
         self.encodings: dict[str, Encoding] = {}
         self.mislabelled: set[tuple[str, str]] = set()
-        """Where labels can't be read, and why: what was told when they were."""
+        """Source and problem of labels that can't be read."""
 
     def targets(self, train: Split | None) -> tuple[Targets | None, Array]:
-        """What the training rows say about the labels, and those that say nothing readable, which are told."""
+        """The labels of the training rows, and the rows whose labels can't be read, which are noted."""
         if train is None:
             return self._streamed_targets(), NONE
         every = np.arange(len(train.rows))

@@ -34,14 +34,14 @@ from hf_finetune.tasks.base import Targets
 FORMAT = 5
 """Raised whenever what an entry holds changes."""
 STARTED = time.time()
-"""When this process came here. Ranks meet before they prepare data, so a failure of this launch is later."""
+"""Time of the import. Ranks meet before they prepare data, so a failure of this launch is later."""
 POLL_S = 0.5
 """Seconds between two looks of a rank that waits for an entry."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What an entry holds, by split."""
+    """The content of an entry, by split."""
 
     encoded: Mapping[str, datasets.Dataset]
     raw: Mapping[str, datasets.Dataset]

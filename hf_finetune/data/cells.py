@@ -1,4 +1,4 @@
-"""What the task reads of the data, and what cells of a column are: any JSON, or labels of csv."""
+"""The columns that a task reads, and the types of their cells: any JSON, or labels of csv."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_TEXTS = 1000
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the task reads."""
+    """The columns that a task reads."""
 
     columns: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -31,13 +31,13 @@ class Wanted:
     optional: tuple[str, ...] = ()
     """Those that a row may lack."""
     declared: bool = True
-    """Whether the recipe says what may stand in the label columns, so that training rows need not show it."""
+    """The recipe lists the labels, so that training rows need not show them."""
     held_out: bool = True
-    """Whether these are no training rows, so that an optional column may be missing from all of them."""
+    """For rows that are not trained on: an optional column may be missing from all of them."""
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
-        """What a task reads."""
+        """Those of a task."""
         return cls(
             tuple(task.columns()), tuple(task.text_columns()), tuple(task.optional_columns()), task.declares_labels()
         )

@@ -1,4 +1,4 @@
-"""Applies the levels of `data.checks` to what was counted in the data, and says it in sentences."""
+"""Compares what was counted in the data with the levels and limits of `data.checks`, and reports it in sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Found = tuple[str, Problem]
 
 
 class Sentence(NamedTuple):
-    """What a check says of the rows that it strikes."""
+    """The message of a check about the rows that it finds."""
 
     what: str
     remedy: str
@@ -245,7 +245,7 @@ class _Split:
             yield "unseen_label", self._problem(message + self._way_out("unseen_label"))
 
     def _way_out(self, check: str) -> str:
-        """What the level means, and how an error becomes a warning."""
+        """The consequence of the level, and the setting that makes a warning of an error."""
         drops = check in _DROPPED
         if getattr(self.recipe.data.checks, check) == "error":
             return f", or set data.checks.{check}: warn" + (" to drop them" if drops else "")
@@ -262,7 +262,7 @@ class _Split:
 
 
 def _escapes(recipe: Recipe) -> bool | None:
-    """Whether special tokens in text are text; None where the task can't say so."""
+    """The task's `escape_special_tokens`; None where it has no such key."""
     return getattr(recipe.task, "escape_special_tokens", None)
 
 

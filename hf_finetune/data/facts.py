@@ -1,4 +1,4 @@
-"""What is known about the rows of a split once they are encoded: counted without regard to `data.checks`."""
+"""Facts about the rows of a split, counted once they are encoded, whatever `data.checks` says."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_finetune.errors import Problem
 
 @dataclass(frozen=True)
 class Tally:
-    """How often one check struck in a split."""
+    """The rows of a split that one check found."""
 
     count: int = 0
     """Rows; tokens for `unknown_tokens`."""
     rows: tuple[tuple[str, int], ...] = ()
     """The first few: source as messages call it, and the row's number there, from 1."""
     detail: str = ""
-    """What exactly it is in the first of them; empty where the check says all."""
+    """The exact finding in the first of them; empty where the check says all."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Facts:
-        """What `dataclasses.asdict` and JSON made of facts."""
+        """Undo `dataclasses.asdict` and JSON."""
         return cls(
             tallies={
                 name: Tally(tally["count"], tuple((place, row) for place, row in tally["rows"]), tally["detail"])

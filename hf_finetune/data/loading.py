@@ -202,7 +202,7 @@ class Columns:
                     self.note(f"{column}[]", element, number, reading)
 
     def problems(self, files: Sequence[str]) -> list[Problem]:
-        """What is wrong with the files together."""
+        """Problems of all files together."""
         mixed = [problem for labels in self.labels.values() if (problem := labels.mixed()) is not None]
         # Where it is known which labels are right, the others are told one by one, later.
         problems = [] if self.wanted.declared or self.wanted.held_out else mixed
@@ -301,7 +301,7 @@ class _File:
         return texts
 
     def problems(self) -> list[Problem]:
-        """Everything that is wrong with what was read: the same fault of many rows is one problem."""
+        """Everything that is wrong with the rows read so far: the same fault of many rows is one problem."""
         self.columns.found |= {*self.keys, *self.columns.kinds}
         # A key that no row has is a column that is missing.
         absent = [column for column, numbers in self.lacking.items() if len(numbers) == self.read]

@@ -166,7 +166,7 @@ def _feature(column: str, held: Sequence[Held], *, label: bool) -> Any:
 
 
 def _kind(column: str, type_: Any, file: str) -> str:
-    """What a column holds.
+    """The kind of a column.
 
     Raises:
         DataError: Something that is neither text nor a number nor made of them.

@@ -1,4 +1,4 @@
-"""What the raw text of rows holds beside text: NUL, control and special tokens, words that others read as missing."""
+"""Marks of raw text that holds NUL, control or special tokens, or words that others read as missing."""
 
 from __future__ import annotations
 

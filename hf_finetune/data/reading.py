@@ -21,11 +21,10 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read, and in which order."""
+    """The sources of a stream, and the order of its rows."""
 
     origins: Origins
     wanted: Wanted
-    """What the task needs."""
     buffer: int
     """Rows to shuffle from; the order of files is shuffled too."""
     limit: int | None
@@ -35,12 +34,12 @@ class Reading:
 
     @classmethod
     def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
-        """What the recipe's data block asks for."""
+        """From the recipe's data block."""
         return cls(origins, wanted, data.shuffle_buffer, data.limit, seed)
 
     @property
     def places(self) -> str:
-        """What messages call the sources."""
+        """Names of the sources in messages."""
         return ", ".join(origin.place for origin in self.origins.train)
 
     def open(self) -> datasets.IterableDataset:

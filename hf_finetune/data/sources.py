@@ -1,4 +1,4 @@
-"""Where each split comes from: local files, or a split of a data set on the Hub, of which no code is ever executed."""
+"""The sources of each split: local files, or a split of a data set on the Hub, whose code is never executed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ from hf_finetune.schema.complaints import suggestion
 from hf_finetune.schema.paths import is_commit
 
 READING_ERRORS = (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
-"""What `datasets`, pandas and pyarrow raise for data that they can't read.
-
-pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
-"""
+# pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
 SAMPLE_BYTES = 1 << 20
-"""How much of each end of a streamed file goes into its identity."""
+"""Bytes of each end of a streamed file that go into its identity."""
 
 
 def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
@@ -65,7 +62,7 @@ class LocalFiles:
 
     @property
     def place(self) -> str:
-        """What messages call them."""
+        """Their name in messages."""
         more = len(self.files) - 1
         return self.files[0] + (f" (and {more} more, rows counted through)" if more else "")
 
@@ -109,7 +106,7 @@ class LocalFiles:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> FinetuneError:
-        """What a user is told about an error that surfaced while the files were read."""
+        """The error to raise for one that surfaced while the files were read."""
         told = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
         if not isinstance(told, DataError):
             return told
@@ -147,7 +144,7 @@ class HubSplit:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return " ".join(part for part in (self.source, self.subset, self.split) if part)
 
     def identity(self, *, whole: bool) -> str:
@@ -186,7 +183,7 @@ class HubSplit:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> FinetuneError:
-        """What a user is told about an error of the libraries."""
+        """The error to raise for one of the libraries."""
         if isinstance(error, FinetuneError):
             return error
         known = re.search(r"(?:Should be one of|Available splits:) (\[.*\])", str(error))
@@ -233,16 +230,16 @@ Origin = LocalFiles | HubSplit
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the rows of every split come from."""
+    """The sources of every split."""
 
     train: tuple[Origin, ...]
     """One, or those that are mixed."""
     weights: tuple[float, ...]
-    """How often each is drawn from; 1 in all."""
+    """Share of the draws from each; 1 in all."""
     validation: Origin | None
     test: Origin | None
     problems: tuple[Problem, ...] = ()
-    """What is wrong with those that are missing here."""
+    """Of the sources that could not be found."""
 
     def __iter__(self) -> Iterator[Origin]:
         yield from self.train
@@ -250,7 +247,7 @@ class Origins:
 
     @property
     def places(self) -> dict[str, str]:
-        """What messages call each split; a validation split that is cut off is called like the training rows."""
+        """Names of the splits in messages; a validation split that is cut off is called like the training rows."""
         train = ", ".join(origin.place for origin in self.train)
         held = {"validation": self.validation, "test": self.test}
         return {"train": train, **{name: train if origin is None else origin.place for name, origin in held.items()}}

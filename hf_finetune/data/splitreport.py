@@ -1,4 +1,4 @@
-"""What became of the rows of a split."""
+"""Counts of the rows of a split: kept, cut, dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_finetune.errors import DataError, Problem
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What became of the rows of a split; rows = kept + dropped + untrained + empty."""
+    """Counts of a split; rows = kept + dropped + untrained + empty."""
 
     rows: int = 0
     """Raw rows."""

@@ -35,7 +35,7 @@ class Split:
     rows: datasets.Dataset
     """The task's columns, and those of `BOOKKEEPING`."""
     places: tuple[str, ...]
-    """What messages call its sources."""
+    """Names of its sources in messages."""
     unused: int = 0
     """Rows of mixed sources that are never drawn, because the first of them is used up."""
 

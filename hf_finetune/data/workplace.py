@@ -1,4 +1,4 @@
-"""Where rows are encoded, and how whoever waits learns how far that is, though other processes do it."""
+"""The folder and the workers that encode rows, and their progress, which other processes make."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_finetune.terminal import Phases, unseen
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where and by whom rows are encoded, and who is told how far it is."""
+    """Folder, workers and progress display of an encoding."""
 
     scratch: Path
     """Folder for files that the result is mapped from."""

@@ -39,7 +39,7 @@ PARQUET_ROWS = 1024
 
 @dataclass(frozen=True)
 class Input:
-    """Where rows come from."""
+    """A file or pipe of rows."""
 
     name: str
     """A file, or `-`."""
@@ -47,16 +47,16 @@ class Input:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return "standard input" if self.name == STDIN else self.name
 
     @property
     def is_pipe(self) -> bool:
-        """Whether it can be read once only: standard input, or a pipe that has a name."""
+        """True of standard input and of pipes that have a name, which can be read once only."""
         return self.name == STDIN or not Path(self.name).is_file()
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether this is the same input as before; nothing of a pipe.
+        """A hash that tells whether this is the same input as before; nothing of a pipe.
 
         Raises:
             DataError: The file can't be read.
@@ -83,7 +83,7 @@ class Input:
         return replace(self, form=_head_format(line, needed))
 
     def count(self) -> int | None:
-        """How many rows there are, for a progress bar; None where telling would take a second reading."""
+        """Number of rows, for a progress bar; None where counting would take a second reading."""
         if self.is_pipe:
             return None
         if self.form == "parquet":
@@ -192,7 +192,7 @@ def find(name: str, form: str | None) -> Input:
 
 
 def _head_format(line: str, needed: Sequence[str]) -> Format:
-    """What the first line of an input tells: JSON, or a header that names every column that is needed."""
+    """The format by the first line: JSON, or a header that names every column that is needed."""
     if line.startswith("{"):
         try:
             if isinstance(json.loads(line), dict):

@@ -43,7 +43,7 @@ class Row(NamedTuple):
     cells: Mapping[str, Any]
     """By column; empty where the row can't be read."""
     fault: str = ""
-    """What is wrong with the row as such."""
+    """The reason why it can't be used; empty where it can."""
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def _decoded(number: int, line: str) -> Row:
 
 
 def _goes_on(line: str) -> bool:
-    """Whether a line is the beginning of an object that later lines end."""
+    """Tell whether a line is the beginning of an object that later lines end."""
     text = line.strip()
     try:
         _LENIENT.raw_decode(text)
@@ -351,7 +351,7 @@ def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> 
 
 
 def _malformed(error: csv.Error, last: str, count: int) -> str:
-    """What is wrong with quotation marks; `count` lines were read up to where it was noticed."""
+    """The fault of quotation marks; `count` lines were read until it was noticed."""
     if "end of data" in str(error):
         rest = f"; the {count} lines from here to the end would be one text" if count > 1 else ""
         return f"opens a quotation mark that is never closed{rest}; close it"
@@ -402,7 +402,7 @@ def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list
 
 
 def _undecodable(head: bytes, file: str) -> Problem | None:
-    """What tells that the beginning of a file is no UTF-8 text."""
+    """The problem of a file that does not begin with UTF-8 text; None where it does."""
     for mark, name in _COMPRESSED.items():
         if head.startswith(mark):
             return Problem(f"is compressed ({name}); unpack it", file=file)
@@ -433,7 +433,7 @@ def not_utf8(file: str) -> Problem:
 
 
 def look(file: str, needed: Sequence[str]) -> list[Problem]:
-    """What the first `HEAD` bytes of a file tell: compression, encoding, and columns that are missing."""
+    """Problems that the first `HEAD` bytes of a file show: compression, encoding, missing columns."""
     form = Path(file).suffix.lower().removeprefix(".")
     try:
         with Path(file).open("rb") as stream:

@@ -89,7 +89,7 @@ def _match(pattern: str, key: str) -> Iterator[str | Problem]:
 
 
 def problems(recipe: Any) -> list[Problem]:
-    """What is wrong with the local files of a recipe, of the kind `DataError`; the beginning of each file is read.
+    """Problems of the local files of a recipe, for a `DataError`; the beginning of each file is read.
 
     Args:
         recipe: A `Recipe`, or one of which only some fields could be read: others raise AttributeError, and are
