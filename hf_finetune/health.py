@@ -1,4 +1,4 @@
-"""Whether the run of this container is alive, by the heartbeat in its `status.json`: for HEALTHCHECK and probes.
+"""Tells by the heartbeat in `status.json` if the run of this container is alive: for HEALTHCHECK and probes.
 
     python -m hf_finetune.health [RUN]       one line; exit code 0 alive, starting or ended (done, failed, preempted or
                                              interrupted, as the line says), 1 lost: its heart stopped
@@ -39,15 +39,12 @@ def point_to(output: Path) -> None:
 
 
 def look(run: Path, started: float, now: float) -> tuple[int, str]:
-    """How a run is.
+    """Give the exit code, 0 or 1, and a line for people.
 
     Args:
         run: The run folder.
-        started: When its process did, in seconds since the epoch.
+        started: Start of its process, in seconds since the epoch.
         now: In seconds since the epoch.
-
-    Returns:
-        0 or 1, and a line for people.
     """
     file = run / "status.json"
     if not file.exists():
@@ -63,7 +60,7 @@ def look(run: Path, started: float, now: float) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Say how the run is, and exit."""
+    """Print the state of the run, and exit."""
     pointer = Path(os.environ.get(VARIABLE, ""))
     run, started = "", 0.0
     if sys.argv[1:]:

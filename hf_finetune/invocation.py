@@ -20,68 +20,48 @@ LAUNCHERS = {
 """Scripts and modules whose command line ends with that of the processes they start."""
 _words: list[str] = []
 _parent: list[str] = []
-"""Command line of the process that started this one."""
 
 
 def note(words: Sequence[str]) -> None:
-    """Keep the words of the command line, without the program's name, and who started it: a launcher may end first."""
-    _words[:], _parent[:] = words, _command_line(os.getppid())
-
-
-def restarts() -> bool:
-    """Whether the command line says `--restart`, so that the same one would not resume."""
-    return RESTART in _words
-
-
-def resume_command() -> str | None:
-    """What resumes the run, quoted for a shell: as it was started, without `--restart`; None outside a command line."""
-    if not _words:
-        return None
-    words = [word for word in _words if word != RESTART]
-    return shlex.join([*_program(_parent, _words), *words])
+    """Keep the words of the command line, without the program's name, and the parent's: a launcher may end first."""
+    _words[:] = words
+    try:
+        raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        raw = b""
+    _parent[:] = [word.decode(errors="surrogateescape") for word in raw.split(b"\0")[:-1]]
 
 
 def same_command() -> str:
-    """What to call it in a sentence."""
-    return f"the same command without {RESTART}" if restarts() else "the same command"
+    """Name in a sentence the command that resumes."""
+    return f"the same command without {RESTART}" if RESTART in _words else "the same command"
 
 
-def _program(parent: Sequence[str], words: Sequence[str]) -> list[str]:
-    """What stands before the words: that of the launcher, else of this process.
+def resume_command() -> str | None:
+    """Quote the command that resumes the run for a shell; None where no command line started it."""
+    if not _words:
+        return None
+    words = [word for word in _words if word != RESTART]
+    return shlex.join([*_program(), *words])
 
-    Args:
-        parent: Command line of the process that started this one.
-        words: Of this one.
-    """
-    for line in (parent, sys.orig_argv):
+
+def _program() -> list[str]:
+    """Find what stood before the words: that of the launcher, else of this process."""
+    for line in (_parent, sys.orig_argv):
         is_launcher = any(Path(word).name in LAUNCHERS for word in line)
-        for tail in (list(words), list(words[1:])):  # `hf_finetune.launch` adds the verb
+        for tail in (_words, _words[1:]):  # `hf_finetune.launch` adds the verb
             before = list(line[: len(line) - len(tail)])
-            if tail and list(line[len(before) :]) == tail and (is_launcher or line is not parent):
-                return _short(_verb_of(before) if PROCESSES in words else before)
+            if not tail or list(line[len(before) :]) != tail or not (is_launcher or line is not _parent):
+                continue
+            # A user types the script for what `train --processes` becomes.
+            script = Path(sys.executable).with_name("hf-finetune")
+            if PROCESSES in _words and before[1:] == ["-m", "hf_finetune.launch"] and script.exists():
+                before = [str(script)]
+            # The interpreter of a script goes without saying.
+            if len(before) > 1 and Path(before[0]).name.startswith("python") and os.access(before[1], os.X_OK):
+                before = before[1:]
+            first = Path(before[0])
+            if first.is_absolute() and first.is_relative_to(Path.cwd()):
+                first = first.relative_to(Path.cwd())
+            return [str(first), *before[1:]]
     return ["hf-finetune"]
-
-
-def _verb_of(program: list[str]) -> list[str]:
-    """What a user types for what `train --processes` becomes: the script beside the interpreter, where it is there."""
-    script = Path(sys.executable).with_name("hf-finetune")
-    return [str(script)] if program[1:] == ["-m", "hf_finetune.launch"] and script.exists() else program
-
-
-def _short(program: list[str]) -> list[str]:
-    """A program without the interpreter of its script, and relative to the working directory where it is below."""
-    if len(program) > 1 and Path(program[0]).name.startswith("python") and os.access(program[1], os.X_OK):
-        program = program[1:]
-    first = Path(program[0])
-    if first.is_absolute() and first.is_relative_to(Path.cwd()):
-        first = first.relative_to(Path.cwd())
-    return [str(first), *program[1:]]
-
-
-def _command_line(process: int) -> list[str]:
-    """What a process was started with; empty where that can't be read."""
-    try:
-        raw = Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [word.decode(errors="surrogateescape") for word in raw.split(b"\0")[:-1]]

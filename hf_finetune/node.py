@@ -1,4 +1,4 @@
-"""Where a job runs: the nodes, the processes of this one, and who the first node is, by torchrun's own variables."""
+"""The nodes and processes of a job, as torchrun's own variables say them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ class Node:
     """This node and its place among the others."""
 
     processes: int
-    """Of this node."""
+    """Of this node; each has as many."""
     nodes: int = 1
     rank: int = 0
     """Of this node, from 0."""
     address: str = ""
     """Of the first node; empty where there is no other."""
     port: int = PORT
-    """Open on the first node."""
 
     @property
     def all_processes(self) -> int:
-        """Of all nodes; each has as many."""
+        """Of all nodes."""
         return self.processes * self.nodes
 
     @classmethod
@@ -36,21 +35,28 @@ class Node:
 
         Args:
             variables: Of the environment.
-            processes: What `--processes` says, which counts more than `PET_NPROC_PER_NODE`.
+            processes: Given with `--processes`, which counts more than `PET_NPROC_PER_NODE`.
 
         Raises:
             RecipeError: One is no number, or does not fit the others; exit code 2.
         """
+
+        def number(name: str, default: int) -> int:
+            text = variables.get(name, "").strip() or str(default)
+            if not text.isdecimal():
+                raise RecipeError(Problem(f"{text!r} is no whole number", key=name))
+            return int(text)
+
         if processes is not None:
             variables = {**variables, "PET_NPROC_PER_NODE": processes}
-        asked = variables.get("PET_NPROC_PER_NODE", "auto")
         # torchrun knows these words too, and Kubeflow's Trainer sets them.
-        count = visible_devices() if asked in ("", "auto", "gpu", "cpu") else _number(variables, "PET_NPROC_PER_NODE")
-        nodes, rank = _number(variables, "PET_NNODES", 1), _number(variables, "PET_NODE_RANK", 0)
-        address, port = variables.get("PET_MASTER_ADDR", ""), _number(variables, "PET_MASTER_PORT", PORT)
+        is_auto = variables.get("PET_NPROC_PER_NODE", "") in ("", "auto", "gpu", "cpu")
+        count = visible_devices() if is_auto else number("PET_NPROC_PER_NODE", 0)
+        nodes, rank = number("PET_NNODES", 1), number("PET_NODE_RANK", 0)
+        address, port = variables.get("PET_MASTER_ADDR", ""), number("PET_MASTER_PORT", PORT)
         if count < 1 or nodes < 1:
             raise RecipeError("PET_NPROC_PER_NODE and PET_NNODES are 1 at least; `auto` counts the visible GPUs")
-        if not 0 <= rank < nodes:
+        if rank >= nodes:
             raise RecipeError(f"PET_NODE_RANK is {rank}, but of {nodes} nodes; it counts from 0")
         if nodes > 1 and not address:
             raise RecipeError("PET_MASTER_ADDR is not set; it names the first node, as every other one reaches it")
@@ -58,21 +64,9 @@ class Node:
 
 
 def visible_devices() -> int:
-    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` or the container shows them; 1 on a CPU."""
+    """Count the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` or the container shows them; 1 on a CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
         return 1
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """The value of a variable.
-
-    Raises:
-        RecipeError: It is no whole number.
-    """
-    text = variables.get(name, "").strip() or ("" if default is None else str(default))
-    if not text.isdecimal():
-        raise RecipeError(Problem(f"{text!r} is no whole number", key=name))
-    return int(text)

@@ -58,10 +58,10 @@ def test_a_place_that_can_not_be_is_refused() -> None:
 
 def test_the_code_is_what_the_status_says_of_this_run() -> None:
     before = {"state": "preempted", "exit_code": 143}
-    assert starting.told(before, {"state": "failed", "exit_code": 7}) == 7
-    assert starting.told(before, before) == 0, "an earlier run's"
-    assert starting.told(before, {"state": "running", "exit_code": None}) == 0
-    assert starting.told({}, {"state": "done", "exit_code": 8}) == 8
+    assert starting.reported(before, {"state": "failed", "exit_code": 7}) == 7
+    assert starting.reported(before, before) == 0, "an earlier run's"
+    assert starting.reported(before, {"state": "running", "exit_code": None}) == 0
+    assert starting.reported({}, {"state": "done", "exit_code": 8}) == 8
     assert starting.exit_code(-signal.SIGTERM) == 143
 
 

@@ -17,7 +17,7 @@ from hf_finetune.node import Node
 
 CONFIG = Path(__file__).with_name("ddp.yaml")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What `preemption` listens to."""
+"""Those that `preemption` handles."""
 MODULE = "hf_finetune"
 
 
@@ -30,7 +30,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
     """Run the command in all processes of this node, by accelerate's launcher, to the end.
 
     Args:
-        node: Which processes.
+        node: This node's processes.
         words: Arguments of the command line.
         status: `status.json` of the run folder.
 
@@ -40,7 +40,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     before = runstatus.read(status)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told by the processes
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print the reason
     for number in SIGNALS:
         signal.signal(number, _hand_on)
     failed = 0
@@ -50,24 +50,17 @@ def several(node: Node, words: list[str], status: Path) -> int:
         failed = exit_code(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:  # a configuration of one process
         failed = exit_code(error.returncode)
-    return failed and (told(before, runstatus.read(status)) or failed)
+    return failed and (reported(before, runstatus.read(status)) or failed)
 
 
 def exit_code(code: int) -> int:
-    """The exit code of a process as a shell says it: 128 and its number for a signal (Python says the negative)."""
+    """Turn Python's exit code of a process into a shell's: for a signal, 128 and its number."""
     return code if code >= 0 else 128 - code
 
 
-def told(before: dict[str, Any], after: dict[str, Any]) -> int:
-    """What `status.json` says of a run that failed; 0 where it says nothing, or is of an earlier run.
-
-    Args:
-        before: What it said before the start.
-        after: What it says now.
-    """
-    if after == before or after.get("state") == "running":
-        return 0
-    return int(after.get("exit_code") or 0)
+def reported(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """Read the exit code of a failed run off `status.json`, before and after; 0 if it is of an earlier run."""
+    return 0 if after == before or after.get("state") == "running" else int(after.get("exit_code") or 0)
 
 
 def _launch(node: Node, words: list[str]) -> None:

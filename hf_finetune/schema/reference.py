@@ -27,24 +27,26 @@ Node = dict[str, Any]
 
 
 def markdown(schema: Node) -> str:
-    """The whole page.
-
-    Args:
-        schema: JSON Schema of a whole recipe, as pydantic makes it.
-    """
+    """Write the whole page from the JSON Schema of a recipe, as pydantic makes it."""
     return "\n".join([HEAD, *_block("A recipe", schema, schema, level=2)])
 
 
 def _block(title: str, block: Node, schema: Node, level: int, prefix: str = "") -> Iterator[str]:
-    """A heading, the keys as a table, and below it the blocks inside."""
+    """Yield a heading, the keys as a table, and below it the blocks inside."""
     yield f"{'#' * level} {title}\n"
     if level > 2 and block.get("description"):
-        yield f"{_text(block['description'])}\n"
+        yield f"{' '.join(block['description'].split())}\n"
     required = block.get("required", [])
     yield "| key | value | default | meaning |\n|---|---|---|---|"
     for name, field in block["properties"].items():
-        default = "required" if name in required else _default(field)
-        yield f"| `{name}` | {_cell(_type(field, schema))} | {default} | {_cell(_text(field.get('description', '')))} |"
+        default = ""
+        if name in required:
+            default = "required"
+        elif "default" in field and not isinstance(field["default"], dict):
+            default = f"`{_yaml(field['default'])}`"
+        cells = (_type(field, schema), default, " ".join(field.get("description", "").split()))
+        kind, default, meaning = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        yield f"| `{name}` | {kind} | {default} | {meaning} |"
     yield ""
     for name, field in block["properties"].items():
         for variant in _inner(field, schema):
@@ -54,16 +56,14 @@ def _block(title: str, block: Node, schema: Node, level: int, prefix: str = "") 
 
 
 def _inner(field: Node, schema: Node) -> list[Node]:
-    """The blocks that a field may hold."""
-    parts = [*_choices(field), *_choices(field.get("items", {}))] if "items" in field else _choices(field)
-    resolved = [_resolve(part, schema) for part in parts]
-    return [part for part in resolved if "properties" in part] + [
-        inner for part in resolved if part.get("type") == "array" for inner in _inner(part["items"], schema)
-    ]
+    """List the blocks that a field may hold."""
+    resolved = [_resolve(part, schema) for part in (*_choices(field), *_choices(field.get("items", {})))]
+    entries = [inner for part in resolved if part.get("type") == "array" for inner in _inner(part["items"], schema)]
+    return [part for part in resolved if "properties" in part] + entries
 
 
 def _choices(node: Node) -> list[Node]:
-    """The alternatives of a value; itself where there is one."""
+    """List the alternatives of a value; itself where there is one."""
     found = node.get("anyOf") or node.get("oneOf")
     return [choice for part in found for choice in _choices(part)] if found else [node]
 
@@ -74,7 +74,7 @@ def _resolve(node: Node, schema: Node) -> Node:
 
 
 def _type(field: Node, schema: Node) -> str:
-    """What a value may be, in words."""
+    """Say in words what a value may be."""
     said = [_one(_resolve(choice, schema), schema) for choice in _choices(field)]
     return ", or ".join(dict.fromkeys(said))
 
@@ -94,22 +94,5 @@ def _one(node: Node, schema: Node) -> str:
     return " ".join([_NAMES.get(node.get("type", ""), "value"), ", ".join(bounds)]).strip()
 
 
-def _default(field: Node) -> str:
-    default = field.get("default")
-    if isinstance(default, dict):
-        return ""
-    return f"`{_yaml(default)}`" if "default" in field else ""
-
-
 def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _text(text: str) -> str:
-    """One line."""
-    return " ".join(text.split())
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")

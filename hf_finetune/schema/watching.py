@@ -1,6 +1,6 @@
-"""The `tracking` block: what is written for people to look at besides the numbers, and how often.
+"""The `tracking` block: pictures, examples and records for people to look at, made at evaluations.
 
-Numbers always go to metrics.jsonl and TensorBoard; they cost nothing. What this block names is made at evaluations.
+Numbers always go to metrics.jsonl and TensorBoard; they cost nothing.
 """
 
 from __future__ import annotations
@@ -48,13 +48,5 @@ class Tracking(Section):
 
 
 def is_due(often: int | str | bool, evaluation: int, *, last: bool) -> bool:
-    """Whether something is made at an evaluation.
-
-    Args:
-        often: The setting.
-        evaluation: Number of the evaluation within the run, from 1.
-        last: Whether it is of the model that is saved.
-    """
-    if often is False:
-        return False
-    return last or (isinstance(often, int) and evaluation % often == 0)
+    """Tell if something is made at the n-th evaluation, from 1; `last` is that of the model that is saved."""
+    return often is not False and (last or (isinstance(often, int) and evaluation % often == 0))
