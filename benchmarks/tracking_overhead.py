@@ -31,8 +31,7 @@ from hf_finetune import training
 from hf_finetune.observing import Observing
 from hf_finetune.recipe import Recipe
 from hf_finetune.tracking import Observers
-from hf_finetune.tracking.step_times import StepTimes
-from hf_finetune.tracking.throughput import Throughput
+from hf_finetune.tracking.throughput import StepTimes, Throughput
 from hf_finetune.trainer import FinetuneTrainer
 
 WORDS = ("the", "film", "plot", "cast", "is", "was", "good", "bad", "fine", "poor", "dull", "very", "not", "and", "of")

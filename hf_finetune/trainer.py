@@ -26,8 +26,7 @@ from hf_finetune.job import COUNTS, Job
 from hf_finetune.resumable import ResumableTrainer
 from hf_finetune.runstate import Progress
 from hf_finetune.tasks._generation import answer_together, until
-from hf_finetune.tracking.step_times import DATA, FORWARD, StepTimes
-from hf_finetune.tracking.throughput import Tally, Throughput
+from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Tally, Throughput
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

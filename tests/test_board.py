@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,23 @@ from models import machine, recipe
 from scipy import special
 from sklearn import metrics as sk
 from tensorboard.plugins.hparams import metadata
-from tensorboardX import summary
 from tensorboardX.record_writer import register_writer_factory
 
 from hf_finetune import records
+from hf_finetune.charts import predictions
+from hf_finetune.cli import tensorboard as cli
 from hf_finetune.errors import RecipeError, StorageError
 from hf_finetune.preflight import light
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder, Status
 from hf_finetune.schema.watching import Tracking
-from hf_finetune.tracking import Observers
-from hf_finetune.tracking.board import command, events, hparams, margins, tags
-from hf_finetune.tracking.board.events import Events
-from hf_finetune.tracking.board.kinds import embeddings, histograms, predictions
-from hf_finetune.tracking.board.markdown import cell, table
-from hf_finetune.tracking.board.place import Place, check
-from hf_finetune.tracking.board.rebuild import rebuild
+from hf_finetune.tracking import Observers, drawings, events, tensorboard
+from hf_finetune.tracking.drawings import MARGIN, cell, table
+from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.journal import read
+from hf_finetune.tracking.logdir import LogDir, check
+from hf_finetune.tracking.tensorboard import metric_tag, rebuild
 
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -104,23 +104,29 @@ def test_histograms_hold_every_value(classifier: Path) -> None:
     assert right.max <= sure.max() + 1e-6
 
 
-def test_a_histogram_of_values_that_hardly_differ_or_hardly_fit_ends_nothing() -> None:
-    for values in [[0.999999999999996, 1.0], [1.0, 1.0], [0.0, 5e-324], [1e300, 1e300], [-1e308, 1e308]]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            drawn = histograms.of_values("confidence", np.array(values))
-        assert drawn is None or drawn.value[0].histo.num == 2
-        assert histograms.of_values("confidence", np.array([])) is None
+@pytest.mark.parametrize(
+    "values", [[0.999999999999996, 1.0], [1.0, 1.0], [0.0, 5e-324], [1e300, 1e300], [-1e308, 1e308]]
+)
+def test_a_histogram_of_values_that_hardly_differ_or_hardly_fit_ends_nothing(
+    values: list[float], tmp_path: Path
+) -> None:
+    writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
+    drawings.add_values(writer, "confidence", np.array(values))
+    drawings.add_values(writer, "usual", np.array([1.0, 2.0]))
+    writer.close()
+    drawn = events_of(tmp_path)
+    for tag in drawn.Tags()["histograms"]:
+        assert drawn.Histograms(tag)[0].histogram_value.num == 2
 
 
 def test_what_cannot_be_drawn_costs_one_warning(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(record: Record) -> Iterator[Any]:
+    def fail(writer: EventWriter, record: Record) -> None:
         raise ValueError("too odd")
 
-    monkeypatch.setattr(predictions, "histograms", fail)
-    copied = shutil.copytree(classifier, tmp_path / "run")
-    assert command.run(str(copied), rebuild=True) == 0
+    monkeypatch.setitem(drawings.DRAWN, "predictions", fail)
+    rebuild(RunFolder(str(shutil.copytree(classifier, tmp_path / "run"))))
     assert capsys.readouterr().err.count("too odd") == 1
 
 
@@ -155,7 +161,7 @@ def test_texts_are_there(classifier: Path) -> None:
 
 def test_embeddings_are_in_the_projector(classifier: Path) -> None:
     record = newest(classifier, "embeddings")
-    board, name = classifier / "tensorboard", embeddings.name_of(record)
+    board, name = classifier / "tensorboard", f"{record.phase}:{record.step:05}"
     listed = (board / "projector_config.pbtxt").read_text()
     assert re.findall(r'tensor_name: "(.*)"', listed) == [name]
     folder = board / re.findall(r'tensor_path: "(.*)"', listed)[0]
@@ -196,19 +202,19 @@ def test_charts_show_train_and_validation_together(classifier: Path) -> None:
 
 def test_the_interval_is_around_the_loss(classifier: Path) -> None:
     drawn = events_of(classifier)
-    for tag in (margins.VALUE, margins.LOWER, margins.UPPER):
+    for tag in MARGIN:
         assert len(drawn.Scalars(tag)) == len(drawn.Scalars("eval/loss"))
-    middle = [event.value for event in drawn.Scalars(margins.VALUE)]
+    middle = [event.value for event in drawn.Scalars(MARGIN[0])]
     assert middle == pytest.approx([event.value for event in drawn.Scalars("eval/loss")], rel=1e-5)
-    assert all(low.value < value for low, value in zip(drawn.Scalars(margins.LOWER), middle, strict=True))
+    assert all(low.value < value for low, value in zip(drawn.Scalars(MARGIN[1]), middle, strict=True))
 
 
 def test_equal_weights_give_the_interval_of_a_mean() -> None:
     losses = np.random.default_rng(0).gamma(2.0, size=400)
-    mean, lower, upper = margins.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
+    mean, lower, upper = drawings.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
     assert mean == pytest.approx(losses.mean())
     assert (upper - lower) / 2 == pytest.approx(1.959964 * losses.std(ddof=1) / 20)
-    assert margins.interval(losses[:1], np.ones(1)) is None
+    assert drawings.interval(losses[:1], np.ones(1)) is None
 
 
 # ---- a language model ----
@@ -225,7 +231,7 @@ def test_tokens_have_colours(chatter: Path) -> None:
 def test_a_language_model_has_loss_by_position_and_entropy(chatter: Path) -> None:
     assert events_of(chatter).Images("eval/loss_by_position")
     assert {"eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
-    losses, tokens = margins.row_losses(newest(chatter, "predictions"))
+    losses, tokens = predictions.row_losses(newest(chatter, "predictions").arrays["rows"], None)
     line = [line for line in read(chatter / "metrics.jsonl") if line["phase"] == "eval"][-1]
     assert float((losses * tokens).sum() / tokens.sum()) == pytest.approx(line["loss"], rel=1e-5)
 
@@ -266,16 +272,16 @@ def test_a_run_that_goes_on_is_left_alone(run: Callable[..., Any]) -> None:
     with pytest.raises(RecipeError, match="belongs to a run that is going on"):
         rebuild(RunFolder(str(done.folder)))
     holder.release()
-    assert command.run(str(done.folder), rebuild=True) == 0
+    cli.run(argparse.Namespace(run_folder=str(done.folder), rebuild=True))
     assert len(events_of(done.folder).Scalars("train/loss")) == len(done.lines("train"))
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(RecipeError, match="is no run folder"):
-            rebuild(RunFolder(str(folder)))
-    with pytest.raises(RecipeError, match="is no folder; name a run"):
-        command.run(str(tmp_path / "none"), rebuild=False)
+        with pytest.raises(RecipeError, match="is not a run folder"):
+            cli.run(argparse.Namespace(run_folder=str(folder), rebuild=True))
+    with pytest.raises(RecipeError, match="is not a folder; name a run"):
+        cli.run(argparse.Namespace(run_folder=str(tmp_path / "none"), rebuild=False))
 
 
 @pytest.mark.parametrize(("is_stopped", "expected"), [(False, 2), (True, 0)], ids=["failure", "unknown"])
@@ -301,10 +307,10 @@ def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(
 def test_events_in_an_object_store_hide_those_of_an_earlier_process(tmp_path: Path) -> None:
     register_writer_factory("stub", Stub(tmp_path / "tensorboard"))
     for steps in (4, 3):
-        store = Events(Place("stub://bucket/logs", "run"), pytest.fail)
+        store = EventWriter(LogDir("stub://bucket/logs", "run"), pytest.fail)
         for step in range(steps):
-            store.add(summary.scalar("a", float(steps)), step, 1.0)
-        store.attach("projector_config.pbtxt", b"x")
+            store.add_scalar("a", steps, step, 1.0)
+        store.add_file("projector_config.pbtxt", b"x")
         store.close()
     assert [(event.step, event.value) for event in events_of(tmp_path).Scalars("a")] == [(0, 3), (1, 3), (2, 3)]
     # They are named by the second.
@@ -343,11 +349,11 @@ def test_addresses_are_checked_before_training(tmp_path: Path) -> None:
 @killing
 def test_a_dead_thread_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
-    events = Events(Place(str(tmp_path)), told.append)
-    events.add(summary.scalar("a", 1.0), 1, 1.0)
+    events = EventWriter(LogDir(str(tmp_path)), told.append)
+    events.add_scalar("a", 1.0, 1)
     kill(events._thread)
     for step in range(20_000):
-        events.add(summary.scalar("a", 1.0), step, 1.0)
+        events.add_scalar("a", 1.0, step)
     events.close()
     assert len(told) == 1
     assert "its thread has died: events are lost, training goes on" in told[0]
@@ -376,9 +382,9 @@ def kill_the_next_writer(but: list[threading.Thread]) -> None:
 def test_a_folder_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    events = Events(Place(str(tmp_path / "file")), told.append)
+    events = EventWriter(LogDir(str(tmp_path / "file")), told.append)
     for step in range(100):
-        events.add(summary.scalar("a", 1.0), step, 1.0)
+        events.add_scalar("a", 1.0, step)
     events.close()
     assert len(told) == 1
     assert "can't be written" in told[0]
@@ -387,12 +393,12 @@ def test_a_folder_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "CLOSE_SECONDS", 0.2)
     told = Told()
-    stuck = Events(Place(str(tmp_path / "pipe")), told.append)
+    stuck = EventWriter(LogDir(str(tmp_path / "pipe")), told.append)
     (tmp_path / "pipe").mkdir()
-    stuck.place.file = told.pipe(tmp_path)  # type: ignore[method-assign]
+    stuck.place.new_file = told.pipe(tmp_path)  # type: ignore[method-assign]
     with told.within(seconds=8.0):
         for step in range(events.QUEUE + 100):
-            stuck.add(summary.scalar("a", 1.0), step, 1.0)
+            stuck.add_scalar("a", 1.0, step)
         stuck.close()
     assert len(told) == 1
     assert "answers too slowly" in told[0]
@@ -441,32 +447,32 @@ def test_texts_from_data_are_no_markup() -> None:
 
 def test_labels_stay_apart_in_tags() -> None:
     labels = ["a b", "a_b", "a\nb", "a\tb", "x" * 90 + "1", "x" * 90 + "2", "", " ", "a/b"]
-    found = {tags.of_metric("eval", f"f1.{label}") for label in labels if label}
+    found = {metric_tag("eval", f"f1.{label}") for label in labels if label}
     assert len(found) == len(labels) - 1
-    assert tags.of_metric("eval", "accuracy") == "eval/accuracy"
-    assert tags.of_metric("eval", "f1.a.b") == "eval_per_class/f1/a.b"
+    assert metric_tag("eval", "accuracy") == "eval/accuracy"
+    assert metric_tag("eval", "f1.a.b") == "eval_per_class/f1/a.b"
 
 
-def test_a_histogram_without_values_is_left_out() -> None:
-    assert histograms.counted("a", np.zeros(3), np.arange(4)) is None
-    assert histograms.of_values("a", np.array([np.nan, np.inf])) is None
-
-
-def test_rows_without_a_label_are_left_out() -> None:
-    for problem in ["single_label", "multi_label", "regression"]:
-        width = {"single_label": 4, "multi_label": 6, "regression": 2}[problem]
-        rows = np.random.default_rng(1).random((20, width)).round().astype(np.float32)
-        rows[:5, -1] = np.nan if problem == "regression" else -100
-        facts = {"task": "text_classification", "problem": problem, "names": ["a", "b", "c"]}
-        record = Record("predictions", "eval", 1, {"rows": rows}, facts)
-        drawn = [*predictions.images(record), *predictions.histograms(record)]
-        assert {value.tag for made in drawn for value in made.value} >= {margins.VALUE}
-        if problem != "regression":
-            assert len(predictions.ranked(record)[0]) == 15
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
+def test_rows_without_a_label_are_left_out(problem: str, tmp_path: Path) -> None:
+    width = {"single_label": 4, "multi_label": 6, "regression": 2}[problem]
+    rows = np.random.default_rng(1).random((20, width)).round().astype(np.float32)
+    rows[:5, -1] = np.nan if problem == "regression" else -100
+    facts = {"task": "text_classification", "problem": problem, "names": ["a", "b", "c"]}
+    writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
+    drawings.draw_predictions(writer, Record("predictions", "eval", 1, {"rows": rows}, facts))
+    drawings.add_values(writer, "nothing", np.array([np.nan, np.inf]))
+    drawings.add_counts(writer, "nothing", np.zeros(3), np.arange(4))
+    writer.close()
+    drawn = events_of(tmp_path).Tags()
+    assert MARGIN[0] in drawn["scalars"]
+    assert "nothing" not in drawn["histograms"]
+    if problem != "regression":
+        assert len(predictions.probabilities(rows, 3)[0]) == 15
 
 
 def test_keys_of_a_recipe_are_what_the_tab_takes() -> None:
-    found = hparams.values(recipe("tiny", {"kind": "lora", "r": 4, "target_modules": ["a", "b"]}))
+    found = tensorboard.hyperparameters(recipe("tiny", {"kind": "lora", "r": 4, "target_modules": ["a", "b"]}))
     assert found["adapter.target_modules"] == "[a, b]"
     assert found["data.packing"] is False
     assert not any(value is None for value in found.values())

@@ -13,7 +13,7 @@ from hf_finetune.tracking.callbacks import Journal
 
 def written(file: Path, *values: dict[str, object]) -> Path:
     for step, line in enumerate(values, 1):
-        journal.append(file, {"step": step, "phase": "train", **line})
+        journal.Appender(file).append({"step": step, "phase": "train", **line})
     return file
 
 

@@ -311,7 +311,7 @@ def test_updates_and_gradients_are_those_of_the_step_before_the_evaluation() -> 
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     layer(torch.ones(3, 300)).square().sum().backward()
     old, grad = layer.weight.detach().clone(), layer.weight.grad.clone()  # type: ignore[union-attr]
-    update = weights.Update.coming(held)
+    update = weights.Update(held)
     optimizer.step()
     update.made(held)
     scalars = weights.record("eval", 1, held, update).facts["scalars"]
@@ -327,7 +327,7 @@ def test_what_can_not_be_divided_or_counted_is_left_out() -> None:
         "zero.lora_B": [torch.nn.Parameter(torch.zeros(4))],
         "nan": [torch.nn.Parameter(torch.full((2,), math.nan))],
     }
-    update = weights.Update.coming(held)
+    update = weights.Update(held)
     update.made(held)
     record = weights.record("eval", 1, held, update)
     assert record.facts["scalars"] == {"norm_b/zero": 0.0}

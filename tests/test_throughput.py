@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_finetune import matmul
 from hf_finetune.flops import Flops
 from hf_finetune.model import load_tokenizer
-from hf_finetune.tracking.step_times import DATA, FORWARD, PARTS, StepTimes
-from hf_finetune.tracking.throughput import Arithmetic, Tally
+from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Arithmetic, StepTimes, Tally
 
 if TYPE_CHECKING:
     from conftest import Run

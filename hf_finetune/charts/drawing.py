@@ -59,7 +59,7 @@ class Plot:
     """For people who do not see it."""
     draw: Callable[[], Figure]
     section: str = "predictions"
-    """Where the report shows it."""
+    """Section of the report."""
     on_card: bool = False
     on_board: bool = True
     """False where TensorBoard has an interactive chart of the same numbers."""

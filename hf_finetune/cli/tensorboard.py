@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 from typing import TYPE_CHECKING
+
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.runfolder import RunFolder
+from hf_finetune.terminal import say
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -25,13 +31,28 @@ def add(verbs: Verbs, common: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Hand over to the board.
+    """Show a run, or a folder of runs; or write the events of a run again.
 
     Raises:
         FinetuneError: The folder holds no run, its events can't be written, or there is no TensorBoard.
     """
-    from hf_finetune.tracking.board import command
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.tracking.logdir import LogDir
 
-    code: int = command.run(arguments.run_folder, arguments.rebuild)
-    if code:
-        sys.exit(code)
+    folder = RunFolder(arguments.run_folder)
+    if arguments.rebuild:
+        if not folder.recipe.is_file():
+            raise RecipeError(Problem(f"{folder.path} is not a run folder; name one"))
+        from hf_finetune.tracking.tensorboard import rebuild
+
+        events, command = rebuild(folder), f"hf-finetune tensorboard {arguments.run_folder}"
+        say(f"{events:,} events of {folder.path} are written anew; see them with: {command}")
+        return
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError(Problem("TensorBoard is not installed; pip install tensorboard"))
+    if not folder.path.is_dir():
+        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run"))
+    is_run = folder.recipe.is_file()
+    logdir = LogDir.of(Recipe.load(str(folder.recipe)), folder).folder if is_run else str(folder.path)
+    # This process becomes TensorBoard, so that signals and the exit code are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])  # noqa: S606 - no shell

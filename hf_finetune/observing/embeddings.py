@@ -1,4 +1,4 @@
-"""What a classifier's head is fed in an evaluation, for the projector.
+"""Collect the inputs of a classifier's head in an evaluation, for the projector.
 
 It comes from a hook on the last layer, so it costs no pass of its own. Shapes: B rows, T tokens, D numbers.
 """

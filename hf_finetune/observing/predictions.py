@@ -1,4 +1,4 @@
-"""Records of what a model predicted: every row's numbers, and the rows in which it was most surely wrong.
+"""Judge predictions: the rows in which a classifier was most surely wrong.
 
 Shapes: N rows, C labels.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy import special
 
-from hf_finetune.tasks.base import IGNORE
-
-if TYPE_CHECKING:
-    from hf_finetune.tasks.base import Targets, Task
+from hf_finetune.pages.escaping import shortened
+from hf_finetune.tasks.base import IGNORE, Targets, Task
 
 Array = np.ndarray[Any, Any]
 
@@ -35,33 +33,21 @@ class Split:
     """Raw rows, or None."""
 
     def texts(self, task: Task, ids: Sequence[int], limit: int) -> list[str]:
-        """What a classifier reads in some rows, at most so many characters; both texts of a pair, a line each."""
+        """Return the texts of some rows, at most so many characters each; both texts of a pair, a line each."""
         if self.raw is None or not len(ids):
             return [""] * len(ids)
         chosen = self.raw.select(self.numbers(ids))
         columns = [chosen[column] for column in task.text_columns()]
-        return [_cut("\n".join(str(text) for text in texts), limit) for texts in zip(*columns, strict=True)]
+        return [shortened("\n".join(str(text) for text in texts), limit) for texts in zip(*columns, strict=True)]
 
     def numbers(self, ids: Sequence[int]) -> list[int]:
-        """Numbers of the raw rows, from 0: encoding may have dropped some."""
+        """Return the numbers of the raw rows, from 0: encoding may have dropped some."""
         return [int(number) for number in self.encoded.select_columns("row")[[int(index) for index in ids]]["row"]]
-
-
-def facts(task: Task, targets: Targets, split: Split) -> dict[str, Any]:
-    """What belongs to the predictions of a split."""
-    problem = getattr(task, "problem", None)
-    return {
-        "task": task.kind,
-        "problem": problem,
-        "names": list(targets.names),
-        "threshold": getattr(task, "threshold", None) if problem == "multi_label" else None,
-        "split": split.name,
-    }
 
 
 @dataclass(frozen=True)
 class Judged:
-    """How a classifier judged the rows of a split; masked rows are left out."""
+    """Rows of a split as a classifier judged them; masked rows are left out."""
 
     places: Array
     """(N,) where each row is in the encoded split."""
@@ -74,7 +60,7 @@ class Judged:
     """(N,) bool."""
 
     def worst(self, rows: int) -> Array:
-        """Indices of the most confidently wrong rows, worst first."""
+        """Return the indices of the most confidently wrong rows, worst first."""
         order = np.argsort(-self.confidence, kind="stable")
         found: Array = order[self.wrong[order]][:rows]
         return found
@@ -111,23 +97,20 @@ def judge(task: Any, targets: Targets, ids: Array, rows: Array) -> Judged:
     return Judged(ids, [names[i] for i in classes], [names[i] for i in chosen], confidence, chosen != classes)
 
 
-def worst(task: Any, split: Split, judged: Judged, rows: int) -> dict[str, Any]:
-    """Facts of the record `examples`."""
+def worst(task: Any, split: Split, judged: Judged, rows: int) -> list[dict[str, Any]]:
+    """List the most confidently wrong rows, worst first, as the record `examples` holds them."""
     chosen = judged.worst(rows)
     ids = judged.places[chosen].tolist()
-    told = zip(chosen.tolist(), split.numbers(ids), split.texts(task, ids, TEXT), strict=True)
-    return {
-        "rows": [
-            {
-                "row": number + 1,
-                "text": text,
-                "label": judged.truth[index],
-                "predicted": judged.predicted[index],
-                "confidence": float(judged.confidence[index]),
-            }
-            for index, number, text in told
-        ]
-    }
+    return [
+        {
+            "row": number + 1,
+            "text": text,
+            "label": judged.truth[index],
+            "predicted": judged.predicted[index],
+            "confidence": float(judged.confidence[index]),
+        }
+        for index, number, text in zip(chosen.tolist(), split.numbers(ids), split.texts(task, ids, TEXT), strict=True)
+    ]
 
 
 def _joined(cells: Array, targets: Targets) -> list[str]:
@@ -136,7 +119,3 @@ def _joined(cells: Array, targets: Targets) -> list[str]:
 
 def _numbers(values: Array) -> list[str]:
     return [f"{value:.6g}" for value in values.tolist()]
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

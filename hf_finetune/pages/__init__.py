@@ -1,4 +1,4 @@
-"""What HTML pages share: templates that print nothing harmful, one style sheet, no network and no script."""
+"""Shared parts of HTML pages: templates that print nothing harmful, one style sheet, no network and no script."""
 
 from __future__ import annotations
 

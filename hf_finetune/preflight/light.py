@@ -13,7 +13,7 @@ from hf_finetune.preflight import advice
 from hf_finetune.rowfiles import find
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import modelfolder, paths
-from hf_finetune.tracking.board import place
+from hf_finetune.tracking import logdir
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
@@ -40,7 +40,7 @@ def look(recipe: Any, *, is_whole: bool = True) -> Findings:
     board = _given(recipe, "tracking", "folder")
     if board is not None:
         with findings.collect():
-            place.check(board)
+            logdir.check(board)
     refusal = secrets.why_not() if _given(recipe, "hub", "repo") is not None else None
     if refusal is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])

@@ -111,9 +111,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
     page = f", {folder.page.name}" if recipe.tracking.report else ""
     rows += [("report", f"{folder.report}{page}"), ("run folder", str(folder.path))]
     if recipe.tracking.tensorboard:
-        from hf_finetune.tracking.board.place import Place
+        from hf_finetune.tracking.logdir import LogDir
 
-        watch = f"tensorboard --logdir {shlex.quote(Place.of(recipe, folder).folder)}"
+        watch = f"tensorboard --logdir {shlex.quote(LogDir.of(recipe, folder).folder)}"
         is_installed = importlib.util.find_spec("tensorboard") is not None
         rows.append(("watch it with", watch if is_installed else f"pip install tensorboard; {watch}"))
     width = max(len(name) for name, _ in rows)

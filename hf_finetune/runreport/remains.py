@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune import records
 from hf_finetune.charts import runs
 from hf_finetune.charts.drawing import Plot
 from hf_finetune.records import Record
@@ -39,7 +39,7 @@ class RunData:
     def read(cls, folder: RunFolder, recipe: Recipe) -> RunData:
         """Read a folder; what is damaged or missing is left out."""
         samples = journal.read_samples(folder.samples)
-        return cls(folder, recipe, journal.read(folder.metrics), newest(folder.observations), samples)
+        return cls(folder, recipe, journal.read(folder.metrics), records.newest(folder.observations), samples)
 
     @property
     def summary(self) -> Entry:
@@ -158,15 +158,3 @@ class RunData:
 
 
 Remains = RunData  # for callers that have not been renamed yet
-
-
-def newest(folder: Path) -> dict[tuple[str, str], Record]:
-    """Read the newest record of each kind and phase below `observations/`; damaged ones are left out."""
-    files: dict[tuple[str, str], tuple[int, Path]] = {}
-    for file in folder.glob("*/*-*.npz"):
-        phase, _, step = file.stem.rpartition("-")
-        if step.isdecimal():
-            key = file.parent.name, phase
-            files[key] = max(files.get(key, (-1, file)), (int(step), file))
-    found = {key: Record.read(file) for key, (_, file) in files.items()}
-    return {key: record for key, record in found.items() if record is not None}

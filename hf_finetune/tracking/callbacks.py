@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from hf_finetune.runfolder import Status
-from hf_finetune.terminal import warn
 from hf_finetune.tracking import journal
 from hf_finetune.tracking.journal import Entry
 
@@ -39,7 +38,7 @@ class Journal(MetricsCallback):
         self.file = file
         self.writes = writes
         self.entries: list[Entry] = []
-        self.lost = 0
+        self._appender = journal.Appender(file)
 
     def keep(self, lines: int) -> None:
         """Resume after so many lines; what an earlier process wrote after its last checkpoint comes again."""
@@ -48,16 +47,10 @@ class Journal(MetricsCallback):
             self.entries = journal.read(self.file)
 
     def add(self, line: Entry) -> None:
-        """Append a line; a disk that can't be written costs one warning and never the run."""
+        """Append a line."""
         self.entries.append(line)
-        if not self.writes:
-            return
-        try:
-            journal.append(self.file, line)
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                warn(f"{self.file} can't be written ({error.strerror}): its lines are lost, training goes on")
+        if self.writes:
+            self._appender.append(line)
 
     def see(self, line: Entry, state: TrainerState) -> None:
         """Write the line."""

@@ -44,16 +44,27 @@ def of_phase(logs: dict[str, Any], phase: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in _RATES}
 
 
-def append(file: Path, line: Entry) -> None:
-    """Append a line to metrics.jsonl and flush it.
+class Appender:
+    """Append lines to metrics.jsonl or samples.jsonl; a disk that can't be written costs one warning, never the run."""
 
-    Raises:
-        OSError: It can't be written.
-    """
-    # JSON has no NaN and no infinity: they become text, which `read` turns back.
-    plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lost = 0
+
+    def append(self, *lines: Entry) -> None:
+        """Append lines and flush them."""
+        text = ""
+        for line in lines:
+            # JSON has no NaN and no infinity: they become text, which `read` turns back.
+            plain = {key: str(v) if isinstance(v, float) and not isfinite(v) else v for key, v in line.items()}
+            text += json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as error:
+            if not self.lost:
+                warn(f"{self.file} can't be written ({error.strerror}): its lines are lost, training goes on")
+            self.lost += len(lines)
 
 
 def read(file: Path) -> list[Entry]:

@@ -1,49 +1,44 @@
-"""What the model writes: answers to fixed prompts at each evaluation, for people to read."""
+"""Answers of a language model to fixed prompts at each evaluation, for people to read."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_finetune.tasks._generation import answer_together
-from hf_finetune.terminal import warn
+from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tracking.journal import Appender
+from hf_finetune.tracking.tensorboard import Board
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_finetune.tasks.causal_lm import CausalLM
-    from hf_finetune.tracking.board.board import Board
-
 
 class Samples(TrainerCallback):
-    """Writes generations into `samples.jsonl` and under TensorBoard's Text tab; all ranks generate, rank 0 writes.
+    """Write answers into `samples.jsonl` and under TensorBoard's Text tab; all ranks generate, rank 0 writes.
 
     Args:
         task: Says which prompts, and how long answers may be.
         tokenizer: The model's tokenizer.
         rows: Raw validation rows.
         file: `samples.jsonl` of the run folder.
+        writes: True on rank 0.
+        board: Shows the answers too.
     """
 
-    writes = False
-    """Whether this is rank 0."""
-    board: Board | None = None
-    """Where the answers are shown as well."""
-
-    def __init__(self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path) -> None:
+    def __init__(
+        self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, *, writes: bool, board: Board | None
+    ) -> None:
         first = rows[: task.sample_prompts] if isinstance(task.sample_prompts, int) else {}
-        self.task = task
-        self.tokenizer = tokenizer
+        self.task, self.tokenizer, self.writes, self.board = task, tokenizer, writes, board
+        self._appender = Appender(file)
         self.prompts = task.samples(first, tokenizer)
-        self.file = file
         self._step = -1
-        self._is_lost = False
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the prompts with the model as it is now; once a step, however many splits are evaluated."""
         if state.global_step == self._step:
             return
@@ -55,22 +50,10 @@ class Samples(TrainerCallback):
             answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=limit)
         if not self.writes:
             return
-        prompts = [self.tokenizer.decode(prompt) for prompt in self.prompts]
         lines = [
-            {"step": state.global_step, "prompt": prompt, "answer": answer.text, "ended": answer.ended}
-            for prompt, answer in zip(prompts, answers, strict=True)
+            {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": answer.text, "ended": answer.ended}
+            for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
-        self._write(lines)
+        self._appender.append(*lines)
         if self.board is not None:
-            self.board.add_samples(lines, state.global_step)
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        """Append to the file; a disk that can't be written is told once, and stops nothing."""
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(text)
-        except OSError as error:
-            if not self._is_lost:
-                warn(f"{self.file} can't be written ({error.strerror}): answers are lost, training goes on")
-            self._is_lost = True
+            self.board.add_samples(lines, self._step)
