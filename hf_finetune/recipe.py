@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
+from yaml import YAMLError
 
 from hf_finetune.adapters import Adapter
+from hf_finetune.errors import RecipeError
 from hf_finetune.plugins import OUTSIDE, STUDY, Key, Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema import reference as page
@@ -77,6 +79,19 @@ class Recipe(Section):
             RecipeError: The file or an override is wrong; it carries every problem that was found.
         """
         return read(path, overrides).checked()
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """Make a recipe of plain values, as a YAML file would hold them.
+
+        Raises:
+            RecipeError: A value or an override is wrong; it carries every problem that was found.
+        """
+        try:
+            text = yamlwriter.document(dict(tree))
+        except YAMLError as error:
+            raise RecipeError(f"a recipe holds texts, numbers, lists and mappings: {error}") from None
+        return read_text(text, "recipe", overrides).checked()
 
     def dump(self) -> str:
         """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
@@ -198,4 +213,4 @@ def json_schema() -> dict[str, Any]:
 
 def reference() -> str:
     """Write `docs/recipe.md`: every key of a recipe, for people."""
-    return page.markdown(Recipe.model_json_schema())
+    return page.markdown(Recipe)

@@ -194,6 +194,18 @@ def test_wrong_overrides_are_complained_about_like_the_file(load: Load) -> None:
         assert first.startswith(f"command line: {says}")
 
 
+def test_a_recipe_is_made_of_plain_values_too(load: Load) -> None:
+    tree = yamlfile.parse(VALID, "x.yaml").value
+    assert Recipe.from_dict(tree, ["training.seed=7"]) == load(VALID, "training.seed=7")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(tree | {"training": {"epohcs": 3, "batch_size": 8}, "output": 5})
+    assert {problem.key for problem in caught.value.problems} == {
+        "output", "training.epohcs", "training.learning_rate"
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="texts, numbers, lists and mappings"):
+        Recipe.from_dict(tree | {"output": Path("runs")})
+
+
 def test_a_commit_goes_with_its_repository(load: Load) -> None:
     text = VALID.replace("name: some/model", "name: some/model\n  revision: abc")
     assert load(text).model.revision == "abc"

@@ -1,11 +1,12 @@
-"""`data.checks`: what is looked for in the data, and how bad each finding is. Imports no torch.
+"""`data.checks`: the checks of the data, and how bad each finding is.
 
-Whatever the level, rows that can't be used are dropped and every finding is counted in the report.
+Whatever the level, rows that can't be used are dropped and every finding is counted in the report. The limit of a
+check, `max_...`, stands right behind it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -71,34 +72,3 @@ class Checks(Section):
     """csv and tsv cells that are exactly NA, N/A, null, None or nan: they are read as text."""
     few_rows: Level = "warn"
     """Fewer training rows than one global batch."""
-
-
-class Check(NamedTuple):
-    """One line of the table of checks."""
-
-    name: str
-    default: Level
-    limit: str
-    """Name of its limit and the default, e.g. `max_cut: 0.05`; empty without one."""
-    meaning: str
-
-
-_LIMITS = {
-    "leakage": "max_leakage",
-    "duplicates": "max_duplicates",
-    "imbalance": "max_imbalance",
-    "cut": "max_cut",
-    "unknown_tokens": "max_unknown",
-}
-
-
-def table() -> tuple[Check, ...]:
-    """Every check with its default, its limit and what it means, in the order of the fields."""
-    fields = Checks.model_fields
-    rows = []
-    for name, field in fields.items():
-        if name not in _LIMITS.values():
-            limit = _LIMITS.get(name)
-            told = "" if limit is None else f"{limit}: {fields[limit].default:g}"
-            rows.append(Check(name, field.default, told, field.description or ""))
-    return tuple(rows)

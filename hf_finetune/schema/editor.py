@@ -1,4 +1,4 @@
-"""JSON Schema of recipe files for editors: of whole recipes, and of those that extend another one."""
+"""The JSON Schema of recipe files for editors: of whole recipes, and of those that extend another one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def schema(whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relaxed(node: Any) -> Any:
-    """The same schema with nothing required, down to every block inside."""
+    """Require nothing, down to every block inside."""
     if isinstance(node, list):
         return [_relaxed(item) for item in node]
     if not isinstance(node, dict):

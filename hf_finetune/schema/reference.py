@@ -6,6 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import BaseModel
+
+from hf_finetune.plugins import key_of
+
 HEAD = """\
 # Recipe reference
 
@@ -14,7 +18,11 @@ Every key of a recipe. Made from its schema by `hf-finetune schema --format mark
 A recipe is one YAML file. Keys that are not listed here are errors, and so are values of another type: `"5"` is no
 number. Whatever has a default may be left out. Any value can be replaced on the command line,
 `training.learning_rate=1e-4`; `extends: base.yaml` puts a recipe on top of another one.
+
+*On resume* says which keys may change when a run is resumed or made longer: freely, or where `--allow-change KEY` says
+that training may from there on be another one. All others make another run.
 """
+_RESUME = {"free": "free", "ask": "`--allow-change`", "never": "", None: ""}
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",
@@ -26,33 +34,35 @@ _NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean":
 Node = dict[str, Any]
 
 
-def markdown(schema: Node) -> str:
-    """Write the whole page from the JSON Schema of a recipe, as pydantic makes it."""
-    return "\n".join([HEAD, *_block("A recipe", schema, schema, level=2)])
+def markdown(root: type[BaseModel]) -> str:
+    """Write the whole page about a recipe's class."""
+    schema = root.model_json_schema()
+    return "\n".join([HEAD, *_block(root, "A recipe", schema, schema)])
 
 
-def _block(title: str, block: Node, schema: Node, level: int, prefix: str = "") -> Iterator[str]:
+def _block(root: type[BaseModel], title: str, block: Node, schema: Node, prefix: str = "") -> Iterator[str]:
     """Yield a heading, the keys as a table, and below it the blocks inside."""
-    yield f"{'#' * level} {title}\n"
-    if level > 2 and block.get("description"):
+    yield f"{'###' if prefix else '##'} {title}\n"
+    if prefix and block.get("description"):
         yield f"{' '.join(block['description'].split())}\n"
     required = block.get("required", [])
-    yield "| key | value | default | meaning |\n|---|---|---|---|"
+    yield "| key | value | default | on resume | meaning |\n|---|---|---|---|---|"
     for name, field in block["properties"].items():
         default = ""
         if name in required:
             default = "required"
         elif "default" in field and not isinstance(field["default"], dict):
             default = f"`{_yaml(field['default'])}`"
-        cells = (_type(field, schema), default, " ".join(field.get("description", "").split()))
-        kind, default, meaning = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
-        yield f"| `{name}` | {kind} | {default} | {meaning} |"
+        resume = _RESUME[key_of(root, f"{prefix}{name}").resume]
+        cells = (_type(field, schema), default, resume, " ".join(field.get("description", "").split()))
+        row = " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        yield f"| `{name}` | {row} |"
     yield ""
     for name, field in block["properties"].items():
         for variant in _inner(field, schema):
             kind = variant["properties"].get("kind", {}).get("const")
             key = f"{prefix}{name}"
-            yield from _block(f"`{key}`: {kind}" if kind else f"`{key}`", variant, schema, 3, f"{key}.")
+            yield from _block(root, f"`{key}`: {kind}" if kind else f"`{key}`", variant, schema, f"{key}.")
 
 
 def _inner(field: Node, schema: Node) -> list[Node]:
