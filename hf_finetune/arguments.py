@@ -99,7 +99,11 @@ def training_arguments(
         disable_tqdm=True,
         use_cpu=machine.device == "cpu",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
+        # DDP would lay its buckets out anew after the first backward pass, in the order in which gradients came. Where
+        # a number lies in a bucket decides in which order an all-reduce adds it up over three ranks or more, so that a
+        # resumed run would take its first step with other bits. With this on, the first layout stays (torch 2.13,
+        # `Reducer::should_rebuild_buckets`), for a walk through the graph at each step.
+        ddp_find_unused_parameters=True,
         # Keep the process group that `hardware` made, with its timeout.
         accelerator_config={"use_configured_state": True},
         **_cadence(recipe),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_finetune import batching, buckets, zero
+from hf_finetune import batching, zero
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.fast import Paths
 from hf_finetune.job import COUNTS, Job
@@ -43,7 +43,6 @@ class FinetuneTrainer(ResumableTrainer):
     observing: Observing | None = None
     """Watches evaluations."""
     _look: Look | None = None
-    _is_settled: bool = False
 
     def __init__(
         self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
@@ -176,26 +175,19 @@ class FinetuneTrainer(ResumableTrainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """One micro-batch; adds its share to the loss of the step, on the device, and waits for nothing."""
         self.progress(self.state.global_step, "training")
-        if not self._is_settled:
-            self._settle(*arguments[:2])
+        if self.paths.is_unproven:
+            self._prove_paths(*arguments[:2])
         with self.times.micro_batch():
             loss: torch.Tensor = super().training_step(*arguments, **options)
         self._step_loss = self._step_loss + loss
         return loss
 
-    def _settle(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Before the first step: where a run goes on, gradients are to be added up as they were."""
-        self._is_settled = True
-        if self.paths.is_unproven:
-            rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
-            labels = rows.pop("labels")
-            with torch.no_grad(), self.compute_loss_context_manager():
-                self.paths.prove(model.eval(), rows, labels)
-        if self.steps_done():
-            model.train()
-            rows = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                buckets.settle(model, lambda: self._loss(model, dict(rows)))
+    def _prove_paths(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Compare the fast paths of a sharded model with the plain ones; all ranks do, before the first step."""
+        rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
+        labels = rows.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.paths.prove(model.eval(), rows, labels)
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> Any:
         """Gradient norm, looked at before the optimiser takes the step.
