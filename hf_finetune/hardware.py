@@ -1,4 +1,4 @@
-"""What this machine is, and what it is asked to do: ranks, threads, precision, attention, micro-batch."""
+"""The machine of a run: ranks, threads, precision, attention, micro-batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -53,11 +53,7 @@ class EvalBatch:
     """The same where the logits of all of them are held at once."""
 
     def budget(self, *, all_logits: bool) -> int | None:
-        """Most tokens of a batch, padding included.
-
-        Args:
-            all_logits: Whether the model's logits of the whole batch are held at once.
-        """
+        """Most tokens of a batch, padding included; fewer where the logits of all of them are held at once."""
         return self.tokens_of_logits if all_logits else self.tokens
 
     def rows_of(self, longest: int, *, all_logits: bool) -> int:
@@ -68,7 +64,7 @@ class EvalBatch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found, and what was chosen for this run."""
+    """The machine as it was found, and as this run uses it."""
 
     device: Device
     rank: int
@@ -81,20 +77,19 @@ class Machine:
     attention: str
     """transformers' name of the attention implementation."""
     is_sharded: bool = False
-    """Whether no rank holds all weights (FSDP2, DeepSpeed ZeRO-3)."""
+    """No rank holds all weights (FSDP2, DeepSpeed ZeRO-3)."""
     zero_stage: int = 0
-    """What DeepSpeed divides among the ranks: the optimiser's state, gradients too, weights too; 0 without it."""
+    """DeepSpeed divides the optimiser's state among the ranks (1), gradients too (2), weights too (3); 0 without it."""
     activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
+        """Rank 0."""
         return self.rank == 0
 
     @property
     def is_node_main(self) -> bool:
-        """Whether this is the first rank of its node."""
+        """The first rank of its node."""
         return self.local_rank == 0
 
     @property
@@ -107,10 +102,9 @@ class Machine:
         return DTYPES[self.precision] if frozen else torch.float32
 
     def reloads(self, recipe: Recipe) -> bool:
-        """Whether what was saved is loaded onto a second base to compare logits; it must fit beside nothing else.
+        """Load the saved weights onto a second base and compare logits; else they are compared bit by bit.
 
-        Weights that are quantised fill the device, and those that are divided fit no single one: of them, the saved
-        weights are compared bit by bit.
+        Weights that are quantised fill the device, and those that are divided fit no single one.
         """
         return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
 
@@ -134,7 +128,7 @@ def survey(recipe: Recipe) -> Machine:
         # Workers of a launcher config with `use_cpu: true` do not get this variable (accelerate 1.15), and
         # TrainingArguments reads it too.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    _lead_to_the_process_group(device)
+    state = _join(device)
     machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
         determinism.enforce()
@@ -143,7 +137,6 @@ def survey(recipe: Recipe) -> Machine:
             os.environ.setdefault(name, kernels)  # read at the first operation
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU machine.
         torch.set_num_threads(machine.threads)
-    state = PartialState()
     ranks = {"rank": state.process_index, "local_rank": state.local_process_index, "world_size": state.num_processes}
     return replace(machine, **ranks)
 
@@ -209,7 +202,6 @@ def check(recipe: Recipe, machine: Machine) -> None:
 
 
 def _fsdp_problems(recipe: Recipe) -> list[Problem]:
-    """Why FSDP can't shard this recipe's weights."""
     problems = []
     asked = {
         "training.optimizer": recipe.training.optimizer,
@@ -237,7 +229,7 @@ def find_device() -> Device:
 
 
 def uses_fsdp() -> bool:
-    """Whether the launcher asks for FSDP."""
+    """The launcher asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -266,7 +258,8 @@ def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int)
     if recipe.training.micro_batch != "auto":
         return recipe.training.micro_batch
     share = -(-recipe.training.batch_size // machine.world_size)
-    return min(share, _rows_that_fit(machine, vocabulary, longest))
+    tokens = _within_logits(AUTO_TOKENS[machine.device], machine, vocabulary)
+    return min(share, max(1, tokens // longest))
 
 
 def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
@@ -285,14 +278,10 @@ def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively; elsewhere it is emulated, and slower than fp32."""
+    """Find out if this CPU multiplies bf16 natively; elsewhere it is emulated, and slower than fp32."""
     # torch 2.11 and 2.12 may lack the function; without it fp32 is the safe choice.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
-
-
-def _rows_that_fit(machine: Machine, vocabulary: int, longest: int) -> int:
-    return max(1, _within_logits(AUTO_TOKENS[machine.device], machine, vocabulary) // longest)
 
 
 def _within_logits(tokens: int, machine: Machine, vocabulary: int) -> int:
@@ -300,7 +289,7 @@ def _within_logits(tokens: int, machine: Machine, vocabulary: int) -> int:
     return min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1))
 
 
-def _lead_to_the_process_group(device: Device) -> None:
+def _join(device: Device) -> PartialState:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
@@ -310,6 +299,7 @@ def _lead_to_the_process_group(device: Device) -> None:
         # nothing. Nothing else depends on the type: the device is the CPU, the backend gloo.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     limit_collectives(patience.wait())
+    return state
 
 
 def limit_collectives(limit: timedelta) -> None:
@@ -338,3 +328,10 @@ def _attention(asked: str, device: Device, precision: Precision) -> str:
         return asked
     # torch's fused attention is up to 14 times slower than the plain one in the backward pass of bf16 on a CPU.
     return "eager" if device == "cpu" and precision == "bf16" else "sdpa"
+
+
+def wait(device: str) -> None:
+    """Wait until a device has done its work: clocks would not see it."""
+    backend: Any = {"cuda": torch.cuda, "mps": torch.mps}.get(device)
+    if backend is not None:
+        backend.synchronize()

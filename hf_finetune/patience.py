@@ -1,4 +1,4 @@
-"""How long a rank waits for the others, in seconds, as the environment says."""
+"""Time limits for ranks that wait for others, in seconds, as the environment says."""
 
 from __future__ import annotations
 
@@ -24,33 +24,26 @@ MEETING = timedelta(minutes=10)
 
 
 def peer() -> float:
-    """The limit of silence.
-
-    Raises:
-        RecipeError: The variable is no positive number.
-    """
+    """The limit of silence."""
     return _seconds(PEER, PEER_S)
 
 
 def collective() -> timedelta:
-    """The limit of a collective.
-
-    Raises:
-        RecipeError: The variable is no positive number.
-    """
+    """The limit of a collective."""
     return timedelta(seconds=_seconds(COLLECTIVE, COLLECTIVE_S))
 
 
 def wait() -> timedelta:
-    """The limit of waiting for a rank that does long work on its own.
-
-    Raises:
-        RecipeError: The variable is no positive number.
-    """
+    """The limit of waiting for a rank that does long work on its own."""
     return timedelta(seconds=_seconds(WAIT, WAIT_S))
 
 
 def _seconds(name: str, default: float) -> float:
+    """The value of a variable, or its default.
+
+    Raises:
+        RecipeError: The variable is no positive number.
+    """
     text = os.environ.get(name, str(default))
     try:
         seconds = float(text)

@@ -1,4 +1,4 @@
-"""What this process may use: memory, and which processor."""
+"""Free memory, and the name of the processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
 
 VARIABLE = "HF_FINETUNE_MEMORY"
-"""Most free memory that a rank reckons with, e.g. `8GB`; for whoever shares a device."""
+"""Most free memory that a rank reckons with, e.g. `8GB`, where several share a device."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -32,25 +32,17 @@ def memory_available(machine: Machine) -> int | None:
     Raises:
         RecipeError: It says no amount of memory.
     """
-    known = [amount for amount in (_said(), _free_on(machine)) if amount is not None]
-    return min(known, default=None)
-
-
-def _said() -> int | None:
-    text = os.environ.get(VARIABLE, "").strip()
-    if not text:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
-    if found is None:
-        raise RecipeError(f"{VARIABLE}={text} is no amount of memory; write e.g. 8GB, or the bytes")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def _free_on(machine: Machine) -> int | None:
+    known = []
+    if text := os.environ.get(VARIABLE, "").strip():
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
+        if found is None:
+            raise RecipeError(f"{VARIABLE}={text} is no amount of memory; write e.g. 8GB, or the bytes")
+        known.append(int(float(found[1]) * UNITS[found[2]]))
     if machine.device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    known = [amount for amount in (_free(), _left_by_cgroups()) if amount is not None]
-    return min(known) // machine.local_world_size if known else None
+        known.append(int(torch.cuda.mem_get_info()[0]))
+    else:
+        known += [free // machine.local_world_size for free in (_free(), _left_by_cgroups()) if free is not None]
+    return min(known, default=None)
 
 
 def _free() -> int | None:
@@ -63,24 +55,20 @@ def _free() -> int | None:
 
 
 def _left_by_cgroups() -> int | None:
-    """What the tightest of this process's control groups leaves; a limit of a group holds for those inside it, too."""
+    """Bytes that the tightest of this process's control groups leaves; a limit holds for the groups inside, too."""
     try:
         lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    own = CGROUP / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    groups = [own, *(group for group in own.parents if group.is_relative_to(CGROUP))]
-    return min((left for left in map(_left_by, groups) if left is not None), default=None)
-
-
-def _left_by(group: Path) -> int | None:
-    """Bytes that a group leaves; cached files are given back before anyone is refused, and do not count as used."""
-    try:
-        limit, used, kinds = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current", "stat"))
-    except OSError:
-        return None
-    cached = next((int(line.split()[1]) for line in kinds.splitlines() if line.startswith("inactive_file ")), 0)
-    return max(0, int(limit) - int(used) + cached) if limit.strip().isdigit() else None
+    own, left = CGROUP / next((line[3:].strip("/") for line in lines if line.startswith("0::")), ""), []
+    for group in (own, *(group for group in own.parents if group.is_relative_to(CGROUP))):
+        with suppress(OSError):
+            limit, used, kinds = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current", "stat"))
+            if limit.strip().isdigit():
+                # Cached files are given back before anyone is refused, and do not count as used.
+                cached = [int(line.split()[1]) for line in kinds.splitlines() if line.startswith("inactive_file ")]
+                left.append(max(0, int(limit) - int(used) + sum(cached)))
+    return min(left, default=None)
 
 
 def processor(device: str) -> str:
@@ -94,7 +82,7 @@ def processor(device: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or torch could not allocate memory: for a GPU torch has a class, for a CPU only a text."""
+    """Recognise that memory could not be allocated: for a GPU torch has a class, for a CPU only a text."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -145,7 +145,7 @@ def test_what_does_not_exist_in_the_model_is_refused(tiny_bert: str) -> None:
         (PISSA | {"target_modules": ["word_embeddings"]}, "pissa does not work on"),
         ({"kind": "adalora", "init_r": 33}, "33 is more than the smaller side"),
         ({"kind": "ia3", "target_modules": ["q"], "feedforward_modules": ["q"]}, "'q' matches no module"),
-        (LORA | {"from": "nowhere"}, "is not there; give a run folder"),
+        (LORA | {"from": "nowhere"}, "does not exist; give a run folder"),
     ]:
         with pytest.raises((ModelError, RecipeError), match=complaint):
             build(recipe(tiny_bert, adapter))

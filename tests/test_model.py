@@ -197,7 +197,7 @@ def test_models_that_do_not_fit_are_refused_without_weights(
 
 
 def test_an_encoder_is_no_language_model(tiny_bert: str) -> None:
-    with pytest.raises(ModelError, match=r"\(bert\) is no decoder"):
+    with pytest.raises(ModelError, match=r"\(bert\) is not a decoder"):
         model.skeleton(recipe(tiny_bert, LORA, LANGUAGE_MODEL), TWO)
 
 

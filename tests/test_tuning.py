@@ -18,7 +18,6 @@ from hf_finetune.fast import Paths, compiled
 from hf_finetune.preemption import Stopped
 from hf_finetune.tuning import Bench, Choice, Choices, compilation
 from hf_finetune.tuning import attention as choosing
-from hf_finetune.tuning.memo import Memo
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -120,13 +119,13 @@ def test_packed_rows_are_measured_and_checked_too(
     run: Runner, monkeypatch: pytest.MonkeyPatch, tiny_llama: str
 ) -> None:
     bench = bench_of(run, monkeypatch, CHAT, f"model.name={tiny_llama}", "data.packing=true", "data.max_length=64")
-    assert all("position_ids" in batch for batch in bench.batches())
+    assert all("position_ids" in batch for batch in bench.batches)
     assert choosing._choose(replace(bench, micro_batches=10_000)).is_measured
 
 
 def test_shapes_go_from_short_to_long_and_are_those_of_the_run(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of(run, monkeypatch, "training.micro_batch=4")
-    shapes = [tuple(batch["input_ids"].shape) for batch in bench.batches()]
+    shapes = [tuple(batch["input_ids"].shape) for batch in bench.batches]
     assert len(shapes) == 3
     assert {rows for rows, _ in shapes} == {4}
     assert shapes == sorted(shapes)
@@ -195,7 +194,7 @@ def test_a_run_that_ends_before_compiling_pays_is_not_compiled(run: Runner, tiny
 
 def known(plain: float, quick: float, cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier runs measured this."""
-    monkeypatch.setattr(Memo, "recall", lambda memo: {"plain": plain, "compiled": quick, "cost": cost})
+    monkeypatch.setattr(Bench, "recall", lambda bench, question: {"plain": plain, "compiled": quick, "cost": cost})
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,12 @@ def write(folder: str | Path, options: Mapping[str, Any]) -> None:
 
     Args:
         folder: Of the adapter or the model.
-        options: What the task gives `from_pretrained`.
+        options: Keyword arguments that the task gives `from_pretrained`.
     """
-    if "id2label" not in options:
-        return
-    stored = {
-        "id2label": {str(index): name for index, name in options["id2label"].items()},
-        "problem_type": options.get("problem_type"),
-    }
-    (Path(folder) / FILE).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if "id2label" in options:
+        names = {str(index): name for index, name in options["id2label"].items()}
+        stored = {"id2label": names, "problem_type": options.get("problem_type")}
+        (Path(folder) / FILE).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read(folder: str | Path) -> tuple[str, ...] | None:
@@ -57,7 +54,7 @@ def check(folder: str | Path, names: Sequence[str]) -> None:
     """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
 
     Args:
-        folder: The adapter that goes on training; one without the file, of an earlier version, is not checked.
+        folder: Of the adapter; one without the file, of an earlier version, is not checked.
         names: This run's labels in the order of their ids; empty for a task without.
 
     Raises:
@@ -66,8 +63,5 @@ def check(folder: str | Path, names: Sequence[str]) -> None:
     stored = read(folder)
     if stored is None or not names or stored == tuple(names) or len(stored) == len(names) == 1:
         return
-    reason = (
-        f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}; give both the "
-        "same, in one order (task.labels)"
-    )
-    raise RecipeError(Problem(reason, key="adapter.from"))
+    both = f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}"
+    raise RecipeError(Problem(f"{both}; give both the same, in one order (task.labels)", key="adapter.from"))

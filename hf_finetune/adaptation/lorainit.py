@@ -1,4 +1,4 @@
-"""Initialisations of LoRA that look at the base weights or at data, and what is saved after them."""
+"""Initialisations of LoRA that look at the base weights or at data, and saving after them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def factorise_base(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def changed_base(adapted: nn.Module) -> bool:
-    """Whether part of this model's base weights was moved into its adapter."""
+    """Tell a model of which part of the base weights was moved into its adapter."""
     return hasattr(adapted, "first_matrices")
 
 
@@ -110,7 +110,7 @@ def for_unmodified_base(
     """
     import torch
 
-    config: Any = copy.deepcopy(peftio.adapter_config(adapted))
+    config = copy.deepcopy(peftio.adapter_config(adapted))
     config.init_lora_weights = True
     config.eva_config = None
     tensors = peftio.weights(adapted, state)
@@ -119,17 +119,13 @@ def for_unmodified_base(
         sign, dim = (1, 0) if ".lora_A" in name else (-1, 1)
         tensors[name] = torch.cat([tensors[name], sign * before.to(tensors[name])], dim=dim)
     if first:
-        _double_rank(config)
+        # Twice the rank under the same scale: alpha / r, or alpha / sqrt(r).
+        factor = math.sqrt(2) if config.use_rslora else 2
+        config.r *= 2
+        config.lora_alpha *= factor
+        config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
     return config, tensors
-
-
-def _double_rank(config: Any) -> None:
-    """Twice the rank under the same scale: alpha / r, or alpha / sqrt(r)."""
-    factor = math.sqrt(2) if config.use_rslora else 2
-    config.r *= 2
-    config.lora_alpha *= factor
-    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
 
 
 def _mask(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""What all PEFT methods share: wrapping a model, keeping what is trained in fp32, writing and reading adapter files."""
+"""Parts that PEFT methods share: wrap a model, keep what is trained in fp32, write and read adapter files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.adaptation import targets
 from hf_finetune.errors import ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def read(model: PreTrainedModel, folder: str, *, config: PeftConfig | None = Non
         model: A fresh base model.
         folder: What `write` wrote.
         config: The adapter's configuration where it differs from the stored one.
-        train: Whether the adapter goes on training; else it is frozen.
+        train: The adapter goes on training; else it is frozen.
 
     Raises:
         ModelError: The files are damaged or belong to another model.
@@ -69,25 +68,15 @@ def read(model: PreTrainedModel, folder: str, *, config: PeftConfig | None = Non
     return adapted
 
 
-def write(
-    adapted: nn.Module, folder: str, config: PeftConfig | None = None, tensors: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write an adapter as PEFT's two files.
-
-    Args:
-        adapted: The adapted model.
-        folder: Where to, made if it is not there.
-        config: What to write as configuration; None is the adapter's own.
-        tensors: What to write as weights; None is the adapter's own.
-    """
+def write(folder: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Write an adapter as PEFT's two files; the folder is made if it is not there."""
     from safetensors.torch import save_file
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = weights(adapted) if tensors is None else tensors
     # One tensor per name: safetensors refuses memory that two names share.
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(stored, str(Path(folder) / WEIGHTS), metadata={"format": "pt"})
-    written: Any = copy.deepcopy(adapter_config(adapted) if config is None else config)
+    written: Any = copy.deepcopy(config)
     written.inference_mode = True
     if getattr(written, "modules_to_save", None):
         written.modules_to_save = list(dict.fromkeys(written.modules_to_save))
@@ -95,7 +84,7 @@ def write(
 
 
 def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names that they have in its file; embeddings of the base are never among them.
+    """The adapter's tensors by their names in its file; embeddings of the base are never among them.
 
     Args:
         adapted: The adapted model.
@@ -110,11 +99,9 @@ def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) ->
     return tensors
 
 
-def adapter_config(adapted: nn.Module) -> PeftConfig:
+def adapter_config(adapted: Any) -> Any:
     """The configuration of the adapter on this model."""
-    model: Any = adapted
-    config: PeftConfig = model.peft_config[ADAPTER]
-    return config
+    return adapted.peft_config[ADAPTER]
 
 
 def find(place: str, key: str) -> str:
@@ -126,22 +113,8 @@ def find(place: str, key: str) -> str:
     for folder in (Path(place), Path(place) / "adapter"):
         if (folder / CONFIG).is_file():
             return str(folder)
-    what = "has no adapter" if Path(place).is_dir() else "is not there"
+    what = "has no adapter" if Path(place).is_dir() else "does not exist"
     raise RecipeError(Problem(f"{place!r} {what}; give a run folder, or a folder with {CONFIG}", key=key))
-
-
-def token_ids(tokens: Iterable[str], tokenizer: Any, key: str) -> list[int]:
-    """Ids of tokens by their texts.
-
-    Raises:
-        RecipeError: A text is no single token of the tokenizer.
-    """
-    known = tokenizer.get_vocab()
-    unknown = [token for token in tokens if token not in known]
-    if unknown:
-        names = ", ".join(repr(token) for token in unknown)
-        raise RecipeError(Problem(f"{names}: not in the tokenizer's vocabulary; write tokens as it has them", key=key))
-    return sorted({known[token] for token in tokens})
 
 
 @contextmanager
@@ -196,50 +169,38 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, as a part of one line."""
+    """A library's message as part of one line."""
     return " ".join(str(error).split())[:500]
 
 
-def saved_in_full(model: nn.Module, head_modules: tuple[str, ...], asked: list[str] | None) -> list[str] | None:
-    """PEFT's `modules_to_save`: the heads and what the user asked for, as full paths; None for nothing."""
-    return [*dict.fromkeys([*head_modules, *targets.paths(model, asked or (), "adapter.modules_to_save")])] or None
-
-
-def resume(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[str, Any]) -> PeftModel:
+def resume(model: PreTrainedModel, folder: str, peft_type: str, *, reads: bool, **changes: Any) -> PeftModel:
     """`model` with the adapter in `folder`, ready to go on training.
 
     Args:
         model: A fresh base model.
         folder: An adapter folder.
         peft_type: The method it must be of, as PEFT names it.
+        reads: With its weights; else only the shapes, for a model on the meta device.
         changes: Fields of its configuration that this run sets anew.
 
     Raises:
         RecipeError: The adapter is of another method.
         ModelError: The adapter does not fit the model.
     """
-    config = _changed(stored_config(folder), folder, peft_type, changes)
-    trained_on = config.base_model_name_or_path
-    if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
-        _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
-    config.base_model_name_or_path = model.name_or_path
-    return read(model, folder, config=config, train=True)
-
-
-def outline(model: PreTrainedModel, folder: str, peft_type: str, changes: dict[str, Any]) -> PeftModel:
-    """What `resume` would make of a model on the meta device; the adapter's weights are not read."""
-    config = _changed(stored_config(folder), folder, peft_type, changes)
-    config.inference_mode = False
-    return wrap(model, config)
-
-
-def _changed(config: Any, folder: str, peft_type: str, changes: dict[str, Any]) -> Any:
+    config = stored_config(folder)
     if config.peft_type.value != peft_type:
         reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
         raise RecipeError(Problem(reason, key="adapter.from"))
     for name, value in changes.items():
         setattr(config, name, value)
-    return config
+    if not reads:
+        config.inference_mode = False
+        return wrap(model, config)
+    trained_on = config.base_model_name_or_path
+    if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
+        _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
+    config.base_model_name_or_path = model.name_or_path
+    return read(model, folder, config=config, train=True)
 
 
 def adapted_modules(folder: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter's `target_modules` stands for, checked name by name; weights may be on meta."""
+"""Modules of a model that an adapter's `target_modules` stands for, checked name by name; weights may be on meta."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ Pattern = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_c
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1)]
 """Last parts of module paths, e.g. `q_proj`."""
 Spec = Pattern | Names
-"""What `target_modules` may be."""
 
 
 def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: str) -> dict[str, nn.Module]:
@@ -49,39 +48,39 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
     Raises:
         ModelError: A name or the pattern matches nothing, or something that is no linear or embedding layer.
     """
-    trainable = dict(_outside(model, skip))
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    # The rule by which PEFT keeps adapters out of `modules_to_save`.
+    barred = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in skip]
+    outside = {path: module for path, module in model.named_modules() if not any(b.match(path) for b in barred)}
+    output = output_embedding(model)
+    is_linear = {path: isinstance(module, nn.Linear | Conv1D) for path, module in outside.items()}
+    linear = {path: module for path, module in outside.items() if is_linear[path] and module is not output}
     if spec == ALL_LINEAR:
-        found = linear(model, skip)
-        if not found:
+        if not linear:
             raise ModelError(Problem("the model has no linear layer outside its heads", key=key))
-        return found
-    found, problems = {}, []
+        return linear
+    leaves = Counter(path.rpartition(".")[2] for path in linear)
+    found: dict[str, nn.Module] = {}
+    problems = []
     for name in [spec] if isinstance(spec, str) else spec:
-        hits = {path: module for path, module in trainable.items() if _matches(path, name, isinstance(spec, str))}
-        unfit = next(((path, module) for path, module in hits.items() if not _adaptable(module)), None)
-        if not hits:
-            problems.append(Problem(f"{name!r} matches no module{_candidates(model, skip, name)}", key=key))
-        elif unfit is not None:
-            kind = type(unfit[1]).__name__
-            reason = f"{unfit[0]!r} is a {kind}, which takes no adapter{_candidates(model, skip, unfit[0])}"
-            problems.append(Problem(reason, key=key))
+        hits = {path: module for path, module in outside.items() if _matches(path, name, isinstance(spec, str))}
+        wrong = [
+            f"{path!r} is a {type(module).__name__}, which takes no adapter"
+            for path, module in hits.items()
+            if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | Conv1D)
+        ]
+        if wrong or not hits:
+            near = difflib.get_close_matches(name.rpartition(".")[2], list(leaves), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
+            what = wrong[0] if wrong else f"{name!r} matches no module"
+            problems.append(Problem(f"{what}{hint}; linear layers: {listed}", key=key))
         found |= hits
     if problems:
         raise ModelError(problems)
     return found
-
-
-def linear(model: nn.Module, skip: Iterable[str]) -> dict[str, nn.Module]:
-    """Linear layers by path, without the output embedding and without what `skip` names."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    output = output_embedding(model)
-    return {
-        path: module
-        for path, module in _outside(model, skip)
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
-    }
 
 
 def output_embedding(model: Any) -> nn.Module | None:
@@ -108,32 +107,31 @@ def tied(model: Any, spec: str | Iterable[str], full: Iterable[str]) -> list[str
     return [path for path in found if any(_matches(path, name, isinstance(spec, str)) for name in names)]
 
 
-def paths(model: nn.Module, names: Iterable[str], key: str) -> list[str]:
-    """Full paths of the modules that each name stands for; every name must match.
+def in_full(model: nn.Module, head_modules: Iterable[str], names: Iterable[str] | None) -> list[str]:
+    """Full paths of the modules that are trained in full: the heads, and those of `modules_to_save`.
 
     PEFT compares `modules_to_save` by `str.endswith`, so that `norm` also takes `layernorm`: full paths avoid that.
 
     Raises:
         ModelError: A name matches no module with weights.
     """
-    own = {path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())}
-    found: list[str] = []
-    problems = []
-    for name in names:
-        hits = [path for path in own if path == name or path.endswith(f".{name}")]
+    own = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
+    found, problems = list(head_modules), []
+    for name in names or ():
+        hits = [path for path in own if _matches(path, name, is_pattern=False)]
         if not hits:
             leaves = sorted({path.rpartition(".")[2] for path in own if not path.rpartition(".")[2].isdecimal()})
             near = difflib.get_close_matches(name, leaves, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(leaves[:30])}"
-            problems.append(Problem(f"{name!r} matches no module with weights{hint}", key=key))
-        found += [path for path in hits if path not in found]
+            problems.append(Problem(f"{name!r} matches no module with weights{hint}", key="adapter.modules_to_save"))
+        found += hits
     if problems:
         raise ModelError(problems)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def by_pattern(modules: dict[str, nn.Module], values: dict[str, Any], default: float, key: str) -> dict[str, float]:
-    """Each module's value: that of the first pattern which matches the end of its path, as PEFT does it.
+    """Each module's value: that of the first pattern which matches the end of its path, as in PEFT.
 
     Raises:
         ModelError: A pattern matches none of the modules.
@@ -148,48 +146,21 @@ def by_pattern(modules: dict[str, nn.Module], values: dict[str, Any], default: f
     return {path: found.get(path, default) for path in modules}
 
 
-def check_rank(modules: dict[str, nn.Module], rank: int, key: str) -> None:
-    """Refuse a rank that is larger than the matrices it is to factorise.
+def check_rank(path: str, module: nn.Module, rank: int, key: str) -> None:
+    """Refuse a rank that is larger than the matrix it is to factorise.
 
     Raises:
-        ModelError: `rank` is more than the smaller side of a module's weight.
+        ModelError: `rank` is more than the smaller side of the module's weight.
     """
-    for path, module in modules.items():
-        smaller = min(sides(module))
-        if rank > smaller:
-            reason = f"{rank} is more than the smaller side ({smaller}) of {path!r}; choose at most {smaller}"
-            raise ModelError(Problem(reason, key=key))
-
-
-def sides(module: nn.Module) -> tuple[int, ...]:
-    """Inputs and outputs of a layer; for quantised weights too, whose stored shape says nothing."""
-    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("nx", "nf")):
-        if all(hasattr(module, name) for name in names):
-            return tuple(int(getattr(module, name)) for name in names)
+    # Quantised weights are packed: their stored shape says nothing.
+    sides = [("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("nx", "nf")]
+    names = next((names for names in sides if all(hasattr(module, name) for name in names)), None)
     weight: Any = module.weight
-    return tuple(weight.shape[:2])
-
-
-def _outside(model: nn.Module, skip: Iterable[str]) -> Iterable[tuple[str, nn.Module]]:
-    # The rule by which PEFT keeps adapters out of `modules_to_save`.
-    barred = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in skip]
-    return ((path, module) for path, module in model.named_modules() if not any(b.match(path) for b in barred))
+    smaller = min(weight.shape[:2] if names is None else [int(getattr(module, name)) for name in names])
+    if rank > smaller:
+        reason = f"{rank} is more than the smaller side ({smaller}) of {path!r}; choose at most {smaller}"
+        raise ModelError(Problem(reason, key=key))
 
 
 def _matches(path: str, name: str, is_pattern: bool) -> bool:
     return bool(re.fullmatch(name, path)) if is_pattern else path == name or path.endswith(f".{name}")
-
-
-def _adaptable(module: nn.Module) -> bool:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | Conv1D)
-
-
-def _candidates(model: nn.Module, skip: Iterable[str], name: str) -> str:
-    leaves = Counter(path.rpartition(".")[2] for path in linear(model, skip))
-    near = difflib.get_close_matches(name.rpartition(".")[2], list(leaves), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
-    return f"{hint}; linear layers: {listed}"

@@ -1,4 +1,4 @@
-"""How the model is made trainable: one file a PEFT method, and the contract that every method keeps."""
+"""PEFT methods, one file each, and the contract that every method keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_finetune.adaptation import peftio
 from hf_finetune.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
     from hf_finetune.tasks.base import Batch
 
+State = dict[str, "torch.Tensor"]
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What an adapter needs to know of the run besides its own fields."""
+    """The run, as far as an adapter needs to know it besides its own fields."""
 
     peft_type: str
     """PEFT's name of the task, e.g. `SEQ_CLS`."""
@@ -46,17 +49,17 @@ class Adapter(Plugin):
     """The contract. `model` is the pretrained model with its task head, `adapted` what `apply` made of it."""
 
     freezes_base: ClassVar[bool] = True
-    """Whether the pretrained weights stay as they are; they may then be kept in a lower precision."""
+    """The pretrained weights stay as they are, and may be kept in a lower precision."""
     usual_rates: ClassVar[Rates | None] = None
-    """What a learning rate is compared with before training; None compares with nothing."""
+    """`check` warns of a learning rate far from these."""
 
     def why_not_quantized(self) -> str | None:
-        """Why this method can't work on quantised base weights, or None where it can."""
+        """The reason why this method can't work on quantised base weights, or None where it can."""
         return None
 
     @property
     def shapes_follow_data(self) -> bool:
-        """Whether `outline` can't tell the shapes of what is trained, because data decide them."""
+        """Data decide the shapes of what is trained, so that `outline` can't tell them."""
         return False
 
     @abstractmethod
@@ -76,11 +79,10 @@ class Adapter(Plugin):
         """
 
     def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
-        """What `apply` would make of a model on the meta device: the same shapes and dtypes, no weights read."""
+        """Like `apply`, on a model on the meta device: the same shapes and dtypes, no weights read."""
         return self.apply(model, setting)
 
-    @abstractmethod
-    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: State | None = None) -> None:
         """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.
 
         The model stays as it is, in every bit: it may be in the middle of its training.
@@ -91,26 +93,25 @@ class Adapter(Plugin):
             state: Its trained weights and buffers in one piece, by their names in it, where it holds parts of them;
                 None takes them from it.
         """
+        peftio.write(folder, peftio.adapter_config(adapted), self.tensors(adapted, state))
 
-    @abstractmethod
-    def tensors(
-        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """What `save` writes as weights, by the names in its files; arguments as there."""
+    def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
+        """The weights that `save` writes, by the names in its files; arguments as there."""
+        return peftio.weights(adapted, state)
 
-    @abstractmethod
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
         """Put what `save` wrote onto a fresh base model, for inference."""
+        return peftio.read(model, folder)
 
     def optimizer(self, adapted: torch.nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
         """An optimiser with this method's own parameter groups, or None for the trainer's."""
         return None
 
-    def state(self, adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """What the next step depends on besides the trained weights, for a checkpoint; names are this method's own."""
+    def state(self, adapted: torch.nn.Module) -> State:
+        """For a checkpoint, all that the next step depends on besides the trained weights; names are this method's."""
         return {}
 
-    def load_state(self, adapted: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, adapted: torch.nn.Module, state: State) -> None:
         """Bring back what `state` gave."""
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
@@ -122,5 +123,5 @@ class Adapter(Plugin):
         return
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What this method must do between steps."""
+        """The method's work between steps."""
         return []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import peftio, targets
-from hf_finetune.adapters import Adapter, Rates, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting, State
 from hf_finetune.errors import DivergedError, Problem, RecipeError
 from hf_finetune.schema.blocks import Count, Share
 
@@ -60,9 +60,10 @@ class AdaLora(Adapter):
 
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name must match, and `init_r` must fit the matrices."""
-        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
+        skip = targets.in_full(model, head_modules, self.modules_to_save)
         found = targets.matched(model, self.target_modules, skip, "adapter.target_modules")
-        targets.check_rank(found, self.init_r, "adapter.init_r")
+        for path, module in found.items():
+            targets.check_rank(path, module, self.init_r, "adapter.init_r")
 
     def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """Add the factors and freeze the base.
@@ -94,53 +95,34 @@ class AdaLora(Adapter):
                 beta1=self.beta1,
                 beta2=self.beta2,
                 orth_reg_weight=self.orthogonal_weight,
-                modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
+                modules_to_save=targets.in_full(model, setting.head_modules, self.modules_to_save) or None,
             )
         return peftio.wrap(model, config)
 
-    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the ranks that are left; PEFT leaves the pruned ones out of the file."""
-        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
-
-    def tensors(
-        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """What the ranks that are left hold."""
-        return peftio.weights(adapted, state)
-
     def finish(self, adapted: torch.nn.Module) -> None:
-        """Between two prunings a pruned rank drifts off 0; the file leaves it out, so the model must too."""
-        config: Any = peftio.adapter_config(adapted)
-        tuner: Any = adapted.base_model
+        """Set pruned ranks to 0: they drift off between two prunings, and PEFT leaves them out of the file."""
+        config, tuner = peftio.adapter_config(adapted), _tuner(adapted)
         if config.rank_pattern:
             tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
 
-    def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
-        """Put the pruned adapter onto a fresh base."""
-        return peftio.read(model, folder)
-
-    def state(self, adapted: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def state(self, adapted: torch.nn.Module) -> State:
         """Importance scores, their means and uncertainties, and which ranks are left."""
         import torch
 
-        tuner: Any = adapted.base_model
-        found = {
-            f"{kind} {name}": value for kind in SCORES for name, value in getattr(tuner.rankallocator, kind, {}).items()
-        }
-        config: Any = peftio.adapter_config(adapted)
-        pattern = config.rank_pattern or {}
-        return found | {f"ranks {name}": torch.tensor(ranks) for name, ranks in pattern.items()}
+        allocator, pattern = _tuner(adapted).rankallocator, peftio.adapter_config(adapted).rank_pattern or {}
+        scores = {f"{kind} {name}": value for kind in SCORES for name, value in getattr(allocator, kind, {}).items()}
+        return scores | {f"ranks {name}": torch.tensor(ranks) for name, ranks in pattern.items()}
 
-    def load_state(self, adapted: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    def load_state(self, adapted: torch.nn.Module, state: State) -> None:
         """Put them back."""
-        tuner: Any = adapted.base_model
         device = next(adapted.parameters()).device
-        for kind in SCORES:
-            scores = {key.removeprefix(f"{kind} "): value for key, value in state.items() if key.startswith(f"{kind} ")}
-            setattr(tuner.rankallocator, kind, {name: value.to(device) for name, value in scores.items()})
-        ranks = {key.removeprefix("ranks "): value for key, value in state.items() if key.startswith("ranks ")}
-        config: Any = peftio.adapter_config(adapted)
-        config.rank_pattern = {name: value.tolist() for name, value in ranks.items()}
+        found: dict[str, dict[str, Any]] = {kind: {} for kind in (*SCORES, "ranks")}
+        for key, value in state.items():
+            kind, _, name = key.partition(" ")
+            found[kind][name] = value.tolist() if kind == "ranks" else value.to(device)
+        peftio.adapter_config(adapted).rank_pattern = found.pop("ranks")
+        for kind, scores in found.items():
+            setattr(_tuner(adapted).rankallocator, kind, scores)
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
         """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper).
@@ -159,20 +141,21 @@ class AdaLora(Adapter):
         return self.orthogonal_weight * torch.stack(terms).mean()
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Prunes ranks after each optimiser step, while the gradients are still there."""
+        """Prune ranks after each optimiser step, while the gradients are still there."""
         from transformers import TrainerCallback
 
         class Prune(TrainerCallback):
-            """Moves the rank budget."""
-
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                """`global_step` still counts the steps before this one."""
                 model = kwargs["model"]
-                tuner = getattr(model, "module", model).base_model
                 is_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)  # accelerate's optimisers
-                _move_budget(tuner, state.global_step + 1, is_taken=not is_skipped)
+                # `global_step` still counts the steps before this one.
+                _move_budget(_tuner(getattr(model, "module", model)), state.global_step + 1, is_taken=not is_skipped)
 
         return [Prune()]
+
+
+def _tuner(adapted: Any) -> Any:
+    return adapted.base_model
 
 
 def _move_budget(tuner: Any, step: int, *, is_taken: bool) -> None:
@@ -190,7 +173,7 @@ def _move_budget(tuner: Any, step: int, *, is_taken: bool) -> None:
     Raises:
         DivergedError: No step before the last pruning was taken.
     """
-    config: Any = tuner.peft_config[tuner.trainable_adapter_name]
+    config = tuner.peft_config[tuner.trainable_adapter_name]
     last = config.total_step - config.tfinal
     if step == last and not tuner.rankallocator.exp_avg_ipt:
         message = f"the optimiser took none of the first {step - 1} steps, so there is nothing to prune ranks by"

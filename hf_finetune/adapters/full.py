@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_finetune.adaptation import peftio
-from hf_finetune.adapters import Adapter, Rates, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting, State
 from hf_finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Full(Adapter):
         adapted: torch.nn.Module = model
         return adapted.requires_grad_(True).float()
 
-    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: State | None = None) -> None:
         """Write the whole model as safetensors, in fp32."""
         model: Any = adapted
         in_training = getattr(model.config, "use_cache", None)
@@ -46,9 +46,7 @@ class Full(Adapter):
         if in_training is not None:
             model.config.use_cache = in_training
 
-    def tensors(
-        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
         """Every weight."""
         return adapted.state_dict() if state is None else state
 
@@ -65,12 +63,7 @@ class Full(Adapter):
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder}: the trained weights can't be read: {peftio.one_line(error)}") from error
         result = model.load_state_dict(saved.state_dict(), strict=False)
-        if result.missing_keys or result.unexpected_keys:
-            raise ModelError(f"{folder}: holds other weights than this model, e.g. {_first(result)}")
+        if others := [*result.missing_keys, *result.unexpected_keys]:
+            raise ModelError(f"{folder}: holds other weights than this model, e.g. {others[0]}")
         model.requires_grad_(False)
         return model
-
-
-def _first(result: object) -> str:
-    names: list[str] = [*getattr(result, "missing_keys", []), *getattr(result, "unexpected_keys", [])]
-    return names[0]

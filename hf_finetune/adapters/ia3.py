@@ -48,57 +48,38 @@ class IA3(Adapter):
             peftio.find(self.continue_from, "adapter.from")
             return
         chosen, feedforward = self._choice(model)
-        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
+        skip = targets.in_full(model, head_modules, self.modules_to_save)
         targets.matched(model, chosen, skip, "adapter.target_modules")
         targets.matched(model, feedforward, skip, "adapter.feedforward_modules")
 
     def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """Add the vectors, all ones, and freeze the base."""
+        return self._wrap(model, setting, reads=True)
+
+    def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
+        """The vectors; those of a stored adapter by its config."""
+        return self._wrap(model, setting, reads=False)
+
+    def _wrap(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> torch.nn.Module:
         from peft import IA3Config
 
         self.check_targets(model, setting.head_modules)
         if self.continue_from is not None:
             folder = peftio.find(self.continue_from, "adapter.from")
             labelfile.check(folder, setting.labels)
-            return peftio.resume(model, folder, "IA3", {})
+            return peftio.resume(model, folder, "IA3", reads=reads)
         chosen, feedforward = self._choice(model)
         config = IA3Config(
             task_type=setting.peft_type,
             target_modules=chosen,
             feedforward_modules=feedforward,
-            modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
+            modules_to_save=targets.in_full(model, setting.head_modules, self.modules_to_save) or None,
         )
         return peftio.wrap(model, config)
 
-    def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
-        """The vectors; those of a stored adapter by its config."""
-        if self.continue_from is None:
-            return self.apply(model, setting)
-        folder = peftio.find(self.continue_from, "adapter.from")
-        labelfile.check(folder, setting.labels)
-        return peftio.outline(model, folder, "IA3", {})
-
-    def save(self, adapted: torch.nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write vectors and fully trained modules."""
-        peftio.write(adapted, folder, tensors=self.tensors(adapted, state))
-
-    def tensors(
-        self, adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Vectors and fully trained modules."""
-        return peftio.weights(adapted, state)
-
-    def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
-        """Put the vectors onto a fresh base."""
-        return peftio.read(model, folder)
-
     def _choice(self, model: torch.nn.Module) -> tuple[list[str], list[str]]:
-        from peft.utils import (
-            TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-        )
-        from peft.utils import (
-            TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
-        )
+        from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD
+        from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 
         if self.target_modules is not None and self.feedforward_modules is not None:
             return list(self.target_modules), list(self.feedforward_modules)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
-from hf_finetune.adapters import Adapter, Rates, Setting
+from hf_finetune.adapters import Adapter, Rates, Setting, State
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.plugins import CONTENT
 from hf_finetune.schema.blocks import Name, Share
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(gt=0.0, le=1e6)]
@@ -81,13 +81,13 @@ class Lora(Adapter):
         if self.continue_from is not None:
             peftio.find(self.continue_from, "adapter.from")
             return
-        skip = [*head_modules, *targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")]
-        found = targets.matched(model, self._targets, skip, "adapter.target_modules")
-        ranks = targets.by_pattern(found, self.rank_pattern, self._rank, "adapter.rank_pattern")
+        skip, rank = targets.in_full(model, head_modules, self.modules_to_save), self.r or DEFAULT_RANK
+        found = targets.matched(model, self.target_modules or targets.ALL_LINEAR, skip, "adapter.target_modules")
+        ranks = targets.by_pattern(found, self.rank_pattern, rank, "adapter.rank_pattern")
         targets.by_pattern(found, self.alpha_pattern, 0.0, "adapter.alpha_pattern")
         for path, module in found.items():
-            key = "adapter.r" if ranks[path] == self._rank else "adapter.rank_pattern"
-            targets.check_rank({path: module}, int(ranks[path]), key)
+            key = "adapter.r" if ranks[path] == rank else "adapter.rank_pattern"
+            targets.check_rank(path, module, int(ranks[path]), key)
         if self.init in lorainit.FACTORISING:
             lorainit.check_layers(found, self.init)
 
@@ -100,7 +100,7 @@ class Lora(Adapter):
                 Problem("does not run on 8-bit weights on a CPU; use nf4 or turn it off", key="adapter.dora")
             )
         if self.continue_from is not None:
-            return self._continue(model, setting)
+            return self._resume(model, setting, reads=True)
         with peftio.quiet():
             config = self._config(model, setting)
         if self.init in lorainit.MUTATING:
@@ -112,24 +112,18 @@ class Lora(Adapter):
 
     def outline(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
         """The matrices without their first values, which weights or data decide; a stored adapter by its config."""
-        self.check_targets(model, setting.head_modules)
         if self.continue_from is not None:
-            folder = self._checked_continuation(model, setting)
-            return peftio.outline(model, folder, "LORA", {"lora_dropout": self.dropout})
+            self.check_targets(model, setting.head_modules)
+            return self._resume(model, setting, reads=False)
         return self.model_copy(update={"init": "default"}).apply(model, setting)
 
-    def save(self, adapted: nn.Module, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    def save(self, adapted: nn.Module, folder: str, state: State | None = None) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
-        config, tensors = lorainit.for_unmodified_base(adapted, state)
-        peftio.write(adapted, folder, config, tensors)
+        peftio.write(folder, *lorainit.for_unmodified_base(adapted, state))
 
-    def tensors(self, adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def tensors(self, adapted: nn.Module, state: State | None = None) -> State:
         """Those of plain LoRA for the unmodified base."""
         return lorainit.for_unmodified_base(adapted, state)[1]
-
-    def load(self, model: PreTrainedModel, folder: str) -> nn.Module:
-        """Put the adapter onto a fresh base."""
-        return peftio.read(model, folder)
 
     def optimizer(self, adapted: nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
         """PEFT's LoRA+ groups where `loraplus_ratio` is set."""
@@ -142,62 +136,55 @@ class Lora(Adapter):
         create: Any = create_loraplus_optimizer
         return create(adapted, cls, loraplus_lr_ratio=self.loraplus_ratio, loraplus_weight_decay=decay, **options)
 
-    @property
-    def _rank(self) -> int:
-        return self.r or DEFAULT_RANK
-
-    @property
-    def _targets(self) -> str | list[str]:
-        return targets.ALL_LINEAR if self.target_modules is None else self.target_modules
-
     def _config(self, model: PreTrainedModel, setting: Setting) -> LoraConfig:
         from peft import LoraConfig
 
         make: Any = LoraConfig  # PEFT declares alpha an int; it divides by r all the same
+        rank = self.r or DEFAULT_RANK
         config: LoraConfig = make(
             task_type=setting.peft_type,
-            r=self._rank,
-            lora_alpha=self.alpha or 2 * self._rank,
+            r=rank,
+            lora_alpha=self.alpha or 2 * rank,
             lora_dropout=self.dropout,
-            target_modules=self._targets,
+            target_modules=self.target_modules or targets.ALL_LINEAR,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
-            modules_to_save=peftio.saved_in_full(model, setting.head_modules, self.modules_to_save),
-            trainable_token_indices=self._tokens(model, setting.tokenizer),
+            modules_to_save=targets.in_full(model, setting.head_modules, self.modules_to_save) or None,
+            trainable_token_indices=self._tokens(model, setting),
         )
         return config
 
-    def _tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]] | None:
+    def _tokens(self, model: PreTrainedModel, setting: Setting) -> dict[str, list[int]] | None:
         """Module path -> token ids, for the input embedding and an output layer with weights of its own."""
         if self.trainable_tokens is None:
             return None
-        ids = peftio.token_ids(self.trainable_tokens, tokenizer, "adapter.trainable_tokens")
+        key, known = "adapter.trainable_tokens", setting.tokenizer.get_vocab()
+        if unknown := [repr(token) for token in self.trainable_tokens if token not in known]:
+            reason = f"{', '.join(unknown)}: not in the tokenizer's vocabulary; write tokens as it has them"
+            raise RecipeError(Problem(reason, key=key))
+        ids = sorted({known[token] for token in self.trainable_tokens})
         embedding: Any = model.get_input_embeddings()
         output: Any = targets.output_embedding(model)
         if ids[-1] >= embedding.num_embeddings:
             reason = f"token {ids[-1]} has no row in the embedding of {embedding.num_embeddings} rows"
-            raise RecipeError(Problem(reason, key="adapter.trainable_tokens"))
+            raise RecipeError(Problem(reason, key=key))
         layers = [embedding]
         if output is not None and output.weight is not embedding.weight:
             layers.append(output)
         return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}
 
-    def _continue(self, model: PreTrainedModel, setting: Setting) -> PeftModel:
-        folder = self._checked_continuation(model, setting)
-        return peftio.resume(model, folder, "LORA", {"lora_dropout": self.dropout})
-
-    def _checked_continuation(self, model: PreTrainedModel, setting: Setting) -> str:
-        """Folder of the stored adapter, which contradicts nothing."""
+    def _resume(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> PeftModel:
+        """The stored adapter, which contradicts nothing."""
         folder = peftio.find(str(self.continue_from), "adapter.from")
         labelfile.check(folder, setting.labels)
         stored = peftio.stored_config(folder)
         if stored.peft_type.value == "LORA":
             self._check_targets_against(folder, stored, model, setting)
             self._check_against(stored, model, setting)
-        return folder
+        return peftio.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
 
     def _check_targets_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Compare modules, not spellings: `all-linear`, a pattern and a list of names may mean the same."""
@@ -209,13 +196,12 @@ class Lora(Adapter):
         if asked != has:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
             sides = [("only the recipe", asked - has), ("only the adapter", has - asked)]
-            more = "; ".join(f"{who} has {len(paths)}, e.g. {min(paths)}" for who, paths in sides if paths)
+            more = "; ".join(f"{which} has {len(paths)}, e.g. {min(paths)}" for which, paths in sides if paths)
             reason = f"differs from the adapter in `from`, which has {len(has)} modules ({names}): {more}; remove it"
             raise RecipeError(Problem(reason, key="adapter.target_modules"))
 
     def _check_against(self, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Refuse settings that the stored adapter contradicts; a default contradicts nothing."""
-        tokens = self._tokens(model, setting.tokenizer)
         asked = {
             "r": (self.r, stored.r),
             "alpha": (self.alpha, stored.lora_alpha),
@@ -223,14 +209,14 @@ class Lora(Adapter):
             "dora": (self.dora or None, stored.use_dora),
             "rank_pattern": (self.rank_pattern or None, stored.rank_pattern),
             "alpha_pattern": (self.alpha_pattern or None, stored.alpha_pattern),
-            "trainable_tokens": (tokens, stored.trainable_token_indices),
+            "trainable_tokens": (self._tokens(model, setting), stored.trainable_token_indices),
         }
         problems = [
             Problem(f"{wanted} contradicts the adapter in `from`, which has {has}; remove it", key=f"adapter.{name}")
             for name, (wanted, has) in asked.items()
             if wanted is not None and wanted != has
         ]
-        full = targets.paths(model, self.modules_to_save or (), "adapter.modules_to_save")
+        full = targets.in_full(model, (), self.modules_to_save)
         for path in sorted(set(full) - set(stored.modules_to_save or ())):
             reason = f"{path} is not trained in full by the adapter in `from`; remove it"
             problems.append(Problem(reason, key="adapter.modules_to_save"))

@@ -1,35 +1,41 @@
 """How much memory a device will need at most, and for what: estimated without weights, measured after a run.
 
 One training step and one evaluation step of the adapted model run on fake tensors, which have shapes but no storage,
-with the same autocast, attention and activation checkpointing as in the real run; `ledger` adds up what lives at once.
-To that comes what lives all the time: weights, the optimiser's state and, on a CPU, the process itself.
+with the autocast, attention and activation checkpointing of the real run; `ledger` adds up what lives at once. To that
+comes what lives all the time: weights, the optimiser's state and, on a CPU, the process itself.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_finetune import model
-from hf_finetune.memory import outline as outlines
+from hf_finetune.adapters import Setting
 from hf_finetune.memory import state, steps
-from hf_finetune.memory.heap import give_back
+from hf_finetune.model import heads, weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
     from hf_finetune.tasks.base import Targets
 
-OTHER_SHAPES = 0.35
-"""On a CPU, share of a training step's own memory that batches of other shapes leave behind: oneDNN's kernels, cached
-for each shape, and the holes around them. Measured with `benchmarks/memory_estimate.py` and the caches that `hardware`
-sets: 0.23 to 0.59 in six runs of three models. The simulation of one step can't see it."""
+HOLES = 0.5
+"""On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
+library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `state.WARM` it was fitted to
+the six runs of `benchmarks/memory_estimate.py`."""
+STEPS = 1_000_000
+"""Steps of the run for an adapter with phases; how many there are really changes no shape."""
 
 __all__ = ["Estimate", "Outline", "Shapes", "estimate", "give_back", "outline", "peak"]
 
@@ -45,14 +51,11 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Outline:
-    """A model without its weights."""
+    """The adapted model on the meta device, and its parameters: trained, and all with the adapter's."""
 
     model: nn.Module
-    """The adapted model on the meta device."""
     trained: int
-    """Trained parameters."""
     total: int
-    """All parameters, the adapter's included."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Estimate:
     """The most memory of one device."""
 
     parts: Mapping[str, int]
-    """What it is made of: bytes by name."""
+    """Bytes by what they are for."""
     peak: str
     """When it is needed: `training`, `evaluation`, `loading` or `saving`."""
     parameters: tuple[int, int]
@@ -79,10 +82,62 @@ class Estimate:
         return self.total - self.parts.get(state.PROCESS, 0)
 
 
-def outline(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase) -> Outline:
-    """The adapted model on the meta device, and its exact parameter counts; see `memory.outline.outline`."""
-    adapted = outlines.outline(recipe, targets, tokenizer)
+def outline(
+    recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+) -> Outline:
+    """The adapted model on the meta device, with the parameter counts of the real one.
+
+    The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
+    layers of different sizes.
+
+    Args:
+        recipe: Names model, task and adapter.
+        targets: Labels, for the head.
+        tokenizer: The model's.
+        dtype: In which the base weights are kept.
+
+    Raises:
+        ModelError: The model or the adapter's targets do not fit; see `model.skeleton`.
+        RecipeError: A setting contradicts the adapter that is continued.
+    """
+    base = model.skeleton(recipe, targets, tokenizer)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype)
+    base.config.use_cache = False
+    if tokenizer.pad_token_id is not None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    setting = Setting(
+        peft_type=recipe.task.peft_type,
+        tokenizer=tokenizer,
+        total_steps=STEPS,
+        head_modules=(*heads.find(base), *_absent_poolers(recipe, base)),
+        labels=targets.names,
+    )
+    with torch.device("meta"):
+        adapted = recipe.adapter.outline(base, setting)
     return Outline(adapted, *model.parameter_counts(adapted))
+
+
+def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
+    """Poolers outside the head that a local checkpoint does not hold, by the names in its headers."""
+    folder, prefix = Path(model.resolve(recipe.model.name)), f"{base.base_model_prefix}."
+    poolers = [
+        path for path, module in base.named_modules() if "pooler" in path and [*module.parameters(recurse=False)]
+    ]
+    if not poolers or not folder.is_absolute():
+        return []
+    if (folder / weights.WHOLE).is_file():
+        with (folder / weights.WHOLE).open("rb") as content:
+            held = json.loads(content.read(int.from_bytes(content.read(weights.HEADER), "little")))
+    else:
+        held = json.loads((folder / weights.INDEX).read_text("utf-8"))["weight_map"]
+    held = [name.removeprefix(prefix) for name in held]
+    return [
+        path
+        for path in poolers
+        if path.partition(".")[0] not in heads.find(base)
+        and not any(name.startswith(f"{path.removeprefix(prefix)}.") for name in held)
+    ]
 
 
 def estimate(
@@ -102,29 +157,29 @@ def estimate(
         RecipeError: See `model.skeleton`.
     """
     attention = model.attention(recipe, machine)
-    dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
-    adapted = outlines.outline(recipe, targets, tokenizer, dtype)
-    parameters = model.parameter_counts(adapted)
-    lasting = state.lasting(recipe, adapted, machine)
-    loading = state.loading(recipe, adapted, machine)
+    outlined = outline(recipe, targets, tokenizer, machine.base_dtype(frozen=recipe.adapter.freezes_base))
+    adapted = outlined.model
+    lasting, loading = state.lasting(recipe, adapted, machine), state.loading(recipe, adapted, machine)
+    tensors = [*adapted.parameters(), *adapted.buffers()]
+    copies = sum(map(state.size, tensors)) * (1 if recipe.adapter.freezes_base else 2)
     step = steps.Step(recipe, targets, machine, adapted, attention)
-    phases = {
-        "loading": loading,
-        "training": {**lasting, **step.training(shapes.train)},
-        "evaluation": {**lasting, **step.evaluation(shapes.evaluation)},
-    }
+    training, evaluation = step.training(shapes.train), step.evaluation(shapes.evaluation)
+    phases = {"loading": loading}
     if machine.device == "cpu":
-        left = int(OTHER_SHAPES * (sum(phases["training"].values()) - sum(lasting.values())))
-        lasting = {**lasting, "left by other shapes": left}
-        phases |= {name: {**phases[name], **lasting} for name in ("training", "evaluation")}
-    files = loading[state.FILES]
-    if machine.reloads(recipe):
-        phases["saving"] = {**lasting, **step.second_copy(cast=files > 0), state.FILES: files}
-    process = state.process(machine)
+        lasting["holes and kernels"] = int(HOLES * sum(training.values()))
+        # What training took of the heap, evaluation finds free; its larger tensors take the place of others.
+        evaluation["kept of training"] = max(0, sum(training.values()) - sum(evaluation.values()))
+    phases |= {"training": lasting | training, "evaluation": lasting | evaluation}
+    if machine.reloads(recipe) and machine.device == "cpu":
+        # The saved model is loaded next to the trained one and compared; on an accelerator that one makes room first.
+        # Without an adapter there are two more: the fresh base, and the weights that are to replace its own.
+        phases["saving"] = lasting | {"second copy to compare": copies, state.FILES: loading[state.FILES]}
     phase = max(phases, key=lambda name: sum(phases[name].values()))
-    parts = {**process, **phases[phase]}
-    training = sum(phases["training"].values())
-    return Estimate({name: size for name, size in parts.items() if size}, phase, parameters, training)
+    parts = state.process(machine) | phases[phase]
+    parameters = (outlined.trained, outlined.total)
+    return Estimate(
+        {name: size for name, size in parts.items() if size}, phase, parameters, sum(phases["training"].values())
+    )
 
 
 def peak(device: str) -> int | None:
@@ -135,3 +190,9 @@ def peak(device: str) -> int | None:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return state.resident("VmHWM") if device == "cpu" else None
+
+
+def give_back() -> None:
+    """Return to the system what the C library holds and nothing uses, holes between tensors included (glibc alone)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

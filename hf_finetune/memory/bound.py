@@ -1,4 +1,4 @@
-"""More memory than a training step can need, in a moment: tells whether it is worth simulating one."""
+"""More memory than a training step can need, found in a moment: often there is no need to simulate one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hf_finetune.adaptation.targets import output_embedding
+
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
 
 TRAINED = 4 + 4 + 8 + 4
 """Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange."""
@@ -25,7 +26,7 @@ LEFT = 1.6
 """On a CPU, times that for what batches of other shapes leave, and for holes."""
 
 
-def bound(recipe: Recipe, base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:
+def bound(base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:
     """Bytes that a training step will hardly exceed, without what the process holds before.
 
     Every weight counts as trained and in fp32: an adapter has fewer than its base. A layer keeps of each token what it
@@ -34,7 +35,6 @@ def bound(recipe: Recipe, base: nn.Module, machine: Machine, shape: tuple[int, i
     for the models of `benchmarks/memory_estimate.py`.
 
     Args:
-        recipe: Names the task.
         base: The model without adapter; on the meta device will do.
         machine: Its device.
         shape: Rows of a micro-batch, and tokens of a row.
@@ -43,18 +43,12 @@ def bound(recipe: Recipe, base: nn.Module, machine: Machine, shape: tuple[int, i
     config = base.config.get_text_config()  # type: ignore[operator, union-attr]
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    vocabulary = int(config.vocab_size) if recipe.task.peft_type == "CAUSAL_LM" else 0
-    width = sum(_width(module) for module in base.modules())
+    vocabulary = 0 if output_embedding(base) is None else int(config.vocab_size)
+    width = 0
+    for module in base.modules():
+        sides = [max(weight.shape) for weight in module.parameters(recurse=False) if weight.ndim]
+        width += module.embedding_dim if isinstance(module, nn.Embedding) else max(sides, default=0)
     a_token = NUMBER[machine.precision] * (COPIES * width + SCORES * layers * heads * tokens)
     a_token += torch.float32.itemsize * LOGITS * vocabulary
-    needed = TRAINED * sum(parameter.numel() for parameter in base.parameters())
-    needed += rows * tokens * a_token
+    needed = TRAINED * sum(parameter.numel() for parameter in base.parameters()) + rows * tokens * a_token
     return int(needed * LEFT) if machine.device == "cpu" else needed
-
-
-def _width(module: nn.Module) -> int:
-    """Numbers that a module with weights of its own makes of a token."""
-    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim]
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    return max((max(weight.shape) for weight in weights), default=0)

@@ -25,8 +25,9 @@ NF4_BLOCK, NF4_SCALES = 64, 256
 NF4_TABLES = 4 * (16 + 256) + 4
 """Bytes of the two code books and the offset of each layer."""
 
-FILES = "weights on disk"
-PROCESS = "process and libraries"
+WARM = 110_000_000
+"""Bytes that a CPU process takes with its first steps, whatever the model: kernels, libraries that load late."""
+FILES, PROCESS = "weights on disk", "process and libraries"
 
 
 def lasting(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
@@ -93,14 +94,12 @@ def loading(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, i
     whole = weights(recipe, adapted)
     if machine.is_sharded and machine.device != "cpu" and recipe.model.quantization is None:
         whole = whole // machine.world_size + max(map(size, adapted.parameters()))
-    return {"weights": whole, FILES: cast_from(recipe, adapted, machine)}
+    return {"weights": whole, FILES: _cast_from(recipe, adapted, machine)}
 
 
 def process(machine: Machine) -> dict[str, int]:
-    """On a CPU what this process holds now: Python, the libraries and the data; training starts from there."""
-    if machine.device != "cpu":
-        return {}
-    return {PROCESS: resident("VmRSS") or 0}
+    """On a CPU what this process holds now, Python, the libraries and the data, and what its first steps add."""
+    return {PROCESS: (resident("VmRSS") or 0) + WARM} if machine.device == "cpu" else {}
 
 
 def resident(field: str) -> int | None:
@@ -119,11 +118,8 @@ def size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
-    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves.
-
-    They are mapped into a CPU process until all weights are there.
-    """
+def _cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
+    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
     if machine.device != "cpu":
         return 0
     body = base(adapted)

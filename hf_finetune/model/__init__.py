@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -51,16 +51,11 @@ class LoadedModel:
     fresh: tuple[str, ...] = ()
     """Paths of the modules whose weights were drawn, because the checkpoint holds none or of another shape."""
     is_shell: bool = False
-    """Whether this rank has only the shapes; the weights come from rank 0 when they are sharded."""
+    """This rank has only the shapes; the weights come from rank 0 when they are sharded."""
 
 
 def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """The model without weights (meta device), after every check that needs none.
-
-    Args:
-        recipe: Names model, task, adapter and `data.max_length`.
-        targets: Labels, for the head.
-        tokenizer: The model's; read if not given.
+    """The model without weights (meta device), after every check that needs none; arguments as for `examine`.
 
     Raises:
         ModelError: The model does not fit the task, the length, the tokenizer or the adapter.
@@ -88,7 +83,7 @@ def examine(
     Returns:
         The model on the meta device; None where not even that can be made.
     """
-    config = None
+    config = model = None
     with findings.collect():
         modelchecks.packages(recipe)
     with findings.collect():
@@ -100,7 +95,6 @@ def examine(
             check(recipe, config)
     with findings.collect():
         weights.check(recipe.model)
-    model = None
     with findings.collect():
         model = _outline(recipe, config)
     if model is None:
@@ -151,9 +145,8 @@ def load(
         RecipeError: See `skeleton`.
     """
     outline = outline or skeleton(recipe, targets, tokenizer)
-    frozen = recipe.adapter.freezes_base
     state = torch.random.get_rng_state()
-    model, missing = _weights(recipe, _config(recipe, targets), machine, machine.base_dtype(frozen=frozen))
+    model, missing = _weights(recipe, _config(recipe, targets), machine)
     head_modules = heads.find(outline)
     fresh = heads.fresh(recipe, model, missing)
     torch.random.set_rng_state(state)
@@ -165,8 +158,8 @@ def load(
         # A decoder's classification head finds the last token by the pad id of its config.
         model.config.pad_token_id = tokenizer.pad_token_id
     if not machine.is_sharded and recipe.model.quantization is None:
-        # Before anybody computes with it: what initialises adapters or is measured would run on the CPU. Sharded
-        # weights are moved as they are divided, quantised ones were loaded there.
+        # Before anything computes with it: initialisations and measurements would run on the CPU. Sharded weights are
+        # moved as they are divided, quantised ones were loaded there.
         unplaced: Any = model  # torch's `to`, wrapped by transformers, has lost its type
         unplaced.to(machine.place)
     outside = tuple(path for path in fresh if not any(path == h or path.startswith(f"{h}.") for h in head_modules))
@@ -226,7 +219,7 @@ def attention(recipe: Recipe, machine: Machine) -> str:
 
 
 def fresh_base(recipe: Recipe, options: dict[str, Any], machine: Machine) -> PreTrainedModel:
-    """The base as anyone would load it from its name, with the task's options and nothing of this project's own.
+    """The base as anybody would load it from its name, with the task's options and nothing of this project's own.
 
     Raises:
         ModelError: The weights can't be loaded.
@@ -238,9 +231,7 @@ def fresh_base_and_gaps(
     recipe: Recipe, options: dict[str, Any], machine: Machine
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """`fresh_base`, and the names of its parameters that the checkpoint does not hold: those are random numbers."""
-    config = read_config(recipe.model, options)
-    dtype = machine.base_dtype(frozen=recipe.adapter.freezes_base)
-    model, missing = _weights(recipe, config, machine, dtype)
+    model, missing = _weights(recipe, read_config(recipe.model, options), machine)
     return model, frozenset(missing)
 
 
@@ -251,14 +242,27 @@ def _config(recipe: Recipe, targets: Targets) -> PreTrainedConfig:
     return config
 
 
-def _weights(
-    recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype: torch.dtype
-) -> tuple[PreTrainedModel, set[str]]:
+def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of its parameters that the checkpoint does not hold or holds in another shape."""
-    auto = getattr(transformers, recipe.task.auto_model)
+    auto, dtype = getattr(transformers, recipe.task.auto_model), machine.base_dtype(frozen=recipe.adapter.freezes_base)
     options: dict[str, Any] = {}
     if recipe.model.quantization is not None:
-        options = _quantized(recipe, config, machine, dtype)
+        outline, make = _outline(recipe, config), cast("Any", transformers.BitsAndBytesConfig)
+        output = output_embedding(outline)
+        options["device_map"] = {"": machine.place}
+        options["quantization_config"] = make(
+            load_in_4bit=recipe.model.quantization == "nf4",
+            load_in_8bit=recipe.model.quantization != "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP2 shards floating point numbers only; accelerate would leave bytes whole on every rank.
+            bnb_4bit_quant_storage=dtype if machine.is_sharded else torch.uint8,
+            llm_int8_skip_modules=[
+                *heads.find(outline),
+                *(name for name, module in outline.named_modules() if module is output),
+            ],
+        )
     with reading(recipe.model), silence():
         model, info = auto.from_pretrained(
             resolve(recipe.model.name),
@@ -278,25 +282,6 @@ def _weights(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-
-
-def _quantized(recipe: Recipe, config: PreTrainedConfig, machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
-    outline = _outline(recipe, config)
-    output = output_embedding(outline)
-    skip = [*heads.find(outline), *(name for name, module in outline.named_modules() if module is output)]
-    four_bit = recipe.model.quantization == "nf4"
-    settings: Any = transformers.BitsAndBytesConfig
-    quantization = settings(
-        load_in_4bit=four_bit,
-        load_in_8bit=not four_bit,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        # FSDP2 shards floating point numbers only; accelerate would leave bytes whole on every rank.
-        bnb_4bit_quant_storage=dtype if machine.is_sharded else torch.uint8,
-        llm_int8_skip_modules=skip,
-    )
-    return {"quantization_config": quantization, "device_map": {"": machine.place}}
 
 
 def _logical_size(parameter: nn.Parameter) -> int:

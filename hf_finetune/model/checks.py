@@ -1,4 +1,4 @@
-"""Whether a model fits the task, the length of the rows and the tokenizer: known from its config alone."""
+"""Checks that a model fits the task, the length of the rows and the tokenizer, by its config alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def direction(recipe: Recipe, config: PreTrainedConfig) -> None:
     # GPT-NeoX says that it is no decoder, too, but it is no masked language model either.
     encoder = getattr(config, "is_decoder", None) is False and config.model_type in ENCODERS
     if encoder or getattr(config, "is_encoder_decoder", False):
-        reason = f"{recipe.model.name} ({config.model_type}) is no decoder; {recipe.task.kind} needs one, e.g. a Llama"
+        reason = (
+            f"{recipe.model.name} ({config.model_type}) is not a decoder; {recipe.task.kind} needs one, e.g. a Llama"
+        )
         raise ModelError(Problem(reason, key="model.name"))
 
 
@@ -93,7 +95,7 @@ def packages(recipe: Recipe) -> None:
 
 
 def targets(recipe: Recipe, model: PreTrainedModel) -> None:
-    """What the adapter names must be there, and the adapter must be able to train the base.
+    """The adapter's targets must exist, and the adapter must be able to train the base.
 
     Raises:
         ModelError: A target matches no module.
@@ -106,7 +108,7 @@ def targets(recipe: Recipe, model: PreTrainedModel) -> None:
 
 
 def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
-    """What `merge` will not be able to make full weights of: adapters of an embedding with tied weights."""
+    """Adapters of an embedding with tied weights, of which `merge` will not be able to make full weights."""
     adapter: Any = recipe.adapter
     spec, full = getattr(adapter, "target_modules", None), getattr(adapter, "modules_to_save", None)
     if getattr(adapter, "continue_from", None) is not None:

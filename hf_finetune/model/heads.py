@@ -39,7 +39,7 @@ def fresh(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tuple[st
     for path in paths:
         if path.partition(".")[0] not in head_modules and "pooler" not in path:
             reason = f"{recipe.model.name} holds no fitting weights for {path} ({len(missing)} are missing)"
-            raise ModelError(Problem(f"{reason}; it is no checkpoint for {recipe.task.kind}", key="model.name"))
+            raise ModelError(Problem(f"{reason}; it is not a checkpoint for {recipe.task.kind}", key="model.name"))
     return tuple(paths)
 
 

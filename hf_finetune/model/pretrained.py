@@ -1,4 +1,4 @@
-"""Where a pretrained model lies, its config and its tokenizer: all that is known without its weights."""
+"""A pretrained model without its weights: where it is, its config and its tokenizer."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def silence() -> Iterator[None]:
 
 
 def _refused(raw: dict[str, Any]) -> Iterator[str]:
-    """What a config.json must not say: it may name a kernel on the Hub, which is code, or quantised weights."""
+    """Find settings that a config.json must not have: kernels on the Hub, which are code, or quantised weights."""
     for kind, known in KERNELS.items():
         for field in (kind, f"_{kind}", f"_{kind}_internal"):
             value = raw.get(field)

@@ -1,4 +1,4 @@
-"""Whether a model's weights are there, as safetensors, and whole; none of them is read."""
+"""A model's weight files: there, as safetensors, and whole; none of the weights is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def check(model: Model) -> None:
     folder = Path(place) if Path(place).is_absolute() else None
     if folder is None:
         with reading(model):
-            files = _on_the_hub(place, model.revision)
+            try:
+                files = list(HfApi().list_repo_files(place, revision=model.revision))
+            except (OSError, HTTP_ERROR):
+                snapshot = snapshot_download(place, revision=model.revision, local_files_only=True)
+                files = sorted(file.name for file in Path(snapshot).iterdir())
     else:
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
     problem = _missing(files) or (folder is not None and _damaged(folder, files))
@@ -44,12 +48,7 @@ def check(model: Model) -> None:
 
 
 def identity(model: Model, commit: str | None) -> str:
-    """What tells one set of weights from another: the commit on the Hub, else size and both ends of each local file.
-
-    Args:
-        model: The recipe's block.
-        commit: What the Hub's answer was, where it was asked.
-    """
+    """Tell one set of weights from another: by the commit on the Hub, else by size and both ends of each local file."""
     folder = Path(resolve(model.name))
     if not folder.is_absolute():
         return f"{model.name} {commit or model.revision}"
@@ -66,20 +65,10 @@ def identity(model: Model, commit: str | None) -> str:
     return digest.hexdigest()
 
 
-def _on_the_hub(repository: str, revision: str | None) -> list[str]:
-    """Names of a repository's files."""
-    try:
-        return list(HfApi().list_repo_files(repository, revision=revision))
-    except (OSError, HTTP_ERROR):
-        snapshot = snapshot_download(repository, revision=revision, local_files_only=True)
-        return sorted(file.name for file in Path(snapshot).iterdir())
-
-
 def _missing(files: list[str]) -> str | None:
-    """What is wrong with a list of files, if anything is."""
     if ADAPTER in files:
         # With it, from_pretrained would load the base that *it* names, at another revision.
-        return "holds an adapter, no base model; name its base here, and the adapter's folder as adapter.from"
+        return "holds an adapter, not a base model; name its base here, and the adapter's folder as adapter.from"
     if WHOLE in files or INDEX in files:
         return None
     pickled = next((file for file in files if file.endswith(PICKLES)), None)
@@ -90,7 +79,7 @@ def _missing(files: list[str]) -> str | None:
 
 
 def _damaged(folder: Path, files: list[str]) -> str | None:
-    """A shard that the index names and that is not there, or a file that is cut off."""
+    """Find a shard that the index names and the folder lacks, or a file that is cut off."""
     shards = [WHOLE]
     if WHOLE not in files:
         try:
@@ -106,7 +95,7 @@ def _damaged(folder: Path, files: list[str]) -> str | None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Compare the length of a safetensors file with its header."""
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(HEADER), "little")

@@ -216,7 +216,7 @@ class Watch:
         while not self._stop.wait(self.every):
             now = time.monotonic()
             # This process may have been stopped or starved itself: that time proves nothing about the others.
-            passed, before = min(now - before, 4 * self.every), now
+            passed, before = min(now - before, 2 * self.every), now
             with self._lock:
                 if self._stop.is_set():
                     return

@@ -94,7 +94,7 @@ def choose(ready: Ready, free: int | None) -> Fit:
     lengths = ready.assignment.lengths
     longest = ready.recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
     shape = (ready.assignment.job.division.micro_batch, longest)
-    if bound(ready.recipe, ready.outline, ready.machine, shape) <= NEAR * free:
+    if bound(ready.outline, ready.machine, shape) <= NEAR * free:
         return Fit(_ruled(ready, "by rule: there is plenty of memory"))
     with phase("estimating the memory"):
         return _Search(ready, free).fit()

@@ -1,12 +1,8 @@
-"""What is chosen for this machine by measuring: attention, compiled layers. Chosen once a run.
+"""Chosen for this machine by measuring, once a run: the attention, and compiled layers.
 
-    bench        the run as far as choosing needs to know it, and how long a step takes
-    attention    which implementation is faster here
-    compilation  whether compiling the layers pays within this run
-    memo         what was measured before, for this machine, model and shape
-    choices      what came of it, as `run.lock.json` keeps it: a resumed run measures nothing and goes on with the same
-
-Runs that are too short to earn the measuring back go by fixed rules, and look at no memo: they are the same everywhere.
+`run.lock.json` keeps the choices, so that a resumed run measures nothing and goes on with the same. Runs that are too
+short to earn the measuring back go by fixed rules and look at nothing that was measured before: they are the same
+everywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Which attention implementation is faster here, forward and backward, on this run's own shapes."""
+"""The attention implementation that is fastest here, forward and backward, on this run's own shapes."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -13,10 +11,6 @@ from hf_finetune.resources import is_out_of_memory
 from hf_finetune.tasks import _packing as packing
 from hf_finetune.tuning.bench import ROUNDS, Bench
 from hf_finetune.tuning.choices import Choice
-from hf_finetune.tuning.memo import Memo
-
-if TYPE_CHECKING:
-    from hf_finetune.tasks.base import Batch
 
 WORTH = 400
 """Micro-batches of a run from which on it earns the measuring back: that takes about 15."""
@@ -42,15 +36,13 @@ def _choose(bench: Bench) -> Choice:
         return Choice(ruled, "by rule: no other fits")
     if bench.micro_batches < WORTH:
         return Choice(ruled, "by rule: the run is too short to measure")
-    batches = bench.batches()
-    memo, how = Memo("attention", bench, batches), "measured earlier"
-    seconds = memo.recall()
+    seconds, how = bench.recall("attention"), "measured earlier"
     if seconds is None:
-        seconds, how = _measure(bench, batches, names), "measured"
-        memo.keep(seconds)
+        seconds, how = _measure(bench, names), "measured"
+        bench.keep("attention", seconds)
     best = min(seconds, key=lambda name: seconds[name], default=ruled)
-    told = [f"{name} takes {seconds[name] / seconds[best]:.2f} x the time" for name in seconds if name != best]
-    return Choice(best, ", ".join([how, *told]))
+    ratios = [f"{name} takes {seconds[name] / seconds[best]:.2f} x the time" for name in seconds if name != best]
+    return Choice(best, ", ".join([how, *ratios]))
 
 
 def _candidates(bench: Bench) -> list[str]:
@@ -64,7 +56,7 @@ def _candidates(bench: Bench) -> list[str]:
     return [name for name in names if supports.get(name, True)]
 
 
-def _measure(bench: Bench, batches: list[Batch], names: list[str]) -> dict[str, float]:
+def _measure(bench: Bench, names: list[str]) -> dict[str, float]:
     """Seconds of a pass by name, in turns; without those that fail on this model."""
     paths, before = Paths(bench.job.task, bench.job.targets), bench.machine.attention
     seconds = dict.fromkeys(names, float("inf"))
@@ -72,21 +64,21 @@ def _measure(bench: Bench, batches: list[Batch], names: list[str]) -> dict[str, 
         paths.install(bench.adapted, bench.recipe, bench.machine)
         try:
             for _ in range(ROUNDS):
-                seconds = {name: min(best, _once(bench, batches, name, paths)) for name, best in seconds.items()}
+                seconds = {name: min(best, _once(bench, name, paths)) for name, best in seconds.items()}
         finally:
             paths.remove()
             bench.base.set_attn_implementation(before)
     return {name: took for name, took in seconds.items() if took != float("inf")}
 
 
-def _once(bench: Bench, batches: list[Batch], name: str, paths: Paths) -> float:
+def _once(bench: Bench, name: str, paths: Paths) -> float:
     bench.base.set_attn_implementation(name)
     try:
         if bench.job.packed:
             packing.check_packing(bench.base)
         if name == "eager" and bench.machine.device == "cpu" and bench.recipe.speed.plain_attention:
             plain.install(bench.base)
-        return bench.seconds(batches, paths.loss_sum)
+        return bench.seconds(paths.loss_sum)
     except ModelError:
         return float("inf")
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What was chosen for a run, and why."""
+"""The choices of a run, and why they were made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing that was chosen."""
+    """One choice."""
 
     value: Any
     why: str
@@ -21,7 +21,7 @@ class Choice:
 
     @property
     def is_measured(self) -> bool:
-        """Whether anything was timed for it, now or earlier."""
+        """Something was timed for it, now or earlier."""
         return self.why.startswith("measured")
 
 
@@ -35,18 +35,25 @@ class Choices:
     """precision, micro_batch, activation_checkpointing, attention, compiled."""
 
     def value(self, name: str) -> Any:
-        """The value of what was chosen; None where nothing was."""
+        """The value of a choice; None where none was made."""
         choice = self.made.get(name)
         return None if choice is None else choice.value
 
     def describe(self) -> str:
         """One line for people."""
-        told = [f"{name.replace('_', ' ')} {_shown(made.value)} ({made.why})" for name, made in self.made.items()]
-        return ", ".join(told)
+        shown = {
+            name: {True: "yes", False: "no"}[made.value] if isinstance(made.value, bool) else made.value
+            for name, made in self.made.items()
+        }
+        return ", ".join(f"{name.replace('_', ' ')} {shown[name]} ({made.why})" for name, made in self.made.items())
 
     def plus(self, name: str, choice: Choice) -> Choices:
         """With one more."""
         return replace(self, made={**self.made, name: choice})
+
+    def without(self, *names: str) -> Choices:
+        """Without some of them."""
+        return replace(self, made={name: made for name, made in self.made.items() if name not in names})
 
     def onto(self, machine: Machine, recipe: Recipe) -> Machine:
         """The machine with this precision and attention, where the recipe leaves them open.
@@ -61,10 +68,6 @@ class Choices:
             machine = replace(machine, attention=self.value("attention") or machine.attention)
         return machine
 
-    def without(self, *names: str) -> Choices:
-        """Without some of them."""
-        return replace(self, made={name: made for name, made in self.made.items() if name not in names})
-
     def dump(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return asdict(self)
@@ -76,13 +79,14 @@ class Choices:
         Args:
             recipe: May name it.
             machine: Has it.
-            before: What was chosen when the run began, if it is to go on.
+            before: The choices of the run's beginning, if it is to go on.
         """
-        asked = recipe.training.precision
-        if before is not None and asked == "auto" and before.value("precision") == machine.precision:
+        asked, has = recipe.training.precision, machine.precision
+        if before is not None and asked == "auto" and before.value("precision") == has:
             return cls(machine.device, {"precision": before.made["precision"]})
-        why = "asked for" if asked == machine.precision else _why(machine)
-        return cls(machine.device, {"precision": Choice(machine.precision, why)})
+        reasons = {"bf16": "multiplies bf16 natively", "fp16": "has no bf16", "fp32": "has no units for bf16"}
+        why = "asked for" if asked == has else f"by rule: this {machine.device} {reasons[has]}"
+        return cls(machine.device, {"precision": Choice(has, why)})
 
     @classmethod
     def read(cls, kept: Mapping[str, Any]) -> Choices:
@@ -94,13 +98,3 @@ class Choices:
             AttributeError: It is something else.
         """
         return cls(str(kept["device"]), {name: Choice(**choice) for name, choice in kept["made"].items()})
-
-
-def _shown(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def _why(machine: Machine) -> str:
-    """The reason for a precision that the recipe left open."""
-    has = {"bf16": "multiplies bf16 natively", "fp16": "has no bf16", "fp32": "has no units for bf16"}
-    return f"by rule: this {machine.device} {has[machine.precision]}"

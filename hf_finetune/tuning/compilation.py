@@ -1,17 +1,14 @@
-"""Whether compiling the layers pays within this run."""
+"""Compile the layers where that pays within this run."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+
+import torch
 
 from hf_finetune.fast import Paths, compiled
 from hf_finetune.tuning.bench import ROUNDS, Bench
 from hf_finetune.tuning.choices import Choice
-from hf_finetune.tuning.memo import Memo
-
-if TYPE_CHECKING:
-    from hf_finetune.tasks.base import Batch
 
 WORTH_SECONDS = 900.0
 """Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth."""
@@ -49,11 +46,22 @@ def _choose(bench: Bench, paths: Paths) -> Choice:
         return Choice(value=False, why="by rule: on a CPU alone it was tried out")
     if bench.micro_batches < WORTH:
         return Choice(value=False, why="by rule: the run is too short")
-    return _weigh(bench, paths)
+    known, how = bench.recall("compile"), "measured earlier"
+    if known is None:
+        plain = min(bench.seconds(paths.loss_sum) for _ in range(ROUNDS))
+        if plain * bench.micro_batches < WORTH_SECONDS:
+            return Choice(value=False, why="by rule: the run is too short")
+        known, how = {"plain": plain} | _compile(bench, paths), "measured"
+        bench.keep("compile", known)
+    cost = 0.0 if paths.is_compiled else known["cost"]
+    saved = (known["plain"] - known["compiled"]) * bench.micro_batches - cost
+    pays = saved > 0 and known["compiled"] < GAIN * known["plain"]
+    ratio = known["compiled"] / known["plain"]
+    return Choice(value=pays, why=f"{how}: {ratio:.2f} x the time of a step, {known['cost']:.0f} s to compile")
 
 
 def hindrance(bench: Bench) -> str:
-    """Why layers can't be compiled; nothing where they can."""
+    """The reason why layers can't be compiled; empty where they can."""
     if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"
     if not compiled.fits(bench.base):
@@ -63,34 +71,17 @@ def hindrance(bench: Bench) -> str:
     return ""
 
 
-def _weigh(bench: Bench, paths: Paths) -> Choice:
-    batches = bench.batches()
-    memo = Memo("compile", bench, batches)
-    known, how = memo.recall(), "measured earlier"
-    if known is None:
-        plain = min(bench.seconds(batches, paths.loss_sum) for _ in range(ROUNDS))
-        if plain * bench.micro_batches < WORTH_SECONDS:
-            return Choice(value=False, why="by rule: the run is too short")
-        known, how = {"plain": plain} | _compile(bench, paths, batches), "measured"
-        memo.keep(known)
-    cost = 0.0 if paths.is_compiled else known["cost"]
-    saved = (known["plain"] - known["compiled"]) * bench.micro_batches - cost
-    pays = saved > 0 and known["compiled"] < GAIN * known["plain"]
-    ratio = known["compiled"] / known["plain"]
-    return Choice(value=pays, why=f"{how}: {ratio:.2f} x the time of a step, {known['cost']:.0f} s to compile")
-
-
-def _compile(bench: Bench, paths: Paths, batches: list[Batch]) -> dict[str, float]:
+def _compile(bench: Bench, paths: Paths) -> dict[str, float]:
     """Compile, compare, time; an endless time where that fails, or learns something else."""
-    before = bench.outcomes(batches, paths.loss_sum)
+    before = bench.outcomes(paths.loss_sum)
     paths.compile(bench.base)
     began = time.perf_counter()
     try:
-        after = bench.outcomes(batches, paths.loss_sum)
-        bench.seconds(batches, paths.loss_sum)
+        after = bench.outcomes(paths.loss_sum)
+        bench.seconds(paths.loss_sum)
         cost = time.perf_counter() - began
-        seconds = min(bench.seconds(batches, paths.loss_sum) for _ in range(ROUNDS))
+        seconds = min(bench.seconds(paths.loss_sum) for _ in range(ROUNDS))
     except RuntimeError:  # of torch's compilers, too
         return {"compiled": float("inf"), "cost": time.perf_counter() - began}
-    is_same = all(abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(after, before, strict=True))
+    is_same = torch.allclose(after, before, rtol=TOLERANCE, atol=0.0)
     return {"compiled": seconds if is_same else float("inf"), "cost": cost}
