@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,8 +96,11 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     with torch.random.fork_rng():
         expected = _logits(adapted, inputs, machine).cpu()
         device = next(iter(inputs.values())).device
-        _leave(adapted, device)
-        base = model.fresh_base(recipe, _label_options(recipe, _config(adapted)), machine)
+        if device.type != "cpu":
+            # The fresh base would not fit next to a model that fills half of the device.
+            adapted.to("cpu")
+            torch.get_device_module(device).empty_cache()
+        base = model.fresh_base(recipe, labelfile.options(folder), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
         base.config.pad_token_id = _config(adapted).pad_token_id
         actual = _logits(restored, inputs, machine).cpu()
@@ -146,7 +148,7 @@ def compare(
 
 
 def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits; not numbers are the same where their bits are."""
+    """Compare shape, dtype and bits; two values that are not a number are the same where their bits are."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     one, two = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, two))
@@ -166,21 +168,6 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
         for module, training in modes.items():
             module.training = training
     return logits.float()
-
-
-def _leave(network: nn.Module, device: torch.device) -> None:
-    """Free the device of a model; the fresh base would not fit next to it where the model fills half of it."""
-    if device.type == "cpu":
-        return
-    network.to("cpu")
-    torch.get_device_module(device).empty_cache()
-
-
-def _label_options(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    if recipe.task.peft_type != "SEQ_CLS":
-        return {}
-    names = ("id2label", "label2id", "problem_type")
-    return {"num_labels": config.num_labels} | {name: copy.copy(getattr(config, name)) for name in names}
 
 
 def _config(adapted: nn.Module) -> PreTrainedConfig:

@@ -21,16 +21,14 @@ from hf_finetune.model import heads
 
 @dataclass(frozen=True)
 class Flops:
-    """Weights in matrix products, and what attention costs."""
+    """Weights in matrix products, and the cost of attention."""
 
     token: float
-    """Numbers that each token meets."""
+    """Numbers that each token meets, and those of them that are trained."""
     token_trained: float
-    """Those of them that are trained."""
     row: float
-    """Numbers that each row meets once: a pooler, a classification head."""
+    """Numbers that each row meets once, of a pooler or a classification head, and those of them that are trained."""
     row_trained: float
-    """Those of them that are trained."""
     attention: float
     """Forward FLOPs for each pair of tokens of a sequence, of all layers together."""
 
@@ -50,25 +48,27 @@ class Flops:
         """Count the weights of a model, adapter included."""
         wrapped: Any = adapted
         base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-        once = tuple(f"{name}." for name in heads.find(base))
+        text, once = base.config.get_text_config(), tuple(f"{name}." for name in heads.find(base))
         sums = {(is_row, is_trained): 0.0 for is_row in (False, True) for is_trained in (False, True)}
         for path, module in base.named_modules():
             if "original_module" in path:  # PEFT's copy of what it trains
                 continue
             is_row = f"{path}.".startswith(once) or "pooler" in path
-            for numbers, is_trained in _products(module, base.config):
+            for numbers, is_trained in _products(module, text):
                 sums[is_row, is_trained] += numbers
+        layers, heads_ = getattr(text, "num_hidden_layers", 0), getattr(text, "num_attention_heads", 0)
+        width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads_, 1)
         return cls(
             token=sums[False, False] + sums[False, True],
             token_trained=sums[False, True],
             row=sums[True, False] + sums[True, True],
             row_trained=sums[True, True],
-            attention=4.0 * _attended(base.config),
+            attention=4.0 * layers * heads_ * width,
         )
 
 
-def _products(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
-    """Numbers, and whether they are trained, of each weight of a module itself that inputs are multiplied with."""
+def _products(module: nn.Module, text: Any) -> list[tuple[float, bool]]:
+    """Numbers of each weight of a module itself that inputs are multiplied with; True for those that are trained."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):  # quantised layers keep their features, but pack their weights
         return [(module.in_features * module.out_features, bool(weight.requires_grad))]
@@ -76,22 +76,9 @@ def _products(module: nn.Module, config: Any) -> list[tuple[float, bool]]:
         return [(weight.numel(), bool(weight.requires_grad))]
     if isinstance(module, nn.Conv1d):
         return []
-    own = dict(module.named_parameters(recurse=False))
     # Experts are kept as (experts, out, in); each token meets a few of them.
-    share = _active_share(config)
-    return [(p.numel() * share, p.requires_grad) for name, p in own.items() if p.ndim == 3 and "lora_" not in name]
-
-
-def _active_share(config: Any) -> float:
-    text = config.get_text_config()
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     active = getattr(text, "num_experts_per_tok", None)
-    return active / experts if experts and active else 1.0
-
-
-def _attended(config: Any) -> float:
-    """Numbers of all heads of all layers."""
-    text = config.get_text_config()
-    layers, heads_ = getattr(text, "num_hidden_layers", 0), getattr(text, "num_attention_heads", 0)
-    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads_, 1)
-    return float(layers * heads_ * width)
+    share = active / experts if experts and active else 1.0
+    own = dict(module.named_parameters(recurse=False))
+    return [(p.numel() * share, p.requires_grad) for name, p in own.items() if p.ndim == 3 and "lora_" not in name]

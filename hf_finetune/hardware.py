@@ -27,9 +27,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
-"""How many kernels oneDNN and torch's binding of it keep on a CPU. With the default of 1,024 each, memory grows with
-every new shape of a batch; with these it does not. With 1 each the quickstart takes a quarter more CPU time; with 64
-and 16 none that could be measured."""
+"""Kernels that oneDNN and torch's binding of it keep on a CPU. With the default of 1,024 each, memory grows with every
+new shape of a batch; with these it does not. With 1 each the quickstart takes a quarter more CPU time; with 64 and 16
+none that could be measured."""
 
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
 """Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is."""
@@ -263,7 +263,7 @@ def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int)
 
 
 def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
-    """What one forward pass gets in evaluation: for a classifier, which keeps nothing, four times as many tokens.
+    """The most that one forward pass gets in evaluation: for a classifier, which keeps nothing, four times the tokens.
 
     Args:
         recipe: `training.eval_batch`, `data.max_length`.

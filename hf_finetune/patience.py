@@ -20,7 +20,7 @@ WAIT, WAIT_S = "HF_FINETUNE_WAIT_TIMEOUT", 6 * 3600.0
 one of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same."""
 
 MEETING = timedelta(minutes=10)
-"""How much later than the first one the last node may start, at least."""
+"""The last node may start at least so much later than the first one."""
 
 
 def peer() -> float:

@@ -1,7 +1,7 @@
-"""FSDP2: how the weights get onto the ranks, and what is sharded together and added up in which precision.
+"""FSDP2: the way of the weights onto the ranks, the units that are sharded together, and the precision of sums.
 
-Rank 0 alone reads the weights, where nothing is against it; the others hold the same modules around memory that nobody
-has written to, which the system does not provide before somebody does. accelerate hands out the shards.
+Rank 0 alone reads the weights, where nothing is against it; the others hold the same modules around memory that was not
+written to, which the system does not provide before. accelerate hands out the shards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well."""
 LONGEST = timedelta(days=1)
-"""How long reading the weights may take; a rank that dies meanwhile is noticed by `peers`."""
+"""For reading the weights; a rank that dies meanwhile is noticed by `peers`."""
 POLL_S = 0.05
 
 
@@ -62,7 +62,10 @@ def load(
 
     def shell() -> LoadedModel:
         whole.append(read())
-        return replace(whole[0], model=_without_weights(whole[0].model), is_shell=True)
+        base = whole[0].model
+        # Parameters on the meta device, each under the names that it has; buffers are copied.
+        kept = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in base.parameters()}
+        return replace(whole[0], model=copy.deepcopy(base, kept), is_shell=True)
 
     received = _from_rank_0(shell, machine.rank)
     if whole:
@@ -107,12 +110,12 @@ def refuse_other_format(checkpoint: Path, machine: Machine) -> None:
 
 
 def uses_fsdp(machine: Machine) -> bool:
-    """Whether the weights are sharded by FSDP; else nobody does, or DeepSpeed."""
+    """The weights are sharded, by FSDP and not by DeepSpeed."""
     return machine.is_sharded and hardware.uses_fsdp()
 
 
 def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bool:
-    """Whether rank 0 alone reads the weights; where it can't be so, transformers and accelerate are told.
+    """Decide if rank 0 alone reads the weights, and tell transformers and accelerate.
 
     accelerate 1.15 can't hand out quantised weights or persistent buffers, and an adapter whose shapes follow from data
     needs the weights on each rank.
@@ -129,7 +132,7 @@ def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bo
 
 
 def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None:
-    """Make the model fit for FSDP2, and set what a launcher's configuration can't know of it; nothing without FSDP.
+    """Make the model fit for FSDP2, and set all that a launcher's configuration can't know of it; nothing without FSDP.
 
     Args:
         accelerator: Of a trainer that has not begun.
@@ -186,23 +189,11 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
         base: The pretrained model.
         asked: What the launcher's configuration names.
     """
-    embedding = base.get_input_embeddings()
-    kinds = set(asked or base._no_split_modules or ()) or _layers(base)
+    embedding, lists = base.get_input_embeddings(), [m for m in base.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    kinds = set(asked or base._no_split_modules or ()) or {type(module).__name__ for module in layers}
     found = {type(module).__name__ for module in base.modules()} & kinds
     return sorted(found - {type(module).__name__ for module in base.modules() if embedding in set(module.modules())})
-
-
-def _layers(base: nn.Module) -> set[str]:
-    """The class of the repeated layers: the longest list of modules."""
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    longest = max(lists, key=len, default=nn.ModuleList())
-    return {type(module).__name__ for module in longest}
-
-
-def _without_weights(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters are on the meta device, each under the names that it has; buffers are copied."""
-    kept = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in base.parameters()}
-    return copy.deepcopy(base, kept)
 
 
 def _allocate(base: nn.Module) -> None:
@@ -226,13 +217,11 @@ def _places(base: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def _from_rank_0(make: Callable[[], T], rank: int) -> T:
-    """What rank 0 makes, on every rank, however long that takes: the others look again and again.
-
-    In a collective they would count as ranks that wait for one that hangs.
-    """
+    """Make something on rank 0, and return it on every rank, however long that takes."""
     group = distributed.new_group(backend="gloo", timeout=LONGEST)
     made: list[Any] = [make() if rank == 0 else None]
     is_made: Any = distributed.broadcast(torch.zeros(1), src=0, group=group, async_op=True)
+    # The others look again and again: in a collective, they would count as ranks that wait for one that hangs.
     while not is_made.is_completed():
         time.sleep(POLL_S)
     distributed.broadcast_object_list(made, src=0, group=group)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: what the launcher chose, what can't be trained under it, its steps and its weights.
+"""DeepSpeed's ZeRO: the launcher's choice, recipes that it can't train, its steps and its weights.
 
 DeepSpeed's engine takes the optimiser's step inside accelerate's `backward`, clips, and divides the state among the
 ranks. Here the step is held back until the loss has been looked at; DeepSpeed itself looks at the gradients before it
@@ -42,7 +42,7 @@ def stage() -> int:
 
 
 def check(recipe: Recipe, machine: Machine) -> list[Problem]:
-    """What of a recipe does not work under DeepSpeed, or would be another optimisation."""
+    """Find settings of a recipe that do not work under DeepSpeed, or would be another optimisation."""
     if not _is_on():
         return []
     config, problems = _config() or {}, list[Problem]()
@@ -75,13 +75,15 @@ def check_checkpoint(checkpoint: Path, ranks: int, machine: Machine) -> None:
     Args:
         checkpoint: Its folder.
         ranks: How many wrote it.
-        machine: What goes on.
+        machine: Of this launch.
 
     Raises:
         CheckpointError: It was written with another way of dividing the state, or by another number of ranks.
     """
     names = {0: "without DeepSpeed", 2: "with DeepSpeed ZeRO-1 or 2", 3: "with DeepSpeed ZeRO-3"}
-    written, own = _written(checkpoint), 2 if machine.zero_stage == 1 else machine.zero_stage
+    files = {3: "zero_pp_rank_*_model_states.pt", 2: "mp_rank_*_model_states.pt"}
+    written = next((stage for stage, name in files.items() if any(checkpoint.glob(f"global_step*/{name}"))), 0)
+    own = 2 if machine.zero_stage == 1 else machine.zero_stage
     if written != own:
         how = "start it with the launcher configuration of its beginning, or give --restart to start anew"
         message = f"was written {names[written]}, this start is {names[own]}; {how}"
@@ -90,13 +92,6 @@ def check_checkpoint(checkpoint: Path, ranks: int, machine: Machine) -> None:
         how = f"start {ranks} processes, or give --restart to start anew"
         message = f"DeepSpeed divided it among {ranks} ranks, and can't go on with {machine.world_size}; {how}"
         raise CheckpointError(Problem(message, file=str(checkpoint)))
-
-
-def _written(checkpoint: Path) -> int:
-    """3 for a checkpoint of ZeRO-3, 2 for one of ZeRO-1 or 2, 0 for any other."""
-    if any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt")):
-        return 3
-    return 2 if any(checkpoint.glob("global_step*/mp_rank_*_model_states.pt")) else 0
 
 
 def read_no_code() -> None:
@@ -154,7 +149,7 @@ def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
 
     Args:
         model: Below the engine.
-        keeps: Whether this rank wants them; the others give their parts, and hold one weight at a time.
+        keeps: This rank wants them; the others give their parts, and hold one weight at a time.
 
     Raises:
         ModelError: DeepSpeed does not give one of them.

@@ -1,1 +1,1 @@
-"""What the PEFT methods share: target modules, initialisation, and files that load on the unmodified base."""
+"""Parts that PEFT methods share: target modules, initialisation, and files that load on the unmodified base."""

@@ -50,6 +50,23 @@ def problem_type(folder: str | Path) -> str | None:
     return None if found is None else str(found)
 
 
+def options(folder: str | Path) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    names = read(folder)
+    if names is None:
+        return {}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": problem_type(folder),
+    }
+
+
 def check(folder: str | Path, names: Sequence[str]) -> None:
     """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""What PEFT's rank allocator remembers of each weight."""
+"""The memory of PEFT's rank allocator of each weight."""
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
 

@@ -26,7 +26,7 @@ SHORT = 128
 
 
 class _How(NamedTuple):
-    """What attention needs besides tensors that learn."""
+    """Settings of attention, and its mask."""
 
     mask: Tensor | None
     """(B or 1, 1, T, S), added."""
@@ -70,19 +70,14 @@ class _Attend(torch.autograd.Function):
         grad_weights = torch.matmul(grad, value.transpose(2, 3))
         if keep is not None:
             grad_weights.mul_(keep)
-        grad_scores = _softmax_gradient(grad_weights, weights)
+        if weights.shape[-1] < SHORT:
+            grad_weights, weights = grad_weights.float(), weights.float()
+        # Sums are in float32, whatever the type.
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(query.dtype)
         grad_query = torch.matmul(grad_scores, key).view(shape).mul_(ctx.scaling)
         grad_key = torch.matmul(grad_scores.transpose(2, 3), query)
         found = (grad_query, grad_key, grad_value)
         return *(tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)), None
-
-
-def _softmax_gradient(gradient: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores from that of the weights; sums are in float32."""
-    dtype = weights.dtype
-    if dtype != torch.float32 and weights.shape[-1] < SHORT:
-        gradient, weights = gradient.float(), weights.float()
-    return torch._softmax_backward_data(gradient, weights, -1, weights.dtype).to(dtype)
 
 
 def attend(

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 
 
 def fits(base: Any) -> bool:
-    """Whether compiled layers of a pretrained model would learn the same.
-
-    Dropout inside them would break the graph into pieces, and draw other random numbers.
-
-    Args:
-        base: The pretrained model with its adapter's layers inside.
-    """
+    """Make sure that compiled layers of a pretrained model, with its adapter's inside, would learn the same."""
+    # Dropout would break the graph into pieces, and draw other random numbers.
     layers = _layers(base)
     drops = any(module.p for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Dropout))
     config = base.config.get_text_config()
@@ -26,7 +21,7 @@ def fits(base: Any) -> bool:
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch needs to compile for a CPU."""
+    """Look for a C++ compiler, which torch needs to compile for a CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
 
 
@@ -35,19 +30,16 @@ def install(base: Any) -> list[torch.nn.Module]:
 
     Evaluation and generation take the plain way: they would each need graphs of their own.
     """
-    layers = _layers(base)
-    for layer in layers:
-        plain = layer.forward
-        layer.forward = MethodType(_either(plain, torch.compile(plain, dynamic=True)), layer)
-    return layers
 
-
-def _either(plain: Any, compiled: Any) -> Any:
-    def forward(layer: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+    def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
         trains = layer.training and torch.is_grad_enabled()
         return (compiled if trains else plain)(*arguments, **options)
 
-    return forward
+    layers = _layers(base)
+    for layer in layers:
+        plain = layer.forward
+        layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
+    return layers
 
 
 def _layers(base: Any) -> list[torch.nn.Module]:

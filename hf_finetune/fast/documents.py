@@ -75,9 +75,9 @@ def attend(
 
 
 def _spans(positions: Tensor) -> list[list[int]] | None:
-    """Where the documents of each row end; empty where each row is one, None where one call with a mask is better."""
+    """The ends of the documents of each row; empty where each row is one, None where one call with a mask is better."""
     if torch.compiler.is_compiling() or isinstance(positions, FakeTensor):
-        return None  # nobody can look
+        return None  # there are no values to look at
     known: Any = positions
     if not hasattr(known, "spans"):  # every layer gets the same tensor
         length = positions.shape[1]
@@ -91,7 +91,7 @@ def _spans(positions: Tensor) -> list[list[int]] | None:
 
 
 def _begins(positions: Tensor) -> Tensor:
-    """Where a document begins, but the first of a row: as transformers sees it."""
+    """True where a document begins, but the first of a row: as transformers sees it."""
     return positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
 
 

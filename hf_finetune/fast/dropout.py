@@ -49,13 +49,13 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     return out
 
 
-def _forward(module: torch.nn.Dropout, x: Tensor) -> Tensor:
-    return dropout(x, module.p, training=module.training)
-
-
 def install(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Let a model's dropout modules draw in this way; those that do."""
     modules = [module for module in model.modules() if type(module) is torch.nn.Dropout and 0 < module.p < 1]
+
+    def forward(module: torch.nn.Dropout, x: Tensor) -> Tensor:
+        return dropout(x, module.p, training=module.training)
+
     for module in modules:
-        module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     return list(modules)

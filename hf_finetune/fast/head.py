@@ -89,9 +89,9 @@ class FastHead:
         self.smoothing = smoothing
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
         self.is_last = True
-        """Whether the model returns what the head makes; one that caps or scales it does not. See `notice`."""
+        """The model returns the head's output as it is, and does not cap or scale it. See `notice`."""
         self.is_sharded = False
-        """Whether FSDP shards the model."""
+        """FSDP shards the model."""
         self._mask: Tensor | None = None
         self._wanted: Tensor | None = None
         self._total: Tensor | None = None
@@ -129,7 +129,7 @@ class FastHead:
             logits: What the model returned; ask inside `asked`.
         """
         if self._wanted is None:
-            raise AssertionError("nobody asked for a loss")
+            raise AssertionError("loss_sum is for use inside of asked")
         if not self.is_fused:
             return loss_sum_of(logits[0], self._wanted, self.smoothing)
         if not self.is_sharded or self._total is None:
@@ -153,7 +153,7 @@ class FastHead:
         return logits
 
     def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
-        """What `token_loss.row_sums` finds, (B, 3) float32, without ever holding the logits of the whole batch.
+        """The sums of `token_loss.row_sums`, (B, 3) float32, without ever holding the logits of the whole batch.
 
         Args:
             forward: Runs the model on the batch, without gradients, and returns its logits.
@@ -196,7 +196,7 @@ class FastHead:
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
-    """What `token_loss.each` finds of all positions, of a chunk of logits at a time."""
+    """The result of `token_loss.each` for all positions, from a chunk of logits at a time."""
     logits = head(kept[:FEW])  # few: only now is it known how many one position has
     size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
     del logits

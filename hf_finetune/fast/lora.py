@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 
 class How(NamedTuple):
-    """What a layer's forward pass needs besides tensors that learn."""
+    """A layer without the tensors that learn."""
 
     frozen: torch.nn.Linear
     scale: float
@@ -33,7 +33,7 @@ class How(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What its backward pass needs, besides the input: all in the type of the arithmetic."""
+    """Tensors for the backward pass besides the input, all in the type of the arithmetic."""
 
     keep: Tensor | None
     """(N, I): what dropout multiplied the branch's input with."""
@@ -79,7 +79,10 @@ def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tenso
     """
     frozen, scale, p = how
     weight = frozen.weight
-    keep = _keep(rows, p) if p else None
+    keep = None
+    if p:
+        on_cpu = rows.device.type == "cpu"
+        keep = multiplier(rows, p) if on_cpu else torch.nn.functional.dropout(torch.ones_like(rows), p)
     seen = rows if keep is None else rows * keep
     low_a, low_b = a.to(weight.dtype), b.to(weight.dtype)
     low = seen @ low_a.t()
@@ -119,13 +122,6 @@ def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)
 
 
-def _keep(rows: Tensor, p: float) -> Tensor:
-    """What dropout multiplies with."""
-    if rows.device.type == "cpu":
-        return multiplier(rows, p)
-    return torch.nn.functional.dropout(torch.ones_like(rows), p)
-
-
 def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
     """A, B and the rest of what the layer would do to x; None where PEFT's forward does anything else."""
     active: list[str] = layer.active_adapters
@@ -152,7 +148,7 @@ def _forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tenso
 
 
 def fits(layer: torch.nn.Module) -> bool:
-    """Whether a layer is plain LoRA around a frozen, dense linear layer: no DoRA, no own bias, no quantisation."""
+    """Recognise plain LoRA around a frozen, dense linear layer: no DoRA, no own bias, no quantisation."""
     return (
         type(layer) is Linear
         and type(layer.base_layer) is torch.nn.Linear
@@ -173,5 +169,5 @@ def install(model: torch.nn.Module) -> list[Any]:
 
 
 def is_installed(layer: torch.nn.Module) -> bool:
-    """Whether a layer computes in this way."""
+    """Recognise a layer that computes in this way."""
     return getattr(vars(layer).get("forward"), "__func__", None) is _forward

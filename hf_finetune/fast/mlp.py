@@ -79,17 +79,17 @@ def _halves(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> tuple[
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
-    """Whatever `down_proj` is."""
+    """For any `down_proj`."""
     out: Tensor = module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
     return out
 
 
 def _forward_lora(module: Any, x: Tensor) -> Tensor:
-    """Where `down_proj` computes as `lora` does, unless somebody listens to it or it does anything else today."""
+    """For a `down_proj` that computes as `lora` does, unless it has hooks or is switched off."""
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
-    is_heard, learns = down._forward_hooks or down._forward_pre_hooks, gate.requires_grad or up.requires_grad
+    has_hooks, learns = down._forward_hooks or down._forward_pre_hooks, gate.requires_grad or up.requires_grad
     # Where neither half needs a gradient, the product is less than the two.
-    found = lora.how(down, gate) if learns and not is_heard else None
+    found = lora.how(down, gate) if learns and not has_hooks else None
     if found is None or gate.dtype != found[2].frozen.weight.dtype:
         out: Tensor = down(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
     else:
@@ -115,7 +115,7 @@ def install(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _is_equal(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether this is the formula, not one of its relatives: with a scale, dropout, a sparse gate."""
+    """Make sure that this is the formula, not one of its relatives: with a scale, dropout, a sparse gate."""
     gate, children = module.gate_proj, {name for name, _ in module.named_children()}
     if children != {*PARTS, "act_fn"} or not isinstance(module.act_fn, SILU) or module._forward_pre_hooks:
         return False

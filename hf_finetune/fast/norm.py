@@ -35,12 +35,9 @@ class _RMSNorm(torch.autograd.Function):
         return scaled.addcmul_(wide, along).mul_(r).to(x.dtype), None, None
 
 
-def _eps(module: torch.nn.Module) -> float:
-    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-
-
 def _forward(module: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(hidden_states, module.weight, _eps(module))  # type: ignore[no-untyped-call]
+    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+    out: Tensor = _RMSNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -53,7 +50,7 @@ def install(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _is_equal(module: torch.nn.Module) -> bool:
-    """Whether this is the formula, not one of its relatives: with another scale, a gate, a trained weight."""
+    """Make sure that this is the formula, not one of its relatives: with another scale, a gate, a trained weight."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.requires_grad or module._forward_pre_hooks:
         return False

@@ -82,18 +82,11 @@ def _label_options(recipe: Recipe, folder: str) -> dict[str, Any]:
     Raises:
         ModelError: The folder does not say.
     """
-    if recipe.task.peft_type != "SEQ_CLS":
-        return {}
-    names, problem = labelfile.read(folder), labelfile.problem_type(folder)
-    if names is None:
+    found = labelfile.options(folder)
+    if recipe.task.peft_type == "SEQ_CLS" and not found:
         message = f"is not there, and {recipe.task.kind} needs it; train the run anew with --restart"
         raise ModelError(Problem(message, file=str(Path(folder) / labelfile.FILE)))
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": problem,
-    }
+    return found
 
 
 def _restore_precision(network: nn.Module, folder: str) -> None:

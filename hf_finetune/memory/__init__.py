@@ -1,4 +1,4 @@
-"""How much memory a device will need at most, and for what: estimated without weights, measured after a run.
+"""The most memory that a device will need, and for what: estimated without weights, measured after a run.
 
 One training step and one evaluation step of the adapted model run on fake tensors, which have shapes but no storage,
 with the autocast, attention and activation checkpointing of the real run; `ledger` adds up what lives at once. To that
@@ -65,7 +65,7 @@ class Estimate:
     parts: Mapping[str, int]
     """Bytes by what they are for."""
     peak: str
-    """When it is needed: `training`, `evaluation`, `loading` or `saving`."""
+    """The phase that needs it: `training`, `evaluation`, `loading` or `saving`."""
     parameters: tuple[int, int]
     """Trained parameters, and all of them, the adapter's included."""
     training: int

@@ -17,7 +17,7 @@ TRAINED = 4 + 4 + 8 + 4
 NUMBER = {"fp32": 4, "bf16": 3, "fp16": 3}
 """Bytes of a number that a layer keeps; where the precision is mixed, some are cast to fp32."""
 COPIES = 2
-"""How often what a layer makes of a token is kept: as it is, and cast, activated or dropped out."""
+"""Copies that are kept of a layer's output: as it is, and cast, activated or dropped out."""
 SCORES = 2
 """The same for the score of a token with another: before and after softmax."""
 LOGITS = 3

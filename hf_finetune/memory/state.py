@@ -1,4 +1,4 @@
-"""What lives as long as the run does: the process, weights, gradients, the optimiser's state; and copies of these."""
+"""Memory that lives as long as the run does: the process, weights, gradients, the optimiser's state, and copies."""
 
 from __future__ import annotations
 

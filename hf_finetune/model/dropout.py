@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MARKS = ("dropout", "pdrop", "drop_rate", "drop_path")
-"""What names of dropout probabilities have in them."""
+"""Parts of the names of dropout probabilities."""
 
 
 def set_in_config(config: PreTrainedConfig, p: float) -> None:

@@ -95,7 +95,7 @@ class Beat:
     waits: bool = False
     """The main thread is idle inside a collective or a backward pass."""
     place: str = ""
-    """Where an idle main thread is: `file.py:line (function)`."""
+    """The place of an idle main thread: `file.py:line (function)`."""
 
     def is_gone(self) -> bool:
         """Look at the process; only on its machine."""
@@ -382,7 +382,7 @@ def is_of_a_peer(error: BaseException) -> bool:
 
 
 def _own_failure(rank: int, error: BaseException | None) -> Failure | None:
-    """What the others are told of an error of this rank; None for a normal end."""
+    """The failure that the others are told of; None for a normal end."""
     if isinstance(error, KeyboardInterrupt):
         return Failure(rank, f"rank {rank}: interrupted from the keyboard", INTERRUPTED, is_stop=True)
     if isinstance(error, SystemExit) and error.code:
