@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from hf_finetune import model
 from hf_finetune.adaptation import labelfile, peftio
 from hf_finetune.adaptation.lorainit import changed_base
+from hf_finetune.adaptation.targets import base_model
 from hf_finetune.card import page
 from hf_finetune.durable import put_in_place
 from hf_finetune.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
@@ -64,7 +65,7 @@ def save(
         tokenizer.save_pretrained(staging)
         labelfile.write(staging, recipe.task.model_options(targets))
         has_template = bool(tokenizer.chat_template)
-        text = page.plain(recipe, targets, _config(adapted), has_template=has_template)
+        text = page.plain(recipe, targets, base_model(adapted).config, has_template=has_template)
         (staging / page.FILE).write_text(text, encoding="utf-8")
         put_in_place(staging, final)
     except OSError as error:
@@ -102,7 +103,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
             torch.get_device_module(device).empty_cache()
         base = model.fresh_base(recipe, labelfile.options(folder), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
-        base.config.pad_token_id = _config(adapted).pad_token_id
+        base.config.pad_token_id = base_model(adapted).config.pad_token_id
         actual = _logits(restored, inputs, machine).cpu()
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - actual).abs().max()) / scale
@@ -168,12 +169,3 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
         for module, training in modes.items():
             module.training = training
     return logits.float()
-
-
-def _config(adapted: nn.Module) -> PreTrainedConfig:
-    """The transformers config, below PEFT's wrapping or not."""
-    network: Any = adapted
-    if hasattr(adapted, "get_base_model"):
-        network = network.get_base_model()
-    config: PreTrainedConfig = network.config
-    return config

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_finetune.adaptation.targets import base_model
 from hf_finetune.model import heads
 
 
@@ -46,8 +47,7 @@ class Flops:
     @classmethod
     def of(cls, adapted: nn.Module) -> Flops:
         """Count the weights of a model, adapter included."""
-        wrapped: Any = adapted
-        base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        base = base_model(adapted)
         text, once = base.config.get_text_config(), tuple(f"{name}." for name in heads.find(base))
         sums = {(is_row, is_trained): 0.0 for is_row in (False, True) for is_trained in (False, True)}
         for path, module in base.named_modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +17,7 @@ from accelerate.utils import DistributedType
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from hf_finetune import determinism, patience, zero
+from hf_finetune import determinism, patience
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ Device = Literal["cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+DEEPSPEED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 """Kernels that oneDNN and torch's binding of it keep on a CPU. With the default of 1,024 each, memory grows with every
@@ -155,42 +159,23 @@ def alone(recipe: Recipe) -> Machine:
         threads=max(1, cores() // local_world_size),
         precision=precision,
         attention=_attention(recipe.model.attention, device, precision),
-        is_sharded=uses_fsdp() or zero.stage() == 3,
-        zero_stage=zero.stage(),
+        is_sharded=uses_fsdp() or zero_stage() == 3,
+        zero_stage=zero_stage(),
         activation_checkpointing=recipe.training.activation_checkpointing is True,
     )
-
-
-NOT_WITH_FSDP = {
-    "training.optimizer": {
-        # bitsandbytes 0.50 has no sharding strategy for its update.
-        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
-        # transformers 5.23 mixes its plain row and column means with sharded gradients.
-        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
-    },
-    # bitsandbytes 0.50: Int8Params can't be made from a shard.
-    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
-    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
-    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
-}
-"""Key -> values that FSDP2 can't train, and why."""
 
 
 def check(recipe: Recipe, machine: Machine) -> None:
     """Compare what the recipe asks of the machine with what there is.
 
     Raises:
-        RecipeError: It lacks the precision, the ranks are more than the rows of a batch, or the weights can't be
-            sharded like this.
+        RecipeError: It lacks the precision, or the ranks are more than the rows of a batch.
     """
     asked, problems = recipe.training.precision, []
     if asked not in ("auto", machine.precision):
         why = f"{asked} needs a CUDA device" if asked == "fp16" else "this GPU has no bf16"
         message = f"{why}, and this run is on {machine.device}; write {machine.precision} or auto"
         problems.append(Problem(message, key="training.precision"))
-    problems += zero.check(recipe, machine)
-    if uses_fsdp():
-        problems += _fsdp_problems(recipe)
     if recipe.training.batch_size < machine.world_size:
         message = (
             f"{recipe.training.batch_size} rows are fewer than the {machine.world_size} ranks; raise it or start fewer "
@@ -199,24 +184,6 @@ def check(recipe: Recipe, machine: Machine) -> None:
         problems.append(Problem(message, key="training.batch_size"))
     if problems:
         raise RecipeError(problems)
-
-
-def _fsdp_problems(recipe: Recipe) -> list[Problem]:
-    problems = []
-    asked = {
-        "training.optimizer": recipe.training.optimizer,
-        "model.quantization": recipe.model.quantization,
-        "adapter.kind": recipe.adapter.kind,
-    }
-    for key, value in asked.items():
-        if value is not None and value in NOT_WITH_FSDP[key]:
-            problems.append(Problem(NOT_WITH_FSDP[key][value], key=key))
-    if "LOCAL_RANK" not in os.environ:
-        # accelerate would train without FSDP and say nothing.
-        problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        problems.append(Problem("FSDP 1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"))
-    return problems
 
 
 def find_device() -> Device:
@@ -231,6 +198,42 @@ def find_device() -> Device:
 def uses_fsdp() -> bool:
     """The launcher asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def zero_stage() -> int:
+    """The stage of DeepSpeed's ZeRO that `accelerate launch` was told, by variables or a JSON file; 0 without it.
+
+    Raises:
+        RecipeError: The JSON file can't be read.
+    """
+    config = deepspeed_config()
+    if not config:
+        return 0 if config is None else int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    zero = config.get("zero_optimization", {})
+    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+
+
+def deepspeed_config() -> dict[str, Any] | None:
+    """DeepSpeed's own configuration, as a file or as base64; empty where there are only variables, None without it.
+
+    Raises:
+        RecipeError: It is not a JSON object.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in {"1", "true", "yes"}:
+        return None
+    place = os.environ.get(DEEPSPEED_CONFIG, "none")
+    if place == "none":
+        return {}
+    try:
+        path = Path(place)
+        text = path.read_text("utf-8") if path.is_file() else base64.urlsafe_b64decode(place).decode("utf-8")
+        config = json.loads(text)
+    except (OSError, ValueError) as error:
+        message = "this DeepSpeed configuration can't be read as JSON; correct it"
+        raise RecipeError(Problem(message, file=place)) from error
+    if not isinstance(config, dict):
+        raise RecipeError(Problem("this DeepSpeed configuration is not a JSON object; correct it", file=place))
+    return config
 
 
 def cores() -> int:

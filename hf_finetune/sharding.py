@@ -19,7 +19,7 @@ import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import distributed, nn
 
-from hf_finetune import hardware, model
+from hf_finetune import hardware, model, zero
 from hf_finetune.adaptation import peftio, targets
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.tasks import _packing as packing
@@ -32,6 +32,21 @@ if TYPE_CHECKING:
     from hf_finetune.model import LoadedModel
     from hf_finetune.recipe import Recipe
     from hf_finetune.tasks.base import Targets
+
+NOT_WITH_FSDP = {
+    "training.optimizer": {
+        # bitsandbytes 0.50 has no sharding strategy for its update.
+        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
+        # transformers 5.23 mixes its plain row and column means with sharded gradients.
+        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
+    },
+    # bitsandbytes 0.50: Int8Params can't be made from a shard.
+    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
+    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
+    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
+}
+"""Key -> values that FSDP2 can't train, and why."""
+
 
 T = TypeVar("T")
 READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -72,6 +87,32 @@ def load(
         return whole[0]
     _allocate(received.model)
     return received
+
+
+def check_launch(recipe: Recipe, machine: Machine) -> None:
+    """Refuse recipes that can't be trained with weights or state divided as the launcher says.
+
+    Raises:
+        RecipeError: It carries every problem.
+    """
+    problems = zero.check(recipe, machine)
+    if hardware.uses_fsdp():
+        asked = {
+            "training.optimizer": recipe.training.optimizer,
+            "model.quantization": recipe.model.quantization,
+            "adapter.kind": recipe.adapter.kind,
+        }
+        for key, value in asked.items():
+            if value is not None and value in NOT_WITH_FSDP[key]:
+                problems.append(Problem(NOT_WITH_FSDP[key][value], key=key))
+        if "LOCAL_RANK" not in os.environ:
+            # accelerate would train without FSDP and say nothing.
+            problems.append(Problem("FSDP needs a launcher; start this with accelerate launch or torchrun"))
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            message = "FSDP 1 is not supported; set fsdp_version: 2, as in accelerate_configs/fsdp2.yaml"
+            problems.append(Problem(message))
+    if problems:
+        raise RecipeError(problems)
 
 
 def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
@@ -146,7 +187,7 @@ def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     untie(adapted)
-    base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
+    base = targets.base_model(adapted)
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         plugin.transformer_cls_names_to_wrap = units(base, plugin.transformer_cls_names_to_wrap)
     if machine.precision != "fp32":
@@ -163,7 +204,7 @@ def untie(adapted: nn.Module) -> None:
     accelerate 1.15 ties weights again after it has sharded them, as the config says and by names that an adapter's
     layers have changed: that fails, or trains something else. Each rank calls it.
     """
-    base: Any = getattr(adapted, "get_base_model", lambda: adapted)()
+    base = targets.base_model(adapted)
     embeddings = (base.get_input_embeddings(), targets.output_embedding(base))
     is_adapted = any(type(layer).__module__.startswith("peft.") for layer in embeddings)
     seen: set[nn.Parameter] = set()

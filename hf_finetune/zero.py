@@ -7,45 +7,26 @@ changes a weight. Checkpoints are its own: each rank writes its part of the opti
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
+from hf_finetune import hardware
+from hf_finetune.errors import CheckpointError, ModelError, Problem
 
 if TYPE_CHECKING:
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
 
-CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-
-
-def stage() -> int:
-    """The stage that `accelerate launch` was told, by its variables or a JSON file; 0 without DeepSpeed.
-
-    Raises:
-        RecipeError: The JSON file can't be read.
-    """
-    if not _is_on():
-        return 0
-    config = _config()
-    if config is None:
-        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    zero = config.get("zero_optimization", {})
-    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
-
 
 def check(recipe: Recipe, machine: Machine) -> list[Problem]:
     """Find settings of a recipe that do not work under DeepSpeed, or would be another optimisation."""
-    if not _is_on():
+    config, problems = hardware.deepspeed_config(), list[Problem]()
+    if config is None:
         return []
-    config, problems = _config() or {}, list[Problem]()
     if machine.device == "cpu":
         # accelerate 1.15 would run plain DDP and say nothing.
         problems.append(Problem("DeepSpeed needs GPUs; take accelerate_configs/cpu_2_processes_fsdp2.yaml"))
@@ -56,7 +37,7 @@ def check(recipe: Recipe, machine: Machine) -> list[Problem]:
     for section in ("optimizer", "scheduler"):
         if section in config:
             message = f"has a section {section!r}, but the recipe decides that; remove it from there"
-            problems.append(Problem(message, file=os.environ[CONFIG]))
+            problems.append(Problem(message, file=os.environ[hardware.DEEPSPEED_CONFIG]))
     if recipe.adapter.kind == "adalora":
         message = "adalora needs whole gradients, which DeepSpeed divides; use lora, or ddp.yaml"
         problems.append(Problem(message, key="adapter.kind"))
@@ -166,25 +147,3 @@ def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
                 found[name] = whole.detach().to("cpu", copy=True).view(getattr(parameter, "ds_shape", parameter.shape))
     stored = model.state_dict().keys()
     return found | {name: value.cpu() for name, value in model.named_buffers() if name in stored}
-
-
-def _is_on() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in {"1", "true", "yes"}
-
-
-def _config() -> Mapping[str, Any] | None:
-    """DeepSpeed's own configuration, which accelerate takes as a file or as base64; None where there is none."""
-    place = os.environ.get(CONFIG, "none")
-    if place == "none":
-        return None
-    try:
-        path = Path(place)
-        text = path.read_text("utf-8") if path.is_file() else base64.urlsafe_b64decode(place).decode("utf-8")
-        config = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            Problem("this DeepSpeed configuration can't be read as JSON; correct it", file=place)
-        ) from error
-    if not isinstance(config, dict):
-        raise RecipeError(Problem("this DeepSpeed configuration is not a JSON object; correct it", file=place))
-    return config

@@ -16,7 +16,7 @@ from conftest import RECIPE
 from forked import ROOT, ranks
 from models import recipe
 
-from hf_finetune import hardware, zero
+from hf_finetune import hardware, sharding, zero
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.hardware import Machine
 
@@ -27,19 +27,19 @@ ENTRY = """
 import os, sys, torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from hf_finetune import hardware, trainer
+from hf_finetune import hardware, sharding, trainer
 
 # accelerate takes DeepSpeed for GPUs alone: on CPUs it would start plain DDP.
 PartialState._prepare_backend = lambda *unused, **options: ("gloo", DistributedType.MULTI_GPU)
-join = hardware._lead_to_the_process_group
+join = hardware._join
 
-def lead(device):
+def join_without_a_cpu(device):
     os.environ.pop("ACCELERATE_USE_CPU", None)
-    join("a device that is not named")
+    return join("a device that is not named")
 
-hardware._lead_to_the_process_group = lead
-kept = hardware.check
-hardware.check = lambda recipe, machine: kept(recipe, hardware.replace(machine, device="cuda"))
+hardware._join = join_without_a_cpu
+kept = sharding.check_launch
+sharding.check_launch = lambda recipe, machine: kept(recipe, hardware.replace(machine, device="cuda"))
 
 class Spoilt(torch.autograd.Function):
     @staticmethod
@@ -89,16 +89,16 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
             monkeypatch.setenv(name, value)
         if config is not None:
             (tmp_path / "ds.json").write_text(json.dumps(config))
-            monkeypatch.setenv(zero.CONFIG, str(tmp_path / "ds.json"))
+            monkeypatch.setenv(hardware.DEEPSPEED_CONFIG, str(tmp_path / "ds.json"))
             monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
     return launch
 
 
 def test_the_stage_is_that_of_the_launcher_or_of_its_json_file(launched: Callable[..., None]) -> None:
-    assert zero.stage() == 0
+    assert hardware.zero_stage() == 0
     launched(2)
-    assert zero.stage() == 2
+    assert hardware.zero_stage() == 2
     launched(2, {"zero_optimization": {"stage": 3}})
     machine = hardware.alone(recipe("unused", {"kind": "lora"}))
     assert (machine.zero_stage, machine.is_sharded) == (3, True)
@@ -108,7 +108,7 @@ def test_a_json_file_that_is_none_is_told(launched: Callable[..., None], tmp_pat
     launched(2, {})
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(RecipeError, match="can't be read as JSON"):
-        zero.stage()
+        hardware.zero_stage()
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_what_does_not_work_is_refused_before_anything_loads(
     adapter: Any, config: Any, says: str, launched: Callable[..., None]
 ) -> None:
     launched(2, config)
-    machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", zero_stage=zero.stage())
+    machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", zero_stage=hardware.zero_stage())
     with pytest.raises(RecipeError, match=says):
-        hardware.check(recipe("unused", adapter), machine)
+        sharding.check_launch(recipe("unused", adapter), machine)
 
 
 @pytest.mark.parametrize(

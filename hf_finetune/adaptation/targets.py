@@ -83,6 +83,11 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
     return found
 
 
+def base_model(adapted: Any) -> Any:
+    """The transformers model below PEFT's wrapping, or the model itself."""
+    return adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+
+
 def output_embedding(model: Any) -> nn.Module | None:
     """The layer that turns the last hidden states of a language model into logits, if there is one."""
     layer: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -8,7 +8,7 @@ Shapes: B rows, H heads, K heads of keys and values (H = K G), T queries, S keys
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -25,43 +25,37 @@ SHORT = 128
 """Fewer keys than that: torch's softmax gradient of half precision is ten times slower than that of float32."""
 
 
-class _How(NamedTuple):
-    """Settings of attention, and its mask."""
-
-    mask: Tensor | None
-    """(B or 1, 1, T, S), added."""
-    scaling: float
-    p: float
-    """Dropout of the weights."""
-
-
 class _Attend(torch.autograd.Function):
-    """softmax(q k^T scaling + mask) v (Vaswani et al. 2017, section 3.2), the softmax in float32."""
+    """softmax(q k^T scaling + mask) v (Vaswani et al. 2017, section 3.2), the softmax in float32.
+
+    From (B, H, T, D) and twice (B, K, S, D) to (B, T, H, D); the mask is (B or 1, 1, T, S) and added, p the dropout of
+    the weights.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
-        """(B, T, H, D) from (B, H, T, D) and twice (B, K, S, D); keeps these and the rounded weights."""
+    def forward(  # noqa: PLR0917 - autograd knows no names
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, p: float
+    ) -> Tensor:
         rows, heads, length, size = query.shape
         kept, ctx.like = key.shape[1], (query.shape, query.dtype, key.dtype, value.dtype)
         dtype = dtype_of(query)
         key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
         # The heads that share a key lie side by side. Scaled are the queries: they are fewer than the scores.
-        query = (query * how.scaling).to(dtype).reshape(rows, kept, -1, size)
+        query = (query * scaling).to(dtype).reshape(rows, kept, -1, size)
         with torch.autocast(query.device.type, enabled=False):
             scores = torch.matmul(query, key.transpose(2, 3))
-            if how.mask is not None:
-                scores.view(rows, heads, length, -1).add_(how.mask[..., : key.shape[2]])
+            if mask is not None:
+                scores.view(rows, heads, length, -1).add_(mask[..., : key.shape[2]])
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
-            keep = multiplier(weights, how.p) if how.p else None
+            keep = multiplier(weights, p) if p else None
             out = torch.matmul(weights if keep is None else weights * keep, value)
         ctx.save_for_backward(query, key, value, weights, keep)
-        ctx.scaling = how.scaling
+        ctx.scaling = scaling
         return out.view(rows, heads, length, size).transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values."""
         query, key, value, weights, keep = ctx.saved_tensors
         shape, *dtypes = ctx.like
         grad = gradients[0].to(query.dtype).transpose(1, 2).reshape(query.shape)
@@ -77,28 +71,16 @@ class _Attend(torch.autograd.Function):
         grad_query = torch.matmul(grad_scores, key).view(shape).mul_(ctx.scaling)
         grad_key = torch.matmul(grad_scores.transpose(2, 3), query)
         found = (grad_query, grad_key, grad_value)
-        return *(tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)), None
+        return *(tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)), None, None, None
 
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """See `_Attend`.
-
-    Args:
-        module: Tells whether this is training.
-        query: (B, H, T, D).
-        key: (B, K, S, D).
-        value: (B, K, S, D).
-        attention_mask: (B or 1, 1, T, S), added; None for none.
-        options: `scaling` and `dropout`.
-
-    Returns:
-        (B, T, H, D), and no weights.
-    """
+    """Attend as transformers' attention functions do: see `_Attend`; no weights are returned."""
     p = options.get("dropout", 0.0) if module.training else 0.0
-    how = _How(attention_mask, options.get("scaling") or query.shape[-1] ** -0.5, p)
-    out: Tensor = _Attend.apply(query, key, value, how)  # type: ignore[no-untyped-call]
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    out: Tensor = _Attend.apply(query, key, value, attention_mask, scaling, p)  # type: ignore[no-untyped-call]
     return out, None
 
 

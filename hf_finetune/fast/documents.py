@@ -38,19 +38,16 @@ def attend(
     inner: str,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document.
+    """Attention within each document: (B, T, H, D) from (B, H, T, D) and twice (B, K, T, D), and no weights.
 
     Args:
         module: Of the model.
-        query: (B, H, T, D).
-        key: (B, K, T, D).
-        value: (B, K, T, D).
-        attention_mask: A mask that was made all the same; it is obeyed.
+        query: Of the module.
+        key: Of the module.
+        value: Of the module.
+        attention_mask: A mask that was made all the same is obeyed.
         inner: Name of the attention.
-        options: `position_ids` (B or 1, T), which begin anew with each document, and what `inner` takes.
-
-    Returns:
-        (B, T, H, D), and no weights.
+        options: `position_ids` (B or 1, T), which begin anew with each document, and those of `inner`.
     """
     apply: Any = ALL_ATTENTION_FUNCTIONS[inner]
     positions = options.get("position_ids")

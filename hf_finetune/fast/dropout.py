@@ -28,7 +28,6 @@ def multiplier(like: Tensor, p: float) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        """X where it is kept."""
         keep = multiplier(x, p)
         ctx.save_for_backward(keep)
         return x * keep
@@ -36,7 +35,6 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient where x was kept."""
         (keep,) = ctx.saved_tensors
         return gradients[0] * keep, None
 

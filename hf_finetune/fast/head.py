@@ -35,7 +35,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, head: torch.nn.Linear, smoothing: float) -> Tensor:
-        """The summed loss; keeps the gradient of the hidden states."""
         size = _chunk(head.out_features, hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
@@ -49,7 +48,6 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """That gradient, times the one of the loss."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None
 
@@ -75,7 +73,7 @@ def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tenso
 
 
 class FastHead:
-    """Stands before the head of a language model while a loss is asked for.
+    """Stand before the head of a language model while a loss is computed.
 
     A head that is linear, frozen and without an adapter is fused with the loss; before any other one the positions that
     count are picked. In evaluation every head gets these a chunk at a time.
@@ -110,11 +108,7 @@ class FastHead:
 
     @contextmanager
     def asked(self, labels: Tensor) -> Iterator[None]:
-        """Inside, the model's output is for `loss_sum`.
-
-        Args:
-            labels: (B, T), `IGNORE` where nothing counts.
-        """
+        """Inside, the model's output is for `loss_sum`; labels are (B, T), `IGNORE` where nothing counts."""
         self._mask = counted(labels)
         self._wanted = labels[:, 1:][self._mask]
         try:
@@ -123,11 +117,7 @@ class FastHead:
             self._mask = self._wanted = self._total = None
 
     def loss_sum(self, logits: Tensor) -> Tensor:
-        """Sum of the cross entropy over all counted labels, a float32 scalar: like `token_loss.loss_sum`.
-
-        Args:
-            logits: What the model returned; ask inside `asked`.
-        """
+        """Sum of the cross entropy over all counted labels, a float32 scalar, from the model's output in `asked`."""
         if self._wanted is None:
             raise AssertionError("loss_sum is for use inside of asked")
         if not self.is_fused:
@@ -138,11 +128,7 @@ class FastHead:
         return self._total + 0.0 * logits.float().nan_to_num(0.0, 0.0, 0.0).sum()
 
     def notice(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Find out whether the model changes what its head makes; returns the logits of all positions.
-
-        Args:
-            forward: Runs the model on some batch and returns its logits.
-        """
+        """Run the model, find out if it changes its head's output, and return the logits of all positions."""
         made: list[Tensor] = []
         hook = self._head.register_forward_hook(lambda head, inputs, output: made.append(output.detach().clone()))
         try:
@@ -155,10 +141,7 @@ class FastHead:
     def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
         """The sums of `token_loss.row_sums`, (B, 3) float32, without ever holding the logits of the whole batch.
 
-        Args:
-            forward: Runs the model on the batch, without gradients, and returns its logits.
-            labels: (B, T).
-            by_position: See `token_loss.row_sums`.
+        `forward` runs the model on the batch, without gradients, and returns its logits.
         """
         self._mask = counted(labels)
         wanted = labels[:, 1:][self._mask]

@@ -24,12 +24,11 @@ Tensor = torch.Tensor
 
 
 class How(NamedTuple):
-    """A layer without the tensors that learn."""
+    """A layer without the tensors that learn; p is the dropout of the branch."""
 
     frozen: torch.nn.Linear
     scale: float
     p: float
-    """Dropout of the branch."""
 
 
 class Kept(NamedTuple):
@@ -49,7 +48,6 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, how: How) -> Tensor:
-        """Y from x; keeps one input and its projection."""
         rows = x.reshape(-1, x.shape[-1]).to(how.frozen.weight.dtype)
         out, seen, kept = project(rows, a, b, how)
         ctx.save_for_backward(seen, *kept)
@@ -59,7 +57,6 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B."""
         seen, *kept = ctx.saved_tensors
         (shape, dtype), kinds = ctx.like, ctx.dtypes
         grad = gradients[0].reshape(-1, gradients[0].shape[-1])
@@ -69,13 +66,9 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tensor, Kept]:
-    """The layer's output (N, O), what the branch sees of its input (N, I), and what else the backward pass needs.
+    """The layer's output (N, O), the branch's input (N, I), and the rest for the backward pass.
 
-    Args:
-        rows: (N, I), in the type of the frozen weights.
-        a: (r, I).
-        b: (O, r).
-        how: The frozen layer, and the branch's scale and dropout.
+    `rows` are (N, I), in the type of the frozen weights; A is (r, I), B (O, r).
     """
     frozen, scale, p = how
     weight = frozen.weight
@@ -94,14 +87,9 @@ def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tenso
 def gradients_of(
     grad: Tensor, seen: Tensor, kept: Kept, scale: float, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of A, B and the input's rows; None for those that nobody needs.
+    """Gradients of A, B and the input's rows from that of the output, (N, O); None for those that are not needed.
 
-    Args:
-        grad: Of the output, (N, O).
-        seen: What the branch saw of its input, (N, I).
-        kept: As `project` gave it.
-        scale: Of the branch.
-        needed: Which gradients are: of the input, A and B.
+    `needed` tells it of the input, A and B.
     """
     grad = grad.to(kept.weight.dtype)
     grad_low = (grad @ kept.b).mul_(scale)
@@ -123,7 +111,7 @@ def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
-    """A, B and the rest of what the layer would do to x; None where PEFT's forward does anything else."""
+    """A, B and the rest of the layer; None where PEFT's forward would do anything else to x."""
     active: list[str] = layer.active_adapters
     frozen: Any = layer.base_layer
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:

@@ -1,7 +1,7 @@
 """The gated feed-forward layer of Llama and its relatives: two tensors are kept for the backward pass, not four.
 
-down(silu(gate(x)) * up(x)): autograd keeps the gate, its activation, the other half, and their product, which is what
-LoRA on `down` sees. Here the gate and the other half are kept, and the rest is computed from them again, element by
+down(silu(gate(x)) * up(x)): autograd keeps the gate, its activation, the other half, and their product, which is the
+input of LoRA on `down`. Here the gate and the other half are kept, and the rest is computed from them again, element by
 element: the same operations in the same order, so the same bits. (As Liger's SwiGLU does it, Hsu et al. 2024, section
 3.2, and beyond it the input of LoRA.)
 
@@ -30,14 +30,12 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """The product; keeps its factors."""
         ctx.save_for_backward(gate, up)
         return torch.nn.functional.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of both."""
         gate, up = ctx.saved_tensors
         return _halves(gradients[0], gate, up, torch.nn.functional.silu(gate))
 
@@ -47,7 +45,6 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, *down: Any) -> Tensor:
-        """Y from both halves and what `lora.how` says; keeps the halves and the product's projection."""
         a, b, how = down
         product = torch.nn.functional.silu(gate) * up
         out, _, kept = lora.project(product.view(-1, product.shape[-1]), a, b, how)
@@ -58,7 +55,6 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of both halves, A and B."""
         gate, up, *rest = ctx.saved_tensors
         kept = lora.Kept(*rest)
         activated = torch.nn.functional.silu(gate)

@@ -19,7 +19,6 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """(..., D) to (..., D)."""
         wide = x.to(torch.float32, copy=True)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
@@ -28,7 +27,6 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of x."""
         x, weight, r = ctx.saved_tensors
         wide, scaled = x.float(), (gradients[0] * weight).to(torch.float32, copy=True)
         along = (scaled * wide).sum(-1, keepdim=True).mul_(r.square() / -x.shape[-1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from hf_finetune.adaptation.targets import output_embedding
+from hf_finetune.adaptation.targets import base_model, output_embedding
 from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
 from hf_finetune.hardware import uses_fsdp
@@ -123,7 +123,7 @@ class Paths:
 
         In a model that FSDP will shard, only what is outside its layers; `prove` must compare it with itself later.
         """
-        base, speed, on_cpu = _base(adapted), recipe.speed, machine.device == "cpu"
+        base, speed, on_cpu = base_model(adapted), recipe.speed, machine.device == "cpu"
         self._tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
         if not machine.is_sharded:
             for name, room, unit in MODULES:
@@ -176,7 +176,7 @@ class Paths:
         """Logits of the positions that are no padding, and a language model's summed loss."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "tokens")}
         logits = self._logits(lambda: model(**self.seen(inputs)).logits).float()
-        if output_embedding(_base(model)) is None:
+        if output_embedding(base_model(model)) is None:
             return [logits]  # the loss follows from the logits
         mask = inputs.get("attention_mask")
         logits = logits if mask is None else logits[mask.bool()]
@@ -206,7 +206,7 @@ def take(
         paths.install(adapted, recipe, machine)
         return paths
     batch = {name: value[:ROWS] for name, value in batch.items()}
-    if output_embedding(_base(adapted)) is not None:
+    if output_embedding(base_model(adapted)) is not None:
         batch = _telling(batch)
     with _quiet(adapted, machine):
         before = paths.outputs(adapted, batch)
@@ -246,10 +246,6 @@ def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _base(adapted: Any) -> Any:
-    return getattr(adapted, "get_base_model", lambda: adapted)()
 
 
 def _plain_again(modules: list[Any]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from hf_finetune.adaptation.targets import output_embedding
+from hf_finetune.adaptation.targets import base_model, output_embedding
 from hf_finetune.model import heads
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
     """The linear layers of the base that `model.quantization` packs: all but heads and output embedding."""
     if recipe.model.quantization is None:
         return []
-    body = base(adapted)
+    body = base_model(adapted)
     output = output_embedding(body)
     skip = heads.find(body)
     return [
@@ -122,18 +122,12 @@ def _cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
     """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
     if machine.device != "cpu":
         return 0
-    body = base(adapted)
+    body = base_model(adapted)
     stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
     kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]
     if stored == kept[0].dtype and recipe.model.quantization is None:
         return 0
     return sum(parameter.numel() * stored.itemsize for parameter in kept)
-
-
-def base(adapted: nn.Module) -> Any:
-    """The transformers model below PEFT's wrapping, or the model itself."""
-    model: Any = adapted
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _moments(recipe: Recipe, parameter: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_finetune import model
-from hf_finetune.adaptation.targets import output_embedding
+from hf_finetune.adaptation.targets import base_model, output_embedding
 from hf_finetune.fast import Paths
 from hf_finetune.hardware import DTYPES
 from hf_finetune.memory import state
@@ -29,7 +29,7 @@ class Step:
 
     def __init__(self, recipe: Recipe, targets: Targets, machine: Machine, adapted: nn.Module, attention: str) -> None:
         self.recipe, self.targets, self.machine, self.adapted = recipe, targets, machine, adapted
-        base = state.base(adapted)
+        base = base_model(adapted)
         base.set_attn_implementation(attention)
         if machine.activation_checkpointing:
             model.enable_activation_checkpointing(base)

@@ -67,8 +67,9 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
         findings: Takes what is wrong.
         day: On which the run began, as YYYY-MM-DD; None is today.
     """
-    with findings.collect():
-        hardware.check(recipe, machine)
+    for check in (hardware.check, sharding.check_launch):
+        with findings.collect():
+            check(recipe, machine)
     hubreach.settle(recipe)
     tokenizer = prepared = assignment = None
     if findings.blame("model", RecipeError):  # its name is malformed or must not be read

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from hf_finetune import __version__, resources
+from hf_finetune.adaptation.targets import base_model
 from hf_finetune.data import cache
 from hf_finetune.hardware import Machine, wait
 from hf_finetune.recipe import Recipe
@@ -58,7 +59,7 @@ class Bench:
     @property
     def base(self) -> Any:
         """The pretrained model, with the adapter's layers inside."""
-        return getattr(self.adapted, "get_base_model", lambda: self.adapted)()
+        return base_model(self.adapted)
 
     def agreed(self, choice: Choice) -> Choice:
         """The choice of rank 0; every rank comes here once for each question."""
