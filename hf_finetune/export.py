@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from hf_finetune import model
 from hf_finetune.adaptation import labelfile, peftio
@@ -16,14 +17,9 @@ from hf_finetune.adaptation.targets import base_model
 from hf_finetune.card import page
 from hf_finetune.durable import put_in_place
 from hf_finetune.errors import ModelError, StorageError
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Batch, Targets
+from hf_finetune.hardware import Machine
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Batch, Targets
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest difference of logits that a reload may make, as a share of the largest logit: in half precisions (8 and 11

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -19,9 +19,7 @@ from torch.distributed import distributed_c10d
 
 from hf_finetune import determinism, patience
 from hf_finetune.errors import Problem, RecipeError
-
-if TYPE_CHECKING:
-    from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Recipe
 
 Device = Literal["cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -7,14 +7,11 @@ import platform
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from hf_finetune.errors import RecipeError
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
+from hf_finetune.hardware import Machine
 
 VARIABLE = "HF_FINETUNE_MEMORY"
 """Most free memory that a rank reckons with, e.g. `8GB`, where several share a device."""

@@ -13,25 +13,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import distributed, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune import hardware, model, zero
 from hf_finetune.adaptation import peftio, targets
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
+from hf_finetune.hardware import Machine
+from hf_finetune.model import LoadedModel
+from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import _packing as packing
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from hf_finetune.hardware import Machine
-    from hf_finetune.model import LoadedModel
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import Targets
 
 NOT_WITH_FSDP = {
     "training.optimizer": {

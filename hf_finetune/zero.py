@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hf_finetune import hardware
 from hf_finetune.errors import CheckpointError, ModelError, Problem
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
+from hf_finetune.hardware import Machine
+from hf_finetune.recipe import Recipe
 
 
 def check(recipe: Recipe, machine: Machine) -> list[Problem]:

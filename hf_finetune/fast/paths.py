@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed
@@ -15,13 +15,9 @@ from torch import distributed
 from hf_finetune.adaptation.targets import base_model, output_embedding
 from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp, norm
 from hf_finetune.fast.head import FastHead
-from hf_finetune.hardware import uses_fsdp
-from hf_finetune.tasks.base import IGNORE
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets, Task
+from hf_finetune.hardware import Machine, uses_fsdp
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import IGNORE, Targets, Task
 
 Tensor = torch.Tensor
 

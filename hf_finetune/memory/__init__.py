@@ -13,22 +13,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune import model
 from hf_finetune.adapters import Setting
+from hf_finetune.hardware import Machine
 from hf_finetune.memory import state, steps
 from hf_finetune.model import heads, weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Targets
 
 HOLES = 0.5
 """On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from hf_finetune.adaptation.targets import output_embedding
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
+from hf_finetune.hardware import Machine
 
 TRAINED = 4 + 4 + 8 + 4
 """Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_finetune.adaptation.targets import base_model, output_embedding
+from hf_finetune.hardware import Machine
 from hf_finetune.model import heads
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Recipe
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "sgd": 0.0}
 """Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -12,14 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_finetune import model
 from hf_finetune.adaptation.targets import base_model, output_embedding
 from hf_finetune.fast import Paths
-from hf_finetune.hardware import DTYPES
+from hf_finetune.hardware import DTYPES, Machine
 from hf_finetune.memory import state
 from hf_finetune.memory.ledger import Ledger, fake
-
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Targets
 
 DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
 

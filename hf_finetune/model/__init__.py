@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune.adaptation.targets import output_embedding
+from hf_finetune.adapters import Setting
 from hf_finetune.errors import ModelError, Problem
 from hf_finetune.findings import Findings
+from hf_finetune.hardware import Machine
 from hf_finetune.model import checks as modelchecks
 from hf_finetune.model import dropout, heads, weights
 from hf_finetune.model.pretrained import commit, load_tokenizer, read_config, reading, silence
+from hf_finetune.recipe import Recipe
 from hf_finetune.schema.modelfolder import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from hf_finetune.adapters import Setting
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import Targets
 
 __all__ = [
     "LoadedModel",

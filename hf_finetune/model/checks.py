@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
 from hf_finetune.adaptation import peftio
 from hf_finetune.adaptation import targets as adapttargets
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.model import heads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Recipe
 
 
 def direction(recipe: Recipe, config: PreTrainedConfig) -> None:

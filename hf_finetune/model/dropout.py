@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig
 
 MARKS = ("dropout", "pdrop", "drop_rate", "drop_path")
 """Parts of the names of dropout probabilities."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_finetune.adaptation import targets
 from hf_finetune.errors import ModelError, Problem
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Recipe
 
 
 def find(model: PreTrainedModel) -> tuple[str, ...]:

@@ -7,21 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema import modelfolder
+from hf_finetune.schema.blocks import Model
 from hf_finetune.schema.modelfolder import KEY, resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from hf_finetune.schema.blocks import Model
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 """Tokens that models have for padding and nothing else; some do not declare theirs."""

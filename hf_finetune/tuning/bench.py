@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,13 +20,11 @@ from hf_finetune import __version__, resources
 from hf_finetune.adaptation.targets import base_model
 from hf_finetune.data import cache
 from hf_finetune.hardware import Machine, wait
+from hf_finetune.job import Job
 from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import write_atomically
+from hf_finetune.tasks.base import Batch
 from hf_finetune.tuning.choices import Choice
-
-if TYPE_CHECKING:
-    from hf_finetune.job import Job
-    from hf_finetune.tasks.base import Batch
 
 SHAPES = 3
 """Micro-batches that are timed: of short, middling and long rows."""

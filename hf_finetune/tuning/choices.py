@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
+from hf_finetune.hardware import Machine
+from hf_finetune.recipe import Recipe
 
 
 @dataclass(frozen=True)
