@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from hf_finetune.errors import CheckpointError, Problem
+from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.plugins import key_of
 from hf_finetune.recipe import Recipe
+from hf_finetune.schema import yamlfile
 from hf_finetune.schema.expectations import shown
 
 
@@ -54,8 +54,8 @@ def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
 def is_whole(text: str) -> bool:
     """Tell a whole `recipe.yaml` from what a power failure leaves: nothing, zeros, or a part."""
     try:
-        return text.endswith("\n") and isinstance(yaml.safe_load(text), dict)
-    except yaml.YAMLError:
+        return text.endswith("\n") and isinstance(yamlfile.parse(text, "recipe.yaml").value, dict)
+    except RecipeError:
         return False
 
 
@@ -76,7 +76,7 @@ def refuse_unknown(allowed: Iterable[str]) -> None:
 
 def _resolved(text: str) -> dict[str, Any]:
     """Add every default, also of keys that are younger than the file; a recipe that can't be read stays as it is."""
-    tree = yaml.safe_load(text) or {}
+    tree = yamlfile.parse(text, "recipe.yaml").value or {}
     try:
         return Recipe.model_validate(tree, by_alias=True, by_name=False).model_dump(mode="json")
     except ValidationError:

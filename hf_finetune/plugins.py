@@ -28,15 +28,15 @@ class Key:
     """
 
     resume: Literal["never", "ask", "free"] | None = None
-    """Whether it may change when a run is resumed: never (default), with `--allow-change`, or freely."""
+    """A run may be resumed with another value: never (default), with `--allow-change`, or freely."""
     lock: Literal["value", "content", "ignored"] | None = None
-    """How a repeat is compared with its lock: by value (default), by what it leads to, or not at all."""
+    """A repeat is compared with its lock by value (default), by the content that it names, or not at all."""
     card: bool | None = None
-    """Whether the model card shows it (default), because it says something about what was learned."""
+    """The model card shows it (default), because it says something about the training."""
     study: bool | None = None
-    """Whether it is a hyperparameter that runs are compared by; false by default."""
+    """It is a hyperparameter that runs are compared by; false by default."""
     finished: Literal["never", "name", "free"] | None = None
-    """Whether a command may override it for a finished run: never (default), by a name but no list, or freely."""
+    """A command may override it for a finished run: never (default), by a name but no list, or freely."""
     replaces: tuple[str, ...] = ()
     """Keys beside it that go where this one is given anew and not null, because both would contradict each other."""
     owns: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Plugin(Section):
     """A section that stands for one variant; its `kind` is the name of the file it is declared in."""
 
     kind: Annotated[str, Key(finished="never")] = ""
-    """Which variant this is: the name of its file."""
+    """The variant: the name of its file."""
 
     @classmethod
     def name(cls) -> str:

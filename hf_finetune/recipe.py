@@ -36,24 +36,24 @@ class Recipe(Section):
     version: Annotated[int, Field(ge=1, le=1), Key(resume="free", lock="ignored")] = 1
     """Format of this file."""
     task: Annotated[AnyTask, Key(study=True, finished="free")]
-    """What the model learns."""
+    """The task that the model learns, and the columns of the data."""
     model: Annotated[Model, Key(study=True, finished="free")]
-    """What it starts from."""
+    """The pretrained model."""
     data: Annotated[Data, Key(finished="free")]
-    """What it learns from."""
+    """The training, validation and test rows."""
     adapter: Annotated[AnyAdapter, STUDY]
-    """Which of its weights are trained."""
+    """The PEFT method, or full fine-tuning."""
     training: Annotated[Training, STUDY]
-    """How it learns."""
+    """The optimisation."""
     checkpoints: Annotated[Checkpoints | Literal["off"] | None, OUTSIDE] = Checkpoints()
-    """What is kept on the way; `off` or null keeps only what `training.best_metric` needs, and the state of a run that
-    is stopped: a run that is killed starts again, and one that is done can't be extended."""
+    """Checkpoints on the way; `off` or null keeps only those for `training.best_metric`, and the state of a run that is
+    stopped: a run that is killed starts again, and one that is done can't be extended."""
     speed: Annotated[Speed, Key(resume="ask", finished="free")] = Speed()
-    """Which fast paths it may take."""
+    """Faster ways to the same numbers."""
     tracking: Annotated[Tracking, OUTSIDE] = Tracking()
-    """What is shown of it on the way."""
+    """Pictures, examples and records of the run."""
     hub: Annotated[Hub | None, OUTSIDE] = None
-    """Where the finished adapter is uploaded to; null uploads nothing."""
+    """Upload of the finished adapter; null uploads nothing."""
     output: Annotated[Name, OUTSIDE]
     """The run folder: everything this run writes."""
     require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False

@@ -1,1 +1,1 @@
-"""What a recipe may say, how its file is read, and how its mistakes are told. Imports no torch."""
+"""The blocks of a recipe, strict reading of its file, and messages about its mistakes. Imports no torch."""

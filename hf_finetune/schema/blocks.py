@@ -59,7 +59,7 @@ class Source(Section):
     revision: Name | None = None
     """Commit, tag or branch of the Hub data set."""
     weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
-    """How often a row of this source is drawn, relative to the others."""
+    """Chance of a row of this source to be drawn, relative to the others."""
 
     @model_validator(mode="after")
     def _subset_has_source(self) -> Self:
@@ -73,7 +73,7 @@ class Source(Section):
 
 
 class Data(Section):
-    """Where the rows come from, and how long they may be."""
+    """The rows, and how long they may be."""
 
     train: Annotated[Files | None, Key(lock="content", replaces=("mix",))] = None
     """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
@@ -94,7 +94,7 @@ class Data(Section):
     max_length: Annotated[Annotated[int, Field(ge=2, le=1_048_576)], STUDY] = 512
     """Most tokens of a row."""
     overlong: Annotated[Literal["truncate", "drop", "error"], STUDY] = "truncate"
-    """What happens to rows with more than `max_length` tokens; counted and reported in every case."""
+    """Treatment of rows with more than `max_length` tokens; counted and reported in every case."""
     packing: Annotated[bool, STUDY] = False
     """Put several rows into one sequence of `max_length` tokens, with no attention across rows (causal_lm)."""
     streaming: bool = False
@@ -108,7 +108,7 @@ class Data(Section):
     workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE] = None
     """Processes that tokenise; null is one a core."""
     checks: Annotated[Checks, Key(resume="free", lock="ignored")] = Checks()
-    """What is looked for in the data, and how bad each finding is."""
+    """Checks of the data, and how bad each finding is."""
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
@@ -160,7 +160,7 @@ class LossSpike(Section):
     """Stop when the loss leaps and stays there."""
 
     factor: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
-    """How many times the median of the last 50 steps counts as a leap."""
+    """Multiple of the median of the last 50 steps that counts as a leap."""
     patience: Count = 3
     """Steps in a row that must be above it."""
 
@@ -268,7 +268,7 @@ class Training(Section):
 
 
 class Checkpoints(Section):
-    """What is kept while training."""
+    """Checkpoints while training."""
 
     every_minutes: Annotated[float, Field(gt=0.0, le=100_000.0)] | None = 10.0
     """Minutes between two checkpoints, more where saving would otherwise take over 1 % of the time; null does not look
@@ -277,7 +277,7 @@ class Checkpoints(Section):
     """Steps between two checkpoints, or `epoch`: these are written whatever they cost. `auto` writes one at the end of
     each epoch, except where that would take over 1 % of the time; null writes none by steps."""
     keep: Count = 2
-    """How many are kept, also when the run is done: from the last one it can be extended. The best one is kept too."""
+    """Number that is kept, also of a run that is done: from the last one it can be extended. The best is kept too."""
 
     @property
     def is_off(self) -> bool:
@@ -286,4 +286,4 @@ class Checkpoints(Section):
 
 
 NO_CHECKPOINTS = Checkpoints(every=None, every_minutes=None)
-"""What `checkpoints: off` means."""
+"""The meaning of `checkpoints: off`."""

@@ -18,7 +18,7 @@ Limit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Checks(Section):
-    """What is looked for in the data: each check is `error`, `warn` or `off`, next to it the limit it may have."""
+    """Checks of the data: each is `error`, `warn` or `off`; its limit stands behind it."""
 
     empty_text: Level = "error"
     """Rows whose text, prompt, completion or a chat's turn is blank; with `warn` and `off` they are dropped."""

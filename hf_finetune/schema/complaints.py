@@ -262,7 +262,9 @@ def _wrong(
     for detail in error.errors(include_url=False):
         location = list(detail["loc"])
         # pydantic puts the names of union members before the keys.
-        while len(expected) > 1 and location and isinstance(location[0], str) and not _holds(value, location[0]):
+        while len(expected) > 1 and location and isinstance(location[0], str):
+            if isinstance(value, Mapping) and location[0] in value:
+                break
             location.pop(0)
         here, inner = path, expected
         for part in location:
@@ -288,10 +290,6 @@ def _wrong(
             message = f"{words.get(kind, detail['msg'])}, not {shown(detail['input'])}"
         found.append((here, message))
     return found or [(path, _wrong_type(expected, value, written.get(path)))]
-
-
-def _holds(value: Any, key: str) -> bool:
-    return isinstance(value, Mapping) and key in value
 
 
 def _wrong_type(expected: Sequence[Option], value: Any, written: str | None) -> str:

@@ -12,7 +12,7 @@ EXTENDS = {
 }
 _PART = "Part"
 _MERGED = ("properties", "anyOf", "oneOf", "allOf", "additionalProperties")
-"""Where a schema stands for what is joined with the base; the entries of lists are not."""
+"""Parts of a schema that are joined with the base; the entries of lists are not."""
 
 
 def schema(whole: dict[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,9 @@ class Option:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
         # A limit of millions only keeps numbers finite; it would tell nobody anything.
-        told = [f"{word} {shown(self.bounds[name])}" for name, word in limits.items() if self._has_small(name)]
+        small = [name for name in limits if abs(self.bounds.get(name, math.inf)) < 1_000_000]
+        told = [f"{limits[name]} {shown(self.bounds[name])}" for name in small]
         return words.get(self.type, "another value") + (f" ({' and '.join(told)})" if told else "")
-
-    def _has_small(self, bound: str) -> bool:
-        return bool(abs(self.bounds.get(bound, math.inf)) < 1_000_000)
 
 
 def options(annotation: Any, metadata: Iterable[Any] = ()) -> Sequence[Option]:

@@ -1,4 +1,4 @@
-"""The `hub` block: where the finished adapter is uploaded to, if anywhere. A token is no part of it."""
+"""The `hub` block: the upload of the finished adapter. A token is no part of it."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ Seconds = Annotated[float, Field(ge=1.0, le=86_400.0)]
 
 
 class Hub(Section):
-    """Where the finished adapter goes. The token comes from HF_TOKEN or `hf auth login`, never from a recipe."""
+    """Upload of the finished adapter. The token comes from HF_TOKEN or `hf auth login`, never from a recipe."""
 
     repo: RepoId
     """Repository on the Hub, OWNER/NAME; it is made where it is not there."""
     private: bool = True
-    """Whether the repository is private. `false` is needed to upload into one that is public."""
+    """Keep the repository private. `false` is needed to upload into one that is public."""
     as_pr: bool = False
     """Open a pull request instead of a commit: for a repository that one can't write to."""
     tag: Tag | None = None

@@ -1,4 +1,4 @@
-"""Where each value of a recipe came from: a line of a file, or the command line."""
+"""The place of each value of a recipe: a line of a file, or the command line."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hf_finetune.plugins import Section
 
 
 class Speed(Section):
-    """Which fast paths may be taken, where they fit the model; a batch is compared before training."""
+    """Fast paths that may be taken where they fit the model; a batch is compared before training."""
 
     fused_lora: bool = True
     """Compute a frozen linear layer and its LoRA branch as one operation with fewer copies."""

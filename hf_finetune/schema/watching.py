@@ -16,12 +16,12 @@ Often = Literal[False, "final"] | Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Tracking(Section):
-    """What is shown of the model at evaluations."""
+    """Pictures, examples and records of the model, made at evaluations."""
 
     tensorboard: bool = True
     """Write TensorBoard events; `hf-finetune tensorboard RUN --rebuild` makes them later from the run folder."""
     folder: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    """Where the events go; null means `tensorboard/` in the run folder.
+    """Folder of the events; null means `tensorboard/` in the run folder.
 
     Another folder, or what tensorboardX can write to: `s3://`, `gs://` with its client installed.
     """
@@ -32,13 +32,13 @@ class Tracking(Section):
     examples: Often = 1
     """Rows as text: the most confidently wrong ones of a classifier, the loss of each token of an LLM."""
     embeddings: Often = "final"
-    """What a classifier's head sees of each evaluated row, for the projector."""
+    """Input of a classifier's head for each evaluated row, for the projector."""
     report: bool = True
     """Draw `report.html` and `plots/` at the end of a run; `report.md` is always written."""
     example_rows: Annotated[int, Field(ge=1, le=1000)] = 8
-    """How many rows `examples` shows."""
+    """Number of rows that `examples` shows."""
     embedding_rows: Annotated[int, Field(ge=3, le=100_000)] = 1000
-    """How many rows `embeddings` keeps."""
+    """Number of rows that `embeddings` keeps."""
 
     @model_validator(mode="after")
     def _folder_is_not_ignored(self) -> Self:
