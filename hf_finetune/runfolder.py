@@ -125,7 +125,7 @@ class RunFolder:
             elif previous["state"] == "done":
                 start = Start("done")
         if start.kind != "done":
-            self._probe()
+            refuse_unwritable(self.path, "output")
         return start
 
     def claim(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
@@ -215,19 +215,6 @@ class RunFolder:
             raise CheckpointError(Problem(message, key="output"))
         return last
 
-    def _probe(self) -> None:
-        """Make and remove a folder where the run folder is or will be.
-
-        Raises:
-            StorageError: That fails.
-        """
-        place = nearest_existing(self.path)
-        try:
-            Path(tempfile.mkdtemp(prefix=".hf_finetune-", dir=place)).rmdir()
-        except OSError as error:
-            message = f"{self.path} can't be written: {place}: {error.strerror}; name another folder"
-            raise StorageError(Problem(message, key="output")) from error
-
     def hold(self, place: Path) -> None:
         """Hold the folder until this process ends, however it ends.
 
@@ -309,6 +296,24 @@ def _holder(lock: Path) -> tuple[str | None, bool]:
     except OSError:
         return None, False  # no such file, or a file system without locks
     return None, host == socket.gethostname()
+
+
+def refuse_unwritable(folder: Path, key: str) -> None:
+    """Make and remove a folder where this one is or will be.
+
+    Args:
+        folder: Need not exist.
+        key: Of the recipe, to blame.
+
+    Raises:
+        StorageError: That fails.
+    """
+    place = nearest_existing(folder)
+    try:
+        Path(tempfile.mkdtemp(prefix=".hf_finetune-", dir=place)).rmdir()
+    except OSError as error:
+        message = f"{folder} can't be written: {place}: {error.strerror}; name another folder"
+        raise StorageError(Problem(message, key=key)) from error
 
 
 def nearest_existing(path: Path) -> Path:

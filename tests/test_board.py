@@ -32,11 +32,11 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder, Status
 from hf_finetune.schema.watching import Tracking
-from hf_finetune.tracking import Observers, drawings, events, tensorboard
-from hf_finetune.tracking.drawings import MARGIN, cell, table
+from hf_finetune.tracking import Observers, events, summaries, tensorboard
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.journal import read
 from hf_finetune.tracking.logdir import LogDir, check
+from hf_finetune.tracking.summaries import MARGIN, cell, table
 from hf_finetune.tracking.tensorboard import metric_tag, rebuild
 
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -111,8 +111,8 @@ def test_a_histogram_of_values_that_hardly_differ_or_hardly_fit_ends_nothing(
     values: list[float], tmp_path: Path
 ) -> None:
     writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
-    drawings.add_values(writer, "confidence", np.array(values))
-    drawings.add_values(writer, "usual", np.array([1.0, 2.0]))
+    summaries.add_values(writer, "confidence", np.array(values))
+    summaries.add_values(writer, "usual", np.array([1.0, 2.0]))
     writer.close()
     drawn = events_of(tmp_path)
     for tag in drawn.Tags()["histograms"]:
@@ -125,7 +125,7 @@ def test_what_cannot_be_drawn_costs_one_warning(
     def fail(writer: EventWriter, record: Record) -> None:
         raise ValueError("too odd")
 
-    monkeypatch.setitem(drawings.DRAWN, "predictions", fail)
+    monkeypatch.setitem(summaries.DRAWN, "predictions", fail)
     rebuild(RunFolder(str(shutil.copytree(classifier, tmp_path / "run"))))
     assert capsys.readouterr().err.count("too odd") == 1
 
@@ -211,10 +211,10 @@ def test_the_interval_is_around_the_loss(classifier: Path) -> None:
 
 def test_equal_weights_give_the_interval_of_a_mean() -> None:
     losses = np.random.default_rng(0).gamma(2.0, size=400)
-    mean, lower, upper = drawings.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
+    mean, lower, upper = summaries.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
     assert mean == pytest.approx(losses.mean())
     assert (upper - lower) / 2 == pytest.approx(1.959964 * losses.std(ddof=1) / 20)
-    assert drawings.interval(losses[:1], np.ones(1)) is None
+    assert summaries.interval(losses[:1], np.ones(1)) is None
 
 
 # ---- a language model ----
@@ -460,9 +460,9 @@ def test_rows_without_a_label_are_left_out(problem: str, tmp_path: Path) -> None
     rows[:5, -1] = np.nan if problem == "regression" else -100
     facts = {"task": "text_classification", "problem": problem, "names": ["a", "b", "c"]}
     writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
-    drawings.draw_predictions(writer, Record("predictions", "eval", 1, {"rows": rows}, facts))
-    drawings.add_values(writer, "nothing", np.array([np.nan, np.inf]))
-    drawings.add_counts(writer, "nothing", np.zeros(3), np.arange(4))
+    summaries.draw_predictions(writer, Record("predictions", "eval", 1, {"rows": rows}, facts))
+    summaries.add_values(writer, "nothing", np.array([np.nan, np.inf]))
+    summaries.add_counts(writer, "nothing", np.zeros(3), np.arange(4))
     writer.close()
     drawn = events_of(tmp_path).Tags()
     assert MARGIN[0] in drawn["scalars"]

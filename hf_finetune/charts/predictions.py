@@ -79,6 +79,7 @@ def confusion(rows: Array, names: Sequence[str]) -> Figure:
     classes = len(names)
     rows = rows[rows[:, -1] >= 0]
     pairs = rows[:, -1].astype(int) * classes + rows[:, :classes].argmax(axis=1)
+    # One number for each pair of classes, so that numpy can count them.
     counts = np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
     wrong = counts * (1 - np.eye(classes, dtype=int))
     shown = sorted(np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:CLASSES].tolist())
@@ -156,6 +157,7 @@ def precision_recall(rows: Array, names: Sequence[str]) -> Figure:
     figure, axes = blank(3.4)
     for place, index in enumerate(shown):
         precision, recall, _ = precision_recall_curve(hits[:, index], scores[:, index])
+        # A curve has a point a row; an SVG of all of them would be megabytes.
         some = np.unique(np.linspace(0, len(recall) - 1, min(len(recall), POINTS)).round().astype(int))
         look: dict[str, Any] = {"color": SERIES[place], "linestyle": DASHES[place], "drawstyle": "steps-post"}
         axes.plot(recall[some], precision[some], label=f"{short_name(names[index])}  AP {means[index]:.3f}", **look)

@@ -76,6 +76,7 @@ def plots(lines: Lines, splits: Mapping[str, Sequence[Record]], weights: Mapping
         splits: Records of the saved model, by the split that it was evaluated on.
         weights: `<measure>/<module>` -> value, of a record of kind `weights`.
     """
+    # `final` and `test` are single points, which tables have.
     lines = [line for line in lines if line.get("phase") in ("train", "eval")]
     found = []
     for name, section, title, quantities in CURVES:
@@ -159,6 +160,7 @@ def _curve(axes: Axes, points: list[tuple[int, float]], index: int, label: str) 
     """Draw one curve; of many noisy points a smoothed one, over the faint values."""
     steps, values = [step for step, _ in points], [value for _, value in points]
     color = SERIES[index % len(SERIES)]
+    # Noisy are values that go up and down: their way is much longer than from the least to the most.
     way = sum(abs(after - before) for before, after in pairwise(values))
     if len(points) > NOISY and way > 3 * (max(values) - min(values)):
         axes.plot(steps, values, linewidth=0.7, alpha=0.35, color=color)

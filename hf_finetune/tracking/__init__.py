@@ -55,6 +55,7 @@ class Observers:
         from hf_finetune.tracking.samples import Samples
 
         task, raw = self.recipe.task, prepared.raw_validation
+        # The journal is first: what is on disk is the truth, and it sets the time that the others show.
         found: list[TrainerCallback] = [self.journal]
         stopping = self.recipe.training.early_stopping
         if stopping is not None:
@@ -64,6 +65,7 @@ class Observers:
         if self.machine.is_main:
             found += [Console(task.headline), Progress(self.status)]
         if isinstance(task, CausalLM) and task.sample_prompts and raw is not None:
+            # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
                 writes, board = self.machine.is_main, self.board
                 found.append(Samples(task, tokenizer, raw, self.folder.samples, writes=writes, board=board))
@@ -86,6 +88,7 @@ class Observers:
             return
         journal.keep_lines(self.folder.samples, lines.get(self.folder.samples.name, 0))
         records.forget_after(self.folder.observations, step if step else -1)
+        # After `forget_after`: one of each process stays, at the step where it began.
         self._write(environment(self.machine, step))
         if self.board is not None:
             # A kill takes unflushed events with it, and leaves some that come again: the journals have the truth.

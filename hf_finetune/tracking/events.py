@@ -48,10 +48,14 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
         self.wait = 0.0
         """Seconds to wait for a slow disk before an event is lost; 0 while training."""
         self.lost = self.written = 0
+        self.embeddings: dict[str, None] = {}
+        """Names of the projector's tensors so far, in order."""
         self._complain: Callable[[str], None] | None = complain
         self._step, self._time = 0, 0.0
         self._is_closed = self._is_broken = self._has_finished = False
         self._queue: queue.Queue[bytes | _File | None] = queue.Queue(QUEUE)
+        # A daemon, started by the first event: a disk that hangs must not keep the process from ending, and a run that
+        # fails before it trains leaves no event file.
         self._thread = threading.Thread(target=self._work, daemon=True, name="tensorboard")
         super().__init__(logdir=logdir.folder)
 
@@ -67,6 +71,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
 
     def add_summary(self, summary: Summary, global_step: int | None = None, walltime: float | None = None) -> None:
         """Take what tensorboardX made; waits for nothing."""
+        # As bytes: what the queue holds can't change any more, and the thread only writes.
         step, seconds = self._step if global_step is None else global_step, walltime or self._time
         self._put(Event(wall_time=seconds, step=step, summary=summary).SerializeToString())
 
@@ -97,6 +102,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             return
         self._is_closed = True
         if self._thread.is_alive():
+            # Neither a full queue nor a slow disk may hold up the end of a run for long.
             with suppress(queue.Full):
                 self._queue.put(None, timeout=1.0)
             self._thread.join(CLOSE_SECONDS)
@@ -149,7 +155,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             if item is None:
                 break
             if item:
-                records = records or self._open()
+                records = records or self._open()  # here, not in `__init__`: even opening may hang
                 if isinstance(item, tuple):
                     self._write_file(*item)
                 else:

@@ -28,6 +28,7 @@ def entry(logs: dict[str, Any], step: int, epoch: float | None) -> Entry | None:
         found = of_phase(logs, phase)
         if found:
             return head | {"phase": phase} | found
+    # The Trainer's closing log has `train_loss` and rates, but no `loss`: the summary line says it better.
     metrics = {key: value for key, value in logs.items() if key not in _NOISE}
     return head | {"phase": "train"} | metrics if "loss" in metrics else None
 
@@ -86,6 +87,7 @@ def keep_lines(file: Path, lines: int) -> None:
     if not file.exists():
         return
     with file.open("rb+") as stream:
+        # As bytes, so that damaged lines and all kinds of line ends count as they did when the checkpoint was written.
         for _ in range(lines):
             stream.readline()
         stream.truncate(stream.tell())

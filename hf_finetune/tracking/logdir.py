@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
-from hf_finetune.errors import Problem, RecipeError, StorageError
+from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.recipe import Recipe
-from hf_finetune.runfolder import RunFolder, nearest_existing
+from hf_finetune.runfolder import RunFolder, refuse_unwritable
 
 KEY = "tracking.folder"
 CLIENTS = {"s3": ("boto3", "boto3"), "gs": ("google.cloud.storage", "google-cloud-storage")}
@@ -74,12 +73,7 @@ def check(folder: str) -> None:
     """
     address = _SCHEME.match(folder)
     if address is None:
-        place = nearest_existing(Path(folder))
-        try:
-            Path(tempfile.mkdtemp(prefix=".hf_finetune-", dir=place)).rmdir()
-        except OSError as error:
-            message = f"{folder} can't be written: {place}: {error.strerror}; name another folder"
-            raise StorageError(Problem(message, key=KEY)) from error
+        refuse_unwritable(Path(folder), KEY)
         return
     if address[1] not in CLIENTS:
         known = ", ".join(f"{scheme}://" for scheme in CLIENTS)

@@ -21,7 +21,7 @@ from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.schema import yamlwriter
 from hf_finetune.terminal import warn
-from hf_finetune.tracking import drawings, journal
+from hf_finetune.tracking import journal, summaries
 from hf_finetune.tracking.callbacks import MetricsCallback
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.journal import Entry
@@ -48,7 +48,7 @@ class Board(MetricsCallback):
     Args:
         recipe: The run's.
         folder: The run's.
-        writer: Takes the drawings.
+        writer: Takes the summaries.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, writer: EventWriter) -> None:
@@ -57,7 +57,6 @@ class Board(MetricsCallback):
         self.writer = writer
         self._has_begun = self._has_ended = False
         self._times: dict[tuple[str, int], float] = {}
-        self._embeddings: list[str] = []
         self._undrawn: set[str] = set()
         """Kinds of records of which a warning said that they can't be drawn."""
 
@@ -65,17 +64,19 @@ class Board(MetricsCallback):
         """Begin, and draw a run as far as it is: lines of metrics.jsonl, records and samples."""
         self.writer.wait = PATIENCE
         stored = list(records.stored(self.folder.observations, "environment"))
-        self._begin(stored[0].facts["time"] if stored else time.time())
+        self._begin(stored[0].facts.get("time", time.time()) if stored else time.time())
         for record in stored:
             self.draw(record)
         for line in lines:
             if line["phase"] != "summary":
                 self.add(line)
+        # After the lines, which say when each evaluation was.
         for record in records.stored(self.folder.observations):
             if record.kind != "environment":
                 self.draw(record)
         for step, answers in groupby(journal.read_samples(self.folder.samples), key=lambda line: int(line["step"])):
             self.add_samples(answers, step)
+        # An extended run has an older summary too.
         for line in [line for line in lines if line["phase"] == "summary"][-1:]:
             self.conclude(line)
         self.writer.wait = 0.0
@@ -89,7 +90,7 @@ class Board(MetricsCallback):
             self.writer.add_summary(experiment)
             self.writer.add_summary(session)
             self.writer.add_custom_scalars(layout(self.recipe))
-            self.writer.add_text("recipe", drawings.block(self.recipe.dump()))
+            self.writer.add_text("recipe", summaries.block(self.recipe.dump()))
 
     def see(self, line: Entry, state: TrainerState) -> None:
         """Draw a line."""
@@ -110,24 +111,22 @@ class Board(MetricsCallback):
         """Show answers to the fixed prompts, lines of samples.jsonl."""
         rows = [(line["prompt"], line["answer"], "ended" if line["ended"] else "cut off") for line in lines]
         with self.writer.at(step, self._time("eval", step)):
-            self.writer.add_text("samples", drawings.table(("prompt", "answer", "end"), rows))
+            self.writer.add_text("samples", summaries.table(("prompt", "answer", "end"), rows))
 
     def add_lock(self) -> None:
         """Show run.lock.json, which exists once everything is chosen."""
         if self.folder.run_lock.is_file():
             with self.writer.at(0, self._time("train", 0)):
-                self.writer.add_text("lock", drawings.block(self.folder.run_lock.read_text(encoding="utf-8")))
+                self.writer.add_text("lock", summaries.block(self.folder.run_lock.read_text(encoding="utf-8")))
 
     def draw(self, record: Record) -> None:
         """Draw a record; one that can't be drawn costs a warning, and never the run."""
         if record.kind == "environment":
-            self._times.setdefault(("train", record.step), record.facts["time"])
+            self._times.setdefault(("train", record.step), record.facts.get("time", time.time()))
         try:
             with self.writer.at(record.step, self._time(record.phase, record.step)):
-                if record.kind == "embeddings":
-                    drawings.draw_embeddings(self.writer, record, self._embeddings)
-                elif record.kind in drawings.DRAWN:
-                    drawings.DRAWN[record.kind](self.writer, record)
+                if record.kind in summaries.DRAWN:
+                    summaries.DRAWN[record.kind](self.writer, record)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if record.kind not in self._undrawn:
                 self._undrawn.add(record.kind)
@@ -161,7 +160,7 @@ class Board(MetricsCallback):
 
     def _end(self, outcome: Outcome, at: float) -> None:
         self._has_ended = True
-        _, _, end = summary.hparams({}, {})
+        _, _, end = summary.hparams({}, {})  # always a success, which is replaced
         info = SessionEndInfo(status=api_pb2.Status.Value(f"STATUS_{outcome.upper()}"), end_time_secs=at)
         content = HParamsPluginData(version=0, session_end_info=info).SerializeToString()
         end.value[0].metadata.plugin_data.content = content
@@ -249,7 +248,7 @@ def layout(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     }
     return {
         "learning curves": curves,
-        "margins": {"loss on validation, 95 % interval": ["Margin", list(drawings.MARGIN)]},
+        "margins": {"loss on validation, 95 % interval": ["Margin", list(summaries.MARGIN)]},
         "speed and stability": speed,
         "classes": {name: ["Multiline", [f"eval_per_class/{name}/"]] for name in PER_CLASS[:3]},
     }
@@ -259,4 +258,4 @@ def metric_tag(phase: str, metric: str) -> str:
     """Name a metric: `eval`, `accuracy` -> `eval/accuracy`; `eval`, `f1.good` -> `eval_per_class/f1/good`."""
     name, _, label = metric.partition(".")
     is_of_class = name in PER_CLASS and label
-    return drawings.label_tag(f"{phase}_per_class/{name}", label) if is_of_class else f"{phase}/{metric}"
+    return summaries.label_tag(f"{phase}_per_class/{name}", label) if is_of_class else f"{phase}/{metric}"

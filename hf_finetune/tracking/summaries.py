@@ -187,26 +187,18 @@ def draw_weights(writer: EventWriter, record: Record) -> None:
             writer.add_scalar(f"{prefix}{tag}", value)
 
 
-def draw_embeddings(writer: EventWriter, record: Record, names: list[str]) -> None:
-    """Write what a classifier's head sees for the projector, coloured by label.
-
-    The projector reads files beside the events. Not `add_embedding`, which writes them in the training thread, and
-    never to an object store; and it appends to their list, so that a resumed run would list a tensor twice.
-
-    Args:
-        writer: Of the run.
-        record: `vectors` (M, D) and facts `labels`, `texts`.
-        names: Every tensor of the run so far; this one is added.
-    """
+def draw_embeddings(writer: EventWriter, record: Record) -> None:
+    """Write what a classifier's head sees, `vectors` (M, D), for the projector, coloured by label."""
+    # The projector reads files beside the events. Not `add_embedding`, which writes them in the training thread, and
+    # never to an object store; and it appends to their list, so that a resumed run would list a tensor twice.
     name = f"{record.phase}:{record.step:05}"
-    if name not in names:
-        names.append(name)
+    writer.embeddings |= {name: None}
     stream = io.BytesIO()
     np.savetxt(stream, np.asarray(record.arrays["vectors"], dtype=np.float32), fmt="%.5g", delimiter="\t")
     labels = record.facts["labels"]
     texts = record.facts.get("texts") or [""] * len(labels)
     lines = ["label\ttext", *(f"{harmless(str(a))}\t{harmless(str(b))}" for a, b in zip(labels, texts, strict=True))]
-    folders = {one: f"{EMBEDDINGS}/{one.replace(':', '-')}" for one in names}
+    folders = {one: f"{EMBEDDINGS}/{one.replace(':', '-')}" for one in writer.embeddings}
     listed = "".join(
         f"embeddings {{\n  tensor_name: {json.dumps(one)}\n  tensor_path: {json.dumps(folder + '/tensors.tsv')}\n"
         f"  metadata_path: {json.dumps(folder + '/metadata.tsv')}\n}}\n"
@@ -219,6 +211,7 @@ def draw_embeddings(writer: EventWriter, record: Record, names: list[str]) -> No
 
 DRAWN: dict[str, Callable[[EventWriter, Record], None]] = {
     "data": draw_data,
+    "embeddings": draw_embeddings,
     "environment": draw_environment,
     "examples": draw_examples,
     "positions": draw_plots,
