@@ -101,11 +101,14 @@ def licence_of_base(recipe: Recipe) -> dict[str, Any]:
     A card that is missing, damaged or out of reach says nothing.
     """
     repo = hub_base(recipe)
-    text = _local_card(resolve(recipe.model.name)) if repo is None else _hub_card(repo, recipe.model.revision)
     try:
+        if repo is None:
+            text: str | None = (Path(resolve(recipe.model.name)) / "README.md").read_text(encoding="utf-8")
+        else:
+            text = _hub_card(repo, recipe.model.revision)
         data: Any = ModelCard(text or "", ignore_metadata_errors=True).data
         card = data.to_dict()
-    except (ValueError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     keys = ("license", "license_name", "license_link")
     found = {key: card[key] for key in keys if isinstance(card.get(key), str) and len(card[key]) <= 200}
@@ -116,13 +119,6 @@ def licence_of_base(recipe: Recipe) -> dict[str, Any]:
         if repo is not None:
             found["license_link"] = f"https://huggingface.co/{repo}/blob/main/{link}"
     return found
-
-
-def _local_card(folder: str) -> str | None:
-    try:
-        return (Path(folder) / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 @cache  # asked for once a process, and without retries, because training waits for it

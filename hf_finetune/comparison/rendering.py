@@ -15,7 +15,26 @@ def render(comparison: Comparison, form: str) -> str:
     """Write the comparison as `text`, `json` or `markdown`."""
     runs = comparison.runs
     if form == "json":
-        return _json(comparison)
+        # Every field is named here, because other programs read it: names of the dataclass may change.
+        described = [
+            {
+                "path": run.path,
+                "state": run.state,
+                "reason": run.reason,
+                "steps": run.step,
+                "evaluated_at": run.evaluated,
+                "seconds": run.seconds,
+                "samples_per_second": run.samples_per_second,
+                "metrics": run.metrics,
+                "recipe": run.recipe,
+            }
+            for run in runs
+        ]
+        differences = {
+            key: [None if value is ABSENT else value for value in row] for key, row in comparison.differences.items()
+        }
+        document = {"runs": described, "differences": differences, "best": comparison.best}
+        return json.dumps(jsonable(document), indent=2, default=str)
     sections = _sections(comparison)
     if form == "markdown":
         blocks = []
@@ -66,25 +85,3 @@ def _sections(comparison: Comparison) -> list[tuple[str, list[Row]]]:
         for key, row in comparison.differences.items()
     ]
     return [section for section in (("outcome", outcome), ("metrics", metrics), ("recipe", settings)) if section[1]]
-
-
-def _json(comparison: Comparison) -> str:
-    runs = [
-        {
-            "path": run.path,
-            "state": run.state,
-            "reason": run.reason,
-            "steps": run.step,
-            "evaluated_at": run.evaluated,
-            "seconds": run.seconds,
-            "samples_per_second": run.samples_per_second,
-            "metrics": run.metrics,
-            "recipe": run.recipe,
-        }
-        for run in comparison.runs
-    ]
-    differences = {
-        key: [None if value is ABSENT else value for value in row] for key, row in comparison.differences.items()
-    }
-    document = {"runs": runs, "differences": differences, "best": comparison.best}
-    return json.dumps(jsonable(document), indent=2, default=str)

@@ -96,10 +96,10 @@ class BestUploads(TrainerCallback):
             self.waiting = None
         copy = self.staging / str(state.global_step)
         try:
-            self.waiting = self._copied(state.global_step, copy), copy
+            self.waiting = self.copied(state.global_step, copy), copy
         except (FinetuneError, OSError) as error:
             self.begun += 1
-            self._failed(str(error))
+            self.failed(str(error))
         self.proceed()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class BestUploads(TrainerCallback):
         """Note how the last upload ended, and begin the next one."""
         if self.current is not None and (result := self.current[0].poll()) is not None:
             if result.failure:
-                self._failed(result.failure)
+                self.failed(result.failure)
             self.current[0].stop()
             shutil.rmtree(self.current[1], ignore_errors=True)
             self.current = None
@@ -120,15 +120,16 @@ class BestUploads(TrainerCallback):
         self.begun += 1
         refusal = secrets.why_not()
         if refusal is not None:
-            self._failed(refusal)
+            self.failed(refusal)
         else:
             self.current = Upload(order), copy
 
-    def _failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> None:
+        """Count a failure, and warn."""
         self.failures.append(reason)
         terminal.warn(f"the best checkpoint so far was not uploaded: {reason}")
 
-    def _copied(self, step: int, copy: Path) -> Order:
+    def copied(self, step: int, copy: Path) -> Order:
         """Copy the adapter as it is now.
 
         Raises:

@@ -25,7 +25,8 @@ from huggingface_hub.utils._http import default_client_factory
 from hf_finetune.hub.secrets import hide
 from hf_finetune.hub.upload import Order, Result
 
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # httpx's own: huggingface_hub 2 has it under another name
+# The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 TRANSIENT = {408, 409, 412, 425, 429}  # and everything from 500 on
 HINTS = {
@@ -66,7 +67,7 @@ class Worker:
         pause = FIRST_PAUSE
         while True:
             try:
-                return self._pull_request() if self.order.as_pr else self._commit()
+                return self.pull_request() if self.order.as_pr else self.commit()
             except RefusedError as error:
                 return Result(failure=hide(str(error)))
             except (HTTP_ERROR, OSError, RuntimeError, ValueError) as raised:
@@ -86,7 +87,8 @@ class Worker:
                 self.trouble = hide(f"{type(cause).__name__}: {cause}"[:400])
             if status:
                 may_pass = status in TRANSIENT or status >= 500
-            else:  # hf_xet, the storage client, raises plain RuntimeErrors
+            else:
+                # hf_xet, the storage client, raises plain RuntimeErrors.
                 may_pass = isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError) or type(cause) is RuntimeError
             if not may_pass:
                 hint = HINTS.get(status, "").format(repo=self.order.repo)
@@ -139,14 +141,15 @@ class Worker:
         added = [CommitOperationAdd(name, file) for name, file in files.items()]
         return [*added, *(CommitOperationDelete(name) for name in stale)]
 
-    def _commit(self) -> Result:
+    def commit(self) -> Result:
+        """Commit to the main branch, in one commit, and tag it."""
         info, order = self._repository(), self.order
-        # One commit, and not upload_folder: with hf_xet that makes several, and a reader could load half a version.
+        # Not upload_folder: with hf_xet that makes several commits, and a reader could load half a version.
         operations = self._operations(file.rfilename for file in info.siblings or ())
         made = self.api.create_commit(order.repo, operations, commit_message=order.message)
-        return Result(str(made.commit_url), made.oid, is_new=made.oid != info.sha, tag=self._tag(made.oid))
+        return Result(str(made.commit_url), made.oid, is_new=made.oid != info.sha, tag=self.tag(made.oid))
 
-    def _pull_request(self) -> Result:
+    def pull_request(self) -> Result:
         """Open one, or update the one of this run. It removes nothing: the other files belong to somebody else."""
         self._repository()
         repo, message = self.order.repo, self.order.message
@@ -160,7 +163,7 @@ class Worker:
         made = self.api.create_commit(repo, self._operations(), commit_message=message, revision=branch)
         return Result(earlier.url, made.oid, is_new=made.oid != before.sha)
 
-    def _tag(self, commit: str) -> str | None:
+    def tag(self, commit: str) -> str | None:
         """Tag a commit; a tag that this version already has is kept.
 
         Raises:
@@ -186,7 +189,8 @@ class Worker:
     def _client(self) -> Any:
         """Make huggingface_hub's client, with a time limit and an ear for failed responses."""
         client = default_client_factory()
-        client.timeout = min(60.0, max(1.0, self.order.timeout / 4))  # seconds without a byte
+        # Seconds without a byte: short enough that a request that hangs is tried again before the deadline.
+        client.timeout = min(60.0, max(1.0, self.order.timeout / 4))
         client.event_hooks = {**client.event_hooks, "response": [self._heard]}
         return client
 
@@ -216,15 +220,15 @@ def answer(fields: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _end_with_parent() -> NoReturn:
-    sys.stdin.read()  # returns when the other end is closed, which even a SIGKILL does
-    os._exit(1)
-
-
 def main() -> NoReturn:
     """Upload, answer, and end without waiting for anybody's threads."""
     order = Order(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def end_with_parent() -> NoReturn:
+        sys.stdin.read()  # returns when the other end is closed, which even a SIGKILL does
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     worker = Worker(order)
     timer = threading.Timer(order.timeout, worker.give_up)
     timer.daemon = True

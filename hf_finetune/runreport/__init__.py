@@ -38,13 +38,27 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> RunData | None:
     Returns:
         The data that it was made from; None where it could not be written.
     """
+    from hf_finetune.runreport import markdown, webpage
+
     folder, recipe = outcome.folder, outcome.recipe
     try:
         known = Record("report", "train", outcome.steps, facts=outcome.facts())
         run = RunData.read(folder, recipe)
         run = replace(run, lines=list(entries), records={**run.records, ("report", "train"): known})
-        _write(run)
+        plots = run.plots if recipe.tracking.report else []
+        # The text comes first: it is small, and is there even if a chart can't be drawn.
+        write_atomically(folder.report, markdown.text(run, plots))
         known.write(folder.observations)
+        if recipe.tracking.report:
+            drawn = [(plot, *webpage.drawn(plot)) for plot in plots]
+            write_atomically(folder.page, webpage.html(run, [(plot, svg) for plot, svg, _ in drawn]))
+            images = {f"{plot.name}.png": image for plot, _, image in drawn}
+            folder.plots.mkdir(exist_ok=True)
+            for name, image in images.items():
+                write_atomically(folder.plots / name, image)
+            for file in folder.plots.glob("*.png"):
+                if file.name not in images:  # of an earlier report
+                    file.unlink()
     except MISHAPS as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         terminal.warn(f"the report of {folder.path} is not complete ({reason}); the run itself is")
@@ -58,26 +72,3 @@ def page(folder: RunFolder, recipe: Recipe) -> str:
 
     run = RunData.read(folder, recipe)
     return webpage.html(run, [(plot, webpage.drawn(plot)[0]) for plot in run.plots])
-
-
-def _write(run: RunData) -> None:
-    """Write the text first, which is small and needs nothing; then the page and its charts.
-
-    Raises:
-        OSError: The disk is full, or can't be written.
-    """
-    from hf_finetune.runreport import markdown, webpage
-
-    plots = run.plots if run.recipe.tracking.report else []
-    write_atomically(run.folder.report, markdown.text(run, plots))
-    if not run.recipe.tracking.report:
-        return
-    drawn = [(plot, *webpage.drawn(plot)) for plot in plots]
-    write_atomically(run.folder.page, webpage.html(run, [(plot, svg) for plot, svg, _ in drawn]))
-    images = {f"{plot.name}.png": image for plot, _, image in drawn}
-    run.folder.plots.mkdir(exist_ok=True)
-    for name, image in images.items():
-        write_atomically(run.folder.plots / name, image)
-    for file in run.folder.plots.glob("*.png"):
-        if file.name not in images:  # of an earlier report
-            file.unlink()

@@ -26,7 +26,15 @@ def text(run: RunData, plots: Sequence[Plot]) -> str:
     facts, names = found["facts"], found["evaluated"]
     blocks = [f"# {cell(run.recipe.output)}", *listed("", [*found["summary"], *found["setup"]])]
     blocks += ["## Data", bullets(facts.get("rows", ())) or "What became of the rows is not known any more."]
-    blocks += ["## Findings", *_findings(run)]
+    blocks.append("## Findings")
+    if facts:
+        # Everything that `data.checks` counted, whatever its level.
+        rows = [[name, level, *(f"{n:,}" for n in splits.values())] for name, level, splits in facts["findings"]]
+        heads = ["check", "level", *(facts["findings"][0][2] if rows else ())]
+        blocks.append(markdown(heads, rows) if rows else "None of `data.checks` found anything.")
+        blocks.append(bullets(facts["warnings"]))
+    else:
+        blocks.append("Not known any more.")
     blocks += ["## Result", *(block for result in found["results"] for block in tables_of(result))]
     blocks += [f"![{plot.title}](plots/{plot.name}.png)" for plot in plots]
     if found["evaluations"]:
@@ -79,16 +87,6 @@ def listed(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
     """Write names and values below a title; nothing without them."""
     body = bullets(f"{name}: {value}" for name, value in rows)
     return [title, body] if body else []
-
-
-def _findings(run: RunData) -> list[str]:
-    """Write what `data.checks` counted, whatever its level, and the warnings."""
-    if not run.facts:
-        return ["Not known any more."]
-    found = run.facts["findings"]
-    rows = [[name, level, *(f"{count:,}" for count in splits.values())] for name, level, splits in found]
-    blocks = [markdown(["check", "level", *found[0][2]], rows) if rows else "None of `data.checks` found anything."]
-    return [*blocks, bullets(run.facts["warnings"])]
 
 
 def _cut(value: Any) -> str:
