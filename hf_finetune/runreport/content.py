@@ -86,12 +86,12 @@ def rows_of(run: RunData, kind: str) -> list[tuple[str, list[Mapping[str, Any]]]
 
 def setup(run: RunData) -> Pairs:
     """Name parameters, machine, data and steps."""
-    summary, facts, rows = run.summary, run.facts, []
+    summary, machine, rows = run.summary, dict(run.environment).get("machine"), []
     if "parameters" in summary:
         part, whole = summary["trained_parameters"], summary["parameters"]
         rows.append(("Parameters", f"{part:,} of {whole:,} trained ({part / whole:.2%})"))
-    if facts:
-        rows += [("Machine", facts["machine"]), ("Data fingerprint", facts["fingerprint"])]
+    rows += [("Machine", machine)] if machine else []
+    rows += [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
     if "step" in summary:
         skipped = summary.get("steps_not_taken", 0)
         note = f"; {skipped:,} were not taken, as loss or gradient was not finite" if skipped else ""

@@ -56,7 +56,6 @@ class Outcome:
             for name in struck
         }
         return {
-            "machine": self.machine.describe(),
             "fingerprint": self.prepared.fingerprint,
             "rows": data_lines(self.prepared),
             "findings": [[name, str(levels[name]), counts[name]] for name in struck],
