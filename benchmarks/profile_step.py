@@ -2,7 +2,7 @@
 
     python -m benchmarks.profile_step [--steps 8] [--compiled] [--only sst2-minilm] [--into docs/performance.md]
 
-Whole runs through `hf_finetune.training`, in one process, on a few rows of the race's workloads. Each kind of run is
+Whole runs through `hf_finetune.train`, in one process, on a few rows of the race's workloads. Each kind of run is
 made with the same batches only timed, and under torch.profiler, which makes a step slower but not its operations. An
 operation's own time is put into one group by its name, the names around it and the shapes of its inputs (`group_of` has
 the rules). What is left of the timed step is Python, dispatch, autograd's bookkeeping and waiting.
@@ -30,7 +30,7 @@ from benchmarks import marked
 from benchmarks.race import measure, ours
 from benchmarks.race.results import Measurement
 from benchmarks.race.workloads import FULL, Workload
-from hf_finetune import hardware, training
+from hf_finetune import hardware, train
 from hf_finetune.observing import Observing
 from hf_finetune.recipe import Recipe
 from hf_finetune.schema.speed import Speed
@@ -169,7 +169,7 @@ def run(recipe: Recipe, *, profiled: bool) -> Watch:
     """One whole run."""
     watch = Watch(time.process_time if hardware.cores() == 1 else time.perf_counter, profiled=profiled)
     with contextlib.redirect_stdout(io.StringIO()), attended_by(watch):
-        training.finetune(recipe, restart=True)
+        train(recipe, restart=True)
     return watch
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_finetune import training
 from hf_finetune.observing import Observing
+from hf_finetune.pipeline import train as story
 from hf_finetune.recipe import Recipe
 from hf_finetune.tracking import Observers
 from hf_finetune.tracking.throughput import StepTimes, Throughput
@@ -82,14 +82,13 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
     """One whole run; its steps from one log to the next are timed one by one."""
-    watch, make, evaluate, attend = Stopwatch(), training._trainer, FinetuneTrainer.evaluate, Observing.attend
+    watch, make, evaluate, attend = Stopwatch(), story.make_trainer, FinetuneTrainer.evaluate, Observing.attend
 
-    def trainer(*arguments: Any) -> FinetuneTrainer:
-        made = make(*arguments)
+    def trainer(training: story.Training) -> None:
+        make(training)
         if not watched:
-            made.times = NoTimes("cpu")
-            made.remove_callback(Throughput)
-        return made
+            training.trainer.times = NoTimes("cpu")
+            training.trainer.remove_callback(Throughput)
 
     def attended(self: Any, trainer: Any, say: Any) -> None:
         if watched:
@@ -105,12 +104,12 @@ def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(put(training, "_trainer", trainer))
+        stack.enter_context(put(story, "make_trainer", trainer))
         stack.enter_context(put(FinetuneTrainer, "evaluate", timed))
         stack.enter_context(put(Observing, "attend", attended))
         if not watched:
             stack.enter_context(put(Observers, "callbacks", lambda *arguments: []))
-        training.finetune(recipe, restart=True)
+        story.train(recipe, restart=True)
     return watch
 
 

@@ -2,86 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_finetune.errors import Problem, RecipeError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from hf_finetune.batching import Division
-    from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
+from hf_finetune.job import Job
+from hf_finetune.recipe import Recipe
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long training is."""
-
-    total_steps: int
-    """Optimiser steps of the whole run."""
-    steps_per_epoch: int | None
-    """Optimiser steps of one pass; None for a stream."""
-    warmup_steps: int
-
-
-def length(recipe: Recipe, rows: int | None) -> Length:
-    """Optimiser steps of the run.
+def training_arguments(job: Job, checkpoints: Path) -> TrainingArguments:
+    """Make the TrainingArguments of a run on this machine.
 
     Args:
-        recipe: Epochs or steps, global batch, warmup.
-        rows: Training rows (packed sequences where packing is on); None for a stream.
-
-    Raises:
-        RecipeError: Warmup is longer than training, or early stopping could never act.
-    """
-    training = recipe.training
-    per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
-    total = training.steps or math.ceil((training.epochs or 0) * (per_epoch or 0))
-    warmup = training.warmup_steps
-    problems = []
-    if warmup is not None and warmup > total:
-        message = f"{warmup} is more than all {total} steps of this run; lower it, or use warmup_ratio"
-        problems.append(Problem(message, key="training.warmup_steps"))
-    stopping = training.early_stopping
-    every = per_epoch if training.eval_every == "epoch" else training.eval_every
-    evaluations = total // every if isinstance(every, int) else 0
-    if stopping is not None and evaluations <= stopping.patience:
-        message = f"patience {stopping.patience} is never used up in {evaluations} evaluations; lower eval_every"
-        problems.append(Problem(message, key="training.early_stopping"))
-    if problems:
-        raise RecipeError(problems)
-    return Length(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
-
-
-def training_arguments(
-    recipe: Recipe, machine: Machine, division: Division, run_length: Length, checkpoints: Path
-) -> TrainingArguments:
-    """TrainingArguments of this run on this machine.
-
-    Args:
-        recipe: The recipe.
-        machine: Device and precision.
-        division: Micro-batch and accumulation.
-        run_length: Total and warmup steps.
+        job: Recipe, machine, division and length.
         checkpoints: Folder for the Trainer's checkpoints.
     """
+    recipe, machine, division, length = job.recipe, job.machine, job.division, job.length
     training = recipe.training
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=division.micro_batch,
         gradient_accumulation_steps=division.accumulation,
-        max_steps=run_length.total_steps,
+        max_steps=length.total_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=SCHEDULES[training.schedule],
-        warmup_steps=run_length.warmup_steps,
+        warmup_steps=length.warmup_steps,
         optim=OPTIMIZERS[training.optimizer],
         weight_decay=training.weight_decay,
         adam_beta1=training.beta1,
@@ -117,7 +66,7 @@ def training_arguments(
 
 
 def _cadence(recipe: Recipe) -> dict[str, Any]:
-    """When to evaluate and to save."""
+    """Say when to evaluate and to save."""
     training, every = recipe.training, recipe.saving.every
     has_validation = recipe.data.validation is not None or recipe.data.validation_share is not None
     eval_every = training.eval_every if has_validation else None

@@ -16,8 +16,10 @@ An error says what is wrong and what to do, in one line; `Problem` is one such l
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,31 @@ class PeerError(FinetuneError, RuntimeError):
     """Another rank died or no longer answers."""
 
     exit_code = 10
+
+
+INTERRUPTED, PREEMPTED = 130, 143
+"""Exit codes of runs that a signal ended: Ctrl-C, and any other."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run; no error, so that it ends the process in silence where nobody catches it.
+
+    Args:
+        number: Of the signal.
+        at_once: It was a second one, which does not wait for a checkpoint.
+    """
+
+    def __init__(self, number: int, *, at_once: bool = False) -> None:
+        self.state: Literal["interrupted", "preempted"] = "interrupted" if number == signal.SIGINT else "preempted"
+        name = signal.Signals(number).name
+        self.reason = f"stopped at once by a second signal, {name}," if at_once else f"stopped by {name}"
+        super().__init__(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+    @staticmethod
+    def by(number: int, *, at_once: bool = False) -> Stopped:
+        """Make the one that fits a signal."""
+        return (Interrupted if number == signal.SIGINT else Stopped)(number, at_once=at_once)
+
+
+class Interrupted(Stopped, KeyboardInterrupt):
+    """Ctrl-C ended the run: a notebook or a script may catch it as such."""

@@ -26,18 +26,18 @@ from hf_finetune.terminal import say
 from hf_finetune.tracking.journal import keep_lines
 
 if TYPE_CHECKING:
-    from hf_finetune.preflight.heavy import Ready
+    from hf_finetune.job import Job
     from hf_finetune.runfolder import RunFolder
 
 INSTEAD = "give --restart to train anew (this run is moved aside), or name another output"
 
 
-def begin(folder: RunFolder, ready: Ready) -> None:
+def begin(folder: RunFolder, job: Job) -> None:
     """Put the finished run aside and what is to go on into its place; rank 0 does it, nobody else is in the folder.
 
     Args:
         folder: Held, with the finished run.
-        ready: The run that is to go on.
+        job: The run that is to go on.
 
     Raises:
         CheckpointError: The last state is damaged or of other data, or there is nothing left to train.
@@ -49,17 +49,17 @@ def begin(folder: RunFolder, ready: Ready) -> None:
     except CheckpointError as error:
         message = f"{last} is damaged ({error}), so that the run can't be extended; {INSTEAD}"
         raise CheckpointError(Problem(message, key="output")) from error
-    keeping.check(last, manifest, keeping.facts(ready), ready, _keep_silent)
-    total = ready.assignment.length.total_steps
+    keeping.check(last, manifest, keeping.facts(job), job.machine, lambda text: None)
+    total = job.length.total_steps
     if total <= manifest.step:
-        key = "training.epochs" if ready.recipe.training.epochs else "training.steps"
+        key = "training.epochs" if job.recipe.training.epochs else "training.steps"
         message = (
             f"{folder.path} holds the results of {manifest.step} steps, and this recipe has {total}: nothing is left "
             f"to train; give more epochs or steps, undo the change, or {INSTEAD}"
         )
         raise CheckpointError(Problem(message, key=key))
     try:
-        _fill(folder, last, ready.recipe.dump())
+        _fill(folder, last, job.recipe.dump())
         aside = _swap(folder)
     except OSError as error:
         message = f"{folder.path} can't be moved aside to be extended: {error.strerror or error}; name another output"
@@ -113,6 +113,3 @@ def _link(source: str, target: str) -> None:
     except OSError:
         shutil.copyfile(source, target)
 
-
-def _keep_silent(text: str) -> None:
-    """What is said again when the run goes on."""

@@ -20,8 +20,9 @@ from hf_finetune.runstate import Progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hf_finetune.hardware import Machine
+    from hf_finetune.job import Job
     from hf_finetune.preemption import StopRequest
-    from hf_finetune.preflight.heavy import Ready
     from hf_finetune.runfolder import RunFolder, Status
     from hf_finetune.tracking import Observers
 
@@ -31,11 +32,11 @@ MUST_BE_EQUAL = {"data": ("data.train", "the data"), "model": ("model.name", "th
 """Fact -> the key to blame, and what it is called."""
 
 
-def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Keeper:
+def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Keeper:
     """The folder of checkpoints, and the one to go on from.
 
     Args:
-        ready: The run.
+        job: The run.
         folder: Its folder.
         stop: How the ranks agree to stop.
         tell: Says something on rank 0.
@@ -45,21 +46,21 @@ def keeper(ready: Ready, folder: RunFolder, stop: StopRequest, tell: Callable[[s
             other sharding.
         StorageError: The folder can't be written.
     """
-    ranks = checkpoints.join(ready.machine.local_rank, patience.wait())
-    store = checkpoints.Store(folder.checkpoints, ranks, ready.recipe.saving.keep)
-    made_from, found = facts(ready), store.resume_point()
+    ranks = checkpoints.join(job.machine.local_rank, patience.wait())
+    store = checkpoints.Store(folder.checkpoints, ranks, job.recipe.saving.keep)
+    made_from, found = facts(job), store.resume_point()
     for name, reason in found.skipped:
         tell(f"warning: {name} is not used: {reason}")
     if found.manifest is not None and found.path is not None:
-        check(found.path, found.manifest, made_from, ready, tell)
-        _refuse_shorter(found.manifest.step, ready)
+        check(found.path, found.manifest, made_from, job.machine, tell)
+        _refuse_shorter(found.manifest.step, job)
     return Keeper(
         store=store,
         facts=made_from,
         stop=stop,
         journals=(folder.metrics, folder.samples),
         resume_from=found.path,
-        pace=Pace(ready.recipe.saving, tell),
+        pace=Pace(job.recipe.saving, tell),
     )
 
 
@@ -90,34 +91,34 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
 
 
-def facts(ready: Ready) -> Facts:
+def facts(job: Job) -> Facts:
     """What this run's checkpoints are made from."""
     return Facts(
-        recipe=hashlib.sha256(ready.recipe.dump().encode()).hexdigest(),
-        data=ready.prepared.fingerprint,
-        model=weights.identity(ready.recipe.model, pretrained.commit(ready.recipe.model)),
+        recipe=hashlib.sha256(job.recipe.dump().encode()).hexdigest(),
+        data=job.prepared.fingerprint,
+        model=weights.identity(job.recipe.model, pretrained.commit(job.recipe.model)),
         versions={name: version(name) for name in PACKAGES},
     )
 
 
-def check(path: Path, manifest: Manifest, wanted: Facts, ready: Ready, tell: Callable[[str], None]) -> None:
+def check(path: Path, manifest: Manifest, wanted: Facts, machine: Machine, tell: Callable[[str], None]) -> None:
     """Refuse a checkpoint that is of other data, another model, or weights that were spread otherwise.
 
     Raises:
         CheckpointError: It is.
     """
-    zero.check_checkpoint(path, manifest.world_size, ready.machine)
-    _compare(wanted, manifest, ready.machine.world_size, tell)
-    sharding.refuse_other_format(path, ready.machine)
+    zero.check_checkpoint(path, manifest.world_size, machine)
+    _compare(wanted, manifest, machine.world_size, tell)
+    sharding.refuse_other_format(path, machine)
 
 
-def _refuse_shorter(done: int, ready: Ready) -> None:
+def _refuse_shorter(done: int, job: Job) -> None:
     """Refuse a recipe whose length was changed to less than what is trained already.
 
     Raises:
         CheckpointError: Its steps can't be taken back.
     """
-    total, training = ready.assignment.length.total_steps, ready.recipe.training
+    total, training = job.length.total_steps, job.recipe.training
     if done > total:
         message = (
             f"{done} steps are trained already, and this recipe has {total}; give more, or --restart to start anew"

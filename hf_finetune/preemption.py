@@ -12,41 +12,26 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import distributed
 
 from hf_finetune import patience, terminal
+from hf_finetune.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED, PREEMPTED = 130, 143
-"""Exit codes: from the keyboard, and by whoever runs the job."""
 ECHO_S = 5.0
 """Under a launcher, the same signal within so many seconds is the same wish."""
 COPY_S = 0.5
 """The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice."""
 STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
 _PR_SET_PDEATHSIG = 1
-
-
-class Stopped(SystemExit):
-    """A signal ended the run.
-
-    Args:
-        number: Of the signal.
-        at_once: It was a second one, which does not wait for a checkpoint.
-    """
-
-    def __init__(self, number: int, *, at_once: bool = False) -> None:
-        self.state: Literal["interrupted", "preempted"] = "interrupted" if number == signal.SIGINT else "preempted"
-        name = signal.Signals(number).name
-        self.reason = f"stopped at once by a second signal, {name}," if at_once else f"stopped by {name}"
-        super().__init__(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
 class StopRequest:
@@ -72,6 +57,9 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside, and restore the handlers afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python hands signals to the main thread alone, which may do what it likes with them
+            return
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         _follow_parent()
         try:
@@ -133,7 +121,7 @@ class StopRequest:
         if is_first and self._agreed:
             return  # another rank was told before, and all of them are stopping already
         if not is_first or not self._deferred:
-            raise Stopped(number, at_once=not is_first)
+            raise Stopped.by(number, at_once=not is_first)
         terminal.notice(STOPPING)
 
 

@@ -11,17 +11,26 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from hf_finetune import continuation, runstatus
+from hf_finetune import continuation, invocation, runstatus
 from hf_finetune.checkpoints.manifest import MANIFEST, Manifest
 from hf_finetune.durable import discard, sync_file, sync_folder
-from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
+from hf_finetune.errors import (
+    CheckpointError,
+    FinetuneError,
+    Problem,
+    PushError,
+    RecipeError,
+    Stopped,
+    StorageError,
+)
+from hf_finetune.terminal import say
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
 """What `status.json` says."""
@@ -241,6 +250,43 @@ class RunFolder:
         for path in self.path.rglob(".*"):
             if TEMPORARY.fullmatch(path.name) and path.parent.name != RANKS:
                 path.unlink(missing_ok=True)
+
+    @contextmanager
+    def status_kept(self, status: Status) -> Iterator[None]:
+        """Keep status.json true while the body runs, however it ends, and then let go of the folder."""
+        if not status.is_silent:
+            status.start()
+        try:
+            yield
+        except PushError as error:
+            status.finish("done", error.exit_code, str(error))
+            raise
+        except FinetuneError as error:
+            status.finish("failed", error.exit_code, str(error))
+            raise
+        except Stopped as stopped:
+            status.finish(stopped.state, int(stopped.code or 0), stopped.reason)
+            say(f"{stopped.reason} at step {status.step}; {self._how_to_resume(status)}")
+            raise
+        except BaseException as error:
+            status.finish("failed", 1, f"{type(error).__name__}: {error}")
+            raise
+        else:
+            status.finish("done", 0)
+        finally:
+            self.release()
+
+    def _how_to_resume(self, status: Status) -> str:
+        """Say what there is to resume from, and the command that does it."""
+        command = invocation.resume_command()
+        how = "run it again without restart" if command is None else f"run: {command}"
+        if status.is_silent:
+            return f"the finished run in {self.path} was not touched; to extend it, {how}"
+        if status.checkpoint is None:
+            return f"no checkpoint was written yet; to start again at step 0, {how}"
+        lost = status.step - int(status.checkpoint.rpartition("-")[2])
+        unsaved = f" (the last {lost} steps are not in it)" if lost > 0 else ""
+        return f"to resume from {self.path / status.checkpoint}{unsaved}, {how}"
 
     def release(self) -> None:
         """Let go of the folder."""

@@ -241,11 +241,10 @@ def chatter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
 
 def finished(folder: Path, recipe: str) -> Path:
     """Run a recipe; returns the run folder."""
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.training import finetune
+    from hf_finetune import train
 
     (folder / "recipe.yaml").write_text(recipe)
-    finetune(Recipe.load(str(folder / "recipe.yaml")))
+    train(folder / "recipe.yaml")
     return folder / "run"
 
 
@@ -274,14 +273,12 @@ def run(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callab
     """Runs a small recipe in this process: `run("training.steps=3", ...)`."""
 
     def start(*overrides: str, restart: bool = False) -> Run:
-        from hf_finetune.recipe import Recipe
-        from hf_finetune.training import finetune
+        from hf_finetune import train
 
         file = tmp_path / "recipe.yaml"
         file.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))
         # Drawing takes longer than training here; whoever is interested says so.
         rare = () if any(word.startswith("tracking.") for word in overrides) else QUICK
-        outcome = finetune(Recipe.load(str(file), [*overrides, *rare]), restart=restart)
-        return Run(tmp_path / "run", outcome)
+        return Run(tmp_path / "run", train(file, [*overrides, *rare], restart=restart).outcome)
 
     return start

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.training import finetune
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     first_steps = {}
     for name, tree in json.loads(jobs.read_text()).items():
         recipe = Recipe.model_validate(tree)
-        finetune(recipe)
+        train(recipe)
         metrics = (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in metrics]
         first_steps[name] = [(line["loss"], line["grad_norm"]) for line in lines if line["phase"] == "train"]

@@ -20,9 +20,7 @@ import sys
 from typing import Any
 
 LOADED = [
-    "hf_finetune.training",
-    "hf_finetune.preflight.light",
-    "hf_finetune.preflight.heavy",
+    "hf_finetune.pipeline.train",
     "hf_finetune.tasks._metrics",
     "rich.live",
     "rich.progress",

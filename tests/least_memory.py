@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hf_finetune import hardware
 from hf_finetune.findings import Findings
-from hf_finetune.preflight import fitting, heavy
+from hf_finetune.pipeline.examine import examine
+from hf_finetune.preflight import fitting
 from hf_finetune.recipe import Recipe
 
 
@@ -21,8 +22,11 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     os.environ["HF_FINETUNE_MEMORY"] = amounts[rank]
     made = Recipe.load(recipe)
-    ready = fitting.fit(heavy.prepare(made, hardware.survey(made), Findings()), None, Findings())
-    told = [ready.assignment.job.division.micro_batch, ready.machine.activation_checkpointing]
+    parts = examine(made, hardware.survey(made), Findings())
+    assert parts.job is not None
+    assert parts.outline is not None
+    job, _ = fitting.fit(parts.job, parts.outline, None, Findings())
+    told = [job.division.micro_batch, job.machine.activation_checkpointing]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
 
 

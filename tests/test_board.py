@@ -27,7 +27,8 @@ from hf_finetune import records
 from hf_finetune.charts import predictions
 from hf_finetune.cli import tensorboard as cli
 from hf_finetune.errors import RecipeError, StorageError
-from hf_finetune.preflight import light
+from hf_finetune.pipeline.check import look
+from hf_finetune.pipeline.check import read as read_recipe
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
 from hf_finetune.runfolder import RunFolder, Status
@@ -341,7 +342,7 @@ def test_addresses_are_checked_before_training(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"tracking\.folder: .* can't be written"):
         check(str(tmp_path / "file" / "logs"))
     refused = recipe("tiny", {"kind": "lora", "r": 4}).model_copy(update={"tracking": Tracking(folder="hdfs://a")})
-    assert light.look(refused).blame("tracking.folder")
+    assert look(read_recipe(refused)[0], folder=False).blame("tracking.folder")
     check(str(tmp_path / "logs"))
     assert not (tmp_path / "logs").exists()
 

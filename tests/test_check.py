@@ -76,12 +76,11 @@ def test_of_a_stream_the_first_rows_are_looked_at(recipe: Path, check: Callable[
 
 
 def test_the_plan_says_what_the_run_then_does(recipe: Path, check: Callable[..., Any]) -> None:
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.training import finetune
+    from hf_finetune import train as run_recipe
 
     said = json.loads(check(recipe, "--format", "json")[1])
     plan, numbers = said["plan"], said["numbers"]
-    outcome = finetune(Recipe.load(str(recipe)))
+    outcome = run_recipe(recipe).outcome
     assert outcome is not None
     trained, total = outcome.parameters
     assert f"{total:,} parameters, {trained:,} trained" in plan["model"]
@@ -213,7 +212,7 @@ def test_json_holds_whatever_is_asked_for(recipe: Path, check: Callable[..., Any
 def test_values_of_a_recipe_with_mistakes_are_not_explained_silently(recipe: Path, check: Callable[..., Any]) -> None:
     code, _, err = check(recipe, "--explain", "training.epochs=0")
     assert code == 2
-    assert "no values to explain: mend the errors first" in err
+    assert "no values to explain: correct the errors first" in err
 
 
 def test_a_report_that_cannot_be_written_is_an_error_like_others(recipe: Path, check: Callable[..., Any]) -> None:

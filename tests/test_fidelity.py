@@ -13,14 +13,15 @@ import pytest
 from test_chat import ASK, HEAD, PREFIXED, byte_tokenizer
 from transformers import AutoTokenizer
 
-from hf_finetune import data, finished, runlock, session
+from hf_finetune import data, finished, runlock
 from hf_finetune.errors import DataError, ModelError
+from hf_finetune.pipeline import train as story
+from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
 from hf_finetune.runlock import repeating
 from hf_finetune.tasks._chat import Chat
 from hf_finetune.tasks.base import IGNORE, REMARKS, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
-from hf_finetune.training import finetune
 
 KNOWN = "{% if m.role in ['system', 'user', 'assistant', 'tool'] %}"
 # Knows four roles, and content that is text; everything else becomes nothing.
@@ -307,18 +308,18 @@ tracking: {{images: false, report: false}}
 output: {tmp_path / "run"}
 """
     )
-    finetune(Recipe.load(str(tmp_path / "recipe.yaml")))
+    train(Recipe.load(str(tmp_path / "recipe.yaml")))
     lock = tmp_path / "run" / "run.lock.json"
     begun = date.today().isoformat()
     assert runlock.day(lock) == begun
-    for module in (session, finished):
+    for module in (story, finished):
         monkeypatch.setattr(module, "date", Later)
     run = finished.open_run(str(tmp_path / "run"))
     text = run.recipe.task.renderer(run.tokenizer).text  # type: ignore[attr-defined]
     assert text(Chat([ASKED])).startswith(f"{begun} {date.today().day} {date.today():%B}")
     kept, reading = repeating.read(str(lock), None, [f"output={tmp_path / 'again'}"])
     assert reading.recipe is not None
-    finetune(reading.recipe, repeat=repeating.Repeat(str(lock), kept))
+    train(reading.recipe, locked=repeating.Repeat(str(lock), kept))
     again = runlock.find(tmp_path / "again" / "run.lock.json")
     assert again is not None
     assert again.fingerprint == kept.fingerprint

@@ -18,12 +18,12 @@ from models import machine
 from test_resume import facts, stop_at
 
 from hf_finetune import cli, hardware, resources, runlock
-from hf_finetune.errors import RecipeError
+from hf_finetune.errors import RecipeError, Stopped
 from hf_finetune.findings import Findings
+from hf_finetune.job import Job
 from hf_finetune.memory.bound import bound
-from hf_finetune.preemption import Stopped
-from hf_finetune.preflight import fitting, heavy
-from hf_finetune.preflight.heavy import Ready
+from hf_finetune.pipeline.examine import examine
+from hf_finetune.preflight import fitting
 from hf_finetune.recipe import Recipe
 from hf_finetune.tuning import Choice
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["stop_at"]
 Runner = Callable[..., "Run"]
+Ready = tuple[Job, Any]
+"""A job, and its model on the meta device."""
 FEW, FEWER = "600kB", "300kB"
 """Free memory for a quarter of the rule's 16 rows; for two, if activations are recomputed."""
 KNOWN: dict[tuple[int, bool], int] = {}
@@ -42,7 +44,9 @@ def prepared(folder: Path, text: str, *overrides: str) -> Ready:
     file = folder / "recipe.yaml"
     file.write_text(text)
     made = Recipe.load(str(file), list(overrides))
-    return heavy.prepare(made, hardware.alone(made), Findings())
+    parts = examine(made, hardware.alone(made), Findings())
+    assert parts.job is not None
+    return parts.job, parts.outline
 
 
 @pytest.fixture
@@ -53,15 +57,15 @@ def ready(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Call
 
 
 def searched(made: Ready, free: int) -> tuple[int, bool]:
-    found = fitting._Search(made, free, KNOWN).fit().made
+    found = fitting._Search(*made, free, KNOWN).fit().made
     return found["micro_batch"].value, found["activation_checkpointing"].value
 
 
 def test_where_memory_is_plenty_nothing_is_estimated(ready: Callable[..., Ready]) -> None:
     why = "by rule: there is plenty of memory"
-    found = fitting.choose(ready(), 10**9).made
+    found = fitting.choose(*ready(), 10**9).made
     assert found == {"micro_batch": Choice(16, why), "activation_checkpointing": Choice(False, why)}
-    unknown = fitting.choose(ready(), None).made["micro_batch"]
+    unknown = fitting.choose(*ready(), None).made["micro_batch"]
     assert unknown == Choice(16, "by rule: how much memory is free is unknown")
 
 
@@ -78,7 +82,7 @@ def test_rows_are_halved_until_they_fit_and_then_recomputed(ready: Callable[...,
 
 
 def test_where_nothing_fits_the_most_frugal_way_is_kept(ready: Callable[..., Ready]) -> None:
-    found = fitting._Search(ready(), 1000, KNOWN).fit()
+    found = fitting._Search(*ready(), 1000, KNOWN).fit()
     assert (found.made["micro_batch"].value, found.made["activation_checkpointing"].value) == (1, True)
     assert found.lacking == KNOWN[1, True] > 1000
 
@@ -87,8 +91,8 @@ def test_a_model_that_can_not_recompute_takes_fewer_rows(
     ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = ready()
-    monkeypatch.setattr(type(made.outline), "supports_gradient_checkpointing", False)
-    found = fitting._Search(made, 1000, KNOWN).fit().made
+    monkeypatch.setattr(type(made[1]), "supports_gradient_checkpointing", False)
+    found = fitting._Search(*made, 1000, KNOWN).fit().made
     assert (found["micro_batch"].value, found["activation_checkpointing"].value) == (1, False)
 
 
@@ -100,7 +104,7 @@ def test_what_the_recipe_says_stays(ready: Callable[..., Ready]) -> None:
     assert searched(ready("training.activation_checkpointing=true"), 300_000) == (2, True)
     both = ready("training.micro_batch=8", "training.activation_checkpointing=true")
     asked_for = {"micro_batch": Choice(8, "asked for"), "activation_checkpointing": Choice(True, "asked for")}
-    assert fitting.choose(both, 1).made == asked_for
+    assert fitting.choose(*both, 1).made == asked_for
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,11 +112,11 @@ def test_the_bound_is_above_the_estimate(precision: str, tmp_path: Path, tiny_ll
     rows = [{"question": "what is one plus two ?", "answer": "three " * (n % 9 + 1)} for n in range(64)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = CHAT_RECIPE.format(model=tiny_llama, data=tmp_path / "rows.jsonl", output=tmp_path / "run")
-    made = prepared(tmp_path, text, f"training.precision={precision}", "data.checks.leakage=off")
-    assert made.assignment.lengths is not None
-    longest = int(made.assignment.lengths.max())
-    found = fitting._Search(made, 1).needed(16, again=False)
-    assert found < bound(made.recipe, made.outline, made.machine, (16, longest)) < 10 * found
+    job, outline = prepared(tmp_path, text, f"training.precision={precision}", "data.checks.leakage=off")
+    assert job.lengths is not None
+    longest = int(job.lengths.max())
+    found = fitting._Search(job, outline, 1).needed(16, again=False)
+    assert found < bound(outline, job.machine, (16, longest)) < 10 * found
 
 
 # ---- how much is free ----

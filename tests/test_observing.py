@@ -32,8 +32,8 @@ def start(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: 
     """Trains a few steps and returns the run folder: `start({"task": ...}, "training.steps=4")`."""
 
     def go(blocks: dict[str, Any], *overrides: str) -> Path:
+        from hf_finetune.pipeline.train import train
         from hf_finetune.recipe import Recipe
-        from hf_finetune.training import finetune
 
         folder = tmp_path_factory.mktemp("observing")
         is_lm = blocks["task"]["kind"] == "causal_lm"
@@ -47,7 +47,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: 
         }
         file = folder / "recipe.yaml"
         file.write_text(json.dumps({**tree, **blocks}))
-        finetune(Recipe.load(str(file), overrides))
+        train(Recipe.load(str(file), overrides))
         return folder / "run"
 
     return go
@@ -401,7 +401,7 @@ def test_rarer_records_come_at_every_nth_evaluation_and_at_the_end(start: Start,
 def test_a_stopped_run_has_the_records_of_one_that_was_not(
     start: Start, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_finetune.preemption import Stopped
+    from hf_finetune.errors import Stopped
     from hf_finetune.resumable import ResumableTrainer
 
     blocks: dict[str, Any] = {"task": CLASSIFIER, "data": data}

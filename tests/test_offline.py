@@ -19,7 +19,7 @@ from test_resume import facts
 
 from hf_finetune import hubreach
 from hf_finetune.model import pretrained
-from hf_finetune.preflight.light import look_at_reading
+from hf_finetune.pipeline.check import look
 from hf_finetune.recipe import Recipe, read
 from hf_finetune.schema.blocks import Model
 
@@ -238,6 +238,6 @@ def test_s8_a_branch_is_refused_where_commits_are_required(offline: dict[str, An
     for key in ["model.revision", "data.revision"]:
         for revision in ["main", "v1.0", None]:
             reading = read(str(offline["folder"] / "pinned.yaml"), [f"{key}={revision or 'null'}"])
-            findings = look_at_reading(reading, restart=False)
+            findings = look(reading)
             assert findings.exit_code == 2
             assert any(problem.key == key and "require_pinned" in problem.message for problem in findings.errors)

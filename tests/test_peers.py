@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from hf_finetune import peers, session
+from hf_finetune import peers
 from hf_finetune.errors import CheckpointError, DataError, PeerError, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.peers import Beat, Failure, Watch, is_of_a_peer
+from hf_finetune.pipeline.train import peer_failed
 from hf_finetune.runfolder import Status
 
 RANK = """
@@ -284,7 +285,7 @@ def test_who_says_in_the_status_that_a_peer_failed(
     if said:
         file.write_text(json.dumps({"state": said}))
     machine = Machine("cpu", rank, local_rank, 16, 8, 1, "fp32", "eager")
-    session.peer_failed(Status(file), machine, Failure(lost, "it is gone", 10))
+    peer_failed(Status(file), machine, Failure(lost, "it is gone", 10))
     assert (file.exists() and "it is gone" in file.read_text()) == writes
 
 

@@ -15,7 +15,8 @@ import pytest
 from torch import distributed
 
 from hf_finetune import preemption
-from hf_finetune.preemption import Stopped, StopRequest
+from hf_finetune.errors import Stopped
+from hf_finetune.preemption import StopRequest
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hf_finetune.preflight import light
+from hf_finetune.pipeline.check import look
 from hf_finetune.recipe import Recipe, read
 from hf_finetune.schema import yamlfile
 from hf_finetune.schema.origin import OVERRIDE
@@ -77,7 +77,7 @@ def reported(text: str, *overrides: str) -> Reading[Recipe]:
         has_no_line = "is missing" in problem.message or "is empty" in problem.message
         assert problem.file == OVERRIDE or problem.line or has_no_line
         assert "\n" not in str(problem)
-    for problem in light.look_at_reading(found, restart=False).errors:  # all that `check` does before it needs torch
+    for problem in look(found).errors:  # all that `check` does before it needs torch
         assert "\n" not in str(problem)
     return found
 

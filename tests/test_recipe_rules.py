@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_finetune.errors import RecipeError
-from hf_finetune.preflight import advice
+from hf_finetune.pipeline.check import advice
 from hf_finetune.recipe import Recipe, read
 
 VALID = """\
@@ -137,11 +137,11 @@ def test_what_will_come_to_nothing_is_told(load: Load) -> None:
         ("data.validation=null", "data.validation: is not given, so nothing will show whether the model learns"),
     ]:
         recipe = load(VALID, "training.learning_rate=2e-3", override)
-        (problem,) = advice.of(recipe)
+        (problem,) = advice(recipe)
         assert told in str(problem)
 
 
 def test_usual_settings_are_not_remarked_on(load: Load) -> None:
     for override in ("training.learning_rate=5e-3", "adapter={kind: ia3}", "adapter={kind: adalora}"):
-        assert list(advice.of(load(VALID, "training.learning_rate=1e-3", override))) == []
-    assert list(advice.of(load(VALID, "training.learning_rate=0.5", "training.optimizer=sgd"))) == []
+        assert list(advice(load(VALID, "training.learning_rate=1e-3", override))) == []
+    assert list(advice(load(VALID, "training.learning_rate=0.5", "training.optimizer=sgd"))) == []

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import WORDS, Run
 
-from hf_finetune.preflight.command import Options, check
-from hf_finetune.recipe import Recipe, read
-from hf_finetune.training import finetune
+from hf_finetune.pipeline.check import check
+from hf_finetune.pipeline.train import train
+from hf_finetune.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -47,10 +47,10 @@ def test_a_shipped_recipe_runs(
     small = [f"model.name={name}", "data.source=null", "data.max_length=64", "task.generate_rows=2"]
     small = [*small, "task.max_new_tokens=4"] if recipe.task.kind == "causal_lm" else small[:-1]
     overrides = [*small, *named, *length, "output=run", "data.limit=16", "data.checks.unknown_tokens=off"]
-    checked = check(read(str(path), overrides), Options())
+    checked = check(path, overrides)
     assert list(checked.findings) == []
-    assert dict(checked.plan)["steps"].startswith("2 steps of 8 rows")
-    outcome = finetune(Recipe.load(str(path), overrides))
+    assert checked.plan["steps"].startswith("2 steps of 8 rows")
+    outcome = train(Recipe.load(str(path), overrides)).outcome
     done = Run(tmp_path / "run", outcome)
     assert done.status["state"] == "done"
     assert done.lines("train")[0]["step"] == 1

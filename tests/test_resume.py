@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hf_finetune.errors import CheckpointError, DivergedError
-from hf_finetune.preemption import Stopped
+from hf_finetune.errors import CheckpointError, DivergedError, Stopped
 
 if TYPE_CHECKING:
     from conftest import Run

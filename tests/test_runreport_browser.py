@@ -19,8 +19,8 @@ from conftest import RECIPE
 from reported import CHAT, CLASSES
 
 from hf_finetune import runreport
+from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.training import finetune
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, reviews: Any
     folder = tmp_path_factory.mktemp("reports")
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=folder / "real"))
-    finetune(Recipe.load(str(recipe), ["training.epochs=4"]))
+    train(Recipe.load(str(recipe), ["training.epochs=4"]))
     made = {"run": folder / "real" / "report.html"}
     for name, task in (("classifier", CLASSES), ("speaker", CHAT)):
         run = getattr(reported, name)(folder / name)

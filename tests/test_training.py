@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hf_finetune import training
+from hf_finetune import saving
 from hf_finetune.errors import CheckpointError, DataError, DivergedError, ModelError, RecipeError
 from hf_finetune.tracking.journal import MEASURED
 
@@ -219,29 +219,29 @@ def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter:
 def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
     run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str, tmp_path: Path
 ) -> None:
-    from hf_finetune import export, training
+    from hf_finetune import export
 
     kept: dict[str, Any] = {}
-    save = training._save
+    save = saving.save
 
-    def catch(trainer: Any, learner: Any, folder: Any) -> float | None:
-        kept.update(model=trainer.bare_model, learner=learner)
-        return save(trainer, learner, folder)
+    def catch(trainer: Any, folder: Any) -> float | None:
+        kept.update(model=trainer.bare_model, job=trainer.job)
+        return save(trainer, folder)
 
-    monkeypatch.setattr(training, "_save", catch)
+    monkeypatch.setattr(saving, "save", catch)
     done = run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
-    learner, model = kept["learner"], kept["model"]
+    job, model = kept["job"], kept["model"]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # as if other ranks had it
-    again, rest = tmp_path / "again", (learner.prepared.targets, learner.tokenizer)
-    export.save(model, learner.recipe, *rest, again, state=state)
+    again, rest = tmp_path / "again", (job.targets, job.tokenizer)
+    export.save(model, job.recipe, *rest, again, state=state)
     weights = "model.safetensors" if adapter == "full" else "adapter_model.safetensors"
     assert (again / weights).read_bytes() == (done.folder / "adapter" / weights).read_bytes()
-    export.compare(model, learner.recipe, again, state)
+    export.compare(model, job.recipe, again, state)
     with pytest.raises(ModelError, match=r"does not hold the trained model: \d+ weights differ"):
-        export.compare(model, learner.recipe, again)
+        export.compare(model, job.recipe, again)
 
 
 def test_a_run_ends_well_where_a_second_model_does_not_fit(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +312,8 @@ def test_two_runs_of_one_process_may_differ_in_precision(run: Runner) -> None:
 
 def test_a_model_that_training_blew_up_is_not_called_a_broken_file() -> None:
     grown: Any = SimpleNamespace(state=SimpleNamespace(log_history=[{"loss": 0.7}, {"eval_loss": 9.0}, {"loss": 28.0}]))
-    with pytest.raises(DivergedError, match=r"the loss rose from 0.7 to 28"), training._divergence_named(grown):
+    with pytest.raises(DivergedError, match=r"the loss rose from 0.7 to 28"), saving.divergence_named(grown):
         raise ModelError("logits differ")
     grown.state.log_history.append({"loss": 0.5})
-    with pytest.raises(ModelError, match="logits differ"), training._divergence_named(grown):
+    with pytest.raises(ModelError, match="logits differ"), saving.divergence_named(grown):
         raise ModelError("logits differ")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from test_resume import facts, interrupted, stop_at
 
-from hf_finetune import learning, runlock, tuning
+from hf_finetune import runlock, tuning
+from hf_finetune.errors import Stopped
 from hf_finetune.fast import Paths, compiled
-from hf_finetune.preemption import Stopped
+from hf_finetune.pipeline import train as story
 from hf_finetune.tuning import Bench, Choice, Choices, compilation
 from hf_finetune.tuning import attention as choosing
 
@@ -44,15 +45,15 @@ def long(monkeypatch: pytest.MonkeyPatch) -> None:
 def bench_of(run: Runner, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Bench:
     """The bench of a run that took one step."""
     kept: list[Any] = []
-    plain = learning.fast_paths
+    plain = story.take_fast_paths
 
-    def keep(trainer: Any, found: Any, before: Any) -> Any:
-        kept.append(found)
-        return plain(trainer, found, before)
+    def keep(training: story.Training) -> None:
+        kept.append(training.bench)
+        plain(training)
 
-    monkeypatch.setattr(learning, "fast_paths", keep)
+    monkeypatch.setattr(story, "take_fast_paths", keep)
     run("training.steps=1", *overrides)
-    bench: Bench = kept[0].bench
+    bench: Bench = kept[0]
     return bench
 
 

@@ -14,12 +14,11 @@ hf-finetune schema [--format json|markdown]
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from hf_finetune import invocation, terminal
+from hf_finetune import invocation, pipeline, terminal  # noqa: F401 - pipeline silences loud imports
 from hf_finetune.cli.parser import complete, open_terminal, parse
 from hf_finetune.errors import (
     CheckpointError,
@@ -34,8 +33,6 @@ from hf_finetune.errors import (
 )
 from hf_finetune.terminal import Message
 
-LOUD_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""Loggers that tell, while PEFT imports what is installed, of GPU kernels that are not there and of torch to come."""
 SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 """Every rank of a node finds these; its first one says them."""
 
@@ -73,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> None:
     arguments = parse(words)
-    for name in LOUD_IMPORTS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments.run(arguments)
     except FinetuneError as error:
@@ -93,6 +88,8 @@ def _run(words: list[str], *, debug: bool) -> None:
         problem = Problem(f"out of memory: {reason}; free some, or give smaller batches (training.eval_batch=1)")
         terminal.report([problem], OutOfMemoryError.exit_code)
         sys.exit(OutOfMemoryError.exit_code)
+    except SystemExit:
+        raise  # also one that is a KeyboardInterrupt: the run has said what there is to say
     except KeyboardInterrupt:
         if debug:
             raise

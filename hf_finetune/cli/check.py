@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
 from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
 from hf_finetune.cli import recipes
+from hf_finetune.terminal import Message, say, show, tell
+from hf_finetune.terminal.message import Level, printable
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
+    from hf_finetune.pipeline.check import CheckResult
 
 HELP = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
 
@@ -29,25 +34,101 @@ def add(verbs: Verbs, common: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check; exits with the code of the gravest finding."""
-    from hf_finetune.preflight import command
-
     if terminal.rank():
         return  # one look is enough, and one report
-    given = recipes.read(arguments)
-    options = command.Options(
-        restart=arguments.restart,
-        allow_change=given.allowed,
-        repeat=given.repeat,
-        explain=arguments.explain,
-        show=arguments.show,
-        report=arguments.report,
-        as_json=arguments.format == "json",
-    )
-    if options.as_json:  # what it does meanwhile is no part of the document
+    from hf_finetune.pipeline.check import check, read
+
+    recipe, overrides = recipes.given(arguments)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    is_json = arguments.format == "json"
+    if is_json:  # what it does meanwhile is no part of the document
         terminal.open_for(arguments.log_format, quiet=True)
-    code = command.run(given.reading, options)
-    if code:
-        sys.exit(code)
+    result = check(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
+    origins, rows = list[tuple[str, str, str]](), list[str]()
+    if arguments.explain and reading.recipe is not None:
+        origins = reading.explain()
+    elif arguments.explain:
+        _answer("no values to explain: correct the errors first")
+    # Before anything is printed, as a row of a stream may be unreadable: what is found then belongs to the findings.
+    if arguments.show:
+        with result.findings.collect():
+            rows = _rows(result, arguments.show, colour=sys.stdout.isatty() and not is_json)
+    if arguments.report is not None:
+        with result.findings.collect():
+            _write_report(result, arguments.report)
+    _print_json(result, origins, rows) if is_json else _print(result, origins, rows)
+    if result.exit_code:
+        sys.exit(result.exit_code)
+
+
+def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts may hold what the terminal's encoding lacks
+    for finding in result.findings:
+        level: Level = "error" if finding.kind else "warning"
+        tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
+    for note in result.notes:
+        say(f"note: {note}")
+    width = max(map(len, result.plan), default=0)
+    for name, text in result.plan.items():
+        tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
+    counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
+    tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
+    keys = max((len(key) for key, _, _ in origins), default=0)
+    values = min(24, max((len(value) for _, value, _ in origins), default=0))
+    for key, value, origin in origins:
+        line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
+        fields = {"key": key, "value": value, "origin": origin}
+        tell(Message(f"{key}: {value}", "origin", fields=fields, line=line, is_asked_for=True))
+    for row in rows:
+        tell(Message(row, "row", line=row, is_asked_for=True))
+
+
+def _print_json(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
+    document = {
+        "exit_code": result.exit_code,
+        "findings": [finding.as_json() for finding in result.findings],
+        "notes": result.notes,
+        "plan": result.plan,
+        "numbers": result.numbers,
+        "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
+        "rows": rows,
+    }
+    show(json.dumps(document, indent=2))
+
+
+def _rows(result: CheckResult, count: int, *, colour: bool) -> list[str]:
+    """Give rows as the model will see them, as lines of text.
+
+    Raises:
+        DataError: A streamed row can't be read.
+    """
+    parts = result.parts
+    if parts is None or parts.prepared is None:
+        _answer("no rows to show: correct the errors first")
+        return []
+    from hf_finetune.datareport import show as rows
+
+    return rows.lines(parts.recipe, parts.prepared, parts.tokenizer, count, colour=colour)
+
+
+def _write_report(result: CheckResult, file: str) -> None:
+    """Write the page also of data with mistakes: that is when it is needed most."""
+    parts = result.parts
+    if parts is None or parts.prepared is None:
+        _answer(f"{file} is not written: the data could not be read; correct the errors first")
+        return
+    from hf_finetune import datareport
+
+    plan = list(result.plan.items())
+    page = datareport.Page(parts.recipe, parts.prepared, parts.tokenizer, result.findings, plan)
+    datareport.write(file, page)
+    tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))
+
+
+def _answer(text: str) -> None:
+    """Say why something that was asked for is not given."""
+    tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
 
 
 def _count(word: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,6 @@ from hf_finetune.errors import RecipeError
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runlock.repeating import Repeat
-    from hf_finetune.schema.reading import Reading
 
 
 def add_recipe(parser: Parser) -> None:
@@ -30,34 +26,16 @@ def add_recipe(parser: Parser) -> None:
     parser.add_argument("--locked", metavar="RUN/run.lock.json", help=help_locked)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the command line says to do."""
-
-    reading: Reading[Recipe]
-    repeat: Repeat | None
-    """With `--locked`."""
-    allowed: tuple[str, ...]
-    """Keys of `--allow-change` that are about the recipe."""
-
-
-def read(arguments: argparse.Namespace) -> Given:
-    """Read the recipe, or the lock.
+def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """Give the recipe's file and the overrides; the file is empty where --locked alone says what to run.
 
     Raises:
-        RecipeError: There is neither, or the lock can't be used; what is wrong with a recipe is in its reading.
+        RecipeError: There is neither a recipe nor a lock.
     """
-    from hf_finetune import recipe
-    from hf_finetune.runlock import repeating
-
     path, overrides = arguments.recipe, list(arguments.overrides)
     if arguments.locked is None:
         if path is None:
             raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
-        return Given(recipe.read(path, overrides), None, tuple(arguments.allow_change))
-    if path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
+    elif path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
         path, overrides = None, [path, *overrides]
-    lock, reading = repeating.read(arguments.locked, path, overrides)
-    of_lock = tuple(key for key in arguments.allow_change if key.startswith(repeating.KEYS))
-    others = tuple(key for key in arguments.allow_change if not key.startswith(repeating.KEYS))
-    return Given(reading, repeating.Repeat(arguments.locked, lock, of_lock), others)
+    return path or "", overrides

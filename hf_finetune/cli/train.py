@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from hf_finetune import node, terminal
 from hf_finetune.cli import recipes
-from hf_finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
     from hf_finetune.cli.parser import Parser, Verbs
@@ -36,16 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         FinetuneError: Something is wrong.
     """
-    from hf_finetune.preflight import light
+    from hf_finetune.pipeline.check import look, read
 
-    given = recipes.read(arguments)
-    reading, repeat = given.reading, given.repeat
-    if reading.recipe is not None and _is_worker():
-        looked = light.look(reading.recipe)  # another process may have taken the run folder already
-    else:
-        looked = light.look_at_reading(reading, restart=arguments.restart, allowed=given.allowed)
+    recipe, overrides = recipes.given(arguments)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    # Another process may have taken the run folder already.
+    is_late = reading.recipe is not None and _is_worker()
+    found = look(reading, folder=not is_late, restart=arguments.restart, allowed=arguments.allow_change)
     if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
-        looked.located(reading.locate).raise_errors()
+        found.located(reading.locate).raise_errors()
     if reading.recipe is None:
         raise AssertionError("a recipe that can't be read has a problem")
     if arguments.processes is not None and not _is_worker():
@@ -56,12 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
         terminal.say(f"note: repeats the run of {repeat.file} in {reading.recipe.output}")
     # Imported after the recipe is known to be right: this takes seconds.
     with terminal.phase("starting", is_told=False):
-        from hf_finetune.training import finetune
+        from hf_finetune.pipeline.train import train
 
-    try:
-        finetune(reading.recipe, restart=arguments.restart, allow_change=given.allowed, repeat=repeat)
-    except FinetuneError as error:
-        raise type(error)(map(reading.locate, error.problems)) from error
+    train(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
 
 
 def _start_several(arguments: argparse.Namespace) -> None:

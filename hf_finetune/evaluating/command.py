@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,22 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Evaluate, print, and keep the document in the run folder.
+    """Evaluate, print, and keep the document in the run folder; see `evaluate`."""
+
+    def show(document: dict[str, Any], headline: tuple[str, ...]) -> None:
+        terminal.show(rendering.render(document, options.form, headline + EXTRA, everything=options.everything))
+
+    terminal.say(f"kept in {evaluate(options, show)[1]}")
+
+
+def evaluate(
+    options: Options, show: Callable[[dict[str, Any], tuple[str, ...]], None] | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Evaluate, and keep the document in the run folder.
+
+    Args:
+        options: What is asked for.
+        show: Gets the document and the task's main metrics before the file is written, which may fail.
 
     Raises:
         RecipeError: There is no such run, split or slice, or an override is wrong.
@@ -67,12 +83,9 @@ def run(options: Options) -> None:
         against = [_against(opened, name, other, wish, (scored, one)) for name, other in others]
         made = Evaluation(opened, _title(wish), _data(wish, one), options.overrides, scored, slices, unsliced, against)
         document = made.as_json()
-        shown = rendering.render(
-            document, options.form, opened.recipe.task.headline + EXTRA, everything=options.everything
-        )
-        terminal.show(shown)
-        file = made.write(document, one.key)
-        terminal.say(f"kept in {file}")
+        if show is not None:
+            show(document, opened.recipe.task.headline)
+        return document, made.write(document, one.key)
 
 
 EXTRA = ("roc_auc", "r2")

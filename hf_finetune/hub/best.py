@@ -23,7 +23,6 @@ from hf_finetune.hub.upload import Upload
 
 if TYPE_CHECKING:
     from hf_finetune.hub.upload import Order
-    from hf_finetune.learning import Learner
     from hf_finetune.runfolder import RunFolder
     from hf_finetune.trainer import FinetuneTrainer
 
@@ -31,19 +30,18 @@ PREFIX = ".upload-"
 
 
 @contextmanager
-def uploaded(trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> Iterator[BestUploads]:
+def uploaded(trainer: FinetuneTrainer, folder: RunFolder) -> Iterator[BestUploads]:
     """Upload best checkpoints from rank 0 while the body trains; an upload under way at the end is broken off.
 
     Args:
         trainer: Not started yet.
-        learner: Holds the recipe.
         folder: The run.
     """
-    uploads, hub = BestUploads(trainer, learner, folder), learner.recipe.hub
-    is_wanted = hub is not None and hub.every is not None and learner.machine.is_main
-    if is_wanted and learner.machine.is_sharded:
+    uploads, hub, machine = BestUploads(trainer, folder), trainer.job.recipe.hub, trainer.job.machine
+    is_wanted = hub is not None and hub.every is not None and machine.is_main
+    if is_wanted and machine.is_sharded:
         terminal.say("no uploads of the best checkpoint: the weights are sharded (FSDP, ZeRO-3)")
-    if not is_wanted or learner.machine.is_sharded:
+    if not is_wanted or machine.is_sharded:
         yield uploads
         return
     for abandoned in folder.path.glob(f"{PREFIX}*"):  # by a killed process
@@ -65,15 +63,14 @@ class BestUploads(TrainerCallback):
     """Upload a copy of the adapter whenever a saved checkpoint is the best so far.
 
     Args:
-        trainer: Holds the model.
-        learner: Holds the recipe.
+        trainer: Holds the model and its job.
         folder: The run.
     """
 
-    def __init__(self, trainer: FinetuneTrainer, learner: Learner, folder: RunFolder) -> None:
-        self.trainer, self.learner, self.folder = trainer, learner, folder
+    def __init__(self, trainer: FinetuneTrainer, folder: RunFolder) -> None:
+        self.trainer, self.folder = trainer, folder
         self.staging = folder.path
-        self.hub = learner.recipe.hub
+        self.hub = trainer.job.recipe.hub
         self.begun = 0
         self.failures: list[str] = []
         self.current: tuple[Upload, Path] | None = None  # with the folder of its copy
@@ -137,9 +134,9 @@ class BestUploads(TrainerCallback):
         """
         if self.hub is None:
             raise AssertionError("called for a recipe with hub.every alone")
-        recipe, edited = self.learner.recipe, copy / "edited"
+        job, edited = self.trainer.job, copy / "edited"
         edited.mkdir(parents=True)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        export.save(model, recipe, self.learner.prepared.targets, self.learner.tokenizer, copy / "adapter")
+        export.save(model, job.recipe, job.targets, job.tokenizer, copy / "adapter")
         files, _ = outgoing.gather(copy / "adapter", self.hub.repo, edited)
         return make_order(self.hub, files, f"Run {run_id(self.folder)}, best checkpoint so far, step {step}")

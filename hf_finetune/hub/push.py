@@ -111,7 +111,7 @@ def push(folder: RunFolder, hub: Hub, *, command: str) -> None:
         raise
     except OSError as error:
         result = Result(failure=str(error.strerror or error))
-    except SystemExit as stopped:  # `preemption.Stopped`: training is over, so a signal is a failed upload
+    except SystemExit as stopped:  # `errors.Stopped`: training is over, so a signal is a failed upload
         result = Result(failure=getattr(stopped, "reason", "stopped"))
     if result.failure:
         message = f"{folder.adapter} is finished and whole, but was not uploaded to {hub.repo}: {result.failure}"

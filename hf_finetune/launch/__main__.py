@@ -55,8 +55,9 @@ def _train(words: list[str]) -> int:
 def _output(arguments: argparse.Namespace, words: list[str]) -> Path:
     """The run folder; of a recipe with mistakes one process tells, and ends with the right code."""
     from hf_finetune.cli import recipes
+    from hf_finetune.pipeline.check import read
 
-    reading = recipes.read(arguments).reading
+    reading, _ = read(*recipes.given(arguments), arguments.locked)
     if reading.recipe is None:
         starting.replace(words)
     return Path(reading.recipe.output)

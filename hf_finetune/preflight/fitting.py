@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hf_finetune import jobs, memory, resources
+from hf_finetune import memory, resources
+from hf_finetune.findings import Findings
+from hf_finetune.job import Job
 from hf_finetune.memory import Shapes
 from hf_finetune.memory.bound import bound
-from hf_finetune.preflight.load import load
 from hf_finetune.preflight.plan import size, too_little
 from hf_finetune.terminal import phase
 from hf_finetune.tuning.choices import Choice, Choices
 
 if TYPE_CHECKING:
-    from hf_finetune.findings import Findings
-    from hf_finetune.preflight.heavy import Ready
+    from transformers import PreTrainedModel
 
 MARGIN = 0.85
 """Share of the free memory that an estimate may take: it was up to a tenth too low."""
@@ -35,9 +35,13 @@ SMALL = 8
 ROWS, AGAIN = "micro_batch", "activation_checkpointing"
 
 
+Fitted = tuple[Job, Mapping[str, Choice]]
+"""The job as it was fitted, with `micro_batch` and `activation_checkpointing` and the reason of each."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """What was chosen."""
+    """A choice of micro-batch and checkpointing."""
 
     made: Mapping[str, Choice]
     """`micro_batch` and `activation_checkpointing`."""
@@ -45,69 +49,73 @@ class Fit:
     """Bytes of a training step by the estimate, where that is more than fits."""
 
 
-def fit(ready: Ready, before: Choices | None, findings: Findings) -> Ready:
-    """Choose, or go on with what was chosen; every rank comes here, and gets the same.
+def fit(job: Job, outline: PreTrainedModel, before: Choices | None, findings: Findings) -> Fitted:
+    """Choose, or go on with what was chosen; every rank calls this, and gets the same.
 
     Args:
-        ready: A run of which nothing is wrong; rows of a micro-batch are the recipe's, or the rule's.
-        before: What was chosen when the run began, if it is to go on.
+        job: Rows of a micro-batch are the recipe's, or the rule's.
+        outline: The model on the meta device.
+        before: What was chosen when the run began, if it is resumed.
         findings: Takes on rank 0 that nothing fits.
 
     Raises:
         RecipeError: `HF_FINETUNE_MEMORY` says no amount of memory.
     """
     kept = {} if before is None else before.made
-    if all(name in kept for name in _left_open(ready)):
-        return _with(ready, {**_ruled(ready), **{name: kept[name] for name in _left_open(ready)}})
-    known = [free for free in gather_object([resources.memory_available(ready.machine)]) if free is not None]
+    left_open = _left_open(job)
+    if all(name in kept for name in left_open):
+        return _with(job, {**_ruled(job), **{name: kept[name] for name in left_open}})
+    known = [free for free in gather_object([resources.memory_available(job.machine)]) if free is not None]
     least = min(known, default=None)
-    told = [choose(ready, least) if ready.machine.is_main else None]
+    # The estimate takes seconds and all processors: rank 0 makes it, with the least memory that any rank has.
+    told = [choose(job, outline, least) if job.machine.is_main else None]
     broadcast_object_list(told)
     if told[0] is None:
         raise AssertionError("rank 0 tells everyone")
-    fitted = _with(ready, told[0].made)
-    if told[0].lacking and ready.machine.is_main:
+    fitted, made = _with(job, told[0].made)
+    if told[0].lacking and job.machine.is_main:
         findings.warn([too_little(fitted, told[0].lacking, least or 0)])
-    return fitted
+    return fitted, made
 
 
-def ahead(ready: Ready) -> Ready:
-    """The run with what would be chosen for it now, as this process alone sees it.
+def ahead(job: Job, outline: PreTrainedModel) -> Fitted:
+    """Choose as this process alone sees it.
 
     Raises:
         RecipeError: `HF_FINETUNE_MEMORY` says no amount of memory.
     """
-    return _with(ready, choose(ready, resources.memory_available(ready.machine)).made)
+    return _with(job, choose(job, outline, resources.memory_available(job.machine)).made)
 
 
-def choose(ready: Ready, free: int | None) -> Fit:
-    """What fits, and why.
+def choose(job: Job, outline: PreTrainedModel, free: int | None) -> Fit:
+    """Find what fits, and say why.
 
     Args:
-        ready: See `fit`.
+        job: See `fit`.
+        outline: The model on the meta device.
         free: Bytes that every rank may take; None where that is unknown.
     """
-    if not _left_open(ready):
-        return Fit(_ruled(ready))
+    if not _left_open(job):
+        return Fit(_ruled(job))
     if free is None:
-        return Fit(_ruled(ready, "by rule: how much memory is free is unknown"))
-    lengths = ready.assignment.lengths
-    longest = ready.recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
-    shape = (ready.assignment.job.division.micro_batch, longest)
-    if bound(ready.outline, ready.machine, shape) <= NEAR * free:
-        return Fit(_ruled(ready, "by rule: there is plenty of memory"))
+        return Fit(_ruled(job, "by rule: how much memory is free is unknown"))
+    longest = job.recipe.data.max_length if job.lengths is None else int(job.lengths.max(initial=1))
+    shape = (job.division.micro_batch, longest)
+    if bound(outline, job.machine, shape) <= NEAR * free:
+        return Fit(_ruled(job, "by rule: there is plenty of memory"))
     with phase("estimating the memory"):
-        return _Search(ready, free).fit()
+        return _Search(job, outline, free).fit()
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the largest micro-batch that fits."""
+    """Search for the largest micro-batch that fits."""
 
-    ready: Ready
+    job: Job
+    outline: PreTrainedModel
     free: int
     known: dict[tuple[int, bool], int] = field(default_factory=dict)
-    """What `needed` found."""
+    """Results of `needed`."""
 
     def fit(self) -> Fit:
         """Without recomputing if that fits, else with; the most frugal way where nothing fits."""
@@ -119,10 +127,10 @@ class _Search:
         first, why = (plain or frugal)[0], [self._told(rows, again=again) + f" of {size(self.free)} free"]
         if rows != first:
             why.append(self._told(first, again=not plain))
-        made = _ruled(self.ready)
-        if _is_open(self.ready, ROWS):
+        made = _ruled(self.job)
+        if _is_open(self.job, ROWS):
             made[ROWS] = Choice(rows, ("by rule: " if rows == first else "estimated: ") + ", ".join(why))
-        if _is_open(self.ready, AGAIN):
+        if _is_open(self.job, AGAIN):
             because = f"estimated: without it {self._told(plain[-1], again=False)}" if again else "by rule: not needed"
             made[AGAIN] = Choice(again, because)
         return Fit(made, 0 if does_fit else self.needed(rows, again=again))
@@ -130,24 +138,23 @@ class _Search:
     def needed(self, rows: int, *, again: bool) -> int:
         """Bytes at the peak of a training step, without what the process holds now."""
         if (rows, again) not in self.known:
-            ready = self.ready
-            machine = replace(ready.machine, activation_checkpointing=again)
-            largest = load(replace(ready, assignment=jobs.divided(ready.assignment, rows))).largest
-            targets = ready.prepared.targets
-            found = memory.estimate(ready.recipe, targets, ready.tokenizer, machine, Shapes(largest))
+            job = self.job
+            machine = replace(job.machine, activation_checkpointing=again)
+            shapes = Shapes(job.divided(rows).load().largest)
+            found = memory.estimate(job.recipe, job.targets, job.tokenizer, machine, shapes)
             self.known[rows, again] = found.training
         return self.known[rows, again]
 
     def _ways(self) -> tuple[list[int], list[int]]:
         """Rows to try, from many to few: without recomputing, and with."""
-        rows = [self.ready.assignment.job.division.micro_batch]
-        while _is_open(self.ready, ROWS) and rows[-1] > 1:
+        rows = [self.job.division.micro_batch]
+        while _is_open(self.job, ROWS) and rows[-1] > 1:
             rows.append(rows[-1] // 2)
-        if _is_open(self.ready, AGAIN) and not self.ready.outline.supports_gradient_checkpointing:
+        if _is_open(self.job, AGAIN) and not self.outline.supports_gradient_checkpointing:
             return rows, []
-        if _is_open(self.ready, AGAIN):
+        if _is_open(self.job, AGAIN):
             return [few for few in rows if few * SMALL >= rows[0]], rows
-        return ([], rows) if self.ready.machine.activation_checkpointing else (rows, [])
+        return ([], rows) if self.job.machine.activation_checkpointing else (rows, [])
 
     def _largest(self, ladder: list[int], *, again: bool) -> int | None:
         """The first of the ladder that fits, as fewer rows need less; usually that is the first of all."""
@@ -165,22 +172,22 @@ class _Search:
         return f"{counted} {size(self.needed(rows, again=again))}"
 
 
-def _is_open(ready: Ready, name: str) -> bool:
-    """Whether the recipe leaves it to the machine."""
-    return bool(getattr(ready.recipe.training, name) == "auto")
+def _is_open(job: Job, name: str) -> bool:
+    """Tell whether the recipe leaves a setting to the machine."""
+    return bool(getattr(job.recipe.training, name) == "auto")
 
 
-def _left_open(ready: Ready) -> list[str]:
-    return [name for name in (ROWS, AGAIN) if _is_open(ready, name)]
+def _left_open(job: Job) -> list[str]:
+    return [name for name in (ROWS, AGAIN) if _is_open(job, name)]
 
 
-def _ruled(ready: Ready, why: str = "") -> dict[str, Choice]:
-    """What the recipe says, or the rule where it says nothing."""
-    values = {ROWS: ready.assignment.job.division.micro_batch, AGAIN: ready.machine.activation_checkpointing}
-    return {name: Choice(values[name], why if _is_open(ready, name) else "asked for") for name in (ROWS, AGAIN)}
+def _ruled(job: Job, why: str = "") -> dict[str, Choice]:
+    """Take what the recipe says, or the rule where it says nothing."""
+    values = {ROWS: job.division.micro_batch, AGAIN: job.machine.activation_checkpointing}
+    return {name: Choice(values[name], why if _is_open(job, name) else "asked for") for name in (ROWS, AGAIN)}
 
 
-def _with(ready: Ready, made: Mapping[str, Choice]) -> Ready:
-    """The run as it was chosen."""
-    machine = replace(ready.machine, activation_checkpointing=made[AGAIN].value)
-    return replace(ready, machine=machine, assignment=jobs.divided(ready.assignment, made[ROWS].value), chosen=made)
+def _with(job: Job, made: Mapping[str, Choice]) -> Fitted:
+    """Apply what was chosen."""
+    machine = replace(job.machine, activation_checkpointing=made[AGAIN].value)
+    return replace(job, machine=machine).divided(made[ROWS].value), made

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_finetune.hardware import Machine
-    from hf_finetune.preflight.heavy import Ready
+    from hf_finetune.recipe import Recipe
     from hf_finetune.tuning.choices import Choices
 
 
-def lock(ready: Ready, machine: Machine, choices: Choices) -> Lock:
+def lock(recipe: Recipe, machine: Machine, fingerprint: str, choices: Choices) -> Lock:
     """Everything that a repeat needs to be the same, or to be refused.
 
     Args:
-        ready: The run; reads all of its local files, unless the data are streamed.
+        recipe: All local files that it names are read, unless the data are streamed.
         machine: With what was chosen for it.
+        fingerprint: Of the prepared data.
         choices: What this run's arithmetic depends on besides.
 
     Raises:
         DataError: A file that was read is gone.
     """
-    recipe = ready.recipe
     with phase("hashing what the run reads"):
         try:
             model = inputs.of_model(recipe, pretrained.commit(recipe.model))
@@ -41,7 +41,7 @@ def lock(ready: Ready, machine: Machine, choices: Choices) -> Lock:
         seed=recipe.training.seed,
         model=model,
         adapter=adapter,
-        fingerprint=ready.prepared.fingerprint,
+        fingerprint=fingerprint,
         data=data,
         packages=surroundings.packages(recipe, machine),
         hardware=surroundings.decisive(machine),

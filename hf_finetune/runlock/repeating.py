@@ -17,7 +17,6 @@ from hf_finetune.schema import yamlfile
 from hf_finetune.schema.origin import OVERRIDE
 
 if TYPE_CHECKING:
-    from hf_finetune.findings import Findings
     from hf_finetune.hardware import Machine
     from hf_finetune.runlock.drift import Drift
     from hf_finetune.schema.reading import Reading
@@ -55,14 +54,16 @@ class Repeat:
         found.problems = [replace(problem, file=problem.file or self.file) for problem in found.problems]
         return found
 
-    def told(self, recipe: Recipe, machine: Machine, findings: Findings) -> list[str]:
-        """What differs, as findings; returns a sentence for each difference that is allowed."""
-        with findings.collect():
-            drift = self.drift(recipe, machine)
-            if drift.problems:
-                findings.add(CheckpointError(drift.problems))
-            return drift.notes
-        return []
+    def refuse_drift(self, recipe: Recipe, machine: Machine) -> list[str]:
+        """Compare a repeat with its lock; returns a sentence for each difference that is allowed.
+
+        Raises:
+            CheckpointError: Something else differs; it carries every difference.
+        """
+        drift = self.drift(recipe, machine)
+        if drift.problems:
+            raise CheckpointError(drift.problems)
+        return drift.notes
 
     def choices(self) -> Choices:
         """What was chosen for the locked run."""

@@ -10,9 +10,9 @@ from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.terminal import clock
 
 if TYPE_CHECKING:
-    from hf_finetune.arguments import Length
     from hf_finetune.batching import Division
     from hf_finetune.data import Prepared
+    from hf_finetune.job import Length
     from hf_finetune.recipe import Recipe
     from hf_finetune.runreport.outcome import Outcome
     from hf_finetune.tracking.journal import Entry

@@ -25,7 +25,7 @@ from hf_finetune.terminal.plain import Lines
 
 __all__ = [
     "Message", "Phase", "Phases", "begin", "clock", "close", "crash", "end", "finish", "last_words",
-    "notice", "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
+    "notebook", "notice", "open_for", "phase", "rank", "report", "say", "show", "tell", "unseen", "warn", "write",
 ]  # fmt: skip
 
 _logger = logging.getLogger("hf_finetune")
@@ -53,6 +53,24 @@ def close() -> None:
     before = _handler
     _use(Lines())
     before.close()
+
+
+@contextmanager
+def notebook() -> Iterator[None]:
+    """Show phases below the cell while the body runs, if this is a notebook; a manner that was opened stays."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel") or type(_handler) is not Lines:
+        yield
+        return
+    from hf_finetune.terminal.notebook import NotebookDisplay
+
+    before, shown = _handler, NotebookDisplay()
+    _use(shown)
+    try:
+        yield
+    finally:
+        _use(before)
+        shown.close()
 
 
 def _use(handler: Lines) -> None:

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich import live
@@ -102,17 +103,22 @@ class Display(Lines):
             self._live = None
 
     def _draw(self) -> Group:
-        """Draw for each phase a bar and how far it is, its details, its latest result."""
-        parts: list[Any] = []
-        for phase in tuple(self._phases):
-            parts.append(_bar(phase))
-            # Clipped, not wrapped: a terminal that is made narrower must not break what is drawn.
-            lines = (phase.detail, phase.outcome)
-            parts += [Text(f"  {printable(line)}", no_wrap=True, overflow="ellipsis") for line in lines if line]
-        if self.notice and parts:
-            parts.append(Text(f"  {self.notice}", no_wrap=True, overflow="ellipsis", style=STYLES["warning"]))
+        parts = drawn(tuple(self._phases), self.notice)
         self._height = max(len(parts), 1)
         return Group(*parts)
+
+
+def drawn(phases: Sequence[Phase], notice: str) -> list[Any]:
+    """Draw for each phase a bar and how far it is, its details, its latest result."""
+    parts: list[Any] = []
+    for phase in phases:
+        parts.append(_bar(phase))
+        # Clipped, not wrapped: a terminal that is made narrower must not break what is drawn.
+        lines = (phase.detail, phase.outcome)
+        parts += [Text(f"  {printable(line)}", no_wrap=True, overflow="ellipsis") for line in lines if line]
+    if notice and parts:
+        parts.append(Text(f"  {notice}", no_wrap=True, overflow="ellipsis", style=STYLES["warning"]))
+    return parts
 
 
 def _bar(phase: Phase) -> Table:

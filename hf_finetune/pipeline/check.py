@@ -1,0 +1,269 @@
+"""Check a recipe: everything that can be known before weights load, in one report.
+
+Importing this takes a moment: `check` imports torch only where nothing is wrong that the recipe alone tells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune import recipe as recipes
+from hf_finetune.adaptation import peftio
+from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.findings import Findings
+from hf_finetune.hub import secrets
+from hf_finetune.recipe import Recipe
+from hf_finetune.rowfiles import find
+from hf_finetune.runfolder import RunFolder
+from hf_finetune.runlock import repeating
+from hf_finetune.runlock.repeating import Repeat
+from hf_finetune.schema import modelfolder, paths
+from hf_finetune.schema.origin import Origin
+from hf_finetune.schema.reading import Reading
+from hf_finetune.tracking import logdir
+
+if TYPE_CHECKING:
+    from hf_finetune.pipeline.examine import Parts
+
+Source = Recipe | Reading[Recipe] | str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe, or where it comes from: a YAML file, or a dict of its blocks."""
+
+ABOVE, BELOW = 20, 100
+"""How many times the largest published rate counts as too high, and how small a part of the smallest as too low: far
+outside of what can be a matter of model and data. The two numbers are ours, the rates are the adapters'."""
+LIKE_ADAM = ("adamw", "adamw_8bit", "adafactor")
+"""Optimisers whose steps have the size of the learning rate, whatever that of the gradient."""
+
+
+@dataclass
+class CheckResult:
+    """Everything that a check found."""
+
+    recipe: Recipe | None
+    """As resolved, with every default; None where it has mistakes."""
+    findings: Findings
+    notes: list[str]
+    plan: dict[str, str] = field(default_factory=dict)
+    """What the run would do, in sentences by name; empty where there are errors."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """The same for machines; the unit ends each name."""
+    parts: Parts | None = None
+    """Tokenizer, data and model outline, as far as they could be made; None where the recipe itself is wrong."""
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the recipe can run."""
+        return not self.findings.exit_code
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The errors: each with `message`, `key`, `file` and `line`."""
+        return self.findings.errors
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """Findings that stop nothing."""
+        return self.findings.warnings
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of `hf-finetune check`: 0, or that of the gravest kind of error (2, 3, 4, 5 or 9)."""
+        return self.findings.exit_code
+
+    @property
+    def verdict(self) -> str:
+        """The last line of the report."""
+        counts = ((len(self.problems), "error"), (len(self.warnings), "warning"))
+        told = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+        if not self.ok:
+            return told
+        looked = None if self.parts is None else self.parts.looked
+        later = ""
+        if looked is not None and not looked.whole:
+            later = f"; training rows after the first {looked.report.rows:,} are checked as they are read"
+        return f"{told}: this recipe can run{later}"
+
+    def raise_errors(self) -> None:
+        """Raise all errors at once, as `train` would.
+
+        Raises:
+            FinetuneError: There is an error; `problems` has all of them.
+        """
+        self.findings.raise_errors()
+
+    def __str__(self) -> str:
+        found = [f"{finding.level}: {finding.problem}" for finding in self.findings]
+        return "\n".join([*found, *(f"{name}: {text}" for name, text in self.plan.items()), self.verdict])
+
+    __repr__ = __str__
+
+
+def check(
+    recipe: Source,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    allow_change: Sequence[str] = (),
+    locked: str | os.PathLike[str] | Repeat | None = None,
+) -> CheckResult:
+    """Find everything that can be known to be wrong before weights load; nothing is trained or written.
+
+    >>> result = check("recipes/quickstart.yaml", ["training.epochs=1"])
+    >>> result.ok, result.problems
+    (True, [])
+    >>> print(result.plan["steps"])
+    25 steps of 32 rows: 1 rank x 1 micro-batch of up to 32
+
+    Args:
+        recipe: A recipe, a YAML file, or a dict of its blocks.
+        overrides: Each `key.path=value`, the value in YAML.
+        restart: An earlier run in the folder would be moved aside.
+        allow_change: Keys that may differ from those of an earlier run.
+        locked: The `run.lock.json` of a run that this one is to repeat bit for bit.
+
+    Returns:
+        All that was found. What is wrong with a recipe, its data or its model raises nothing here.
+
+    Raises:
+        RecipeError: The lock can't be used.
+    """
+    reading, repeat = read(recipe, overrides, locked, allow_change)
+    findings = look(reading, restart=restart, allowed=allow_change)
+    result = CheckResult(reading.recipe, findings, list(reading.notes))
+    # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
+    # from its lock, which only they can tell.
+    if reading.recipe is not None and (repeat is not None or not findings.exit_code):
+        from hf_finetune import hardware, quiet
+        from hf_finetune.pipeline.examine import examine
+        from hf_finetune.preflight import fitting
+        from hf_finetune.preflight.plan import plan
+
+        with quiet.quietly():
+            machine = hardware.alone(reading.recipe)
+            if repeat is not None:
+                machine = repeat.as_locked(machine, reading.recipe)
+                with findings.collect():
+                    result.notes += repeat.refuse_drift(reading.recipe, machine)
+            parts = result.parts = examine(reading.recipe, machine, findings)
+            if repeat is not None and parts.prepared is not None and not findings.exit_code:
+                with findings.collect():
+                    result.notes += repeat.notes_on_rows(parts.prepared.fingerprint)
+            if parts.job is not None and parts.outline is not None and not findings.exit_code:
+                with findings.collect():
+                    job, chosen = fitting.ahead(parts.job, parts.outline)
+                    result.plan, result.numbers = plan(job, parts.looked, chosen, findings)
+    result.findings = findings.located(reading.locate)
+    return result
+
+
+def read(
+    recipe: Source,
+    overrides: Sequence[str] = (),
+    locked: str | os.PathLike[str] | Repeat | None = None,
+    allow_change: Sequence[str] = (),
+) -> tuple[Reading[Recipe], Repeat | None]:
+    """Read a recipe from whatever it is given as; its mistakes are in the reading, and raise nothing.
+
+    Args:
+        recipe: See `check`.
+        overrides: Each `key.path=value`.
+        locked: See `check`; the recipe must resolve to that of the lock.
+        allow_change: Keys that begin with `lock.` are for the repeat.
+
+    Raises:
+        RecipeError: The lock can't be used, or the repeat would write into the locked run.
+    """
+    if isinstance(locked, str | os.PathLike):
+        path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else ""
+        lock, reading = repeating.read(os.fspath(locked), path or None, overrides)
+        allowed = tuple(key for key in allow_change if key.startswith(repeating.KEYS))
+        return reading, Repeat(os.fspath(locked), lock, allowed)
+    if isinstance(recipe, Reading):
+        return recipe, locked
+    if isinstance(recipe, str | os.PathLike):
+        return recipes.read(os.fspath(recipe), overrides), locked
+    if isinstance(recipe, Recipe) and not overrides:
+        return Reading(recipe, [], recipe, Origin("")), locked
+    # JSON is YAML: a dict goes the way of a file, so that its mistakes are told in the same words.
+    text = recipe.dump() if isinstance(recipe, Recipe) else json.dumps(recipe, default=str)
+    return recipes.read_text(text, "recipe", overrides), locked
+
+
+def look(
+    reading: Reading[Recipe], *, folder: bool = True, restart: bool = False, allowed: Sequence[str] = ()
+) -> Findings:
+    """Find what can be seen without torch: mistakes of the recipe, the files that it names, the run folder.
+
+    Args:
+        reading: The recipe, whole or in part.
+        folder: Look at the run folder, too.
+        restart: An earlier run in the folder would be moved aside.
+        allowed: Keys that may differ from those of an earlier run.
+    """
+    findings, recipe = Findings(), reading.partial
+    if reading.problems:
+        findings.add(RecipeError(reading.problems))
+    if recipe is None:
+        return findings
+    if reading.recipe is not None:
+        findings.warn(advice(reading.recipe))
+    if found := paths.problems(recipe):
+        findings.add(RecipeError(found))
+    # What must not be read, or has no proper name, is not looked at.
+    if not findings.blame("data") and (missing := find.problems(recipe)):
+        findings.add(DataError(missing))
+    if (board := _given(recipe, "tracking", "folder")) is not None:
+        with findings.collect():
+            logdir.check(board)
+    if _given(recipe, "hub", "repo") is not None and (refusal := secrets.why_not()) is not None:
+        findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
+    if (start := _given(recipe, "adapter", "continue_from")) is not None and not findings.blame("adapter"):
+        with findings.collect():
+            peftio.find(start, "adapter.from")
+    if (name := _given(recipe, "model", "name")) is not None and not findings.blame(modelfolder.KEY):
+        with findings.collect():
+            found_at = modelfolder.resolve(name)
+            if reading.recipe is not None and not findings.blame("model"):
+                modelfolder.refuse_uncached(found_at, recipe.model.revision)
+    output = _given(recipe, "output")
+    if folder and output is not None and not findings.blame("output"):
+        with findings.collect():
+            dump = reading.recipe.dump() if reading.recipe else ""
+            RunFolder(output).look(dump, restart=restart, allowed=allowed)
+    return findings
+
+
+def advice(recipe: Recipe) -> Iterator[Problem]:
+    """Warn of what may train and yet come to nothing; nobody can be sure, so these are no errors."""
+    rate, usual = recipe.training.learning_rate, recipe.adapter.usual_rates
+    if usual is not None and recipe.training.optimizer in LIKE_ADAM:
+        most, least = _plain(usual.most), _plain(usual.least)
+        spread = most if usual.least == usual.most else f"{least} to {most}"
+        told = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({usual.source})"
+        if rate > ABOVE * usual.most:
+            message = f"{_plain(rate)} is too high {told}; the loss will hardly fall, start with {most}"
+            yield Problem(message, key="training.learning_rate")
+        elif rate < usual.least / BELOW:
+            message = f"{_plain(rate)} is too low {told}; the model will hardly change, start with {most}"
+            yield Problem(message, key="training.learning_rate")
+    if not recipe.data.has_validation:
+        message = "is not given, so nothing will show whether the model learns or only memorises; name a split, or set "
+        yield Problem(message + "data.validation_share: 0.1", key="data.validation")
+
+
+def _plain(rate: float) -> str:
+    """`6e-5`, `0.0005`."""
+    return f"{rate:g}".replace("e-0", "e-")
+
+
+def _given(block: Any, *names: str) -> Any:
+    """Give a field inside blocks; None where it could not be read."""
+    for name in names:
+        if not hasattr(block, name):
+            return None
+        block = getattr(block, name)
+    return block

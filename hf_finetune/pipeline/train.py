@@ -1,0 +1,598 @@
+"""Train: check everything, take the run folder, prepare data, load, train, evaluate, save, report, push.
+
+`train` is the story; the stages follow in the order in which it calls them, and each fills in a part of `Training`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import set_seed
+
+from hf_finetune import (
+    arguments,
+    continuation,
+    evaluation,
+    extending,
+    fast,
+    hardware,
+    keeping,
+    matmul,
+    memory,
+    model,
+    patience,
+    quiet,
+    runlock,
+    runreport,
+    saving,
+    sharding,
+    terminal,
+    tuning,
+    zero,
+)
+from hf_finetune.adapters import Setting
+from hf_finetune.card import page
+from hf_finetune.divergence import Guard
+from hf_finetune.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    FinetuneError,
+    OutOfMemoryError,
+    Problem,
+    RecipeError,
+    Stopped,
+)
+from hf_finetune.findings import Findings
+from hf_finetune.flops import Flops
+from hf_finetune.hardware import Machine
+from hf_finetune.hub import best, push
+from hf_finetune.job import Job
+from hf_finetune.observing import Observing
+from hf_finetune.peers import Failure, Watch
+from hf_finetune.pipeline.check import Source, look, read
+from hf_finetune.pipeline.examine import examine
+from hf_finetune.pipeline.run import Run
+from hf_finetune.preemption import StopRequest
+from hf_finetune.preflight import fitting
+from hf_finetune.recipe import Recipe
+from hf_finetune.resources import is_out_of_memory
+from hf_finetune.resumable import EvaluationStopped, Keeper
+from hf_finetune.runfolder import RunFolder, Start, State, Status
+from hf_finetune.runlock import making, surroundings
+from hf_finetune.runlock.repeating import Repeat
+from hf_finetune.runreport import Outcome
+from hf_finetune.schema.reading import Reading
+from hf_finetune.terminal import Message, phase, say
+from hf_finetune.tracking import Observers
+from hf_finetune.tracking.throughput import Arithmetic
+from hf_finetune.trainer import FinetuneTrainer
+from hf_finetune.tuning import Bench, Choice, Choices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+PATHS = (
+    "fused_lora",
+    "fused_norm",
+    "fused_mlp",
+    "cheap_dropout",
+    "plain_attention",
+    "fused_loss",
+    "skip_padding_mask",
+    "document_attention",
+)
+"""Settings of `speed` whose outcome is kept in the lock."""
+
+
+@dataclass
+class Training:
+    """One run while it trains, filled in by the stages below."""
+
+    recipe: Recipe
+    machine: Machine
+    findings: Findings
+    folder: RunFolder
+    stop: StopRequest
+    repeat: Repeat | None = None
+    """The locked run that this one repeats."""
+    start: Start = field(init=False)
+    before: Choices | None = None
+    """What was chosen when the run began, if it is resumed or repeated."""
+    status: Status = field(init=False)
+    watch: Watch = field(init=False)
+    job: Job = field(init=False)
+    outline: PreTrainedModel = field(init=False)
+    """The base model on the meta device."""
+    choices: Choices = field(init=False)
+    """What this run's arithmetic depends on and its recipe leaves open."""
+    adapted: torch.nn.Module = field(init=False)
+    """The model with its adapter."""
+    keeper: Keeper = field(init=False)
+    observers: Observers = field(init=False)
+    trainer: FinetuneTrainer = field(init=False)
+    probe_seconds: float = 0.0
+    """Spent on choosing the fastest way to train here."""
+    resumed_at: int = 0
+    """The step at which this process went on with the run; 0 if it began it."""
+    seconds: float = 0.0
+    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final metrics by split."""
+    difference: float | None = None
+    """Between the logits in memory and those of the saved model; see `saving.save`."""
+
+    def say(self, text: str) -> None:
+        """Say something once, whatever the number of ranks."""
+        if self.machine.is_main:
+            say(text)
+
+    @property
+    def bench(self) -> Bench:
+        """The run as far as measuring a step needs it."""
+        passes = self.job.length.total_steps * self.job.division.accumulation
+        return Bench(self.recipe, self.machine, self.adapted, self.job, passes)
+
+
+def train(
+    recipe: Source,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = True,
+    restart: bool = False,
+    allow_change: Sequence[str] = (),
+    locked: str | os.PathLike[str] | Repeat | None = None,
+) -> Run:
+    """Train one recipe from beginning to end, or from where an earlier run of it was stopped.
+
+    >>> run = train("recipes/quickstart.yaml", ["training.epochs=1"])
+    >>> run.metrics["validation"]["accuracy"]
+    >>> run.adapter
+    PosixPath('runs/quickstart/adapter')
+
+    Args:
+        recipe: A recipe, a YAML file, or a dict of its blocks.
+        overrides: Each `key.path=value`, the value in YAML.
+        resume: Go on with an earlier run in the same folder; False refuses a folder that holds one.
+        restart: Move an earlier run in the same folder aside and begin anew.
+        allow_change: Keys of the recipe that may differ from those of the run that is resumed.
+        locked: The `run.lock.json` of a run that this one is to repeat bit for bit; whatever differs is refused.
+
+    Returns:
+        The finished run; the one that the folder holds already, if it is this very run.
+
+    Raises:
+        FinetuneError: Something is wrong; its class says what kind, and `problems` has all of it.
+        Stopped: A signal ended the run, with a checkpoint to resume from: a SystemExit, and a KeyboardInterrupt if it
+            was Ctrl-C.
+    """
+    reading, repeat = read(recipe, overrides, locked, allow_change)
+    findings = look(reading, folder=False)
+    if reading.recipe is None:
+        findings.located(reading.locate).raise_errors()
+    try:
+        with terminal.notebook(), quiet.quietly(), quiet.process_left_as_it_was():
+            return _train(reading, findings, repeat, resume=resume, restart=restart, allow_change=allow_change)
+    except FinetuneError as error:
+        located = type(error)(map(reading.locate, error.problems))
+        located.exit_code = error.exit_code  # a peer's, where it is a peer that failed
+        raise located from error
+
+
+def _train(
+    reading: Reading[Recipe],
+    findings: Findings,
+    repeat: Repeat | None,
+    *,
+    resume: bool,
+    restart: bool,
+    allow_change: Sequence[str],
+) -> Run:
+    recipe = reading.checked()
+    machine = hardware.survey(recipe)
+    machine = machine if repeat is None else repeat.as_locked(machine, recipe)
+    run = Training(recipe, machine, findings, RunFolder(recipe.output), StopRequest(), repeat)
+    with run.stop.listening():
+        take_folder(run, resume=resume, restart=restart, allow_change=allow_change)
+        if run.start.kind == "done":
+            if machine.is_main:
+                push.once_more(run.folder, recipe)
+            return Run(run.folder.path, recipe)
+        go_on_as_it_began(run)
+        run.status = Status(run.folder.status, is_silent=run.start.kind == "extend")
+        with run.folder.status_kept(run.status) if machine.is_main else nullcontext():
+            with ExitStack() as stack:
+                run.watch = stack.enter_context(_peers_watched(run))
+                prepare_data(run)
+                find_checkpoint(run)
+                load_model(run)
+                stack.enter_context(observed(run))
+                make_trainer(run)
+                with _out_of_memory_explained(run), best.uploaded(run.trainer, run.folder) as uploads:
+                    take_fast_paths(run)
+                    write_lock(run)
+                    train_and_evaluate(run)
+                    save_and_compare(run)
+                outcome = report(run, uploads.problems)
+            push.after_training(outcome)
+    return Run(run.folder.path, recipe, outcome)
+
+
+# ---- the run folder ----
+
+
+def take_folder(run: Training, *, resume: bool, restart: bool, allow_change: Sequence[str]) -> None:
+    """Take the run folder on rank 0; all ranks learn what there is to do, or why nothing can be done.
+
+    Raises:
+        FinetuneError: The folder can't be taken; with everything else that is wrong with the run.
+    """
+    found: list[Start | FinetuneError] = [Start("new")]
+    if not run.findings.blame("output"):
+        if run.machine.is_main:
+            try:
+                found = [_claimed(run, resume=resume, restart=restart, allow_change=allow_change)]
+            except FinetuneError as error:
+                # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], Start):
+            run.start = found[0]
+            return
+        run.findings.add(found[0])
+    # Before it is refused, so that one report has all that is wrong.
+    examine(run.recipe, run.machine, run.findings)
+    run.findings.raise_errors()
+
+
+def _claimed(run: Training, *, resume: bool, restart: bool, allow_change: Sequence[str]) -> Start:
+    """Take the folder, or refuse to.
+
+    Raises:
+        FinetuneError: It belongs to something else, or a repeat differs from its lock.
+    """
+    allowed = [key for key in allow_change if run.repeat is None or not key.startswith("lock.")]
+    continuation.refuse_unknown(allowed)
+    notes = [] if run.repeat is None else run.repeat.refuse_drift(run.recipe, run.machine)
+    if not resume and not restart and run.folder.previous() is not None:
+        message = f"{run.folder.path} holds a run already; restart moves it aside, or name another folder"
+        raise RecipeError(Problem(message, key="output"))
+    start = run.folder.claim(run.recipe.dump(), restart=restart, allowed=allowed)
+    if start.kind == "done":
+        how = "or give --restart to run it anew"
+        say(f"{run.folder.path} already holds this run, finished; see {run.folder.report}, {how}")
+    return replace(start, notes=(*notes, *start.notes))
+
+
+def go_on_as_it_began(run: Training) -> None:
+    """Take over what was chosen when the run began, so that it is resumed, or repeated, with the same arithmetic."""
+    folder, machine, is_resumed = run.folder, run.machine, run.start.kind in ("resume", "extend")
+    kept: list[Choices | None] = [None]
+    if machine.is_main and is_resumed:
+        kept = [runlock.choices(folder.run_lock)]
+        same_memory = folder.has_checkpoints and surroundings.is_same_memory(folder.run_lock, machine)
+        if kept[0] is not None and not same_memory:
+            kept = [kept[0].without("micro_batch", "activation_checkpointing")]
+    broadcast_object_list(kept)
+    choices: Choices | None = kept[0] if run.repeat is None else run.repeat.choices()
+    if choices is not None and choices.device == machine.device:
+        run.machine, run.before = choices.onto(machine, run.recipe), choices
+    elif run.repeat is not None or (is_resumed and folder.has_checkpoints):
+        why = "is missing or damaged" if choices is None else f"is of a {choices.device}"
+        run.say(f"note: {folder.run_lock.name} {why}: its choices are made anew, the next steps may differ in bits")
+
+
+def _peers_watched(run: Training) -> Watch:
+    on_failure = partial(peer_failed, run.status, run.machine)
+    return Watch(run.folder.path, run.machine.rank, run.machine.world_size, on_failure)
+
+
+def peer_failed(status: Status, machine: Machine, failure: Failure) -> None:
+    """Keep status.json true where another rank has failed and this process is about to end because of it.
+
+    Args:
+        status: This rank's.
+        machine: Tells which rank this is.
+        failure: The rank, why, and the exit code; of this very rank where nobody knows which one is to blame.
+    """
+    # Rank 0 says it, whatever it ends with. Where rank 0 may be the one that is lost, so do rank 1 and the first rank
+    # of each node, unless somebody has: a node may take all of its ranks with it.
+    may_be_first = failure.rank in (0, machine.rank) and (machine.rank == 1 or machine.is_node_main)
+    if not machine.is_main and not (may_be_first and status.says_running()):
+        return
+    states: dict[int, State] = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
+    status.finish(states.get(failure.exit_code, "failed"), failure.exit_code, failure.reason)
+
+
+# ---- data, and everything else that needs no weights ----
+
+
+def prepare_data(run: Training) -> None:
+    """Read, check, split and encode the data; choose the micro-batch; begin an extension of a finished run.
+
+    Raises:
+        FinetuneError: Everything that is wrong, at once; of the kind with the lowest exit code.
+    """
+    parts = examine(run.recipe, run.machine, run.findings, _first_day(run))
+    run.findings.raise_errors()
+    if parts.outline is None or parts.job is None:
+        raise AssertionError("a part that can't be made has an error")
+    run.recipe, run.machine, run.outline = parts.recipe, parts.machine, parts.outline
+    if run.start.kind == "extend":
+        _extend(run, parts.job)
+    notes = [*run.start.notes]
+    if run.repeat is not None:
+        notes += run.repeat.notes_on_rows(parts.job.prepared.fingerprint)
+    run.job, chosen = fitting.fit(parts.job, run.outline, run.before, run.findings)
+    run.machine = run.job.machine
+    run.choices = Choices.ruled(run.recipe, run.machine, run.before)
+    for name, made in chosen.items():
+        run.choices = run.choices.plus(name, made)
+    for note in notes:
+        run.say(f"note: {note}")
+
+
+def _first_day(run: Training) -> str:
+    """Find the day on which the run began, as YYYY-MM-DD, the same on all ranks: chat templates print it."""
+    day = [date.today().isoformat()]
+    if run.machine.is_main and run.start.kind in ("resume", "extend"):
+        kept = runlock.day(run.folder.run_lock)
+        with suppress(OSError):
+            day = [kept or date.fromtimestamp(run.folder.recipe.stat().st_mtime).isoformat()]
+    broadcast_object_list(day)
+    return day[0]
+
+
+def _extend(run: Training, job: Job) -> None:
+    """Put a finished run aside and go on from its last state; all ranks learn why where that can't be done."""
+    failed: list[FinetuneError | None] = [None]
+    if run.machine.is_main:
+        try:
+            extending.begin(run.folder, job)
+            run.status.start()
+        except FinetuneError as error:
+            failed = [error]
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+    run.status.is_silent = False
+
+
+def find_checkpoint(run: Training) -> None:
+    """Open the checkpoints, and find the one to resume from.
+
+    Raises:
+        CheckpointError: No checkpoint is whole, or they are of other data, another model or other sharding.
+    """
+    run.keeper = keeping.keeper(run.job, run.folder, run.stop, run.say)
+
+
+# ---- model, adapter, and the fastest way to train them here ----
+
+
+def load_model(run: Training) -> None:
+    """Load the weights, apply the adapter, choose the attention."""
+    recipe, machine, job = run.recipe, run.machine, run.job
+    run.say(f"run folder {recipe.output}: {machine.describe()}")
+    for line in [*runreport.data_lines(job.prepared), *(f"warning: {problem}" for problem in run.findings.warnings)]:
+        run.say(line)
+    set_seed(recipe.training.seed)
+    with phase("loading the model"):
+        loaded = sharding.load(recipe, job.targets, machine, job.tokenizer, run.outline)
+    setting = Setting(
+        peft_type=recipe.task.peft_type,
+        tokenizer=job.tokenizer,
+        total_steps=job.length.total_steps,
+        head_modules=loaded.head_modules,
+        labels=job.targets.names,
+        batches=lambda: job.sample(loaded.model.device),
+    )
+    with phase("applying the adapter"):
+        run.adapted = model.build(recipe, loaded, setting)
+    if machine.activation_checkpointing:
+        model.enable_activation_checkpointing(loaded.model)
+    run.say(runreport.model_line(recipe, model.parameter_counts(run.adapted)))
+    run.say(runreport.plan_line(job.division, job.length))
+    if run.before is not None and "attention" in run.before.made and recipe.model.attention == "auto":
+        attention = run.before.made["attention"]  # the model was loaded with it already
+    else:
+        began = time.perf_counter()
+        with phase("choosing the attention"):
+            attention = tuning.choose_attention(run.bench)
+        run.probe_seconds += time.perf_counter() - began
+        run.machine = replace(machine, attention=attention.value)
+        run.job = replace(job, machine=run.machine)
+    run.choices = run.choices.plus("attention", attention)
+
+
+@contextmanager
+def observed(run: Training) -> Iterator[None]:
+    """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
+    run.observers = Observers(run.recipe, run.folder, run.status, run.machine)
+    try:
+        keeping.go_on(run.keeper, run.observers, run.status, run.say)
+        yield
+    except Stopped:
+        run.observers.close(is_stopped=True)
+        raise
+    finally:
+        run.observers.close()
+
+
+def make_trainer(run: Training) -> None:
+    """Make the Trainer with its callbacks."""
+    recipe, machine, job = run.recipe, run.machine, run.job
+    if machine.zero_stage:
+        zero.read_no_code()
+    options = arguments.training_arguments(job, run.folder.checkpoints)
+    callbacks = [*recipe.adapter.callbacks(), *run.observers.callbacks(job.prepared, job.tokenizer)]
+    trainer = run.trainer = FinetuneTrainer(run.adapted, options, job, callbacks)
+    sharding.suit(trainer.accelerator, run.adapted, machine)
+    trainer.keeper, trainer.guard, trainer.is_sharded = run.keeper, Guard(recipe.training), machine.is_sharded
+    trainer.progress = run.watch.progress  # type: ignore[method-assign]
+    peak = matmul.peak(machine) * machine.world_size
+    trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
+    observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.observers.record)
+    observing.attend(trainer, run.say)
+
+
+def take_fast_paths(run: Training) -> None:
+    """Install the fast paths, compile layers where that pays, and say what was chosen.
+
+    Raises:
+        CheckpointError: A repeat can't do what the locked run did.
+    """
+    trainer, before = run.trainer, run.before
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+        batch = next(iter(run.job.sample(trainer.args.device)))
+    then: dict[str, bool] = {} if before is None else before.value("fast_paths") or {}
+    # A path that is younger than the run was not taken when it began, either.
+    left_out = {name: False for name in PATHS if then and not then.get(name, False)}
+    allowed = run.recipe.model_copy(update={"speed": run.recipe.speed.model_copy(update=left_out)})
+    paths = trainer.paths = fast.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
+    if paths.taken:
+        run.say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
+    began = time.perf_counter()
+    known = None if before is None or run.recipe.speed.compile != "auto" else before.made.get("compiled")
+    if known is None:
+        with phase("choosing whether to compile"):
+            known = tuning.choose_compilation(run.bench, paths)
+    elif known.value and (why := tuning.hindrance(run.bench)):
+        run.say(f"note: layers were compiled when the run began, not now ({why}): the next steps may differ in bits")
+        known = Choice(value=False, why=why)
+    elif known.value:
+        paths.compile(run.bench.base)
+    run.probe_seconds += paths.seconds + time.perf_counter() - began
+    run.choices = run.choices.plus("compiled", known)
+    run.say(f"chosen here: {run.choices.describe()}")
+    taken = {name: name in paths.taken for name in PATHS if getattr(run.recipe.speed, name)}
+    if other := [name for name, was in then.items() if taken.get(name, was) != was]:
+        run.say(f"warning: {', '.join(other)}: not as when the run began, the next steps may differ in bits")
+    run.choices = run.choices.plus("fast_paths", Choice(taken, "compared with the plain ones"))
+    if run.repeat is not None:
+        run.repeat.refuse_other(run.choices)
+
+
+def write_lock(run: Training) -> None:
+    """Write run.lock.json; all ranks leave here together."""
+    if run.machine.is_main:
+        lock = making.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
+        making.write(lock, run.folder.run_lock, goes_on=run.keeper.resume_from is not None)
+        run.observers.locked()
+    # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
+    run.keeper.store.ranks.barrier()
+    hardware.limit_collectives(patience.collective())
+
+
+# ---- training, evaluation, saving ----
+
+
+def train_and_evaluate(run: Training) -> None:
+    """Train, then evaluate the model that is to be saved.
+
+    Raises:
+        Stopped: The ranks agreed to stop.
+        DivergedError: The optimiser took no step at all.
+    """
+    trainer = run.trainer
+    # Ranks see different rows, so they should drop different units too.
+    set_seed(run.recipe.training.seed + run.machine.rank)
+    run.resumed_at = trainer.steps_done()  # before that checkpoint makes room for newer ones
+    started = time.perf_counter()
+    with run.stop.deferred(), suppress(EvaluationStopped):
+        trainer.train_on()
+        run.seconds = time.perf_counter() - started
+        if not trainer.stopped:
+            if trainer.guard is not None:
+                trainer.guard.conclude(trainer.state.global_step)
+            run.recipe.adapter.finish(trainer.bare_model)
+            run.scores = evaluation.final(trainer, run.job.prepared)
+    if trainer.stopped:
+        raise Stopped.by(trainer.stopped)
+    hardware.limit_collectives(patience.wait())
+
+
+def save_and_compare(run: Training) -> None:
+    """Write `adapter/`, then read it back and compare it with the model in memory."""
+    run.watch.progress(run.trainer.state.global_step, "saving the adapter", is_long=True)
+    with phase("saving the adapter"):
+        run.difference = saving.save(run.trainer, run.folder)
+
+
+# ---- what it came to ----
+
+
+def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
+    """Close metrics.jsonl, write report and model card, and say what the run came to.
+
+    Args:
+        run: Trained and saved.
+        problems: Warnings besides its findings.
+    """
+    trainer, machine = run.trainer, run.machine
+    outcome = Outcome(
+        recipe=run.recipe,
+        machine=machine,
+        folder=run.folder,
+        prepared=run.job.prepared,
+        parameters=model.parameter_counts(run.adapted),
+        steps=trainer.state.global_step,
+        resumed_at=run.resumed_at,
+        seconds=run.seconds,
+        rates=trainer.throughput.rates(),
+        scores=run.scores,
+        warnings=(*run.findings.warnings, *problems),
+        peak_memory=memory.peak(machine.device),
+        reload_difference=run.difference,
+        probe_seconds=run.probe_seconds,
+        not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
+    )
+    summary = runreport.summary_entry(outcome)
+    run.observers.conclude(summary)
+    if machine.is_main:
+        found = runreport.write(outcome, run.observers.journal.entries)
+        if found is not None:
+            page.complete(found)
+        lines = runreport.summary_lines(outcome)
+        terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(run.folder.path)}))
+    PartialState().wait_for_everyone()
+    return outcome
+
+
+# ---- errors in the user's words ----
+
+
+@contextmanager
+def _out_of_memory_explained(run: Training) -> Iterator[None]:
+    """Say what was going on when the device ran out of memory, and what would help.
+
+    Raises:
+        OutOfMemoryError: Instead of torch's own.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        trainer, job, length = run.trainer, run.job, run.recipe.data.max_length
+        if trainer.is_in_train and run.adapted.training:
+            what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
+            hint = (
+                "halve training.micro_batch (the optimisation stays the same) or set training.activation_checkpointing"
+            )
+        else:
+            rows = job.eval_batch.rows_of(length, all_logits=trainer.paths.makes_all_logits)
+            what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"
+            hint = f"set training.eval_batch to {max(1, rows // 2)}"
+        message = f"out of memory at step {trainer.state.global_step}, {what}; {hint}"
+        raise OutOfMemoryError(Problem(message)) from error
