@@ -33,22 +33,18 @@ from hf_finetune.errors import (
 )
 from hf_finetune.terminal import Message
 
-SAID_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
-"""Every rank of a node finds these; its first one says them."""
+# Every rank of a node finds these; its first one prints them.
+PRINTED_ONCE = (RecipeError, DataError, ModelError, StorageError, DivergedError, CheckpointError)
 
-LAUNCHERS_NOISE = (
+# accelerate 1.15, `commands/launch.py`: nothing that a process does keeps its launcher from this.
+TRACEBACK_NOTE = (
     "the traceback of `accelerate launch` is its way to report any exit code but 0; "
     "`hf-finetune train --processes auto RECIPE` ends without one, and with the code itself"
 )
-"""accelerate 1.15, `commands/launch.py`: nothing that a process does keeps its launcher from this."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit with the code that tells how it went.
-
-    Args:
-        argv: Arguments without the program's name; None takes the process's.
-    """
+    """Run a command and exit with its code; `argv` is the command line without the program's name."""
     given = list(sys.argv[1:] if argv is None else argv)
     words = complete(given)
     invocation.note(given)
@@ -57,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(words, debug="--debug" in words)
     except SystemExit as end:
         if end.code and _is_accelerates() and _local_rank() == 0:
-            terminal.tell(Message(LAUNCHERS_NOISE, stream="stderr", line=f"hf_finetune: note: {LAUNCHERS_NOISE}"))
+            terminal.tell(Message(TRACEBACK_NOTE, stream="stderr", line=f"hf_finetune: note: {TRACEBACK_NOTE}"))
         raise
     except Exception as error:
         if terminal.crash(error):
@@ -75,7 +71,7 @@ def _run(words: list[str], *, debug: bool) -> None:
     except FinetuneError as error:
         if debug and not terminal.crash(error):
             raise
-        if not debug and (_local_rank() == 0 or not isinstance(error, SAID_ONCE)):
+        if not debug and (_local_rank() == 0 or not isinstance(error, PRINTED_ONCE)):
             terminal.report(error.problems, error.exit_code)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
@@ -83,7 +79,7 @@ def _run(words: list[str], *, debug: bool) -> None:
 
         if debug or not is_out_of_memory(error):
             raise
-        # What training and evaluation know of it they say themselves; this is for what any verb does beside.
+        # Training and evaluation report it themselves, with advice; this is for all other work of a verb.
         reason = str(error).partition("\n")[0] or "Python could not allocate"
         problem = Problem(f"out of memory: {reason}; free some, or give smaller batches (training.eval_batch=1)")
         terminal.report([problem], OutOfMemoryError.exit_code)
@@ -100,7 +96,7 @@ def _run(words: list[str], *, debug: bool) -> None:
 
 
 def _is_accelerates() -> bool:
-    """Whether `accelerate launch` started this process, and will have the last word."""
+    """Tell that `accelerate launch` started this process, and will have the last word."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "HF_FINETUNE_LAUNCH" not in os.environ
 
 

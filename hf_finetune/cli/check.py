@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
 from hf_finetune.cli import recipes
+from hf_finetune.cli.arguments import count
 from hf_finetune.terminal import Message, say, show, tell
 from hf_finetune.terminal.message import Level, printable
 
 if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
     from hf_finetune.pipeline.check import CheckResult
 
 HELP = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
+DESCRIPTION = f"{HELP[0].upper()}{HELP[1:]}."
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    parser = verbs.add_parser("check", parents=[common], help=HELP, description=f"{HELP[0].upper()}{HELP[1:]}.")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     recipes.add_recipe(parser)
     parser.add_argument("--explain", action="store_true", help="say where each value came from")
-    parser.add_argument("--show", metavar="N", type=_count, default=0, help="N training rows as the model sees them")
+    told = "N training rows as the model sees them"
+    parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=told)
     parser.add_argument("--report", metavar="FILE.html", help="write a page about the data")
-    help_format = "json: one JSON document with everything"
-    parser.add_argument("--format", choices=("text", "json"), default="text", help=help_format)
-    parser.set_defaults(run=run)
+    told = "json: one JSON document with everything"
+    parser.add_argument("--format", choices=("text", "json"), default="text", help=told)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,10 +129,3 @@ def _write_report(result: CheckResult, file: str) -> None:
 def _answer(text: str) -> None:
     """Say why something that was asked for is not given."""
     tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
-
-
-def _count(word: str) -> int:
-    """A number of rows."""
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number of rows, not {word!r}")
-    return int(word)

@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
+from hf_finetune.cli.arguments import add_run, count
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
-
+HELP = "the metrics of a finished run on any data, by slice, against its base or another run"
 DESCRIPTION = """\
 The task's metrics with 95 % bootstrap intervals, on a split of the run's recipe (test, else validation) or on files.
 What comes of it is kept in RUN/evaluations/.
 """
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    help_verb = "the metrics of a finished run on any data, by slice, against its base or another run"
-    parser = verbs.add_parser("evaluate", parents=[common], help=help_verb, description=DESCRIPTION)
-    parser.add_argument("run_folder", metavar="RUN", help="run folder")
-    help_overrides = "replaces a value of the run's recipe, e.g. task.generate_rows=100; the value in YAML"
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)
-    help_data = "labelled rows, or a glob; may be given several times"
-    parser.add_argument("--data", metavar="FILE", action="append", default=[], help=help_data)
-    parser.add_argument("--split", choices=("train", "validation", "test"), help="a split of the run's recipe")
-    help_by = "metrics for each value of a column too; may be given several times"
-    parser.add_argument("--by", metavar="COLUMN", action="append", default=[], help=help_by)
-    help_against = "compare on the same rows with another run, or with `base`; may be given several times"
-    parser.add_argument("--against", metavar="RUN|base", action="append", default=[], help=help_against)
-    parser.add_argument("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
-    parser.add_argument("--all", action="store_true", help="the metrics of each class too")
-    help_harness = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
-    parser.add_argument("--lm-eval", metavar="TASK,...", help=help_harness)
-    parser.add_argument("--lm-eval-tasks", metavar="DIR", help="folder with lm-eval tasks of your own")
-    parser.add_argument("--lm-eval-limit", metavar="N", type=int, help="first N rows of each task of lm-eval")
-    parser.set_defaults(run=run)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "task.generate_rows=100")
+    add = parser.add_argument
+    told = "labelled rows, or a glob; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=told)
+    add("--split", choices=("train", "validation", "test"), help="a split of the run's recipe")
+    told = "metrics for each value of a column too; may be given several times"
+    add("--by", metavar="COLUMN", action="append", default=[], help=told)
+    told = "compare on the same rows with another run, or with `base`; may be given several times"
+    add("--against", metavar="RUN|base", action="append", default=[], help=told)
+    add("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
+    add("--all", action="store_true", help="the metrics of each class too")
+    told = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
+    add("--lm-eval", metavar="TASK,...", help=told)
+    add("--lm-eval-tasks", metavar="DIR", help="folder with lm-eval tasks of your own")
+    add("--lm-eval-limit", metavar="N", type=count("rows"), help="first N rows of each task of lm-eval")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate.
-
-    Raises:
-        FinetuneError: The run, the data or the command line is wrong.
-    """
+    """Evaluate."""
     if arguments.format != "text":  # what it does meanwhile is no part of the document
         terminal.open_for(arguments.log_format, quiet=True)
     from hf_finetune import opening

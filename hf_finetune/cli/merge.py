@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
+from hf_finetune.cli.arguments import add_run, count
 
+HELP = "write a run as a plain model folder; quantise it, or export it to ONNX"
 DESCRIPTION = """\
 Merge the adapter of a finished run into full weights and write a plain Hugging Face model folder. It is loaded back by
 transformers, compared with the run on real rows, and refused (exit code 4) where it says something else; it appears
@@ -16,35 +15,27 @@ whole or not at all. DIR/export.json has what was compared.
 """
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    help_verb = "write a run as a plain model folder; quantise it, or export it to ONNX"
-    parser = verbs.add_parser("merge", parents=[common], help=help_verb, description=DESCRIPTION)
-    parser.add_argument("run_folder", metavar="RUN", help="run folder")
-    parser.add_argument("--to", metavar="DIR", required=True, help="the folder to make")
-    help_dtype = "of the weights; as the base's checkpoint has them if not given"
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=help_dtype)
-    parser.add_argument("--shard-size", metavar="SIZE", default="5GB", help="most bytes of a weight file (5GB)")
-    help_tolerance = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
-    parser.add_argument("--tolerance", metavar="X", type=_share, help=help_tolerance)
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that `merge` wrote")
-    help_data = "compare on the rows of this file, not on the run's own; may be given several times"
-    parser.add_argument("--data", metavar="FILE", action="append", default=[], help=help_data)
-    parser.add_argument("--rows", metavar="N", type=_count, default=1000, help="rows for metrics, at most (1000)")
-    help_quantize = "also write DIR/int8 or DIR/int4, quantised by torchao"
-    parser.add_argument("--quantize", choices=("int8", "int4"), help=help_quantize)
-    parser.add_argument("--onnx", action="store_true", help="also write DIR/onnx/model.onnx")
-    help_overrides = "replaces a value of the run's recipe, e.g. model.name=path/of/the/base"
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)
-    parser.set_defaults(run=run)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "model.name=path/of/the/base")
+    add = parser.add_argument
+    add("--to", metavar="DIR", required=True, help="the folder to make")
+    told = "of the weights; as the base's checkpoint has them if not given"
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help=told)
+    add("--shard-size", metavar="SIZE", default="5GB", help="most bytes of a weight file (5GB)")
+    told = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
+    add("--tolerance", metavar="X", type=_share, help=told)
+    add("--overwrite", action="store_true", help="replace a folder that `merge` wrote")
+    told = "compare on the rows of this file, not on the run's own; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=told)
+    add("--rows", metavar="N", type=count("rows"), default=1000, help="rows for metrics, at most (1000)")
+    told = "also write DIR/int8 or DIR/int4, quantised by torchao"
+    add("--quantize", choices=("int8", "int4"), help=told)
+    add("--onnx", action="store_true", help="also write DIR/onnx/model.onnx")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge.
-
-    Raises:
-        FinetuneError: Something is wrong, or what was made is not the run's model.
-    """
+    """Merge."""
     from hf_finetune import merging, opening
 
     rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
@@ -74,10 +65,3 @@ def _share(word: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {word!r}")
     return value
-
-
-def _count(word: str) -> int:
-    """A number of rows."""
-    if not word.isdecimal() or int(word) == 0:
-        raise argparse.ArgumentTypeError(f"must be a number of rows, not {word!r}")
-    return int(word)

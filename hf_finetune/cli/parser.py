@@ -1,4 +1,4 @@
-"""What the command line may say, and how it is read."""
+"""The command line: verbs, flags, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 from itertools import pairwise
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from hf_finetune import __version__, terminal
 from hf_finetune.cli import chat, check, compare, evaluate, merge, predict, push, schema, tensorboard, train
@@ -22,13 +22,6 @@ exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 
   143 preempted, 1 a bug
 """
 _FORMAT, _PROCESSES = "--log-format", "--processes"
-
-
-class Verbs(Protocol):
-    """What `add_subparsers` gives."""
-
-    def add_parser(self, name: str, **options: Any) -> Parser:
-        """Make the parser of a verb."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +64,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The arguments; `run` is the verb's function. Exits with 2 where they are wrong, with 0 after `--help`."""
+    """Parse the arguments; `run` is the verb's function. Exits with 2 where they are wrong, with 0 after `--help`."""
     parser = Parser(
         prog="hf-finetune",
         description="Fine-tune a Hugging Face classifier or LLM from one YAML recipe.",
@@ -83,7 +76,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_common(common)
     verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
     for verb in VERBS:
-        verb.add(verbs, common)
+        name = verb.__name__.rpartition(".")[2]
+        one = verbs.add_parser(name, parents=[common], help=verb.HELP, description=verb.DESCRIPTION)
+        verb.declare(one)
+        one.set_defaults(run=verb.run)
     return parser.parse_args(words, argparse.Namespace(words=words))
 
 
@@ -97,7 +93,7 @@ def _add_common(parser: Parser) -> None:
 
 
 def complete(words: list[str]) -> list[str]:
-    """The words with their verb: a first argument that is a recipe file means `train`."""
+    """Add the verb: a first argument that is a recipe file means `train`."""
     plain = [word for before, word in zip(["", *words], words, strict=False) if before not in (_FORMAT, _PROCESSES)]
     first = next((word for word in plain if not word.startswith("-")), "")
     return ["train", *words] if first.endswith((".yaml", ".yml")) else words

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_finetune.errors import RecipeError
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser
 
-
-def add_recipe(parser: Parser) -> None:
-    """The recipe, what replaces its values, and what is done about an earlier run."""
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe, its overrides, and the flags about an earlier run."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; may be left out with --locked")
     help_overrides = "replaces a value of the recipe, e.g. training.learning_rate=1e-4; the value in YAML"
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
-
+HELP = "print the JSON Schema of a recipe, for editors"
 DESCRIPTION = """\
 Print the JSON Schema of a recipe. Editors complete and check a recipe that begins with
 # yaml-language-server: $schema=recipe.schema.json
@@ -16,12 +13,9 @@ With --format markdown, print the same as a page to read: docs/recipe.md.
 """
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    help_schema = "print the JSON Schema of a recipe, for editors"
-    parser = verbs.add_parser("schema", parents=[common], help=help_schema, description=DESCRIPTION)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("--format", choices=("json", "markdown"), default="json", help="markdown: a page to read")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -6,28 +6,22 @@ import argparse
 import importlib.util
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.runfolder import RunFolder
 from hf_finetune.terminal import say
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
-
+HELP = "watch a run in TensorBoard, or make its events again"
 DESCRIPTION = """\
 Start TensorBoard on a run, or on a folder of runs. With --rebuild, show nothing, but write the run's events anew from
 metrics.jsonl, samples.jsonl and observations/: after a kill, a full disk, or where `tracking.tensorboard` was false.
 """
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    help_verb = "watch a run in TensorBoard, or make its events again"
-    parser = verbs.add_parser("tensorboard", parents=[common], help=help_verb, description=DESCRIPTION)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("run_folder", metavar="RUN", help="run folder; without --rebuild, also a folder of several")
     parser.add_argument("--rebuild", action="store_true", help="write the events anew from what the run folder holds")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

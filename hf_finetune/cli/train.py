@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from hf_finetune import node, terminal
 from hf_finetune.cli import recipes
 
-if TYPE_CHECKING:
-    from hf_finetune.cli.parser import Parser, Verbs
-
+HELP = "fine-tune"
 DESCRIPTION = """\
 Fine-tune. The same command goes on with a run that was stopped, and does nothing where it is finished.
 On several devices: hf-finetune train --processes auto RECIPE ...
@@ -20,21 +17,15 @@ With --locked a run is done once more, bit for bit, or refused with all that dif
 """
 
 
-def add(verbs: Verbs, common: Parser) -> None:
-    """Declare the verb."""
-    parser = verbs.add_parser("train", parents=[common], help="fine-tune", description=DESCRIPTION)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     recipes.add_recipe(parser)
-    help_processes = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
-    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=help_processes)
-    parser.set_defaults(run=run)
+    told = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
+    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=told)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train.
-
-    Raises:
-        FinetuneError: Something is wrong.
-    """
+    """Train."""
     from hf_finetune.pipeline.check import look, read
 
     recipe, overrides = recipes.given(arguments)
@@ -74,12 +65,11 @@ def _start_several(arguments: argparse.Namespace) -> None:
 
 
 def _is_worker() -> bool:
-    """Whether torchrun or accelerate started this process, which is given the whole command line too."""
+    """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
     return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
 
 
 def _processes(word: str) -> str:
-    """A number of processes, or `auto`."""
     if word != "auto" and not (word.isdecimal() and int(word) > 0):
         raise argparse.ArgumentTypeError(f"must be a number of processes or auto, not {word!r}")
     return word
