@@ -8,7 +8,6 @@ import os
 import sys
 
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.runfolder import RunFolder
 from hf_finetune.terminal import say
 
 HELP = "watch a run in TensorBoard, or make its events again"
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         FinetuneError: The folder holds no run, its events can't be written, or there is no TensorBoard.
     """
     from hf_finetune.recipe import Recipe
+    from hf_finetune.runfolder import RunFolder
     from hf_finetune.tracking.logdir import LogDir
 
     folder = RunFolder(arguments.run_folder)
