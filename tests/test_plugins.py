@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError, create_model
 
-from hf_finetune.plugins import Plugin, Section, discover, union
+from hf_finetune.plugins import Plugin, Section, discover, key_of, union
+from hf_finetune.recipe import Recipe
 
 PLUGIN = """
 from hf_finetune.plugins import Plugin
@@ -119,3 +120,27 @@ def test_json_schema_fixes_the_kind(package: Callable[..., str]) -> None:
     assert schema["properties"]["kind"]["const"] == "small"
     assert schema["properties"]["size"]["description"] == "How large."
     assert schema["required"] == ["kind"]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (
+            "training.learning_rate",
+            {"resume": "ask", "lock": "value", "card": True, "study": True, "finished": "never"},
+        ),
+        ("training.early_stopping.patience", {"resume": "ask", "study": True}),
+        ("training.eval_batch", {"resume": "free", "lock": "value", "study": False, "finished": "free"}),
+        ("tracking.images", {"resume": "free", "lock": "ignored", "card": False, "finished": "never"}),
+        ("data.train", {"resume": "never", "lock": "content", "study": False, "replaces": ("mix",)}),
+        ("data.mix.0.source", {"resume": "never", "lock": "value", "owns": ("subset", "revision")}),
+        ("data.cache", {"resume": "free", "card": False, "finished": "free"}),
+        ("adapter.from", {"resume": "never", "lock": "content"}),
+        ("task.class_weights.a.b", {"resume": "never", "finished": "free"}),
+        ("task.label", {"finished": "name"}),
+        ("training.nonsense", {"resume": "never", "finished": "never"}),
+    ],
+)
+def test_a_key_means_what_its_field_says_or_else_its_block(key: str, said: dict[str, object]) -> None:
+    found = key_of(Recipe, key)
+    assert {name: getattr(found, name) for name in said} == said
