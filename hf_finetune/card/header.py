@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -21,14 +21,12 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from hf_finetune.card.naming import hub_base, hub_sources, is_on_hub, title
 from hf_finetune.hubreach import HTTP_ERROR
+from hf_finetune.recipe import Recipe
 from hf_finetune.runreport import content
+from hf_finetune.runreport.content import Result
 from hf_finetune.runreport.intervals import CONFIDENCE
+from hf_finetune.runreport.remains import RunData
 from hf_finetune.schema.modelfolder import resolve
-
-if TYPE_CHECKING:
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runreport.content import Result
-    from hf_finetune.runreport.remains import RunData
 
 PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 # Our metric -> the Hub's, and what it is computed with; the others have the same name.

@@ -6,14 +6,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.card.naming import hub_base
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.text_classification import TextClassification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
 
 FOLDER = 'folder = "."'
 BASE = "base = PeftConfig.from_pretrained(folder).base_model_name_or_path"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_finetune.pages.escaping import harmless
 from hf_finetune.plugins import key_of
+from hf_finetune.recipe import Recipe
 from hf_finetune.schema import credentials, yamlwriter
 from hf_finetune.schema.modelfolder import PACKAGE, resolve
 from hf_finetune.schema.paths import is_local
-
-if TYPE_CHECKING:
-    from hf_finetune.recipe import Recipe
 
 LOCAL = "(local)"
 _PATH = re.compile(r"(?<![\w.])(?:~|\.{1,2})?/[\w.-]+(?:/[\w.-]*)*|[A-Za-z]:\\[^\s'\"]*|\b\w+://\S+")

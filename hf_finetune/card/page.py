@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_finetune import __version__, runlock, targetsfile, terminal
 from hf_finetune.card import naming
 from hf_finetune.card.header import header
 from hf_finetune.card.loading import blocks
+from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import write_atomically
 from hf_finetune.runreport import MISHAPS, content
 from hf_finetune.runreport.markdown import tables_of
+from hf_finetune.runreport.remains import RunData
 from hf_finetune.tables import bullets, fenced, markdown
+from hf_finetune.tasks.base import Targets
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig
-
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runreport.remains import RunData
-    from hf_finetune.tasks.base import Targets
 
 FILE, IMAGES = "README.md", "images"
 LABELS = 100  # listed at most

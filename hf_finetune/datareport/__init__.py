@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from hf_finetune import pages
 from hf_finetune.errors import Problem, StorageError
+from hf_finetune.findings import Findings
+from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.data import Prepared
-    from hf_finetune.findings import Findings
-    from hf_finetune.recipe import Recipe
 
 
 @dataclass(frozen=True)

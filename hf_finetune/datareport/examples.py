@@ -12,13 +12,13 @@ from hf_finetune.batching import PackedRows, Rows, lengths_of
 from hf_finetune.data import Stream
 from hf_finetune.packs import pack
 from hf_finetune.pages.escaping import exact, shortened
+from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.data import Prepared
-    from hf_finetune.recipe import Recipe
 
 HEAD, TAIL = 900, 300  # tokens shown of a row: the first and the last, where an answer ends
 FOLD = 150  # tokens of a longer row that a page shows before it is unfolded

@@ -9,14 +9,13 @@ from markupsafe import Markup
 
 import hf_finetune
 from hf_finetune.charts import drawing, runs
-from hf_finetune.datareport import examples, recipe_lines
+from hf_finetune.datareport import Page, examples, recipe_lines
 from hf_finetune.pages.escaping import exact
+from hf_finetune.schema.checks import Checks
 
 if TYPE_CHECKING:
     from hf_finetune.data import SplitReport
     from hf_finetune.data.facts import Facts
-    from hf_finetune.datareport import Page
-    from hf_finetune.schema.checks import Checks
 
 # Shown at most.
 EXAMPLES, FINDINGS = 8, 300

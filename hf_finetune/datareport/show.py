@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from hf_finetune.datareport import examples
 from hf_finetune.pages.escaping import shortened
+from hf_finetune.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.data import Prepared
-    from hf_finetune.recipe import Recipe
 
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 LABEL_CHARACTERS, TEXT_CHARACTERS = 200, 2_000

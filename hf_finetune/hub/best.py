@@ -19,11 +19,10 @@ from hf_finetune import export, terminal
 from hf_finetune.errors import FinetuneError, Problem
 from hf_finetune.hub import outgoing, secrets
 from hf_finetune.hub.push import make_order, run_id
-from hf_finetune.hub.upload import Upload
+from hf_finetune.hub.upload import Order, Upload
+from hf_finetune.runfolder import RunFolder
 
 if TYPE_CHECKING:
-    from hf_finetune.hub.upload import Order
-    from hf_finetune.runfolder import RunFolder
     from hf_finetune.trainer import FinetuneTrainer
 
 PREFIX = ".upload-"

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from hf_finetune import terminal
+from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
-from hf_finetune.runfolder import write_atomically
+from hf_finetune.runfolder import RunFolder, write_atomically
 from hf_finetune.runreport.lines import data_lines, model_line, plan_line, summary_entry, summary_lines
 from hf_finetune.runreport.outcome import Outcome
 from hf_finetune.runreport.remains import RunData
-
-if TYPE_CHECKING:
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runfolder import RunFolder
-    from hf_finetune.tracking.journal import Entry
+from hf_finetune.tracking.journal import Entry
 
 __all__ = ["Outcome", "data_lines", "model_line", "page", "plan_line", "summary_entry", "summary_lines", "write"]
 

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_finetune.charts import runs
 from hf_finetune.datareport import recipe_lines
+from hf_finetune.runreport.remains import RunData
 from hf_finetune.terminal import clock
-
-if TYPE_CHECKING:
-    from hf_finetune.runreport.remains import RunData
 
 PER_CLASS = ("precision", "recall", "f1", "support")
 MODULES = 12

@@ -6,16 +6,16 @@ import importlib.util
 import shlex
 from typing import TYPE_CHECKING
 
+from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.terminal import clock
+from hf_finetune.tracking.journal import Entry
 
 if TYPE_CHECKING:
     from hf_finetune.batching import Division
     from hf_finetune.data import Prepared
     from hf_finetune.job import Length
-    from hf_finetune.recipe import Recipe
     from hf_finetune.runreport.outcome import Outcome
-    from hf_finetune.tracking.journal import Entry
 
 
 def data_lines(prepared: Prepared) -> list[str]:

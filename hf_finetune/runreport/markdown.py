@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hf_finetune.charts.drawing import Plot
 from hf_finetune.pages.escaping import harmless, shortened
 from hf_finetune.runreport import content
+from hf_finetune.runreport.content import Result
+from hf_finetune.runreport.remains import RunData
 from hf_finetune.tables import bullets, cell, fenced, markdown
-
-if TYPE_CHECKING:
-    from hf_finetune.charts.drawing import Plot
-    from hf_finetune.runreport.content import Result
-    from hf_finetune.runreport.remains import RunData
 
 
 def text(run: RunData, plots: Sequence[Plot]) -> str:

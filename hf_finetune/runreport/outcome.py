@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.errors import Problem
+from hf_finetune.recipe import Recipe
+from hf_finetune.runfolder import RunFolder
 from hf_finetune.runreport.lines import data_lines
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
-    from hf_finetune.errors import Problem
     from hf_finetune.hardware import Machine
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runfolder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_finetune import records
 from hf_finetune.charts import runs
 from hf_finetune.charts.drawing import Plot
+from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record
+from hf_finetune.runfolder import RunFolder
 from hf_finetune.runreport import intervals
 from hf_finetune.runreport.intervals import Intervals
 from hf_finetune.tracking import journal
-
-if TYPE_CHECKING:
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.runfolder import RunFolder
-    from hf_finetune.tracking.journal import Entry
+from hf_finetune.tracking.journal import Entry
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import hf_finetune
 from hf_finetune import pages
 from hf_finetune.charts import drawing
+from hf_finetune.charts.drawing import Plot
 from hf_finetune.charts.predictions import STRONGEST, strength
 from hf_finetune.charts.runs import SECTIONS
 from hf_finetune.runreport import content
+from hf_finetune.runreport.remains import RunData
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-
-    from hf_finetune.charts.drawing import Plot
-    from hf_finetune.runreport.remains import RunData
 
 LEVELS = 9  # steps of the colour of a token
 # Paper and ink of tokens, as in page.css, and how much ink the strongest has: text on it must be readable.
