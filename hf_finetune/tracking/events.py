@@ -26,7 +26,6 @@ QUEUE = 10_000
 """Events that may wait for the disk; of more, the newest are lost."""
 CLOSE_SECONDS = 20.0
 """Seconds that the end of a run waits for the last events."""
-DEAD = "is no longer written, its thread has died"
 
 _File = tuple[str, bytes]
 
@@ -52,7 +51,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
         """Names of the projector's tensors so far, in order."""
         self._complain: Callable[[str], None] | None = complain
         self._step, self._time = 0, 0.0
-        self._is_closed = self._is_broken = self._has_finished = False
+        self._is_closed = self._has_finished = False
         self._queue: queue.Queue[bytes | _File | None] = queue.Queue(QUEUE)
         # A daemon, started by the first event: a disk that hangs must not keep the process from ending, and a run that
         # fails before it trains leaves no event file.
@@ -106,18 +105,18 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             with suppress(queue.Full):
                 self._queue.put(None, timeout=1.0)
             self._thread.join(CLOSE_SECONDS)
-            if self._thread.is_alive():
-                self._warn("does not answer", "the last events are lost")
-            elif not self._has_finished and not self._is_broken:
-                self._warn(DEAD)
+        if self._thread.is_alive():
+            self._warn("does not answer", "the last events are lost")
+        elif self._thread.ident is not None and not self._has_finished:
+            self._warn("is no longer written, its thread has died")
 
     def _put(self, item: bytes | _File) -> None:
         if self._thread.ident is None:
             self._thread.start()
         if self._is_closed or not self._thread.is_alive():
             self.lost += 1
-            if not self._is_closed and not self._is_broken:  # else the thread itself has said why
-                self._warn(DEAD)
+            if not self._is_closed:
+                self._warn("is no longer written, its thread has died")
             return
         try:
             self._queue.put(item, block=self.wait > 0, timeout=self.wait or None)
@@ -127,6 +126,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             self._warn("answers too slowly")
 
     def _warn(self, what: str, so: str = "events are lost") -> None:
+        # Once: whoever notices first knows best why, which is the thread itself if the disk refuses.
         complain, self._complain = self._complain, None
         if complain is not None:
             again = "`hf-finetune tensorboard RUN --rebuild` makes them again"
@@ -139,7 +139,6 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             self._write_all()
             self._has_finished = True
         except (OSError, ValueError, ImportError) as error:
-            self._is_broken = True
             self._warn(f"can't be written ({getattr(error, 'strerror', None) or error})")
 
     def _write_all(self) -> None:
