@@ -140,7 +140,7 @@ def estimate(file: str) -> dict[str, Any]:
     machine = replace(machine, attention=model.attention(recipe, machine))
     prepared: Any = data.prepare(recipe, tokenizer, machine)
     rows = int(recipe.training.micro_batch)
-    longest = [min(max(split["length"]), recipe.data.max_length) for split in (prepared.train, prepared.validation)]
+    longest = [min(max(split["size"]), recipe.data.max_length) for split in (prepared.train, prepared.validation)]
     shapes = memory.Shapes((rows, longest[0]), (rows, longest[1]))
     started = time.perf_counter()
     found = memory.estimate(recipe, prepared.targets, tokenizer, machine, shapes)

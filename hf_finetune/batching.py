@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,12 +22,17 @@ from torch.utils.data._utils import worker as workers
 
 from hf_finetune.data.splitreport import COUNTS, NAMES, SplitReport
 from hf_finetune.errors import FinetuneError
+from hf_finetune.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     from hf_finetune.data.lanes import Lanes
-    from hf_finetune.tasks.base import Collator, Encoded, Task
+    from hf_finetune.tasks.base import Batch, Features, Task
+
+    Collator = Callable[[list[Any]], Batch]
 
 STREAMED, FAILED = "streamed", "failed"
+COUNTED = ("rows", "tokens", "slots", "squares")
+"""Rows of a micro-batch, their tokens, these with padding, and the sum of each document's tokens squared."""
 _PR_SET_PDEATHSIG = 1
 Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
 """Tokens of each row."""
@@ -37,8 +42,8 @@ BATCHES_PER_POOL = 50
 
 
 def lengths_of(encoded: Any) -> np.ndarray[Any, Any]:
-    """Tokens of each encoded row, (rows,) int64; read column by column: `encoded["length"]` alone goes row by row."""
-    return np.asarray(encoded.with_format("numpy")["length"][:], dtype=np.int64)
+    """Size of each encoded row, (rows,) int64; read column by column: `encoded["size"]` alone goes row by row."""
+    return np.asarray(encoded.with_format("numpy")["size"][:], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Division:
 
 
 class Rows(Dataset[Any]):
-    """Encoded rows by index; `~index` is the same row with its labels masked."""
+    """Features rows by index; `~index` is the same row with its labels masked."""
 
     def __init__(self, encoded: Any, task: Task) -> None:
         self.encoded = encoded
@@ -180,7 +185,7 @@ class Endless(Protocol):
     def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
         """Its rows by their place in the global batch."""
 
-    def filler(self, seed: int) -> Encoded:
+    def filler(self, seed: int) -> Features:
         """A row that counts as nothing."""
 
     def count(self, report: SplitReport) -> None:
@@ -241,7 +246,7 @@ class StreamedBatches(IterableDataset[Any]):
         size = self.division.batch_size
         own = {place for share in shares for place in share if place >= 0}
         lanes = self.stream.lanes(self.seed, own, self.used or [self.done] * size)
-        filler: Encoded | None = None
+        filler: Features | None = None
         while True:
             for share in shares:
                 taken = lanes.take([place for place in share if place >= 0])
@@ -305,7 +310,7 @@ def _end_with_parent(worker: int) -> None:
 
 @dataclass(frozen=True)
 class _Counting:
-    """Adds `tokens`, the number of real tokens, and `squares`, of each document's: a packed batch has no mask.
+    """Adds what throughput is measured by, `COUNTED`: the batch alone does not tell what of it is padding.
 
     Of a stream it adds what was used up, `STREAMED`, or why there is no batch, `FAILED`.
     """
@@ -323,9 +328,10 @@ class _Counting:
 
     def _collated(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
-        lengths = [len(document["input_ids"]) for document in documents]
-        counts = {"tokens": torch.tensor(sum(lengths)), "squares": torch.tensor(sum(n * n for n in lengths))}
-        return {**self.collator(rows), **counts}
+        sizes = [document["size"] for document in documents]
+        widest = max(sum(one["size"] for one in row) if isinstance(row, list) else row["size"] for row in rows)
+        counts = (len(rows), sum(sizes), len(rows) * widest, sum(size * size for size in sizes))
+        return {**self.collator(rows), **{name: torch.tensor(n) for name, n in zip(COUNTED, counts, strict=True)}}
 
 
 def eval_loader(
@@ -345,6 +351,37 @@ def eval_loader(
     return DataLoader(
         _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
     )
+
+
+def predicted(
+    batches: Iterable[dict[str, Any]], predict: Callable[[Batch], dict[str, torch.Tensor]], shown: Any = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Predictions of a whole split, in its order.
+
+    Args:
+        batches: With `row_ids`, as of `eval_loader`.
+        predict: See `Task.predict`.
+        shown: Its `done` counts the rows; None shows nothing.
+    """
+    ids: list[int] = []
+    found: list[dict[str, torch.Tensor]] = []
+    for batch in batches:
+        rows = batch.pop("row_ids").tolist()
+        found.append({name: values.cpu() for name, values in predict(batch).items()})
+        ids += rows
+        if shown is not None:
+            shown.done += len(rows)
+    return {name: joined([part[name] for part in found], ids) for name in found[0]}
+
+
+def joined(parts: list[torch.Tensor], ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Values of several batches, (B, ...) each, in the order of their rows' numbers; the second dimension is padded."""
+    if parts[0].ndim > 1:
+        width = max(part.shape[1] for part in parts)
+        pads = [[0, 0] * (part.ndim - 2) + [0, width - part.shape[1]] for part in parts]
+        parts = [torch.nn.functional.pad(part, pad, value=IGNORE) for part, pad in zip(parts, pads, strict=True)]
+    values: np.ndarray[Any, Any] = torch.cat(parts).numpy()[np.argsort(np.asarray(ids), kind="stable")]
+    return values
 
 
 class _EvalBatches(Sampler[list[int]]):

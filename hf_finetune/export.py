@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from hf_finetune import model
 from hf_finetune.adaptation import labelfile, peftio
@@ -19,7 +19,7 @@ from hf_finetune.durable import put_in_place
 from hf_finetune.errors import ModelError, StorageError
 from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Batch, Targets
+from hf_finetune.tasks.base import Batch, State
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest difference of logits that a reload may make, as a share of the largest logit: in half precisions (8 and 11
@@ -31,8 +31,8 @@ CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 def save(
     adapted: nn.Module,
     recipe: Recipe,
-    targets: Targets,
-    tokenizer: PreTrainedTokenizerBase,
+    targets: State,
+    processor: Any,
     folder: str | Path,
     *,
     state: dict[str, torch.Tensor] | None = None,
@@ -45,7 +45,7 @@ def save(
         adapted: The trained model, not wrapped by DDP.
         recipe: What was run.
         targets: Label names, for `labels.json` and the card.
-        tokenizer: The tokenizer that was used.
+        processor: What prepared the rows: a tokenizer or the like.
         folder: Where to; an earlier one is replaced.
         state: The trained weights in one piece where the model holds parts of them; see `Adapter.save`.
 
@@ -58,10 +58,9 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         recipe.adapter.save(adapted, str(staging), state)
-        tokenizer.save_pretrained(staging)
+        processor.save_pretrained(staging)
         labelfile.write(staging, recipe.task.model_options(targets))
-        has_template = bool(tokenizer.chat_template)
-        text = page.plain(recipe, targets, base_model(adapted).config, has_template=has_template)
+        text = page.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / page.FILE).write_text(text, encoding="utf-8")
         put_in_place(staging, final)
     except OSError as error:
@@ -89,7 +88,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     Raises:
         ModelError: The difference is over the tolerance: what is on disk is not what was trained.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = recipe.task.inputs(batch)
     with torch.random.fork_rng():
         expected = _logits(adapted, inputs, machine).cpu()
         device = next(iter(inputs.values())).device
@@ -99,7 +98,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
             torch.get_device_module(device).empty_cache()
         base = model.fresh_base(recipe, labelfile.options(folder), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
-        base.config.pad_token_id = base_model(adapted).config.pad_token_id
+        base.config.pad_token_id = getattr(base_model(adapted).config, "pad_token_id", None)
         actual = _logits(restored, inputs, machine).cpu()
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - actual).abs().max()) / scale

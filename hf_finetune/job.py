@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from hf_finetune.data import Prepared
     from hf_finetune.hardware import EvalBatch, Machine
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Batch, Questions, Targets, Task
+    from hf_finetune.tasks.base import Batch, Questions, State, Task
 
-COUNTS = ("tokens", "squares", batching.STREAMED)
+COUNTS = (*batching.COUNTED, batching.STREAMED)
 """Added to training batches by their loader; no model takes them."""
 SAMPLE_ROWS = 8
 """Rows of a batch that is looked at besides training."""
@@ -126,7 +126,7 @@ class Job:
                 packed = packs.pack(lengths, recipe.data.max_length)
                 rows, lengths = batching.PackedRows(rows, packed), packed.sums(lengths)
         longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
-        micro_batch = hardware.micro_batch(recipe, machine, _vocabulary(recipe, tokenizer), longest)
+        micro_batch = hardware.micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
         division = batching.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
         batches = None
         if lengths is None:
@@ -161,7 +161,7 @@ class Job:
         return self.recipe.adapter
 
     @property
-    def targets(self) -> Targets:
+    def targets(self) -> State:
         """The labels that the training data have."""
         return self.prepared.targets
 
@@ -170,15 +170,10 @@ class Job:
         """Encoded rows that are evaluated during training, or None."""
         return self.prepared.validation
 
-    @property
-    def packed(self) -> bool:
-        """Tell whether rows of `train` are lists of documents."""
-        return self.recipe.data.packing
-
     @cached_property
     def eval_batch(self) -> EvalBatch:
         """The most that one forward pass gets in evaluation."""
-        return hardware.eval_batch(self.recipe, self.machine, _vocabulary(self.recipe, self.tokenizer))
+        return hardware.eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
 
     def divided(self, micro_batch: int) -> Job:
         """Cut the same work into micro-batches of at most so many rows; the global batches and their order stay."""
@@ -207,9 +202,12 @@ class Job:
 
     def loader(self, *, pin: bool = False) -> DataLoader[Any]:
         """Load this rank's micro-batches."""
-        return batching.train_loader(
-            self.train, self.batches, self.task.collator(self.tokenizer, packed=self.packed), pin=pin
-        )
+        return batching.train_loader(self.train, self.batches, self.collate, pin=pin)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Batch]:
+        """Makes a batch of rows, or of lists of rows that share a sequence; processes of the loader can take it."""
+        return partial(self.task.collate, processor=self.tokenizer, state=self.targets)
 
     def sample(self, device: torch.device) -> Iterator[Batch]:
         """Give training batches on a device: the same on every rank, whatever the micro-batch."""
@@ -218,22 +216,20 @@ class Job:
         train = self.train
         if isinstance(train, batching.StreamedBatches):
             train = batching.StreamedBatches(train.stream, division, train.seed)
-        collator = self.task.collator(self.tokenizer, packed=self.packed)
-        for batch in batching.train_loader(train, batches, collator, pin=False):
+        for batch in batching.train_loader(train, batches, self.collate, pin=False):
             yield {key: value.to(device) for key, value in batch.items() if key not in COUNTS}
 
     def typical(self, device: torch.device, count: int) -> list[Batch]:
         """Give micro-batches of this run on a device, from short rows to long ones: the same on every rank."""
         division = replace(self.division, rank=0)
-        collator = self.task.collator(self.tokenizer, packed=self.packed)
         train: Any = self.train
         if self.batches is None:
             stream = batching.StreamedBatches(train.stream, division, train.seed)
-            batches = list(itertools.islice(batching.train_loader(stream, None, collator, pin=False), count))
+            batches = list(itertools.islice(batching.train_loader(stream, None, self.collate, pin=False), count))
         else:
             first = batching.GlobalBatches(self.batches.lengths, division, self.batches.seed)
             shares = [division.share(batch)[0] for batch in first.spread(count)]
-            batches = [collator([train[row] for row in rows]) for rows in shares]
+            batches = [self.collate([train[row] for row in rows]) for rows in shares]
         return [{key: value.to(device) for key, value in batch.items() if key not in COUNTS} for batch in batches]
 
     def probe(self, device: torch.device) -> Batch:
@@ -241,13 +237,8 @@ class Job:
         if not isinstance(self.train, batching.Rows | batching.PackedRows):
             return next(self.sample(device))
         rows = self.train if isinstance(self.train, batching.Rows) else self.train.rows
-        batch = self.task.collator(self.tokenizer)([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
+        batch = self.collate([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
         return {key: value.to(device) for key, value in batch.items()}
-
-
-def _vocabulary(recipe: Recipe, tokenizer: Any) -> int:
-    """Count the logits of a token; 0 for a classifier."""
-    return len(tokenizer) if recipe.task.peft_type == "CAUSAL_LM" else 0
 
 
 def _stream_workers(recipe: Recipe, machine: Machine) -> int:

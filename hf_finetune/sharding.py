@@ -27,8 +27,7 @@ from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.hardware import Machine
 from hf_finetune.model import LoadedModel
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks import _packing as packing
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 NOT_WITH_FSDP = {
     "training.optimizer": {
@@ -55,7 +54,7 @@ POLL_S = 0.05
 
 def load(
     recipe: Recipe,
-    targets: Targets,
+    targets: State,
     machine: Machine,
     tokenizer: PreTrainedTokenizerBase,
     outline: PreTrainedModel,
@@ -65,7 +64,7 @@ def load(
     def read() -> LoadedModel:
         loaded = model.load(recipe, targets, machine, tokenizer, outline)
         if recipe.data.packing:
-            packing.check_packing(loaded.model)
+            recipe.task.check_packing(loaded.model)
         return loaded
 
     if not reads_once(recipe, machine, outline):

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 from hf_finetune.runfolder import write_atomically
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 VERSION = 1
 
@@ -22,19 +22,21 @@ VERSION = 1
 class Kept:
     """What the file holds."""
 
-    targets: Targets
+    targets: State
     started_in: Path
     """The working directory of the run, to which relative paths of its recipe belong."""
 
 
-def to_json(targets: Targets) -> dict[str, Any]:
+def to_json(targets: State) -> dict[str, Any]:
     """The targets in a form that JSON keeps."""
     plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
+    if not targets.more:
+        del plain["more"]  # version 0.1.0 does not know it
     # A list of pairs, as JSON would turn integer keys into text.
     return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
 
 
-def from_json(stored: dict[str, Any]) -> Targets:
+def from_json(stored: dict[str, Any]) -> State:
     """What `to_json` made.
 
     Raises:
@@ -42,11 +44,11 @@ def from_json(stored: dict[str, Any]) -> Targets:
         ValueError: It is something else.
         KeyError: Something is missing.
     """
-    plain = {name: tuple(value) for name, value in stored.items() if name != "id_of"}
-    return Targets(**plain, id_of=dict(stored["id_of"]))
+    plain = {name: tuple(value) for name, value in stored.items() if name not in ("id_of", "more")}
+    return State(**plain, id_of=dict(stored["id_of"]), more=stored.get("more", {}))
 
 
-def write(file: Path, targets: Targets) -> None:
+def write(file: Path, targets: State) -> None:
     """Write the file, whole or not at all.
 
     Raises:

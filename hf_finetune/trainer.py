@@ -54,6 +54,9 @@ class FinetuneTrainer(ResumableTrainer):
         self.paths = Paths(job.task, job.targets)
         self._split = "validation"
         self._step_loss: torch.Tensor | float = 0.0
+        self._logged_at = 0
+        self._logged: dict[str, torch.Tensor | float] = {}
+        """Sums of `Loss.logs` since the last log, each micro-batch's share of the mean over its global batch."""
         self._streamed: torch.Tensor | None = None
         self._is_left_out = False
         """Whether the step that is being made is left out."""
@@ -96,10 +99,9 @@ class FinetuneTrainer(ResumableTrainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
-        collator = self.job.task.collator(self.job.tokenizer)
         rows = batching.Rows(encoded, self.job.task)
         tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
-        return batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
+        return batching.eval_loader(rows, batching.lengths_of(encoded), division, self.job.collate, tokens)
 
     # ---- loss ----
 
@@ -117,7 +119,7 @@ class FinetuneTrainer(ResumableTrainer):
             if batching.FAILED in batch:
                 raise batch[batching.FAILED]
         task, targets = self.job.task, self.job.targets
-        items = sum(task.items(batch["labels"], targets).to(torch.float64) for batch in batch_samples)
+        items = sum(task.count(batch, targets).to(torch.float64) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
         streamed = [batch.pop(batching.STREAMED) for batch in batch_samples if batching.STREAMED in batch]
         if streamed:
@@ -159,13 +161,15 @@ class FinetuneTrainer(ResumableTrainer):
         The shares of all micro-batches of all ranks add up to the loss; times the world size, because the gradients
         of the ranks are averaged.
         """
-        labels = inputs.pop("labels")
-        plain = {key: value for key, value in inputs.items() if key not in COUNTS}
+        batch = {key: value for key, value in inputs.items() if key not in COUNTS}
         task, targets = self.job.task, self.job.targets
-        items = task.items(labels, targets) if num_items_in_batch is None else num_items_in_batch
+        items = task.count(batch, targets) if num_items_in_batch is None else num_items_in_batch
+        found = task.loss(self.paths.forward(model), batch, targets)
         # A global batch without a single item has a loss of 0, not 0/0.
-        loss = self.paths.loss_sum(model, plain, labels) / torch.clamp(torch.as_tensor(items), min=1e-8)
-        loss = loss * self.args.world_size
+        share = self.args.world_size / torch.clamp(torch.as_tensor(items), min=1e-8)
+        loss = found.sum / torch.clamp(torch.as_tensor(items), min=1e-8) * self.args.world_size
+        for name, value in (found.logs or {}).items():
+            self._logged[name] = self._logged.get(name, 0.0) + value.detach() * share
         adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
         penalty = self.job.adapter.penalty(adapted)
         if penalty is not None:
@@ -185,9 +189,8 @@ class FinetuneTrainer(ResumableTrainer):
     def _prove_paths(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         """Compare the fast paths of a sharded model with the plain ones; all ranks do, before the first step."""
         rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
-        labels = rows.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            self.paths.prove(model.eval(), rows, labels)
+            self.paths.prove(model.eval(), rows)
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> Any:
         """Gradient norm, looked at before the optimiser takes the step.
@@ -270,6 +273,10 @@ class FinetuneTrainer(ResumableTrainer):
             logs["steps_not_taken"] = self.guard.not_taken
         if "loss" in logs and self.accelerator.scaler is not None:
             logs["loss_scale"] = self.accelerator.scaler.get_scale()
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._logged_at)
+            logs |= {name: self._mean_over_ranks(value) / steps for name, value in self._logged.items()}
+            self._logged, self._logged_at = {}, self.state.global_step
         super().log(logs, *arguments, **options)
 
     def _mean_over_ranks(self, loss: Any) -> float:
@@ -358,31 +365,31 @@ class FinetuneTrainer(ResumableTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """What the task's metrics need of each row, and the rows' numbers; never whole logits of a language model."""
+    ) -> tuple[None, Any, torch.Tensor]:
+        """Predictions, and the numbers of their rows."""
         self.progress(self.state.global_step, "evaluating")
         self.stop_evaluation_if_asked()
         if self._look is not None:
             self._look.announce(inputs)
         inputs = self._prepare_inputs(inputs)
-        labels, row_ids = inputs.pop("labels"), inputs.pop("row_ids")
-        by_position = None if self._look is None else self._look.by_position
+        row_ids = inputs.pop("row_ids")
+        totals = None if self._look is None else self._look.totals
         with torch.no_grad(), self.compute_loss_context_manager():
-            rows = self.paths.eval_rows(model, inputs, labels, by_position)
-        return None, rows, row_ids
+            found = self.job.task.predict(self.paths.forward(model), inputs, self.job.targets, totals)
+        return None, found, row_ids
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics of a split, from rows that come in any order and with fillers."""
-        ids, rows = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
-        real = ids >= 0
-        order = ids[real].argsort()
-        ids, rows = ids[real][order], rows[real][order]
-        metrics = self.job.task.metrics(rows, self.job.targets)
+        """Metrics of a split, from predictions that come in any order and with fillers."""
+        ids = np.asarray(prediction.label_ids)
+        found: Any = prediction.predictions
+        order = ids.argsort()[np.count_nonzero(ids < 0) :]
+        ids, predictions = ids[order], {name: np.asarray(values)[order] for name, values in found.items()}
+        metrics = self.job.task.metrics(predictions, self.job.targets)
         if not np.isfinite(metrics.get("loss", 0.0)):
             message = f"the loss on the {self._split} split is {metrics['loss']} at step {self.state.global_step}"
             raise DivergedError(Problem(f"{message}; lower training.learning_rate"))
         if self._look is not None:
-            metrics |= self._look.score(ids, rows, self.job.task.collator(self.job.tokenizer))
+            metrics |= self._look.score(ids, predictions, self.job.collate)
         questions = self.job.questions.get(self._split)
         return metrics | self._answers(questions) if questions is not None else metrics
 

@@ -34,9 +34,9 @@ def rows(run: Finished) -> Rows:
     """Rows of random tokens, of several lengths."""
     made = batch(run.tokenizer, 8)["input_ids"].tolist()
     ids = [row[: 3 + index] for index, row in enumerate(made)]
-    language = run.recipe.task.peft_type == "CAUSAL_LM"
+    language = run.recipe.task.predicts_next_token
     labels: Any = ids if language else [index % max(1, len(run.targets.names)) for index in range(len(ids))]
-    encoded = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
+    encoded = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "size": [len(row) for row in ids]})
     return Rows(run, encoded, "validation", (), len(ids))
 
 

@@ -61,7 +61,7 @@ def build(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32", s
     tokenizer = model.load_tokenizer(made.model)
     set_seed(2)
     setting = Setting(
-        peft_type=made.task.peft_type,
+        peft_type=made.task.peft_task,
         tokenizer=tokenizer,
         total_steps=steps,
         head_modules=base.head_modules,

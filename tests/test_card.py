@@ -146,13 +146,16 @@ def test_rows_cut_off_the_training_split_are_not_called_the_hubs_validation(tiny
     assert (made.dataset_split, made.dataset_args) == ("train", {"share": 0.1, "limit": 50, "seed": seed})
 
 
+NO_TEMPLATE, TEMPLATE = (SimpleNamespace(chat_template=template) for template in (None, "{{ messages }}"))
+
+
 def test_data_of_the_hub_are_named_and_files_are_not(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA)
     tree = made.model_dump(mode="json") | {"data": {"source": "nyu-mll/glue", "subset": "sst2", "train": "train"}}
     public = Recipe.model_validate(tree)
     assert naming.hub_sources(public) == ["nyu-mll/glue"]
     assert "source: nyu-mll/glue" in naming.public_recipe(public)
-    data: Any = ModelCard(page.plain(public, TWO, loaded(made).model.config, has_template=False)).data
+    data: Any = ModelCard(page.plain(public, TWO, loaded(made).model.config, NO_TEMPLATE)).data
     assert data.datasets == ["nyu-mll/glue"]
     assert naming.hub_sources(made) == []
 
@@ -161,7 +164,7 @@ def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -
     names = (EVIL, "plain", "\x1b[31mred\u202e")
     targets = Targets(names=names, counts=(1, 2, 3), id_of={name: i for i, name in enumerate(names)})
     made = recipe(tiny_bert, LORA, CLASSIFIER | {"labels": list(names)[:2]})
-    text = page.plain(made, targets, loaded(made, targets).model.config, has_template=False)
+    text = page.plain(made, targets, loaded(made, targets).model.config, NO_TEMPLATE)
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
     assert "base_model" not in header
     assert [line for line in text.splitlines() if line.startswith("# ")] == ["# lora for text_classification"]
@@ -179,7 +182,7 @@ def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -
 
 def test_s15_a_system_turn_cannot_end_the_code(tiny_llama: str) -> None:
     made = recipe(tiny_llama, LORA, {"kind": "causal_lm", "prompt": "a", "completion": "b", "system": EVIL})
-    text = page.plain(made, Targets(), loaded(made, Targets()).model.config, has_template=True)
+    text = page.plain(made, Targets(), loaded(made, Targets()).model.config, TEMPLATE)
     blocks = re.findall(r"```python\n(.*?)```", text.partition("## Training")[0], re.DOTALL)
     compile(blocks[1], "card", "exec")
     fence = re.findall(r"^(`{4,})yaml\n.*?^\1$", text, re.DOTALL | re.MULTILINE)
@@ -260,7 +263,7 @@ def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypa
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:
     made = recipe("owner/base", LORA)
     config = loaded(recipe(tiny_bert, LORA)).model.config
-    text = page.plain(made, TWO, config, has_template=False)
+    text = page.plain(made, TWO, config, NO_TEMPLATE)
     moved = loading.moved(text, "me/x")
     assert moved == text.replace('folder = "."', 'folder = "me/x"')
     assert "AutoPeftModelForSequenceClassification" in moved

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from hf_finetune.errors import DataError, ModelError
 from hf_finetune.tasks._generation import Generation
-from hf_finetune.tasks.base import IGNORE, Encoded, Targets
+from hf_finetune.tasks.base import IGNORE, Features, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
 ROWS: dict[str, list[Any]] = {
@@ -32,8 +34,8 @@ def tokenizer(tiny_llama: str) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def encode(task: CausalLM, tokenizer: Any, max_length: int = 100, rows: Any = ROWS) -> list[Encoded]:
-    return task.encode(rows, tokenizer, Targets(), max_length)
+def encode(task: CausalLM, tokenizer: Any, max_length: int = 100, rows: Any = ROWS) -> list[Features]:
+    return task.features(rows, tokenizer, Targets(), max_length)
 
 
 def labels_of(row: Any) -> list[int]:
@@ -62,9 +64,9 @@ def test_fields_that_do_not_fit_together_are_refused() -> None:
 
 
 def test_columns() -> None:
-    assert CausalLM(prompt="{a}: {b}", completion="{b}c{d}").columns() == ["a", "b", "d"]
-    assert CausalLM(messages="m", tools="t").columns() == ["m", "t"]
-    assert CausalLM(text="x").columns() == ["x"]
+    assert list(CausalLM(prompt="{a}: {b}", completion="{b}c{d}").columns()) == ["a", "b", "d"]
+    assert list(CausalLM(messages="m", tools="t").columns()) == ["m", "t"]
+    assert list(CausalLM(text="x").columns()) == ["x"]
 
 
 def test_exact_match_selects_the_best_only_where_answers_are_generated() -> None:
@@ -93,7 +95,7 @@ def test_prompt_and_completion_are_joined_where_there_is_no_template(tokenizer: 
 def test_plain_text_is_trained_in_full_and_ends_with_eos(tokenizer: Any) -> None:
     row = encode(CausalLM(text="question"), tokenizer)[1]
     assert trained(row, tokenizer) == "is it good ? <|endoftext|>"
-    assert row["trained"] == row["length"] - 1
+    assert row["weight"] == row["whole"] - 1
 
 
 def test_train_on_all_trains_every_token(tokenizer: Any) -> None:
@@ -105,9 +107,9 @@ def test_train_on_all_trains_every_token(tokenizer: Any) -> None:
 
 def test_a_long_row_is_cut_from_the_right_and_keeps_its_full_length(tokenizer: Any) -> None:
     whole, cut = encode(PAIR, tokenizer)[1], encode(PAIR, tokenizer, max_length=14)[1]
-    assert (len(cut["input_ids"]), cut["length"]) == (14, len(whole["input_ids"]))
+    assert (len(cut["input_ids"]), cut["whole"]) == (14, len(whole["input_ids"]))
     assert cut["input_ids"] == whole["input_ids"][:14]
-    assert (whole["trained"], cut["trained"]) == (6, 2)
+    assert (whole["weight"], cut["weight"]) == (6, 2)
 
 
 def test_a_bad_row_is_named(tokenizer: Any) -> None:
@@ -134,7 +136,7 @@ def test_prompts_are_what_stands_before_the_trained_tokens(task: CausalLM, templ
     tokenizer.chat_template = tokenizer.chat_template if templated else None
     for row, prompt in zip(encode(task, tokenizer), task.prompts(ROWS, tokenizer, 2), strict=True):
         assert row["input_ids"][: len(prompt)] == prompt
-        assert row["trained"] > 0
+        assert row["weight"] > 0
         assert [label == IGNORE for label in labels_of(row)].count(True) == len(prompt) + templated
 
 
@@ -145,30 +147,45 @@ def test_references_are_the_last_answers() -> None:
         CausalLM(messages="chat").references({"chat": [[{"role": "user", "content": "one"}]]}, 1)
 
 
+def samples(task: CausalLM, rows: Any, tokenizer: Any) -> list[list[int]]:
+    found = task.samples(Dataset.from_dict(rows), tokenizer)
+    assert found is not None
+    return found.prompts
+
+
 def test_samples_are_fixed_texts_or_the_first_rows(tokenizer: Any) -> None:
     fixed = CausalLM(prompt="question", completion="answer", sample_prompts=["is it good ?"])
-    assert fixed.samples({}, tokenizer) == PAIR.prompts(ROWS, tokenizer, 2)[1:]
-    assert PAIR.samples(ROWS, tokenizer) == PAIR.prompts(ROWS, tokenizer, 2)
-    assert CausalLM(text="t", sample_prompts=1).samples({"t": ["one " * 99]}, tokenizer) == [
+    assert samples(fixed, {}, tokenizer) == PAIR.prompts(ROWS, tokenizer, 2)[1:]
+    assert samples(PAIR, ROWS, tokenizer) == PAIR.prompts(ROWS, tokenizer, 2)
+    assert samples(CausalLM(text="t", sample_prompts=1), {"t": ["one " * 99]}, tokenizer) == [
         tokenizer("one " * 32)["input_ids"]
     ]
-    assert CausalLM(text="t", sample_prompts=["one two"]).samples({}, tokenizer) == [tokenizer("one two")["input_ids"]]
+    assert samples(CausalLM(text="t", sample_prompts=["one two"]), {}, tokenizer) == [tokenizer("one two")["input_ids"]]
+
+
+def sums(rows: list[list[float]]) -> dict[str, Any]:
+    return dict(zip(("nats", "tokens", "right"), np.array(rows, dtype=np.float32).T, strict=True))
 
 
 def test_metrics_are_over_tokens_not_rows() -> None:
-    found = PAIR.metrics(np.array([[2.0, 1.0, 0.0], [4.0, 3.0, 3.0]], dtype=np.float32), Targets())
+    found = PAIR.metrics(sums([[2.0, 1.0, 0.0], [4.0, 3.0, 3.0]]), Targets())
     assert found == pytest.approx({"loss": 1.5, "perplexity": math.exp(1.5), "token_accuracy": 0.75})
-    assert PAIR.metrics(np.array([[1e6, 1.0, 0.0]]), Targets())["perplexity"] == math.inf
-    assert PAIR.metrics(np.zeros((2, 3)), Targets()) == {}
+    assert PAIR.metrics(sums([[1e6, 1.0, 0.0]]), Targets())["perplexity"] == math.inf
+    assert PAIR.metrics(sums([[0.0] * 3] * 2), Targets()) == {}
 
 
 def test_smoothing_is_in_the_training_loss_only() -> None:
     task = CausalLM(text="t", label_smoothing=0.2)
     logits, labels = torch.randn(2, 4, 9), torch.randint(0, 9, (2, 4))
-    plain = CausalLM(text="t").loss_sum(logits, labels, Targets())
-    assert task.loss_sum(logits, labels, Targets()).item() != pytest.approx(plain.item(), rel=1e-3)
-    assert task.eval_rows(logits, labels)[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-5)
-    assert task.items(labels, Targets()) == 6
+    batch = {"labels": labels}
+
+    def model() -> Any:
+        return SimpleNamespace(logits=logits)
+
+    plain = CausalLM(text="t").loss(model, batch, Targets()).sum
+    assert task.loss(model, batch, Targets()).sum.item() != pytest.approx(plain.item(), rel=1e-3)
+    assert task.predict(model, batch, Targets())["nats"].sum().item() == pytest.approx(plain.item(), rel=1e-5)
+    assert task.count(batch, Targets()) == 6
 
 
 def test_answer_metrics_use_the_pattern() -> None:

@@ -125,7 +125,7 @@ def test_every_format_gives_the_same_rows(classify: Prepare, suffix: str) -> Non
     assert prepared.raw_test is not None
     assert prepared.raw_test[:]["text"] == rows["text"]
     assert prepared.train[:]["labels"] == [1, 1, 0, 0]
-    assert set(prepared.train.column_names) == {"input_ids", "labels", "length", "row"}
+    assert set(prepared.train.column_names) == {"input_ids", "labels", "size", "row"}
 
 
 def test_words_that_pandas_takes_for_missing_stay_text(classify: Prepare) -> None:
@@ -360,7 +360,7 @@ def test_dropped_rows_are_counted_and_leave_the_order(model_texts: Prepare) -> N
     assert prepared.reports["test"] == data.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
     assert prepared.test is not None
     assert prepared.test["row"][:] == [0, 2]
-    assert prepared.test["length"][:] == [4, 6]
+    assert prepared.test["size"][:] == [4, 6]
 
 
 def test_refused_rows_are_named(model_texts: Prepare) -> None:
@@ -394,7 +394,7 @@ def test_a_mix_follows_the_weights_until_one_source_is_used_up(model_texts: Prep
     parts = [{"train": "a.jsonl", "weight": 3.0}, {"train": "b.jsonl"}]
     train = model_texts(mix=parts).train
     assert isinstance(train, datasets.Dataset)
-    lengths = train["length"][:]
+    lengths = train["size"][:]
     first, second = lengths.count(3), lengths.count(2)
     assert first == 300
     assert 2.3 < first / second < 4.0

@@ -127,7 +127,7 @@ def test_a_damaged_entry_is_built_anew(llama: PreTrainedTokenizerBase, damage: s
     again = prepare(llama).train
     assert isinstance(whole, datasets.Dataset)
     assert isinstance(again, datasets.Dataset)
-    assert again[:]["length"] == [4, 21, 6, 41]
+    assert again[:]["size"] == [4, 21, 6, 41]
     assert len(entries()) == 1
 
 
@@ -161,7 +161,7 @@ def run_rank(tokenizer: str, jobs: list[tuple[Machine, str]], together: Any, ans
             answers.put((job, f"exit {error.exit_code}", str(error)))
         else:
             assert isinstance(prepared.train, datasets.Dataset)
-            answers.put((job, "rows", prepared.train["length"][:]))
+            answers.put((job, "rows", prepared.train["size"][:]))
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
 
 
 def test_the_loser_of_a_race_takes_the_winners_entry(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"input_ids": [[1]], "length": [1]})
+    rows = datasets.Dataset.from_dict({"input_ids": [[1]], "size": [1]})
     content = cache.Content({"train": rows}, {}, Targets(), {})
     winner, loser = cache.Entry(tmp_path, "key"), cache.Entry(tmp_path, "key")
     built: list[int] = []
@@ -222,9 +222,9 @@ def test_a_bug_of_the_first_rank_is_told_to_the_others_once(tmp_path: Path) -> N
         entry.get(fail, builds=True)
     with pytest.raises(PeerError, match=r"failed to prepare the data: ZeroDivisionError\('a bug'\)"):
         entry.get(fail, builds=False)
-    rows = datasets.Dataset.from_dict({"length": [1]})
+    rows = datasets.Dataset.from_dict({"size": [1]})
     entry.get(lambda _: cache.Content({"train": rows}, {}, Targets(), {}), builds=True)
-    assert entry.get(fail, builds=False).encoded["train"]["length"][:] == [1]
+    assert entry.get(fail, builds=False).encoded["train"]["size"][:] == [1]
 
 
 def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def stream(tokenizer: PreTrainedTokenizerBase, **block: Any) -> data.Stream:
 
 
 def lengths(rows: Iterator[Any], count: int) -> list[int]:
-    return [row["length"] for row in itertools.islice(rows, count)]
+    return [row["size"] for row in itertools.islice(rows, count)]
 
 
 def test_a_pass_holds_every_row_once_and_the_next_has_another_order(llama: PreTrainedTokenizerBase) -> None:

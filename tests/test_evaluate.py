@@ -171,7 +171,7 @@ def test_only_answers_to_the_same_rows_are_compared() -> None:
         def scored(count: int, pattern: str) -> Any:
             answers = {"exact_match": np.ones(count)} if count else {}
             task: Any = SimpleNamespace(answer_pattern=pattern)
-            return Scored(task, Targets(), np.ones((5, 2)), np.arange(5), np.arange(count), answers)
+            return Scored(task, Targets(), {}, np.arange(5), np.arange(count), answers)
 
         *both, told = versus._same_answers(scored(5, "x"), scored(rows, pattern), "other")
         assert [len(one.answered) for one in both] == [kept, kept]
@@ -217,8 +217,8 @@ def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatte
 
 
 def scored(logits: Any, labels: Any, names: tuple[str, ...] = ("a", "b")) -> Scored:
-    rows = np.column_stack([logits, labels]).astype(np.float32)
-    return Scored(TASK, Targets(names), rows, np.arange(len(rows)))
+    predictions = {"logits": np.asarray(logits, np.float32), "labels": np.asarray(labels)}
+    return Scored(TASK, Targets(names), predictions, np.arange(len(labels)))
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_rows_that_one_has_right() -> None:
@@ -244,10 +244,15 @@ def test_paired_intervals_are_narrower_than_those_of_each() -> None:
     assert low > 0
 
 
+def tokens(first: int) -> dict[str, Any]:
+    rows = np.array([[3.0, first, 1], [2, 2, 2]], np.float32)
+    return dict(zip(("nats", "tokens", "right"), rows.T, strict=True))
+
+
 def test_losses_of_other_tokens_are_not_compared() -> None:
     task = CausalLM(kind="causal_lm", text="text")
-    this = Scored(task, Targets(), np.array([[3.0, 4, 1], [2, 2, 2]], np.float32), np.arange(2))
-    other = Scored(task, Targets(), np.array([[3.0, 5, 1], [2, 2, 2]], np.float32), np.arange(2))
+    this = Scored(task, Targets(), tokens(4), np.arange(2))
+    other = Scored(task, Targets(), tokens(5), np.arange(2))
     found = compare(this, other, "other")
     assert (found.differences, found.bounds) == ({}, {})
     assert "are not compared" in found.notes[0]

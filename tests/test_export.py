@@ -157,8 +157,9 @@ def test_verify_fails_on_other_weights(tiny_bert: str, tmp_path: Path) -> None:
     made, adapted = saved(tiny_bert, tmp_path / "a")
     with torch.no_grad():
         next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(0.5)
+    inputs = batch(model.load_tokenizer(made.model))
     with pytest.raises(ModelError, match="does not load back to the trained model"):
-        export.verify(adapted, made, machine(), batch(model.load_tokenizer(made.model)), tmp_path / "a")
+        export.verify(adapted, made, machine(), inputs, tmp_path / "a")
 
 
 def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path, monkeypatch: Any) -> None:

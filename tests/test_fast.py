@@ -90,8 +90,8 @@ def plain_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
 
 def fast_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     inputs, labels = tokens()
-    head = FastHead(model.get_base_model().get_output_embeddings(), smoothing)
-    with head.asked(labels):
+    head = FastHead(model.get_base_model().get_output_embeddings())
+    with head.asked(labels, smoothing):
         found = head.loss_sum(model(**inputs).logits)
     head.remove()
     return found
@@ -156,7 +156,7 @@ def test_a_head_that_learns_meets_trained_tokens_only(smoothing: float) -> None:
 def test_nothing_to_learn_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
     model = llama()
     inputs, labels = tokens()
-    head = FastHead(model.get_base_model().get_output_embeddings(), 0.0)
+    head = FastHead(model.get_base_model().get_output_embeddings())
     with head.asked(torch.full_like(labels, -100)):
         loss = head.loss_sum(model(**inputs).logits)
     assert loss.item() == 0
@@ -334,7 +334,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         steps = []
         for _ in range(50):
-            loss = paths.loss_sum(model, inputs, labels)
+            loss = paths.loss_sum(model, {**inputs, "labels": labels})
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -371,7 +371,7 @@ def test_a_language_model_gets_no_mask_where_it_needs_none(monkeypatch: pytest.M
             paths = fast.take(model, made, models.machine(), models.TWO, padded())
             assert "skip_padding_mask" in paths.taken
         masks.clear()
-        loss = paths.loss_sum(model, inputs, labels)
+        loss = paths.loss_sum(model, {**inputs, "labels": labels})
         assert masks == [not quick] * 2
         found.append({**gradients(model, loss), "loss": loss.detach()[None]})
     assert distance(*found) < 1e-5
@@ -424,7 +424,7 @@ def test_packed_documents_attend_apart(
             paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
             assert "document_attention" in paths.taken
         sizes.clear()
-        loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone()}, labels)
+        loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone(), "labels": labels})
         found.append({**gradients(model, loss), "loss": loss.detach()[None]})
     assert distance(*found) < 1e-4
     if name == "sdpa" and lengths[0] == [70, 90]:
@@ -449,7 +449,7 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
     cap: dict[str, Any] = {"head_dim": 16, "final_logit_softcapping": 2.0}
     base: Any = Gemma2ForCausalLM(Gemma2Config(**LLM, **cap)) if capped else LlamaForCausalLM(LlamaConfig(**LLM))
     model = adapted(base, task_type="CAUSAL_LM")
-    plain = fast.Paths(made.task, models.TWO).loss_sum(model, inputs, labels)
+    plain = fast.Paths(made.task, models.TWO).loss_sum(model, {**inputs, "labels": labels})
     expected = gradients(model, plain)
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -461,16 +461,16 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
         fully_shard(model, reshard_after_forward=True, mp_policy=policy)
         assert paths.makes_all_logits, "not before it is proven"
         with torch.no_grad():
-            paths.prove(model, inputs, labels)
+            paths.prove(model, {**inputs, "labels": labels})
         assert set(paths.taken) == ({"none"} if capped else {"fused_loss", "skip_padding_mask"})
         if not capped:
-            loss = paths.loss_sum(model, inputs, labels)
+            loss = paths.loss_sum(model, {**inputs, "labels": labels})
             assert loss.item() == pytest.approx(plain.item(), rel=1e-5), "not rounded to bf16"
             found = {name: tensor.full_tensor() for name, tensor in gradients(model, loss).items()}  # type: ignore[attr-defined]
             assert distance(found, expected) < 1e-5
             with torch.no_grad():
-                rows = paths.eval_rows(model, inputs, labels)
-            assert rows[:, 0].sum().item() == pytest.approx(plain.item(), rel=1e-4)
+                found = made.task.predict(paths.forward(model), {**inputs, "labels": labels}, models.TWO)
+            assert found["nats"].sum().item() == pytest.approx(plain.item(), rel=1e-4)
     finally:
         distributed.destroy_process_group()
 
@@ -526,4 +526,4 @@ def test_a_model_that_would_say_something_else_takes_none() -> None:
     paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
     assert list(paths.taken) == ["none"]
     assert torch.equal(model(**inputs).logits, before)
-    assert paths.loss_sum(model, inputs, labels).item() == plain_loss(model).item()
+    assert paths.loss_sum(model, {**inputs, "labels": labels}).item() == plain_loss(model).item()

@@ -64,8 +64,8 @@ def turn(role: str, content: Any, **keys: Any) -> dict[str, Any]:
 def encoded(template: str, chat: list[Any], **task: Any) -> tuple[str, str, set[str]]:
     """The whole chat and what is trained of it, as text, and what was noticed."""
     tokenizer = byte_tokenizer(template)
-    row = CausalLM(messages="chat", **task).encode({"chat": [chat]}, tokenizer, Targets(), 9999)[0]
-    kept = [label for label in row["labels"] if label != IGNORE]  # type: ignore[union-attr]
+    row = CausalLM(messages="chat", **task).features({"chat": [chat]}, tokenizer, Targets(), 9999)[0]
+    kept = [label for label in row["labels"] if label != IGNORE]
     noticed = {check for check, bit in REMARKS.items() if row["remarks"] & bit}
     return tokenizer.decode(row["input_ids"]), tokenizer.decode(kept), noticed
 
@@ -100,7 +100,7 @@ def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None
     chats = [[ASKED, *(turn(role, "hi") for role in roles), ASKED, ANSWERED] for roles in shapes]
     chats.append([turn("observation", "is"), ASKED, ANSWERED])
     with pytest.raises(DataError, match=r"turn 1 \(observation\): .* drops its content; name"):
-        CausalLM(messages="chat").encode({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
+        CausalLM(messages="chat").features({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
@@ -239,7 +239,7 @@ def test_named_templates_without_a_default_are_one_line() -> None:
     tokenizer.chat_template = {"rag": PREFIXED, "tool_use": CALLS}
     task = CausalLM(messages="chat")
     with pytest.raises(ModelError, match="chat templates rag, tool_use, and none called default"):
-        task.encode({"chat": [[ASKED, ANSWERED]]}, tokenizer, Targets(), 99)
+        task.features({"chat": [[ASKED, ANSWERED]]}, tokenizer, Targets(), 99)
 
 
 def test_special_tokens_in_the_text_can_be_read_as_text() -> None:
@@ -247,7 +247,7 @@ def test_special_tokens_in_the_text_can_be_read_as_text() -> None:
     tokenizer = byte_tokenizer(PREFIXED)
     for escapes, ends in ((False, 3), (True, 2)):
         task = CausalLM(messages="chat", escape_special_tokens=escapes)
-        ids: list[int] = task.encode({"chat": [chat]}, tokenizer, Targets(), 999)[0]["input_ids"]
+        ids: list[int] = task.features({"chat": [chat]}, tokenizer, Targets(), 999)[0]["input_ids"]
         asked = task.ask({"chat": [chat]}, tokenizer)[0]
         assert ids[: len(asked)] == asked
         assert ids.count(tokenizer.eos_token_id) == ends
@@ -266,7 +266,7 @@ def test_a_prompt_with_other_tokens_than_it_has_alone_is_counted(shared: Path) -
     rows = {"p": texts[::2], "c": texts[1::2][: len(texts[::2])]}
     rows["p"] = rows["p"][: len(rows["c"])]
     task = CausalLM(prompt="p", completion="c")
-    encoded = task.encode(rows, tokenizer, Targets(), 99)
+    encoded = task.features(rows, tokenizer, Targets(), 99)
     said = [bool(row["remarks"] & REMARKS["split_token"]) for row in encoded]
     asked = task.prompts(rows, tokenizer, len(said))
     found = [row["input_ids"][: len(ids)] != ids for row, ids in zip(encoded, asked, strict=True)]

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,15 @@ def evaluated(run: Finished, network: Any) -> np.ndarray[Any, Any]:
 
     prepared = data.prepare(run.recipe, run.tokenizer, run.machine)
     encoded: Any = prepared.validation
-    vocabulary = len(run.tokenizer) if run.recipe.task.peft_type == "CAUSAL_LM" else 0
-    most = hardware.eval_batch(run.recipe, run.machine, vocabulary)
+    most = hardware.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
     rows = batching.Rows(encoded, run.recipe.task)
     served = run.serve(network)
-    collator = run.recipe.task.collator(run.tokenizer)
+    collate = partial(run.recipe.task.collate, processor=run.tokenizer, state=run.targets)
     tokens = most.budget(all_logits=served.paths.makes_all_logits)
-    loader = batching.eval_loader(rows, encoded["length"], batching.Division(most.rows, most.rows), collator, tokens)
-    found: list[Any] = [None] * len(encoded)
-    for batch in loader:
-        for row, values in zip(batch["row_ids"].tolist(), served.rows(batch).tolist(), strict=True):
-            found[row] = values
-    return np.array(found, dtype=np.float32)
+    loader = batching.eval_loader(rows, encoded["size"], batching.Division(most.rows, most.rows), collate, tokens)
+    plot = run.recipe.task.plots(batching.predicted(loader, served.predict), run.targets)
+    assert plot is not None
+    return plot.rows
 
 
 @pytest.mark.parametrize("kind", ["classifier", "chatter"])

@@ -26,7 +26,7 @@ def estimate(made: Any, rows: int = 4, tokens: int = 16, **shapes: tuple[int, in
 
 
 def on(device: Any, made: Any, shapes: Shapes) -> Estimate:
-    targets = TWO if made.task.peft_type == "SEQ_CLS" else Targets()
+    targets = TWO if made.task.peft_task == "SEQ_CLS" else Targets()
     return memory.estimate(made, targets, model.load_tokenizer(made.model), device, shapes)
 
 

@@ -143,17 +143,18 @@ def test_examples_are_the_most_confidently_wrong_rows_by_their_number_in_the_fil
 
 
 def test_a_wrong_number_and_wrong_cells_are_told_apart() -> None:
-    from hf_finetune.observing.predictions import judge
     from hf_finetune.tasks.base import Targets
     from hf_finetune.tasks.text_classification import TextClassification
 
     numbers = TextClassification(kind="text_classification", text="t", label="l", problem="regression")
-    judged = judge(numbers, Targets(("l",)), np.arange(3), np.array([[1.0, 1.5], [2, -2], [3, math.nan]], "f4"))
-    assert (judged.worst(9).tolist(), judged.predicted, judged.truth) == ([1, 0], ["1", "2"], ["1.5", "-2"])
+    found = {"logits": np.array([[1.0], [2], [3]], "f4"), "labels": np.array([1.5, -2, math.nan], "f4")}
+    judged = numbers.judge(found, Targets(("l",)))
+    assert (judged.wrong.tolist(), judged.predicted, judged.truth) == ([True, True], ["1", "2"], ["1.5", "-2"])
+    assert judged.confidence.tolist() == [0.5, 4.0]
     cells = TextClassification(kind="text_classification", text="t", label=["a", "b"], problem="multi_label")
     logits = np.array([[2.0, -1, 1, 1], [3, 3, 0, 0], [-4, 4, 0, 1]], "f4")
-    judged = judge(cells, Targets(("a", "b")), np.arange(3), logits)
-    assert judged.worst(9).tolist() == [1, 0]
+    judged = cells.judge({"logits": logits[:, :2], "labels": logits[:, 2:]}, Targets(("a", "b")))
+    assert judged.wrong.tolist() == [True, True, False]
     assert (judged.predicted, judged.truth) == (["a", "a, b", "b"], ["a, b", "", "b"])
     assert judged.confidence[:2] == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))])
 
@@ -263,15 +264,16 @@ def test_positions_are_binned_by_width() -> None:
 
 
 def test_a_position_counts_where_its_token_stands() -> None:
-    from hf_finetune.tasks._token_loss import row_sums
+    from hf_finetune.tasks import _token_loss
 
     logits, labels = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)), torch.full((2, 4), -100)
     labels[0, 2], labels[1, 2], labels[1, 3] = 5, 6, 1
-    sums = torch.zeros(2, 4, dtype=torch.float64)
-    rows = row_sums(logits, labels, sums)
+    found = _token_loss.each(*_token_loss._kept(logits, labels))
+    totals: dict[str, torch.Tensor] = {}
+    _token_loss.add_positions(totals, found, labels)
+    sums = totals["positions"]
     assert sums[1].tolist() == [0, 0, 2, 1]
     assert sums[0, 3] == pytest.approx(torch.nn.functional.cross_entropy(logits[1, 2], labels[1, 3]).item())
-    assert torch.equal(rows, row_sums(logits, labels))
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_finetune.errors import ModelError
-from hf_finetune.tasks._packing import PACKED_ATTENTION, Packing, Padding, check_packing
+from hf_finetune.tasks._packing import PACKED_ATTENTION, check_packing, packed, padded
 from hf_finetune.tasks.base import IGNORE, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 
@@ -79,9 +79,8 @@ def build(config: Any, attention: str) -> Any:
 
 
 def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
-    labels = batch.pop("labels")
     model.zero_grad()
-    loss = TASK.loss_sum(model(**batch).logits, labels, Targets()) / TASK.items(labels, Targets())
+    loss = TASK.loss(model, batch, Targets()).sum / TASK.count(batch, Targets())
     torch.autograd.backward(loss)
     return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -90,11 +89,11 @@ def test_packed_and_padded_loss_and_gradients_agree() -> None:
     for name, attention in OFFERED:
         model = build(CONFIGS[name](), attention)
         assert model.config._attn_implementation == attention
-        padded_loss, padded_gradients = loss_and_gradients(model, Padding(0)(DOCUMENTS))
-        packed_loss, packed_gradients = loss_and_gradients(model, Packing(0)(PACKS))
+        padded_loss, padded_gradients = loss_and_gradients(model, padded(DOCUMENTS, 0))
+        packed_loss, packed_gradients = loss_and_gradients(model, packed(PACKS, 0))
         assert packed_loss == pytest.approx(padded_loss, abs=1e-4)
-        for packed, padded in zip(packed_gradients, padded_gradients, strict=True):
-            torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+        for one, other in zip(packed_gradients, padded_gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_these_models_pass_the_check() -> None:
@@ -146,7 +145,7 @@ def test_a_model_that_does_not_restart_positions_is_refused() -> None:
 
 
 def test_a_packed_row_restarts_positions_and_never_predicts_across_documents() -> None:
-    batch = Packing(pad=9)([[{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}], PACKS[1]])
+    batch = packed([[{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}], PACKS[1]], 9)
     assert "attention_mask" not in batch
     assert batch["input_ids"].tolist()[0] == [1, 2, 3, 9]
     assert batch["position_ids"].tolist()[0] == [0, 1, 0, 0]
@@ -155,7 +154,7 @@ def test_a_packed_row_restarts_positions_and_never_predicts_across_documents() -
 
 
 def test_padding_is_masked_and_not_trained() -> None:
-    batch = Padding(pad=9)([{"input_ids": [1], "labels": [1]}, {"input_ids": [2, 3], "labels": [2, 3]}])
+    batch = padded([{"input_ids": [1], "labels": [1]}, {"input_ids": [2, 3], "labels": [2, 3]}], 9)
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[1, 9], [2, 3]],
         "attention_mask": [[1, 0], [1, 1]],
@@ -164,8 +163,8 @@ def test_padding_is_masked_and_not_trained() -> None:
 
 
 def test_masked_rows_count_nothing_packed_or_not() -> None:
-    assert TASK.items(Padding(0)([TASK.masked(DOCUMENTS[0])])["labels"], Targets()) == 0
-    assert TASK.items(Packing(0)([TASK.masked(PACKS[0])])["labels"], Targets()) == 0
+    assert TASK.count(padded([TASK.masked(DOCUMENTS[0])], 0), Targets()) == 0
+    assert TASK.count(packed([TASK.masked(PACKS[0])], 0), Targets()) == 0
     assert DOCUMENTS[0]["labels"] != [IGNORE] * 9
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from hf_finetune.errors import CheckpointError, DivergedError, Stopped
 
@@ -183,16 +182,17 @@ def test_damaged_checkpoints_are_passed_over_and_none_is_no_reason_to_start_anew
 
 def poisoned(monkeypatch: Any, steps: set[int]) -> None:
     """Makes the training loss NaN in some steps."""
+    from hf_finetune.tasks.base import Loss
     from hf_finetune.tasks.text_classification import TextClassification
 
-    original, calls = TextClassification.loss_sum, {"count": 0}
+    original, calls = TextClassification.loss, {"count": 0}
 
-    def loss_sum(self: Any, logits: torch.Tensor, labels: torch.Tensor, targets: Any) -> torch.Tensor:
+    def loss(*arguments: Any) -> Loss:
         calls["count"] += 1
-        loss = original(self, logits, labels, targets)
-        return loss * float("nan") if calls["count"] in steps else loss
+        found = original(*arguments)
+        return Loss(found.sum * float("nan")) if calls["count"] in steps else found
 
-    monkeypatch.setattr(TextClassification, "loss_sum", loss_sum)
+    monkeypatch.setattr(TextClassification, "loss", loss)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(run: Runner, monkeypatch: Any, tmp_path: Path) -> None:
@@ -234,15 +234,16 @@ def test_steps_that_are_not_finite_can_be_left_out_but_not_without_end(run: Runn
 
 
 def test_a_loss_that_leaps_and_stays_there_ends_the_run(run: Runner, monkeypatch: Any) -> None:
+    from hf_finetune.tasks.base import Loss
     from hf_finetune.tasks.text_classification import TextClassification
 
-    original, calls = TextClassification.loss_sum, {"count": 0}
+    original, calls = TextClassification.loss, {"count": 0}
 
-    def loss_sum(self: Any, *arguments: Any) -> torch.Tensor:
+    def loss(*arguments: Any) -> Loss:
         calls["count"] += 1
-        loss: torch.Tensor = original(self, *arguments)
-        return loss * 50 if calls["count"] >= 14 else loss
+        found = original(*arguments)
+        return Loss(found.sum * 50) if calls["count"] >= 14 else found
 
-    monkeypatch.setattr(TextClassification, "loss_sum", loss_sum)
+    monkeypatch.setattr(TextClassification, "loss", loss)
     with pytest.raises(DivergedError, match=r"at step 15 is more than 3 times the usual"):
         run("training.steps=20", "training.loss_spike={patience: 2}")

@@ -83,7 +83,8 @@ def test_token_metrics_of_sums_are_those_of_the_task() -> None:
     assert sums is not None
     found = {name: float(values[0]) for name, values in sums.metrics(rows.sum(axis=0)[:, None]).items()}
     task = CausalLM(kind="causal_lm", text="text")
-    assert found == pytest.approx(task.metrics(rows, Targets()))
+    predictions = dict(zip(("nats", "tokens", "right"), rows.T, strict=True))
+    assert found == pytest.approx(task.metrics(predictions, Targets()))
 
 
 def test_an_interval_is_that_of_scipy() -> None:

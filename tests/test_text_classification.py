@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -34,10 +36,19 @@ def make(problem: str = "single_label", **fields: Any) -> TextClassification:
     return TextClassification.model_validate({"text": "text", "label": "label", "problem": problem, **fields})
 
 
+def loss_of(task: TextClassification, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+    return task.loss(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels}, targets).sum
+
+
+def predictions(task: TextClassification, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    found = task.predict(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels}, Targets())
+    return {name: values.detach().numpy() for name, values in found.items()}
+
+
 def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], Targets]:
     rows = {"text": TEXTS, **RAW[task.problem]}
-    targets = task.targets(Dataset.from_dict(rows))
-    return [dict(row) for row in task.encode(rows, tokenizer, targets, 64)], targets
+    targets = task.fit(Dataset.from_dict(rows))
+    return [dict(row) for row in task.features(rows, tokenizer, targets, 64)], targets
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
@@ -87,14 +98,14 @@ def test_every_metric_that_selects_exists(problem: str) -> None:
         "multi_label": (torch.arange(40).reshape(20, 2) % 3 == 0).float(),
         "regression": torch.linspace(-1, 1, 20),
     }[problem]
-    found = task.metrics(task.eval_rows(logits, labels).numpy(), targets)
+    found = task.metrics(predictions(task, logits, labels), targets)
     assert set(task.best_metrics) <= set(found)
 
 
 def test_columns() -> None:
     task = make("multi_label", text=["a", "b"], label=["x", "y"])
-    assert task.columns() == ["a", "b", "x", "y"]
-    assert make().columns() == ["text", "label"]
+    assert list(task.columns()) == ["a", "b", "x", "y"]
+    assert list(make().columns()) == ["text", "label"]
 
 
 @every_problem
@@ -111,43 +122,43 @@ def test_the_model_learns_the_names(problem: str, tiny_bert: str, tokenizer: Pre
 
 def test_class_weights_reach_the_targets() -> None:
     train = Dataset.from_dict({"text": TEXTS, "label": ["a", "a", "a", "b"]})
-    assert make(class_weights="balanced").targets(train).weights == pytest.approx((4 / 6, 2.0))
-    assert make(class_weights={"b": 3.0, "a": 1}).targets(train).weights == (1.0, 3.0)
+    assert make(class_weights="balanced").fit(train).weights == pytest.approx((4 / 6, 2.0))
+    assert make(class_weights={"b": 3.0, "a": 1}).fit(train).weights == (1.0, 3.0)
     cells = Dataset.from_dict({"text": TEXTS, "x": [1, 0, 0, 0], "y": [1, 1, 0, 0]})
-    assert make("multi_label", label=["x", "y"], class_weights="balanced").targets(cells).weights == (3.0, 1.0)
+    assert make("multi_label", label=["x", "y"], class_weights="balanced").fit(cells).weights == (3.0, 1.0)
     with pytest.raises(DataError, match="streaming has none"):
-        make(class_weights="balanced", labels=["a", "b"]).targets(train.to_iterable_dataset())
+        make(class_weights="balanced", labels=["a", "b"]).fit(train.to_iterable_dataset())
 
 
 def test_pairs_are_encoded_with_their_labels(tokenizer: PreTrainedTokenizerBase) -> None:
     rows: dict[str, list[Any]] = {"a": ["good", "bad"], "b": ["plot", "film"], "label": [0, 1]}
     task = make(text=["a", "b"])
-    targets = task.targets(Dataset.from_dict(rows))
-    words = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in task.encode(rows, tokenizer, targets, 8)]
+    targets = task.fit(Dataset.from_dict(rows))
+    words = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in task.features(rows, tokenizer, targets, 8)]
     assert words[0] == ["[CLS]", "good", "[SEP]", "plot", "[SEP]"]
     with pytest.raises(DataError, match=r"^row 1: column 'b' is empty"):
-        task.encode({**rows, "b": ["plot", ""]}, tokenizer, targets, 8)
+        task.features({**rows, "b": ["plot", ""]}, tokenizer, targets, 8)
 
 
 def test_rows_to_predict_need_no_label(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = make().encode({"text": TEXTS}, tokenizer, Targets(("a", "b")), 8)
-    assert all("labels" not in row and row["trained"] == 0 for row in rows)
-    assert set(make().collator(tokenizer)([dict(row) for row in rows])) == {"input_ids", "attention_mask"}
+    rows = make().features({"text": TEXTS}, tokenizer, Targets(("a", "b")), 8)
+    assert all("labels" not in row and row["weight"] == 0 for row in rows)
+    assert set(make().collate([dict(row) for row in rows], tokenizer, Targets())) == {"input_ids", "attention_mask"}
 
 
 def test_secret_labels_of_a_test_split_say_what_to_remove(tokenizer: PreTrainedTokenizerBase) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     train = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]}, features=features)
-    targets = make().targets(train)
+    targets = make().fit(train)
     with pytest.raises(DataError, match=r"^row 0, 1, 2, 3: column 'label' is -1: .*remove data\.test"):
-        make().encode({"text": TEXTS, "label": [-1] * 4}, tokenizer, targets, 8)
+        make().features({"text": TEXTS, "label": [-1] * 4}, tokenizer, targets, 8)
 
 
 @every_problem
 def test_batches_are_padded_on_the_right(problem: str, tokenizer: PreTrainedTokenizerBase) -> None:
     task = make(problem)
     rows, _ = encoded(task, tokenizer)
-    batch = task.collator(tokenizer)([{**row, "row": 3, "text": "x"} for row in rows])
+    batch = task.collate([{**row, "row": 3, "text": "x"} for row in rows], tokenizer, Targets())
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["attention_mask"].tolist() == [[1] * n + [0] * (14 - n) for n in (7, 4, 14, 3)]
     assert batch["input_ids"][3, 3:].eq(tokenizer.pad_token_id).all()
@@ -155,26 +166,22 @@ def test_batches_are_padded_on_the_right(problem: str, tokenizer: PreTrainedToke
     assert batch["labels"].shape == ((4, 2) if problem == "multi_label" else (4,))
 
 
-def test_rows_of_a_classifier_are_never_packed(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_rows_of_a_classifier_are_never_packed() -> None:
     assert not make().packable
-    with pytest.raises(ValueError, match="can't share a sequence"):
-        make().collator(tokenizer, packed=True)
 
 
 @every_problem
 def test_masked_rows_change_neither_loss_nor_metrics(problem: str, tokenizer: PreTrainedTokenizerBase) -> None:
     task = make(problem)
     rows, targets = encoded(task, tokenizer)
-    collate = task.collator(tokenizer)
-    labels = collate(rows)["labels"]
-    filled = collate([*rows, *map(task.masked, rows)])["labels"]
+    labels = task.collate(rows, tokenizer, targets)["labels"]
+    filled = task.collate([*rows, *map(task.masked, rows)], tokenizer, targets)["labels"]
     logits = torch.randn(8, len(targets.names), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(task.loss_sum(logits, filled, targets), task.loss_sum(logits[:4], labels, targets))
-    assert task.items(filled, targets) == task.items(labels, targets)
-    whole = task.metrics(task.eval_rows(logits, filled).numpy(), targets)
-    assert whole == task.metrics(task.eval_rows(logits[:4], labels).numpy(), targets)
-    assert task.masked(rows[0])["trained"] == 0
-    assert rows[0]["trained"] == 1
+    torch.testing.assert_close(loss_of(task, logits, filled, targets), loss_of(task, logits[:4], labels, targets))
+    assert task.count({"labels": filled}, targets) == task.count({"labels": labels}, targets)
+    whole = task.metrics(predictions(task, logits, filled), targets)
+    assert whole == task.metrics(predictions(task, logits[:4], labels), targets)
+    assert rows[0]["weight"] == 1
 
 
 @every_problem
@@ -182,11 +189,11 @@ def test_the_loss_is_the_models_own(problem: str, tiny_bert: str, tokenizer: Pre
     task = make(problem)
     rows, targets = encoded(task, tokenizer)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **task.model_options(targets)).eval()
-    batch = task.collator(tokenizer)(rows)
+    batch = task.collate(rows, tokenizer, targets)
     out = model(**batch)
-    loss = task.loss_sum(out.logits, batch["labels"], targets) / task.items(batch["labels"], targets)
+    loss = loss_of(task, out.logits, batch["labels"], targets) / task.count(batch, targets)
     torch.testing.assert_close(loss, out.loss)
-    found = task.metrics(task.eval_rows(out.logits, batch["labels"]).detach().numpy(), targets)
+    found = task.metrics(predictions(task, out.logits, batch["labels"]), targets)
     assert found["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
 
 
@@ -194,22 +201,25 @@ def test_weights_and_smoothing_reach_the_loss_but_not_the_metric() -> None:
     task, targets = make(label_smoothing=0.1), Targets(("a", "b"), weights=(1.0, 3.0))
     logits, labels = torch.tensor([[1.0, 0.0], [0.5, 0.0]]), torch.tensor([0, 1])
     expected = torch.nn.functional.cross_entropy(logits, labels, torch.tensor([1.0, 3.0]), label_smoothing=0.1)
-    torch.testing.assert_close(task.loss_sum(logits, labels, targets) / task.items(labels, targets), expected)
+    torch.testing.assert_close(
+        loss_of(task, logits, labels, targets) / task.count({"labels": labels}, targets), expected
+    )
     plain = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert task.metrics(task.eval_rows(logits, labels).numpy(), targets)["loss"] == pytest.approx(plain)
+    assert task.metrics(predictions(task, logits, labels), targets)["loss"] == pytest.approx(plain)
 
 
 def test_the_threshold_decides_what_is_predicted() -> None:
     targets, logits, labels = Targets(("a", "b")), torch.zeros(2, 2), torch.eye(2)
-    rows = make("multi_label").eval_rows(logits, labels).numpy()
+    rows = predictions(make("multi_label"), logits, labels)
     assert make("multi_label", threshold=0.5).metrics(rows, targets)["recall.a"] == 1.0
     assert make("multi_label", threshold=0.6).metrics(rows, targets)["recall.a"] == 0.0
 
 
-def test_evaluated_rows_hold_logits_and_labels() -> None:
-    rows = make().eval_rows(torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([2, -100]))
-    assert rows.dtype == torch.float32
-    assert rows.tolist() == [[1, 1, 1, 2], [1, 1, 1, -100]]
+def test_plots_are_drawn_from_logits_and_labels() -> None:
+    found = predictions(make(), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([2, -100]))
+    plot = make().plots(found, Targets())
+    assert (plot.problem, plot.rows.dtype) == ("single_label", np.float32)
+    assert plot.rows.tolist() == [[1, 1, 1, 2], [1, 1, 1, -100]]
 
 
 @every_problem
@@ -226,12 +236,12 @@ def test_a_linear_layer_learns(problem: str) -> None:
     layer = torch.nn.Linear(6, len(names))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     for _ in range(150):
-        loss = task.loss_sum(layer(inputs), labels, targets) / task.items(labels, targets)
+        loss = loss_of(task, layer(inputs), labels, targets) / task.count({"labels": labels}, targets)
         gradients = torch.autograd.grad(loss, list(layer.parameters()))
         for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
-    found = task.metrics(task.eval_rows(layer(inputs), labels).detach().numpy(), targets)
+    found = task.metrics(predictions(task, layer(inputs), labels), targets)
     reached = found["r2"] if problem == "regression" else min(found[f"f1.{name}"] for name in names)
     assert reached > 0.95
     assert math.isfinite(found["loss"])
@@ -242,6 +252,6 @@ def test_sst2_reads_as_it_is(shared: Path, tokenizer: PreTrainedTokenizerBase) -
     texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
     rows = {"text": list(texts), "label": [int(label) for label in labels]}
     task = make(labels=["negative", "positive"])
-    targets = task.targets(Dataset.from_dict(rows))
+    targets = task.fit(Dataset.from_dict(rows))
     assert targets.counts == (428, 444)
-    assert len(task.encode(rows, tokenizer, targets, 128)) == 872
+    assert len(task.features(rows, tokenizer, targets, 128)) == 872

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers.utils import logging
 
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.tasks import _texts as texts
+from hf_finetune.tasks.base import State
+from hf_finetune.tasks.text_classification import TextClassification
 
 TEXTS = ["the film is good .", "bad plot", "a very very good story , great cast and lovely music !", "dull"]
 PAIRS = [["good " * 50, "bad"], ["bad", "plot"]]
@@ -22,20 +25,20 @@ def tokenizer(tiny_bert: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_bert)
 
 
-def padded(tokenizer: PreTrainedTokenizerBase, rows: list[Any], multiple: int | None = None) -> dict[str, torch.Tensor]:
-    return texts.PadRows(tokenizer, torch.long, multiple)([dict(row) for row in rows])
+def padded(tokenizer: PreTrainedTokenizerBase, rows: list[Any]) -> dict[str, torch.Tensor]:
+    return texts.padded([dict(row) for row in rows], tokenizer)
 
 
 def test_rows_are_tokenised_like_the_tokenizer_does(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = texts.tokenize([TEXTS], tokenizer, 64)
     assert [row["input_ids"] for row in rows] == [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert [row["length"] for row in rows] == [7, 4, 14, 3]
+    assert [row["whole"] for row in rows] == [7, 4, 14, 3]
 
 
 def test_overlong_rows_are_cut_and_tell_their_length(tokenizer: PreTrainedTokenizerBase) -> None:
     column = ["good " * 100, "bad plot", "very good " * 4]
     rows = texts.tokenize([column], tokenizer, 6)
-    assert [row["length"] for row in rows] == [102, 4, 10]
+    assert [row["whole"] for row in rows] == [102, 4, 10]
     assert [row["input_ids"] for row in rows] == tokenizer(column, truncation=True, max_length=6)["input_ids"]
     assert all(row["input_ids"][-1] == tokenizer.sep_token_id for row in rows)
 
@@ -44,7 +47,7 @@ def test_pairs_are_cut_on_their_longer_side(tokenizer: PreTrainedTokenizerBase) 
     rows = texts.tokenize(PAIRS, tokenizer, 8)
     words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
     assert words == ["[CLS]", "good", "good", "good", "good", "[SEP]", "bad", "[SEP]"]
-    assert [row["length"] for row in rows] == [54, 5]
+    assert [row["whole"] for row in rows] == [54, 5]
 
 
 def test_token_types_follow_the_tokenizer(tiny_bert: str) -> None:
@@ -79,21 +82,23 @@ def test_settings_left_in_the_tokenizer_change_nothing(tiny_bert: str) -> None:
     tokenizer(TEXTS, padding="max_length", truncation=True, max_length=3)
     tokenizer.padding_side = "left"
     rows = texts.tokenize([TEXTS], tokenizer, 64)
-    assert [row["length"] for row in rows] == [7, 4, 14, 3]
+    assert [row["whole"] for row in rows] == [7, 4, 14, 3]
     assert padded(tokenizer, rows)["attention_mask"].tolist() == [[1] * n + [0] * (14 - n) for n in (7, 4, 14, 3)]
 
 
-def test_padding_to_a_multiple(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tensor_cores_get_a_multiple_of_eight(tokenizer: PreTrainedTokenizerBase, monkeypatch: Any) -> None:
     rows = texts.tokenize([TEXTS], tokenizer, 64)
-    assert padded(tokenizer, rows, 8)["input_ids"].shape == (4, 16)
     assert padded(tokenizer, rows)["input_ids"].shape == (4, 14)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert padded(tokenizer, rows)["input_ids"].shape == (4, 16)
 
 
 def test_nothing_warns_and_the_collator_survives_pickling(tiny_bert: str, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     logging.enable_propagation()
     rows = texts.tokenize([["good " * 200]], tokenizer, 8)
-    collate = pickle.loads(pickle.dumps(texts.PadRows(tokenizer, torch.long)))
+    task = TextClassification(kind="text_classification", text="text", label="label")
+    collate = pickle.loads(pickle.dumps(partial(task.collate, processor=tokenizer, state=State())))
     assert collate([dict(row) for row in rows])["input_ids"].shape == (1, 8)
     logging.disable_propagation()
     assert not caplog.records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,19 +126,26 @@ def test_measuring_the_machine_draws_no_random_number() -> None:
 
 def test_the_loader_counts_tokens_and_squares_of_documents_packed_or_not(tmp_path: Path, tiny_llama: str) -> None:
     from hf_finetune.batching import Division, GlobalBatches, PackedRows, Rows, train_loader
+    from hf_finetune.tasks.base import Targets
     from hf_finetune.tasks.causal_lm import CausalLM
 
     task, lengths = CausalLM(kind="causal_lm", text="text"), [2, 3, 5]
-    encoded = [{"input_ids": [7] * n, "labels": [7] * n, "length": n} for n in lengths]
+    encoded = [{"input_ids": [7] * n, "labels": [7] * n, "size": n} for n in lengths]
     rows = Rows(_Columns(encoded), task)
     tokenizer = load_tokenizer(models.recipe(tiny_llama, {"kind": "full"}, models.LANGUAGE_MODEL).model)
+    collate = partial(task.collate, processor=tokenizer, state=Targets())
     packed = PackedRows(rows, [[0, 1, 2]])
     for data, batches, collator in (
-        (rows, GlobalBatches(lengths, Division(3, 3), 0), task.collator(tokenizer)),
-        (packed, GlobalBatches([10], Division(1, 1), 0), task.collator(tokenizer, packed=True)),
+        (rows, GlobalBatches(lengths, Division(3, 3), 0), collate),
+        (packed, GlobalBatches([10], Division(1, 1), 0), collate),
     ):
         (batch,) = train_loader(data, batches, collator, pin=False)
-        assert (int(batch["tokens"]), int(batch["squares"])) == (10, 4 + 9 + 25)
+        assert (int(batch["tokens"]), int(batch["squares"]), int(batch["rows"])) == (
+            10,
+            4 + 9 + 25,
+            len(batch["labels"]),
+        )
+        assert int(batch["slots"]) == batch["input_ids"].numel()
 
 
 class _Columns(list[dict[str, Any]]):

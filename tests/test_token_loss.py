@@ -44,13 +44,17 @@ def test_no_counted_label_is_a_loss_and_gradient_of_zero() -> None:
     assert loss.item() == 0.0
     assert logits.grad is not None
     assert not logits.grad.any()
-    assert not token_loss.row_sums(logits, labels).any()
+    assert not row_sums(logits, labels).any()
+
+
+def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return token_loss.row_sums(token_loss.each(*token_loss._kept(logits, labels)), labels)
 
 
 def test_row_sums_are_nll_tokens_and_hits_of_each_row() -> None:
     logits, labels = batch()
     labels[0, 1] = logits[0, 0].argmax()
-    rows = token_loss.row_sums(logits, labels)
+    rows = row_sums(logits, labels)
     assert rows.shape == (3, 3)
     assert rows[:, 1].tolist() == [1.0, 0.0, 4.0]
     assert rows[0].tolist() == pytest.approx([-logits[0, 0].log_softmax(-1).max().item(), 1.0, 1.0])

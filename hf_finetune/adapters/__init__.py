@@ -23,7 +23,7 @@ State = dict[str, "torch.Tensor"]
 class Setting:
     """The run, as far as an adapter needs to know it besides its own fields."""
 
-    peft_type: str
+    peft_type: str | None
     """PEFT's name of the task, e.g. `SEQ_CLS`."""
     tokenizer: PreTrainedTokenizerBase
     total_steps: int

@@ -28,7 +28,6 @@ from hf_finetune.runreport.intervals import CONFIDENCE
 from hf_finetune.runreport.remains import RunData
 from hf_finetune.schema.modelfolder import resolve
 
-PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 # Our metric -> the Hub's, and what it is computed with; the others have the same name.
 METRICS: dict[str, tuple[str, dict[str, str]]] = {
     "f1_macro": ("f1", {"average": "macro"}),
@@ -57,7 +56,7 @@ def header(recipe: Recipe, run: RunData | None) -> ModelCardData:
     return ModelCardData(
         base_model=hub_base(recipe),
         library_name="peft" if recipe.adapter.freezes_base else "transformers",
-        pipeline_tag=PIPELINES.get(recipe.task.peft_type),
+        pipeline_tag=recipe.task.pipeline,
         datasets=hub_sources(recipe) or None,
         tags=["hf-finetune", recipe.adapter.kind],
         model_name=title(recipe) if found else None,
@@ -79,7 +78,7 @@ def _eval_result(recipe: Recipe, result: Result, name: str) -> EvalResult:
         arguments |= {"confidence_level": CONFIDENCE, "confidence_interval": list(result.bounds[name])}
         arguments["confidence_method"] = result.method
     return EvalResult(
-        task_type=PIPELINES.get(recipe.task.peft_type, "other"),
+        task_type=recipe.task.pipeline,
         dataset_type=str(data.source) if on_hub else "local",
         dataset_name=str(data.source) if on_hub else "data that are not published",
         dataset_config=data.subset if on_hub else None,

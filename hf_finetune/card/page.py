@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_finetune import __version__, runlock, targetsfile, terminal
 from hf_finetune.card import naming
@@ -17,7 +17,7 @@ from hf_finetune.runreport import MISHAPS, content
 from hf_finetune.runreport.markdown import tables_of
 from hf_finetune.runreport.remains import RunData
 from hf_finetune.tables import bullets, fenced, markdown
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,16 +27,16 @@ LABELS = 100  # listed at most
 UNEVEN = 3.0  # times the rows of the rarest label that the commonest has, from where on that is a limit
 
 
-def plain(recipe: Recipe, targets: Targets, config: PreTrainedConfig, *, has_template: bool) -> str:
+def plain(recipe: Recipe, targets: State, config: PreTrainedConfig, processor: Any) -> str:
     """Write the card of a model whose metrics are not known.
 
     Args:
         recipe: Of the run.
         targets: Label names.
         config: Of the model that was trained.
-        has_template: The tokenizer has a chat template.
+        processor: What prepares its rows: a tokenizer or the like.
     """
-    return card(recipe, targets, blocks(recipe, targets, config, has_template=has_template))
+    return card(recipe, targets, blocks(recipe, targets, config, processor))
 
 
 def complete(run: RunData) -> None:
@@ -80,7 +80,7 @@ def _images(run: RunData, target: Path) -> list[str]:
 
 
 def card(
-    recipe: Recipe, targets: Targets, code: Sequence[str], run: RunData | None = None, images: Sequence[str] = ()
+    recipe: Recipe, targets: State, code: Sequence[str], run: RunData | None = None, images: Sequence[str] = ()
 ) -> str:
     """Write a card; every text of recipes, labels and data is escaped.
 
@@ -130,7 +130,7 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _limits(run: RunData, targets: Targets) -> Iterator[str]:
+def _limits(run: RunData, targets: State) -> Iterator[str]:
     """Say what became of the rows, and what the checks of the data counted."""
     yield from run.facts.get("rows", ())
     counts = {str(name): count for name, count in zip(targets.names, targets.counts, strict=False)}

@@ -56,7 +56,7 @@ def run(options: Options) -> None:
 def _partner(options: Options) -> Partner:
     opened = open_run(options.run, options.overrides)
     task: Any = opened.recipe.task
-    if task.peft_type != "CAUSAL_LM":
+    if not task.generates:
         given = {"--max-new-tokens": options.max_new_tokens, "--temperature": options.temperature}
         strange = [name for name, value in {**given, "--system": options.system}.items() if value is not None]
         if strange:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.predicting.predictor import Labels
@@ -17,7 +17,6 @@ from hf_finetune.tasks._chat import Chat
 if TYPE_CHECKING:
     from hf_finetune.chatting.streaming import Speaker
     from hf_finetune.finished import Finished
-    from hf_finetune.tasks.causal_lm import CausalLM
 
 SHOWN = 5
 """Labels that are shown with their probabilities: the likeliest."""
@@ -56,7 +55,7 @@ class Writer(Partner):
 
     def __init__(self, run: Finished, speaker: Speaker) -> None:
         self.tokenizer, self.speaker = run.tokenizer, speaker
-        self.task: CausalLM = run.recipe.task  # type: ignore[assignment]
+        self.task = cast("Any", run.recipe.task)
         self.remembers = run.tokenizer.chat_template is not None and self.task.text is None
         self.system, self.turns = self.task.system, list[dict[str, Any]]()
 

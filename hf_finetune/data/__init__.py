@@ -27,12 +27,10 @@ from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.data.streaming import Stream
 from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State, tokenizer_of
 from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
 
@@ -43,8 +41,7 @@ __all__ = ["Facts", "Prepared", "SplitReport", "Stream", "Tally", "UnfitError", 
 class Prepared:
     """The data of a run.
 
-    Encoded rows have `input_ids`, `labels`, `length` (tokens after cutting), and `token_type_ids` where the model takes
-    them.
+    Encoded rows have the task's features, and their `size`.
     """
 
     train: datasets.Dataset | Stream
@@ -57,7 +54,7 @@ class Prepared:
     """Raw rows, only the task's columns."""
     raw_test: datasets.Dataset | None
     """Like `raw_validation`."""
-    targets: Targets
+    targets: State
     counted: Mapping[str, SplitReport]
     """By split, as far as it was loaded."""
     facts: Mapping[str, Facts]
@@ -75,7 +72,7 @@ class Prepared:
         return {"train": self.train.report(), **self.counted}
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine, phase: Phases = unseen) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = unseen) -> Prepared:
     """Load and encode the data of a run, or map them from the cache.
 
     The first rank of each node works, the others wait for it.
@@ -131,7 +128,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, machine: Machine
     )
 
 
-def _fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, origins: Origins) -> str:
+def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
     data = recipe.data
     evaluated = {"validation": origins.validation, "test": origins.test}
     seeded = data.validation_share or data.limit or data.mix
@@ -163,8 +160,11 @@ def _task_state(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not (key in YOUNGER and value == YOUNGER[key])}
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Everything about a tokenizer that shows in tokens, in a form that JSON takes."""
+def _tokenizer_state(processor: Any) -> Any:
+    """Everything about a processor that shows in features, in a form that JSON takes."""
+    tokenizer: Any = tokenizer_of(processor)
+    if tokenizer is None:
+        return [type(processor).__name__, json.loads(processor.to_json_string())]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     # What the last call set, not what the tokenizer is.

@@ -25,7 +25,7 @@ from hf_finetune.data.splits import Split
 from hf_finetune.data.workplace import Workplace
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 Array = np.ndarray[Any, Any]
 NONE: Array = np.empty(0, dtype=np.int64)
@@ -82,13 +82,13 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, 
         building.encode(split, targets, unlabelled if name == "train" else NONE)
     kept, encodings = building.splits, building.encodings
     with place.phase("counting what is in the data"):
-        facts = gather(kept, encodings, Setting(recipe.task, tokenizer, targets or Targets(), data.max_length))
+        facts = gather(kept, encodings, Setting(recipe.task, tokenizer, targets or State(), data.max_length))
     reports = {name: encoding.report for name, encoding in encodings.items()}
     if targets is not None and targets.counts and not building.problems and "train" in facts and facts["train"].labels:
         try:
             # The counts of the rows that are trained on, and the weights that follow from them.
             counts = tuple(facts["train"].labels[name] for name in targets.names)
-            targets = recipe.task.counted(targets, counts, reports["train"].kept)
+            targets = recipe.task.refit(targets, counts, reports["train"].kept)
         except DataError as error:
             building.note(error, "train")
     if building.problems or targets is None:
@@ -114,7 +114,7 @@ class _Building:
         self.mislabelled: set[tuple[str, str]] = set()
         """Source and problem of labels that can't be read."""
 
-    def targets(self, train: Split | None) -> tuple[Targets | None, Array]:
+    def targets(self, train: Split | None) -> tuple[State | None, Array]:
         """The labels of the training rows, and the rows whose labels can't be read, which are noted."""
         if train is None:
             return self._streamed_targets(), NONE
@@ -122,7 +122,7 @@ class _Building:
         rows, part, targets = every, train, None
         while targets is None and len(rows):
             try:
-                targets = self.recipe.task.targets(part.raw())
+                targets = self.recipe.task.fit(part.raw())
             except RowsError as error:
                 found = placed_in(error, part)
                 self.note(found, "train")
@@ -137,7 +137,7 @@ class _Building:
                 break
         return targets, np.setdiff1d(every, rows)
 
-    def _streamed_targets(self) -> Targets | None:
+    def _streamed_targets(self) -> State | None:
         data, reading = self.recipe.data, self.reading
         # Of a mix that lacks a source nothing can be said.
         if data.streaming and len(reading.origins.train) == len(data.mix or (data.train,)):
@@ -147,12 +147,12 @@ class _Building:
                 self.note(error, "train")
                 return None
             try:
-                return self.recipe.task.targets(opened)
+                return self.recipe.task.fit(opened)
             except DataError as error:
                 self.note(DataError(replace(problem, file=reading.places) for problem in error.problems), "train")
         return None
 
-    def encode(self, split: Split, targets: Targets | None, unlabelled: Array) -> None:
+    def encode(self, split: Split, targets: State | None, unlabelled: Array) -> None:
         """Encode a split; where rows are unfit, tell them and encode the others."""
         overlong, unfit = self.recipe.data.overlong, unlabelled
         error: DataError | None = None
@@ -183,7 +183,7 @@ class _Building:
         if error is not None and overlong == "error":
             self._tried(rest, split.name, targets, "drop")
 
-    def _tried(self, split: Split, name: str, targets: Targets | None, overlong: Overlong) -> DataError | None:
+    def _tried(self, split: Split, name: str, targets: State | None, overlong: Overlong) -> DataError | None:
         """Encode rows and keep them as the split of this name, or return what is wrong with them."""
         try:
             self.encodings[name] = encode(split, self._encoder(split, targets), overlong, self.place)
@@ -192,9 +192,9 @@ class _Building:
         self.splits[name] = split
         return None
 
-    def _encoder(self, split: Split, targets: Targets | None) -> Encoder:
+    def _encoder(self, split: Split, targets: State | None) -> Encoder:
         data = self.recipe.data
-        return Encoder(self.recipe.task, self.tokenizer, targets or Targets(), data.max_length, split.places)
+        return Encoder(self.recipe.task, self.tokenizer, targets or State(), data.max_length, split.places)
 
     def note(self, error: DataError, name: str) -> None:
         """Keep the problems of a split, each with the recipe key that names its file."""

@@ -29,9 +29,9 @@ from hf_finetune import errors, patience, targetsfile
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.splitreport import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
-FORMAT = 5
+FORMAT = 6
 """Raised whenever what an entry holds changes."""
 STARTED = time.time()
 """Time of the import. Ranks meet before they prepare data, so a failure of this launch is later."""
@@ -46,7 +46,7 @@ class Content:
     encoded: Mapping[str, datasets.Dataset]
     raw: Mapping[str, datasets.Dataset]
     """Of the splits that are evaluated."""
-    targets: Targets
+    targets: State
     reports: Mapping[str, SplitReport]
     facts: Mapping[str, Facts] = field(default_factory=dict)
 

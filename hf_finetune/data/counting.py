@@ -22,12 +22,10 @@ from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
 from hf_finetune.tasks import _escaping as escaping
 from hf_finetune.tasks import _likeness as likeness
-from hf_finetune.tasks.base import REMARKS
+from hf_finetune.tasks.base import IGNORE, REMARKS, tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from hf_finetune.tasks.base import Targets, Task
+    from hf_finetune.tasks.base import State, Task
 
 Array = np.ndarray[Any, Any]
 
@@ -52,8 +50,8 @@ class Setting:
     """What the facts of every split depend on."""
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
-    targets: Targets
+    processor: Any
+    targets: State
     max_length: int
 
 
@@ -63,7 +61,7 @@ def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], setti
     Args:
         splits: Raw rows by name of the split.
         encodings: The same, encoded.
-        setting: Task, tokenizer, labels and length.
+        setting: Task, processor, labels and length.
     """
     found, trained = dict[str, Facts](), None
     for name in sorted(encodings, key=lambda name: name != "train"):
@@ -97,8 +95,10 @@ class _Stretch:
     kept: Array
     """Which of them are used."""
     column: Mapping[str, Array]
+    content: list[Any] | None
+    """By which equal rows are found, where that is not `ids`."""
     ids: Array
-    """Tokens of all of them."""
+    """Tokens of all of them; empty where rows are not made of tokens."""
     starts: Array
     """Where each row begins in `ids`, and the end."""
     labels: tuple[Array, Array] | None
@@ -116,6 +116,10 @@ class _Stretch:
 
     def hashes(self) -> Array:
         """One a row."""
+        if self.content is not None:
+            texts = (value if isinstance(value, bytes) else repr(value).encode() for value in self.content)
+            found = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+            return np.frombuffer(found, dtype="<u8")
         bytes_: Any = np.ascontiguousarray(self.ids, dtype="<i4")
         view = memoryview(bytes_).cast("B")
         spans = itertools.pairwise((self.starts * 4).tolist())
@@ -135,10 +139,12 @@ class _Counting:
         names = setting.targets.names
         self.listed = sorted(names, key=lambda name: -self.counts[name])[:LABELS] if self.counts else [""]
         """Labels whose frequent tokens are counted."""
-        self.frequent = np.zeros((len(self.listed), len(setting.tokenizer)), dtype=np.int64)
+        self.tokenizer: Any = None if setting.task.token_ids is None else tokenizer_of(setting.processor)
+        """None where rows are not made of tokens."""
+        self.frequent = np.zeros((len(self.listed), len(self.tokenizer or ())), dtype=np.int64)
         self.missing = np.ones(len(split.rows), dtype=bool)
         """Raw rows without text."""
-        self.endings = list(setting.task.endings(setting.tokenizer))
+        self.endings = list(setting.task.endings(setting.processor))
         self.distinct: Array = np.empty(0, dtype="<u8")
         """Hashes of the kept rows, each once, sorted."""
         self.hashes = self._pass()
@@ -150,11 +156,12 @@ class _Counting:
             kept = np.flatnonzero(stretch.kept)
             self._marks(stretch)
             self._untrained(stretch)
-            self._doubled_bos(stretch, kept)
             self._untrained_end(stretch)
-            self._unknown(stretch)
-            labels = None if self.labels is None else self.labels[before : before + len(kept)]
-            self._count_tokens(stretch, kept, labels)
+            if self.tokenizer is not None:
+                self._doubled_bos(stretch, kept)
+                self._unknown(stretch)
+                labels = None if self.labels is None else self.labels[before : before + len(kept)]
+                self._count_tokens(stretch, kept, labels)
             hashes.append(stretch.hashes()[kept])
             before += len(kept)
         return np.concatenate(hashes)
@@ -192,8 +199,8 @@ class _Counting:
         index, setting = self.encoding.whole.select_columns([INDEX])[row][INDEX], self.setting
         raw = replace(self.split, rows=self.split.rows.select([index])).raw()[:]
         if check in REMARKS:
-            return setting.task.remark(raw, setting.tokenizer, check)
-        specials = escaping.pattern(setting.tokenizer)
+            return setting.task.remark(raw, setting.processor, check)
+        specials = escaping.pattern(self.tokenizer)
         return repr(rawtext.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
 
     def _strike(self, check: str, mask: Array) -> None:
@@ -218,11 +225,11 @@ class _Counting:
     def _untrained(self, stretch: _Stretch) -> None:
         over = stretch.column["whole"] > self.setting.max_length
         dropped = self.encoding.report.dropped > 0  # then over-long rows are dropped for that
-        gone = ~stretch.kept & (stretch.column["trained"] == 0)
+        gone = ~stretch.kept & (stretch.column["weight"] == 0)
         self._add("no_trained_token", stretch.start + np.flatnonzero(gone & ~over if dropped else gone))
 
     def _doubled_bos(self, stretch: _Stretch, kept: Array) -> None:
-        bos = self.setting.tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         if bos is not None:
             rows = kept[np.diff(stretch.starts)[kept] >= 2]
             first = stretch.starts[rows]
@@ -233,8 +240,6 @@ class _Counting:
         """Rows that are not cut and whose last trained tokens do not end a turn or text."""
         if stretch.labels is None:
             return
-        from hf_finetune.tasks.base import IGNORE
-
         labels, starts = stretch.labels
         trained = np.flatnonzero(labels != IGNORE)
         ended = np.isin(labels[trained], self.endings)
@@ -246,9 +251,9 @@ class _Counting:
         self._add("untrained_end", stretch.start + np.flatnonzero(without & whole & stretch.kept))
 
     def _unknown(self, stretch: _Stretch) -> None:
-        unknown = self.setting.tokenizer.unk_token_id
+        unknown = self.tokenizer.unk_token_id
         # Some tokenizers name an ordinary token, such as EOS, their unknown one.
-        if unknown is None or unknown == self.setting.tokenizer.eos_token_id:
+        if unknown is None or unknown == self.tokenizer.eos_token_id:
             return
         row = np.searchsorted(stretch.starts, np.flatnonzero(stretch.ids == unknown), side="right") - 1
         row = row[stretch.kept[row]]
@@ -289,9 +294,12 @@ class _Counting:
         self._strike("conflicting_labels", conflicting)
 
     def _label_cells(self) -> Array | None:
-        names, feature = self.setting.targets.names, self.encoding.whole.features["labels"]
+        names, feature = self.setting.targets.names, self.encoding.whole.features.get("labels")
+        if not names or feature is None:
+            return None
         is_one = isinstance(feature, datasets.Value)
-        if not names or (is_one and not feature.dtype.startswith("int")):
+        # A number to learn is a float, and where every token has a label, these are integers.
+        if (feature.dtype if is_one else feature.feature.dtype).startswith("int") is not is_one:
             return None
         parts = []
         for start, rows in self._tables(["labels"]):
@@ -320,7 +328,9 @@ class _Counting:
 
     def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
         """The most frequent tokens of each label, special ones left out."""
-        counts, tokenizer = self.frequent, self.setting.tokenizer
+        counts, tokenizer = self.frequent, self.tokenizer
+        if tokenizer is None:
+            return {}
         special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
         counts[:, [index for index in special if index < counts.shape[1]]] = 0
         tops = dict(zip(self.listed, counts, strict=True))
@@ -329,21 +339,26 @@ class _Counting:
 
     def _top(self, counts: Array) -> tuple[tuple[str, int], ...]:
         top = np.argsort(-counts, kind="stable")[:FREQUENT]
-        decode = self.setting.tokenizer.decode
+        decode = self.tokenizer.decode
         return tuple((str(decode([int(index)])), int(counts[index])) for index in top if counts[index])
 
     def _stretches(self) -> Iterator[_Stretch]:
-        plain = ["whole", "trained", INDEX, MARKS]
-        for start, rows in self._tables([*plain, "input_ids", *(["labels"] if self.endings else [])]):
+        plain = ["whole", "weight", INDEX, MARKS]
+        task, ids = self.setting.task, self.setting.task.token_ids if self.tokenizer is not None else None
+        others = {*([] if ids is None else [ids]), task.content, *(["labels"] if self.endings else [])}
+        nothing = np.empty(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
+        for start, rows in self._tables([*plain, *sorted(others)]):
             column = {name: rows[name].to_numpy() for name in plain}
             labels = _flat(rows, "labels") if self.endings else None
             kept = self.encoding.kept[start : start + len(rows)]
-            yield _Stretch(start, kept, column, *_flat(rows, "input_ids"), labels)
+            content = None if task.content == ids else rows[task.content].to_pylist()
+            tokens, starts = nothing if ids is None else _flat(rows, ids)
+            yield _Stretch(start, kept, column, content, tokens, starts, labels)
 
     def _tables(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
         """Some columns as Arrow tables, with the number of the first row of each."""
         rows = self.encoding.whole.select_columns(columns).with_format("arrow")
-        ends = np.cumsum(self.encoding.whole.data["length"].to_numpy())
+        ends = np.cumsum(self.encoding.whole.data["size"].to_numpy())
         by_tokens = np.searchsorted(ends, np.arange(STRETCH_TOKENS, ends[-1], STRETCH_TOKENS)) + 1
         bounds = np.unique([0, *by_tokens, *range(STRETCH_ROWS, len(ends), STRETCH_ROWS), len(ends)])
         for start, end in itertools.pairwise(bounds.tolist()):

@@ -20,11 +20,10 @@ from hf_finetune.data.workplace import Workplace, note
 from hf_finetune.errors import DataError, OutOfMemoryError, Problem
 from hf_finetune.hardware import cores
 from hf_finetune.tasks import _escaping as escaping
+from hf_finetune.tasks.base import tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from hf_finetune.tasks.base import Targets, Task
+    from hf_finetune.tasks.base import State, Task
 
 Overlong = Literal["truncate", "drop", "error"]
 
@@ -41,8 +40,8 @@ class Encoder:
     """Encodes batches of raw rows; picklable, so that worker processes can take it."""
 
     task: Task
-    tokenizer: PreTrainedTokenizerBase
-    targets: Targets
+    processor: Any
+    targets: State
     max_length: int
     places: tuple[str, ...]
     """What messages call the sources."""
@@ -59,8 +58,8 @@ class Encoder:
             indices: Numbers of the rows in the split, from 0; null counts those of the batch.
 
         Returns:
-            `input_ids`, `labels`, perhaps `token_type_ids`, `length` (tokens after cutting), `whole` (before),
-            `trained`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns; where no row has text, empty `columns`.
+            The task's features with `size`, `whole` and `weight`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns;
+            where no row has text, empty `columns`.
 
         Raises:
             DataError: Rows can't be encoded; it names their source and their numbers there.
@@ -73,15 +72,14 @@ class Encoder:
         raw = {column: [values[index] for index in spoken] for column, values in raw.items()}
         bookkeeping = {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
         try:
-            encoded = self.task.encode(raw, self.tokenizer, self.targets, self.max_length)
+            encoded = self.task.features(raw, self.processor, self.targets, self.max_length)
         except RowsError as error:
             raise placed(error, bookkeeping, [indices[index] for index in spoken], self.places) from None
-        columns = {name: [row[name] for row in encoded] for name in encoded[0]}  # type: ignore[literal-required]
-        columns["whole"] = columns.pop("length")
-        columns["length"] = [len(ids) for ids in columns["input_ids"]]
+        columns = {name: [row[name] for row in encoded] for name in encoded[0]}
         columns[INDEX] = [indices[index] for index in spoken]
         remarks = columns.pop("remarks", [0] * len(spoken))
-        marks = rawtext.marks(raw, escaping.pattern(self.tokenizer))
+        tokenizer = tokenizer_of(self.processor)
+        marks = rawtext.marks(raw, None if tokenizer is None else escaping.pattern(tokenizer))
         columns[MARKS] = [mark | remark for mark, remark in zip(marks, remarks, strict=True)]
         if self.tally is not None:
             note(self.tally, len(rows[ROW]))
@@ -153,8 +151,8 @@ class Encoding:
     report: SplitReport
 
     def rows(self) -> datasets.Dataset:
-        """Those that are kept: `input_ids`, `labels`, perhaps `token_type_ids`, `length` and `row`."""
-        others = {*BOOKKEEPING, "whole", "trained", MARKS}
+        """Those that are kept: the task's features, `size` and `row`."""
+        others = {*BOOKKEEPING, "whole", "weight", MARKS}
         chosen = self.whole.select_columns([name for name in self.whole.column_names if name not in others])
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
 
@@ -189,12 +187,12 @@ def encode(split: Split, encoder: Encoder, overlong: Overlong, place: Workplace)
     except PlacedError as error:
         raise survey(split, encoder, place) or error from None
     columns = encoded.data
-    whole, trained, length = (columns[name].to_numpy() for name in ("whole", "trained", "length"))
+    whole, weight, size = (columns[name].to_numpy() for name in ("whole", "weight", "size"))
     over = whole > encoder.max_length
     if overlong == "error" and over.any():
         raise overlong_error(split, columns[INDEX].to_numpy()[over], int(whole.max()), encoder.max_length)
     dropped = over if overlong == "drop" else np.zeros_like(over)
-    untrained = ~dropped & (trained == 0)
+    untrained = ~dropped & (weight == 0)
     kept = ~dropped & ~untrained
     report = SplitReport(
         rows=len(split.rows),
@@ -202,8 +200,8 @@ def encode(split: Split, encoder: Encoder, overlong: Overlong, place: Workplace)
         cut=int((over & kept).sum()),
         dropped=int(dropped.sum()),
         untrained=int(untrained.sum()),
-        tokens=int(length[kept].sum()),
-        trained=int(trained[kept].sum()),
+        tokens=int(size[kept].sum()),
+        trained=int(weight[kept].sum()),
         longest=int(whole.max()),
         unused=split.unused,
         empty=len(split.rows) - len(encoded),
@@ -241,17 +239,17 @@ def _features(split: Split, encoder: Encoder) -> datasets.Features:
     else:
         count = len(split.rows)
         raise nothing_left(SplitReport(rows=count, empty=count), split.name, split.places[0])
-    features = {name: datasets.Value("int64") for name in sample}
-    features["labels"] = _label_feature(sample["labels"])
-    for name in {"input_ids", "token_type_ids"} & set(sample):
-        features[name] = datasets.List(datasets.Value("int32"))
-    return datasets.Features(features)
+    return datasets.Features({name: _feature(values) for name, values in sample.items()})
 
 
-def _label_feature(labels: Sequence[Any]) -> Any:
-    lists = isinstance(labels[0], list)
-    flat = [value for label in labels for value in label] if lists else labels
-    floats = any(isinstance(value, float) for value in flat)
-    if lists:
-        return datasets.List(datasets.Value("float32" if floats else "int32"))
-    return datasets.Value("float64" if floats else "int64")
+def _feature(values: Sequence[Any]) -> Any:
+    """The type of a column: lists are long, so their numbers are narrow."""
+    if isinstance(values[0], list):
+        flat = [value for row in values for value in row]
+        if flat and isinstance(flat[0], list | str):
+            return datasets.List(_feature(flat))
+        return datasets.List(datasets.Value("float32" if any(isinstance(v, float) for v in flat) else "int32"))
+    for kind, name in ((bytes, "binary"), (str, "string"), (float, "float64")):
+        if any(isinstance(value, kind) for value in values):
+            return datasets.Value(name)
+    return datasets.Value("int64")

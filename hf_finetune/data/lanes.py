@@ -18,9 +18,9 @@ from hf_finetune.data.splitreport import SplitReport
 
 if TYPE_CHECKING:
     from hf_finetune.errors import DataError
-    from hf_finetune.tasks.base import Encoded
+    from hf_finetune.tasks.base import Features
 
-    Fate = tuple[Encoded | None, SplitReport]
+    Fate = tuple[Features | None, SplitReport]
     """An encoded row, None where it is dropped, and its counts."""
 
 PATIENCE = 20
@@ -39,7 +39,7 @@ class Raw(NamedTuple):
 class Taken:
     """Rows of a micro-batch."""
 
-    rows: list[Encoded]
+    rows: list[Features]
     """One for each place that was asked for."""
     used: dict[int, int]
     """By place: how many rows of its lane were used up for it, dropped ones included."""
@@ -82,7 +82,7 @@ class Lanes:
         Raises:
             DataError: A row can't be read or encoded or must not be in the data, or none can be used.
         """
-        rows: dict[int, Encoded] = {}
+        rows: dict[int, Features] = {}
         used, counted = dict.fromkeys(places, 0), [SplitReport()]
         while missing := [place for place in places if place not in rows]:
             raw = [self._next(place) for place in missing]

@@ -20,7 +20,7 @@ from hf_finetune.terminal import Phases, unseen
 
 if TYPE_CHECKING:
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+    from hf_finetune.tasks.base import State
 
 GIVEN = "--data"
 """The key that messages name where files are given on the command line."""
@@ -62,12 +62,12 @@ class OneSplit:
 
 
 @contextmanager
-def opened(recipe: Recipe, tokenizer: Any, targets: Targets, wish: Wish, phase: Phases = unseen) -> Iterator[OneSplit]:
+def opened(recipe: Recipe, processor: Any, targets: State, wish: Wish, phase: Phases = unseen) -> Iterator[OneSplit]:
     """Read and encode rows; inside, they can be used.
 
     Args:
         recipe: Its task and data block.
-        tokenizer: The model's.
+        processor: The model's.
         targets: What the training rows said about the labels.
         wish: Which rows.
         phase: Is told how far it is.
@@ -82,9 +82,9 @@ def opened(recipe: Recipe, tokenizer: Any, targets: Targets, wish: Wish, phase: 
         origins = _origins(recipe, wish)
         with phase("reading data"):
             split = _load(recipe, origins, wish, str(Path(folder) / "raw"))
-        encoder = Encoder(recipe.task, tokenizer, targets, recipe.data.max_length, split.places)
+        encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length, split.places)
         encoding = encode(split, encoder, recipe.data.overlong, place)
-        yield OneSplit(origins, split, encoding, _checked(recipe, tokenizer, targets, split, encoding))
+        yield OneSplit(origins, split, encoding, _checked(recipe, processor, targets, split, encoding))
 
 
 def _origins(recipe: Recipe, wish: Wish) -> Origins:
@@ -121,13 +121,13 @@ def _load(recipe: Recipe, origins: Origins, wish: Wish, folder: str) -> Split:
     return replace(loaded[wish.split or "validation"], name=NAME)
 
 
-def _checked(recipe: Recipe, tokenizer: Any, targets: Targets, split: Split, encoding: Encoding) -> tuple[Problem, ...]:
+def _checked(recipe: Recipe, processor: Any, targets: State, split: Split, encoding: Encoding) -> tuple[Problem, ...]:
     """Warnings of `data.checks`.
 
     Raises:
         DataError: Its errors.
     """
-    setting = Setting(recipe.task, tokenizer, targets, recipe.data.max_length)
+    setting = Setting(recipe.task, processor, targets, recipe.data.max_length)
     facts = gather({NAME: split}, {NAME: encoding}, setting)
     found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
     told = [(level, replace(problem, key="")) for level, problem in found]

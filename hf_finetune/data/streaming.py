@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_finetune.data.lanes import Fate
     from hf_finetune.data.reading import Reading
     from hf_finetune.schema.blocks import Data
-    from hf_finetune.tasks.base import Encoded
+    from hf_finetune.tasks.base import Features
 
 LOOKED_AT = 1_000
 """Rows that are looked at before training."""
@@ -65,8 +65,8 @@ class Stream:
         if report.rows >= self._report.rows:
             self._report = report
 
-    def rows(self, seed: int) -> Iterator[Encoded]:
-        """Encoded rows: `input_ids`, `labels`, `length` (after cutting), perhaps `token_type_ids`.
+    def rows(self, seed: int) -> Iterator[Features]:
+        """Encoded rows: the task's features, and their `size`.
 
         Args:
             seed: With the number of the pass, fixes the order.
@@ -82,11 +82,11 @@ class Stream:
                 self.count(of_pass)
             yield from encoded
 
-    def filler(self, seed: int) -> Encoded:
+    def filler(self, seed: int) -> Features:
         """A row that counts as nothing, for a micro-batch without any."""
         row = next(row for _, _, encoded in self._encoded_batches(seed) for row in encoded)
         masked: Any = self.encoder.task.masked(dict(row))
-        found: Encoded = masked
+        found: Features = masked
         return found
 
     def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
@@ -114,7 +114,7 @@ class Stream:
             if is_empty:
                 raise self._nothing_left(SplitReport())
 
-    def _encoded_batches(self, seed: int) -> Iterator[tuple[int, SplitReport, list[Encoded]]]:
+    def _encoded_batches(self, seed: int) -> Iterator[tuple[int, SplitReport, list[Features]]]:
         """Number of the pass, what became of some of its rows, and those that are trained on."""
         opened = self.reading.open()
         for number in itertools.count():
@@ -151,7 +151,7 @@ class Stream:
             raise self._nothing_left(report)
         return Look(report, len(rows) <= most, tuple(marks))
 
-    def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Encoded], SplitReport]:
+    def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Features], SplitReport]:
         """The rows of a batch that are trained on, and what became of all of them."""
         fates = self._fates(batch, before)
         return [row for row, _ in fates if row is not None], SplitReport.total(counts for _, counts in fates)
@@ -168,14 +168,15 @@ class Stream:
         if len(spoken) < len(batch):
             row = batch[min(set(range(len(batch))) - set(spoken))]
             refused |= self._refusal("empty_text", "a row has no text, or a blank one", row)
-        fields = [name for name in ("input_ids", "token_type_ids", "labels", "length") if name in encoded]
+        others = {"whole", "weight", INDEX, MARKS, ROW, PART}
+        fields = [name for name in encoded if name not in others]
         for place, index in enumerate(spoken):
-            whole, trained = encoded["whole"][place], encoded["trained"][place]
+            whole, weight = encoded["whole"][place], encoded["weight"][place]
             over = whole > self.encoder.max_length
             if over and self.overlong == "error":
                 refused.setdefault("overlong", self._overlong(whole, batch[index]))
             dropped = over and self.overlong == "drop"
-            untrained = not dropped and trained == 0
+            untrained = not dropped and weight == 0
             if untrained:
                 what = "a row has nothing that is trained (within data.max_length)"
                 refused = self._refusal("no_trained_token", what, batch[index]) | refused
@@ -186,7 +187,7 @@ class Stream:
             found: Any = {name: encoded[name][place] for name in fields}
             fates[index] = (
                 found,
-                SplitReport(rows=1, kept=1, cut=int(over), tokens=found["length"], trained=trained, longest=whole),
+                SplitReport(rows=1, kept=1, cut=int(over), tokens=found["size"], trained=weight, longest=whole),
             )
         if refused:
             raise DataError(refused.values())

@@ -13,11 +13,9 @@ from hf_finetune.data import Stream
 from hf_finetune.packs import pack
 from hf_finetune.pages.escaping import exact, shortened
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import IGNORE
+from hf_finetune.tasks.base import IGNORE, tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hf_finetune.data import Prepared
 
 HEAD, TAIL = 900, 300  # tokens shown of a row: the first and the last, where an answer ends
@@ -94,17 +92,19 @@ def _runs(tokens: Sequence[Token]) -> list[list[Token]]:
     return runs
 
 
-def first(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
+def first(recipe: Recipe, prepared: Prepared, processor: Any, count: int) -> list[Example]:
     """Show the first training sequences: rows in their order, packed as for training, or the begin of the stream.
 
     Raises:
         DataError: A streamed row can't be read.
     """
+    tokenizer: Any = tokenizer_of(processor)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*tokenizer.all_special_ids, *(id_ for id_, token in added.items() if token.special)}
-    names = prepared.targets.names
+    special = {*getattr(tokenizer, "all_special_ids", ()), *(id_ for id_, token in added.items() if token.special)}
+    # Of rows that are not made of tokens only the labels are shown.
+    ids, names = recipe.task.token_ids or "", prepared.targets.names
     sequences = itertools.islice(_sequences(recipe, prepared), count)
-    return [_example(documents, tokenizer, names, special) for documents in sequences]
+    return [_example(documents, tokenizer, ids, names, special) for documents in sequences]
 
 
 def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, Any]]]:
@@ -122,17 +122,17 @@ def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, An
 
 
 def _example(
-    documents: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], special: set[int]
+    documents: list[dict[str, Any]], tokenizer: Any, name: str, names: Sequence[str], special: set[int]
 ) -> Example:
     """Show a sequence of one encoded row or several, with the tokenizer that made it."""
-    # A language model has a label for each token; names are what a classifier has.
-    by_token = not names
-    places = [(row, index) for row in documents for index in range(len(row["input_ids"]))]
-    ids = [row["input_ids"][index] for row, index in places]
+    given = documents[0]["labels"]
+    by_token = isinstance(given, list) and not isinstance(given[0], float)  # floats are cells of labels
+    places = [(row, index) for row in documents for index in range(len(row.get(name, ())))]
+    ids = [row[name][index] for row, index in places]
     shown = len(places) if len(places) <= HEAD + TAIL else HEAD
 
     def token(row: dict[str, Any], index: int) -> Token:
-        id_ = row["input_ids"][index]
+        id_ = row[name][index]
         text = _text(tokenizer, id_)
         return Token(
             text=shortened(exact(text[: 2 * TOKEN_CHARACTERS]), TOKEN_CHARACTERS).replace(" ", SPACE),
@@ -149,17 +149,17 @@ def _example(
     if by_token:
         trained = sum(value != IGNORE for row in documents for value in row["labels"][1:])
     else:
-        label = shortened(_label(documents[0]["labels"], names), TEXT_CHARACTERS)
+        label = shortened(_label(given, names), TEXT_CHARACTERS)
     listed = [row["row"] + 1 for row in documents]
     return Example(
         name=f"row {numbers(listed)}" if len(listed) == 1 else f"rows {numbers(listed)} in one sequence",
         label=label,
-        length=len(places),
+        length=len(places) or documents[0]["size"],
         trained=trained,
         head=tuple(token(*place) for place in places[:shown]),
         tail=tuple(token(*place) for place in places[max(shown, len(places) - TAIL) :]),
         # Each token is a character at least, or nothing.
-        text=shortened(exact(str(tokenizer.decode(ids[:TEXT_CHARACTERS]))), TEXT_CHARACTERS),
+        text=shortened(exact(str(tokenizer.decode(ids[:TEXT_CHARACTERS]))), TEXT_CHARACTERS) if ids else "",
     )
 
 

@@ -144,7 +144,7 @@ def _against(run: Finished, name: str, other: Finished, wish: Wish, mine: tuple[
     scored, one = mine
     if name == BASE:
         found = versus.compare(scored, _scored(run, run.base(), one), "the base model")
-        if run.recipe.task.peft_type == "SEQ_CLS":
+        if "id2label" in run.recipe.task.model_options(run.targets):
             found.notes.append("what the base lacks of a classifier, it is lent: the trained head")
         return found
     with _same_rows(run, other, wish) as theirs:

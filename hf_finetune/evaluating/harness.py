@@ -48,7 +48,7 @@ def run(place: str, overrides: Sequence[str], wish: Wish, form: str) -> None:
     except ImportError as error:
         raise RecipeError("--lm-eval needs lm-eval: pip install 'hf-finetune[harness]'") from error
     opened = open_run(place, overrides)
-    if opened.recipe.task.peft_type != "CAUSAL_LM":
+    if not opened.recipe.task.predicts_next_token:
         raise RecipeError(f"--lm-eval is for language models, and this run does {opened.recipe.task.kind}")
     manager: Any = TaskManager(include_path=wish.folder)
     unknown = [task for task in wish.tasks if not manager.match_tasks([task])]

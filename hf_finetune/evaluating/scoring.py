@@ -1,6 +1,6 @@
 """Runs a model over encoded rows, and keeps what it said of each, so that any part of them can be scored.
 
-Shapes: N rows, K numbers a row (as `Task.eval_rows` makes them), M answers.
+Shapes: N rows, M answers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from hf_finetune import batching, hardware
 from hf_finetune.errors import DivergedError, OutOfMemoryError, Problem
 from hf_finetune.resources import is_out_of_memory
 from hf_finetune.runreport import intervals
-from hf_finetune.runreport.intervals import Intervals, Sums
+from hf_finetune.runreport.intervals import Intervals
+from hf_finetune.tasks._sums import Sums, of_means
 from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
     from hf_finetune.data.onesplit import OneSplit
     from hf_finetune.finished import Finished, Serving
     from hf_finetune.hardware import EvalBatch
-    from hf_finetune.tasks.base import Targets, Task
+    from hf_finetune.tasks.base import Predictions, State, Task
 
 Array = np.ndarray[Any, Any]
 
@@ -33,9 +35,9 @@ class Scored:
     """What a model said of rows, and what they should be."""
 
     task: Task
-    targets: Targets
-    rows: Array
-    """(N, K) float32."""
+    targets: State
+    predictions: Predictions
+    """(N, ...) each."""
     numbers: Array
     """(N,) number of each raw row, from 0."""
     answered: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -46,7 +48,8 @@ class Scored:
     def only(self, numbers: Array) -> Scored:
         """The part that is about some raw rows."""
         kept = np.isin(self.numbers, numbers)
-        return replace(self, rows=self.rows[kept], numbers=self.numbers[kept]).answering(numbers)
+        part = {name: values[kept] for name, values in self.predictions.items()}
+        return replace(self, predictions=part, numbers=self.numbers[kept]).answering(numbers)
 
     def answering(self, numbers: Array) -> Scored:
         """The same, with the generated answers to some raw rows alone."""
@@ -60,16 +63,16 @@ class Scored:
         Raises:
             DivergedError: An output or the loss is not finite.
         """
-        found = self.task.metrics(self.rows, self.targets)
+        found = self.task.metrics(self.predictions, self.targets)
         if not np.isfinite(found.get("loss", 0.0)):
             raise DivergedError(f"the loss on these rows is {found['loss']}; the model gives no finite numbers")
         return found | {name: float(values.mean()) for name, values in self.answers.items()}
 
     def sums(self) -> list[Sums]:
         """What those metrics are made of that follow from sums over rows."""
-        of_rows = intervals.sums_of(self.rows, self._facts())
+        of_rows = self.task.sums(self.predictions, self.targets)
         found = [] if of_rows is None else [of_rows]
-        return [*found, intervals.of_means(self.answers)] if self.answers else found
+        return [*found, of_means(self.answers)] if self.answers else found
 
     def intervals(self) -> Intervals:
         """95 % bootstrap intervals of those metrics."""
@@ -82,20 +85,10 @@ class Scored:
         """A metric that counts right rows, the numbers of the rows, and which are right; None where none does."""
         if self.answers:
             return "exact_match", self.answered, self.answers["exact_match"] > 0
-        problem, classes = getattr(self.task, "problem", None), len(self.targets.names)
-        logits, labels = self.rows[:, :classes], self.rows[:, classes:]
-        if problem == "single_label":
-            return "accuracy", self.numbers, logits.argmax(axis=1) == labels[:, 0]
-        if problem == "multi_label":
-            threshold = getattr(self.task, "threshold", 0.5)
-            cells = 1 / (1 + np.exp(-logits.astype(np.float64))) >= threshold
-            return "accuracy", self.numbers, (cells == (labels > 0.5)).all(axis=1)
-        return None
-
-    def _facts(self) -> dict[str, Any]:
-        problem = getattr(self.task, "problem", None)
-        threshold = getattr(self.task, "threshold", None) if problem == "multi_label" else None
-        return {"problem": problem, "names": list(self.targets.names), "threshold": threshold}
+        judged = self.task.judge(self.predictions, self.targets)
+        if judged is None or not judged.metric:
+            return None
+        return judged.metric, self.numbers[judged.places], ~judged.wrong
 
 
 def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
@@ -105,29 +98,21 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
         OutOfMemoryError: A batch does not fit.
     """
     encoded: Any = one.encoding.rows()
-    vocabulary = len(run.tokenizer) if run.recipe.task.peft_type == "CAUSAL_LM" else 0
-    most = hardware.eval_batch(run.recipe, run.machine, vocabulary)
+    most = hardware.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
     with memory(most, run.recipe.data.max_length, all_logits=served.paths.makes_all_logits):
-        rows = _rows(run, served, encoded, most)
+        predictions = _predictions(run, served, encoded, most)
         answered, answers = _answers(run, served, one)
     numbers = np.asarray(encoded.select_columns("row")["row"][:], dtype=np.int64)
-    return Scored(run.recipe.task, run.targets, rows, numbers, answered, answers)
+    return Scored(run.recipe.task, run.targets, predictions, numbers, answered, answers)
 
 
-def _rows(run: Finished, served: Serving, encoded: Any, most: EvalBatch) -> Array:
+def _predictions(run: Finished, served: Serving, encoded: Any, most: EvalBatch) -> Predictions:
     task, tokens = run.recipe.task, most.budget(all_logits=served.paths.makes_all_logits)
     division = batching.Division(most.rows, most.rows)
-    rows, collator = batching.Rows(encoded, task), task.collator(run.tokenizer)
-    loader = batching.eval_loader(rows, batching.lengths_of(encoded), division, collator, tokens)
-    found: list[Array] = []
-    order: list[Array] = []
+    rows, collate = batching.Rows(encoded, task), partial(task.collate, processor=run.tokenizer, state=run.targets)
     with phase("evaluating", len(encoded), "rows") as shown:
-        for batch in loader:
-            order.append(batch["row_ids"].numpy())
-            found.append(served.rows(batch).cpu().numpy())
-            shown.done += len(order[-1])
-    made: Array = np.concatenate(found)[np.argsort(np.concatenate(order))]
-    return made
+        loader = batching.eval_loader(rows, batching.lengths_of(encoded), division, collate, tokens)
+        return batching.predicted(loader, served.predict, shown)
 
 
 def _answers(run: Finished, served: Serving, one: OneSplit) -> tuple[Array, dict[str, Array]]:

@@ -13,7 +13,7 @@ from hf_finetune.runreport import intervals
 
 if TYPE_CHECKING:
     from hf_finetune.evaluating.scoring import Scored
-    from hf_finetune.runreport.intervals import Sums
+    from hf_finetune.tasks._sums import Sums
 
 Array = np.ndarray[Any, Any]
 
@@ -76,12 +76,11 @@ def compare(this: Scored, other: Scored, name: str) -> Versus:
 
 
 def _refuse_strangers(this: Scored, other: Scored, name: str) -> None:
-    kinds = [(scored.task.kind, getattr(scored.task, "problem", None)) for scored in (this, other)]
-    if kinds[0] != kinds[1]:
-        mine, theirs = (" ".join(str(part) for part in kind if part) for kind in kinds)
+    mine, theirs = (scored.task.title for scored in (this, other))
+    if mine != theirs:
         raise RecipeError(f"{name} does {theirs}, this run {mine}; only runs of one task can be compared")
     names = [set(scored.targets.names) for scored in (this, other)]
-    if names[0] != names[1] and kinds[0][1] != "regression":
+    if names[0] != names[1] and max(map(len, names)) > 1:  # a single name is only a column's
         strange = ", ".join(sorted(names[0] ^ names[1])[:5])
         raise RecipeError(f"{name} knows other labels than this run ({strange}); they can't be compared")
 
@@ -105,9 +104,9 @@ def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Score
 
 
 def _same_tokens(this: Scored, other: Scored) -> bool:
-    """Whether a language model's losses are of the same tokens."""
-    is_language_model = this.task.peft_type == "CAUSAL_LM"
-    return not is_language_model or np.array_equal(this.rows[:, 1], other.rows[:, 1])
+    """Tell whether losses of tokens are of the same tokens."""
+    mine, theirs = this.predictions.get("tokens"), other.predictions.get("tokens")
+    return mine is None or theirs is None or np.array_equal(mine, theirs)
 
 
 def _pairs(this: Scored, other: Scored) -> list[tuple[Sums, Sums]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_finetune.tasks._token_loss import counted, each, loss_sum_of, row_sums_of
+from hf_finetune.tasks._token_loss import counted, each, loss_sum_of
 
 Tensor = torch.Tensor
 
@@ -80,11 +80,11 @@ class FastHead:
 
     Args:
         head: The module that makes logits of hidden states.
-        smoothing: Share of each target that is spread over the vocabulary.
     """
 
-    def __init__(self, head: torch.nn.Module, smoothing: float) -> None:
-        self.smoothing = smoothing
+    def __init__(self, head: torch.nn.Module) -> None:
+        self.smoothing = 0.0
+        """Share of each target that is spread over the vocabulary."""
         self.is_fused = type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters())
         self.is_last = True
         """The model returns the head's output as it is, and does not cap or scale it. See `notice`."""
@@ -107,8 +107,9 @@ class FastHead:
             del self._head.forward
 
     @contextmanager
-    def asked(self, labels: Tensor) -> Iterator[None]:
+    def asked(self, labels: Tensor, smoothing: float = 0.0) -> Iterator[None]:
         """Inside, the model's output is for `loss_sum`; labels are (B, T), `IGNORE` where nothing counts."""
+        self.smoothing = smoothing
         self._mask = counted(labels)
         self._wanted = labels[:, 1:][self._mask]
         try:
@@ -138,8 +139,8 @@ class FastHead:
         self.is_last = len(made) == 1 and torch.equal(made[0].to(logits.dtype), logits.detach())
         return logits
 
-    def eval_rows(self, forward: Callable[[], Tensor], labels: Tensor, by_position: Tensor | None = None) -> Tensor:
-        """The sums of `token_loss.row_sums`, (B, 3) float32, without ever holding the logits of the whole batch.
+    def each(self, forward: Callable[[], Tensor], labels: Tensor) -> Tensor:
+        """The result of `token_loss.each`, without ever holding the logits of the whole batch.
 
         `forward` runs the model on the batch, without gradients, and returns its logits.
         """
@@ -148,10 +149,9 @@ class FastHead:
         self._looked_at = wanted if self.is_last else None
         try:
             logits = forward()
-            found = each(logits[0], wanted) if self._found is None else self._found
+            return each(logits[0], wanted) if self._found is None else self._found
         finally:
             self._mask = self._looked_at = self._found = None
-        return row_sums_of(found, labels, by_position)
 
     def _pick(self, head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._mask is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hf_finetune.fast import attention, compiled, documents, dropout, lora, mlp,
 from hf_finetune.fast.head import FastHead
 from hf_finetune.hardware import Machine, uses_fsdp
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import IGNORE, Targets, Task
+from hf_finetune.tasks.base import Batch, State, Task
 
 Tensor = torch.Tensor
 
@@ -43,7 +44,7 @@ class Paths:
     """The fast paths that are installed in a model."""
 
     task: Task
-    targets: Targets
+    targets: State
     head: FastHead | None = None
     taken: dict[str, str] = field(default_factory=dict)
     """Setting -> what came of it, for people."""
@@ -57,28 +58,13 @@ class Paths:
     _removals: list[Callable[[], None]] = field(default_factory=list)
     _compiled: list[Any] = field(default_factory=list)
 
-    def loss_sum(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """The forward pass and its summed loss, a float32 scalar; see `Task.loss_sum`.
+    def forward(self, model: Callable[..., Any]) -> Forward:
+        """The model as a task is to call it: the adapted one, or its forward function, as accelerate wraps it."""
+        return Forward(model, self)
 
-        Args:
-            model: The adapted model, or its forward function, as accelerate wraps it.
-            inputs: Without labels.
-            labels: As the task's collator makes them.
-        """
-        inputs = self.seen(inputs)
-        if self.head is None:
-            return self.task.loss_sum(model(**inputs).logits, labels, self.targets)
-        with self.head.asked(labels):
-            return self.head.loss_sum(model(**inputs).logits)
-
-    def eval_rows(
-        self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, by_position: Tensor | None = None
-    ) -> Tensor:
-        """The forward pass of an evaluation, and what is kept of its rows; see `Task.eval_rows`, and `loss_sum`."""
-        inputs = self.seen(inputs)
-        if self.head is None or self.is_unproven:
-            return self.task.eval_rows(model(**inputs).logits, labels, by_position)
-        return self.head.eval_rows(lambda: model(**inputs).logits, labels, by_position)
+    def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The summed loss of a batch, a float32 scalar; `model` as for `forward`."""
+        return self.task.loss(self.forward(model), batch, self.targets).sum
 
     def seen(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The part of a batch that the model gets."""
@@ -131,9 +117,10 @@ class Paths:
                 self._take("document_attention", "packed documents", partial(base.set_attn_implementation, inner))
         elif not uses_fsdp():
             return
-        output = output_embedding(base)
+        # Other tasks may have an output embedding too, and look at it in other ways.
+        output = output_embedding(base) if recipe.task.predicts_next_token else None
         if output is not None and speed.fused_loss:
-            self.head = head = FastHead(output, getattr(recipe.task, "label_smoothing", 0.0))
+            self.head = head = FastHead(output)
             head.is_sharded = machine.is_sharded
             self._take("fused_loss", "with the head" if head.is_fused else "of trained tokens", head.remove)
         is_masked = base.config._attn_implementation in MASKED
@@ -146,19 +133,21 @@ class Paths:
         self.taken[name] = how
         self._removals.append(remove)
 
-    def prove(self, model: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+    def prove(self, model: Callable[..., Any], batch: Batch) -> None:
         """Compare a sharded model with itself on the begin of a few rows, and undo what was installed if it differs.
 
         Args:
-            model: As in `loss_sum`, sharded; every rank comes here, with gradients off.
-            inputs: Without labels.
-            labels: As the task's collator makes them.
+            model: As in `forward`, sharded; every rank comes here, with gradients off.
+            batch: As collated.
         """
         self.is_unproven = False
-        rows = _telling({name: value[:ROWS, :TOKENS] for name, value in {**inputs, "labels": labels}.items()})
-        labels = rows.pop("labels")
-        expected = self.task.loss_sum(self._logits(lambda: model(**rows).logits), labels, self.targets)
-        found = self.loss_sum(model, rows, labels)
+        rows = self.task.telling({name: value[:ROWS, :TOKENS] for name, value in batch.items()})
+
+        def plain(**inputs: Tensor) -> Any:
+            return SimpleNamespace(logits=self._logits(lambda: model(**inputs).logits))
+
+        expected = self.task.loss(plain, rows, self.targets).sum
+        found = self.loss_sum(model, rows)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1e-6)).float().reshape(1)
         if self.head is not None and self.head.is_fused and not self.head.is_last:
             difference.fill_(float("inf"))  # the model caps or scales what its head makes
@@ -168,23 +157,54 @@ class Paths:
             self.remove()
             self.taken = {"none": f"they would change this model's loss by {float(difference):.1e}"}
 
-    def outputs(self, model: Any, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        """Logits of the positions that are no padding, and a language model's summed loss."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "tokens")}
+    def outputs(self, model: Any, batch: Batch) -> list[Tensor]:
+        """Logits of the positions that are no padding, and the summed loss where it does not follow from them."""
+        inputs = self.task.inputs(batch)
         logits = self._logits(lambda: model(**self.seen(inputs)).logits).float()
-        if output_embedding(base_model(model)) is None:
-            return [logits]  # the loss follows from the logits
         mask = inputs.get("attention_mask")
-        logits = logits if mask is None else logits[mask.bool()]
-        return [logits, self.loss_sum(model, inputs, batch["labels"]).float().reshape(1)]
+        logits = logits if mask is None or logits.dim() < 3 else logits[mask.bool()]
+        if not self.task.predicts_next_token:
+            return [logits]
+        return [logits, self.loss_sum(model, batch).float().reshape(1)]
 
     def _logits(self, forward: Callable[[], Tensor]) -> Tensor:
         return forward() if self.head is None else self.head.notice(forward)
 
 
-def take(
-    adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: Targets, batch: Mapping[str, Tensor]
-) -> Paths:
+@dataclass(frozen=True)
+class Forward:
+    """A model's forward pass, by the fast paths that are installed; see `tasks._token_loss.next_token_loss`."""
+
+    model: Callable[..., Any]
+    paths: Paths
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """The model's output."""
+        return self.model(**self.paths.seen(inputs))
+
+    @property
+    def next_token_loss(self) -> Callable[..., Tensor] | None:
+        """Sums the loss without the logits that don't count; None where the head is as it was."""
+        return None if self.paths.head is None else self._loss
+
+    @property
+    def each_next_token(self) -> Callable[..., Tensor] | None:
+        """The same of what an evaluation counts."""
+        return None if self.paths.head is None or self.paths.is_unproven else self._each
+
+    def _loss(self, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+        head: Any = self.paths.head
+        with head.asked(labels, smoothing):
+            found: Tensor = head.loss_sum(self(**inputs).logits)
+            return found
+
+    def _each(self, inputs: Batch, labels: Tensor) -> Tensor:
+        head: Any = self.paths.head
+        found: Tensor = head.each(lambda: self(**inputs).logits, labels)
+        return found
+
+
+def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: State, batch: Batch) -> Paths:
     """Install the fast paths and compare the model with itself before.
 
     Args:
@@ -201,9 +221,7 @@ def take(
     if machine.is_sharded:
         paths.install(adapted, recipe, machine)
         return paths
-    batch = {name: value[:ROWS] for name, value in batch.items()}
-    if output_embedding(base_model(adapted)) is not None:
-        batch = _telling(batch)
+    batch = recipe.task.telling({name: value[:ROWS] for name, value in batch.items()})
     with _quiet(adapted, machine):
         before = paths.outputs(adapted, batch)
         paths.install(adapted, recipe, machine)
@@ -219,17 +237,6 @@ def take(
         paths.taken = {"none": f"they would change this model's output by {difference:.1e} (allowed {tolerance:.0e})"}
     paths.seconds = time.perf_counter() - began
     return paths
-
-
-def _telling(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A language model's batch that shows more: every token is a label, and the last ones are padding if any may be."""
-    batch = dict(batch)
-    batch["labels"] = ids = batch["input_ids"]
-    if (mask := batch.get("attention_mask")) is not None:
-        mask = mask.clone()
-        mask[:, -max(1, mask.shape[1] // 4) :] = 0
-        batch["attention_mask"], batch["labels"] = mask, ids.masked_fill(mask == 0, IGNORE)
-    return batch
 
 
 @contextmanager

@@ -16,12 +16,11 @@ from hf_finetune import hardware, hubreach, model, opening, quiet, runlock
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.finished import loading, samebase
 from hf_finetune.finished.serving import Serving
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State, pad_token_of
 from hf_finetune.terminal import warn
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.hardware import Machine
     from hf_finetune.recipe import Recipe
@@ -40,9 +39,10 @@ class Finished:
     """As resolved, with the overrides of whoever opened it."""
     machine: Machine
     """This one, with the precision and the attention that the run was made with, where it has them."""
-    targets: Targets
+    targets: State
     """What the training data said about the labels."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What prepares rows: a tokenizer, an image processor or the like."""
 
     def model(self) -> nn.Module:
         """The base with the adapter (or the full model), in eval mode, on the device.
@@ -50,7 +50,8 @@ class Finished:
         Raises:
             ModelError: The base or the adapter can't be loaded.
         """
-        return loading.adapted(self.recipe, self.machine, self._pad_token(), str(self.folder.adapter))
+        pad, folder = pad_token_of(self.tokenizer), str(self.folder.adapter)
+        return loading.adapted(self.recipe, self.machine, pad, folder)
 
     def base(self) -> nn.Module:
         """The same without what was trained; a head that the base lacks is the trained one.
@@ -58,7 +59,8 @@ class Finished:
         Raises:
             ModelError: The base can't be loaded, or lacks something that was not trained either.
         """
-        return loading.base(self.recipe, self.machine, self._pad_token(), str(self.folder.adapter))
+        pad, folder = pad_token_of(self.tokenizer), str(self.folder.adapter)
+        return loading.base(self.recipe, self.machine, pad, folder)
 
     def serve(self, network: nn.Module) -> Serving:
         """The network with the fast paths of training's evaluation, so that it gives the same numbers.
@@ -67,10 +69,6 @@ class Finished:
             network: What `model` or `base` returned; its modules are changed.
         """
         return Serving.of(network, self.recipe, self.machine, self.targets, self.tokenizer)
-
-    def _pad_token(self) -> int | None:
-        token: Any = self.tokenizer.pad_token_id
-        return None if token is None else int(token)
 
 
 def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
@@ -95,13 +93,13 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     recipe = runlock.as_trained(opened.recipe, folder.run_lock)
     hubreach.settle(recipe)
     machine = _as_in_training(folder, recipe, hardware.survey(recipe))
-    targets, tokenizer = _targets(folder, recipe, kept), model.load_tokenizer(recipe.model)
+    targets, tokenizer = _targets(folder, recipe, kept), model.load_processor(recipe.model, recipe.task)
     samebase.check(recipe, folder)
     recipe = _dated(recipe, tokenizer)
     return Finished(folder, recipe, machine, targets, tokenizer)
 
 
-def _dated(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+def _dated(recipe: Recipe, tokenizer: Any) -> Recipe:
     """The recipe with the date that its chat template prints, where the run kept none."""
     today = date.today().isoformat()
     task = recipe.task.on(today, tokenizer)
@@ -111,11 +109,11 @@ def _dated(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     return recipe.model_copy(update={"task": task})
 
 
-def _targets(folder: RunFolder, recipe: Recipe, kept: Kept | None) -> Targets:
+def _targets(folder: RunFolder, recipe: Recipe, kept: Kept | None) -> State:
     if kept is not None:
         return kept.targets
-    if recipe.task.peft_type != "SEQ_CLS":
-        return Targets()
+    if not recipe.task.has_labels:
+        return State()
     message = "is not there: an earlier version made this run, and did not keep its labels; train anew with --restart"
     raise CheckpointError(Problem(message, file=str(folder.targets)))
 

@@ -83,7 +83,7 @@ def _label_options(recipe: Recipe, folder: str) -> dict[str, Any]:
         ModelError: The folder does not say.
     """
     found = labelfile.options(folder)
-    if recipe.task.peft_type == "SEQ_CLS" and not found:
+    if recipe.task.has_labels and not found:
         message = f"is not there, and {recipe.task.kind} needs it; train the run anew with --restart"
         raise ModelError(Problem(message, file=str(Path(folder) / labelfile.FILE)))
     return found

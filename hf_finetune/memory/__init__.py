@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_finetune import model
 from hf_finetune.adapters import Setting
@@ -24,7 +25,7 @@ from hf_finetune.hardware import Machine
 from hf_finetune.memory import state, steps
 from hf_finetune.model import heads, weights
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State, pad_token_of
 
 HOLES = 0.5
 """On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
@@ -78,9 +79,7 @@ class Estimate:
         return self.total - self.parts.get(state.PROCESS, 0)
 
 
-def outline(
-    recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
-) -> Outline:
+def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Outline:
     """The adapted model on the meta device, with the parameter counts of the real one.
 
     The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
@@ -100,10 +99,10 @@ def outline(
     for parameter in base.parameters():
         parameter.data = parameter.data.to(dtype)
     base.config.use_cache = False
-    if tokenizer.pad_token_id is not None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    if (pad := pad_token_of(tokenizer)) is not None:
+        base.config.pad_token_id = pad
     setting = Setting(
-        peft_type=recipe.task.peft_type,
+        peft_type=recipe.task.peft_task,
         tokenizer=tokenizer,
         total_steps=STEPS,
         head_modules=(*heads.find(base), *_absent_poolers(recipe, base)),
@@ -136,9 +135,7 @@ def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
     ]
 
 
-def estimate(
-    recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase, machine: Machine, shapes: Shapes
-) -> Estimate:
+def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, shapes: Shapes) -> Estimate:
     """Estimate the peak memory of a device: of the accelerator, or on a CPU of the whole process.
 
     Args:
@@ -158,7 +155,7 @@ def estimate(
     lasting, loading = state.lasting(recipe, adapted, machine), state.loading(recipe, adapted, machine)
     tensors = [*adapted.parameters(), *adapted.buffers()]
     copies = sum(map(state.size, tensors)) * (1 if recipe.adapter.freezes_base else 2)
-    step = steps.Step(recipe, targets, machine, adapted, attention)
+    step = steps.Step(recipe, targets, tokenizer, machine, adapted=adapted, attention=attention)
     training, evaluation = step.training(shapes.train), step.evaluation(shapes.evaluation)
     phases = {"loading": loading}
     if machine.device == "cpu":

@@ -16,7 +16,7 @@ from hf_finetune.hardware import DTYPES, Machine
 from hf_finetune.memory import state
 from hf_finetune.memory.ledger import Ledger, fake
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import Batch, State
 
 DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
 
@@ -24,8 +24,16 @@ DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
 class Step:
     """Runs an outlined model with batches of a given shape; the model is of no use afterwards."""
 
-    def __init__(self, recipe: Recipe, targets: Targets, machine: Machine, adapted: nn.Module, attention: str) -> None:
-        self.recipe, self.targets, self.machine, self.adapted = recipe, targets, machine, adapted
+    def __init__(
+        self, recipe: Recipe, targets: State, processor: Any, machine: Machine, *, adapted: nn.Module, attention: str
+    ) -> None:
+        self.recipe, self.targets, self.processor, self.machine, self.adapted = (
+            recipe,
+            targets,
+            processor,
+            machine,
+            adapted,
+        )
         base = base_model(adapted)
         base.set_attn_implementation(attention)
         if machine.activation_checkpointing:
@@ -51,14 +59,15 @@ class Step:
             watched: Any = parameter  # torch leaves this method untyped
             watched.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
         self.adapted.train()
+        made = self._example(shape[1])
         with self._mode, ledger:
             if self.recipe.training.batch_size > shape[0] * self.machine.world_size:
                 ledger.account = GRADIENTS  # of earlier micro-batches
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
-            inputs, labels = self._batch(shape, ledger)
+            batch = self._batch(shape[0], made, ledger)
             with self._autocast():
-                loss = self._paths.loss_sum(self._forward(), inputs, labels)
+                loss = self._paths.loss_sum(self._forward(), batch)
                 penalty = self.recipe.adapter.penalty(self.adapted)
             (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
         found, gradients = self._found(ledger), sum(map(state.size, trained))
@@ -71,10 +80,11 @@ class Step:
             return {}
         ledger = self._ledger()
         self.adapted.eval()
+        made = self._example(shape[1])
         with self._mode, ledger, torch.no_grad():
-            inputs, labels = self._batch(shape, ledger)
+            batch = self._batch(shape[0], made, ledger)
             with self._autocast():
-                self._paths.eval_rows(self._forward(), inputs, labels)
+                self.recipe.task.predict(self._paths.forward(self._forward()), batch, self.targets)
         return self._found(ledger)
 
     def _forward(self) -> Any:
@@ -94,18 +104,15 @@ class Step:
         ledger.ignore(self._weights)
         return ledger
 
-    def _batch(self, shape: tuple[int, int], ledger: Ledger) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        ledger.account = DATA
-        ids = torch.ones(shape, dtype=torch.long, device=self._device)
-        more = "position_ids" if self.recipe.data.packing else "attention_mask"
-        inputs = {"input_ids": ids, more: torch.ones_like(ids)}
-        labels = torch.ones_like(ids) if self._vocabulary else self._row_labels(shape[0])
-        ledger.account = ACTIVATIONS
-        return inputs, labels
+    def _example(self, size: int) -> Batch:
+        """A real batch of one row of this size; made before tensors are fake."""
+        return self.recipe.task.probe([size], self.processor, self.targets, packed=self.recipe.data.packing)
 
-    def _row_labels(self, rows: int) -> torch.Tensor:
-        """Labels of a classifier's rows, as its collator makes them."""
-        problem = getattr(self.recipe.task, "problem", "single_label")
-        shape = (rows, len(self.targets.names)) if problem == "multi_label" else (rows,)
-        dtype = torch.long if problem == "single_label" else torch.float32
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+    def _batch(self, rows: int, made: Batch, ledger: Ledger) -> Batch:
+        ledger.account = DATA
+        batch = {
+            name: torch.ones((rows, *value.shape[1:]), dtype=value.dtype, device=self._device)
+            for name, value in made.items()
+        }
+        ledger.account = ACTIVATIONS
+        return batch

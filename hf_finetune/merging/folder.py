@@ -97,7 +97,7 @@ def write(network: PreTrainedModel, run: Finished, dtype: Dtype, shard_size: str
         StorageError: The disk does not take it.
     """
     _cast(network, dtype)
-    if run.recipe.task.peft_type == "CAUSAL_LM":
+    if run.recipe.task.generates:
         _generation(network, run.tokenizer)
     if getattr(network.config, "use_cache", None) is False:
         network.config.use_cache = True  # off in training only, where it has no use

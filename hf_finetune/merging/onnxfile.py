@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_finetune.finished import Finished
-    from hf_finetune.merging.scoring import EvalRows, Logits
+    from hf_finetune.merging.scoring import Logits, Predict
     from hf_finetune.tasks.base import Batch
 
 FILE = "onnx/model.onnx"
@@ -84,14 +84,9 @@ def session(file: Path) -> Logits:
     return run
 
 
-def rows_of(file: Path, run: Finished) -> EvalRows:
-    """How the file gives what the metrics need."""
-    logits = session(file)
-
-    def rows(batch: Batch) -> torch.Tensor:
-        return run.recipe.task.eval_rows(logits(batch), batch["labels"])
-
-    return rows
+def predictor(file: Path, run: Finished) -> Predict:
+    """Predictions by the file."""
+    return scoring.predictor(session(file), run)
 
 
 class _Positional(nn.Module):

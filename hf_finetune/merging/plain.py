@@ -9,11 +9,12 @@ import torch
 import transformers
 
 from hf_finetune.errors import ModelError
+from hf_finetune.merging import scoring
 from hf_finetune.model.pretrained import silence
 
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished
-    from hf_finetune.merging.scoring import EvalRows, Logits
+    from hf_finetune.merging.scoring import Logits, Predict
     from hf_finetune.tasks.base import Batch
 
 ROOM = 1.5
@@ -72,16 +73,11 @@ def logits_of(network: Any) -> Logits:
     return run
 
 
-def rows_of(network: Any, run: Finished) -> EvalRows:
-    """How a network gives what the metrics need."""
-    logits = logits_of(network)
-
-    def rows(batch: Batch) -> torch.Tensor:
-        labels = batch["labels"].to(network.device)
-        found = logits({name: value for name, value in batch.items() if name != "labels"})
-        return run.recipe.task.eval_rows(found, labels)
-
-    return rows
+def predictor(network: Any, run: Finished) -> Predict:
+    """Predictions by a network."""
+    logits, device = logits_of(network), network.device
+    predict = scoring.predictor(logits, run)
+    return lambda batch: predict({name: value.to(device) for name, value in batch.items()})
 
 
 def _caches(network: Any) -> bool:

@@ -40,29 +40,28 @@ class Rows:
     def batches(self) -> Iterator[Batch]:
         """All rows, of like length together."""
         recipe, machine = self.run.recipe, self.run.machine
-        vocabulary = len(self.run.tokenizer) if self._is_language else 0
-        most = hardware.eval_batch(recipe, machine, vocabulary)
+        most = hardware.eval_batch(recipe, machine, self._vocabulary)
         division = batching.Division(most.rows, most.rows)
         rows = batching.Rows(self.encoded, recipe.task)
-        collator = recipe.task.collator(self.run.tokenizer)
         tokens = most.budget(all_logits=True)
-        for batch in batching.eval_loader(rows, batching.lengths_of(self.encoded), division, collator, tokens):
-            yield {name: value for name, value in batch.items() if name != "row_ids"}
+        yield from batching.eval_loader(rows, batching.lengths_of(self.encoded), division, self._collate, tokens)
 
     def probes(self) -> list[Batch]:
-        """A few rows from short to long, without labels: padded together, but one by one for a language model."""
+        """A few rows from short to long, without labels: padded together, but one by one where logits are large."""
         order: list[int] = batching.lengths_of(self.encoded).argsort(kind="stable").tolist()
         count = min(PROBED, len(order))
         chosen = [order[place * (len(order) - 1) // max(1, count - 1)] for place in range(count)]
         rows = batching.Rows(self.encoded, self.run.recipe.task)
-        groups = [[index] for index in chosen] if self._is_language else [chosen]
-        collator = self.run.recipe.task.collator(self.run.tokenizer)
-        made = [collator([rows[index] for index in group]) for group in groups]
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in made]
+        groups = [[index] for index in chosen] if self._vocabulary else [chosen]
+        made = [self._collate([rows[index] for index in group]) for group in groups]
+        return [self.run.recipe.task.inputs(batch) for batch in made]
 
     @property
-    def _is_language(self) -> bool:
-        return self.run.recipe.task.peft_type == "CAUSAL_LM"
+    def _vocabulary(self) -> int:
+        return self.run.recipe.task.vocabulary(self.run.tokenizer)
+
+    def _collate(self, rows: list[Any]) -> Batch:
+        return self.run.recipe.task.collate(rows, self.run.tokenizer, self.run.targets)
 
 
 @contextmanager

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from hf_finetune import batching
 from hf_finetune.errors import ModelError
 from hf_finetune.terminal import phase
 
 if TYPE_CHECKING:
+    from hf_finetune.finished import Finished
     from hf_finetune.merging.rows import Rows
     from hf_finetune.tasks.base import Batch
 
+Predict = Callable[["Batch"], dict[str, torch.Tensor]]
 Logits = Callable[["Batch"], torch.Tensor]
 """A batch without labels -> logits (B, C) or (B, T, V)."""
-EvalRows = Callable[["Batch"], torch.Tensor]
-"""A batch with labels -> what the task's metrics need of its rows, (B, K)."""
 
 POSITIONS = 64
 """Tokens of a row whose logits are compared: those of a whole row of a language model are gigabytes."""
@@ -55,18 +56,20 @@ def refuse(apart: float, tolerance: float, what: str, hint: str) -> None:
         raise ModelError(f"{what}: {reason}; nothing was written; {hint}")
 
 
-def metrics(name: str, rows: Rows, model: EvalRows) -> dict[str, float]:
+def metrics(name: str, rows: Rows, predict: Predict) -> dict[str, float]:
     """The task's metrics on all rows.
 
     Args:
         name: What is evaluated, for the display.
         rows: On what.
-        model: What is evaluated.
+        predict: Predictions of a batch, of the model that is evaluated.
     """
-    parts = []
     with phase(f"evaluating {name}", len(rows.encoded), "rows") as shown:
-        for batch in rows.batches():
-            parts.append(model(batch).float().cpu().numpy())
-            shown.done += len(parts[-1])
-    found: dict[str, float] = rows.run.recipe.task.metrics(np.concatenate(parts), rows.run.targets)
-    return found
+        found = batching.predicted(rows.batches(), predict, shown)
+    return rows.run.recipe.task.metrics(found, rows.run.targets)
+
+
+def predictor(model: Logits, run: Finished) -> Predict:
+    """Predictions of whatever gives logits."""
+    task = run.recipe.task
+    return lambda batch: task.predict(lambda **inputs: SimpleNamespace(logits=model(inputs)), batch, run.targets)

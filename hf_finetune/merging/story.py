@@ -79,7 +79,7 @@ def _merged(run: Finished, rows: Rows, options: Options, staging: Path) -> Repor
     tolerance = export.TOLERANCES[dtype] if options.tolerance is None else options.tolerance
     scoring.refuse(apart, tolerance, "what was written is not the adapter's model", HINT)
     report.checks.append(Check("folder", apart, tolerance))
-    report.metrics["merged"] = scoring.metrics("the merged model", rows, plain.rows_of(network, run))
+    report.metrics["merged"] = scoring.metrics("the merged model", rows, plain.predictor(network, run))
     return report
 
 
@@ -96,7 +96,7 @@ def _compare_run(report: Report, options: Options, expected: list[torch.Tensor])
     tolerance = tolerance if options.tolerance is None else options.tolerance
     scoring.refuse(apart, tolerance, "what was merged is not the model of the run", HINT)
     report.checks.append(Check("run", apart, tolerance))
-    report.metrics[RUN] = scoring.metrics("the run's model", rows, served.rows)
+    report.metrics[RUN] = scoring.metrics("the run's model", rows, served.predict)
 
 
 def _quantised(report: Report, options: Options, staging: Path) -> None:
@@ -106,7 +106,7 @@ def _quantised(report: Report, options: Options, staging: Path) -> None:
     with phase(f"quantising to {bits}"):
         quantised.write(staging, report.run, bits, staging / bits)
     network = plain.load(staging / bits, report.run)
-    report.metrics[bits] = scoring.metrics(f"the {bits} model", report.rows, plain.rows_of(network, report.run))
+    report.metrics[bits] = scoring.metrics(f"the {bits} model", report.rows, plain.predictor(network, report.run))
     report.packages.append("torchao")
 
 
@@ -115,7 +115,7 @@ def _onnx(report: Report, staging: Path) -> None:
     with phase("exporting to ONNX"):
         apart = onnxfile.write(staging, report.run, report.rows.probes(), file)
     report.checks.append(Check("onnx", apart, onnxfile.TOLERANCE))
-    report.metrics["onnx"] = scoring.metrics("the ONNX file", report.rows, onnxfile.rows_of(file, report.run))
+    report.metrics["onnx"] = scoring.metrics("the ONNX file", report.rows, onnxfile.predictor(file, report.run))
     report.packages += ["onnx", "onnxruntime", "onnxscript"]
 
 

@@ -18,7 +18,7 @@ from hf_finetune.adaptation import peftio
 from hf_finetune.errors import ModelError
 from hf_finetune.export import TOLERANCES
 from hf_finetune.merging import plain, scoring
-from hf_finetune.merging.plain import logits_of, rows_of
+from hf_finetune.merging.plain import logits_of, predictor
 from hf_finetune.model.checks import unmergeable
 from hf_finetune.terminal import phase
 
@@ -67,7 +67,7 @@ def merged(rows: Rows) -> Merged:
         adapted: Any = recipe.adapter.load(base, str(run.folder.adapter))
         adapted.eval().requires_grad_(False)
     before = scoring.logits(logits_of(adapted), probes)
-    metrics = scoring.metrics("the adapter in fp32", rows, rows_of(adapted, run))
+    metrics = scoring.metrics("the adapter in fp32", rows, predictor(adapted, run))
     if not hasattr(adapted, "merge_and_unload"):
         return Merged(adapted, "nothing: every weight was trained", 0.0, before, metrics)
     with phase("merging"):

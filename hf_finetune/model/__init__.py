@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_finetune.adaptation.targets import output_embedding
 from hf_finetune.adapters import Setting
@@ -17,10 +17,10 @@ from hf_finetune.findings import Findings
 from hf_finetune.hardware import Machine
 from hf_finetune.model import checks as modelchecks
 from hf_finetune.model import dropout, heads, weights
-from hf_finetune.model.pretrained import commit, load_tokenizer, read_config, reading, silence
+from hf_finetune.model.pretrained import commit, load_processor, load_tokenizer, read_config, reading, silence
 from hf_finetune.recipe import Recipe
 from hf_finetune.schema.modelfolder import resolve
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 
 __all__ = [
     "LoadedModel",
@@ -31,6 +31,7 @@ __all__ = [
     "fresh_base",
     "fresh_base_and_gaps",
     "load",
+    "load_processor",
     "load_tokenizer",
     "parameter_counts",
     "resolve",
@@ -51,7 +52,7 @@ class LoadedModel:
     """This rank has only the shapes; the weights come from rank 0 when they are sharded."""
 
 
-def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+def skeleton(recipe: Recipe, targets: State, tokenizer: Any = None) -> PreTrainedModel:
     """The model without weights (meta device), after every check that needs none; arguments as for `examine`.
 
     Raises:
@@ -59,16 +60,14 @@ def skeleton(recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBas
         RecipeError: A package is not installed, or the adapter can't train a quantised base.
     """
     findings = Findings()
-    model = examine(recipe, targets, tokenizer or load_tokenizer(recipe.model), findings)
+    model = examine(recipe, targets, tokenizer or load_processor(recipe.model, recipe.task), findings)
     findings.raise_errors()
     if model is None:
         raise AssertionError("a model that can't be outlined has an error")
     return model
 
 
-def examine(
-    recipe: Recipe, targets: Targets, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
-) -> PreTrainedModel | None:
+def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) -> PreTrainedModel | None:
     """Make every check of the model that needs no weights.
 
     Args:
@@ -87,9 +86,10 @@ def examine(
         config = _config(recipe, targets)
     if config is None:
         return None
-    for check in (modelchecks.direction, modelchecks.attention):
-        with findings.collect():
-            check(recipe, config)
+    with findings.collect():
+        recipe.task.check_config(recipe.model.name, config)
+    with findings.collect():
+        modelchecks.attention(recipe, config)
     with findings.collect():
         weights.check(recipe.model)
     with findings.collect():
@@ -101,9 +101,9 @@ def examine(
             fits(recipe, model)
     if not findings.blame("adapter"):
         findings.warn(modelchecks.unmergeable(recipe, model))
-    if tokenizer is not None:
+    if (words := tokenizer_of(tokenizer)) is not None:
         with findings.collect():
-            modelchecks.vocabulary(recipe, model, tokenizer)
+            modelchecks.vocabulary(recipe, model, words)
     return model
 
 
@@ -121,9 +121,9 @@ def _outline(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
 
 def load(
     recipe: Recipe,
-    targets: Targets,
+    targets: State,
     machine: Machine,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     outline: PreTrainedModel | None = None,
 ) -> LoadedModel:
     """Load the base with its task head, drawn anew where the checkpoint has none.
@@ -151,9 +151,9 @@ def load(
     if recipe.model.dropout is not None:
         dropout.set_in_modules(model, recipe.model.dropout)
     model.config.use_cache = False
-    if tokenizer.pad_token_id is not None:
+    if (pad := pad_token_of(tokenizer)) is not None:
         # A decoder's classification head finds the last token by the pad id of its config.
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = pad
     if not machine.is_sharded and recipe.model.quantization is None:
         # Before anything computes with it: initialisations and measurements would run on the CPU. Sharded weights are
         # moved as they are divided, quantised ones were loaded there.
@@ -232,7 +232,7 @@ def fresh_base_and_gaps(
     return model, frozenset(missing)
 
 
-def _config(recipe: Recipe, targets: Targets) -> PreTrainedConfig:
+def _config(recipe: Recipe, targets: State) -> PreTrainedConfig:
     config = read_config(recipe.model, recipe.task.model_options(targets))
     if recipe.model.dropout is not None:
         dropout.set_in_config(config, recipe.model.dropout)

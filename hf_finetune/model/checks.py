@@ -10,30 +10,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
 from hf_finetune.adaptation import peftio
 from hf_finetune.adaptation import targets as adapttargets
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.model import heads
 from hf_finetune.recipe import Recipe
-
-
-def direction(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """A language model must be a decoder; transformers would also load BERT as one, which sees the next token.
-
-    Raises:
-        ModelError: It is an encoder, or an encoder with a decoder.
-    """
-    if recipe.task.auto_model != "AutoModelForCausalLM":
-        return
-    # GPT-NeoX says that it is no decoder, too, but it is no masked language model either.
-    encoder = getattr(config, "is_decoder", None) is False and config.model_type in ENCODERS
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        reason = (
-            f"{recipe.model.name} ({config.model_type}) is not a decoder; {recipe.task.kind} needs one, e.g. a Llama"
-        )
-        raise ModelError(Problem(reason, key="model.name"))
 
 
 def length(recipe: Recipe, model: PreTrainedModel) -> None:

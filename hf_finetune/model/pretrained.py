@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hf_finetune.hubreach import HTTP_ERROR
 from hf_finetune.schema import modelfolder
 from hf_finetune.schema.blocks import Model
 from hf_finetune.schema.modelfolder import KEY, resolve
+from hf_finetune.tasks.base import Task
 
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 """Tokens that models have for padding and nothing else; some do not declare theirs."""
@@ -60,7 +61,7 @@ def commit(model: Model) -> str | None:
     return found[1] if found else None
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token.
 
     A tokenizer without one gets a token that the vocabulary holds for padding (`PAD_TOKENS`), else its EOS token;
@@ -72,7 +73,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """
     place = _place(model)
     with reading(model), silence():
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=model.revision, trust_remote_code=False, **(options or {})
+        )
     if not tokenizer.is_fast:
         raise ModelError(Problem(f"{model.name}: has no fast tokenizer (tokenizer.json); add one to it", key=KEY))
     if tokenizer.pad_token is None:
@@ -82,6 +85,21 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             raise ModelError(Problem(f"{model.name}: its tokenizer has neither pad nor EOS token; set one", key=KEY))
         tokenizer.pad_token = pad
     return tokenizer
+
+
+def load_processor(model: Model, task: Task) -> Any:
+    """Load what prepares a task's rows: a tokenizer as `load_tokenizer` does, or an image processor and the like.
+
+    Raises:
+        ModelError: The model has none that fits.
+        RecipeError: See `read_config`.
+    """
+    if task.auto_processor == "AutoTokenizer":
+        return load_tokenizer(model, task.processor_options)
+    with reading(model), silence():
+        return getattr(transformers, task.auto_processor).from_pretrained(
+            _place(model), revision=model.revision, trust_remote_code=False, **task.processor_options
+        )
 
 
 @contextmanager

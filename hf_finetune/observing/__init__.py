@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import pad_across_processes, reduce
 from transformers import TrainerState
 
-from hf_finetune.batching import lengths_of
 from hf_finetune.hardware import Machine
 from hf_finetune.observing import data, embeddings, predictions, tokens, weights
 from hf_finetune.observing.predictions import Split
 from hf_finetune.recipe import Recipe
 from hf_finetune.records import Record, files, step_of
 from hf_finetune.schema.watching import is_due
-from hf_finetune.tasks.base import Batch
-from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tasks.base import Batch, Predictions, tokenizer_of
 
 if TYPE_CHECKING:
     from hf_finetune.data import Prepared
@@ -92,11 +90,11 @@ class Observing:
             say: Takes sentences about what can't be shown.
         """
         trainer.observing = self
-        tracking, is_lm = self.recipe.tracking, isinstance(self.recipe.task, CausalLM)
+        tracking, has_labels = self.recipe.tracking, bool(trainer.job.targets.names)
         wanted = {
             "weight histograms": tracking.histograms,
-            "losses of single tokens": tracking.examples if is_lm else False,
-            "embeddings": False if is_lm else tracking.embeddings,
+            "losses of single tokens": tracking.examples if self.recipe.task.predicts_next_token else False,
+            "embeddings": tracking.embeddings if has_labels else False,
         }
         if self.machine.is_sharded and any(wanted.values()):
             names = ", ".join(name for name, often in wanted.items() if often)
@@ -156,24 +154,18 @@ class Look:
         self.observing, self.occasion, self.split = observing, occasion, split
         self.job, self.model = trainer.job, trainer.bare_model
         self.tracking = observing.recipe.tracking
-        self.is_lm = isinstance(self.job.task, CausalLM)
         self.is_main, self.is_sharded = observing.machine.is_main, observing.machine.is_sharded
-        self.by_position: torch.Tensor | None = None
-        """Sums (2, T) that `Task.eval_rows` adds to; None where nobody wants them."""
+        self.totals: dict[str, torch.Tensor] | None = {} if occasion.is_due(self.tracking.images) else None
+        """Sums that `Task.predict` adds to; None where nobody wants them."""
         self._inputs: embeddings.HeadInputs | None = None
         self._ids: Array = np.zeros(0, dtype=np.int64)
-        self._rows: Array = np.zeros((0, 0), dtype=np.float32)
+        self._predictions: Predictions = {}
         self._token_rows: list[dict[str, Any]] = []
-        if self.is_lm and occasion.is_due(self.tracking.images):
-            longest = int(lengths_of(split.encoded).max(initial=0))
-            device: torch.device = self.model.device
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.by_position = torch.zeros(2, longest, dtype=dtype, device=device)
-        if not self.is_lm and not self.is_sharded and occasion.is_due(self.tracking.embeddings):
+        if self.job.targets.names and not self.is_sharded and occasion.is_due(self.tracking.embeddings):
             head = embeddings.find_head(self.model, len(self.job.targets.names))
             if head is not None:
                 rows = embeddings.chosen(len(split.encoded), self.tracking.embedding_rows)
-                self._inputs = embeddings.HeadInputs(head, rows, self.model.config.pad_token_id)
+                self._inputs = embeddings.HeadInputs(head, rows, getattr(self.model.config, "pad_token_id", None))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -185,63 +177,60 @@ class Look:
     def announce(self, batch: Batch) -> None:
         """Say which batch comes next, still on the CPU."""
         if self._inputs is not None:
-            self._inputs.announce(batch["row_ids"], batch["input_ids"])
+            self._inputs.announce(batch["row_ids"], batch.get(self.job.task.token_ids or ""))
 
-    def score(self, ids: Array, rows: Array, collate: Callable[[list[Any]], Batch]) -> dict[str, float]:
-        """Take the numbers of every row, in order; returns metrics that come of looking closer.
+    def score(self, ids: Array, found: Predictions, collate: Callable[[list[Any]], Batch]) -> dict[str, float]:
+        """Take the predictions of every row, in order; returns metrics that come of looking closer.
 
         Args:
             ids: (N,) numbers of the rows.
-            rows: (N, K), as the task's metrics get them.
+            found: (N, ...) each.
             collate: Makes a batch of encoded rows.
         """
-        self._ids, self._rows = ids, rows
-        wanted = self.is_lm and self.occasion.is_due(self.tracking.examples)
+        self._ids, self._predictions = ids, found
+        wanted = self.job.task.predicts_next_token and self.occasion.is_due(self.tracking.examples)
         if not wanted or self.is_sharded or not self.is_main:
             return {}
 
         def forward(row: dict[str, Any]) -> torch.Tensor:
-            batch = {key: value.to(self.model.device) for key, value in collate([row]).items() if key != "labels"}
+            inputs = self.job.task.inputs(collate([row]))
+            batch = {name: value.to(self.model.device) for name, value in inputs.items()}
             with torch.no_grad():
                 logits: torch.Tensor = self.model(**batch).logits
             return logits[0]
 
-        self._token_rows = tokens.rows(forward, self.job.tokenizer, self.split.encoded, self.tracking.example_rows)
+        name, many = self.job.task.token_ids, self.tracking.example_rows
+        self._token_rows = tokens.rows(forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many)
         entropy = tokens.mean_entropy(self._token_rows)
         return {} if entropy is None else {"example_entropy": entropy}
 
     def _conclude(self) -> None:
         """Gather the parts of each rank, and make the records."""
-        sums = None if self.by_position is None else reduce(self.by_position, reduction="sum")
+        totals = {name: _over_ranks(total) for name, total in sorted((self.totals or {}).items())}
         vectors = None if self._inputs is None else self._inputs.gather()
         if not self.is_main or not len(self._ids):
             return
         task, targets, tracking, due = self.job.task, self.job.targets, self.tracking, self.occasion.is_due
         phase, step = self.occasion.phase, self.occasion.step
-        problem = getattr(task, "problem", None)
-        facts = {
-            "task": task.kind,
-            "problem": problem,
-            "names": list(targets.names),
-            "threshold": getattr(task, "threshold", None) if problem == "multi_label" else None,
-            "split": self.split.name,
-        }
-        arrays = {"ids": self._ids, "rows": self._rows}
-        self.observing.keep_predictions(Record("predictions", phase, step, arrays, facts), self.occasion)
         tell = self.observing.record
-        if not self.is_lm and (due(tracking.examples) or vectors is not None):
-            judged = predictions.judge(task, targets, self._ids, self._rows)
+        if (plot := task.plots(self._predictions, targets)) is not None:
+            facts: dict[str, Any] = {"task": task.kind, "problem": plot.problem, "names": list(targets.names)}
+            facts |= {"threshold": plot.threshold, "split": self.split.name}
+            arrays = {"ids": self._ids, "rows": plot.rows}
+            self.observing.keep_predictions(Record("predictions", phase, step, arrays, facts), self.occasion)
+        if (judged := task.judge(self._predictions, targets)) is not None:
             if due(tracking.examples):
-                rows = predictions.worst(task, self.split, judged, tracking.example_rows)
+                rows = predictions.worst(task, self.split, self._ids, judged, tracking.example_rows)
                 tell(Record("examples", phase, step, facts={"rows": rows}))
             if vectors is not None and len(vectors[0]):
                 ids, found = vectors
-                truth = dict(zip(judged.places.tolist(), judged.truth, strict=True))
+                truth = dict(zip(self._ids[judged.places].tolist(), judged.truth, strict=True))
                 kept = np.array([int(index) in truth for index in ids], dtype=bool)  # masked rows have no label
                 numbers = ids[kept].tolist()
                 texts = self.split.texts(task, numbers, LABEL_TEXT)
                 told = {"labels": [truth[number] for number in numbers], "texts": texts}
                 tell(Record("embeddings", phase, step, {"vectors": found[kept], "ids": ids[kept]}, told))
+        sums = totals.get("positions")
         if sums is not None and sums.numel():
             tell(Record("positions", phase, step, tokens.positions(sums.cpu().numpy())))
         if self._token_rows:
@@ -250,3 +239,9 @@ class Look:
         of_nothing_else = phase == "final" or step == 0
         if of_nothing_else and phase != "test" and due(tracking.histograms) and not self.is_sharded:
             tell(weights.record(phase, step, weights.modules(self.model), None))
+
+
+def _over_ranks(total: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's total; ranks that saw shorter rows have fewer places."""
+    summed: torch.Tensor = reduce(pad_across_processes(total, dim=-1), reduction="sum")
+    return summed

@@ -67,18 +67,19 @@ class HeadInputs:
         finally:
             handle.remove()
 
-    def announce(self, row_ids: torch.Tensor, input_ids: torch.Tensor) -> None:
+    def announce(self, row_ids: torch.Tensor, input_ids: torch.Tensor | None) -> None:
         """Say which rows come next, both still on the CPU.
 
         Args:
             row_ids: (B,), -1 for rows that only fill a rank.
-            input_ids: (B, T).
+            input_ids: (B, T); None where rows are not made of tokens.
         """
         self._places = [place for place, number in enumerate(row_ids.tolist()) if number in self.rows]
         self._ids = row_ids[self._places].tolist()
-        width = torch.arange(input_ids.shape[1])
-        # As transformers' GenericForSequenceClassification pools.
-        self._last = None if self.pad is None else (width * (input_ids != self.pad)).argmax(-1)
+        self._last = None
+        if self.pad is not None and input_ids is not None:
+            # As transformers' GenericForSequenceClassification pools.
+            self._last = (torch.arange(input_ids.shape[1]) * (input_ids != self.pad)).argmax(-1)
 
     def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not self._ids:

@@ -37,7 +37,7 @@ def positions(sums: Array) -> dict[str, Array]:
 
 
 def rows(
-    forward: Callable[[dict[str, Any]], torch.Tensor], tokenizer: Any, encoded: Any, many: int
+    forward: Callable[[dict[str, Any]], torch.Tensor], tokenizer: Any, encoded: Any, name: Any, many: int
 ) -> list[dict[str, Any]]:
     """`rows` of the record `tokens`: the first ones of a split, each in a pass of its own.
 
@@ -45,16 +45,17 @@ def rows(
         forward: Logits (T, V) of an encoded row.
         tokenizer: The model's.
         encoded: The split.
+        name: Of the feature that holds the token ids.
         many: How many rows.
     """
     found = []
     for index in range(min(many, len(encoded))):
         row = encoded[index]
-        ids, labels = row["input_ids"][:LONGEST], row["labels"][:LONGEST]
+        ids, labels = row[name][:LONGEST], row["labels"][:LONGEST]
         losses: list[float] = []
         entropies: list[float] = []
         if len(ids) > 1:
-            logits = forward({**row, "input_ids": ids, "labels": labels, "length": len(ids)})
+            logits = forward({**row, name: ids, "labels": labels, "size": len(ids)})
             seen = token_loss.every_token(logits, torch.tensor(ids, device=logits.device))
             losses, entropies = (values.tolist() for values in seen)
         found.append(

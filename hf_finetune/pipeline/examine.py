@@ -18,9 +18,9 @@ from hf_finetune.findings import Findings
 from hf_finetune.hardware import Machine
 from hf_finetune.job import Job
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
-UNKNOWN = Targets(names=("first", "second"))
+UNKNOWN = State(names=("first", "second"))
 """Labels of a model whose data could not be read: its body can be looked at all the same."""
 
 
@@ -59,7 +59,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
     if findings.blame("model.name", ModelError) and not Path(recipe.model.name).expanduser().is_dir():
         return Parts(recipe, machine)  # what the Hub does not give now it gives no later; each try takes long
     with findings.collect():
-        tokenizer = model.load_tokenizer(recipe.model)
+        tokenizer = model.load_processor(recipe.model, recipe.task)
         task = recipe.task.on(day or date.today().isoformat(), tokenizer)
         recipe = recipe.model_copy(update={"task": task})
     if tokenizer is not None and not findings.blame("data", RecipeError):

@@ -390,7 +390,7 @@ def load_model(run: Training) -> None:
     with phase("loading the model"):
         loaded = sharding.load(recipe, job.targets, machine, job.tokenizer, run.outline)
     setting = Setting(
-        peft_type=recipe.task.peft_type,
+        peft_type=recipe.task.peft_task,
         tokenizer=job.tokenizer,
         total_steps=job.length.total_steps,
         head_modules=loaded.head_modules,

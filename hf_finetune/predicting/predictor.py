@@ -1,34 +1,25 @@
-"""Predicts windows of rows: labels, numbers or generated text; what is wrong with a row is told, not raised.
-
-Shapes: N rows, C labels.
-"""
+"""Predicts windows of rows: labels, numbers or generated text; what is wrong with a row is told, not raised."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from scipy import special
+import torch
 
 from hf_finetune import batching, hardware
 from hf_finetune.badrows import RowsError
-from hf_finetune.errors import DivergedError, RecipeError
+from hf_finetune.errors import RecipeError
 from hf_finetune.predicting.rows import LINE
 
 if TYPE_CHECKING:
     from hf_finetune.finished import Finished, Serving
     from hf_finetune.hardware import EvalBatch
     from hf_finetune.rowfiles import Row
-    from hf_finetune.tasks.base import Task
-    from hf_finetune.tasks.causal_lm import CausalLM
-    from hf_finetune.tasks.text_classification import TextClassification
+    from hf_finetune.tasks.base import OutputKind, Task
 
-Array = np.ndarray[Any, Any]
-Kind = Literal["text", "texts", "number", "truth"]
-"""Of an output column: text, a list of texts, a number, true or false."""
 Outputs = dict[str, Any]
 """Output columns of a row, by their plain names."""
 
@@ -64,16 +55,16 @@ class Predictor(ABC):
     """What `cut` counts, for people."""
 
     def __init__(self, run: Finished, served: Serving) -> None:
-        self.run, self.served = run, served
+        self.run, self.served, self.task = run, served, cast("Any", run.recipe.task)
 
     @property
-    @abstractmethod
     def needed(self) -> list[str]:
         """Columns that a row must have."""
+        return self.run.recipe.task.asked_columns()
 
     @property
     @abstractmethod
-    def kinds(self) -> Mapping[str, Kind]:
+    def kinds(self) -> Mapping[str, OutputKind]:
         """Output columns by their plain names."""
 
     @abstractmethod
@@ -136,69 +127,41 @@ class Predictor(ABC):
 
 
 class Labels(Predictor):
-    """A classifier's labels, or a regression's numbers."""
+    """Answers that follow from one forward pass a row: labels, numbers, tags."""
 
     window = LABELLED
     cut_means = "cut to data.max_length"
 
     def __init__(self, run: Finished, served: Serving) -> None:
         super().__init__(run, served)
-        self.task: TextClassification = run.recipe.task  # type: ignore[assignment]
-        self.most: EvalBatch = hardware.eval_batch(run.recipe, run.machine, 0)
-        self.collator = self.task.collator(run.tokenizer)
+        self.most: EvalBatch = hardware.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
 
     @property
-    def needed(self) -> list[str]:
-        """The columns of text."""
-        return self.task.text_columns()
-
-    @property
-    def kinds(self) -> Mapping[str, Kind]:
-        """`label`, `score` and `probability.NAME` of each label; `value` for a regression."""
-        if self.task.problem == "regression":
-            return {"value": "number"}
-        label: Kind = "texts" if self.task.problem == "multi_label" else "text"
-        probabilities: dict[str, Kind] = {f"probability.{name}": "number" for name in self.run.targets.names}
-        return {"label": label, "score": "number", **probabilities}
+    def kinds(self) -> Mapping[str, OutputKind]:
+        """As the task names them."""
+        return self.run.recipe.task.outputs(self.run.targets)
 
     def _encoded(self, columns: dict[str, list[Any]]) -> list[Any]:
-        encoded: list[Any] = self.task.encode(
-            columns, self.run.tokenizer, self.run.targets, self.run.recipe.data.max_length
-        )
         longest = self.run.recipe.data.max_length
+        encoded: list[Any] = self.task.features(columns, self.run.tokenizer, self.run.targets, longest)
         if self.run.recipe.data.overlong == "error":
-            over = [index for index, row in enumerate(encoded) if row["length"] > longest]
+            over = [index for index, row in enumerate(encoded) if row["whole"] > longest]
             if over:
                 raise RowsError({f"has more than {longest} tokens; give data.overlong=truncate": over})
         return encoded
 
     def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
-        lengths = [len(row["input_ids"]) for row in encoded]
-        made: Array = np.empty((len(encoded), max(len(self.run.targets.names), 1)), dtype=np.float64)
-        for batch in batching.by_length(lengths, self.most.rows, self.most.budget(all_logits=False)):
-            inputs = self.collator([encoded[index] for index in batch])
-            made[batch] = self.served.logits(inputs).cpu().numpy()
-        if not np.isfinite(made).all():
-            raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
-        longest = self.run.recipe.data.max_length
-        return self._named(made), sum(row["length"] > longest for row in encoded)
-
-    def _named(self, logits: Array) -> list[Outputs]:
-        """Outputs of (N, C) logits."""
-        names = self.run.targets.names
-        if self.task.problem == "regression":
-            return [{"value": _short(value)} for value in logits[:, 0].tolist()]
-        single = self.task.problem == "single_label"
-        shares: Array = special.softmax(logits, axis=1) if single else special.expit(logits)
-        outputs = []
-        for row, probabilities in zip(logits, shares, strict=True):
-            best = int(row.argmax())
-            label: Any = names[best]
-            if not single:
-                label = [name for name, p in zip(names, probabilities, strict=True) if p >= self.task.threshold]
-            each = {f"probability.{name}": _short(p) for name, p in zip(names, probabilities.tolist(), strict=True)}
-            outputs.append({"label": label, "score": _short(float(probabilities[best])), **each})
-        return outputs
+        run, sizes = self.run, [row["size"] for row in encoded]
+        batches = (
+            {
+                **self.task.collate([encoded[index] for index in batch], run.tokenizer, run.targets),
+                "row_ids": torch.tensor(batch),
+            }
+            for batch in batching.by_length(sizes, self.most.rows, self.most.budget(all_logits=False))
+        )
+        made = batching.predicted(batches, self.served.predict)
+        over = sum(row["whole"] > run.recipe.data.max_length for row in encoded)
+        return self.task.decode(made, run.targets), over
 
 
 class Answers(Predictor):
@@ -209,29 +172,23 @@ class Answers(Predictor):
 
     def __init__(self, run: Finished, served: Serving, max_new_tokens: int | None) -> None:
         super().__init__(run, served)
-        self.task: CausalLM = run.recipe.task  # type: ignore[assignment]
         self.max_new_tokens = max_new_tokens or self.task.max_new_tokens
-
-    @property
-    def needed(self) -> list[str]:
-        """The columns of the prompt."""
-        return self.task.asked_columns()
 
     def _columns(self, rows: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
         """A plain line of a model of chats is what the user says."""
         columns = super()._columns(rows, lines=lines)
-        if lines and self.task.messages is not None:
-            texts = columns[self.task.messages]
-            columns[self.task.messages] = [[{"role": "user", "content": text}] for text in texts]
+        name = self.needed[0]
+        if lines and self.task.columns()[name].kind == "chat":
+            columns[name] = [[{"role": "user", "content": text}] for text in columns[name]]
         return columns
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
+    def kinds(self) -> Mapping[str, OutputKind]:
         """`generated`, and whether the model ended it itself."""
         return {"generated": "text", "ended": "truth"}
 
     def _encoded(self, columns: dict[str, list[Any]]) -> list[Any]:
-        return self.task.ask(columns, self.run.tokenizer)
+        return self.run.recipe.task.ask(columns, self.run.tokenizer)
 
     def _predict(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
         from hf_finetune.tasks._generation import BATCH, generate
@@ -251,8 +208,7 @@ class Answers(Predictor):
 
 def needed_columns(task: Task) -> list[str]:
     """The columns that a row must have to be predicted."""
-    asked = getattr(task, "asked_columns", None)
-    return task.text_columns() if asked is None else asked()
+    return task.asked_columns()
 
 
 def make(run: Finished, max_new_tokens: int | None) -> Predictor:
@@ -262,13 +218,8 @@ def make(run: Finished, max_new_tokens: int | None) -> Predictor:
         RecipeError: The run generates nothing, and tokens are asked for.
         ModelError: The model can't be loaded.
     """
-    if run.recipe.task.peft_type == "CAUSAL_LM":
+    if run.recipe.task.generates:
         return Answers(run, run.serve(run.model()), max_new_tokens)
     if max_new_tokens is not None:
         raise RecipeError("--max-new-tokens is for language models; leave it out")
     return Labels(run, run.serve(run.model()))
-
-
-def _short(value: float) -> float:
-    """Eight digits: more than float32 has."""
-    return float(f"{value:.8g}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.predicting.predictor import Kind
+from hf_finetune.tasks.base import OutputKind
 
 OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 OUT_FORMATS: tuple[OutFormat, ...] = ("csv", "tsv", "jsonl", "parquet")
@@ -43,7 +43,7 @@ class Sink:
 
     form: OutFormat
     inputs: list[str]
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, OutputKind]
     schema: Any = None
     _parquet: Any = field(default=None, init=False)
 

@@ -10,12 +10,14 @@ Shapes: N rows, C classes, S sums, B resamples.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import special
+
+from hf_finetune.tasks import _sums
+from hf_finetune.tasks._sums import Sums
 
 Array = np.ndarray[Any, Any]
 
@@ -28,8 +30,6 @@ BATCH = 2_000_000
 """Rows that are drawn together."""
 SHARES = ("accuracy", "exact_match", "ended", "token_accuracy", "hamming_loss")
 """Metrics that are shares of rows, or means over rows of shares: each row is one trial at most."""
-LISTED = 60
-"""Classes up to which each has an interval of its own."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,6 @@ class Intervals:
             return ""
         wilson = f"; Wilson's for {', '.join(self.by_wilson)}, alike in all of them" if self.by_wilson else ""
         return f"{CONFIDENCE:.0%} percentile bootstrap, {self.resamples:,} resamples of {self.rows:,} rows{wilson}"
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What metrics are made of."""
-
-    of_rows: Any
-    """(S, N), dense or sparse."""
-    metrics: Callable[[Array], dict[str, Array]]
-    """(S, B) sums -> metric by name, each (B,)."""
 
 
 def estimate(rows: Array, facts: Mapping[str, Any], seed: int = 0) -> Intervals:
@@ -93,17 +83,6 @@ def of_differences(one: Sums, other: Sums, seed: int = 0) -> Intervals:
         return {name: mine[name] - theirs[name] for name in mine if name in theirs}
 
     return _bootstrap(one.of_rows.shape[1], differences, seed, least=-1.0)
-
-
-def of_means(columns: Mapping[str, Array]) -> Sums:
-    """Sums of which the metrics are plain means over rows.
-
-    Args:
-        columns: Values (N,) by name of the metric.
-    """
-    names, count = list(columns), len(next(iter(columns.values())))
-    stacked = np.stack([*(np.asarray(values, dtype=np.float64) for values in columns.values()), np.ones(count)])
-    return Sums(stacked, lambda added: {name: added[row] / added[-1] for row, name in enumerate(names)})
 
 
 def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int, *, least: float) -> Intervals:
@@ -147,14 +126,14 @@ def sums_of(rows: Array, facts: Mapping[str, Any]) -> Sums | None:
     rows, names = np.asarray(rows, dtype=np.float64), [str(name) for name in facts.get("names") or ()]
     problem, classes = facts.get("problem"), len(names)
     if problem == "single_label" and rows.shape[1] == classes + 1:
-        return _single_label(rows[rows[:, -1] >= 0], names)
+        return _sums.of_labels(rows[:, :-1], rows[:, -1], names)
     if problem == "multi_label" and rows.shape[1] == 2 * classes:
         threshold = float(facts.get("threshold") or 0.5)
-        return _multi_label(rows[(rows[:, classes:] >= 0).all(axis=1)], names, threshold)
+        return _sums.of_cells(rows[:, :classes], rows[:, classes:], names, threshold)
     if problem == "regression" and rows.shape[1] == 2:
-        return Sums(_errors(rows[np.isfinite(rows).all(axis=1)]), _of_errors)
+        return _sums.of_numbers(rows[:, 0], rows[:, 1])
     if problem is None and rows.shape[1] == 3:
-        return Sums(rows[rows[:, 1] > 0].T, _of_tokens)
+        return _sums.of_tokens(*rows.T)
     return None
 
 
@@ -165,96 +144,3 @@ def _added(sums: Sums, drawn: Array) -> Array:
     times = np.bincount((drawn + offsets).ravel(), minlength=resamples * count).reshape(resamples, count)
     added: Array = np.asarray(sums.of_rows @ times.T.astype(np.float64))
     return added
-
-
-def _single_label(rows: Array, names: Sequence[str]) -> Sums:
-    from scipy import sparse
-
-    labels, classes, at = rows[:, -1].astype(int), len(names), np.arange(len(rows))
-    predicted = rows[:, :-1].argmax(axis=1)
-    loss = -special.log_softmax(rows[:, :-1], axis=1)[at, labels]
-    right = (labels == predicted).astype(np.float64)
-
-    def cells(columns: Array, values: Array) -> Any:
-        return sparse.csr_matrix((values, (columns, at)), shape=(classes, len(rows)))
-
-    ones = np.ones(len(rows))
-    parts = [sparse.csr_matrix(np.stack([loss, right, ones])), cells(labels, ones), cells(predicted, ones)]
-    of_rows = sparse.vstack([*parts, cells(labels, right)]).tocsr()
-    return Sums(of_rows, lambda added: _of_classes(added, names))
-
-
-def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Of the sums of loss, right rows, rows, and true, predicted, rightly predicted rows of each class."""
-    (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
-    expected = (truth * predicted).sum(axis=0)
-    spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
-    # Gorodkin 2004; 0 where one class is all there is, as in scikit-learn
-    matthews = np.divide(right * rows - expected, np.sqrt(spread), out=np.zeros_like(right), where=spread > 0)
-    return {"loss": loss / rows, "accuracy": right / rows, "matthews": matthews} | _f1(truth, predicted, hits, names)
-
-
-def _multi_label(rows: Array, names: Sequence[str], threshold: float) -> Sums:
-    logits, truth = np.split(rows, 2, axis=1)
-    predicted = (special.expit(logits) >= threshold).astype(np.float64)
-    loss = (np.logaddexp(0.0, logits) - logits * truth).mean(axis=1)
-    wrong = (predicted != truth).mean(axis=1)
-    head = np.stack([loss, (wrong == 0).astype(np.float64), wrong, np.ones(len(rows))])
-    return Sums(
-        np.concatenate([head, truth.T, predicted.T, (truth * predicted).T]), lambda added: _of_cells(added, names)
-    )
-
-
-def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Of the sums of loss, right rows, share of wrong cells, rows, and cells of each label as in `_of_classes`."""
-    (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
-    whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
-    return whole | _f1(truth, predicted, hits, names, every=True)
-
-
-def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, every: bool = False) -> dict[str, Array]:
-    """F1 averages and, of few classes, each one's, from (C, B) counts.
-
-    `every` takes classes into the macro mean that occur neither in truth nor in predictions, as scikit-learn does for
-    cells.
-    """
-    both = truth + predicted
-    each = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
-    counted = np.ones_like(both) if every else both > 0
-    support, total = truth.sum(axis=0), both.sum(axis=0)
-    averages = {
-        "f1_macro": each.sum(axis=0) / np.maximum(counted.sum(axis=0), 1),
-        "f1_micro": 2 * hits.sum(axis=0) / np.maximum(total, 1),
-        "f1_weighted": (each * truth).sum(axis=0) / np.maximum(support, 1),
-    }
-    listed = zip(names, each, strict=True) if len(names) <= LISTED else ()
-    return averages | {f"f1.{name}": values for name, values in listed}
-
-
-def _errors(rows: Array) -> Array:
-    """Sums that a regression's metrics are made of, of centred values, so that little is lost to rounding."""
-    predicted, labels = (rows - rows[:, 1].mean() if len(rows) else rows).T
-    gaps = predicted - labels
-    return np.stack(
-        [np.ones_like(gaps), gaps**2, abs(gaps), labels, labels**2, predicted, predicted**2, labels * predicted]
-    )
-
-
-def _of_errors(added: Array) -> dict[str, Array]:
-    rows, squares, distances, y, yy, p, pp, yp = added
-    with np.errstate(divide="ignore", invalid="ignore"):
-        spread_y, spread_p = yy - y**2 / rows, pp - p**2 / rows
-        return {
-            "loss": squares / rows,
-            "mse": squares / rows,
-            "rmse": np.sqrt(squares / rows),
-            "mae": distances / rows,
-            "r2": 1 - squares / spread_y,
-            "pearson": (yp - y * p / rows) / np.sqrt(spread_y * spread_p),
-        }
-
-
-def _of_tokens(added: Array) -> dict[str, Array]:
-    nll, tokens, correct = added
-    with np.errstate(over="ignore"):
-        return {"loss": nll / tokens, "perplexity": np.exp(nll / tokens), "token_accuracy": correct / tokens}

@@ -7,10 +7,12 @@ rows of a batch are reported together.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.tasks import _likeness as likeness
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -41,12 +43,26 @@ def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
     return _each(values, column, start, _text_reader(values))
 
 
-def list_texts(values: Sequence[Any], column: str, start: int = 0) -> list[list[str]]:
-    """The texts of each row's list of labels; raises like `texts`, and for a label that a row repeats."""
-    return _each(values, column, start, _list_reader(values))
+def list_texts(values: Sequence[Any], column: str, start: int = 0, *, repeated: bool = False) -> list[list[str]]:
+    """The texts of each row's list of labels; raises like `texts`, and for one that comes twice unless `repeated`."""
+    return _each(values, column, start, _list_reader(values, repeated=repeated))
 
 
-def ids(values: Sequence[Any], column: str, targets: Targets) -> list[int]:
+def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]]:
+    """Ids of each row's list of labels, which may repeat; raises like `ids`."""
+    texts_of = _list_reader(values, repeated=True)
+
+    def read(value: Any) -> list[int]:
+        row_texts = texts_of(value)
+        found = {text: id_of(text, state.id_of) for text in set(row_texts)}
+        if state.names and None in found.values():
+            _refuse(unknown(next(text for text in row_texts if found[text] is None), state.names))
+        return [found[text] or 0 for text in row_texts]
+
+    return _each(values, column, 0, read)
+
+
+def ids(values: Sequence[Any], column: str, targets: State) -> list[int]:
     """Ids of a column with one label a row.
 
     Raises:
@@ -66,7 +82,7 @@ def ids(values: Sequence[Any], column: str, targets: Targets) -> list[int]:
     return _each(values, column, 0, read)
 
 
-def multi_hot(values: Sequence[Any], column: str, targets: Targets) -> list[list[float]]:
+def multi_hot(values: Sequence[Any], column: str, targets: State) -> list[list[float]]:
     """A row of C cells, 0.0 or 1.0, for each list of labels; raises like `ids`."""
     texts_of = _list_reader(values)
 
@@ -175,17 +191,22 @@ def _text_reader(values: Sequence[Any]) -> Callable[[Any], str]:
     return read
 
 
-def _list_reader(values: Sequence[Any]) -> Callable[[Any], list[str]]:
+def _list_reader(values: Sequence[Any], *, repeated: bool = False) -> Callable[[Any], list[str]]:
     """Reads the values of a batch with a list of labels a row."""
     hint = _hint(values)
 
     def read(value: Any) -> list[str]:
         if is_missing(value):
             _refuse(f"is null; a row without labels holds an empty list{hint}")
+        if isinstance(value, str) and value.startswith("["):
+            with suppress(json.JSONDecodeError):  # a list in a csv file
+                value = json.loads(value)
         if not isinstance(value, list):
+            if repeated:
+                _refuse(f"holds {_kind(value)}, not a list of labels; write one label for each word")
             _refuse(f"holds {_kind(value)}; multi_label needs a list of labels, or several columns of 0 and 1")
         row_texts = [_text(label) for label in value]
-        if len(set(row_texts)) < len(row_texts):
+        if not repeated and len(set(row_texts)) < len(row_texts):
             _refuse(f"repeats a label: {listed(row_texts)}; 0/1 cells belong into columns of their own")
         return row_texts
 
@@ -246,8 +267,8 @@ Declared = tuple[tuple[str, ...], dict[str, int]]
 """Names that are known before a row is read, and the ids of the texts that stand for them."""
 
 
-def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None) -> Targets:
-    """Targets of a column with one label a row.
+def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None) -> State:
+    """State of a column with one label a row.
 
     Args:
         train: Raw training rows; streamed rows are not read, so that their counts stay empty.
@@ -255,7 +276,7 @@ def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[s
         names: Label names in the order of their ids; null takes the ClassLabel's, else what occurs, sorted.
 
     Returns:
-        Targets without weights.
+        State without weights.
 
     Raises:
         DataError: A label is missing, unfit or unknown, fewer than two are known, or streaming leaves them unknown.
@@ -273,30 +294,31 @@ def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[s
     return targets
 
 
-def read_lists(train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None) -> Targets:
-    """Targets of a column with a list of labels a row; arguments and errors like `read_labels`."""
+def read_lists(
+    train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None, *, repeated: bool = False
+) -> State:
+    """State of a column with a list of labels a row; arguments and errors like `read_labels`."""
     from datasets import LargeList, List
 
     def read(values: Sequence[Any], start: int) -> list[list[str]]:
-        return list_texts(values, column, start)
+        return list_texts(values, column, start, repeated=repeated)
 
     feature = _feature(train, column)
     element = feature.feature if isinstance(feature, List | LargeList) else None
     targets = _read(train, column, _declared(element, column, names), read)
     if len(targets.names) < 2:
-        raise DataError(
-            f"column {column!r} holds {len(targets.names)} labels in training; multi_label needs two or more"
-        )
+        needs = "a tagger" if repeated else "multi_label"
+        raise DataError(f"column {column!r} holds {len(targets.names)} labels in training; {needs} needs two or more")
     return targets
 
 
-def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> Targets:
-    """Targets of several columns of 0 and 1: the columns are the labels.
+def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> State:
+    """State of several columns of 0 and 1: the columns are the labels.
 
     Raises:
         DataError: A cell is missing or neither 0 nor 1, or all are 0.
     """
-    targets = Targets(names=tuple(columns), id_of={column: index for index, column in enumerate(columns)})
+    targets = State(names=tuple(columns), id_of={column: index for index, column in enumerate(columns)})
     if not _is_loaded(train):
         return targets
     counts = [0] * len(columns)
@@ -313,13 +335,13 @@ def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> Targ
     return replace(targets, counts=tuple(counts))
 
 
-def read_numbers(train: Dataset | IterableDataset, column: str) -> Targets:
-    """Targets of a column of numbers: one output, named like the column.
+def read_numbers(train: Dataset | IterableDataset, column: str) -> State:
+    """State of a column of numbers: one output, named like the column.
 
     Raises:
         DataError: A value is missing, no number, or not finite.
     """
-    targets = Targets(names=(column,), id_of={column: 0})
+    targets = State(names=(column,), id_of={column: 0})
     if not _is_loaded(train):
         return targets
     bad = BadRows()
@@ -332,9 +354,18 @@ def read_numbers(train: Dataset | IterableDataset, column: str) -> Targets:
     return replace(targets, counts=(len(train),))
 
 
+def model_options(state: State) -> dict[str, Any]:
+    """`num_labels`, `id2label` and `label2id` for `from_pretrained`."""
+    return {
+        "num_labels": len(state.names),
+        "id2label": dict(enumerate(state.names)),
+        "label2id": {name: index for index, name in enumerate(state.names)},
+    }
+
+
 def weighted(
-    targets: Targets, setting: Literal["balanced"] | Mapping[str, float], rows: int | None, *, per_label: bool
-) -> Targets:
+    targets: State, setting: Literal["balanced"] | Mapping[str, float], rows: int | None, *, per_label: bool
+) -> State:
     """The targets with class weights.
 
     Args:
@@ -406,12 +437,12 @@ def _read(
     column: str,
     declared: Declared | None,
     read: Callable[[Sequence[Any], int], list[list[str]]],
-) -> Targets:
+) -> State:
     """Count the texts of a column, and sort them where nobody declared their order."""
     if not _is_loaded(train):
         if declared is None:
             raise DataError(f"streaming can't tell the labels of column {column!r}; list them in task.labels")
-        return Targets(names=declared[0], id_of=declared[1])
+        return State(names=declared[0], id_of=declared[1])
     found: Counter[str] = Counter()
     bad = BadRows()
     for start, rows in _batches(train, [column]):
@@ -435,7 +466,7 @@ def _read(
     for text, count in found.items():
         if (number := id_of(text, ids_of)) is not None:
             counts[number] += count
-    return Targets(names=names, counts=tuple(counts), id_of=ids_of)
+    return State(names=names, counts=tuple(counts), id_of=ids_of)
 
 
 def _strange(text: str, declared: Declared | None) -> bool:

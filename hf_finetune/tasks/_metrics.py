@@ -70,6 +70,24 @@ def ece(rows: Array, bins: int = BINS) -> float:
     return calibration(rows, bins).error
 
 
+def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
+    """Probabilities (N, C) of (N, C) logits, and what follows from them.
+
+    Returns:
+        Probabilities; the likeliest class of each row, (N,) ids, for `single_label`, else cells (N, C) that are true
+        where a label's probability reaches the threshold.
+    """
+    if problem == "single_label":
+        return special.softmax(logits, axis=1), logits.argmax(axis=1)
+    probabilities = special.expit(logits)
+    return probabilities, probabilities >= threshold
+
+
+def named(cells: Array, names: Sequence[str]) -> list[str]:
+    """The names of the labels whose cell is true."""
+    return [name for name, is_on in zip(names, cells, strict=True) if is_on]
+
+
 def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str, float]:
     """Metrics of rows with one label.
 
@@ -92,7 +110,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
         return {}
     truth = labels.astype(int)
     log_probabilities = special.log_softmax(logits, axis=1)
-    predicted = logits.argmax(axis=1)
+    predicted = decide("single_label", logits, 0.0)[1]
     hits = np.eye(len(names), dtype=np.int8)[truth]
     ranked = slice(1, None) if len(names) == 2 else slice(None)
     return _finite(
@@ -128,8 +146,8 @@ def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: f
     if not len(labels):
         return {}
     truth = labels.astype(int)
-    probabilities = special.expit(logits)
-    predicted = (probabilities >= threshold).astype(int)
+    probabilities, cells = decide("multi_label", logits, threshold)
+    predicted = cells.astype(int)
     return _finite(
         {
             "loss": (np.logaddexp(0.0, logits) - logits * truth).mean(),

@@ -7,7 +7,6 @@ implementations in `PACKED_ATTENTION`. Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import ModelError
@@ -23,49 +22,35 @@ MULTIPLE_ON_GPU = 8
 """Rows are padded to a multiple of this on CUDA, where tensor cores want it."""
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Pads encoded rows on the right: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
-
-    pad: int
-
-    def __call__(self, features: list[dict[str, Any]]) -> Batch:
-        """One batch; labels of padding are `IGNORE`."""
-        width = _width([len(row["input_ids"]) for row in features])
-        return {
-            "input_ids": _stack([row["input_ids"] for row in features], width, self.pad),
-            "attention_mask": _stack([[1] * len(row["input_ids"]) for row in features], width, 0),
-            "labels": _stack([row["labels"] for row in features], width, IGNORE),
-        }
+def padded(features: list[dict[str, Any]], pad: int) -> Batch:
+    """Pad rows on the right: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+    width = _width([len(row["input_ids"]) for row in features])
+    return {
+        "input_ids": _stack([row["input_ids"] for row in features], width, pad),
+        "attention_mask": _stack([[1] * len(row["input_ids"]) for row in features], width, 0),
+        "labels": _stack([row["labels"] for row in features], width, IGNORE),
+    }
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Joins the documents of each row: `input_ids`, `position_ids` and `labels`, each (B, T).
+def packed(features: list[Any], pad: int) -> Batch:
+    """Join the documents of each row: `input_ids`, `position_ids` and `labels`, each (B, T).
 
-    Padding at the end is a document of its own: its tokens see each other, so no row of the attention is empty.
+    Padding at the end is a document of its own: its tokens see each other, so no row of the attention is empty. The
+    first label of each document is `IGNORE`, so that nothing is predicted across documents.
     """
-
-    pad: int
-
-    def __call__(self, features: list[Any]) -> Batch:
-        """One batch of rows that are lists of encoded documents.
-
-        The first label of each document is `IGNORE`, so that nothing is predicted across documents.
-        """
-        ids = [[token for document in row for token in document["input_ids"]] for row in features]
-        labels = [[label for document in row for label in (IGNORE, *document["labels"][1:])] for row in features]
-        width = _width([len(row) for row in ids])
-        positions = [
-            [position for document in row for position in range(len(document["input_ids"]))]
-            + list(range(width - len(tokens)))
-            for row, tokens in zip(features, ids, strict=True)
-        ]
-        return {
-            "input_ids": _stack(ids, width, self.pad),
-            "position_ids": _stack(positions, width, 0),
-            "labels": _stack(labels, width, IGNORE),
-        }
+    ids = [[token for document in row for token in document["input_ids"]] for row in features]
+    labels = [[label for document in row for label in (IGNORE, *document["labels"][1:])] for row in features]
+    width = _width([len(row) for row in ids])
+    positions = [
+        [position for document in row for position in range(len(document["input_ids"]))]
+        + list(range(width - len(tokens)))
+        for row, tokens in zip(features, ids, strict=True)
+    ]
+    return {
+        "input_ids": _stack(ids, width, pad),
+        "position_ids": _stack(positions, width, 0),
+        "labels": _stack(labels, width, IGNORE),
+    }
 
 
 def check_packing(model: torch.nn.Module) -> None:

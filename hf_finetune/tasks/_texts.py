@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_finetune.badrows import BadRows
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.tasks.base import Batch, Encoded
+from hf_finetune.tasks.base import Batch, Features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,8 +49,8 @@ def _kind(value: Any) -> str:
     return next((said for kind, said in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 
-def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Tokenise rows: whole, to learn their `length`, and those that are too long again, cut (pairs: longest first).
+def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Features]:
+    """Tokenise rows: whole, to learn their length, and those that are too long again, cut (pairs: longest first).
 
     Args:
         texts: One column of texts, or two that make pairs.
@@ -78,31 +77,21 @@ def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max
         for name, values in cut.items():
             for row, value in zip(long, values, strict=True):
                 whole[name][row] = value
-    rows = [Encoded(input_ids=ids, length=n, trained=0) for ids, n in zip(whole["input_ids"], lengths, strict=True)]
+    rows: list[Features] = [
+        {"input_ids": ids, "size": len(ids), "whole": length, "weight": 0}
+        for ids, length in zip(whole["input_ids"], lengths, strict=True)
+    ]
     if "token_type_ids" in whole:
         for encoded, kinds in zip(rows, whole["token_type_ids"], strict=True):
             encoded["token_type_ids"] = kinds
     return rows
 
 
-@dataclass(frozen=True)
-class PadRows:
-    """A collator of rows with one label, or one row of labels, each. A class, as worker processes pickle it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    label_type: torch.dtype
-    """Of the batch's `labels`."""
-    multiple: int | None = None
-    """Pad to a multiple of so many tokens."""
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        """Pad to the longest row: `input_ids`, `attention_mask`, (`token_type_ids`) (B, T); `labels` (B,) or (B, C)."""
-        names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
-        inputs: dict[str, list[list[int]]] = {name: [row[name] for row in rows] for name in names}
-        # On the right: decoders with absolute positions, such as GPT-2, count from the first column.
-        batch: Batch = dict(
-            self.tokenizer.pad(inputs, padding_side="right", pad_to_multiple_of=self.multiple, return_tensors="pt")
-        )
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=self.label_type)
-        return batch
+def padded(rows: list[Features], tokenizer: Any) -> Batch:
+    """Pad to the longest row: `input_ids`, `attention_mask`, perhaps `token_type_ids`, each (B, T)."""
+    names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
+    inputs: dict[str, list[list[int]]] = {name: [row[name] for row in rows] for name in names}
+    # Tensor cores want multiples of 8; elsewhere it is only more padding. On the right: decoders with absolute
+    # positions, such as GPT-2, count from the first column.
+    multiple = 8 if torch.cuda.is_available() else None
+    return dict(tokenizer.pad(inputs, padding_side="right", pad_to_multiple_of=multiple, return_tensors="pt"))

@@ -5,9 +5,10 @@ Shapes: B rows, T tokens, V vocabulary, N counted positions. The logits at posit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from hf_finetune.tasks.base import IGNORE
+from hf_finetune.tasks.base import IGNORE, Batch
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,27 @@ FEW = 128
 def counted(labels: torch.Tensor) -> torch.Tensor:
     """Which labels count, (B, T - 1) bool: the label at position 0 has nothing that predicts it."""
     return labels[:, 1:] != IGNORE
+
+
+def next_token_loss(
+    model: Callable[..., Any], inputs: Batch, labels: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Run a causal model, and sum the cross entropy over all counted labels; see `loss_sum`.
+
+    Args:
+        model: Where it has a `next_token_loss` of its own, that is asked: fast paths make no logits that don't count.
+        inputs: What it takes, as keyword arguments.
+        labels: (B, T).
+        smoothing: See `loss_sum`.
+    """
+    faster = getattr(model, "next_token_loss", None)
+    return loss_sum(model(**inputs).logits, labels, smoothing) if faster is None else faster(inputs, labels, smoothing)
+
+
+def each_next_token(model: Callable[..., Any], inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """Run a causal model, and look at each counted position; see `each` and `next_token_loss`."""
+    faster = getattr(model, "each_next_token", None)
+    return each(*_kept(model(**inputs).logits, labels)) if faster is None else faster(inputs, labels)
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -53,17 +75,6 @@ def loss_sum_of(kept: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0
     return torch.stack(sums).sum()
 
 
-def row_sums(logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None) -> torch.Tensor:
-    """Per row: negative log likelihood in nats, counted tokens, correctly predicted tokens; (B, 3) float32.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T).
-        by_position: (2, T or more) sums that each counted token adds to at its position: its nats, and 1.
-    """
-    return row_sums_of(each(*_kept(logits, labels)), labels, by_position)
-
-
 def each(kept: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Of each counted position: nats, and 1 where the likeliest token is the wanted one; (2, N) float32.
 
@@ -81,22 +92,31 @@ def each(kept: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def row_sums_of(found: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None) -> torch.Tensor:
-    """The same as `row_sums`, from what `each` found of all counted positions.
+def row_sums(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per row: negative log likelihood in nats, counted tokens, correctly predicted tokens; (B, 3) float32.
 
     Args:
-        found: (2, N).
+        found: (2, N), what `each` found of all counted positions.
         labels: (B, T).
-        by_position: See `row_sums`.
     """
     import torch
 
     nll, correct = found
-    rows, before = counted(labels).nonzero(as_tuple=True)
+    rows, _ = counted(labels).nonzero(as_tuple=True)
     values = torch.stack([nll, torch.ones_like(nll), correct], dim=1)
-    if by_position is not None:
-        by_position.index_add_(1, before + 1, values[:, :2].T.to(by_position.dtype))
     return values.new_zeros(len(labels), 3).index_add(0, rows, values)
+
+
+def add_positions(totals: dict[str, torch.Tensor], found: torch.Tensor, labels: torch.Tensor) -> None:
+    """Add nats and counted tokens at each position to the total `positions`, (2, T or more)."""
+    import torch
+
+    dtype = torch.float32 if found.device.type == "mps" else torch.float64
+    before = totals.get("positions", torch.zeros(2, 0, dtype=dtype, device=found.device))
+    sums = torch.nn.functional.pad(before, (0, max(0, labels.shape[1] - before.shape[1])))
+    _, places = counted(labels).nonzero(as_tuple=True)
+    values = torch.stack([found[0], torch.ones_like(found[0])])
+    totals["positions"] = sums.index_add(1, places + 1, values.to(dtype))
 
 
 def every_token(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,16 +1,17 @@
-"""What a model is trained to do: one file a task, and the contract that every task keeps.
+"""The contract of a task: the columns it reads, what a model learns from a row, and what the model's answers mean.
 
-A task block *is* the task: its fields are the YAML keys, its methods turn rows into tokens, logits into a loss and
-predictions into metrics. Heavy libraries are imported inside the methods, so that reading a recipe stays instant.
+A task block *is* the task: its fields are the YAML keys, its methods are the behaviour. Everything outside this package
+asks the task, and never which task it is. Heavy libraries are imported inside the methods, so that reading a recipe
+stays instant. Shapes: B rows of a batch, N rows of a split, T tokens, C labels, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from hf_finetune.plugins import Plugin
 
@@ -18,214 +19,432 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
+
+    from hf_finetune.tasks._sums import Sums
+
+    Array = np.ndarray[Any, Any]
 
 Rows = Mapping[str, list[Any]]
 """A batch of raw rows: column name -> values, as `datasets.map(batched=True)` hands them over."""
 
 Batch = dict[str, "torch.Tensor"]
-"""What a collator makes: `input_ids` (rows, tokens), `labels`, and what else the model's forward takes."""
+"""A padded batch. All but `labels` is what the model's forward pass takes; see `Task.inputs`."""
 
-Collator = Callable[[list[dict[str, Any]]], Batch]
-"""Turns encoded rows into one padded batch."""
+Predictions = dict[str, "Array"]
+"""What `Task.predict` found of every row of a split, each (N, ...) in the order of the split."""
+
+Features = dict[str, Any]
+"""One row for the model: arrays, numbers or bytes by name, as the cache stores them, and besides
+
+- `size`: tokens, patches or frames of the row after cutting: for length grouping, packing and the memory estimate;
+- `whole`: the same before cutting;
+- `weight`: items of the row that the loss counts; a row of weight 0 is dropped, and counted;
+- `remarks`: bits of `REMARKS`; may be absent.
+"""
+
+BOOKKEEPING = ("size", "whole", "weight", "remarks")
+"""Names of features that are not for the model."""
 
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
-
 
 REMARKS = {"dropped_reasoning": 1 << 8, "dropped_keys": 1 << 9, "split_token": 1 << 10}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell is null, NaN, blank text or an empty list."""
+    """Tell whether a cell is null, NaN, blank text or an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
-class Encoded(TypedDict, total=False):
-    """One encoded row. `token_type_ids` only where the model takes them."""
+def tokenizer_of(processor: Any) -> Any | None:
+    """The tokenizer inside a processor, or the processor itself where it is one; None for images or audio alone."""
+    inner = getattr(processor, "tokenizer", processor)
+    return inner if hasattr(inner, "convert_ids_to_tokens") else None
 
-    input_ids: list[int]
-    token_type_ids: list[int]
-    labels: int | float | list[int] | list[float]
-    length: int
-    """Tokens of the whole row, before anything was cut."""
-    trained: int
-    """Items of this row that the loss counts: 1 for a classifier's row, the trained tokens for a language model."""
-    remarks: int
-    """Bits of `REMARKS`: what was noticed while the row was encoded; absent where nothing can be."""
+
+def pad_token_of(processor: Any) -> int | None:
+    """Id of the pad token; None where nothing is tokenised."""
+    token = getattr(tokenizer_of(processor), "pad_token_id", None)
+    return None if token is None else int(token)
+
+
+def literal(value: Any) -> str:
+    """A Python literal that ends no block of code in Markdown."""
+    return repr(value).replace("`", "\\x60")
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What the training data say about the labels; saved with the model and shown in every report."""
+class Column:
+    """A column of the data, as the task reads it."""
+
+    kind: Literal["text", "chat", "words", "image", "audio", "label"] = "text"
+    """Labels may be numbers in a csv file; cells of all other kinds stay as they are written."""
+    is_target: bool = False
+    """Not needed to predict a row."""
+    is_optional: bool = False
+    """A row may lack it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a task learned from the training rows before training; JSON holds it, and it is saved with the model."""
 
     names: tuple[str, ...] = ()
     """Label names in the order of their ids; empty for tasks without labels."""
     counts: tuple[int, ...] = ()
-    """Rows per label that are trained on, in the same order."""
+    """Training rows of each label, in the same order."""
     weights: tuple[float, ...] = ()
     """Class weights, in the same order; empty for equal weights."""
     id_of: Mapping[Any, int] = field(default_factory=dict)
     """Id of each raw label value, as it stands in the data."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that the task keeps, as JSON holds it."""
+
+    def __post_init__(self) -> None:
+        if not self.id_of:
+            object.__setattr__(self, "id_of", {name: index for index, name in enumerate(self.names)})
+
+
+Targets = State
+
+
+class Loss(NamedTuple):
+    """Loss of a micro-batch."""
+
+    sum: torch.Tensor
+    """Summed over the items that count, a float32 scalar with a gradient."""
+    logs: Mapping[str, torch.Tensor] | None = None
+    """Further sums over the same items: their means are logged with the loss."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Predictions beside the truth, for people; rows without a truth are left out."""
+
+    places: Array
+    """(M,) indices into the predictions."""
+    truth: list[str]
+    predicted: list[str]
+    confidence: Array
+    """(M,) how sure the model was of what it predicted, or how far off; the most confident mistakes are shown."""
+    wrong: Array
+    """(M,) bool."""
+    metric: str = ""
+    """Metric that is the share of rows that are not wrong; empty where no metric is."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Numbers that the charts of a split are drawn from, in TensorBoard, report and card alike."""
+
+    problem: str | None
+    """`single_label`, `multi_label`, `regression`, or None for sums over the tokens of a row."""
+    rows: Array
+    """Float32: (N, C + 1) logits and label id, (N, 2C) logits and cells, (N, 2) prediction and label, or (N, 3) nats,
+    tokens and right tokens."""
+    threshold: float | None = None
+    """Least probability at which a cell counts as predicted."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts whose answers are generated."""
+
+    prompts: list[list[int]]
+    """Token ids, one list a prompt."""
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Questions(Prompts):
+    """Prompts whose answers are compared with the data."""
+
+    score: Callable[[list[Any]], dict[str, float]]
+    """Metrics of the `Generation`s, in the order of `prompts`."""
+    each: Callable[[list[Any]], dict[str, list[float]]]
+    """The values of which these are the means, one a `Generation`."""
+
+
+OutputKind = Literal["text", "texts", "number", "truth"]
+"""Kind of a column that `predict` writes: text, a list of texts, a number, true or false."""
 
 
 class Task(Plugin):
-    """The contract. Shapes: B rows, T tokens, C labels, V vocabulary."""
+    """The contract. Methods that raise nothing here have a default that fits most tasks."""
 
     auto_model: ClassVar[str]
     """The transformers Auto class, e.g. `AutoModelForCausalLM`."""
-    peft_type: ClassVar[str]
-    """PEFT's name of the task, e.g. `SEQ_CLS`."""
+    auto_processor: ClassVar[str] = "AutoTokenizer"
+    """The Auto class of what prepares rows: `AutoTokenizer`, `AutoImageProcessor`, `AutoFeatureExtractor`,
+    `AutoProcessor`."""
+    processor_options: ClassVar[Mapping[str, Any]] = {}
+    """More keyword arguments for its `from_pretrained`."""
+    peft_task: ClassVar[str | None]
+    """PEFT's name of the task, e.g. `SEQ_CLS`; None where PEFT has none: the head is then trained by its name."""
+    pipeline: ClassVar[str]
+    """The Hub's pipeline tag, e.g. `text-classification`."""
+    token_ids: ClassVar[str | None] = "input_ids"  # noqa: S105 - no password
+    """Feature that holds token ids; None where rows are not made of tokens."""
+    content: ClassVar[str] = "input_ids"
+    """Feature by which equal rows are found."""
     packable: ClassVar[bool] = False
-    """Whether several rows may share one sequence."""
+    """Several rows may share one sequence."""
+    predicts_next_token: ClassVar[bool] = False
+    """The loss is that of `_token_loss.next_token_loss`, of a causal model and rows padded on the right: fast paths may
+    then compute it from the hidden states, and leave the padding mask out."""
+    generates: ClassVar[bool] = False
+    """Answers are generated token by token: see `ask`."""
     best_metrics: ClassVar[Mapping[str, bool]] = {"loss": False}
     """Metrics that may select the best model -> whether greater is better."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are printed, in this order, where they exist."""
+
+    @property
+    def title(self) -> str:
+        """What is learned, for people: runs with the same title can be compared."""
+        return self.kind
+
+    # ---- the recipe and the data ----
 
     def ignored(self, *, validation: bool, test: bool) -> str | None:
         """A setting that a run with these held-out splits would not use, as `key: why; what to do`, or None."""
         return None
 
     @abstractmethod
-    def columns(self) -> list[str]:
-        """Columns that the data must have."""
+    def columns(self) -> dict[str, Column]:
+        """The columns that the data must have, in order."""
 
     def text_columns(self) -> list[str]:
-        """The columns that hold text, whatever it looks like: digits of a csv file stay as they are written."""
-        return self.columns()
+        """Columns whose cells stay as they are written: digits of a csv file are text there."""
+        return [name for name, column in self.columns().items() if column.kind != "label"]
 
     def optional_columns(self) -> list[str]:
         """The columns that a row may lack."""
-        return []
+        return [name for name, column in self.columns().items() if column.is_optional]
+
+    @property
+    def has_labels(self) -> bool:
+        """Tell whether a column holds labels."""
+        return any(column.kind == "label" for column in self.columns().values())
+
+    def asked_columns(self) -> list[str]:
+        """The columns that a row must have to be predicted."""
+        return [name for name, column in self.columns().items() if not (column.is_target or column.is_optional)]
 
     def declares_labels(self) -> bool:
-        """Whether the recipe says what may stand in the label columns; else the training rows show it."""
+        """Tell whether the recipe says what may stand in the label columns; else the training rows show it."""
         return True
 
-    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def on(self, day: str, processor: Any) -> Self:
         """The task with all that depends on the day on which its run begins, as YYYY-MM-DD; most depend on none."""
         return self
 
     def blank(self, rows: Rows) -> list[bool]:
-        """Which rows of a batch hold nothing to read: a null or blank text, completion or chat."""
-        return [False] * len(next(iter(rows.values()), []))
+        """Tell which rows of a batch hold nothing to read."""
+        columns = [rows[name] for name in self.asked_columns()]
+        return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
 
-    def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Tokens one of which every row that is not cut should train near its end; empty where there is no such."""
-        return frozenset()
-
-    @abstractmethod
-    def targets(self, train: Dataset | IterableDataset) -> Targets:
-        """Read the labels off the raw training rows.
+    def fit(self, rows: Dataset | IterableDataset) -> State:
+        """Read labels and the like off the raw training rows; streamed rows are not read, only their features.
 
         Raises:
-            DataError: The label column does not hold what the recipe says.
+            DataError: A column does not hold what the recipe says.
         """
+        return State()
 
-    def counted(self, targets: Targets, counts: tuple[int, ...], rows: int) -> Targets:
-        """The targets once rows that can't be used are dropped: their counts, and what follows from them.
+    def refit(self, state: State, counts: tuple[int, ...], rows: int) -> State:
+        """The state once rows that can't be used are dropped: their counts, and what follows from them.
 
         Args:
-            targets: What `targets` read off all training rows.
-            counts: Rows per label that are trained on, in the order of `targets.names`.
+            state: What `fit` read off all training rows.
+            counts: Rows per label that are trained on, in the order of `state.names`.
             rows: Rows that are trained on.
 
         Raises:
             DataError: The counts leave something undefined.
         """
-        return replace(targets, counts=counts)
+        return replace(state, counts=counts)
 
-    @abstractmethod
-    def model_options(self, targets: Targets) -> dict[str, Any]:
+    # ---- the model and the rows it reads ----
+
+    def model_options(self, state: State) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`, e.g. `num_labels`, `id2label`, `problem_type`."""
+        return {}
 
-    @abstractmethod
-    def encode(
-        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, targets: Targets, max_length: int
-    ) -> list[Encoded]:
-        """Tokenise a batch of raw rows, in order, one `Encoded` each, cut to `max_length` tokens.
+    def check_config(self, name: str, config: Any) -> None:
+        """Refuse a model that loads, but can't do this task.
 
         Raises:
-            RowsError: Rows can't be encoded; all of them, by their number within the batch.
+            ModelError: The model called `name` has such a config.
         """
 
-    def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
-        """What exactly was noticed in a row that `check`, a key of `REMARKS`, counts; empty if there is no more to say.
+    def check_packing(self, model: torch.nn.Module) -> None:
+        """Prove on the model itself that rows which share a sequence do not see each other.
 
-        Args:
-            row: A batch of one raw row.
-            tokenizer: The model's.
-            check: The check.
+        Raises:
+            ModelError: They do.
         """
-        return ""
+        raise AssertionError(f"{self.kind} packs no rows")
 
     @abstractmethod
-    def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:
-        """The function that pads rows to one batch; with `packed`, each row is a list of encoded documents."""
+    def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
+        """Prepare a batch of raw rows, in order, cut to a size of `limit`; rows to predict have no target columns.
 
-    @abstractmethod
-    def masked(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A copy of an encoded row whose labels all count as nothing: it fills a rank that ran out of rows."""
-
-    @abstractmethod
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """Loss summed over the items of a micro-batch, a float32 scalar.
-
-        The trainer divides by `items` of the *global* batch, so the optimisation does not depend on how that batch
-        is cut into ranks and micro-batches.
-
-        Args:
-            logits: (B, C) or (B, T, V).
-            labels: (B,), (B, C) or (B, T), as collated.
-            targets: Label names and class weights.
+        Raises:
+            RowsError: Rows can't be used; all of them, by their number within the batch.
         """
 
-    @abstractmethod
-    def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """The divisor that belongs to `loss_sum`: counted rows, cells or tokens, weighted like the loss; a scalar."""
+    def masked(self, row: Any) -> Any:
+        """A copy of a row that counts as nothing: it fills a rank that ran out of rows."""
+        if isinstance(row, list):  # documents that share a sequence
+            return [self.masked(document) for document in row]
+        label = row["labels"]
+        if isinstance(label, list):
+            ignored: Any = [type(label[0])(IGNORE)] * len(label) if label else []
+        else:
+            ignored = math.nan if isinstance(label, float) else IGNORE
+        return {**row, "labels": ignored}
 
     @abstractmethod
-    def eval_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What `metrics` needs of each evaluated row, (B, K) float32; never whole logits of (B, T, V).
+    def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
+        """Pad rows to one batch, with `labels` where the rows have them.
 
         Args:
-            logits: (B, C) or (B, T, V).
-            labels: As collated.
-            by_position: Sums (2, T) that each counted token adds to: its nats, and 1. Tasks without a loss of tokens
-                leave them as they are.
+            features: Rows; of a packable task perhaps lists of rows that share a sequence.
+            processor: The model's.
+            state: What `fit` returned.
+        """
+
+    def inputs(self, batch: Batch) -> Batch:
+        """The part of a batch that the model's forward pass takes."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    # ---- training and evaluation ----
+
+    @abstractmethod
+    def count(self, batch: Batch, state: State) -> torch.Tensor:
+        """Items of a micro-batch that its loss is summed over, weighted like the loss; a scalar.
+
+        The trainer adds the counts of the *global* batch up before the first forward pass, and divides every
+        `Loss.sum` by the total: so the optimisation does not depend on how the batch is cut.
         """
 
     @abstractmethod
-    def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
-        """Metrics of a whole split.
+    def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
+        """Run the forward pass, or as many as it takes, and sum the loss over the items that count.
 
         Args:
-            rows: (N, K), every row of `eval_rows`, in the order of the split.
-            targets: Label names and class weights.
+            model: The adapted model, perhaps wrapped for distribution; call it with keyword arguments.
+            batch: As collated, on the device.
+            state: What `fit` returned.
+        """
+
+    @abstractmethod
+    def predict(
+        self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the forward pass, and keep of each row what `metrics` and `decode` need.
+
+        Args:
+            model: As for `loss`.
+            batch: As collated; without `labels` where the truth is not known.
+            state: What `fit` returned.
+            totals: Sums over all batches that a plot is made of, by name, which this adds to; None where nobody wants
+                them. Each may grow along its last dimension.
 
         Returns:
-            `loss` and the task's own metrics; a metric that is undefined on this split is left out.
+            Tensors (B, ...), never whole logits of (B, T, V). The trainer gathers them, and pads the second dimension
+            with `IGNORE`.
         """
 
-    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
-        """What the model is asked at each evaluation of a split, from its raw rows; None where nothing is."""
+    @abstractmethod
+    def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
+        """Metrics of a whole split: `loss` and the task's own; one that is undefined on this split is left out.
+
+        Raises:
+            DivergedError: A prediction is not finite.
+        """
+
+    def sums(self, predictions: Predictions, state: State) -> Sums | None:
+        """Sums over rows from which metrics follow, for bootstrap intervals; None where none do."""
         return None
 
+    def judge(self, predictions: Predictions, state: State) -> Judged | None:
+        """Predictions beside the truth, row by row; None where a row is not right or wrong as a whole."""
+        return None
 
-@dataclass(frozen=True)
-class Questions:
-    """Prompts whose answers are generated and compared."""
+    def plots(self, predictions: Predictions, state: State) -> Plot | None:
+        """Numbers that charts of the split are drawn from; None where there are none."""
+        return None
 
-    prompts: list[list[int]]
-    """Token ids, one list a prompt."""
-    max_new_tokens: int
-    score: Callable[[list[Any]], dict[str, float]]
-    """Metrics of the `Generation`s, in the order of `prompts`."""
-    each: Callable[[list[Any]], dict[str, list[float]]]
-    """The values of which these are the means, one a `Generation`."""
+    # ---- answers ----
+
+    def outputs(self, state: State) -> dict[str, OutputKind]:
+        """Columns that `decode` makes, in order."""
+        raise AssertionError(f"{self.kind} generates its answers")
+
+    def decode(self, predictions: Predictions, state: State) -> list[dict[str, Any]]:
+        """The answer to each row, as people and files read it; the columns are those of `outputs`.
+
+        Raises:
+            DivergedError: A prediction is not finite.
+        """
+        raise AssertionError(f"{self.kind} generates its answers")
+
+    def ask(self, rows: Rows, processor: Any) -> list[list[int]]:
+        """Token ids of rows up to where the model is to answer; of tasks that generate.
+
+        Raises:
+            RowsError: Rows can't be used; all of them, by their number within the batch.
+        """
+        raise AssertionError(f"{self.kind} generates nothing")
+
+    def questions(self, rows: Dataset | None, processor: Any) -> Questions | None:
+        """Prompts whose answers are compared at each evaluation of a split, from its raw rows."""
+        return None
+
+    def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
+        """Prompts that are answered at each evaluation for people to read, from the raw validation rows."""
+        return None
+
+    # ---- examples, checks, and code for people ----
+
+    @abstractmethod
+    def example(self, state: State, size: int) -> dict[str, Any]:
+        """A raw row with targets, of `size` tokens or more where that is for the task to choose."""
+
+    def probe(self, sizes: Sequence[int], processor: Any, state: State, *, packed: bool = False) -> Batch:
+        """A batch of examples of these sizes, with labels: for the memory estimate, and to compare models."""
+        rows: list[Any] = []
+        for size in sizes:
+            columns = {name: [value] for name, value in self.example(state, size).items()}
+            rows += self.features(columns, processor, state, size)
+        return self.collate([[row] for row in rows] if packed else rows, processor, state)
+
+    def telling(self, batch: Batch) -> Batch:
+        """A batch that tells more of a model than this one, of the same rows: to compare fast paths with plain ones."""
+        return batch
+
+    def vocabulary(self, processor: Any) -> int:
+        """Numbers that the model makes of every token at its end, if a batch of them is large; else 0."""
+        return 0
+
+    def endings(self, processor: Any) -> frozenset[int]:
+        """Tokens one of which every row that is not cut should train near its end; empty where there is no such."""
+        return frozenset()
+
+    def remark(self, row: Rows, processor: Any, check: str) -> str:
+        """Say what exactly `check`, a key of `REMARKS`, counts in one raw row; empty where there is no more to say."""
+        return ""
+
+    def describe(self, row: Mapping[str, Any]) -> str:
+        """The inputs of a raw row as text: both texts of a pair, the path of an image."""
+        cells = (row[name] for name in self.asked_columns())
+        return "\n".join(str(cell) for cell in cells if not isinstance(cell, bytes))
+
+    @abstractmethod
+    def usage(self, state: State, processor: Any) -> str:
+        """Python for the model card that asks `model` something, with `processor` loaded: plain transformers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -17,33 +17,53 @@ from hf_finetune.schema.blocks import changed
 from hf_finetune.tasks import _dates as dates
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _marking as marking
+from hf_finetune.tasks import _packing
 from hf_finetune.tasks import _token_loss as token_loss
 from hf_finetune.tasks._chat import Renderer, Spoken
-from hf_finetune.tasks._packing import Packing, Padding, check_packing
-from hf_finetune.tasks.base import IGNORE, REMARKS, Collator, Encoded, Questions, Rows, Targets, Task
+from hf_finetune.tasks.base import (
+    IGNORE,
+    REMARKS,
+    Batch,
+    Column,
+    Features,
+    Loss,
+    Plot,
+    Predictions,
+    Prompts,
+    Questions,
+    Rows,
+    State,
+    Task,
+    literal,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from hf_finetune.tasks._fidelity import Lost
     from hf_finetune.tasks._generation import Generation
+    from hf_finetune.tasks._sums import Sums
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 CONTINUED = 32
 """Tokens of a plain text that a sample continues."""
 LARGEST_EXPONENT = 709.0
 """e to a greater power is no float64."""
+SUMS = ("nats", "tokens", "right")
+"""Predictions: sums over the counted tokens of a row."""
 
 
 class CausalLM(Task):
     """Next-token prediction. Give `messages`, or `prompt` and `completion`, or `text`."""
 
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
-    peft_type: ClassVar[str] = "CAUSAL_LM"
+    peft_task: ClassVar[str | None] = "CAUSAL_LM"
+    pipeline: ClassVar[str] = "text-generation"
     packable: ClassVar[bool] = True
+    predicts_next_token: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
 
     messages: Annotated[Text | None, Key(replaces=("text", "prompt", "completion", "system"))] = None
@@ -158,15 +178,31 @@ class CausalLM(Task):
         prints = self.date is None and self.text is None and dates.reads_clock(tokenizer)
         return self.model_copy(update={"date": day}) if prints else self
 
-    def columns(self) -> list[str]:
-        """Columns that the data must have."""
-        whole = [column for column in (self.messages, self.tools, self.text) if column is not None]
-        templates = [template for template in (self.prompt, self.completion) if template is not None]
-        return list(dict.fromkeys([*whole, *(name for text in templates for name in examples.columns(text))]))
+    def columns(self) -> dict[str, Column]:
+        """Columns of chats and tools, of prompt and completion, or of text."""
+        if self.messages is not None:
+            tools = {} if self.tools is None else {self.tools: Column("chat", is_optional=True)}
+            return {self.messages: Column("chat"), **tools}
+        if self.text is not None:
+            return {self.text: Column("text")}
+        asked = examples.columns(self.prompt or "")
+        answered = {name: Column("text", is_target=True) for name in examples.columns(self.completion or "")}
+        return dict.fromkeys(asked, Column("text")) | {n: c for n, c in answered.items() if n not in asked}
 
-    def optional_columns(self) -> list[str]:
-        """Tools: not every chat has any."""
-        return [] if self.tools is None else [self.tools]
+    def check_config(self, name: str, config: Any) -> None:
+        """Refuse what is no decoder; transformers would also load BERT as one, which sees the next token.
+
+        Raises:
+            ModelError: It is an encoder, or an encoder with a decoder.
+        """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        # GPT-NeoX says that it is no decoder, too, but it is no masked language model either.
+        is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        encoder = getattr(config, "is_decoder", None) is False and is_masked
+        if encoder or getattr(config, "is_encoder_decoder", False):
+            reason = f"{name} ({config.model_type}) is not a decoder; {self.kind} needs one, e.g. a Llama"
+            raise ModelError(Problem(reason, key="model.name"))
 
     def blank(self, rows: Rows) -> list[bool]:
         """Which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
@@ -180,27 +216,17 @@ class CausalLM(Task):
                 found.add(tokenizer.convert_tokens_to_ids(self.renderer(tokenizer).end_of_turn))
         return frozenset(found - {None})
 
-    def targets(self, train: Dataset | IterableDataset) -> Targets:
-        """There are no labels besides the tokens."""
-        return Targets()
-
-    def model_options(self, targets: Targets) -> dict[str, Any]:
-        """Nothing depends on the data."""
-        return {}
-
-    def encode(
-        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, targets: Targets, max_length: int
-    ) -> list[Encoded]:
-        """Tokenise rows; what is over `max_length` tokens is cut off at the right.
+    def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
+        """Tokenise rows; what is over `limit` tokens is cut off at the right.
 
         Raises:
             RowsError: Rows can't be rendered; all of them, by their number within the batch.
             ModelError: The tokenizer has no EOS, or its chat template ends no turn.
         """
-        renderer = self.renderer(tokenizer)
+        renderer = self.renderer(processor)
         spoken, marked = self._marked(rows, renderer)
         return [
-            {**_cut(row.ids, row.labels, max_length), "remarks": _remarks(said.lost, splits=row.splits)}
+            {**_cut(row.ids, row.labels, limit), "remarks": _remarks(said.lost, splits=row.splits)}
             for said, row in zip(spoken, marked, strict=True)
         ]
 
@@ -222,53 +248,97 @@ class CausalLM(Task):
         spoken = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
         return spoken, marking.mark_plain(renderer, [said.rendered for said in spoken])
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, *, packed: bool = False) -> Collator:
-        """Pads rows on the right; with `packed`, joins the documents of each row."""
-        pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-        return Packing(pad) if packed else Padding(pad)
+    def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
+        """Pad rows on the right; lists of documents are joined, each list to one row."""
+        pad = next((token for token in (processor.pad_token_id, processor.eos_token_id) if token is not None), 0)
+        return _packing.packed(features, pad) if isinstance(features[0], list) else _packing.padded(features, pad)
 
-    def masked(self, row: dict[str, Any] | list[dict[str, Any]]) -> Any:
-        """A copy of a row, or of the documents of a packed row, of which no label counts."""
-        if isinstance(row, list):
-            return [self.masked(document) for document in row]
-        return {**row, "labels": [IGNORE] * len(row["labels"])}
+    def count(self, batch: Batch, state: State) -> torch.Tensor:
+        """Counted tokens of the labels, a scalar."""
+        return token_loss.counted(batch["labels"]).sum()
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """Cross entropy summed over the counted tokens of (B, T, V) logits, a float32 scalar."""
-        return token_loss.loss_sum(logits, labels, self.label_smoothing)
+    def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
+        """Cross entropy summed over the counted tokens."""
+        return Loss(token_loss.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
 
-    def items(self, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """Counted tokens of (B, T) labels, a scalar."""
-        return token_loss.counted(labels).sum()
+    def predict(
+        self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`nats` (negative log likelihood, without smoothing), counted `tokens` and `right` tokens of each row, (B,).
 
-    def eval_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, by_position: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Per row: negative log likelihood in nats (without smoothing), counted tokens, right tokens; (B, 3)."""
-        return token_loss.row_sums(logits, labels, by_position)
+        Adds nats and counted tokens at each position to the total `positions` (2, T).
+        """
+        found = token_loss.each_next_token(model, self.inputs(batch), batch["labels"])
+        if totals is not None:
+            token_loss.add_positions(totals, found, batch["labels"])
+        return dict(
+            zip(("nats", "tokens", "right"), token_loss.row_sums(found, batch["labels"]).unbind(1), strict=True)
+        )
 
-    def metrics(self, rows: np.ndarray[Any, Any], targets: Targets) -> dict[str, float]:
+    def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
         """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""
-        nll, tokens, correct = rows.astype("float64").sum(axis=0).tolist()
+        nats, tokens, right = _stacked(predictions).astype("float64").sum(axis=0).tolist()
         if not tokens:
             return {}
-        loss = nll / tokens
+        loss = nats / tokens
         perplexity = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
-        return {"loss": loss, "perplexity": perplexity, "token_accuracy": correct / tokens}
+        return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / tokens}
+
+    def sums(self, predictions: Predictions, state: State) -> Sums:
+        """Sums of nats, tokens and right tokens."""
+        from hf_finetune.tasks import _sums
+
+        return _sums.of_tokens(*_stacked(predictions).T)
+
+    def plots(self, predictions: Predictions, state: State) -> Plot:
+        """Nats, tokens and right tokens of each row."""
+        return Plot(None, _stacked(predictions))
+
+    def vocabulary(self, processor: Any) -> int:
+        """Size of the tokenizer's vocabulary."""
+        return len(processor)
+
+    def telling(self, batch: Batch) -> Batch:
+        """The batch with every token as a label, and the last ones as padding if any may be."""
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return {**batch, "labels": batch["input_ids"]}
+        mask = mask.clone()
+        mask[:, -max(1, mask.shape[1] // 4) :] = 0
+        return {**batch, "attention_mask": mask, "labels": batch["input_ids"].masked_fill(mask == 0, IGNORE)}
+
+    def example(self, state: State, size: int) -> dict[str, Any]:
+        """Words, as many as the tokens that are wanted, for whatever the columns hold."""
+        words = " ".join(["word"] * size)
+        if self.messages is not None:
+            turns = [{"role": "user", "content": "word"}, {"role": "assistant", "content": words}]
+            return {self.messages: turns} | ({} if self.tools is None else {self.tools: None})
+        return {name: words if column.is_target or self.text else "word" for name, column in self.columns().items()}
+
+    def usage(self, state: State, processor: Any) -> str:
+        """Ask for an answer, or for the rest of a text."""
+        given = 'tokenizer("Text to go on with", return_tensors="pt")'
+        if processor.chat_template and self.text is None:
+            turns = [{"role": "system", "content": self.system}] if self.system else []
+            asked = literal([*turns, {"role": "user", "content": "Your question"}])
+            options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+            given = f"tokenizer.apply_chat_template({asked}, {options})"
+        answer = f"answer = model.generate(**asked, max_new_tokens={self.max_new_tokens})"
+        return f"asked = {given}\n{answer}\nprint(tokenizer.decode(answer[0, asked['input_ids'].shape[1]:]))\n"
 
     def check_packing(self, model: torch.nn.Module) -> None:
         """Make sure that the model keeps packed documents apart; see `packing.check_packing`."""
-        check_packing(model)
+        _packing.check_packing(model)
 
-    def samples(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of the prompts that are answered at each evaluation for people to read.
+    def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
+        """Fixed prompts, or those of the first validation rows; none without validation rows."""
+        if rows is None or not self.sample_prompts:
+            return None
+        return Prompts(self._sample_ids(rows, processor), self.max_new_tokens)
 
-        Args:
-            rows: Raw validation rows, at least the first `sample_prompts` where that is a number.
-            tokenizer: The model's tokenizer.
-        """
+    def _sample_ids(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         if isinstance(self.sample_prompts, int):
-            return self.prompts(rows, tokenizer, self.sample_prompts)
+            return self.prompts(rows[: self.sample_prompts], tokenizer, self.sample_prompts)
         if not self._is_chat(tokenizer):
             return marking.prompt_ids(tokenizer, self._guarded(self.sample_prompts, tokenizer), plain=True)
         renderer = self.renderer(tokenizer)
@@ -289,12 +359,6 @@ class CausalLM(Task):
         texts = self._guarded([prompt or text for prompt, text in pairs], tokenizer)
         ids = marking.prompt_ids(tokenizer, texts, plain=True)
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
-
-    def asked_columns(self) -> list[str]:
-        """Columns that a row must have to be answered; `tools` may be absent."""
-        if self.prompt is None:
-            return [column for column in (self.messages, self.text) if column is not None]
-        return examples.columns(self.prompt)
 
     def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Token ids of rows up to where the model is to answer, whether they hold an answer or not.
@@ -368,7 +432,14 @@ def _remarks(lost: Iterable[Lost], *, splits: bool) -> int:
     return sum(REMARKS[check] for check in found if check is not None)
 
 
-def _cut(ids: list[int], labels: list[int], max_length: int) -> Encoded:
-    kept = labels[:max_length]
+def _stacked(predictions: Predictions) -> Any:
+    """(N, 3) float32."""
+    import numpy as np
+
+    return np.stack([predictions[name] for name in SUMS], axis=1).astype(np.float32)
+
+
+def _cut(ids: list[int], labels: list[int], limit: int) -> Features:
+    kept = labels[:limit]
     trained = len(kept[1:]) - kept[1:].count(IGNORE)
-    return {"input_ids": ids[:max_length], "labels": kept, "length": len(ids), "trained": trained}
+    return {"input_ids": ids[:limit], "labels": kept, "size": len(kept), "whole": len(ids), "weight": trained}

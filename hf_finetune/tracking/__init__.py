@@ -49,7 +49,6 @@ class Observers:
         """List the callbacks for the Trainer, in the order in which they must hear of a log."""
         from transformers import EarlyStoppingCallback
 
-        from hf_finetune.tasks.causal_lm import CausalLM
         from hf_finetune.tracking.callbacks import Progress
         from hf_finetune.tracking.console import Console
         from hf_finetune.tracking.samples import Samples
@@ -64,11 +63,12 @@ class Observers:
             found.append(self.board)
         if self.machine.is_main:
             found += [Console(task.headline), Progress(self.status)]
-        if isinstance(task, CausalLM) and task.sample_prompts and raw is not None:
+        prompts = task.samples(raw, tokenizer)
+        if prompts is not None:
             # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
                 writes, board = self.machine.is_main, self.board
-                found.append(Samples(task, tokenizer, raw, self.folder.samples, writes=writes, board=board))
+                found.append(Samples(prompts, tokenizer, self.folder.samples, writes=writes, board=board))
             elif self.machine.is_main:
                 say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
         return found

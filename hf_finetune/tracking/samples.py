@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_finetune.tasks._generation import answer_together
-from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tasks.base import Prompts
 from hf_finetune.tracking.journal import Appender
 from hf_finetune.tracking.tensorboard import Board
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class Samples(TrainerCallback):
     """Write answers into `samples.jsonl` and under TensorBoard's Text tab; all ranks generate, rank 0 writes.
 
     Args:
-        task: Says which prompts, and how long answers may be.
+        prompts: What is answered, and how long answers may be.
         tokenizer: The model's tokenizer.
-        rows: Raw validation rows.
         file: `samples.jsonl` of the run folder.
         writes: True on rank 0.
         board: Shows the answers too.
     """
 
-    def __init__(
-        self, task: CausalLM, tokenizer: Any, rows: Dataset, file: Path, *, writes: bool, board: Board | None
-    ) -> None:
-        first = rows[: task.sample_prompts] if isinstance(task.sample_prompts, int) else {}
-        self.task, self.tokenizer, self.writes, self.board = task, tokenizer, writes, board
+    def __init__(self, prompts: Prompts, tokenizer: Any, file: Path, *, writes: bool, board: Board | None) -> None:
+        self.prompts, self.limit = prompts.prompts, prompts.max_new_tokens
+        self.tokenizer, self.writes, self.board = tokenizer, writes, board
         self._appender = Appender(file)
-        self.prompts = task.samples(first, tokenizer)
         self._step = -1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -46,8 +39,7 @@ class Samples(TrainerCallback):
         model = kwargs["model"]
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
-            limit = self.task.max_new_tokens
-            answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=limit)
+            answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=self.limit)
         if not self.writes:
             return
         lines = [

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from hf_finetune import memory
+from hf_finetune.batching import COUNTED
 from hf_finetune.flops import Flops
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data", "forward", "backward", "optimizer"
@@ -132,11 +133,8 @@ class Throughput(TrainerCallback):
     @staticmethod
     def sizes(batches: list[Any]) -> tuple[torch.Tensor, ...]:
         """Return rows, tokens, token positions and squares of this rank's micro-batches, as float64 scalars."""
-        rows = sum(len(batch["input_ids"]) for batch in batches)
-        tokens = sum(int(batch["tokens"]) for batch in batches)
-        slots = sum(batch["input_ids"].numel() for batch in batches)
-        squares = sum(int(batch["squares"]) for batch in batches)
-        return tuple(torch.tensor(size, dtype=torch.float64) for size in (rows, tokens, slots, squares))
+        totals = (sum(int(batch[name]) for batch in batches) for name in COUNTED)
+        return tuple(torch.tensor(total, dtype=torch.float64) for total in totals)
 
     def count(self, sizes: list[float]) -> None:
         """Add the `sizes` of a global batch."""

@@ -8,7 +8,6 @@ from hf_finetune.errors import ModelError
 from hf_finetune.fast import Paths
 from hf_finetune.fast import attention as plain
 from hf_finetune.resources import is_out_of_memory
-from hf_finetune.tasks import _packing as packing
 from hf_finetune.tuning.bench import ROUNDS, Bench
 from hf_finetune.tuning.choices import Choice
 
@@ -50,7 +49,8 @@ def _candidates(bench: Bench) -> list[str]:
     if bench.machine.is_sharded or device == "mps" or not base._can_set_attn_implementation():
         return []
     names = ["eager", "sdpa"] if device == "cpu" else ["sdpa"]
-    if device == "cuda" and not bench.job.packed and bench.machine.precision != "fp32" and is_flash_attn_2_available():
+    is_half = bench.machine.precision != "fp32"
+    if device == "cuda" and not bench.recipe.data.packing and is_half and is_flash_attn_2_available():
         names.append("flash_attention_2")
     supports = {"sdpa": base._supports_sdpa, "flash_attention_2": base._supports_flash_attn}
     return [name for name in names if supports.get(name, True)]
@@ -74,8 +74,8 @@ def _measure(bench: Bench, names: list[str]) -> dict[str, float]:
 def _once(bench: Bench, name: str, paths: Paths) -> float:
     bench.base.set_attn_implementation(name)
     try:
-        if bench.job.packed:
-            packing.check_packing(bench.base)
+        if bench.recipe.data.packing:
+            bench.job.task.check_packing(bench.base)
         if name == "eager" and bench.machine.device == "cpu" and bench.recipe.speed.plain_attention:
             plain.install(bench.base)
         return bench.seconds(paths.loss_sum)

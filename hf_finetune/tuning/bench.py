@@ -88,10 +88,9 @@ class Bench:
         made = []
         dtype = self.machine.base_dtype(frozen=True)
         for batch in self.batches:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
             # As accelerate wraps the model's forward pass.
             with torch.autocast(self.machine.device, dtype=dtype, enabled=dtype is not torch.float32):
-                loss = loss_sum(self.adapted, inputs, batch["labels"])
+                loss = loss_sum(self.adapted, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.adapted.parameters() if p.grad is not None])
             self.adapted.zero_grad(set_to_none=True)

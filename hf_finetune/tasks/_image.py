@@ -1,0 +1,79 @@
+"""Images as the cells of a column hold them: a path, perhaps into a zip file, bytes, or an image of Pillow."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 178_956_970
+"""Of one image, as Pillow warns of decompression bombs."""
+
+
+def content(cell: Any) -> bytes:
+    """The encoded file of a cell.
+
+    Raises:
+        DataError: There is none, or it can't be read.
+    """
+    if isinstance(cell, Mapping):  # as `datasets.Image` keeps one
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes | bytearray):
+        return bytes(cell)
+    if isinstance(cell, str) and cell.strip():
+        try:
+            return _read(cell)
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or "it is not in the zip file, or that is damaged"
+            raise DataError(f"names {cell}, which can't be read ({reason}); correct the path") from None
+    if hasattr(cell, "save"):
+        stream = io.BytesIO()
+        cell.save(stream, format="PNG")  # loses nothing
+        return stream.getvalue()
+    raise DataError("holds no image; write the path of a file, or its bytes")
+
+
+def opened(file: bytes) -> Image:
+    """The image in RGB, as a camera's orientation says it is to be seen.
+
+    Raises:
+        DataError: It is damaged, too large, or no image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(file))
+        if image.width * image.height > MOST_PIXELS:
+            raise DataError(f"holds an image of {image.width:,} x {image.height:,} pixels; make it smaller")
+        turned: Image.Image = ImageOps.exif_transpose(image)
+        return turned.convert("RGB")
+    except UnidentifiedImageError:
+        raise DataError("holds a file that is no image, or of a kind that Pillow does not know; remove it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"holds a damaged image ({' '.join(str(error).split())[:100]}); remove it") from None
+
+
+def _read(path: str) -> bytes:
+    file = Path(path)
+    if file.is_file():
+        return file.read_bytes()
+    # A path may lead into a zip file: the folder in it that is a file is that.
+    archive = next((parent for parent in file.parents if parent.is_file()), None)
+    if archive is None:
+        return file.read_bytes()  # for the reason that it gives
+    return _archive(str(archive), os.getpid()).read(file.relative_to(archive).as_posix())
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """A zip file that stays open; each process has its own, as they would move the place of a shared one."""
+    return zipfile.ZipFile(path)

@@ -1,0 +1,148 @@
+"""Sums over rows from which metrics follow: a thousand resamples of a split are then one product of matrices.
+
+The metrics are those of `_metrics` that are no areas and no ranks. Shapes: N rows, C classes, S sums, B resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+Array = np.ndarray[Any, Any]
+
+LISTED = 60
+"""Classes up to which each has an interval of its own."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What metrics are made of."""
+
+    of_rows: Any
+    """(S, N), dense or sparse."""
+    metrics: Callable[[Array], dict[str, Array]]
+    """(S, B) sums -> metric by name, each (B,)."""
+
+
+def of_means(columns: Mapping[str, Array]) -> Sums:
+    """Sums of which the metrics are plain means over rows.
+
+    Args:
+        columns: Values (N,) by name of the metric.
+    """
+    names, count = list(columns), len(next(iter(columns.values())))
+    stacked = np.stack([*(np.asarray(values, dtype=np.float64) for values in columns.values()), np.ones(count)])
+    return Sums(stacked, lambda added: {name: added[row] / added[-1] for row, name in enumerate(names)})
+
+
+def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
+    """Sums of rows with one label: (N, C) logits, and (N,) ids; negative ones are left out."""
+    from scipy import sparse
+
+    kept = labels >= 0
+    logits, labels = logits[kept].astype(np.float64), labels[kept].astype(int)
+    classes, at = len(names), np.arange(len(labels))
+    predicted = logits.argmax(axis=1)
+    loss = -special.log_softmax(logits, axis=1)[at, labels]
+    right = (labels == predicted).astype(np.float64)
+
+    def cells(columns: Array, values: Array) -> Any:
+        return sparse.csr_matrix((values, (columns, at)), shape=(classes, len(labels)))
+
+    ones = np.ones(len(labels))
+    parts = [sparse.csr_matrix(np.stack([loss, right, ones])), cells(labels, ones), cells(predicted, ones)]
+    of_rows = sparse.vstack([*parts, cells(labels, right)]).tocsr()
+    return Sums(of_rows, lambda added: _of_classes(added, names))
+
+
+def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
+    """Of the sums of loss, right rows, rows, and true, predicted, rightly predicted rows of each class."""
+    (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
+    expected = (truth * predicted).sum(axis=0)
+    spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
+    # Gorodkin 2004; 0 where one class is all there is, as in scikit-learn
+    matthews = np.divide(right * rows - expected, np.sqrt(spread), out=np.zeros_like(right), where=spread > 0)
+    return {"loss": loss / rows, "accuracy": right / rows, "matthews": matthews} | _f1(truth, predicted, hits, names)
+
+
+def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float) -> Sums:
+    """Sums of rows with any number of labels: (N, C) logits and cells; rows with a negative cell are left out."""
+    kept = (cells >= 0).all(axis=1)
+    logits, truth = logits[kept].astype(np.float64), cells[kept].astype(np.float64)
+    predicted = (special.expit(logits) >= threshold).astype(np.float64)
+    loss = (np.logaddexp(0.0, logits) - logits * truth).mean(axis=1)
+    wrong = (predicted != truth).mean(axis=1)
+    head = np.stack([loss, (wrong == 0).astype(np.float64), wrong, np.ones(len(truth))])
+    return Sums(
+        np.concatenate([head, truth.T, predicted.T, (truth * predicted).T]), lambda added: _of_cells(added, names)
+    )
+
+
+def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
+    """Of the sums of loss, right rows, share of wrong cells, rows, and cells of each label as in `_of_classes`."""
+    (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
+    whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
+    return whole | _f1(truth, predicted, hits, names, every=True)
+
+
+def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, every: bool = False) -> dict[str, Array]:
+    """F1 averages and, of few classes, each one's, from (C, B) counts.
+
+    `every` takes classes into the macro mean that occur neither in truth nor in predictions, as scikit-learn does for
+    cells.
+    """
+    both = truth + predicted
+    each = np.divide(2 * hits, both, out=np.zeros_like(both), where=both > 0)
+    counted = np.ones_like(both) if every else both > 0
+    support, total = truth.sum(axis=0), both.sum(axis=0)
+    averages = {
+        "f1_macro": each.sum(axis=0) / np.maximum(counted.sum(axis=0), 1),
+        "f1_micro": 2 * hits.sum(axis=0) / np.maximum(total, 1),
+        "f1_weighted": (each * truth).sum(axis=0) / np.maximum(support, 1),
+    }
+    listed = zip(names, each, strict=True) if len(names) <= LISTED else ()
+    return averages | {f"f1.{name}": values for name, values in listed}
+
+
+def of_numbers(predicted: Array, labels: Array) -> Sums:
+    """Sums of a regression: (N,) predictions and labels; rows with a NaN are left out."""
+    kept = np.isfinite(predicted) & np.isfinite(labels)
+    predicted, labels = predicted[kept].astype(np.float64), labels[kept].astype(np.float64)
+    # Centred, so that little is lost to rounding.
+    middle = labels.mean() if len(labels) else 0.0
+    predicted, labels = predicted - middle, labels - middle
+    gaps = predicted - labels
+    stacked = np.stack(
+        [np.ones_like(gaps), gaps**2, abs(gaps), labels, labels**2, predicted, predicted**2, labels * predicted]
+    )
+    return Sums(stacked, _of_errors)
+
+
+def _of_errors(added: Array) -> dict[str, Array]:
+    rows, squares, distances, y, yy, p, pp, yp = added
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread_y, spread_p = yy - y**2 / rows, pp - p**2 / rows
+        return {
+            "loss": squares / rows,
+            "mse": squares / rows,
+            "rmse": np.sqrt(squares / rows),
+            "mae": distances / rows,
+            "r2": 1 - squares / spread_y,
+            "pearson": (yp - y * p / rows) / np.sqrt(spread_y * spread_p),
+        }
+
+
+def of_tokens(nats: Array, tokens: Array, right: Array) -> Sums:
+    """Sums of rows of tokens: (N,) nats, counted tokens and right tokens each."""
+    rows = np.stack([nats, tokens, right]).astype(np.float64)
+    return Sums(rows[:, rows[1] > 0], _of_tokens)
+
+
+def _of_tokens(added: Array) -> dict[str, Array]:
+    nll, tokens, correct = added
+    with np.errstate(over="ignore"):
+        return {"loss": nll / tokens, "perplexity": np.exp(nll / tokens), "token_accuracy": correct / tokens}

@@ -1,0 +1,115 @@
+"""Image classification: one label an image, several labels an image, or a number (regression)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
+
+from hf_finetune.badrows import BadRows
+from hf_finetune.errors import DataError
+from hf_finetune.schema.blocks import Name
+from hf_finetune.tasks import _image
+from hf_finetune.tasks._classifier import Classifier
+from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
+
+PATCH = 16
+"""Pixels of a patch's side, by which the size of an image is told: as of most vision transformers."""
+
+
+class ImageClassification(Classifier):
+    """Assigns labels, or a number, to an image."""
+
+    auto_model: ClassVar[str] = "AutoModelForImageClassification"
+    auto_processor: ClassVar[str] = "AutoImageProcessor"
+    # Of the two backends, the one that needs no torchvision: both would round otherwise.
+    processor_options: ClassVar[Mapping[str, Any]] = {"backend": "pil"}
+    peft_task: ClassVar[str | None] = None
+    pipeline: ClassVar[str] = "image-classification"
+    token_ids: ClassVar[str | None] = None
+    content: ClassVar[str] = "digest"
+
+    image: Name
+    """Column of the images: paths, relative to the working directory and perhaps into a zip file
+    (`photos.zip/cats/1.jpg`), or the bytes of files."""
+
+    @model_validator(mode="after")
+    def _columns_are_distinct(self) -> Self:
+        if self.image in self.label_columns():
+            raise ValueError(f"image and label name column {self.image!r} twice; name each column once")
+        return self
+
+    def columns(self) -> dict[str, Column]:
+        """The image, and the columns of labels."""
+        return {self.image: Column("image")} | self.label_columns()
+
+    def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
+        """Read the files of a batch of raw rows, each of which must open; the processor comes when they are collated.
+
+        Raises:
+            RowsError: An image or a label is missing or unfit; every row of the batch of which that is so.
+        """
+        labels: Any = ()
+        labelled = any(column in rows for column in self.label_columns())
+        bad = BadRows()
+        files: list[bytes] = []
+        for index, cell in enumerate(rows[self.image]):
+            try:
+                files.append(_image.content(cell))
+                _image.opened(files[-1])
+            except DataError as error:
+                bad.add(index, f"column {self.image!r} {error}")
+        if labelled:
+            with bad.collect():
+                labels = self.labels_of(rows, state)
+        bad.raise_any()
+        pixels = self._pixels(files[:1], processor)["pixel_values"].shape[-2:]
+        size = max(1, pixels[0] // PATCH * (pixels[1] // PATCH))
+        found: list[Features] = [
+            {
+                "file": file,
+                "digest": hashlib.blake2b(file, digest_size=16).hexdigest(),
+                "size": size,
+                # An image is never cut: none is too long for `data.max_length`.
+                "whole": min(size, limit),
+                "weight": int(labelled),
+            }
+            for file in files
+        ]
+        for row, label in zip(found, labels, strict=False):
+            row["labels"] = label
+        return found
+
+    def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
+        """Resize and normalise the images as the processor says."""
+        return self._pixels([row["file"] for row in features], processor) | self.label_batch(features)
+
+    def example(self, state: State, size: int) -> dict[str, Any]:
+        """A grey image; its size is the processor's."""
+        from PIL import Image
+
+        stream = io.BytesIO()
+        Image.new("RGB", (32, 32), "grey").save(stream, format="PNG")
+        return {self.image: stream.getvalue()} | self.example_labels(state)
+
+    def describe(self, row: Mapping[str, Any]) -> str:
+        """The path, where there is one."""
+        cell = row[self.image]
+        path = cell.get("path") if isinstance(cell, Mapping) else cell
+        return path if isinstance(path, str) else "an image"
+
+    def usage(self, state: State, processor: Any) -> str:
+        """Look at an image, and print the label."""
+        return (
+            "from PIL import Image\n\n"
+            'image = Image.new("RGB", (64, 64))  # or Image.open("photo.jpg").convert("RGB")\n'
+            'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
+            f"{self.answer_code()}\n"
+        )
+
+    @staticmethod
+    def _pixels(files: list[bytes], processor: Any) -> Batch:
+        return dict(processor(images=[_image.opened(file) for file in files], return_tensors="pt"))
