@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
-from yaml import YAMLError
 
 from hf_finetune.adapters import Adapter
-from hf_finetune.errors import RecipeError
 from hf_finetune.plugins import OUTSIDE, STUDY, Key, Section, union
 from hf_finetune.schema import complaints, editor, reading, yamlwriter
 from hf_finetune.schema import reference as page
@@ -87,11 +86,7 @@ class Recipe(Section):
         Raises:
             RecipeError: A value or an override is wrong; it carries every problem that was found.
         """
-        try:
-            text = yamlwriter.document(dict(tree))
-        except YAMLError as error:
-            raise RecipeError(f"a recipe holds texts, numbers, lists and mappings: {error}") from None
-        return read_text(text, "recipe", overrides).checked()
+        return read_dict(tree, overrides).checked()
 
     def dump(self) -> str:
         """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
@@ -204,6 +199,12 @@ def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
 def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
     """Read a recipe that stands inside another file, `file`; like `read`."""
     return reading.read_text(Recipe, text, file, overrides)
+
+
+def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading[Recipe]:
+    """Read a recipe of plain values, as a YAML file would hold them; like `read`."""
+    # JSON is YAML: so a dict goes the way of a file, and its mistakes are reported in the same words.
+    return read_text(json.dumps(tree, ensure_ascii=False, default=str), "recipe", overrides)
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,7 +5,6 @@ Importing this takes a moment: `check` imports torch only where nothing is wrong
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,9 +187,8 @@ def read(
         return recipes.read(os.fspath(recipe), overrides), locked
     if isinstance(recipe, Recipe) and not overrides:
         return Reading(recipe, [], recipe, Origin("")), locked
-    # JSON is YAML: a dict goes the way of a file, so that its mistakes are told in the same words.
-    text = recipe.dump() if isinstance(recipe, Recipe) else json.dumps(recipe, default=str)
-    return recipes.read_text(text, "recipe", overrides), locked
+    tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+    return recipes.read_dict(tree, overrides), locked
 
 
 def look(
@@ -211,26 +209,29 @@ def look(
         return findings
     if reading.recipe is not None:
         findings.warn(advice(reading.recipe))
+    # A name that is malformed or must not be read keeps the files behind it from being looked at; a mistake in another
+    # key of the same block does not.
+    named = Findings()
     if found := paths.problems(recipe):
-        findings.add(RecipeError(found))
-    # What must not be read, or has no proper name, is not looked at.
-    if not findings.blame("data") and (missing := find.problems(recipe)):
+        named.add(RecipeError(found))
+    findings.merge(named)
+    if not named.blame("data") and (missing := find.problems(recipe)):
         findings.add(DataError(missing))
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():
             logdir.check(board)
     if _given(recipe, "hub", "repo") is not None and (refusal := secrets.why_not()) is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
-    if (start := _given(recipe, "adapter", "continue_from")) is not None and not findings.blame("adapter"):
+    if (start := _given(recipe, "adapter", "continue_from")) is not None and not named.blame("adapter"):
         with findings.collect():
             peftio.find(start, "adapter.from")
-    if (name := _given(recipe, "model", "name")) is not None and not findings.blame(modelfolder.KEY):
+    if (name := _given(recipe, "model", "name")) is not None and not named.blame(modelfolder.KEY):
         with findings.collect():
             found_at = modelfolder.resolve(name)
             if reading.recipe is not None and not findings.blame("model"):
                 modelfolder.refuse_uncached(found_at, recipe.model.revision)
     output = _given(recipe, "output")
-    if folder and output is not None and not findings.blame("output"):
+    if folder and output is not None and not named.blame("output"):
         with findings.collect():
             dump = reading.recipe.dump() if reading.recipe else ""
             RunFolder(output).look(dump, restart=restart, allowed=allowed)
