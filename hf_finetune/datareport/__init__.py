@@ -55,29 +55,3 @@ def write(path: str, page: Page) -> None:
     except OSError as error:
         message = f"can't write the data report: {error.strerror or error}; give another --report"
         raise StorageError(Problem(message, file=path)) from error
-
-
-def recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    """Name the settings that decide about the data; those that are not used are left out."""
-    data = recipe.data
-    problem = getattr(recipe.task, "problem", "")
-    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
-
-    def listed(files: str | Sequence[str]) -> str:
-        return files if isinstance(files, str) else ", ".join(files)
-
-    rows = [
-        ("Task", f"{recipe.task.kind}, {problem}" if problem else recipe.task.kind),
-        ("Model", recipe.model.name + revision),
-        ("Adapter", recipe.adapter.kind),
-        ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
-        *((split.capitalize(), listed(getattr(data, split) or "")) for split in ("train", "validation", "test")),
-        ("Mix", ", ".join(listed(source.train) for source in data.mix or [])),
-        ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
-        ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
-        ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
-        ("Rows share sequences", "yes, packed" if data.packing else ""),
-        ("Reading", "streamed" if data.streaming else ""),
-        ("Output", recipe.output),
-    ]
-    return [(name, value) for name, value in rows if value]

@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 import hf_finetune
 from hf_finetune.charts import drawing, runs
-from hf_finetune.datareport import Page, examples, recipe_lines
+from hf_finetune.datareport import Page, examples
 from hf_finetune.pages.escaping import exact
+from hf_finetune.runreport.content import recipe_lines
 from hf_finetune.schema.checks import Checks
 
 if TYPE_CHECKING:
