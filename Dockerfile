@@ -64,7 +64,7 @@ ENV PATH=/opt/hf_finetune/bin:/usr/local/bin:/usr/bin:/bin \
 USER 1000:0
 WORKDIR /work
 VOLUME ["/cache"]
-HEALTHCHECK --interval=30s --timeout=10s --start-period=2m --retries=3 CMD ["python", "-m", "hf_finetune.health"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=2m --retries=3 CMD ["python", "-m", "hf_finetune.launch.health"]
 # tini reaps what is left behind, and gives a signal its default meaning, which process 1 does not have.
 ENTRYPOINT ["tini", "--", "python", "-m", "hf_finetune.launch"]
 CMD ["--help"]

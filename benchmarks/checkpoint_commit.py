@@ -22,7 +22,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hf_finetune.checkpoints import Alone, Facts, Store
+from hf_finetune.run.ranks import Alone
+from hf_finetune.run.store import Facts, Store
 
 FACTS = Facts(recipe="", data="", model="")
 

@@ -132,13 +132,15 @@ def write(folder: Path, model: str, adapter: str, rows: int, length: int) -> Pat
 
 def estimate(file: str) -> dict[str, Any]:
     """What `check` estimates, in this process."""
-    from hf_finetune import data, hardware, memory, model
+    from hf_finetune import device
+    from hf_finetune.data import prepare
+    from hf_finetune.models import load, memory, pretrained
     from hf_finetune.recipe import Recipe
 
     recipe = Recipe.load(file, [])
-    machine, tokenizer = hardware.alone(recipe), model.load_tokenizer(recipe.model)
-    machine = replace(machine, attention=model.attention(recipe, machine))
-    prepared: Any = data.prepare(recipe, tokenizer, machine)
+    machine, tokenizer = device.alone(recipe), pretrained.load_tokenizer(recipe.model)
+    machine = replace(machine, attention=load.attention(recipe, machine))
+    prepared: Any = prepare.prepare(recipe, tokenizer, machine)
     rows = int(recipe.training.micro_batch)
     longest = [min(max(split["size"]), recipe.data.max_length) for split in (prepared.train, prepared.validation)]
     shapes = memory.Shapes((rows, longest[0]), (rows, longest[1]))

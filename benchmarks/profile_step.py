@@ -30,10 +30,11 @@ from benchmarks import marked
 from benchmarks.race import measure, ours
 from benchmarks.race.results import Measurement
 from benchmarks.race.workloads import FULL, Workload
-from hf_finetune import hardware, train
-from hf_finetune.observing import Observing
+from hf_finetune import device
+from hf_finetune.config.blocks import Speed
+from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.schema.speed import Speed
+from hf_finetune.tracking.observing import Observing
 
 WARM = 3
 """Steps that are not looked at: kernels are made, memory is taken."""
@@ -167,7 +168,7 @@ def attended_by(watch: Watch) -> Iterator[None]:
 
 def run(recipe: Recipe, *, profiled: bool) -> Watch:
     """One whole run."""
-    watch = Watch(time.process_time if hardware.cores() == 1 else time.perf_counter, profiled=profiled)
+    watch = Watch(time.process_time if device.cores() == 1 else time.perf_counter, profiled=profiled)
     with contextlib.redirect_stdout(io.StringIO()), attended_by(watch):
         train(recipe, restart=True)
     return watch
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="a third column, with compiled layers; takes minutes")
     parser.add_argument("--into", type=Path, help="also put the tables between the marks of this file")
     options = parser.parse_args()
-    text = f"torch {torch.__version__}, {hardware.cores()} core(s), {options.steps} steps after {WARM}.\n"
+    text = f"torch {torch.__version__}, {device.cores()} core(s), {options.steps} steps after {WARM}.\n"
     with tempfile.TemporaryDirectory() as place:
         for name in options.only:
             workload = known[name]

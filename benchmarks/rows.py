@@ -7,7 +7,7 @@ these is a process of its own, with a new cache, and is watched with all the pro
 
     check         `hf-finetune check`: everything that is known before weights load; fills the cache
     train         `hf-finetune` of the same recipe, three steps, from that cache
-    preparation   `hf_finetune.data.prepare` alone, with the seconds of each of its phases
+    preparation   `hf_finetune.data.prepare.prepare` alone, with the seconds of each of its phases
     datasets.map  `load_dataset` of the same file, and `map` with the same tokenizer and as many processes
 
 `memory` is what nobody can take back: the peak of the proportional share of anonymous and shared memory, added up over
@@ -241,9 +241,11 @@ def _megabytes(count: int) -> int:
 
 def preparation(recipe: Path) -> dict[str, Any]:
     """Prepare the data of a recipe with a new cache; seconds in all and of each phase."""
-    from hf_finetune import data, hardware, model
+    from hf_finetune import device
+    from hf_finetune.data import prepare
+    from hf_finetune.log.lines import Phase
+    from hf_finetune.models import pretrained
     from hf_finetune.recipe import Recipe
-    from hf_finetune.terminal.phase import Phase
 
     phases: dict[str, float] = {}
 
@@ -255,10 +257,10 @@ def preparation(recipe: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(dir=recipe.parent) as cache:
         read = Recipe.load(str(recipe), [f"data.cache={cache}"])
-        machine = hardware.alone(read)
-        tokenizer = model.load_tokenizer(read.model)
+        machine = device.alone(read)
+        tokenizer = pretrained.load_tokenizer(read.model)
         began = time.perf_counter()
-        data.prepare(read, tokenizer, machine, timed)
+        prepare.prepare(read, tokenizer, machine, timed)
         return {"seconds": round(time.perf_counter() - began, 1), "phases": phases}
 
 

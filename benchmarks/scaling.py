@@ -10,7 +10,7 @@ A Llama-shaped model, LoRA and full fine-tuning in bf16 with AdamW, data paralle
   pass (Rajbhandari et al. 2020, ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, sections 5, 7).
   FSDP2 moves the same tensors as stage 3.
 - Operations: `benchmarks.race.flops`; with activation checkpointing the forward pass is made twice.
-- Weights, the optimiser's state and activations of one GPU: `hf_finetune.memory.estimate`, which `check` prints.
+- Weights, the optimiser's state and activations of one GPU: `hf_finetune.models.memory.estimate`, which `check` prints.
 
 Left out: latency, which small tensors are made of; other traffic; stragglers; the overlap that is really reached. So a
 step lies between the two times that are given: all traffic hidden behind computation, and none.
@@ -32,7 +32,7 @@ from benchmarks.race.corpora import gsm8k
 from benchmarks.race.workloads import LLAMA_1B, LLAMA_8B, Shape
 
 if TYPE_CHECKING:
-    from hf_finetune.memory import Estimate
+    from hf_finetune.models.memory import Estimate
 
 Strategy = Literal["DDP", "ZeRO-2", "ZeRO-3, FSDP2"]
 SHARDED: Strategy = "ZeRO-3, FSDP2"
@@ -165,14 +165,17 @@ def load_of(kind: Literal["lora", "full"], folder: Path, rows: int, length: int)
 
 def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: bool) -> Estimate:
     """Of one GPU."""
-    from hf_finetune import memory, model
-    from hf_finetune.hardware import Machine
+    from hf_finetune.device import Machine
+    from hf_finetune.models import memory as models_memory
+    from hf_finetune.models import pretrained
     from hf_finetune.recipe import Recipe
     from hf_finetune.tasks.base import Targets
 
     valid = Recipe.model_validate(recipe)
     machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded, activation_checkpointing=True)
-    return memory.estimate(valid, Targets(), model.load_tokenizer(valid.model), machine, memory.Shapes(shape))
+    return models_memory.estimate(
+        valid, Targets(), pretrained.load_tokenizer(valid.model), machine, models_memory.Shapes(shape)
+    )
 
 
 def _passing(parts: Mapping[str, int]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from hf_finetune.preemption import StopRequest
+from hf_finetune.training.callbacks import StopRequest
 
 
 def parse() -> argparse.Namespace:

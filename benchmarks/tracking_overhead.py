@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_finetune.observing import Observing
-from hf_finetune.pipeline import train as story
+from hf_finetune.pipeline import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.tracking import Observers
+from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import StepTimes, Throughput
-from hf_finetune.trainer import FinetuneTrainer
+from hf_finetune.training.trainer import FinetuneTrainer
 
 WORDS = ("the", "film", "plot", "cast", "is", "was", "good", "bad", "fine", "poor", "dull", "very", "not", "and", "of")
 
@@ -82,9 +82,9 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
     """One whole run; its steps from one log to the next are timed one by one."""
-    watch, make, evaluate, attend = Stopwatch(), story.make_trainer, FinetuneTrainer.evaluate, Observing.attend
+    watch, make, evaluate, attend = Stopwatch(), train.make_trainer, FinetuneTrainer.evaluate, Observing.attend
 
-    def trainer(training: story.Training) -> None:
+    def trainer(training: train.Training) -> None:
         make(training)
         if not watched:
             training.trainer.times = NoTimes("cpu")
@@ -104,12 +104,12 @@ def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(put(story, "make_trainer", trainer))
+        stack.enter_context(put(train, "make_trainer", trainer))
         stack.enter_context(put(FinetuneTrainer, "evaluate", timed))
         stack.enter_context(put(Observing, "attend", attended))
         if not watched:
             stack.enter_context(put(Observers, "callbacks", lambda *arguments: []))
-        story.train(recipe, restart=True)
+        train.train(recipe, restart=True)
     return watch
 
 

@@ -6,27 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
-from hf_finetune.adapters import Adapter
-from hf_finetune.plugins import OUTSIDE, STUDY, Key, Section, union
-from hf_finetune.schema import complaints, editor, reading, yamlwriter
-from hf_finetune.schema import reference as page
-from hf_finetune.schema.blocks import NO_CHECKPOINTS, Checkpoints, Data, Model, Name, Source, Training, changed
-from hf_finetune.schema.hub import Hub
-from hf_finetune.schema.paths import NO_COMMIT, is_commit
-from hf_finetune.schema.reading import Reading
-from hf_finetune.schema.speed import Speed
-from hf_finetune.schema.watching import Tracking
-from hf_finetune.tasks._packing import PACKED_ATTENTION
+from hf_finetune.adapters.base import Adapter
+from hf_finetune.config import problems, reading, yamlfile
+from hf_finetune.config import reference as config_reference
+from hf_finetune.config.blocks import (
+    NO_CHECKPOINTS,
+    Checkpoints,
+    Data,
+    Hub,
+    Model,
+    Name,
+    Source,
+    Speed,
+    Tracking,
+    Training,
+    changed,
+)
+from hf_finetune.config.paths import NO_COMMIT, is_commit
+from hf_finetune.config.reading import Reading
+from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section
+from hf_finetune.tasks._tokens import PACKED_ATTENTION
 from hf_finetune.tasks.base import Task
 
 if TYPE_CHECKING:
     AnyTask = Task
     AnyAdapter = Adapter
-else:
-    AnyTask = SerializeAsAny[union("hf_finetune.tasks", Task)]
-    AnyAdapter = SerializeAsAny[union("hf_finetune.adapters", Adapter)]
 
 
 class Recipe(Section):
@@ -90,7 +96,7 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
-        return yamlwriter.document(self.model_dump(mode="json"))
+        return yamlfile.document(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
     def _packing_fits_task(self) -> Self:
@@ -114,7 +120,7 @@ class Recipe(Section):
     def _selection_has_metric(self) -> Self:
         best = self.training.best_metric
         if best is not None and best not in self.task.best_metrics:
-            known = complaints.suggestion(best, list(self.task.best_metrics))
+            known = problems.suggestion(best, list(self.task.best_metrics))
             raise ValueError(f"training.best_metric: {self.task.kind} has no metric {best!r}{known}")
         return self
 
@@ -209,9 +215,9 @@ def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading
 
 def json_schema() -> dict[str, Any]:
     """Make the JSON Schema (2020-12) of a recipe file; where `extends` is given, nothing else is required."""
-    return editor.schema(Recipe.model_json_schema())
+    return config_reference.schema(Recipe.model_json_schema())
 
 
 def reference() -> str:
     """Write `docs/recipe.md`: every key of a recipe, for people."""
-    return page.markdown(Recipe)
+    return config_reference.markdown(Recipe)

@@ -98,8 +98,8 @@ def _quick_runs() -> Iterator[None]:
         _frozen[0] = len(sys.modules)
         gc.collect()
         gc.freeze()
-    if "hf_finetune.matmul" in sys.modules:
-        sys.modules["hf_finetune.matmul"].LONGEST = 0.0  # type: ignore[attr-defined]
+    if "hf_finetune.device" in sys.modules:
+        sys.modules["hf_finetune.device"].LONGEST = 0.0  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
@@ -241,7 +241,7 @@ def chatter(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> Path:
 
 def finished(folder: Path, recipe: str) -> Path:
     """Run a recipe; returns the run folder."""
-    from hf_finetune import train
+    from hf_finetune.pipeline.train import train
 
     (folder / "recipe.yaml").write_text(recipe)
     train(folder / "recipe.yaml")
@@ -273,7 +273,7 @@ def run(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Callab
     """Runs a small recipe in this process: `run("training.steps=3", ...)`."""
 
     def start(*overrides: str, restart: bool = False) -> Run:
-        from hf_finetune import train
+        from hf_finetune.pipeline.train import train
 
         file = tmp_path / "recipe.yaml"
         file.write_text(RECIPE.format(model=tiny_bert, data=reviews(96), output=tmp_path / "run"))

@@ -24,8 +24,8 @@ LOADED = [
     "hf_finetune.tasks._metrics",
     "rich.live",
     "rich.progress",
-    "hf_finetune.predicting.command",
-    "hf_finetune.chatting.command",
+    "hf_finetune.inference.predict",
+    "hf_finetune.inference.chat",
     "tensorboardX",
     "torch.distributed",
     "torch.nn.parallel",
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     become(given, three)
     from faults import plugins
 
-    from hf_finetune.cli import main
+    from hf_finetune.cli.main import main
 
     plugins.apply(given["plugins"])
     main(given["argv"])

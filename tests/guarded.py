@@ -30,14 +30,14 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 def main() -> None:
     sys.addaudithook(watch)
-    from hf_finetune import cli
+    from hf_finetune.cli import main as cli_main
 
     commands, result = json.loads(Path(sys.argv[1]).read_text()), dict[str, Any]()
     for name, words in commands.items():
         tried.clear()
         code: Any = 0
         try:
-            cli.main(words)
+            cli_main.main(words)
         except SystemExit as end:
             code = end.code or 0
         result[name] = {"code": code, "tried": list(tried)}

@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from hf_finetune import hardware
-from hf_finetune.findings import Findings
+from hf_finetune import device
+from hf_finetune.errors import Findings
+from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.examine import examine
-from hf_finetune.preflight import fitting
 from hf_finetune.recipe import Recipe
 
 
@@ -22,10 +22,10 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     os.environ["HF_FINETUNE_MEMORY"] = amounts[rank]
     made = Recipe.load(recipe)
-    parts = examine(made, hardware.survey(made), Findings())
+    parts = examine(made, device.survey(made), Findings())
     assert parts.job is not None
     assert parts.outline is not None
-    job, _ = fitting.fit(parts.job, parts.outline, None, Findings())
+    job, _ = plan.fit(parts.job, parts.outline, None, Findings())
     told = [job.division.micro_batch, job.machine.activation_checkpointing]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
 

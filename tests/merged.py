@@ -10,14 +10,14 @@ import torch
 import transformers
 from models import batch, build, machine, train
 
-from hf_finetune import export, model
-from hf_finetune.finished import Finished
-from hf_finetune.hardware import Precision
-from hf_finetune.merging import folder, weights
-from hf_finetune.merging.options import Dtype
-from hf_finetune.merging.rows import Rows
+from hf_finetune.device import Precision
+from hf_finetune.inference import saving, weights
+from hf_finetune.inference.load import Finished
+from hf_finetune.inference.merge_check import Rows
+from hf_finetune.inference.merge_options import Dtype
+from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
-from hf_finetune.runfolder import RunFolder
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks.base import Targets
 
 
@@ -25,8 +25,8 @@ def finished(made: Recipe, targets: Targets, place: Path, precision: Precision =
     """A model of the recipe, trained for a few steps and saved, as a run that is done."""
     adapted = build(made, targets, precision)
     train(adapted, made)
-    tokenizer = model.load_tokenizer(made.model)
-    export.save(adapted, made, targets, tokenizer, place / "adapter")
+    tokenizer = pretrained.load_tokenizer(made.model)
+    saving.save(adapted, made, targets, tokenizer, place / "adapter")
     return Finished(RunFolder(str(place)), made, machine(precision), targets, tokenizer)
 
 
@@ -44,7 +44,7 @@ def written(run: Finished, place: Path, dtype: Dtype = "fp32", shard_size: str =
     """The run's merged folder."""
     merged = weights.merged(rows(run))
     place.mkdir(parents=True)
-    folder.write(merged.network, run, dtype, shard_size, place)
+    weights.write(merged.network, run, dtype, shard_size, place)
     return merged
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from hf_finetune import model
-from hf_finetune.adapters import Setting
-from hf_finetune.hardware import Machine, Precision
-from hf_finetune.model import LoadedModel
+from hf_finetune.adapters.base import Setting
+from hf_finetune.device import Machine, Precision
+from hf_finetune.models import load, pretrained
+from hf_finetune.models.load import LoadedModel
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Targets
 
@@ -52,13 +52,13 @@ def batch(tokenizer: PreTrainedTokenizerBase, rows: int = 4) -> Batch:
 def loaded(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32") -> LoadedModel:
     """The recipe's base, always with the same head."""
     set_seed(1)
-    return model.load(made, targets, machine(precision), model.load_tokenizer(made.model))
+    return load.load(made, targets, machine(precision), pretrained.load_tokenizer(made.model))
 
 
 def build(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32", steps: int = 10) -> Any:
     """The recipe's adapted model."""
     base = loaded(made, targets, precision)
-    tokenizer = model.load_tokenizer(made.model)
+    tokenizer = pretrained.load_tokenizer(made.model)
     set_seed(2)
     setting = Setting(
         peft_type=made.task.peft_task,
@@ -68,12 +68,12 @@ def build(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32", s
         labels=targets.names,
         batches=lambda: [batch(tokenizer, 8)],
     )
-    return model.build(made, base, setting)
+    return load.build(made, base, setting)
 
 
 def train(adapted: Any, made: Recipe, steps: int = 3) -> None:
     """A few real optimiser steps, large ones, with the adapter's own optimiser, penalty and callbacks."""
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     labels = inputs.pop("labels")
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0}
     trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -96,7 +96,7 @@ def train(adapted: Any, made: Recipe, steps: int = 3) -> None:
 
 def logits(network: Any, made: Recipe) -> torch.Tensor:
     """Logits of the fixed batch in eval mode."""
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     inputs.pop("labels")
     network.eval()
     with torch.no_grad():

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data, datareport
-from hf_finetune.findings import Findings
-from hf_finetune.hardware import Machine
+from hf_finetune.data import prepare
+from hf_finetune.device import Machine
+from hf_finetune.errors import Findings
 from hf_finetune.recipe import Recipe
+from hf_finetune.reports import data
 
 CLASSES = {"kind": "text_classification", "text": "text", "label": "label"}
 TEXTS = {"kind": "causal_lm", "text": "text"}
@@ -28,7 +29,7 @@ class Made:
     """A recipe, its data and its tokenizer."""
 
     recipe: Recipe
-    prepared: data.Prepared
+    prepared: prepare.Prepared
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -50,7 +51,7 @@ def make(folder: Path, model: str, task: dict[str, Any], splits: dict[str, list[
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     machine = Machine("cpu", 0, 0, 1, 1, 1, "fp32", "sdpa")
-    return Made(recipe, data.prepare(recipe, tokenizer, machine), tokenizer)
+    return Made(recipe, prepare.prepare(recipe, tokenizer, machine), tokenizer)
 
 
 def reviews(rows: int) -> list[dict[str, Any]]:
@@ -66,8 +67,8 @@ def reviews(rows: int) -> list[dict[str, Any]]:
 
 
 def write(made: Made, file: Path, findings: Findings | None = None) -> str:
-    page = datareport.Page(made.recipe, made.prepared, made.tokenizer, findings or Findings(), PLAN)
-    datareport.write(str(file), page)
+    page = data.Page(made.recipe, made.prepared, made.tokenizer, findings or Findings(), PLAN)
+    data.write(str(file), page)
     return file.read_text(encoding="utf-8")
 
 

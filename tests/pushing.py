@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from hf_finetune.cli import main
+from hf_finetune.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from hf_finetune.recipe import Recipe
-from hf_finetune.records import Record
-from hf_finetune.runfolder import RunFolder
+from hf_finetune.run.folder import RunFolder
+from hf_finetune.tracking.records import Record
 
 EVIL = "</script><script>window.pwned=1</script><img src=x onerror=pwned=1>{{ 7*7 }}|`\u202e\x1b[2J"
 CLASSES = {"kind": "text_classification", "text": "text", "label": "label"}

@@ -11,13 +11,13 @@ import torch
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
 from pydantic import ValidationError
 
-from hf_finetune import export, model
-from hf_finetune.adaptation import targets
+from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.adalora import AdaLora
 from hf_finetune.adapters.ia3 import IA3
 from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import ModelError, RecipeError
-from hf_finetune.model import heads
+from hf_finetune.inference import saving
+from hf_finetune.models import load, pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Targets
 
@@ -243,7 +243,7 @@ def test_an_adapter_does_not_continue_under_other_labels(
     kind: str, labels: Targets, tiny_bert: str, tmp_path: Path
 ) -> None:
     made = recipe(tiny_bert, {"kind": kind})
-    export.save(build(made), made, TWO, model.load_tokenizer(made.model), tmp_path / "adapter")
+    saving.save(build(made), made, TWO, pretrained.load_tokenizer(made.model), tmp_path / "adapter")
     later = recipe(tiny_bert, {"kind": kind, "from": str(tmp_path)})
     build(later)
     theirs, ours = ", ".join(TWO.names), re.escape(", ".join(labels.names))
@@ -335,7 +335,7 @@ def test_adalora_matches_pefts_own_penalty(tiny_bert: str) -> None:
     made = recipe(tiny_bert, ADAPTERS["adalora"])
     adapted = build(made)
     adapted.eval()
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     with_penalty = adapted(**inputs).loss
     plain = torch.nn.functional.cross_entropy(adapted(**inputs).logits, inputs["labels"])
     torch.testing.assert_close(with_penalty - plain, made.adapter.penalty(adapted))
@@ -349,9 +349,9 @@ def test_adalora_refuses_a_run_without_room_for_its_phases(tiny_bert: str) -> No
 
 
 def test_targets_are_checked_without_weights(tiny_bert: str) -> None:
-    bare = model.skeleton(recipe(tiny_bert, LORA), TWO)
+    bare = load.skeleton(recipe(tiny_bert, LORA), TWO)
     assert next(bare.parameters()).is_meta
-    found = targets.matched(bare, "all-linear", heads.find(bare), "key")
+    found = targets.matched(bare, "all-linear", load.find(bare), "key")
     assert len(found) == 13
     assert not any("classifier" in path for path in found)
 

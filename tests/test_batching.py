@@ -13,11 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.batching import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
-from hf_finetune.data.lanes import Lanes, Raw
-from hf_finetune.data.splitreport import SplitReport
+from hf_finetune.data.batches import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+from hf_finetune.data.facts import SplitReport
+from hf_finetune.data.stream import Lanes, Raw
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.packs import pack
 
 
 class Echo:
@@ -92,7 +91,7 @@ def test_a_rank_without_rows_gets_a_masked_one() -> None:
 
 
 def test_the_train_loader_counts_real_tokens() -> None:
-    from hf_finetune.batching import Rows
+    from hf_finetune.data.batches import Rows
 
     rows = Rows(encoded([2, 3, 4]), Echo())  # type: ignore[arg-type]
     loader = train_loader(rows, GlobalBatches([2, 3, 4], Division(3, 3), 0), stack, pin=False)
@@ -101,7 +100,7 @@ def test_the_train_loader_counts_real_tokens() -> None:
 
 def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones() -> None:
     for world_size in [1, 2, 3]:
-        from hf_finetune.batching import Rows
+        from hf_finetune.data.batches import Rows
 
         lengths = [3, 1, 4, 1, 5, 9, 2]
         rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]

@@ -23,22 +23,21 @@ from sklearn import metrics as sk
 from tensorboard.plugins.hparams import metadata
 from tensorboardX.record_writer import register_writer_factory
 
-from hf_finetune import records
-from hf_finetune.charts import predictions
-from hf_finetune.cli import tensorboard as cli
+from hf_finetune.cli import verbs
+from hf_finetune.config.blocks import Tracking
 from hf_finetune.errors import RecipeError, StorageError
 from hf_finetune.pipeline.check import look
 from hf_finetune.pipeline.check import read as read_recipe
 from hf_finetune.recipe import Recipe
-from hf_finetune.records import Record
-from hf_finetune.runfolder import RunFolder, Status
-from hf_finetune.schema.watching import Tracking
-from hf_finetune.tracking import Observers, events, summaries, tensorboard
-from hf_finetune.tracking.events import EventWriter
-from hf_finetune.tracking.journal import read
-from hf_finetune.tracking.logdir import LogDir, check
-from hf_finetune.tracking.summaries import MARGIN, cell, table
-from hf_finetune.tracking.tensorboard import metric_tag, rebuild
+from hf_finetune.run.folder import RunFolder, Status
+from hf_finetune.run.journal import read
+from hf_finetune.tracking import charts as tracking_charts
+from hf_finetune.tracking import events as tracking_events
+from hf_finetune.tracking import records, tensorboard
+from hf_finetune.tracking.events import EventWriter, LogDir, check
+from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking.records import Record
+from hf_finetune.tracking.tensorboard import MARGIN, cell, metric_tag, rebuild, table
 
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -112,8 +111,8 @@ def test_a_histogram_of_values_that_hardly_differ_or_hardly_fit_ends_nothing(
     values: list[float], tmp_path: Path
 ) -> None:
     writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
-    summaries.add_values(writer, "confidence", np.array(values))
-    summaries.add_values(writer, "usual", np.array([1.0, 2.0]))
+    tensorboard.add_values(writer, "confidence", np.array(values))
+    tensorboard.add_values(writer, "usual", np.array([1.0, 2.0]))
     writer.close()
     drawn = events_of(tmp_path)
     for tag in drawn.Tags()["histograms"]:
@@ -126,7 +125,7 @@ def test_what_cannot_be_drawn_costs_one_warning(
     def fail(writer: EventWriter, record: Record) -> None:
         raise ValueError("too odd")
 
-    monkeypatch.setitem(summaries.DRAWN, "predictions", fail)
+    monkeypatch.setitem(tensorboard.DRAWN, "predictions", fail)
     rebuild(RunFolder(str(shutil.copytree(classifier, tmp_path / "run"))))
     assert capsys.readouterr().err.count("too odd") == 1
 
@@ -212,10 +211,10 @@ def test_the_interval_is_around_the_loss(classifier: Path) -> None:
 
 def test_equal_weights_give_the_interval_of_a_mean() -> None:
     losses = np.random.default_rng(0).gamma(2.0, size=400)
-    mean, lower, upper = summaries.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
+    mean, lower, upper = tensorboard.interval(losses, np.ones(400)) or (0.0, 0.0, 0.0)
     assert mean == pytest.approx(losses.mean())
     assert (upper - lower) / 2 == pytest.approx(1.959964 * losses.std(ddof=1) / 20)
-    assert summaries.interval(losses[:1], np.ones(1)) is None
+    assert tensorboard.interval(losses[:1], np.ones(1)) is None
 
 
 # ---- a language model ----
@@ -232,7 +231,7 @@ def test_tokens_have_colours(chatter: Path) -> None:
 def test_a_language_model_has_loss_by_position_and_entropy(chatter: Path) -> None:
     assert events_of(chatter).Images("eval/loss_by_position")
     assert {"eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
-    losses, tokens = predictions.row_losses(newest(chatter, "predictions").arrays["rows"], None)
+    losses, tokens = tracking_charts.row_losses(newest(chatter, "predictions").arrays["rows"], None)
     line = [line for line in read(chatter / "metrics.jsonl") if line["phase"] == "eval"][-1]
     assert float((losses * tokens).sum() / tokens.sum()) == pytest.approx(line["loss"], rel=1e-5)
 
@@ -273,16 +272,16 @@ def test_a_run_that_goes_on_is_left_alone(run: Callable[..., Any]) -> None:
     with pytest.raises(RecipeError, match="belongs to a run that is going on"):
         rebuild(RunFolder(str(done.folder)))
     holder.release()
-    cli.run(argparse.Namespace(run_folder=str(done.folder), rebuild=True))
+    verbs.run_tensorboard(argparse.Namespace(run_folder=str(done.folder), rebuild=True))
     assert len(events_of(done.folder).Scalars("train/loss")) == len(done.lines("train"))
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(RecipeError, match="is not a run folder"):
-            cli.run(argparse.Namespace(run_folder=str(folder), rebuild=True))
+            verbs.run_tensorboard(argparse.Namespace(run_folder=str(folder), rebuild=True))
     with pytest.raises(RecipeError, match="is not a folder; name a run"):
-        cli.run(argparse.Namespace(run_folder=str(tmp_path / "none"), rebuild=False))
+        verbs.run_tensorboard(argparse.Namespace(run_folder=str(tmp_path / "none"), rebuild=False))
 
 
 @pytest.mark.parametrize(("is_stopped", "expected"), [(False, 2), (True, 0)], ids=["failure", "unknown"])
@@ -392,13 +391,13 @@ def test_a_folder_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(tracking_events, "CLOSE_SECONDS", 0.2)
     told = Told()
     stuck = EventWriter(LogDir(str(tmp_path / "pipe")), told.append)
     (tmp_path / "pipe").mkdir()
     stuck.place.new_file = told.pipe(tmp_path)  # type: ignore[method-assign]
     with told.within(seconds=8.0):
-        for step in range(events.QUEUE + 100):
+        for step in range(tracking_events.QUEUE + 100):
             stuck.add_scalar("a", 1.0, step)
         stuck.close()
     assert len(told) == 1
@@ -461,15 +460,15 @@ def test_rows_without_a_label_are_left_out(problem: str, tmp_path: Path) -> None
     rows[:5, -1] = np.nan if problem == "regression" else -100
     facts = {"task": "text_classification", "problem": problem, "names": ["a", "b", "c"]}
     writer = EventWriter(LogDir(str(tmp_path / "tensorboard")), pytest.fail)
-    summaries.draw_predictions(writer, Record("predictions", "eval", 1, {"rows": rows}, facts))
-    summaries.add_values(writer, "nothing", np.array([np.nan, np.inf]))
-    summaries.add_counts(writer, "nothing", np.zeros(3), np.arange(4))
+    tensorboard.draw_predictions(writer, Record("predictions", "eval", 1, {"rows": rows}, facts))
+    tensorboard.add_values(writer, "nothing", np.array([np.nan, np.inf]))
+    tensorboard.add_counts(writer, "nothing", np.zeros(3), np.arange(4))
     writer.close()
     drawn = events_of(tmp_path).Tags()
     assert MARGIN[0] in drawn["scalars"]
     assert "nothing" not in drawn["histograms"]
     if problem != "regression":
-        assert len(predictions.probabilities(rows, 3)[0]) == 15
+        assert len(tracking_charts.probabilities(rows, 3)[0]) == 15
 
 
 def test_keys_of_a_recipe_are_what_the_tab_takes() -> None:

@@ -21,10 +21,11 @@ from huggingface_hub import ModelCard, constants
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, build, loaded, recipe
 from pushing import environment
 
-from hf_finetune import export, model
-from hf_finetune.card import header, loading, naming, page
+from hf_finetune.inference import saving
+from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
-from hf_finetune.runreport.content import Result
+from hf_finetune.reports import card
+from hf_finetune.reports.run import Result
 from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
@@ -100,9 +101,9 @@ def test_limits_tell_what_was_cut_and_how_uneven_the_labels_are(run: Any) -> Non
 
 def test_uneven_labels_are_a_limit(classifier: Path) -> None:
     run: Any = SimpleNamespace(facts={}, scores={"validation": {}})
-    assert list(page._limits(run, TWO)) == []
+    assert list(card._limits(run, TWO)) == []
     uneven = replace(TWO, counts=(3, 30))
-    assert list(page._limits(run, uneven)) == ["uneven labels: 30 rows of positive, 3 of negative"]
+    assert list(card._limits(run, uneven)) == ["uneven labels: 30 rows of positive, 3 of negative"]
 
 
 def test_the_recipe_of_a_card_names_nothing_of_this_machine(classifier: Path, tiny_bert: str) -> None:
@@ -126,14 +127,14 @@ def test_paths_addresses_and_tokens_are_hidden() -> None:
         ("</s> and/or {a}/{b} owner/name", "</s> and/or {a}/{b} owner/name"),
         ("use hf_" + "a1" * 12, "use <hidden>"),
     ]:
-        assert naming.hidden(text) == hidden
+        assert card.hidden(text) == hidden
 
 
 def test_a_card_says_that_its_code_loads_no_quantised_base(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA)
-    assert "quantised" not in (page.card(made, TWO, ["code"]))
+    assert "quantised" not in (card.card(made, TWO, ["code"]))
     made = made.model_copy(update={"model": made.model.model_copy(update={"quantization": "nf4"})})
-    told = page.card(made, TWO, ["code"]).partition("```python")[0]
+    told = card.card(made, TWO, ["code"]).partition("```python")[0]
     assert "every metric here measured, on the base quantised to nf4" in told
 
 
@@ -141,7 +142,7 @@ def test_rows_cut_off_the_training_split_are_not_called_the_hubs_validation(tiny
     tree = recipe(tiny_bert, LORA).model_dump(mode="json")
     tree["data"] = {"source": "nyu-mll/glue", "train": "train", "validation_share": 0.1, "limit": 50}
     result = Result("validation", {"accuracy": 0.5}, {}, "")
-    made = header._eval_result(Recipe.model_validate(tree), result, "accuracy")
+    made = card._eval_result(Recipe.model_validate(tree), result, "accuracy")
     seed = tree["training"]["seed"]
     assert (made.dataset_split, made.dataset_args) == ("train", {"share": 0.1, "limit": 50, "seed": seed})
 
@@ -153,18 +154,18 @@ def test_data_of_the_hub_are_named_and_files_are_not(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA)
     tree = made.model_dump(mode="json") | {"data": {"source": "nyu-mll/glue", "subset": "sst2", "train": "train"}}
     public = Recipe.model_validate(tree)
-    assert naming.hub_sources(public) == ["nyu-mll/glue"]
-    assert "source: nyu-mll/glue" in naming.public_recipe(public)
-    data: Any = ModelCard(page.plain(public, TWO, loaded(made).model.config, NO_TEMPLATE)).data
+    assert card.hub_sources(public) == ["nyu-mll/glue"]
+    assert "source: nyu-mll/glue" in card.public_recipe(public)
+    data: Any = ModelCard(card.plain(public, TWO, loaded(made).model.config, NO_TEMPLATE)).data
     assert data.datasets == ["nyu-mll/glue"]
-    assert naming.hub_sources(made) == []
+    assert card.hub_sources(made) == []
 
 
 def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -> None:
     names = (EVIL, "plain", "\x1b[31mred\u202e")
     targets = Targets(names=names, counts=(1, 2, 3), id_of={name: i for i, name in enumerate(names)})
     made = recipe(tiny_bert, LORA, CLASSIFIER | {"labels": list(names)[:2]})
-    text = page.plain(made, targets, loaded(made, targets).model.config, NO_TEMPLATE)
+    text = card.plain(made, targets, loaded(made, targets).model.config, NO_TEMPLATE)
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
     assert "base_model" not in header
     assert [line for line in text.splitlines() if line.startswith("# ")] == ["# lora for text_classification"]
@@ -182,7 +183,7 @@ def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -
 
 def test_s15_a_system_turn_cannot_end_the_code(tiny_llama: str) -> None:
     made = recipe(tiny_llama, LORA, {"kind": "causal_lm", "prompt": "a", "completion": "b", "system": EVIL})
-    text = page.plain(made, Targets(), loaded(made, Targets()).model.config, TEMPLATE)
+    text = card.plain(made, Targets(), loaded(made, Targets()).model.config, TEMPLATE)
     blocks = re.findall(r"```python\n(.*?)```", text.partition("## Training")[0], re.DOTALL)
     compile(blocks[1], "card", "exec")
     fence = re.findall(r"^(`{4,})yaml\n.*?^\1$", text, re.DOTALL | re.MULTILINE)
@@ -201,8 +202,8 @@ def test_the_code_of_a_card_uses_the_model(tiny_bert: str, tiny_llama: str, tmp_
     }
     for name, (base, task, targets, _) in cases.items():
         made = recipe(base, LORA, task)
-        tokenizer = model.load_tokenizer(made.model)
-        export.save(build(made, targets), made, targets, tokenizer, tmp_path / name / "adapter")
+        tokenizer = pretrained.load_tokenizer(made.model)
+        saving.save(build(made, targets), made, targets, tokenizer, tmp_path / name / "adapter")
     folders = [str(tmp_path / name / "adapter") for name in cases]
     subprocess.run([sys.executable, "-c", SCRIPT, *folders], check=True, timeout=120, capture_output=True)
     for name, (_, _, _, says) in cases.items():
@@ -217,15 +218,15 @@ def test_the_licence_of_a_local_base_is_that_of_its_card(tiny_bert: str, tmp_pat
     base.mkdir()
     (base / "config.json").write_text((Path(tiny_bert) / "config.json").read_text())
     made = recipe(str(base), LORA)
-    assert header.licence_of_base(made) == {}
+    assert card.licence_of_base(made) == {}
     (base / "README.md").write_text(BASE_CARD)
-    assert header.licence_of_base(made) == {"license": "other", "license_name": "tiny"}
+    assert card.licence_of_base(made) == {"license": "other", "license_name": "tiny"}
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    assert header.licence_of_base(made) == {}
+    assert card.licence_of_base(made) == {}
 
 
 def test_a_licence_on_the_hub_that_is_out_of_reach_is_left_out() -> None:
-    assert header.licence_of_base(recipe("owner/name", LORA)) == {}
+    assert card.licence_of_base(recipe("owner/name", LORA)) == {}
 
 
 def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> None:
@@ -233,7 +234,9 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
         hub.repos["owner/name"] = Repo(private=False)
         hub.repos["owner/name"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
         tree = recipe("owner/name", LORA).model_dump(mode="json")
-        script = f"from hf_finetune.recipe import Recipe; from hf_finetune.card import header; tree = {tree!r}\n"
+        script = (
+            f"from hf_finetune.recipe import Recipe; from hf_finetune.reports.card import header; tree = {tree!r}\n"
+        )
         script += "print(header.licence_of_base(Recipe.model_validate(tree)))"
         env = environment(hub.url, tmp_path / "home", None)
         hub.faults = [Fault("GET .*/README.md", "reset", times=99)]
@@ -246,7 +249,7 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
 
 
 def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    header._hub_card.cache_clear()
+    card._hub_card.cache_clear()
     with serving("none") as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -255,16 +258,16 @@ def test_a_licence_is_asked_for_once_and_not_again_where_the_hub_limits(monkeypa
         hub.repos["owner/limited"] = Repo(private=False)
         hub.repos["owner/limited"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
         hub.faults = [Fault("GET .*/README.md", "status", status=429, times=99)]
-        found = [header.licence_of_base(recipe("owner/limited", LORA)) for _ in range(2)]
+        found = [card.licence_of_base(recipe("owner/limited", LORA)) for _ in range(2)]
         assert (found, len(hub.asked("README.md"))) == ([{}, {}], 1)
-    header._hub_card.cache_clear()
+    card._hub_card.cache_clear()
 
 
 def test_a_card_keeps_its_code_when_it_is_moved_to_a_repository(tiny_bert: str) -> None:
     made = recipe("owner/base", LORA)
     config = loaded(recipe(tiny_bert, LORA)).model.config
-    text = page.plain(made, TWO, config, NO_TEMPLATE)
-    moved = loading.moved(text, "me/x")
+    text = card.plain(made, TWO, config, NO_TEMPLATE)
+    moved = card.moved(text, "me/x")
     assert moved == text.replace('folder = "."', 'folder = "me/x"')
     assert "AutoPeftModelForSequenceClassification" in moved
     assert "[owner/base](https://huggingface.co/owner/base)" in moved
@@ -276,7 +279,7 @@ def test_a_card_that_cannot_be_written_costs_a_warning_and_nothing_else(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page, "write_atomically", full)
+    monkeypatch.setattr(card, "write_atomically", full)
     done: Run = run("training.steps=1")
     assert done.status["state"] == "done"
     assert "has no metrics and charts (No space left on device)" in capsys.readouterr().err

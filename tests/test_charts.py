@@ -17,8 +17,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from sklearn.metrics import average_precision_score, confusion_matrix
 
-from hf_finetune.charts import drawing, predictions, runs
 from hf_finetune.tasks._metrics import calibration, ece
+from hf_finetune.tracking import charts, figures
 
 Array = np.ndarray[Any, Any]
 HOSTILE = "<b>$x^2$&\u202e"
@@ -50,15 +50,15 @@ def lines(steps: int = 100) -> list[dict[str, Any]]:
 POSITIONS = {"edges": np.array([0, 4, 8, 12]), "loss": np.array([2.0, 1.0, 0.0]), "tokens": np.array([8, 4, 0])}
 TOKENS = [{"tokens": ["the", " film", "\n", "!"], "losses": [None, 6.0, float("nan"), 3.0]}]
 DRAWN: dict[str, Callable[[], Any]] = {
-    "confusion": lambda: predictions.confusion(rows(200, 4), names(4)),
-    "reliability": lambda: predictions.reliability(rows(200, 4)),
-    "precision_recall": lambda: predictions.precision_recall(rows(200, 4), names(4)),
-    "predicted": lambda: predictions.predicted(np.array([[1.0, 2.0], [3.0, np.nan], [0.5, 0.0]])),
-    "positions": lambda: predictions.positions(POSITIONS),
-    "tokens": lambda: predictions.tokens(TOKENS),
-    "curves": lambda: runs.curves(lines(), ["loss"]),
-    "seconds": lambda: runs.seconds(lines()),
-    "modules": lambda: runs.modules({"norm_b/a": 1.0, "norm_b/b": 2.0, "other/c": 9.0}, "norm_b"),
+    "confusion": lambda: charts.confusion(rows(200, 4), names(4)),
+    "reliability": lambda: charts.reliability(rows(200, 4)),
+    "precision_recall": lambda: charts.precision_recall(rows(200, 4), names(4)),
+    "predicted": lambda: charts.predicted(np.array([[1.0, 2.0], [3.0, np.nan], [0.5, 0.0]])),
+    "positions": lambda: charts.positions(POSITIONS),
+    "tokens": lambda: charts.tokens(TOKENS),
+    "curves": lambda: charts.curves(lines(), ["loss"]),
+    "seconds": lambda: charts.seconds(lines()),
+    "modules": lambda: charts.modules({"norm_b/a": 1.0, "norm_b/b": 2.0, "other/c": 9.0}, "norm_b"),
 }
 
 
@@ -73,13 +73,13 @@ def texts(axes: Any) -> list[str]:
 
 def test_the_same_numbers_make_the_same_bytes() -> None:
     for name in ("confusion", "tokens"):
-        assert drawing.png(DRAWN[name]()) == drawing.png(DRAWN[name]())
-        assert drawing.svg(DRAWN[name](), name) == drawing.svg(DRAWN[name](), name)
+        assert figures.png(DRAWN[name]()) == figures.png(DRAWN[name]())
+        assert figures.svg(DRAWN[name](), name) == figures.svg(DRAWN[name](), name)
 
 
 def test_a_chart_is_an_element_in_the_colours_of_the_page() -> None:
     for name in DRAWN:
-        image, drawn = drawing.both(DRAWN[name](), name, 'a "chart" <of it>')
+        image, drawn = figures.both(DRAWN[name](), name, 'a "chart" <of it>')
         root = ElementTree.fromstring(drawn)
         assert root.attrib["aria-label"] == 'a "chart" <of it>'
         assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) == set(), "every colour is one of the page's"
@@ -91,14 +91,14 @@ def test_a_chart_is_an_element_in_the_colours_of_the_page() -> None:
 
 
 def test_names_are_no_markup_and_no_formulas() -> None:
-    drawn = drawing.svg(predictions.confusion(rows(50, 2), [HOSTILE, "電影"]))
+    drawn = figures.svg(charts.confusion(rows(50, 2), [HOSTILE, "電影"]))
     assert "<b>" not in drawn
     assert "&lt;b&gt;$x^2$&amp;\\u202e" in drawn
 
 
 def test_confusion_holds_counts_and_shares_of_the_true_class() -> None:
     made = rows(300, 4)
-    axes = axes_of(predictions.confusion(made, names(4)))[0]
+    axes = axes_of(charts.confusion(made, names(4)))[0]
     counts = confusion_matrix(made[:, -1], made[:, :-1].argmax(axis=1))
     shares = axes.collections[0].get_array().reshape(4, 4)
     assert np.asarray(shares) == pytest.approx(counts / counts.sum(axis=1, keepdims=True))
@@ -108,7 +108,7 @@ def test_confusion_holds_counts_and_shares_of_the_true_class() -> None:
 def test_masked_rows_are_in_no_chart() -> None:
     made = rows(20, 2)
     made[:5, -1] = -100
-    shown = axes_of(predictions.confusion(made, names(2)))[0]
+    shown = axes_of(charts.confusion(made, names(2)))[0]
     assert sum(int(text) for text in texts(shown)) == 15
     assert calibration(made).counts.sum() == 15
 
@@ -117,7 +117,7 @@ def test_of_many_classes_the_most_confused_are_drawn() -> None:
     labels = np.arange(40).repeat(3)
     guessed = np.where(labels == 37, 2, labels)
     made = np.column_stack([np.eye(40)[guessed], labels])
-    axes = axes_of(predictions.confusion(made, names(40)))[0]
+    axes = axes_of(charts.confusion(made, names(40)))[0]
     shown = [label.get_text() for label in axes.get_yticklabels()]
     assert len(shown) == 30
     assert {"class 2", "class 37"} <= set(shown)
@@ -150,7 +150,7 @@ def test_ece_without_rows_is_nan() -> None:
 
 def test_reliability_draws_the_bins_and_says_the_error() -> None:
     made = rows(500, 3)
-    upper, lower = axes_of(predictions.reliability(made))
+    upper, lower = axes_of(charts.reliability(made))
     found = calibration(made)
     assert [bar.get_height() for bar in upper.patches] == pytest.approx(found.accuracy[found.counts > 0].tolist())
     assert [bar.get_height() for bar in lower.patches] == found.counts.tolist()
@@ -159,7 +159,7 @@ def test_reliability_draws_the_bins_and_says_the_error() -> None:
 
 def test_each_class_has_its_precision_recall_curve() -> None:
     made = rows(400, 3)
-    axes = axes_of(predictions.precision_recall(made, names(3)))[0]
+    axes = axes_of(charts.precision_recall(made, names(3)))[0]
     told = [line.get_label() for line in axes.lines]
     expected = [average_precision_score(made[:, -1] == index, _shares(made)[:, index]) for index in range(3)]
     assert told == [f"class {index}  AP {value:.3f}" for index, value in enumerate(expected)]
@@ -174,9 +174,7 @@ def _shares(made: Array) -> Array:
 def test_labels_that_go_together_have_curves_too() -> None:
     made = np.column_stack([rows(60, 3)[:, :3], np.random.default_rng(0).integers(0, 2, (60, 3))])
     made[:, 5] = 0
-    assert len(axes_of(predictions.precision_recall(made, names(3)))[0].lines) == 2, (
-        "without a positive row there is none"
-    )
+    assert len(axes_of(charts.precision_recall(made, names(3)))[0].lines) == 2, "without a positive row there is none"
 
 
 def test_predictions_are_drawn_against_the_truth() -> None:
@@ -185,46 +183,46 @@ def test_predictions_are_drawn_against_the_truth() -> None:
 
 
 def test_positions_without_tokens_have_no_loss() -> None:
-    upper, lower = axes_of(predictions.positions(POSITIONS))
+    upper, lower = axes_of(charts.positions(POSITIONS))
     assert upper.patches[0].get_data().values.tolist()[:2] == [2.0, 1.0]
     assert np.isnan(upper.patches[0].get_data().values[2])
     assert lower.patches[0].get_data().values.tolist() == [8, 4, 0]
 
 
 def test_tokens_are_coloured_by_loss() -> None:
-    axes = axes_of(predictions.tokens(TOKENS))[0]
+    axes = axes_of(charts.tokens(TOKENS))[0]
     assert texts(axes) == ["the", "▁film", "\\n", "!"]
     strong, weak = (patch.get_alpha() for patch in axes.patches)
     assert strong == 2 * weak > 0
 
 
 def test_a_long_text_is_drawn_in_part() -> None:
-    axes = axes_of(predictions.tokens([{"tokens": ["word "] * 900, "losses": [1.0] * 900}]))[0]
+    axes = axes_of(charts.tokens([{"tokens": ["word "] * 900, "losses": [1.0] * 900}]))[0]
     assert len(axes.texts) == 400
     assert axes.get_title().endswith("the first 400 tokens")
 
 
 def test_training_and_evaluation_share_a_chart() -> None:
-    axes = axes_of(runs.curves(lines(20), ["loss"]))[0]
+    axes = axes_of(charts.curves(lines(20), ["loss"]))[0]
     train, evaluated = axes.lines
     assert (train.get_label(), evaluated.get_label()) == ("train", "eval")
     assert evaluated.get_xydata().tolist() == [[10, 0.2], [20, 0.1]]
 
 
 def test_an_axis_is_logarithmic_where_values_are_far_apart() -> None:
-    assert axes_of(runs.curves(lines(100), ["loss"]))[0].get_yscale() == "log"
-    assert axes_of(runs.curves(lines(9), ["loss"]))[0].get_yscale() == "linear"
-    assert axes_of(runs.curves(lines(100), ["learning_rate"]))[0].get_yscale() == "linear"
+    assert axes_of(charts.curves(lines(100), ["loss"]))[0].get_yscale() == "log"
+    assert axes_of(charts.curves(lines(9), ["loss"]))[0].get_yscale() == "linear"
+    assert axes_of(charts.curves(lines(100), ["learning_rate"]))[0].get_yscale() == "linear"
 
 
 def test_what_is_no_number_is_left_out() -> None:
     broken = [{"step": 1, "phase": "train", "loss": "nan"}, {"step": 2, "phase": "train", "loss": float("inf")}]
-    assert len(axes_of(runs.curves(broken, ["loss"]))[0].lines) == 0
+    assert len(axes_of(charts.curves(broken, ["loss"]))[0].lines) == 0
 
 
 def test_a_noisy_curve_is_smoothed_over_its_own_values() -> None:
     noisy = [{"step": step, "phase": "train", "loss": 1.0 + step % 2} for step in range(100)]
-    raw, smooth = (np.asarray(line.get_ydata()) for line in axes_of(runs.curves(noisy, ["loss"]))[0].lines)
+    raw, smooth = (np.asarray(line.get_ydata()) for line in axes_of(charts.curves(noisy, ["loss"]))[0].lines)
     assert np.ptp(raw) == 1
     assert np.ptp(smooth[20:]) < 0.2
     assert smooth[0] == 1.0, "no bias to 0 at the start"
@@ -239,13 +237,15 @@ def test_modules_are_sorted_by_what_was_asked_for() -> None:
 def test_every_ink_is_a_variable_of_the_page() -> None:
     from importlib.resources import files
 
-    css = files("hf_finetune.pages").joinpath("page.css").read_text()
+    css = files("hf_finetune.reports.html").joinpath("page.css").read_text()
     light, dark = (re.findall(r"--([\w-]+):", block) for block in css.split("prefers-color-scheme: dark")[:2])
-    assert set(drawing.INKS.values()) <= set(light) & set(dark)
+    assert set(figures.INKS.values()) <= set(light) & set(dark)
 
 
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import hf_finetune.charts.runs, sys; print({'matplotlib', 'numpy', 'sklearn', 'torch'} & set(sys.modules))"
+    code = (
+        "import hf_finetune.tracking.charts, sys; print({'matplotlib', 'numpy', 'sklearn', 'torch'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
@@ -253,7 +253,7 @@ def test_the_settings_of_whoever_draws_besides_stay_as_they_were() -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    drawing.png(DRAWN["curves"]())
+    figures.png(DRAWN["curves"]())
     assert dict(matplotlib.rcParams) == before
 
 
@@ -263,10 +263,10 @@ def machine_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     only = [entry for entry in font_manager.fontManager.ttflist if "DejaVu" in entry.name]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", only)
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
-    monkeypatch.setattr(drawing, "_lacking", set())
-    drawing._fonts.cache_clear()
+    monkeypatch.setattr(figures, "_lacking", set())
+    figures._fonts.cache_clear()
     yield only
-    drawing._fonts.cache_clear()
+    figures._fonts.cache_clear()
 
 
 def a_font(file: Path, character: str) -> str:
@@ -293,18 +293,18 @@ def test_labels_in_another_script_take_a_font_that_has_it(
     machine_fonts: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, labels = rows(40, 2), ["\u65e5\u65e5", "b"]
-    boxes = drawing.png(predictions.confusion(made, labels))
-    drawing.png(predictions.precision_recall(made, labels))
+    boxes = figures.png(charts.confusion(made, labels))
+    figures.png(charts.precision_recall(made, labels))
     told = capsys.readouterr().err
     assert told.count("no font here has '\u65e5'") == 1, "one warning for all pictures"
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [a_font(tmp_path / "square.ttf", "\u65e5")])
-    drawing._fonts.cache_clear()
-    drawing._lacking.clear()
-    assert drawing.png(predictions.confusion(made, labels)) != boxes
+    figures._fonts.cache_clear()
+    figures._lacking.clear()
+    assert figures.png(charts.confusion(made, labels)) != boxes
     assert capsys.readouterr().err == ""
 
 
 def test_labels_that_the_own_font_has_need_no_other(machine_fonts: list[Any]) -> None:
-    figure = predictions.confusion(rows(40, 2), ["\u0436\u00fc", "b"])
-    assert drawing.use_fonts_for(figure) == set()
+    figure = charts.confusion(rows(40, 2), ["\u0436\u00fc", "b"])
+    assert figures.use_fonts_for(figure) == set()
     assert {tuple(text.get_fontfamily()) for text in axes_of(figure)[0].get_yticklabels()} == {("DejaVu Sans",)}

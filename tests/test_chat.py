@@ -9,8 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.tasks._chat import Chat, Renderer
-from hf_finetune.tasks._marking import mark, mark_plain, prompt_ids
+from hf_finetune.tasks._chat import Renderer
+from hf_finetune.tasks._messages import Chat
+from hf_finetune.tasks._tokens import mark, mark_plain, prompt_ids
 from hf_finetune.tasks.base import IGNORE
 
 HEAD = "{% for m in messages %}<|{{ m.role }}|>"

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 from forked import Server
 
-from hf_finetune.chatting import command
-from hf_finetune.chatting.command import Options
-from hf_finetune.chatting.partners import Writer
-from hf_finetune.chatting.streaming import Manner, Speaker
 from hf_finetune.errors import DataError, RecipeError
-from hf_finetune.finished import Finished, open_run
-from hf_finetune.predicting.predictor import Labels
+from hf_finetune.inference import chat
+from hf_finetune.inference.chat import Manner, Options, Speaker, Writer
+from hf_finetune.inference.load import Finished, open_run
+from hf_finetune.inference.predictor import Labels
 from hf_finetune.tasks._generation import generate
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +77,7 @@ def test_temperature_draws(writer: Writer) -> None:
 
 def test_a_classifier_has_no_language_models_options(classifier: Path) -> None:
     with pytest.raises(RecipeError, match="--temperature is for language models"):
-        command.run(Options(str(classifier), temperature=1.0))
+        chat.run(Options(str(classifier), temperature=1.0))
 
 
 def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_commands(
@@ -91,7 +89,7 @@ def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_comman
     assert (done.returncode, len(lines), done.stderr) == (0, 5, "")
     run = open_run(str(classifier))
     labels = Labels(run, run.serve(run.model()))
-    from hf_finetune.chatting.partners import Labeller
+    from hf_finetune.inference.chat import Labeller
 
     assert lines[0] == "".join(Labeller(labels).answer("the film is good ."))
     assert lines[0].startswith(("positive  (positive 0.", "negative  (negative 0."))

@@ -17,9 +17,11 @@ from conftest import RECIPE
 from forked import Server
 from huggingface_hub import constants
 
-from hf_finetune import cli
+from hf_finetune.cli import main
 
-LIGHT = "import sys; from hf_finetune.cli import main\ntry: main(sys.argv[1:])\nfinally: print(' '.join(sys.modules))"
+LIGHT = (
+    "import sys; from hf_finetune.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print(' '.join(sys.modules))"
+)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, s
     def run(*arguments: object) -> tuple[int, str, str]:
         code = 0
         try:
-            cli.main(["check", *map(str, arguments)])
+            main.main(["check", *map(str, arguments)])
         except SystemExit as end:
             code = int(end.code or 0)
         told = capsys.readouterr()
@@ -76,7 +78,7 @@ def test_of_a_stream_the_first_rows_are_looked_at(recipe: Path, check: Callable[
 
 
 def test_the_plan_says_what_the_run_then_does(recipe: Path, check: Callable[..., Any]) -> None:
-    from hf_finetune import train as run_recipe
+    from hf_finetune.pipeline.train import train as run_recipe
 
     said = json.loads(check(recipe, "--format", "json")[1])
     plan, numbers = said["plan"], said["numbers"]
@@ -180,11 +182,11 @@ def test_an_earlier_run_in_the_folder_is_a_finding(recipe: Path, check: Callable
 
 def test_a_failed_check_leaves_the_folder_free_for_the_next_try(recipe: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["train", str(recipe), "adapter.target_modules=[quary]"])
+        main.main(["train", str(recipe), "adapter.target_modules=[quary]"])
     assert end.value.code == 4
     status = json.loads((recipe.parent / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 4)
-    cli.main(["train", str(recipe), "training.epochs=1"])
+    main.main(["train", str(recipe), "training.epochs=1"])
     assert json.loads((recipe.parent / "run" / "status.json").read_text())["state"] == "done"
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from hf_finetune.checkpoints import MANIFEST, Alone, Facts, Found, Store, verify
 from hf_finetune.errors import CheckpointError, StorageError
+from hf_finetune.run.ranks import Alone
+from hf_finetune.run.store import MANIFEST, Facts, Found, Store, verify
 
 FACTS = Facts(recipe="r" * 64, data="d" * 64, model="m" * 40, versions={"torch": "2.13.0"}, more={"batch": 8})
 FILES = ("adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "deep/shard_0")

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from hf_finetune.checkpoints import Facts, Found, Group, Ranks, Store, together, verify
 from hf_finetune.errors import CheckpointError, FinetuneError, PeerError, StorageError
+from hf_finetune.run.ranks import Group, Ranks, together
+from hf_finetune.run.store import Facts, Found, Store, verify
 
 T = TypeVar("T")
 FACTS = Facts(recipe="r", data="d", model="m")

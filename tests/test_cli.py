@@ -15,7 +15,9 @@ import pytest
 from conftest import QUICK, RECIPE
 from forked import Server
 
-from hf_finetune.cli import compare, main, parser
+from hf_finetune.cli import main as cli_main
+from hf_finetune.cli import verbs
+from hf_finetune.cli.main import main
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent
@@ -76,7 +78,7 @@ def test_what_is_wrong_decides_the_exit_code(server: Server, recipe: str, overri
 
 def test_mistakes_of_a_recipe_are_told_without_loading_torch(recipe: str) -> None:
     code = (
-        "import sys; from hf_finetune.cli import main\n"
+        "import sys; from hf_finetune.cli.main import main\n"
         "try: main([sys.argv[1], 'training.epochs=0'])\n"
         "except SystemExit as end: sys.exit(10 + end.code if 'torch' in sys.modules else end.code)"
     )
@@ -98,12 +100,12 @@ def test_nothing_at_all_is_a_usage_error() -> None:
 
 def test_help_takes_a_moment_and_imports_next_to_nothing() -> None:
     code = (
-        "import sys, time\nfrom hf_finetune.cli import main\n"
+        "import sys, time\nfrom hf_finetune.cli.main import main\n"
         "try: main([*sys.argv[1:], '--help'])\n"
         "except SystemExit: print(time.process_time(), *{name.partition('.')[0] for name in sys.modules})"
     )
     seconds = []
-    for words in [[], *([verb.__name__.rpartition(".")[2]] for verb in parser.VERBS)]:
+    for words in [[], *([verb.__name__.rpartition(".")[2]] for verb in cli_main.VERBS)]:
         lines = hf_finetune(*words, launcher=("-c", code)).stdout.splitlines()
         assert lines[0].startswith(" ".join(["usage: hf-finetune", *words]))
         took, *modules = lines[-1].split()
@@ -114,13 +116,13 @@ def test_help_takes_a_moment_and_imports_next_to_nothing() -> None:
 
 def test_common_flags_stand_anywhere(recipe: str) -> None:
     for words in [["--quiet", "{}"], ["{}", "--quiet"], ["train", "--quiet", "{}"], ["--quiet", "train", "{}"]]:
-        found = parser.parse(parser.complete([word.format(recipe) for word in words]))
+        found = cli_main.parse(cli_main.complete([word.format(recipe) for word in words]))
         assert (found.quiet, found.recipe, found.log_format, found.debug) == (True, recipe, None, False)
 
 
 def test_a_recipe_after_a_flag_with_a_value_means_train(recipe: str) -> None:
-    assert parser.complete(["--log-format", "json", recipe])[0] == "train"
-    assert parser.complete(["--log-format", "json", "check", recipe])[0] == "--log-format"
+    assert cli_main.complete(["--log-format", "json", recipe])[0] == "train"
+    assert cli_main.complete(["--log-format", "json", "check", recipe])[0] == "--log-format"
 
 
 def test_the_board_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +208,7 @@ def _asks_for_too_much(_arguments: argparse.Namespace) -> None:
 
 
 def test_no_memory_ends_any_verb_with_7(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(compare, "run", _asks_for_too_much)
+    monkeypatch.setattr(verbs, "run_compare", _asks_for_too_much)
     with pytest.raises(SystemExit) as end:
         main(["compare", "a", "b"])
     assert end.value.code == 7

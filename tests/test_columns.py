@@ -16,13 +16,12 @@ from forked import Server
 from test_data import CLASSES, MACHINE, recipe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data, rowfiles
-from hf_finetune.data import sources
+from hf_finetune.data import prepare, readers, sources
 from hf_finetune.data.cells import Wanted
-from hf_finetune.data.reading import Reading
+from hf_finetune.data.readers import Row
+from hf_finetune.data.stream import Reading
 from hf_finetune.errors import DataError
-from hf_finetune.predicting import rows as predicting
-from hf_finetune.rowfiles import Row
+from hf_finetune.inference import rows as inference_rows
 
 ANSWERS = {"kind": "causal_lm", "prompt": "{q}?", "completion": "{a}"}
 CHATS = {"kind": "causal_lm", "messages": "messages", "tools": "tools"}
@@ -87,7 +86,7 @@ def streamed(task: dict[str, Any], names: list[str]) -> dict[str, list[Any]]:
 def predicted(names: list[str]) -> Iterator[dict[str, Any]]:
     """Rows as `predict` reads them."""
     for name in names:
-        yield from (dict(row.cells) for row in predicting.find(name, None).rows(()))
+        yield from (dict(row.cells) for row in inference_rows.find(name, None).rows(()))
 
 
 def answers(task: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:
@@ -172,7 +171,7 @@ def test_text_stays_as_it_is_written() -> None:
 def test_the_cache_keeps_rows_as_they_are_written(llama: PreTrainedTokenizerBase) -> None:
     lay({"a.jsonl": numbers(*WRITTEN)})
     for _ in range(2):
-        raw = data.prepare(recipe(ANSWERS, train="a.jsonl", validation="a.jsonl"), llama, MACHINE).raw_validation
+        raw = prepare.prepare(recipe(ANSWERS, train="a.jsonl", validation="a.jsonl"), llama, MACHINE).raw_validation
         assert raw is not None
         assert answers(ANSWERS, raw[:]) == WRITTEN
 
@@ -284,7 +283,7 @@ def test_labels_are_what_all_cells_are(bert: PreTrainedTokenizerBase) -> None:
     for case in LABELS:
         files, expected = LABELS[case]
         names = lay(files)
-        prepared = data.prepare(recipe(CLASSES, train=names, validation=names[::-1]), bert, MACHINE)
+        prepared = prepare.prepare(recipe(CLASSES, train=names, validation=names[::-1]), bert, MACHINE)
         assert sorted(prepared.targets.names) == sorted(expected)
         assert prepared.validation is not None
         assert len(set(prepared.validation["labels"])) == len(expected)
@@ -293,7 +292,7 @@ def test_labels_are_what_all_cells_are(bert: PreTrainedTokenizerBase) -> None:
 def test_rows_of_another_split_or_format_have_the_same_labels(bert: PreTrainedTokenizerBase) -> None:
     lay({"a.csv": table("True", "False", "Maybe"), "b.csv": table("True", "False"), "c.jsonl": labelled(True, False)})
     for held_out in ("b.csv", "c.jsonl"):
-        validation = data.prepare(recipe(CLASSES, train="a.csv", validation=held_out), bert, MACHINE).validation
+        validation = prepare.prepare(recipe(CLASSES, train="a.csv", validation=held_out), bert, MACHINE).validation
         assert validation is not None
         assert validation["labels"] == [2, 0]
 
@@ -392,21 +391,21 @@ def test_what_can_not_be_meant_is_told_with_its_place(bert: PreTrainedTokenizerB
         files, expected = FAULTS[case]
         task = {**CLASSES, "text": "__row__"} if "taken" in case else CLASSES
         with pytest.raises(DataError) as error:
-            data.prepare(recipe(task, train=lay(files)), bert, MACHINE)
+            prepare.prepare(recipe(task, train=lay(files)), bert, MACHINE)
         told = [str(problem) for problem in error.value.problems]
         assert [line[: len(start)] for line, start in zip(told, expected, strict=True)] == expected
 
 
 def test_declared_labels_may_be_words_and_digits(bert: PreTrainedTokenizerBase) -> None:
     lay({"a.csv": table("1", "2", "3+")})
-    prepared = data.prepare(recipe({**CLASSES, "labels": ["1", "2", "3+"]}, train="a.csv"), bert, MACHINE)
+    prepared = prepare.prepare(recipe({**CLASSES, "labels": ["1", "2", "3+"]}, train="a.csv"), bert, MACHINE)
     assert prepared.targets.counts == (1, 1, 1)
 
 
 def test_columns_of_truth_in_csv_count_as_cells(bert: PreTrainedTokenizerBase) -> None:
     several = {**CLASSES, "label": ["good", "long"], "problem": "multi_label"}
     lay({"a.csv": "text,good,long\na film,True,0\na film,False,1\n"})
-    train: Any = data.prepare(recipe(several, train="a.csv"), bert, MACHINE).train
+    train: Any = prepare.prepare(recipe(several, train="a.csv"), bert, MACHINE).train
     assert train["labels"] == [[1, 0], [0, 1]]
     assert streamed(several, ["a.csv"])["good"] == [True, False]
 
@@ -421,7 +420,7 @@ def test_a_fault_of_a_stream_is_told_with_its_line() -> None:
 
 
 def test_a_long_list_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowfiles, "CHUNK", 7)
+    monkeypatch.setattr(readers, "CHUNK", 7)
     rows = [{"text": "é" * n, "n": n, "deep": [None, True, -1.5e3, {"x": '\\"]}'}]} for n in range(40)]
     lay({"a.json": json.dumps(rows, indent=1)})
     assert list(predicted(["a.json"])) == rows
@@ -447,11 +446,11 @@ def test_predict_counts_lines_that_an_open_mark_would_swallow(server: Server, cl
 
 def test_each_plain_line_is_what_the_user_says_to_a_model_of_chats(llama: PreTrainedTokenizerBase) -> None:
     task: Any = recipe(CHATS, train="any").task
-    from hf_finetune.predicting.predictor import Answers
+    from hf_finetune.inference.predictor import Answers
 
     served: Any = None
     made = Answers(SimpleNamespace(recipe=SimpleNamespace(task=task)), served, 1)  # type: ignore[arg-type]
-    row = Row(1, {predicting.LINE: "what is one plus two ?"})
+    row = Row(1, {inference_rows.LINE: "what is one plus two ?"})
     columns = made._columns([row], lines=True)
     assert str(llama.decode(task.ask(columns, llama)[0])).startswith(
         "<|im_start|> user \n what is one plus two ? <|im_end|>"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hf_finetune import cli
-from hf_finetune.comparison import compare
+from hf_finetune.cli import main
+from hf_finetune.reports.compare import compare
 
 EVIL = "a|b <i>*x*</i> \x1b[2J"
 RECIPE = """\
@@ -53,7 +53,7 @@ def two(tmp_path: Path) -> list[str]:
 def command(*words: str) -> int:
     """The exit code of the command."""
     try:
-        cli.main(["compare", *words])
+        main.main(["compare", *words])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -179,7 +179,7 @@ def test_a_real_run_is_read_whole(run: Callable[..., Any]) -> None:
 
 
 def test_nothing_heavy_is_imported(two: list[str]) -> None:
-    code = "import sys; from hf_finetune.cli import main; main(sys.argv[1:]); print(' '.join(sys.modules))"
+    code = "import sys; from hf_finetune.cli.main import main; main(sys.argv[1:]); print(' '.join(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code, "compare", *two], capture_output=True, text=True, check=True)
     modules = {name.partition(".")[0] for name in told.stdout.splitlines()[-1].split()}
     assert modules & {"torch", "transformers", "datasets", "peft", "numpy", "pandas", "sklearn"} == set()

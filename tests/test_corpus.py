@@ -15,9 +15,9 @@ import pytest
 from conftest import QUICK
 from forked import Server, ranks
 
-from hf_finetune import cli
+from hf_finetune.cli import main
 from hf_finetune.errors import Problem
-from hf_finetune.terminal.message import printable
+from hf_finetune.log.lines import printable
 
 CORPUS = Path(__file__).parent / "corpus"
 Finding = dict[str, Any]
@@ -190,7 +190,7 @@ def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.M
 def call(*arguments: str) -> int:
     """Run the command line in this process; its exit code."""
     try:
-        cli.main(arguments)
+        main.main(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from hf_finetune.config import credentials
+from hf_finetune.config.problems import Option, options, shown
 from hf_finetune.recipe import Recipe, read
-from hf_finetune.schema import credentials
-from hf_finetune.schema.expectations import Option, options, shown
 
 VALID = """\
 task: {kind: causal_lm, prompt: question, completion: answer}

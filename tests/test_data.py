@@ -12,16 +12,17 @@ import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune.data import encoding, prepare, sources
+from hf_finetune.data import facts as data_facts
+from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError
-from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
 
 MACHINE = Machine("cpu", 0, 0, 1, 1, 1, "fp32", "sdpa")
 CLASSES = {"kind": "text_classification", "text": "text", "label": "label"}
 TEXTS = {"kind": "causal_lm", "text": "text"}
 PAIRS = {"kind": "causal_lm", "prompt": "question", "completion": "answer"}
-Prepare = Callable[..., data.Prepared]
+Prepare = Callable[..., prepare.Prepared]
 
 
 @dataclasses.dataclass
@@ -67,14 +68,14 @@ def llama(tiny_llama: str) -> PreTrainedTokenizerBase:
 def classify(bert: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     """Prepares classification data in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    return lambda task=CLASSES, **block: data.prepare(recipe(task, **block), bert, MACHINE)
+    return lambda task=CLASSES, **block: prepare.prepare(recipe(task, **block), bert, MACHINE)
 
 
 @pytest.fixture
 def model_texts(llama: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     """Prepares language modelling data in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    return lambda task=TEXTS, **block: data.prepare(recipe(task, **block), llama, MACHINE)
+    return lambda task=TEXTS, **block: prepare.prepare(recipe(task, **block), llama, MACHINE)
 
 
 def bare(error: FinetuneError) -> str:
@@ -334,7 +335,7 @@ def test_digits_in_a_text_column_stay_as_they_are_written(classify: Prepare) -> 
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(classify: Prepare) -> None:
-    origins = data.sources.locate(recipe(CLASSES, train=write_json("train.jsonl", mixed(4))).data)
+    origins = sources.locate(recipe(CLASSES, train=write_json("train.jsonl", mixed(4))).data)
     stamps = origins.stamps()
     origins.check_unchanged(stamps)
     write_json("train.jsonl", mixed(6))
@@ -351,13 +352,17 @@ LONG = [{"text": "film " * count} for count in (3, 20, 5, 40)]
 def test_truncated_rows_are_counted(model_texts: Prepare) -> None:
     write_json("train.jsonl", LONG)
     report = model_texts(train="train.jsonl", max_length=8).reports["train"]
-    assert report == data.SplitReport(rows=4, kept=4, cut=2, tokens=4 + 8 + 6 + 8, trained=3 + 7 + 5 + 7, longest=41)
+    assert report == data_facts.SplitReport(
+        rows=4, kept=4, cut=2, tokens=4 + 8 + 6 + 8, trained=3 + 7 + 5 + 7, longest=41
+    )
 
 
 def test_dropped_rows_are_counted_and_leave_the_order(model_texts: Prepare) -> None:
     write_json("train.jsonl", LONG)
     prepared = model_texts(train="train.jsonl", test="train.jsonl", max_length=8, overlong="drop")
-    assert prepared.reports["test"] == data.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
+    assert prepared.reports["test"] == data_facts.SplitReport(
+        rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41
+    )
     assert prepared.test is not None
     assert prepared.test["row"][:] == [0, 2]
     assert prepared.test["size"][:] == [4, 6]
@@ -433,11 +438,11 @@ def test_an_unfit_row_of_a_mix_is_named_by_its_source(classify: Prepare) -> None
 
 
 def test_processes_encode_the_same_rows_as_one(classify: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.encoding, "FEW_ROWS", 20)
+    monkeypatch.setattr(encoding, "FEW_ROWS", 20)
     write_json("train.jsonl", mixed(60))
     several = classify(train="train.jsonl", workers=2).train
-    assert data.encoding.processes(60, 2) == 2
-    monkeypatch.setattr(data.encoding, "FEW_ROWS", 100)
+    assert encoding.processes(60, 2) == 2
+    monkeypatch.setattr(encoding, "FEW_ROWS", 100)
     one = classify(train="train.jsonl", cache="other").train
     assert isinstance(one, datasets.Dataset)
     assert isinstance(several, datasets.Dataset)
@@ -445,7 +450,7 @@ def test_processes_encode_the_same_rows_as_one(classify: Prepare, monkeypatch: p
 
 
 def test_an_error_in_a_worker_process_reaches_the_user(classify: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.encoding, "FEW_ROWS", 20)
+    monkeypatch.setattr(encoding, "FEW_ROWS", 20)
     write_json("train.jsonl", mixed(150))
     write_json("dev.jsonl", [*mixed(150), *[{"text": "bad", "label": "poor"}] * 7])
     with pytest.raises(DataError, match=r"^dev.jsonl: data.validation: row 151, 152, 153, 154, 155 and 2 more: column"):

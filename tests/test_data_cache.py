@@ -14,10 +14,12 @@ import pytest
 from test_data import CLASSES, LONG, MACHINE, TEXTS, mixed, recipe, write, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data, patience, targetsfile
+from hf_finetune import device
 from hf_finetune.data import cache
+from hf_finetune.data import prepare as data_prepare
+from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, PeerError, StorageError
-from hf_finetune.hardware import Machine
+from hf_finetune.run import folder
 from hf_finetune.tasks.base import Targets
 
 SECOND = Machine("cpu", 1, 1, 2, 2, 1, "fp32", "sdpa")
@@ -35,8 +37,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json("train.jsonl", LONG)
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any] = TEXTS, **block: Any) -> data.Prepared:
-    return data.prepare(recipe(task, **({"train": "train.jsonl"} | block)), tokenizer, MACHINE)
+def prepare(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any] = TEXTS, **block: Any) -> data_prepare.Prepared:
+    return data_prepare.prepare(recipe(task, **({"train": "train.jsonl"} | block)), tokenizer, MACHINE)
 
 
 def entries() -> list[Path]:
@@ -66,8 +68,8 @@ def test_labels_survive_the_cache(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", mixed(8))
     weighted = {**CLASSES, "class_weights": "balanced"}
     assert prepare(llama, weighted).targets == prepare(llama, weighted).targets
-    stored = targetsfile.to_json(Targets(names=("a", "b"), id_of={3: 0, "3": 1}))
-    assert targetsfile.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
+    stored = folder.to_json(Targets(names=("a", "b"), id_of={3: 0, "3": 1}))
+    assert folder.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
 
 
 def test_only_the_entry_stays_behind(llama: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_what_does_not_change_the_rows_keeps_the_fingerprint(llama: PreTrainedTo
     Path("moved").mkdir()
     Path("train.jsonl").rename("moved/rows.jsonl")
     llama("film " * 5, truncation=True, max_length=2, padding="max_length")
-    moved = data.prepare(recipe(TEXTS, seed=7, train="moved/*.jsonl", workers=2), llama, MACHINE)
+    moved = data_prepare.prepare(recipe(TEXTS, seed=7, train="moved/*.jsonl", workers=2), llama, MACHINE)
     assert moved.fingerprint == reference
     assert len(entries()) == 1
 
@@ -156,7 +158,7 @@ def run_rank(tokenizer: str, jobs: list[tuple[Machine, str]], together: Any, ans
     for job, (machine, file) in enumerate(jobs):
         together.wait(timeout=120)
         try:
-            prepared = data.prepare(recipe(TEXTS, train=file), loaded, machine)
+            prepared = data_prepare.prepare(recipe(TEXTS, train=file), loaded, machine)
         except (DataError, PeerError) as error:
             answers.put((job, f"exit {error.exit_code}", str(error)))
         else:
@@ -228,7 +230,7 @@ def test_a_bug_of_the_first_rank_is_told_to_the_others_once(tmp_path: Path) -> N
 
 
 def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.WAIT, "0.2")
+    monkeypatch.setenv(device.WAIT, "0.2")
     monkeypatch.setattr(cache, "POLL_S", 0.05)
     started = time.monotonic()
     with pytest.raises(PeerError, match="has not prepared the data within"):
@@ -237,7 +239,7 @@ def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failure_of_an_earlier_process_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.WAIT, "0.2")
+    monkeypatch.setenv(device.WAIT, "0.2")
     monkeypatch.setattr(cache, "POLL_S", 0.05)
     entry = cache.Entry(tmp_path, "key")
 

@@ -9,10 +9,11 @@ import pytest
 from test_data import CLASSES, MACHINE, PAIRS, TEXTS, Found, good, mixed, recipe, write, write_json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune.config.blocks import Checks
 from hf_finetune.data import checks
+from hf_finetune.data import prepare as data_prepare
+from hf_finetune.data import stream as data_stream
 from hf_finetune.errors import DataError
-from hf_finetune.schema.checks import Checks
 
 EMPTY = {"text": " ", "label": "good"}
 UGLY = {**CLASSES, "labels": ["good", "bad", "ugly"]}
@@ -31,7 +32,7 @@ def judge(tokenizers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
 
     def prepare(task: dict[str, Any] = CLASSES, **block: Any) -> Found:
         made = recipe(task, **block)
-        found = data.prepare(made, tokenizers[task["kind"]], MACHINE)
+        found = data_prepare.prepare(made, tokenizers[task["kind"]], MACHINE)
         return Found.of(checks.findings(made, found.facts, found.counted, found.places))
 
     return prepare
@@ -70,7 +71,7 @@ def test_every_row_is_counted_once(tokenizers: Any, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     pairs = [("film", "good"), ("", "good"), ("film " * 90, "good"), ("story", None), ("a film", "bad")]
     write_json("train.jsonl", [{"question": asked, "answer": said} for asked, said in pairs])
-    report = data.prepare(recipe(PAIRS, train="train.jsonl", max_length=40), tokenizers["causal_lm"], MACHINE)
+    report = data_prepare.prepare(recipe(PAIRS, train="train.jsonl", max_length=40), tokenizers["causal_lm"], MACHINE)
     counted = report.reports["train"]
     assert (counted.rows, counted.kept, counted.empty, counted.untrained) == (5, 2, 2, 1)
 
@@ -205,8 +206,8 @@ def test_a_cut_off_split_is_named_by_the_share(judge: Any) -> None:
 def test_streamed_rows_without_text(level: str, raised: bool, tokenizers: Any, tmp_path: Path) -> None:
     write_json(str(tmp_path / "train.jsonl"), [*[{"text": "film"}] * 5, {"text": ""}])
     block: dict[str, Any] = {"train": str(tmp_path / "train.jsonl"), "streaming": True, "checks": {"empty_text": level}}
-    stream = data.prepare(recipe(TEXTS, **block), tokenizers["causal_lm"], MACHINE).train
-    assert isinstance(stream, data.Stream)
+    stream = data_prepare.prepare(recipe(TEXTS, **block), tokenizers["causal_lm"], MACHINE).train
+    assert isinstance(stream, data_stream.Stream)
     if raised:
         with pytest.raises(DataError, match=r"a row has no text.*warn to drop such rows; the row: {'text': ''}"):
             next(stream.rows(0))

@@ -12,8 +12,8 @@ from test_data import CLASSES, MACHINE, TEXTS, good, mixed, recipe, write, write
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
-from hf_finetune.data import rawtext
+from hf_finetune.data import encoding
+from hf_finetune.data import prepare as data_prepare
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.errors import DataError
 
@@ -32,7 +32,7 @@ def facts(tokenizers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
 
     def prepare(task: dict[str, Any] = CLASSES, **block: Any) -> dict[str, Facts]:
-        return dict(data.prepare(recipe(task, **block), tokenizers[task["kind"]], MACHINE).facts)
+        return dict(data_prepare.prepare(recipe(task, **block), tokenizers[task["kind"]], MACHINE).facts)
 
     return prepare
 
@@ -166,15 +166,15 @@ def test_marks_of_raw_text() -> None:
     for text, marks in [
         ("a film\n\ttwo", 0),
         ("\u05de\u05d4 \u200f\U0001f600", 0),
-        ("a\0film", rawtext.NUL),
-        ("a\x07film", rawtext.CONTROL),
-        ("a\u202efilm", rawtext.CONTROL),
-        ("NA", rawtext.MISSING),
+        ("a\0film", encoding.NUL),
+        ("a\x07film", encoding.CONTROL),
+        ("a\u202efilm", encoding.CONTROL),
+        ("NA", encoding.MISSING),
         ("NA film", 0),
     ]:
         nested = [{"role": "user", "content": text}]
-        assert rawtext.marks({"text": [text], "label": ["x"]}) == [marks]
-        assert rawtext.marks({"messages": [nested]}) == [marks & ~rawtext.MISSING]
+        assert encoding.marks_rawtext({"text": [text], "label": ["x"]}) == [marks]
+        assert encoding.marks_rawtext({"messages": [nested]}) == [marks & ~encoding.MISSING]
 
 
 def test_words_for_missing_count_in_tables_alone(facts: Any) -> None:

@@ -14,7 +14,8 @@ import pytest
 from test_data import CLASSES, LONG, MACHINE, TEXTS, bare, recipe, write, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
+from hf_finetune.data import facts, prepare
+from hf_finetune.data import stream as data_stream
 from hf_finetune.errors import DataError, FinetuneError
 
 
@@ -28,9 +29,9 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def stream(tokenizer: PreTrainedTokenizerBase, **block: Any) -> data.Stream:
-    prepared = data.prepare(recipe(block.pop("task", TEXTS), streaming=True, **block), tokenizer, MACHINE)
-    assert isinstance(prepared.train, data.Stream)
+def stream(tokenizer: PreTrainedTokenizerBase, **block: Any) -> data_stream.Stream:
+    prepared = prepare.prepare(recipe(block.pop("task", TEXTS), streaming=True, **block), tokenizer, MACHINE)
+    assert isinstance(prepared.train, data_stream.Stream)
     return prepared.train
 
 
@@ -57,7 +58,7 @@ def test_the_order_follows_from_the_seed_alone(llama: PreTrainedTokenizerBase) -
 
 def test_a_streamed_row_equals_a_loaded_one(llama: PreTrainedTokenizerBase) -> None:
     write_lengths("train.jsonl", range(1, 9))
-    loaded = data.prepare(recipe(TEXTS, train="train.jsonl", max_length=5), llama, MACHINE).train
+    loaded = prepare.prepare(recipe(TEXTS, train="train.jsonl", max_length=5), llama, MACHINE).train
     assert isinstance(loaded, datasets.Dataset)
     streamed = itertools.islice(stream(llama, train="train.jsonl", max_length=5).rows(1), 8)
     assert sorted(streamed, key=str) == sorted(loaded.remove_columns("row").to_list(), key=str)
@@ -88,7 +89,7 @@ def test_the_report_counts_the_first_pass_and_no_more(llama: PreTrainedTokenizer
     truncating = stream(llama, train="train.jsonl", max_length=8)
     next(rows := truncating.rows(1))
     lengths(rows, 20)
-    whole = data.prepare(recipe(TEXTS, train="train.jsonl", max_length=8), llama, MACHINE).reports["train"]
+    whole = prepare.prepare(recipe(TEXTS, train="train.jsonl", max_length=8), llama, MACHINE).reports["train"]
     assert truncating.report() == whole
 
 
@@ -108,7 +109,7 @@ def test_dropped_rows_are_counted(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", LONG)
     dropping = stream(llama, train="train.jsonl", max_length=8, overlong="drop")
     assert sorted(lengths(dropping.rows(1), 4)) == [4, 4, 6, 6]
-    assert dropping.report() == data.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
+    assert dropping.report() == facts.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
 
 
 def test_refused_rows_are_shown(llama: PreTrainedTokenizerBase) -> None:
@@ -170,12 +171,12 @@ def test_streamed_labels_need_names_and_evaluation_is_loaded(llama: PreTrainedTo
     write_json("train.jsonl", [{"text": "good film", "label": "good"}, {"text": "bad", "label": "bad"}])
     block: dict[str, Any] = {"streaming": True, "train": "train.jsonl", "validation": "train.jsonl"}
     with pytest.raises(DataError, match=r"list them in task.labels"):
-        data.prepare(recipe(CLASSES, **block), llama, MACHINE)
-    prepared = data.prepare(recipe({**CLASSES, "labels": ["bad", "good"]}, **block), llama, MACHINE)
+        prepare.prepare(recipe(CLASSES, **block), llama, MACHINE)
+    prepared = prepare.prepare(recipe({**CLASSES, "labels": ["bad", "good"]}, **block), llama, MACHINE)
     assert prepared.validation is not None
     assert prepared.validation["labels"][:] == [1, 0]
     assert list(prepared.reports) == ["validation"]
-    assert isinstance(prepared.train, data.Stream)
+    assert isinstance(prepared.train, data_stream.Stream)
     assert {row["labels"] for row in itertools.islice(prepared.train.rows(1), 2)} == {0, 1}
     assert prepared.reports["train"].rows == 2
 
@@ -192,7 +193,7 @@ def test_looking_leaves_the_counts_of_the_training_alone(llama: PreTrainedTokeni
     write_lengths("train.jsonl", range(1, 41))
     read = stream(llama, train="train.jsonl")
     read.look()
-    assert read.report() == data.SplitReport()
+    assert read.report() == facts.SplitReport()
 
 
 def test_everything_in_the_first_rows_is_told_at_once(llama: PreTrainedTokenizerBase) -> None:

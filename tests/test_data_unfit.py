@@ -10,9 +10,8 @@ import pytest
 from test_data import CLASSES, MACHINE, TEXTS, Found, good, mixed, recipe, write_json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune import data
-from hf_finetune.data import checks
-from hf_finetune.data.building import UnfitError
+from hf_finetune.data import checks, prepare
+from hf_finetune.data.prepare import UnfitError
 
 NAMED = {**CLASSES, "labels": ["good", "bad", "ugly"]}
 BLANK = {"text": " ", "label": "good"}
@@ -34,7 +33,7 @@ def refused(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], **block: A
     """What is raised, and what the checks make of what is known all the same."""
     made = recipe(task, **block)
     with pytest.raises(UnfitError) as raised:
-        data.prepare(made, tokenizer, MACHINE)
+        prepare.prepare(made, tokenizer, MACHINE)
     error = raised.value
     return error, Found.of(checks.findings(made, error.facts, error.counted, error.places, error.left_out))
 
@@ -98,7 +97,7 @@ def test_balanced_weights_are_of_the_rows_that_are_kept(bert: PreTrainedTokenize
     off = {"empty_text": "warn"}
     write_json("train.jsonl", [*good(3), *good(1, "bad"), BLANK, BLANK])
     weighted = {**CLASSES, "class_weights": "balanced"}
-    targets = data.prepare(recipe(weighted, train="train.jsonl", checks=off), bert, MACHINE).targets
+    targets = prepare.prepare(recipe(weighted, train="train.jsonl", checks=off), bert, MACHINE).targets
     assert (targets.names, targets.counts) == (("bad", "good"), (1, 3))
     assert targets.weights == pytest.approx((4 / 2, 4 / 6))
 

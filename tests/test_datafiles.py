@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from test_data import CLASSES, recipe, write, write_json
 
-from hf_finetune import rowfiles
+from hf_finetune.data import find, readers
 from hf_finetune.data.cells import Wanted
 from hf_finetune.data.sources import LocalFiles
 from hf_finetune.errors import DataError
-from hf_finetune.rowfiles import find
 
 WANTED = Wanted(("text", "label"), ("text",))
 
@@ -110,7 +109,7 @@ def test_good_files_pass_both_looks() -> None:
         ("a.json", b'\xef\xbb\xbf [ {"text": "a", "label": 0} ]'),
         ("a.json", b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'),
         ("a.jsonl", b'\n{"text": "a", "label": 0, "more": 1}\n'),
-        ("a.jsonl", b'{"label": 0, "text": "' + b"x" * rowfiles.HEAD + "é".encode() * 9 + b'"}\n'),
+        ("a.jsonl", b'{"label": 0, "text": "' + b"x" * readers.HEAD + "é".encode() * 9 + b'"}\n'),
     ]:
         assert whole(content, name) == []
         assert light(train=name) == []
@@ -167,7 +166,7 @@ def test_many_faults_are_cut_short() -> None:
 
 def test_the_light_look_loads_no_library() -> None:
     heavy = ["torch", "transformers", "datasets", "numpy", "pyarrow", "pandas"]
-    code = f"import sys, hf_finetune.rowfiles.find; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, hf_finetune.data.find; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

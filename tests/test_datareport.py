@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from prepared import CLASSES, hostile, make, reviews, write
 
-from hf_finetune.charts import drawing, runs
-from hf_finetune.datareport import show
 from hf_finetune.errors import StorageError
-from hf_finetune.pages.escaping import exact, harmless
+from hf_finetune.log.text import exact, harmless
+from hf_finetune.reports import data
+from hf_finetune.tracking import charts, figures
 
 
 def table(text: str, section: str) -> list[str]:
@@ -54,7 +54,7 @@ def test_ten_megabytes_in_a_row_make_no_large_page(tmp_path: Path, tiny_bert: st
     rows = [{"text": "film " * 100_000, "label": "x" * 10_000_000}, *reviews(4)]
     made = make(tmp_path, tiny_bert, CLASSES, {"train": rows}, max_length=1_048_576)
     assert len(write(made, tmp_path / "page.html")) < 500_000
-    assert sum(map(len, show.lines(made.recipe, made.prepared, made.tokenizer, 9, False))) < 20_000
+    assert sum(map(len, data.lines(made.recipe, made.prepared, made.tokenizer, 9, False))) < 20_000
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_of_many_labels_the_commonest_are_drawn(tmp_path: Path, tiny_bert: str) 
 
 
 def test_names_are_no_formulas() -> None:
-    drawn = drawing.svg(runs.shares(["$x^2$", "\u202e", "電影"], {"train": [50.0, 25.0, 25.0]}), about="about")
+    drawn = figures.svg(charts.shares(["$x^2$", "\u202e", "電影"], {"train": [50.0, 25.0, 25.0]}), about="about")
     assert all(name in drawn for name in ("$x^2$", r"\u202e", "電影"))
 
 
 def test_the_limit_is_drawn_wherever_it_is() -> None:
     for limit, note in [(8, "max_length 8"), (50, "max_length 50"), (512, "max_length 512 →")]:
-        drawn = drawing.svg(runs.lengths([0, 10, 20, 5000], [5, 3, 1], limit, 0), about="about")
+        drawn = figures.svg(charts.lengths([0, 10, 20, 5000], [5, 3, 1], limit, 0), about="about")
         assert f">{note}</text>" in drawn
         assert ">to 4,999</text>" in drawn
 
@@ -105,5 +105,5 @@ def test_a_line_break_and_its_spelling_look_different() -> None:
 
 
 def test_libraries_for_drawing_wait_until_they_draw() -> None:
-    code = "import hf_finetune.datareport, sys; print({'matplotlib', 'jinja2', 'torch'} & set(sys.modules))"
+    code = "import hf_finetune.reports.data, sys; print({'matplotlib', 'jinja2', 'torch'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -12,9 +12,8 @@ import pytest
 from browsing import CONTRASTS, asked, heading_levels, started, visit
 from prepared import EVIL, PAIRS, hostile, make, write
 
-from hf_finetune.errors import DataError, Problem
-from hf_finetune.findings import Findings
-from hf_finetune.pages.escaping import harmless
+from hf_finetune.errors import DataError, Findings, Problem
+from hf_finetune.log.text import harmless
 
 WINDOWS = [*itertools.product((380, 1400), ("light", "dark"))]
 

@@ -9,10 +9,10 @@ import documents
 import yaml
 from documents import ROOT
 
-from hf_finetune.adapters import Adapter
-from hf_finetune.plugins import discover
+from hf_finetune.adapters.base import Adapter
+from hf_finetune.config.blocks import Checks
+from hf_finetune.config.section import discover
 from hf_finetune.recipe import Recipe, reference
-from hf_finetune.schema.checks import Checks
 from hf_finetune.tasks.base import Task
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -14,11 +14,10 @@ from huggingface_hub import ModelCard
 from scipy import stats
 
 from hf_finetune.errors import CheckpointError, DataError, RecipeError
-from hf_finetune.evaluating import command, rendering, versus
-from hf_finetune.evaluating.command import Options
-from hf_finetune.evaluating.scoring import Scored
-from hf_finetune.evaluating.versus import compare
-from hf_finetune.runreport import intervals
+from hf_finetune.inference import document as inference_document
+from hf_finetune.inference import evaluate as inference_evaluate
+from hf_finetune.inference.evaluate import Options, Scored, compare
+from hf_finetune.reports import intervals
 from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.text_classification import TextClassification
@@ -30,7 +29,7 @@ TASK = TextClassification(kind="text_classification", text="text", label="label"
 def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """Evaluates, and returns the document that was printed."""
     capsys.readouterr()
-    command.run(Options(str(run), overrides, form="json", **options))
+    inference_evaluate.run(Options(str(run), overrides, form="json", **options))
     found: dict[str, Any] = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
     return found
 
@@ -132,10 +131,10 @@ def test_slices_are_the_metrics_of_their_rows(tested: Path, tmp_path: Path, caps
 def test_too_many_slices_are_counted(
     tested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "MOST_SLICES", 1)
+    monkeypatch.setattr(inference_evaluate, "MOST_SLICES", 1)
     document = evaluate(capsys, tested, by=("source",))
     assert document["slices_not_shown"] == {"source": {"slices": 1, "rows": 32}}
-    assert "by source: 1 smaller slices with 32 rows are not shown" in rendering.render(
+    assert "by source: 1 smaller slices with 32 rows are not shown" in inference_document.render(
         document, "text", ("accuracy",), everything=False
     )
 
@@ -173,7 +172,7 @@ def test_only_answers_to_the_same_rows_are_compared() -> None:
             task: Any = SimpleNamespace(answer_pattern=pattern)
             return Scored(task, Targets(), {}, np.arange(5), np.arange(count), answers)
 
-        *both, told = versus._same_answers(scored(5, "x"), scored(rows, pattern), "other")
+        *both, told = inference_evaluate._same_answers(scored(5, "x"), scored(rows, pattern), "other")
         assert [len(one.answered) for one in both] == [kept, kept]
         assert [list(one.answers) for one in both] == [["exact_match"] if kept else []] * 2
         assert [says in note for note in told] == [True] if says else told == []
@@ -187,13 +186,13 @@ def test_bad_rows_are_named(classifier: Path, tmp_path: Path) -> None:
     ]:
         (tmp_path / "data.csv").write_text(rows)
         with pytest.raises(DataError, match=says):
-            command.run(Options(str(classifier), files=(str(tmp_path / "data.csv"),)))
+            inference_evaluate.run(Options(str(classifier), files=(str(tmp_path / "data.csv"),)))
 
 
 def test_rows_that_are_cut_are_counted(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.csv").write_text(f"text,label\n{'the film ' * 40},positive\na film,negative\n,negative\n")
     kept = ("data.checks.empty_text=warn",)
-    command.run(Options(str(classifier), kept, files=(str(tmp_path / "data.csv"),)))
+    inference_evaluate.run(Options(str(classifier), kept, files=(str(tmp_path / "data.csv"),)))
     told = capsys.readouterr()
     assert "2 of 3 rows (1 cut, 1 without text)" in told.out
     assert "are cut to 32 tokens" in told.err or "is cut to 32 tokens" in told.err
@@ -208,12 +207,12 @@ def test_mistakes_of_the_command_line(classifier: Path) -> None:
         ({"against": ("nowhere",)}, "nowhere: is not there"),
     ]:
         with pytest.raises((RecipeError, DataError, CheckpointError), match=says):
-            command.run(Options(str(classifier), **options))
+            inference_evaluate.run(Options(str(classifier), **options))
 
 
 def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatter: Path) -> None:
     with pytest.raises((RecipeError, DataError), match=r"column|does causal_lm"):
-        command.run(Options(str(tested), against=(str(chatter),)))
+        inference_evaluate.run(Options(str(tested), against=(str(chatter),)))
 
 
 def scored(logits: Any, labels: Any, names: tuple[str, ...] = ("a", "b")) -> Scored:
@@ -268,7 +267,7 @@ def test_other_labels_and_rows_that_only_one_has_are_told() -> None:
 
 def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    command.run(Options(str(tested), form="markdown", by=("source",), against=("base",)))
+    inference_evaluate.run(Options(str(tested), form="markdown", by=("source",), against=("base",)))
     told = capsys.readouterr().out
     assert re.search(r"^\| accuracy \| 0\.\d{4} \| 0\.\d{4} \.\. [01]\.\d{4} \|$", told, re.MULTILINE)
     assert "**by source**" in told
@@ -278,11 +277,11 @@ def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_without_lm_eval_the_extra_is_named(chatter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from hf_finetune.evaluating import harness
+    from hf_finetune.inference import lm_eval
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RecipeError, match=r"pip install 'hf-finetune\[harness\]'"):
-        harness.run(str(chatter), (), harness.Wish(("arc_easy",)), "text")
+        lm_eval.run(str(chatter), (), lm_eval.Wish(("arc_easy",)), "text")
 
 
 LOCAL_TASK = """\
@@ -300,14 +299,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def test_lm_eval_runs_a_task_of_a_folder(chatter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")
-    from hf_finetune.evaluating import harness
+    from hf_finetune.inference import lm_eval
 
     (tmp_path / "sums.yaml").write_text(LOCAL_TASK.format(file=chatter.parent / "sums.jsonl"))
-    wish = harness.Wish(("sums",), str(tmp_path), 5)
-    harness.run(str(chatter), (), wish, "json")
+    wish = lm_eval.Wish(("sums",), str(tmp_path), 5)
+    lm_eval.run(str(chatter), (), wish, "json")
     told = capsys.readouterr().out
     found = json.JSONDecoder().raw_decode(told[told.index("{") :])[0]
     assert 0 <= found["results"]["sums"]["acc,none"] <= 1
     assert list((chatter / "evaluations").glob("lm-eval-sums-*.json"))
     with pytest.raises(RecipeError, match="knows no task 'nonsense'"):
-        harness.run(str(chatter), (), harness.Wish(("nonsense",)), "text")
+        lm_eval.run(str(chatter), (), lm_eval.Wish(("nonsense",)), "text")

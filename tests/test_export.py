@@ -12,9 +12,10 @@ import torch
 import yaml
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 
-from hf_finetune import export, model
-from hf_finetune.adapters import Setting
+from hf_finetune.adapters.base import Setting
 from hf_finetune.errors import ModelError, StorageError
+from hf_finetune.inference import saving
+from hf_finetune.models import load, pretrained
 from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
@@ -55,8 +56,8 @@ def test_the_code_of_the_card_loads_the_same_model_without_this_project(
         if name != "number":
             train(adapted, made)
         expected[name] = logits(adapted, made)
-        tokenizer = model.load_tokenizer(made.model)
-        export.save(adapted, made, targets, tokenizer, tmp_path / name / "adapter")
+        tokenizer = pretrained.load_tokenizer(made.model)
+        saving.save(adapted, made, targets, tokenizer, tmp_path / name / "adapter")
         inputs = batch(tokenizer)
         inputs.pop("labels")
         torch.save(inputs, tmp_path / name / "batch.pt")
@@ -74,7 +75,7 @@ def saved(tiny_bert: str, folder: Path, adapter: dict[str, Any] | None = None) -
     made = recipe(tiny_bert, adapter or LORA)
     adapted = build(made, FOUR)
     train(adapted, made)
-    export.save(adapted, made, FOUR, model.load_tokenizer(made.model), folder)
+    saving.save(adapted, made, FOUR, pretrained.load_tokenizer(made.model), folder)
     return made, adapted
 
 
@@ -102,8 +103,8 @@ def test_labels_are_saved_for_programs(tiny_bert: str, tmp_path: Path) -> None:
 
 def test_the_chat_template_is_saved(tiny_llama: str, tmp_path: Path) -> None:
     made = recipe(tiny_llama, LORA, LANGUAGE_MODEL)
-    tokenizer = model.load_tokenizer(made.model)
-    export.save(build(made, NO_LABELS), made, NO_LABELS, tokenizer, tmp_path / "a")
+    tokenizer = pretrained.load_tokenizer(made.model)
+    saving.save(build(made, NO_LABELS), made, NO_LABELS, tokenizer, tmp_path / "a")
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "a").chat_template == tokenizer.chat_template
@@ -112,9 +113,9 @@ def test_the_chat_template_is_saved(tiny_llama: str, tmp_path: Path) -> None:
 
 def test_the_config_names_base_and_revision(tiny_bert: str, tmp_path: Path) -> None:
     plain, made = recipe(tiny_bert, LORA), recipe(tiny_bert, LORA, revision="main")
-    base, tokenizer = loaded(plain), model.load_tokenizer(plain.model)
-    adapted = model.build(made, base, Setting("SEQ_CLS", tokenizer, 10, base.head_modules))
-    export.save(adapted, made, TWO, tokenizer, tmp_path / "a")
+    base, tokenizer = loaded(plain), pretrained.load_tokenizer(plain.model)
+    adapted = load.build(made, base, Setting("SEQ_CLS", tokenizer, 10, base.head_modules))
+    saving.save(adapted, made, TWO, tokenizer, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(Path(tiny_bert).resolve()), "main")
 
@@ -134,12 +135,12 @@ def test_the_card_has_a_header_and_labels_that_cannot_break_it(tiny_bert: str, t
 @pytest.mark.parametrize("adapter", [LORA | {"init": "olora"}, {"kind": "full"}], ids=["olora", "full"])
 def test_verify_finds_the_same_model_and_disturbs_nothing(adapter: Any, tiny_bert: str, tmp_path: Path) -> None:
     made, adapted = saved(tiny_bert, tmp_path / "a", adapter)
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     adapted.train()
     adapted.get_submodule(next(name for name, _ in adapted.named_modules() if name)).eval()
     modes = [module.training for module in adapted.modules()]
     state = torch.get_rng_state()
-    assert export.verify(adapted, made, machine(), inputs, tmp_path / "a") < 1e-5
+    assert saving.verify(adapted, made, machine(), inputs, tmp_path / "a") < 1e-5
     assert [module.training for module in adapted.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -148,18 +149,18 @@ def test_verify_finds_the_same_model_and_disturbs_nothing(adapter: Any, tiny_ber
 def test_verify_accepts_bf16(adapter: Any, tiny_bert: str, tmp_path: Path) -> None:
     made = recipe(tiny_bert, adapter)
     adapted = build(made, precision="bf16")
-    tokenizer = model.load_tokenizer(made.model)
-    export.save(adapted, made, TWO, tokenizer, tmp_path / "a")
-    export.verify(adapted, made, machine("bf16"), batch(tokenizer), tmp_path / "a")
+    tokenizer = pretrained.load_tokenizer(made.model)
+    saving.save(adapted, made, TWO, tokenizer, tmp_path / "a")
+    saving.verify(adapted, made, machine("bf16"), batch(tokenizer), tmp_path / "a")
 
 
 def test_verify_fails_on_other_weights(tiny_bert: str, tmp_path: Path) -> None:
     made, adapted = saved(tiny_bert, tmp_path / "a")
     with torch.no_grad():
         next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(0.5)
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     with pytest.raises(ModelError, match="does not load back to the trained model"):
-        export.verify(adapted, made, machine(), inputs, tmp_path / "a")
+        saving.verify(adapted, made, machine(), inputs, tmp_path / "a")
 
 
 def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -171,18 +172,18 @@ def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path,
 
     monkeypatch.setattr(type(made.adapter), "save", no_space)
     with pytest.raises(StorageError, match="No space left"):
-        export.save(adapted, made, FOUR, model.load_tokenizer(made.model), tmp_path / "a")
+        saving.save(adapted, made, FOUR, pretrained.load_tokenizer(made.model), tmp_path / "a")
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_verify_never_holds_two_models_on_the_device(tiny_bert: str, tmp_path: Path) -> None:
     made, adapted = saved(tiny_bert, tmp_path / "a")
-    inputs = {name: value.to("cuda") for name, value in batch(model.load_tokenizer(made.model)).items()}
+    inputs = {name: value.to("cuda") for name, value in batch(pretrained.load_tokenizer(made.model)).items()}
     adapted.to("cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    export.verify(adapted, made, replace(machine(), device="cuda"), inputs, tmp_path / "a")
+    saving.verify(adapted, made, replace(machine(), device="cuda"), inputs, tmp_path / "a")
     assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
     assert torch.cuda.max_memory_allocated() < 1.5 * before
 
@@ -192,7 +193,7 @@ def test_what_is_read_back_must_have_the_same_names_shapes_and_bits(tiny_bert: s
 
     made, adapted = saved(tiny_bert, tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
-    export.compare(adapted, made, tmp_path / "a")
+    saving.compare(adapted, made, tmp_path / "a")
     right = load_file(file)
     name = min(right)
     values = right[name].flatten()
@@ -207,7 +208,7 @@ def test_what_is_read_back_must_have_the_same_names_shapes_and_bits(tiny_bert: s
     for tensors in wrong:
         save_file(tensors, file)
         with pytest.raises(ModelError, match="does not hold the trained model"):
-            export.compare(adapted, made, tmp_path / "a")
+            saving.compare(adapted, made, tmp_path / "a")
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ModelError, match="can't be read back"):
-        export.compare(adapted, made, tmp_path / "a")
+        saving.compare(adapted, made, tmp_path / "a")

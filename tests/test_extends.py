@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hf_finetune import recipe
+from hf_finetune.config import reading as config_reading
+from hf_finetune.config.reading import Reading
 from hf_finetune.errors import Problem
 from hf_finetune.recipe import Recipe
-from hf_finetune.schema import layers
-from hf_finetune.schema.reading import Reading
 
 BASE = """\
 task: {kind: text_classification, text: sentence, label: label}
@@ -80,7 +80,7 @@ def test_the_child_decides_what_the_base_said_otherwise(read: Read) -> None:
 def test_of_a_block_of_another_kind_nothing_stays(read: Read) -> None:
     Path("a.yaml").write_text("adapter: {kind: a, only: 1, both: {old: 1}}\n")
     read("extends: a.yaml\nadapter: {both: {new: 1}, kind: b}\n")
-    layer = layers.load("x.yaml", Recipe)
+    layer = config_reading.load("x.yaml", Recipe)
     assert layer.tree == {"adapter": {"both": {"new": 1}, "kind": "b"}}
     assert ("adapter", "both", "old") not in layer.origin.places
 

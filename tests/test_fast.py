@@ -23,10 +23,10 @@ from transformers import (
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_finetune import fast
-from hf_finetune.fast import attention, dropout, lora, mlp, norm
-from hf_finetune.fast.head import FastHead
-from hf_finetune.tasks import _token_loss as token_loss
+from hf_finetune.models import attention, kernels
+from hf_finetune.models import paths as models_paths
+from hf_finetune.models.kernels import FastHead
+from hf_finetune.tasks import _losses as tasks_losses
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -85,7 +85,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def plain_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
     inputs, labels = tokens()
-    return token_loss.loss_sum(model(**inputs).logits, labels, smoothing)
+    return tasks_losses.loss_sum(model(**inputs).logits, labels, smoothing)
 
 
 def fast_loss(model: Any, smoothing: float = 0.0) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_fused_lora_is_pefts_lora() -> None:
     model = llama()
     before = plain_loss(model)
     wanted = gradients(model, before)
-    assert len(lora.install(model)) == 14
+    assert len(kernels.install_lora(model)) == 14
     after = plain_loss(model)
     assert after.item() == pytest.approx(before.item(), rel=1e-6)
     assert distance(wanted, gradients(model, after)) < 1e-5
@@ -109,11 +109,11 @@ def test_fused_lora_is_pefts_lora() -> None:
 
 def test_fused_lora_gives_its_input_the_same_gradient() -> None:
     model = llama()
-    layer = next(module for module in model.modules() if lora.fits(module))
+    layer = next(module for module in model.modules() if kernels.fits(module))
     grads = []
     for is_fused in (False, True):
         if is_fused:
-            lora.install(model)
+            kernels.install_lora(model)
         x = torch.linspace(-1, 1, 5 * 64).reshape(1, 5, 64).requires_grad_()
         layer(x).square().sum().backward()
         grads.append(x.grad)
@@ -125,7 +125,7 @@ def test_in_bf16_the_fast_paths_are_as_near_to_float32_as_the_plain_one(make: Ca
     exact = llama()
     wanted = gradients(exact, plain_loss(exact))
     plain, quick = llama(torch.bfloat16), llama(torch.bfloat16)
-    lora.install(quick)
+    kernels.install_lora(quick)
     with torch.autocast("cpu", torch.bfloat16):
         errors = [
             distance(wanted, gradients(model, loss(model))) for model, loss in ((plain, plain_loss), (quick, make))
@@ -149,7 +149,7 @@ def test_a_head_that_learns_meets_trained_tokens_only(smoothing: float) -> None:
     head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
     plain, quick = plain_loss(model, smoothing), fast_loss(model, smoothing)
     assert quick.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert seen == [40, int(token_loss.counted(tokens()[1]).sum())]
+    assert seen == [40, int(tasks_losses.counted(tokens()[1]).sum())]
     assert distance(gradients(model, plain), gradients(model, fast_loss(model, smoothing))) < 1e-5
 
 
@@ -176,28 +176,28 @@ def test_plain_attention_is_eager_attention(make: Callable[[], Any]) -> None:
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     x = torch.ones(400_000, requires_grad=True)
-    y = dropout.dropout(x, 0.3, training=True)
+    y = kernels.dropout(x, 0.3, training=True)
     y.sum().backward()  # type: ignore[no-untyped-call]
     assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.003)
     assert y.mean().item() == pytest.approx(1.0, abs=0.005)
     assert x.grad is not None
     assert torch.equal(x.grad, y)
-    assert torch.equal(dropout.dropout(x, 0.3, training=False), x)
+    assert torch.equal(kernels.dropout(x, 0.3, training=False), x)
 
 
 def test_dropout_draws_from_torchs_generator() -> None:
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(dropout.multiplier(torch.ones(3, 7), 0.5))
+        drawn.append(kernels.multiplier(torch.ones(3, 7), 0.5))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_lora_dropout_drops_the_branch_alone() -> None:
     model = llama(lora_dropout=0.5)
-    layer = next(module for module in model.modules() if lora.fits(module))
-    lora.install(model)
+    layer = next(module for module in model.modules() if kernels.fits(module))
+    kernels.install_lora(model)
     layer.train()
     x = torch.ones(50_000, 64)
     whole, branch = layer.base_layer(x), layer(x) - layer.base_layer(x)
@@ -208,7 +208,7 @@ def test_lora_dropout_drops_the_branch_alone() -> None:
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_no_plain_lora_is_left_alone(options: dict[str, Any]) -> None:
-    assert lora.install(bert(**options)) == []
+    assert kernels.install_lora(bert(**options)) == []
 
 
 def test_a_disabled_or_merged_adapter_counts_as_in_peft() -> None:
@@ -216,7 +216,7 @@ def test_a_disabled_or_merged_adapter_counts_as_in_peft() -> None:
     with model.disable_adapter():
         base = model(**inputs).logits
     whole = model(**inputs).logits
-    lora.install(model)
+    kernels.install_lora(model)
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, base)
     model.merge_adapter()
@@ -237,7 +237,7 @@ def test_a_norm_gives_the_same_output_and_gradient(dtype: torch.dtype, tolerance
     x, towards = torch.randn(3, 7, 96).to(dtype), torch.randn(3, 7, 96).to(dtype)
     found = []
     for quick in (False, True):
-        assert len(norm.install(plain)) == 1 if quick else "forward" not in vars(plain)
+        assert len(kernels.install(plain)) == 1 if quick else "forward" not in vars(plain)
         one = x.clone().requires_grad_()
         y = plain(one)
         y.backward(towards)
@@ -247,7 +247,7 @@ def test_a_norm_gives_the_same_output_and_gradient(dtype: torch.dtype, tolerance
 
 
 def test_norms_that_are_trained_or_of_another_formula_are_left_alone() -> None:
-    assert norm.install(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
+    assert kernels.install(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
 
 
 def passed(model: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
@@ -277,9 +277,9 @@ def passed(model: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Ten
 )
 def test_a_gated_layer_keeps_less_and_gives_the_same_bits(dtype: torch.dtype, targets: Any) -> None:
     model = llama(dtype, lora_dropout=0.25, target_modules=targets)
-    lora.install(model)
+    kernels.install_lora(model)
     loss, wanted, before = passed(model)
-    assert len(mlp.install(model)) == 2
+    assert len(kernels.install_mlp(model)) == 2
     again, found, after = passed(model)
     assert torch.equal(loss, again)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
@@ -294,8 +294,8 @@ def test_a_gated_layer_is_plain_where_its_last_part_is_listened_to_or_switched_o
     wanted = model(**tokens()[0]).logits
     with model.disable_adapter():
         base = model(**tokens()[0]).logits
-    lora.install(model)
-    layers: list[Any] = mlp.install(model)
+    kernels.install_lora(model)
+    layers: list[Any] = kernels.install_mlp(model)
     with model.disable_adapter():
         torch.testing.assert_close(model(**tokens()[0]).logits, base, rtol=1e-4, atol=1e-5)
     heard: list[int] = []
@@ -310,7 +310,7 @@ def test_a_gated_layer_is_plain_where_its_last_part_is_listened_to_or_switched_o
 def test_gated_layers_of_another_formula_are_left_alone() -> None:
     torch.manual_seed(0)
     gelu = adapted(Gemma2ForCausalLM(Gemma2Config(**LLM, head_dim=16)))
-    assert mlp.install(gelu) == []
+    assert kernels.install_mlp(gelu) == []
     for change in (lambda y, at: 2 * y, lambda y, at: nn.functional.dropout(y, 0.5, at.training)):
         other = llama()
         for module in other.modules():
@@ -318,7 +318,7 @@ def test_gated_layers_of_another_formula_are_left_alone() -> None:
                 module.forward = lambda x, at=module, change=change: change(
                     at.down_proj(at.act_fn(at.gate_proj(x)) * at.up_proj(x)), at
                 )
-        assert mlp.install(other) == []
+        assert kernels.install_mlp(other) == []
         assert not any(module.training for module in other.modules())
 
 
@@ -327,7 +327,7 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
     inputs, labels = tokens()
     found = []
     for quick in (False, True):
-        model, paths = llama(), fast.Paths(made.task, models.TWO)
+        model, paths = llama(), models_paths.Paths(made.task, models.TWO)
         if quick:
             paths.install(model, made, models.machine())
             assert set(paths.taken) == {*SWITCHES} - {"cheap_dropout", "document_attention"}
@@ -366,9 +366,9 @@ def test_a_language_model_gets_no_mask_where_it_needs_none(monkeypatch: pytest.M
     for quick in (False, True):
         model = llama()
         model.get_base_model().set_attn_implementation("sdpa")
-        paths = fast.Paths(made.task, models.TWO)
+        paths = models_paths.Paths(made.task, models.TWO)
         if quick:
-            paths = fast.take(model, made, models.machine(), models.TWO, padded())
+            paths = models_paths.take(model, made, models.machine(), models.TWO, padded())
             assert "skip_padding_mask" in paths.taken
         masks.clear()
         loss = paths.loss_sum(model, {**inputs, "labels": labels})
@@ -384,7 +384,7 @@ def test_a_model_that_looks_ahead_keeps_its_mask() -> None:
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False  # without a mask, sdpa sees every token
-    paths = fast.take(model, made, models.machine(), models.TWO, padded())
+    paths = models_paths.take(model, made, models.machine(), models.TWO, padded())
     assert set(paths.taken) == {"none"}
     assert not paths.leaves_mask_out
 
@@ -419,9 +419,9 @@ def test_packed_documents_attend_apart(
         model = llama()
         model.get_base_model().set_attn_implementation(name)
         model.config.use_cache = False
-        paths = fast.Paths(made.task, models.TWO)
+        paths = models_paths.Paths(made.task, models.TWO)
         if quick:
-            paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
+            paths = models_paths.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
             assert "document_attention" in paths.taken
         sizes.clear()
         loss = paths.loss_sum(model, {**inputs, "position_ids": positions.clone(), "labels": labels})
@@ -449,11 +449,11 @@ def test_the_fused_loss_of_weights_that_fsdp_shards(
     cap: dict[str, Any] = {"head_dim": 16, "final_logit_softcapping": 2.0}
     base: Any = Gemma2ForCausalLM(Gemma2Config(**LLM, **cap)) if capped else LlamaForCausalLM(LlamaConfig(**LLM))
     model = adapted(base, task_type="CAUSAL_LM")
-    plain = fast.Paths(made.task, models.TWO).loss_sum(model, {**inputs, "labels": labels})
+    plain = models_paths.Paths(made.task, models.TWO).loss_sum(model, {**inputs, "labels": labels})
     expected = gradients(model, plain)
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        paths = fast.take(model, made, replace(models.machine(), is_sharded=True), models.TWO, padded())
+        paths = models_paths.take(model, made, replace(models.machine(), is_sharded=True), models.TWO, padded())
         assert {"fused_loss", "skip_padding_mask"} == set(paths.taken)
         policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)  # as accelerate has it in bf16
         for layer in model.get_base_model().model.layers:
@@ -523,7 +523,7 @@ def test_a_model_that_would_say_something_else_takes_none() -> None:
     inputs, labels = tokens()
     made = models.recipe("unused", {"kind": "lora"}, {"kind": "causal_lm", "text": "text"})
     before = model(**inputs).logits
-    paths = fast.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
+    paths = models_paths.take(model, made, models.machine(), models.TWO, {**inputs, "labels": labels})
     assert list(paths.taken) == ["none"]
     assert torch.equal(model(**inputs).logits, before)
     assert paths.loss_sum(model, {**inputs, "labels": labels}).item() == plain_loss(model).item()

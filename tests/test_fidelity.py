@@ -13,15 +13,17 @@ import pytest
 from test_chat import ASK, HEAD, PREFIXED, byte_tokenizer
 from transformers import AutoTokenizer
 
-from hf_finetune import data, finished, runlock
+from hf_finetune.data import prepare
 from hf_finetune.errors import DataError, ModelError
-from hf_finetune.pipeline import train as story
+from hf_finetune.inference import load
+from hf_finetune.pipeline import train as pipeline_train
 from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.runlock import repeating
-from hf_finetune.tasks._chat import Chat
+from hf_finetune.run import lock as run_lock
+from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks.base import IGNORE, REMARKS, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.training import repeating
 
 KNOWN = "{% if m.role in ['system', 'user', 'assistant', 'tool'] %}"
 # Knows four roles, and content that is text; everything else becomes nothing.
@@ -311,17 +313,17 @@ output: {tmp_path / "run"}
     train(Recipe.load(str(tmp_path / "recipe.yaml")))
     lock = tmp_path / "run" / "run.lock.json"
     begun = date.today().isoformat()
-    assert runlock.day(lock) == begun
-    for module in (story, finished):
+    assert run_lock.day(lock) == begun
+    for module in (pipeline_train, load):
         monkeypatch.setattr(module, "date", Later)
-    run = finished.open_run(str(tmp_path / "run"))
+    run = load.open_run(str(tmp_path / "run"))
     text = run.recipe.task.renderer(run.tokenizer).text  # type: ignore[attr-defined]
     assert text(Chat([ASKED])).startswith(f"{begun} {date.today().day} {date.today():%B}")
     kept, reading = repeating.read(str(lock), None, [f"output={tmp_path / 'again'}"])
     assert reading.recipe is not None
     train(reading.recipe, locked=repeating.Repeat(str(lock), kept))
-    again = runlock.find(tmp_path / "again" / "run.lock.json")
+    again = run_lock.find(tmp_path / "again" / "run.lock.json")
     assert again is not None
     assert again.fingerprint == kept.fingerprint
     other = run.recipe.model_copy(update={"task": run.recipe.task.model_copy(update={"date": "2031-02-03"})})
-    assert data.prepare(other, run.tokenizer, run.machine).fingerprint != kept.fingerprint
+    assert prepare.prepare(other, run.tokenizer, run.machine).fingerprint != kept.fingerprint

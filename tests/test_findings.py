@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_finetune.errors import DataError, ModelError, OutOfMemoryError, Problem, RecipeError
-from hf_finetune.findings import Findings
+from hf_finetune.errors import DataError, Findings, ModelError, OutOfMemoryError, Problem, RecipeError
 
 
 def test_the_lowest_exit_code_wins_and_every_problem_is_raised() -> None:

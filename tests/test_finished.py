@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import RECIPE, finished
 
-from hf_finetune import batching, targetsfile
+from hf_finetune.data import batches
 from hf_finetune.errors import CheckpointError, RecipeError
-from hf_finetune.finished import Finished, open_run, samebase
-from hf_finetune.records import Record, stored
-from hf_finetune.runlock.lockfile import Input
+from hf_finetune.inference import load
+from hf_finetune.inference.load import Finished, open_run
+from hf_finetune.run import folder as run_folder
+from hf_finetune.run.lock import Input
 from hf_finetune.tasks.base import Targets
+from hf_finetune.tracking.records import Record, stored
 
 
 def last_predictions(run: Path) -> Record:
@@ -28,17 +30,18 @@ def last_predictions(run: Path) -> Record:
 
 def evaluated(run: Finished, network: Any) -> np.ndarray[Any, Any]:
     """The rows of the validation split, evaluated as the training does it."""
-    from hf_finetune import data, hardware
+    from hf_finetune import device
+    from hf_finetune.data import prepare
 
-    prepared = data.prepare(run.recipe, run.tokenizer, run.machine)
+    prepared = prepare.prepare(run.recipe, run.tokenizer, run.machine)
     encoded: Any = prepared.validation
-    most = hardware.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
-    rows = batching.Rows(encoded, run.recipe.task)
+    most = device.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
+    rows = batches.Rows(encoded, run.recipe.task)
     served = run.serve(network)
     collate = partial(run.recipe.task.collate, processor=run.tokenizer, state=run.targets)
     tokens = most.budget(all_logits=served.paths.makes_all_logits)
-    loader = batching.eval_loader(rows, encoded["size"], batching.Division(most.rows, most.rows), collate, tokens)
-    plot = run.recipe.task.plots(batching.predicted(loader, served.predict), run.targets)
+    loader = batches.eval_loader(rows, encoded["size"], batches.Division(most.rows, most.rows), collate, tokens)
+    plot = run.recipe.task.plots(batches.predicted(loader, served.predict), run.targets)
     assert plot is not None
     return plot.rows
 
@@ -90,8 +93,8 @@ def test_the_base_of_a_language_model_is_the_pretrained_one(chatter: Path, tiny_
 
 def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Path) -> None:
     targets = Targets(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
-    targetsfile.write(tmp_path / "targets.json", targets)
-    kept = targetsfile.read(tmp_path / "targets.json")
+    run_folder.write(tmp_path / "targets.json", targets)
+    kept = run_folder.read_targetsfile(tmp_path / "targets.json")
     assert kept is not None
     assert (kept.targets, kept.started_in) == (targets, Path.cwd())
     assert [file.name for file in tmp_path.iterdir()] == ["targets.json"]
@@ -190,7 +193,7 @@ def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
         ({"source": "a/c", "commit": "1" * 40}, "it was a/b, is a/c"),
         ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
     ]:
-        found = samebase._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
+        found = load._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
         assert found is None if says is None else says in str(found)
 
 

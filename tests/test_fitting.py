@@ -17,15 +17,16 @@ from conftest import CHAT_RECIPE, RECIPE
 from models import machine
 from test_resume import facts, stop_at
 
-from hf_finetune import cli, hardware, resources, runlock
-from hf_finetune.errors import RecipeError, Stopped
-from hf_finetune.findings import Findings
-from hf_finetune.job import Job
-from hf_finetune.memory.bound import bound
+from hf_finetune import device
+from hf_finetune.cli import main
+from hf_finetune.errors import Findings, RecipeError, Stopped
+from hf_finetune.models.memory import bound
+from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.examine import examine
-from hf_finetune.preflight import fitting
 from hf_finetune.recipe import Recipe
-from hf_finetune.tuning import Choice
+from hf_finetune.run import lock
+from hf_finetune.run.lock import Choice
+from hf_finetune.training.job import Job
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -44,7 +45,7 @@ def prepared(folder: Path, text: str, *overrides: str) -> Ready:
     file = folder / "recipe.yaml"
     file.write_text(text)
     made = Recipe.load(str(file), list(overrides))
-    parts = examine(made, hardware.alone(made), Findings())
+    parts = examine(made, device.alone(made), Findings())
     assert parts.job is not None
     return parts.job, parts.outline
 
@@ -57,15 +58,15 @@ def ready(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Call
 
 
 def searched(made: Ready, free: int) -> tuple[int, bool]:
-    found = fitting._Search(*made, free, KNOWN).fit().made
+    found = plan._Search(*made, free, KNOWN).fit().made
     return found["micro_batch"].value, found["activation_checkpointing"].value
 
 
 def test_where_memory_is_plenty_nothing_is_estimated(ready: Callable[..., Ready]) -> None:
     why = "by rule: there is plenty of memory"
-    found = fitting.choose(*ready(), 10**9).made
+    found = plan.choose(*ready(), 10**9).made
     assert found == {"micro_batch": Choice(16, why), "activation_checkpointing": Choice(False, why)}
-    unknown = fitting.choose(*ready(), None).made["micro_batch"]
+    unknown = plan.choose(*ready(), None).made["micro_batch"]
     assert unknown == Choice(16, "by rule: how much memory is free is unknown")
 
 
@@ -82,7 +83,7 @@ def test_rows_are_halved_until_they_fit_and_then_recomputed(ready: Callable[...,
 
 
 def test_where_nothing_fits_the_most_frugal_way_is_kept(ready: Callable[..., Ready]) -> None:
-    found = fitting._Search(*ready(), 1000, KNOWN).fit()
+    found = plan._Search(*ready(), 1000, KNOWN).fit()
     assert (found.made["micro_batch"].value, found.made["activation_checkpointing"].value) == (1, True)
     assert found.lacking == KNOWN[1, True] > 1000
 
@@ -92,7 +93,7 @@ def test_a_model_that_can_not_recompute_takes_fewer_rows(
 ) -> None:
     made = ready()
     monkeypatch.setattr(type(made[1]), "supports_gradient_checkpointing", False)
-    found = fitting._Search(*made, 1000, KNOWN).fit().made
+    found = plan._Search(*made, 1000, KNOWN).fit().made
     assert (found["micro_batch"].value, found["activation_checkpointing"].value) == (1, False)
 
 
@@ -104,7 +105,7 @@ def test_what_the_recipe_says_stays(ready: Callable[..., Ready]) -> None:
     assert searched(ready("training.activation_checkpointing=true"), 300_000) == (2, True)
     both = ready("training.micro_batch=8", "training.activation_checkpointing=true")
     asked_for = {"micro_batch": Choice(8, "asked for"), "activation_checkpointing": Choice(True, "asked for")}
-    assert fitting.choose(*both, 1).made == asked_for
+    assert plan.choose(*both, 1).made == asked_for
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -115,7 +116,7 @@ def test_the_bound_is_above_the_estimate(precision: str, tmp_path: Path, tiny_ll
     job, outline = prepared(tmp_path, text, f"training.precision={precision}", "data.checks.leakage=off")
     assert job.lengths is not None
     longest = int(job.lengths.max())
-    found = fitting._Search(job, outline, 1).needed(16, again=False)
+    found = plan._Search(job, outline, 1).needed(16, again=False)
     assert found < bound(outline, job.machine, (16, longest)) < 10 * found
 
 
@@ -124,18 +125,18 @@ def test_the_bound_is_above_the_estimate(precision: str, tmp_path: Path, tiny_ll
 
 def test_a_rank_reckons_with_no_more_than_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for said, amount in [("8GB", 8 * 10**9), ("1.5 MiB", 3 << 19), ("600kb", 600_000), (" 1234 ", 1234)]:
-        whole = resources.memory_available(machine()) or 0
+        whole = device.memory_available(machine()) or 0
         monkeypatch.setenv("HF_FINETUNE_MEMORY", said)
-        assert resources.memory_available(machine()) == min(amount, whole)
+        assert device.memory_available(machine()) == min(amount, whole)
         monkeypatch.setenv("HF_FINETUNE_MEMORY", "9999 GB")
-        assert (resources.memory_available(machine()) or 0) < 9999 * 10**9
+        assert (device.memory_available(machine()) or 0) < 9999 * 10**9
 
 
 def test_what_is_no_amount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in ["much", "-1", "1 TB of it", "1e9"]:
         monkeypatch.setenv("HF_FINETUNE_MEMORY", said)
         with pytest.raises(RecipeError, match=f"HF_FINETUNE_MEMORY={said} is no amount of memory; write e.g. 8GB"):
-            resources.memory_available(machine())
+            device.memory_available(machine())
 
 
 def test_the_tightest_control_group_counts_and_cached_files_do_not(
@@ -150,21 +151,21 @@ def test_the_tightest_control_group_counts_and_cached_files_do_not(
     group(tmp_path / "job" / "step", "max", 50, 0)
     group(tmp_path / "job", "1000", 900, 300)
     (tmp_path / "mine").write_text("4:memory:/elsewhere\n0::/job/step\n")
-    monkeypatch.setattr(resources, "CGROUP", tmp_path)
-    monkeypatch.setattr(resources, "MEMBERSHIP", tmp_path / "mine")
-    assert resources.memory_available(machine()) == 400
-    assert resources.memory_available(replace(machine(), local_world_size=2)) == 200
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "MEMBERSHIP", tmp_path / "mine")
+    assert device.memory_available(machine()) == 400
+    assert device.memory_available(replace(machine(), local_world_size=2)) == 200
     group(tmp_path / "job" / "step", "50", 50, 0)
-    assert resources.memory_available(machine()) == 0
+    assert device.memory_available(machine()) == 0
     group(tmp_path, "10", 50, 0)  # a container sees its own group as the root
-    assert resources.memory_available(machine()) == 0
+    assert device.memory_available(machine()) == 0
 
 
 # ---- whole runs ----
 
 
 def chosen(folder: Path) -> dict[str, Any]:
-    found = runlock.choices(folder / "run.lock.json")
+    found = lock.choices(folder / "run.lock.json")
     assert found is not None
     return {name: found.value(name) for name in ("micro_batch", "activation_checkpointing")}
 
@@ -219,7 +220,7 @@ def test_the_plan_says_what_would_be_chosen_and_what_is_too_much(
 ) -> None:
     ready()
     monkeypatch.setenv("HF_FINETUNE_MEMORY", "1kB")
-    cli.main(["check", str(tmp_path / "recipe.yaml")])
+    main.main(["check", str(tmp_path / "recipe.yaml")])
     told = capsys.readouterr()
     assert "chosen       micro batch 1 (estimated: 1 row needs " in told.out
     assert "of up to 1\n" in told.out
@@ -227,7 +228,7 @@ def test_the_plan_says_what_would_be_chosen_and_what_is_too_much(
     assert "of memory are needed and 1 kB are free; lower data.max_length\n" in told.err
     monkeypatch.setenv("HF_FINETUNE_MEMORY", "much")
     with pytest.raises(SystemExit) as end:
-        cli.main(["check", str(tmp_path / "recipe.yaml")])
+        main.main(["check", str(tmp_path / "recipe.yaml")])
     assert end.value.code == 2
     assert "error: HF_FINETUNE_MEMORY=much is no amount of memory" in capsys.readouterr().err
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from hf_finetune.config import problems
+from hf_finetune.config.problems import keys, options
 from hf_finetune.recipe import Recipe, read
-from hf_finetune.schema import foreign
-from hf_finetune.schema.expectations import keys, options
 
 VALID = """\
 task: {kind: text_classification, text: sentence, label: label}
@@ -69,12 +69,12 @@ def dotted(block: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def test_every_key_that_is_named_exists() -> None:
-    assert set(foreign.KEYS.values()) - dotted(Recipe) == set()
+    assert set(problems.KEYS.values()) - dotted(Recipe) == set()
 
 
 def test_no_key_of_ours_is_called_foreign() -> None:
     names = {key.rpartition(".")[2] for key in dotted(Recipe)}
-    assert names & (foreign.KEYS.keys() | foreign.HINTS.keys()) == set()
+    assert names & (problems.KEYS.keys() | problems.HINTS.keys()) == set()
 
 
 def test_a_habit_of_yaml_1_1_is_pointed_out(complain: Complain) -> None:

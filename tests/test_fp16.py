@@ -15,9 +15,9 @@ import pytest
 import torch
 from test_resume import facts, interrupted, stop_at
 
-from hf_finetune import hardware, matmul
+from hf_finetune import device as device_module
 from hf_finetune.errors import DivergedError
-from hf_finetune.trainer import FinetuneTrainer
+from hf_finetune.training.trainer import FinetuneTrainer
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -43,9 +43,9 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
         monkeypatch.setattr(FinetuneTrainer, "create_accelerator_and_postprocess", create)
-        monkeypatch.setattr(hardware, "_precision", lambda asked, device: asked)
+        monkeypatch.setattr(device_module, "_precision", lambda asked, device: asked)
         # A large product takes a CPU half a minute in fp16, and is made for nothing but a share in the report.
-        monkeypatch.setattr(matmul, "peak", lambda machine: 1e9)
+        monkeypatch.setattr(device_module, "peak", lambda machine: 1e9)
 
     return start
 

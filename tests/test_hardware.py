@@ -10,10 +10,10 @@ import pytest
 import torch
 from models import recipe
 
-from hf_finetune import determinism, hardware
+from hf_finetune import device
 from hf_finetune.adapters.lora import Lora
+from hf_finetune.device import Machine
 from hf_finetune.errors import RecipeError
-from hf_finetune.hardware import Machine
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -23,43 +23,43 @@ def test_cores_follow_the_affinity() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert hardware.cores() == 1
+        assert device.cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize(("asked", "chosen"), [("fp32", "fp32"), ("bf16", "bf16")])
 def test_an_asked_precision_is_used_on_a_cpu(asked: str, chosen: str) -> None:
-    assert hardware._precision(asked, "cpu") == chosen
+    assert device._precision(asked, "cpu") == chosen
 
 
 def test_automatic_precision_on_a_cpu_needs_native_bf16() -> None:
-    assert hardware._precision("auto", "cpu") == ("bf16" if hardware.cpu_has_bf16() else "fp32")
+    assert device._precision("auto", "cpu") == ("bf16" if device.cpu_has_bf16() else "fp32")
 
 
 def test_fp16_on_a_cpu_is_an_error() -> None:
     made = recipe("any", {"kind": "lora"})
     made = made.model_copy(update={"training": made.training.model_copy(update={"precision": "fp16"})})
-    machine = hardware.alone(made)
+    machine = device.alone(made)
     assert machine.precision in ("bf16", "fp32")
     with pytest.raises(RecipeError, match=r"training\.precision: fp16 needs a CUDA device"):
-        hardware.check(made, machine)
+        device.check(made, machine)
 
 
 def test_a_rank_without_a_row_is_an_error() -> None:
-    machine = hardware.Machine("cpu", 0, 0, 8, 8, 1, "fp32", "eager")
+    machine = device.Machine("cpu", 0, 0, 8, 8, 1, "fp32", "eager")
     with pytest.raises(RecipeError, match=r"training\.batch_size: 4 rows are fewer than the 8 ranks"):
-        hardware.check(recipe("any", {"kind": "lora"}), machine)
+        device.check(recipe("any", {"kind": "lora"}), machine)
 
 
 def test_bf16_on_a_cpu_avoids_the_slow_fused_attention() -> None:
-    assert hardware._attention("auto", "cpu", "bf16") == "eager"
-    assert hardware._attention("auto", "cpu", "fp32") == "sdpa"
-    assert hardware._attention("sdpa", "cpu", "bf16") == "sdpa"
+    assert device._attention("auto", "cpu", "bf16") == "eager"
+    assert device._attention("auto", "cpu", "fp32") == "sdpa"
+    assert device._attention("sdpa", "cpu", "bf16") == "sdpa"
 
 
 def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:
-    machine = hardware.Machine("cpu", 0, 0, 1, 1, 1, "bf16", "eager")
+    machine = device.Machine("cpu", 0, 0, 1, 1, 1, "bf16", "eager")
     assert machine.base_dtype(frozen=True) == torch.bfloat16
     assert machine.base_dtype(frozen=False) == torch.float32
 
@@ -114,7 +114,7 @@ def test_attention_takes_deterministic_kernels_and_nothing_else_is_an_error(monk
     query = torch.randn(1, 2, 8, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(plain(query, query, query, is_causal=True).sum(), query)
     try:
-        determinism.enforce()
+        device.enforce()
         assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         out = functional.scaled_dot_product_attention(query, query, query, is_causal=True)

@@ -9,7 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hf_finetune import health
+from hf_finetune.launch import health
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC).timestamp()
 
@@ -46,7 +46,7 @@ def test_the_command_finds_the_run_and_imports_nothing_heavy(tmp_path: Path) -> 
     status(tmp_path, "running", -1e9)
     pointer = tmp_path / "pointer"
     heavy = "print(sorted(sys.modules.keys() & {'torch', 'pydantic', 'yaml', 'numpy'}))"
-    ask = "runpy.run_module('hf_finetune.health', run_name='__main__')"
+    ask = "runpy.run_module('hf_finetune.launch.health', run_name='__main__')"
     code = f"import sys, runpy\ntry: {ask}\nfinally: {heavy}"
     os.environ[health.VARIABLE] = str(pointer)
     try:

@@ -19,9 +19,9 @@ from conftest import RECIPE
 from forked import Server
 from models import TWO, recipe
 
-from hf_finetune import model, runstate
 from hf_finetune.errors import ModelError
-from hf_finetune.model import pretrained, weights
+from hf_finetune.models import load, pretrained
+from hf_finetune.training import resume
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "hf_finetune").rglob("*.py"))
@@ -71,7 +71,7 @@ def test_code_of_a_known_model_is_passed_over(folder: Path, sentinel: Path) -> N
     wanted = recipe(str(folder), LORA)
     with suppress(ModelError):
         pretrained.load_tokenizer(wanted.model)
-        model.skeleton(wanted, TWO)
+        load.skeleton(wanted, TWO)
     assert not sentinel.exists()
 
 
@@ -113,7 +113,7 @@ def test_pickled_weights_are_refused_unread(name: str, folder: Path, sentinel: P
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Bomb(sentinel)))
     with pytest.raises(ModelError, match=r"pytorch_model\.bin|has no model\.safetensors|a format that can run code"):
-        weights.check(recipe(str(folder), LORA).model)
+        pretrained.check(recipe(str(folder), LORA).model)
     assert not sentinel.exists()
 
 
@@ -121,16 +121,16 @@ def test_pickled_weights_beside_safe_ones_are_not_read(folder: Path, sentinel: P
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(sentinel)))
     (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(sentinel)))
     wanted = recipe(str(folder), LORA)
-    weights.check(wanted.model)
-    model.skeleton(wanted, TWO)
+    pretrained.check(wanted.model)
+    load.skeleton(wanted, TWO)
     assert not sentinel.exists()
 
 
 def test_state_that_runs_code_is_refused(tmp_path: Path, sentinel: Path) -> None:
     """Whoever forged the manifest of a checkpoint, too."""
-    (tmp_path / runstate._rng(0)).write_bytes(pickle.dumps(Bomb(sentinel)))
+    (tmp_path / resume._rng(0)).write_bytes(pickle.dumps(Bomb(sentinel)))
     with pytest.raises((pickle.UnpicklingError, RuntimeError)):
-        runstate.load_rng(tmp_path, 0)
+        resume.load_rng(tmp_path, 0)
     assert not sentinel.exists()
 
 

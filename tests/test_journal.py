@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_finetune.tracking import journal
+from hf_finetune.run import journal
 from hf_finetune.tracking.callbacks import Journal
 
 

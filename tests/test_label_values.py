@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import _labels as label_values
+from hf_finetune.tasks import _labels as labels
 from hf_finetune.tasks.base import Targets
 
 
@@ -15,34 +15,34 @@ def test_a_split_without_labels_says_what_to_remove() -> None:
     for values in [[-1, -1], [None, None]]:
         targets = Targets(names=("a", "b"), id_of={"0": 0, "1": 1})
         with pytest.raises(DataError, match=r"row 0, 1: .* has no label, nor has any other row.*remove data\.test"):
-            label_values.ids(values, "label", targets)
+            labels.ids(values, "label", targets)
 
 
 def test_a_label_that_training_lacks_is_refused_with_the_known_ones() -> None:
     names = tuple(f"n{index:02}" for index in range(30))
     targets = Targets(names, id_of={name: index for index, name in enumerate(names)})
     with pytest.raises(DataError, match=r"row 2: column 'label' holds 'x', .*: n00, .*n19 and 10 more"):
-        label_values.ids(["n01", "n02", "x"], "label", targets)
+        labels.ids(["n01", "n02", "x"], "label", targets)
 
 
 def test_mixed_types_are_refused() -> None:
     targets = Targets(names=("1", "a"), id_of={"1": 0, "a": 1})
     with pytest.raises(DataError, match="row 1: column 'label' holds text, but the rows before hold labels like 1"):
-        label_values.ids([1, "a"], "label", targets)
+        labels.ids([1, "a"], "label", targets)
     with pytest.raises(DataError, match="row 1: column 'label' holds true or false"):
-        label_values.ids([1, True], "label", targets)
+        labels.ids([1, True], "label", targets)
 
 
 def test_an_unknown_label_in_a_list_is_refused() -> None:
     targets = Targets(names=("a", "b"), id_of={"a": 0, "b": 1})
     with pytest.raises(DataError, match=r"row 1: column 'label' holds 'c', .*: a, b"):
-        label_values.multi_hot([["a"], ["a", "c"]], "label", targets)
+        labels.multi_hot([["a"], ["a", "c"]], "label", targets)
 
 
 def test_cells_other_than_zero_and_one_are_refused() -> None:
     for bad in [2, -1, None, 1.0, "1"]:
         with pytest.raises(DataError, match=r"row 7: column 'y' .*holds"):
-            label_values.cells({"x": [0, 1], "y": [0, bad]}, 6)
+            labels.cells({"x": [0, 1], "y": [0, bad]}, 6)
 
 
 def test_what_is_no_number_is_refused() -> None:
@@ -54,4 +54,4 @@ def test_what_is_no_number_is_refused() -> None:
         (True, "holds True"),
     ]:
         with pytest.raises(DataError, match=f"row 1: column 'label' {message}.*regression needs"):
-            label_values.numbers([1.0, bad], "label")
+            labels.numbers([1.0, bad], "label")

@@ -12,7 +12,6 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from sklearn.utils.class_weight import compute_class_weight
 
 from hf_finetune.errors import DataError
-from hf_finetune.tasks import _labels as label_values
 from hf_finetune.tasks import _labels as labels
 from hf_finetune.tasks.base import Targets
 
@@ -37,7 +36,7 @@ def test_names_and_ids() -> None:
     ]:
         targets = labels.read_labels(column(values), "label")
         assert targets.names == names
-        assert label_values.ids(values, "label", targets) == ids
+        assert labels.ids(values, "label", targets) == ids
         assert targets.counts == tuple(np.bincount(ids))
 
 
@@ -46,15 +45,15 @@ def test_a_class_label_brings_names_and_order() -> None:
     targets = labels.read_labels(column([1, 2, 2], feature), "label")
     assert targets.names == ("neutral", "bad", "good")
     assert targets.counts == (0, 1, 2)
-    assert label_values.ids([2, 0], "label", targets) == [2, 0]
-    assert label_values.ids(["good", "neutral"], "label", targets) == [2, 0]
+    assert labels.ids([2, 0], "label", targets) == [2, 0]
+    assert labels.ids(["good", "neutral"], "label", targets) == [2, 0]
 
 
 def test_the_recipe_may_reorder_a_class_label() -> None:
     train = column([0, 1, 1], ClassLabel(names=["bad", "good"]))
     targets = labels.read_labels(train, "label", ["good", "bad"])
     assert targets.counts == (2, 1)
-    assert label_values.ids([0, 1], "label", targets) == [1, 0]
+    assert labels.ids([0, 1], "label", targets) == [1, 0]
     with pytest.raises(DataError, match=r"task.labels must name the labels of column 'label': bad, good"):
         labels.read_labels(train, "label", ["good", "poor"])
 
@@ -62,7 +61,7 @@ def test_the_recipe_may_reorder_a_class_label() -> None:
 def test_integers_count_where_the_names_of_a_class_label_are_integers_too() -> None:
     targets = labels.read_labels(column([0, 1], ClassLabel(names=["1", "0"])), "label")
     assert targets.names == ("1", "0")
-    assert label_values.ids([0, 1], "label", targets) == [0, 1]
+    assert labels.ids([0, 1], "label", targets) == [0, 1]
 
 
 def test_the_recipe_may_name_the_labels() -> None:
@@ -75,7 +74,7 @@ def test_the_recipe_may_name_the_labels() -> None:
     ]:
         targets = labels.read_labels(column(values), "label", names)
         assert targets.names == tuple(names)
-        assert label_values.ids(values, "label", targets) == ids
+        assert labels.ids(values, "label", targets) == ids
 
 
 def test_unfit_training_labels_are_refused() -> None:
@@ -140,7 +139,7 @@ def test_lists_of_labels() -> None:
         targets = labels.read_lists(column(values, feature), "label")
         assert targets.names == names
         assert targets.counts == (2, 1)
-        assert label_values.multi_hot(values, "label", targets) == [[1, 1], [0, 0], [1, 0]]
+        assert labels.multi_hot(values, "label", targets) == [[1, 1], [0, 0], [1, 0]]
 
 
 def test_unfit_lists_are_refused() -> None:
@@ -160,7 +159,7 @@ def test_columns_of_zeros_and_ones(cells: list[Any]) -> None:
     train = Dataset.from_dict({"x": cells, "y": [0, 0, 1]})
     targets = labels.read_cells(train, ["x", "y"])
     assert (targets.names, targets.counts) == (("x", "y"), (2, 1))
-    assert label_values.cells(train[:]) == [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    assert labels.cells(train[:]) == [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
 
 
 def test_columns_of_zeros_alone_are_refused() -> None:
@@ -171,7 +170,7 @@ def test_columns_of_zeros_alone_are_refused() -> None:
 @pytest.mark.parametrize(("values", "kind"), [([1, 2], int), ([0.5, -1.0], float)])
 def test_numbers(values: list[Any], kind: type) -> None:
     assert labels.read_numbers(column(values), "label") == Targets(("label",), (2,), id_of={"label": 0})
-    assert label_values.numbers(values, "label") == [float(value) for value in values]
+    assert labels.numbers(values, "label") == [float(value) for value in values]
     assert isinstance(values[0], kind)
 
 

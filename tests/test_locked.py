@@ -15,8 +15,8 @@ import pytest
 from conftest import RECIPE
 from test_resume import facts, stop_at
 
-from hf_finetune import cli
-from hf_finetune.tuning import attention as choosing
+from hf_finetune.cli import main
+from hf_finetune.models import tuning
 
 __all__ = ["stop_at"]
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ QUICK = ["tracking.images=false", "tracking.report=false"]
 def go(*words: object) -> int:
     """Run a command in this process; returns its exit code."""
     try:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -57,7 +57,7 @@ def test_a_repeat_is_the_same_bits_and_leaves_the_run_alone(
 def test_what_was_chosen_by_measuring_is_taken_over(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(choosing, "WORTH", 1)  # every run is long enough to measure
+    monkeypatch.setattr(tuning, "WORTH", 1)  # every run is long enough to measure
     monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "first").mkdir()
     lock = tmp_path / "first" / "run.lock.json"
@@ -138,7 +138,7 @@ def test_a_damaged_lock_is_one_line_without_torch(classifier: Path, tmp_path: Pa
     lock = tmp_path / "run.lock.json"
     lock.write_text((classifier / "run.lock.json").read_text()[:999])
     code = (
-        "import sys; from hf_finetune.cli import main\n"
+        "import sys; from hf_finetune.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: sys.exit(10 + end.code if 'torch' in sys.modules else end.code)"
     )

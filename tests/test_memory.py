@@ -12,9 +12,9 @@ import torch
 from models import CLASSIFIER, LANGUAGE_MODEL, TWO, build, machine, recipe
 from test_adapters import ADAPTERS
 
-from hf_finetune import memory, model
-from hf_finetune.memory import Estimate, Shapes, state
-from hf_finetune.memory.ledger import Ledger, fake
+from hf_finetune.models import load, memory, pretrained
+from hf_finetune.models.ledger import Ledger, fake
+from hf_finetune.models.memory import Estimate, Shapes
 from hf_finetune.tasks.base import Targets
 
 MB = 1 << 20
@@ -27,14 +27,14 @@ def estimate(made: Any, rows: int = 4, tokens: int = 16, **shapes: tuple[int, in
 
 def on(device: Any, made: Any, shapes: Shapes) -> Estimate:
     targets = TWO if made.task.peft_task == "SEQ_CLS" else Targets()
-    return memory.estimate(made, targets, model.load_tokenizer(made.model), device, shapes)
+    return memory.estimate(made, targets, pretrained.load_tokenizer(made.model), device, shapes)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa_modules_tokens", "adalora", "ia3", "full"])
 def test_an_outline_has_the_parameters_of_the_real_model(name: str, tiny_bert: str) -> None:
     made = recipe(tiny_bert, ADAPTERS[name])
-    outline = memory.outline(made, TWO, model.load_tokenizer(made.model))
-    assert (outline.trained, outline.total) == model.parameter_counts(build(made))
+    outline = memory.outline(made, TWO, pretrained.load_tokenizer(made.model))
+    assert (outline.trained, outline.total) == load.parameter_counts(build(made))
     assert {parameter.device.type for parameter in outline.model.parameters()} == {"meta"}
 
 
@@ -43,9 +43,9 @@ def test_an_adapter_that_is_continued_is_outlined_by_its_config(kind: str, tiny_
     first = recipe(tiny_bert, ADAPTERS[kind])
     first.adapter.save(build(first), str(tmp_path / "adapter"))
     made = recipe(tiny_bert, {"kind": kind, "from": str(tmp_path)})
-    counts = model.parameter_counts(build(made))
+    counts = load.parameter_counts(build(made))
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "away")
-    outline = memory.outline(made, TWO, model.load_tokenizer(made.model))
+    outline = memory.outline(made, TWO, pretrained.load_tokenizer(made.model))
     assert (outline.trained, outline.total) == counts
 
 
@@ -77,15 +77,15 @@ def test_an_accelerator_holds_no_process_and_no_holes(tiny_llama: str) -> None:
 def test_every_problem_of_a_classifier_can_be_estimated(kind: str, tiny_bert: str) -> None:
     made = recipe(tiny_bert, ADAPTERS["lora"], CLASSIFIER | {"problem": kind})
     names = ("score",) if kind == "regression" else ("a", "b")
-    tokenizer = model.load_tokenizer(made.model)
+    tokenizer = pretrained.load_tokenizer(made.model)
     assert memory.estimate(made, Targets(names), tokenizer, GPU, Shapes((4, 16))).parts["activations"]
 
 
 def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
     made = recipe(tiny_bert, {"kind": "full"})
     adapted = build(made)
-    two = state.lasting(made, adapted, replace(machine(), world_size=2))
-    assert two["gradients to exchange"] == 4 * model.parameter_counts(adapted)[0]
+    two = memory.lasting_state(made, adapted, replace(machine(), world_size=2))
+    assert two["gradients to exchange"] == 4 * load.parameter_counts(adapted)[0]
 
 
 def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_llama: str) -> None:
@@ -93,8 +93,8 @@ def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_
     shares = []
     for quantization in (None, "nf4"):
         made = recipe(tiny_llama, {"kind": "lora", "r": 4}, LANGUAGE_MODEL, quantization=quantization)
-        outline = memory.outline(made, Targets(), model.load_tokenizer(made.model)).model
-        share, whole = (state.loading(made, outline, device)["weights"] for device in (sharded, GPU))
+        outline = memory.outline(made, Targets(), pretrained.load_tokenizer(made.model)).model
+        share, whole = (memory.loading_state(made, outline, device)["weights"] for device in (sharded, GPU))
         shares.append(share / whole)
     assert shares[0] < 0.3
     assert shares[1] == 1
@@ -115,20 +115,20 @@ def test_logits_have_an_account_of_their_own() -> None:
 def test_adamw_keeps_two_fp32_moments_of_what_is_trained(tiny_bert: str) -> None:
     made = recipe(tiny_bert, {"kind": "full"})
     adapted = build(made)
-    assert state.lasting(made, adapted, machine())["optimiser state"] == 8 * model.parameter_counts(adapted)[0]
+    assert memory.lasting_state(made, adapted, machine())["optimiser state"] == 8 * load.parameter_counts(adapted)[0]
 
 
 def test_nf4_takes_half_a_byte_and_scales_of_a_byte_for_64_weights() -> None:
     weight = torch.empty(4096, 4096, device="meta")
     blocks = 4096 * 4096 // 64
-    assert state.quantized_size(weight, "nf4") == 4096 * 4096 // 2 + blocks + 4 * (blocks // 256) + 4 * 272 + 4
-    assert state.quantized_size(weight, "int8") == 4096 * 4096 + 4 * 4096
+    assert memory.quantized_size(weight, "nf4") == 4096 * 4096 // 2 + blocks + 4 * (blocks // 256) + 4 * 272 + 4
+    assert memory.quantized_size(weight, "int8") == 4096 * 4096 + 4 * 4096
 
 
 def test_quantised_weights_are_those_of_the_body_only(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL, quantization="nf4")
-    adapted = memory.outline(made, Targets(), model.load_tokenizer(made.model)).model
-    assert len(state.quantized_layers(made, adapted)) == 2 * 7
+    adapted = memory.outline(made, Targets(), pretrained.load_tokenizer(made.model)).model
+    assert len(memory.quantized_layers(made, adapted)) == 2 * 7
 
 
 def test_the_ledger_counts_what_lives_at_once() -> None:
@@ -181,7 +181,7 @@ def test_a_mask_is_taken_to_pick_everything() -> None:
 
 
 def test_the_peak_of_this_process_is_no_less_than_what_it_holds() -> None:
-    assert (memory.peak("cpu") or 0) >= (state.resident("VmRSS") or 0) > 50 * MB
+    assert (memory.peak("cpu") or 0) >= (memory.resident("VmRSS") or 0) > 50 * MB
 
 
 def test_the_peak_is_not_the_parents() -> None:
@@ -197,8 +197,8 @@ def test_what_the_heap_holds_and_nobody_uses_is_given_back() -> None:
     # Each below what is mapped apart, with something small and lasting after it.
     blocks = [(torch.ones(2 * MB), torch.ones(1024)) for _ in range(32)]
     small = [keep for _, keep in blocks]
-    before = state.resident("VmRSS") or 0
+    before = memory.resident("VmRSS") or 0
     del blocks
     memory.give_back()
-    assert before - (state.resident("VmRSS") or 0) > 150 * MB
+    assert before - (memory.resident("VmRSS") or 0) > 150 * MB
     assert len(small) == 32

@@ -13,14 +13,14 @@ import transformers
 from merged import finished, logits, plain, rows, written
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, machine, recipe
 
-from hf_finetune import merging, model
-from hf_finetune.cli import main
-from hf_finetune.errors import DataError, ModelError, RecipeError, StorageError
-from hf_finetune.findings import Findings
-from hf_finetune.finished import Finished
-from hf_finetune.merging import Options, folder, story, weights
+from hf_finetune.cli.main import main
+from hf_finetune.errors import DataError, Findings, ModelError, RecipeError, StorageError
+from hf_finetune.inference import merge, merge_options, weights
+from hf_finetune.inference.load import Finished
+from hf_finetune.inference.merge_options import Options
+from hf_finetune.models import load, pretrained
 from hf_finetune.recipe import Recipe
-from hf_finetune.runfolder import RunFolder
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks.base import Targets
 
 NONE = Targets()
@@ -123,7 +123,7 @@ def test_numbers_that_fp16_lacks_are_refused(tiny_llama: str, tmp_path: Path) ->
         next(merged.network.parameters())[0, 0] = 1e6
     (tmp_path / "folder").mkdir()
     with pytest.raises(ModelError, match=r"embed_tokens\.weight holds numbers that fp16 can't; give --dtype bf16"):
-        folder.write(merged.network, run, "fp16", "5GB", tmp_path / "folder")
+        weights.write(merged.network, run, "fp16", "5GB", tmp_path / "folder")
 
 
 def test_a_trained_embedding_no_longer_shares_its_weights_with_the_output_layer(
@@ -184,11 +184,11 @@ def tensors(place: Path) -> set[str]:
 def test_the_merged_classifier_has_the_metric_of_the_run_in_plain_transformers(
     classifier: Path, classifier_folder: Path
 ) -> None:
-    from hf_finetune import data
-    from hf_finetune.finished import open_run
+    from hf_finetune.data import prepare
+    from hf_finetune.inference.load import open_run
 
     run = open_run(str(classifier))
-    prepared = data.prepare(run.recipe, run.tokenizer, run.machine)
+    prepared = prepare.prepare(run.recipe, run.tokenizer, run.machine)
     raw: Any = prepared.raw_validation
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier_folder)
     network = transformers.AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
@@ -285,7 +285,7 @@ def test_a_merge_that_changes_the_model_is_refused(chatter: Path, tmp_path: Path
 
     monkeypatch.setattr(weights, "_unloaded", spoil)
     with pytest.raises(ModelError, match="the merged weights are not the adapter's model"):
-        merging.merge(str(chatter), Options(to=str(tmp_path / "m")))
+        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,15 +297,15 @@ def test_a_folder_that_is_there_is_replaced_only_on_request_and_only_if_merge_wr
     (others / "thesis.tex").write_text("three years")
     for place, overwrite in ((others, False), (others, True)):
         with pytest.raises(RecipeError, match="holds files that `merge` did not write"):
-            merging.merge(str(chatter), Options(to=str(place), overwrite=overwrite))
+            merge_options.merge(str(chatter), Options(to=str(place), overwrite=overwrite))
     leftover = tmp_path / ".mine.partial"
     leftover.mkdir()
     (leftover / "half.safetensors").write_text("of a process that was killed")
-    merging.merge(str(chatter), Options(to=str(mine)))
+    merge_options.merge(str(chatter), Options(to=str(mine)))
     with pytest.raises(RecipeError, match="give --overwrite"):
-        merging.merge(str(chatter), Options(to=str(mine)))
+        merge_options.merge(str(chatter), Options(to=str(mine)))
     (mine / "old").touch()
-    merging.merge(str(chatter), Options(to=str(mine), overwrite=True))
+    merge_options.merge(str(chatter), Options(to=str(mine), overwrite=True))
     assert not (mine / "old").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "others"]
 
@@ -348,10 +348,10 @@ def test_the_folder_one_is_in_is_no_place_for_a_model(tmp_path: Path, monkeypatc
 def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path, tmp_path: Path) -> None:
     overrides = [f"data.train={tmp_path / 'gone.jsonl'}"]
     with pytest.raises(DataError, match="rows to compare on can also be given with --data FILE"):
-        merging.merge(str(chatter), Options(to=str(tmp_path / "m")), overrides)
+        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")), overrides)
     given = tmp_path / "given.jsonl"
     given.write_text('{"question": "what is one plus two ?", "answer": "one equals two ."}\n' * 3)
-    merging.merge(str(chatter), Options(to=str(tmp_path / "m"), data=(str(given),), rows=2), overrides)
+    merge_options.merge(str(chatter), Options(to=str(tmp_path / "m"), data=(str(given),), rows=2), overrides)
     assert {key: report(tmp_path / "m")["rows"][key] for key in ("split", "used", "of")} == {
         "split": "data",
         "used": 2,
@@ -360,9 +360,9 @@ def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path
 
 
 def test_a_full_disk_is_told_before_anything_is_written(chatter: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(folder, "free_bytes", lambda place: 10)
+    monkeypatch.setattr(weights, "free_bytes", lambda place: 10)
     with pytest.raises(StorageError, match="bytes, 10 are free"):
-        merging.merge(str(chatter), Options(to=str(tmp_path / "m")))
+        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -374,7 +374,7 @@ def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise(
     half.save_pretrained(tmp_path / "base")
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     run = finished(recipe(str(tmp_path / "base"), LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
-    assert story._stored_dtype(run) == "bf16"
+    assert merge._stored_dtype(run) == "bf16"
 
 
 def test_json_lines_have_the_figures(classifier: Path, tmp_path: Path, capsys: Any) -> None:
@@ -410,11 +410,11 @@ def test_an_adapter_of_tied_embeddings_is_warned_about_before_training_and_refus
 ) -> None:
     made = recipe(tiny_llama, LORA | {"target_modules": targets}, LANGUAGE_MODEL)
     findings = Findings()
-    model.examine(made, NONE, model.load_tokenizer(made.model), findings)
+    load.examine(made, NONE, pretrained.load_tokenizer(made.model), findings)
     (warning,) = findings.warnings
     assert warning.key == "adapter.target_modules"
     assert "`merge` can't make full weights of this adapter" in warning.message
-    run = Finished(RunFolder(str(tmp_path)), made, machine(), NONE, model.load_tokenizer(made.model))
+    run = Finished(RunFolder(str(tmp_path)), made, machine(), NONE, pretrained.load_tokenizer(made.model))
     with pytest.raises(ModelError, match="shares its weights with the other embedding"):
         weights.merged(rows(run))
 
@@ -422,5 +422,5 @@ def test_an_adapter_of_tied_embeddings_is_warned_about_before_training_and_refus
 @pytest.mark.parametrize("more", [{}, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}])
 def test_what_can_be_merged_is_not_warned_about(more: Any, tiny_llama: str) -> None:
     made, findings = recipe(tiny_llama, LORA | more, LANGUAGE_MODEL), Findings()
-    model.examine(made, NONE, model.load_tokenizer(made.model), findings)
+    load.examine(made, NONE, pretrained.load_tokenizer(made.model), findings)
     assert findings.warnings == []

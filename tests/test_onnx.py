@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from hf_finetune import merging
-from hf_finetune.cli import main
+from hf_finetune.cli.main import main
 from hf_finetune.errors import ModelError
-from hf_finetune.merging import Options, onnxfile
+from hf_finetune.inference import export, merge_options
+from hf_finetune.inference.merge_options import Options
 
 AUTO = {"classifier": "AutoModelForSequenceClassification", "chatter": "AutoModelForCausalLM"}
 
@@ -77,15 +77,15 @@ def test_its_metric_is_reported(folder: Path) -> None:
 
 
 def test_a_file_that_gives_other_logits_is_refused(classifier: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    real = onnxfile.session
+    real = export.session
 
     def other(file: Path) -> Any:
         run = real(file)
         return lambda batch: run(batch) + 0.5
 
-    monkeypatch.setattr(onnxfile, "session", other)
+    monkeypatch.setattr(export, "session", other)
     with pytest.raises(ModelError, match="the ONNX file is not the merged model"):
-        merging.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
+        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_torch_cannot_export_is_told_in_one_line(
     def fails(self: Any, *values: torch.Tensor) -> torch.Tensor:
         return values[0] if values[0].sum() > 0 else values[1]  # depends on data
 
-    monkeypatch.setattr(onnxfile._Positional, "forward", fails)
+    monkeypatch.setattr(export._Positional, "forward", fails)
     with pytest.raises(ModelError, match=r"torch\.onnx can't export this model: .*leave --onnx out"):
-        merging.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
+        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_finetune import opening
 from hf_finetune.errors import CheckpointError, DataError, ModelError, RecipeError
+from hf_finetune.inference import opening
 
 ALL_AT_ONCE = """\
 import json, sys

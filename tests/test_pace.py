@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_finetune.pace import Pace
-from hf_finetune.schema.blocks import NO_CHECKPOINTS, Checkpoints
+from hf_finetune.config.blocks import NO_CHECKPOINTS, Checkpoints
+from hf_finetune.training.callbacks import Pace
 
 
 def spent(wanted: Checkpoints, cost: float, epoch: int, steps: int = 20_000) -> tuple[list[int], list[str]]:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_finetune.errors import ModelError
-from hf_finetune.tasks._packing import PACKED_ATTENTION, check_packing, packed, padded
+from hf_finetune.tasks._tokens import PACKED_ATTENTION, check_packing, packed, padded
 from hf_finetune.tasks.base import IGNORE, Targets
 from hf_finetune.tasks.causal_lm import CausalLM
 

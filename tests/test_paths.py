@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_finetune.config import paths
 from hf_finetune.recipe import read
-from hf_finetune.schema import paths
 
 VALID = """\
 task: {kind: text_classification, text: sentence, label: label}

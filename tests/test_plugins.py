@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError, create_model
 
-from hf_finetune.plugins import Plugin, Section, discover, key_of, union
+from hf_finetune.config.section import Plugin, Section, discover, key_of, union
 from hf_finetune.recipe import Recipe
 
 PLUGIN = """

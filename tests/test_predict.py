@@ -18,9 +18,10 @@ from scipy import special
 from test_finished import last_predictions
 
 from hf_finetune.errors import DataError, RecipeError
-from hf_finetune.predicting import command, rows
-from hf_finetune.predicting.command import Options
-from hf_finetune.predicting.sinks import Sink, prefix_for
+from hf_finetune.inference import predict as inference_predict
+from hf_finetune.inference import rows as inference_rows
+from hf_finetune.inference.predict import Options
+from hf_finetune.inference.sinks import Sink, prefix_for
 
 Predict = Callable[..., str]
 
@@ -32,7 +33,7 @@ def predict(classifier: Path, tmp_path: Path) -> Predict:
     def start(text: str, suffix: str = ".csv", to: str | None = None, **options: Any) -> str:
         source, target = tmp_path / f"in{suffix}", tmp_path / f"out{to or suffix}"
         source.write_text(text, encoding="utf-8")
-        command.run(Options(str(classifier), input=str(source), output=str(target), **options))
+        inference_predict.run(Options(str(classifier), input=str(source), output=str(target), **options))
         return target.read_text(encoding="utf-8") if target.suffix != ".parquet" else str(target)
 
     return start
@@ -43,13 +44,15 @@ def objects(text: str) -> list[dict[str, Any]]:
 
 
 def test_predictions_are_those_of_the_training(classifier: Path, tmp_path: Path) -> None:
-    from hf_finetune import data
-    from hf_finetune.finished import open_run
+    from hf_finetune.data import prepare
+    from hf_finetune.inference.load import open_run
 
     run = open_run(str(classifier))
-    raw: Any = data.prepare(run.recipe, run.tokenizer, run.machine).raw_validation
+    raw: Any = prepare.prepare(run.recipe, run.tokenizer, run.machine).raw_validation
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in raw["text"]))
-    command.run(Options(str(classifier), input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.jsonl")))
+    inference_predict.run(
+        Options(str(classifier), input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.jsonl"))
+    )
     found = objects((tmp_path / "out.jsonl").read_text())
     record = last_predictions(classifier)
     logits = record.arrays["rows"][:, :2]
@@ -135,7 +138,9 @@ def test_parquet_keeps_its_types(classifier: Path, tmp_path: Path) -> None:
 
     table = pa.table({"text": ["a film", "the plot"], "n": pa.array([1, None], pa.int8()), "l": [[1], []]})
     pq.write_table(table, tmp_path / "in.parquet")
-    command.run(Options(str(classifier), input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out.parquet")))
+    inference_predict.run(
+        Options(str(classifier), input=str(tmp_path / "in.parquet"), output=str(tmp_path / "out.parquet"))
+    )
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.select(["text", "n", "l"]).equals(table)
     assert found.schema.field("score").type == pa.float64()
@@ -184,7 +189,7 @@ def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(
 ) -> None:
     source = tmp_path / "in.csv"
     source.write_text("n,text\n" + "".join(f"{n},the film is{' very' * (n % 7)} good\n" for n in range(8_000)))
-    command.run(Options(str(classifier), input=str(source), output=str(tmp_path / f"whole.{to}")))
+    inference_predict.run(Options(str(classifier), input=str(source), output=str(tmp_path / f"whole.{to}")))
     target = tmp_path / f"out.{to}"
     arguments = (str(classifier), "--input", str(source), "--output", str(target))
     state = tmp_path / f"out.{to}.partial.json"
@@ -201,11 +206,11 @@ def test_a_killed_call_goes_on_and_gives_what_one_piece_gives(
     changed = source.read_text()
     source.write_text(changed + "8000,more\n")
     with pytest.raises(RecipeError, match="was begun with another input"):
-        command.run(Options(str(classifier), input=str(source), output=str(target)))
+        inference_predict.run(Options(str(classifier), input=str(source), output=str(target)))
     source.write_text(changed)
     with pytest.raises(RecipeError, match="another settings"):
-        command.run(Options(str(classifier), input=str(source), output=str(target), on_bad_row="skip"))
-    command.run(Options(str(classifier), input=str(source), output=str(target)))
+        inference_predict.run(Options(str(classifier), input=str(source), output=str(target), on_bad_row="skip"))
+    inference_predict.run(Options(str(classifier), input=str(source), output=str(target)))
     assert target.read_bytes() == (tmp_path / f"whole.{to}").read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -233,7 +238,7 @@ def test_a_pipe_with_a_name_is_read_once(classifier: Path, tmp_path: Path) -> No
     writing = threading.Thread(target=lambda: (tmp_path / "in").write_text("text\na film\n"))
     writing.start()
     options = Options(str(classifier), input=str(tmp_path / "in"), output=str(tmp_path / "out.csv"), input_format="csv")
-    command.run(options)
+    inference_predict.run(options)
     writing.join()
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
@@ -241,10 +246,10 @@ def test_a_pipe_with_a_name_is_read_once(classifier: Path, tmp_path: Path) -> No
 def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"question": "what is one plus two ?", "id": 7}\n{"question": "what is ten plus one ?"}\n')
-    command.run(Options(str(chatter), input=str(source), output=str(target), max_new_tokens=3))
+    inference_predict.run(Options(str(chatter), input=str(source), output=str(target), max_new_tokens=3))
     found = objects(target.read_text())
     assert [set(row) for row in found] == [{"question", "id", "generated", "ended"}, {"question", "generated", "ended"}]
-    from hf_finetune.finished import open_run
+    from hf_finetune.inference.load import open_run
     from hf_finetune.tasks._generation import generate
 
     run = open_run(str(chatter))
@@ -254,7 +259,7 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
     answer = generate(run.model(), run.tokenizer, prompts, max_new_tokens=3, batch_size=1)[0]
     assert found[0]["generated"] == answer.text
     with pytest.raises(RecipeError, match="tsv can't"):
-        command.run(Options(str(chatter), input=str(source), output=str(tmp_path / "out.tsv")))
+        inference_predict.run(Options(str(chatter), input=str(source), output=str(tmp_path / "out.tsv")))
 
 
 def test_mistakes_of_the_command_line(classifier: Path) -> None:
@@ -266,30 +271,29 @@ def test_mistakes_of_the_command_line(classifier: Path) -> None:
         ({"max_new_tokens": 3}, RecipeError, "for language models"),
     ]:
         with pytest.raises(kind, match=says):
-            command.run(Options(str(classifier), **options))
+            inference_predict.run(Options(str(classifier), **options))
 
 
 def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_finetune.evaluating import command as evaluation
-    from hf_finetune.evaluating import harness
-    from hf_finetune.finished import open_run
+    from hf_finetune.inference import evaluate, lm_eval
+    from hf_finetune.inference.load import open_run
 
     monkeypatch.setenv("HF_FINETUNE_ROOT", str(classifier))
     with pytest.raises(RecipeError, match=r"--input /etc/hosts: lies outside[^$]*--output /x: lies outside"):
-        command.run(Options(str(classifier), input="/etc/hosts", output="/x"))
+        inference_predict.run(Options(str(classifier), input="/etc/hosts", output="/x"))
     with pytest.raises(RecipeError, match="--data /x: lies outside"):
-        evaluation.run(evaluation.Options(str(classifier), files=("/x",)))
+        evaluate.run(evaluate.Options(str(classifier), files=("/x",)))
     with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
-        harness.run(str(classifier), (), harness.Wish(("a",), "/x"), "text")
+        lm_eval.run(str(classifier), (), lm_eval.Wish(("a",), "/x"), "text")
     with pytest.raises(RecipeError, match="lies outside"):
         open_run(str(classifier.parent))
 
 
 def test_an_input_that_can_not_be_read_is_named(tmp_path: Path) -> None:
-    locked = rows.Input(str(tmp_path / "locked.csv"), "csv")
+    locked = inference_rows.Input(str(tmp_path / "locked.csv"), "csv")
     (tmp_path / "in.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"in\.parquet: can't be read as parquet"):
-        rows.Input(str(tmp_path / "in.parquet"), "parquet").count()
+        inference_rows.Input(str(tmp_path / "in.parquet"), "parquet").count()
     if os.geteuid():  # root reads anything
         (tmp_path / "locked.csv").touch(mode=0)
         with pytest.raises(DataError, match="can't be read: Permission denied"):
@@ -299,4 +303,6 @@ def test_an_input_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_refused(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(b"text\n\xff\xfe\n")
     with pytest.raises(DataError, match=r"in\.csv:2: is not UTF-8 at byte 5"):
-        command.run(Options(str(classifier), input=str(tmp_path / "in.csv"), output=str(tmp_path / "out.csv")))
+        inference_predict.run(
+            Options(str(classifier), input=str(tmp_path / "in.csv"), output=str(tmp_path / "out.csv"))
+        )

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from hf_finetune import preemption
 from hf_finetune.errors import Stopped
-from hf_finetune.preemption import StopRequest
+from hf_finetune.training import callbacks
+from hf_finetune.training.callbacks import StopRequest
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_alone_a_second_signal_does_not_wait() -> None:
     with stop.listening(), stop.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a copy, as `timeout` sends it
-        stop._since -= preemption.COPY_S
+        stop._since -= callbacks.COPY_S
         with pytest.raises(Stopped) as stopped:
             signal.raise_signal(signal.SIGTERM)
     assert "at once by a second signal, SIGTERM" in stopped.value.reason
@@ -53,7 +53,7 @@ def test_a_later_signal_or_another_one_is_no_copy() -> None:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped, match="130"):
             signal.raise_signal(signal.SIGINT)
-        stop._since -= preemption.ECHO_S
+        stop._since -= callbacks.ECHO_S
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
 
@@ -63,7 +63,7 @@ def test_the_first_signal_of_a_rank_that_knows_already_changes_nothing() -> None
     with stop.listening(), stop.deferred():
         stop._agreed = signal.SIGTERM  # as `agreed` leaves it where another rank was told before
         signal.raise_signal(signal.SIGTERM)
-        stop._since -= preemption.COPY_S
+        stop._since -= callbacks.COPY_S
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
 
@@ -83,7 +83,7 @@ def interrupted_with_its_launcher(told: Any) -> None:
         deadline = time.monotonic() + 30
         while os.getppid() == launcher and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(1.2 * preemption.COPY_S)
+        time.sleep(1.2 * callbacks.COPY_S)
         told.send(stop.agreed())
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)

@@ -11,11 +11,11 @@ import pytest
 from hubserver import Hub, Repo
 from pushing import REPO, TOKEN, command
 
-from hf_finetune import continuation
+from hf_finetune.config import blocks
 from hf_finetune.errors import PushError
-from hf_finetune.hub import outgoing
+from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
-from hf_finetune.schema import hub as schema
+from hf_finetune.run import continuation
 
 Push = Callable[..., int]
 
@@ -227,7 +227,7 @@ def test_machines_are_told_in_json(push: Push, capsys: pytest.CaptureFixture[str
 
 def test_private_is_what_nobody_stated_and_hub_may_change_within_a_run(classifier: Path) -> None:
     text = (classifier / "recipe.yaml").read_text()
-    assert schema.Hub(repo=REPO).private
+    assert blocks.Hub(repo=REPO).private
     changed = text.replace("hub: null", "hub: {repo: me/x, private: false, timeout: 5.0}")
     assert changed != text
     assert continuation.refuse_changes(text, changed, []) == []
@@ -267,4 +267,4 @@ def test_a_damaged_card_or_configuration_is_named(name: str, content: bytes, tmp
     (folder / "adapter_model.safetensors").touch()
     (folder / name).write_bytes(content)
     with pytest.raises(PushError, match=rf"{name}: is damaged"):
-        outgoing.gather(folder, REPO, staging)
+        files.gather(folder, REPO, staging)

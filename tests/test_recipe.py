@@ -16,9 +16,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_finetune.config import yamlfile
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.recipe import Recipe, json_schema
-from hf_finetune.schema import yamlfile
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from hf_finetune.config import yamlfile
+from hf_finetune.config.reading import Reading
+from hf_finetune.config.yamlfile import OVERRIDE
 from hf_finetune.pipeline.check import look
 from hf_finetune.recipe import Recipe, read
-from hf_finetune.schema import yamlfile
-from hf_finetune.schema.origin import OVERRIDE
-from hf_finetune.schema.reading import Reading
 
 VALID = """\
 task: {kind: text_classification, text: sentence, label: label, labels: [a, b], class_weights: {a: 1.0, b: 2.0}}

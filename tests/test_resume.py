@@ -119,7 +119,7 @@ def test_other_signals_stop_too_and_status_is_true(  # noqa: PLR0917
 
 
 def test_a_second_signal_does_not_wait(run: Runner, stop_at: Callable[..., None], monkeypatch: Any) -> None:
-    from hf_finetune import runstate
+    from hf_finetune.training import resume
 
     def save(*arguments: Any) -> None:
         time.sleep(0.6)  # sooner it would count as a copy of the first
@@ -127,7 +127,7 @@ def test_a_second_signal_does_not_wait(run: Runner, stop_at: Callable[..., None]
         time.sleep(0.2)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(runstate, "save_trained", save)
+    monkeypatch.setattr(resume, "save_trained", save)
     stop_at(3)
     with pytest.raises(Stopped):
         run(*STEPS)

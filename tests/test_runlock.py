@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from hf_finetune import continuation, hardware
+from hf_finetune import device
+from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, RecipeError
-from hf_finetune.hardware import Machine
 from hf_finetune.recipe import Recipe
-from hf_finetune.runlock import Lock, drift, lockfile, making, surroundings
-from hf_finetune.runlock import read as read_lock
-from hf_finetune.runlock.lockfile import File, Git, Input, Made, RecipeText
-from hf_finetune.runlock.repeating import Repeat, read
-from hf_finetune.tuning import Choice
+from hf_finetune.run import continuation
+from hf_finetune.run import lock as run_lock
+from hf_finetune.run.lock import Choice, File, Git, Input, Lock, Made, RecipeText
+from hf_finetune.run.lock import read as read_lock
+from hf_finetune.training import locking
+from hf_finetune.training.repeating import Repeat, read
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -52,12 +53,12 @@ def recipe_of(lock: Lock) -> Recipe:
 
 
 def here(lock: Lock) -> Machine:
-    return hardware.alone(recipe_of(lock))
+    return device.alone(recipe_of(lock))
 
 
 def told(lock: Lock, *allowed: str, recipe: Recipe | None = None) -> list[str]:
     """What may not differ and does."""
-    found = drift.find(lock, recipe or recipe_of(lock), here(lock), allowed)
+    found = locking.find(lock, recipe or recipe_of(lock), here(lock), allowed)
     return [f"{problem.key}: {problem.message}" for problem in found.problems]
 
 
@@ -105,7 +106,7 @@ def test_quantised_runs_lock_their_package(locked: Path) -> None:
     lock = read_lock(str(locked))
     recipe = recipe_of(lock)
     quantised = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
-    assert "bitsandbytes" in surroundings.packages(quantised, here(lock))
+    assert "bitsandbytes" in locking.packages_surroundings(quantised, here(lock))
 
 
 def test_the_checkout_is_told_by_commit_and_whether_it_is_dirty(
@@ -113,19 +114,19 @@ def test_the_checkout_is_told_by_commit_and_whether_it_is_dirty(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert surroundings.checkout() is None
+    assert locking.checkout() is None
     (tmp_path / "file").write_text("1")
     who = ["-c", "user.name=n", "-c", "user.email=e@e"]
     for words in (["init", "-q"], ["add", "file"], [*who, "commit", "-qm", "m"]):
         subprocess.run(["git", *words], check=True)
-    clean = surroundings.checkout()
+    clean = locking.checkout()
     assert clean is not None
     assert len(clean.commit) == 40
     assert clean.dirty is False
     (tmp_path / "other").write_text("untracked")
-    assert surroundings.checkout() == clean
+    assert locking.checkout() == clean
     (tmp_path / "file").write_text("2")
-    assert surroundings.checkout() == Git(commit=clean.commit, dirty=True)
+    assert locking.checkout() == Git(commit=clean.commit, dirty=True)
 
 
 # ---- files that are no lock
@@ -211,27 +212,27 @@ def test_packages_and_hardware_may_differ_where_it_is_allowed(locked: Path) -> N
 
         lock = edited(locked, edit)
         assert [line.split(":")[0] for line in told(lock, *allowed)] == left
-        notes = drift.find(lock, recipe_of(lock), here(lock), allowed).notes
+        notes = locking.find(lock, recipe_of(lock), here(lock), allowed).notes
         assert len(notes) == 3 - len(left)
         assert all("as --allow-change says: bits may differ" in note for note in notes)
 
 
 def test_a_run_that_was_changed_while_it_went_on_is_not_what_its_recipe_says(locked: Path) -> None:
     first = read_lock(str(locked))
-    same = making.going_on(first, locked)
+    same = locking.going_on(first, locked)
     assert same.changed == []
     recipe = RecipeText.of(first.recipe.whole.replace("learning_rate: 0.003", "learning_rate: 0.004"))
     other = first.model_copy(update={"recipe": recipe, "hardware": {**first.hardware, "ranks": 2}})
-    second = making.going_on(other, locked)
+    second = locking.going_on(other, locked)
     assert second.changed == ["training.learning_rate was 0.003, is 0.004", "lock.hardware.ranks was 1, is 2"]
     second.write(locked)
-    assert making.going_on(first, locked).changed[:2] == second.changed
+    assert locking.going_on(first, locked).changed[:2] == second.changed
     back = first.model_copy(update={"changed": second.changed[:1]})
     (line,) = told(back)
     assert line.startswith("lock.changed: the run was changed while it went on: training.learning_rate was 0.003, is")
     assert told(back, "lock.changed") == []
     locked.write_text("{}")
-    assert making.going_on(first, locked).changed == ["an earlier start left no lock that can be read"]
+    assert locking.going_on(first, locked).changed == ["an earlier start left no lock that can be read"]
 
 
 def test_nothing_else_may_differ(locked: Path) -> None:
@@ -264,26 +265,26 @@ def test_files_are_compared_by_content_and_told_by_name() -> None:
 
         if says and "b1 a2" in now:
             says = []  # the same contents in the same order: names don't count
-        found = list(drift._changed(files(was), files(now)))
+        found = list(locking._changed(files(was), files(now)))
         assert [line[: len(start)] for line, start in zip(found, says, strict=True)] == says
 
 
 def test_of_many_changed_files_some_are_told_and_the_rest_counted() -> None:
     was = Input(files=[File(name=f"{n}", size=1, sha256="0") for n in range(50)])
     now = Input(files=[File(name=f"{n}", size=1, sha256="1") for n in range(50)])
-    found = list(drift._changed(was, now))
-    assert len(found) == drift.FILES_TOLD + 1
+    found = list(locking._changed(was, now))
+    assert len(found) == locking.FILES_TOLD + 1
     assert found[-1] == "30 more files changed"
 
 
 def test_a_commit_on_the_hub_is_compared_and_so_is_where_it_comes_from() -> None:
     was = Input(source="owner/name", split="train", asked="main", commit="a" * 40)
-    assert list(drift._changed(was, replace_input(was, asked="a" * 40))) == []
-    assert "commit was a" in next(drift._changed(was, replace_input(was, commit="b" * 40)))
-    assert "commit was a" in next(drift._changed(was, replace_input(was, commit=None)))
-    assert "split was train, is test" in next(drift._changed(was, replace_input(was, split="test")))
-    assert "was owner/name on the Hub, is 0 local files" in next(drift._changed(was, Input()))
-    assert "was not given, is 0 local files" in next(drift._changed(None, Input()))
+    assert list(locking._changed(was, replace_input(was, asked="a" * 40))) == []
+    assert "commit was a" in next(locking._changed(was, replace_input(was, commit="b" * 40)))
+    assert "commit was a" in next(locking._changed(was, replace_input(was, commit=None)))
+    assert "split was train, is test" in next(locking._changed(was, replace_input(was, split="test")))
+    assert "was owner/name on the Hub, is 0 local files" in next(locking._changed(was, Input()))
+    assert "was not given, is 0 local files" in next(locking._changed(None, Input()))
 
 
 def replace_input(one: Input, **changes: Any) -> Input:
@@ -310,9 +311,9 @@ def test_files_may_lie_elsewhere(locked: Path, tmp_path: Path) -> None:
 
 def test_a_new_driver_or_commit_is_only_told(locked: Path) -> None:
     lock = edited(locked, lambda content: content.update(git={"commit": "c" * 40, "dirty": True}))
-    found = drift.find(lock, recipe_of(lock), here(lock), ())
+    found = locking.find(lock, recipe_of(lock), here(lock), ())
     assert found.problems == []
-    assert (surroundings.checkout() is None) == (found.notes == [])
+    assert (locking.checkout() is None) == (found.notes == [])
     assert all("the working directory was at commit cccccccccccc with changes" in note for note in found.notes)
 
 
@@ -354,7 +355,7 @@ def test_a_repeat_that_can_not_do_what_was_chosen_is_refused(locked: Path) -> No
     assert [str(problem.key) for problem in refusal.value.problems] == ["lock.choices.compiled"]
     Repeat("lock", lock, ("lock.hardware",)).refuse_other(other)
     made = Made.model_validate(other.dump())
-    (told,) = making.going_on(lock.model_copy(update={"choices": made}), locked).changed
+    (told,) = locking.going_on(lock.model_copy(update={"choices": made}), locked).changed
     assert told.startswith("lock.choices.compiled was ")
 
 
@@ -374,9 +375,9 @@ def test_a_repeat_is_uploaded_only_where_the_command_says_to(locked: Path) -> No
 
 def test_memory_is_another_where_device_or_ranks_are(locked: Path) -> None:
     lock = read_lock(str(locked))
-    assert surroundings.is_same_memory(locked, here(lock))
-    assert not surroundings.is_same_memory(locked, replace(here(lock), world_size=2))
-    assert surroundings.is_same_memory(locked.with_name("none.json"), here(lock))
+    assert locking.is_same_memory(locked, here(lock))
+    assert not locking.is_same_memory(locked, replace(here(lock), world_size=2))
+    assert locking.is_same_memory(locked.with_name("none.json"), here(lock))
 
 
 # ---- the recipe of a repeat, and where it goes
@@ -447,4 +448,4 @@ def test_a_lock_that_cannot_be_written_is_a_storage_error(locked: Path, tmp_path
 
     with pytest.raises(StorageError, match="can't be written"):
         read_lock(str(locked)).write(tmp_path / "nowhere" / "run.lock.json")
-    assert lockfile.choices(tmp_path / "absent") is None
+    assert run_lock.choices(tmp_path / "absent") is None

@@ -16,16 +16,17 @@ import reported
 from reported import CHAT, CLASSES, EVIL
 from scipy import stats
 
-from hf_finetune import runreport, tables
+from hf_finetune.config.blocks import Tracking
+from hf_finetune.log import text as log_text
 from hf_finetune.recipe import Recipe
-from hf_finetune.records import Record
-from hf_finetune.runfolder import RunFolder
-from hf_finetune.runreport import content, intervals, markdown
-from hf_finetune.runreport.remains import RunData
-from hf_finetune.schema.watching import Tracking
+from hf_finetune.reports import intervals
+from hf_finetune.reports import run as reports_run
+from hf_finetune.reports.run import RunData
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks import _metrics as metrics
 from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -140,7 +141,7 @@ def test_all_wrong_and_models_that_agree_everywhere_have_an_interval_too() -> No
 def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
     run = data_of(reported.classifier(tmp_path), CLASSES)
     lines = [{**line, "matmul_share": 0.584} for line in run.of("train")] + [{**run.summary, "matmul_share": 0.484}]
-    assert "48.4%" in dict(content.cost(replace(run, lines=lines)))["Matmul peak"]
+    assert "48.4%" in dict(reports_run.cost(replace(run, lines=lines)))["Matmul peak"]
 
 
 def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
@@ -160,7 +161,7 @@ def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
     def last_line(**tracking: Any) -> str:
         made = reported.recipe(tmp_path, CLASSES).model_copy(update={"tracking": Tracking(**tracking)})
         outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("runs/a b"), **found)
-        return runreport.summary_lines(outcome)[-1]
+        return reports_run.summary_lines(outcome)[-1]
 
     assert last_line().endswith("  tensorboard --logdir 'runs/a b/tensorboard'")
     assert last_line(folder="elsewhere").endswith("  tensorboard --logdir elsewhere")
@@ -216,8 +217,8 @@ def test_a_run_that_went_on_after_its_end_has_an_older_final_evaluation(tmp_path
 
 def test_numbers_that_json_can_not_hold_stop_no_report(tmp_path: Path) -> None:
     folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": "nan", "accuracy": 0.5}))
-    assert "| 20 | nan | 0.5000 |" in markdown.text(data_of(folder, CLASSES), [])
-    assert "nan" in runreport.page(folder, reported.recipe(tmp_path, CLASSES))
+    assert "| 20 | nan | 0.5000 |" in reports_run.text(data_of(folder, CLASSES), [])
+    assert "nan" in reports_run.page(folder, reported.recipe(tmp_path, CLASSES))
 
 
 def test_an_older_record_is_not_taken_for_the_newest(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_an_older_record_is_not_taken_for_the_newest(tmp_path: Path) -> None:
 
 
 def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
-    text = markdown.text(data_of(reported.classifier(tmp_path), CLASSES), [])
+    text = reports_run.text(data_of(reported.classifier(tmp_path), CLASSES), [])
     assert re.search(r"\| accuracy \| 0\.8 \| 0\.\d+ to 0\.\d+ \|", text)
     assert "Intervals: 95% percentile bootstrap, 1,000 resamples of 80 rows." in text
     assert "| row | label | predicted | confidence | text |" in text
@@ -237,7 +238,7 @@ def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
 
 
 def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:
-    text = markdown.text(data_of(reported.classifier(tmp_path), CLASSES), [])
+    text = reports_run.text(data_of(reported.classifier(tmp_path), CLASSES), [])
     assert "<script" not in text
     assert not set("\x1b\u202e") & set(text)
     rows = [line for line in text.splitlines() if line.startswith("| 3 | good |")]
@@ -245,7 +246,7 @@ def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:
 
 
 def test_cost_is_what_all_devices_took(tmp_path: Path) -> None:
-    told_ = dict(content.cost(data_of(reported.classifier(tmp_path), CLASSES)))
+    told_ = dict(reports_run.cost(data_of(reported.classifier(tmp_path), CLASSES)))
     assert told_["Cost"] == "2 device-hours of cuda (4 x 30:00)"
     assert told_["A step"] == "data 0.1 s (10%), forward 0.2 s (20%), backward 0.5 s (50%), optimizer 0.2 s (20%)"
     assert told_["Matmul peak"].startswith("25.0%")
@@ -255,7 +256,7 @@ def test_cost_is_what_all_devices_took(tmp_path: Path) -> None:
 def test_what_a_resumed_run_cost_is_said_to_be_a_part(tmp_path: Path) -> None:
     folder = reported.classifier(tmp_path)
     Record("environment", "train", 12, facts={"table": {}}).write(folder.observations)
-    cost = dict(content.cost(data_of(folder, CLASSES)))
+    cost = dict(reports_run.cost(data_of(folder, CLASSES)))
     assert cost["Time"] == "30:00, evaluations in between included; from step 12 on, where the run was resumed"
 
 
@@ -294,7 +295,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The page of a hostile run, made from its folder alone."""
     folder = tmp_path_factory.mktemp(request.param)
     run = getattr(reported, request.param)(folder)
-    return runreport.page(run, reported.recipe(folder, CLASSES if request.param == "classifier" else CHAT))
+    return reports_run.page(run, reported.recipe(folder, CLASSES if request.param == "classifier" else CHAT))
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(made: str) -> None:
@@ -315,11 +316,11 @@ def test_hostile_texts_are_texts(made: str) -> None:
 
 def test_the_same_folder_makes_the_same_page(tmp_path: Path) -> None:
     folder, recipe = reported.speaker(tmp_path), reported.recipe(tmp_path, CHAT)
-    assert runreport.page(folder, recipe) == runreport.page(folder, recipe)
+    assert reports_run.page(folder, recipe) == reports_run.page(folder, recipe)
 
 
 def test_tokens_are_coloured_by_their_loss(tmp_path: Path) -> None:
-    page = runreport.page(reported.speaker(tmp_path), reported.recipe(tmp_path, CHAT))
+    page = reports_run.page(reported.speaker(tmp_path), reported.recipe(tmp_path, CHAT))
     assert '<span class="loss l9" title="loss 6 nats, entropy 1">▁the</span>' in page
     assert '<span class="loss masked-token">&lt;s&gt;</span>' in page
     assert "who?<br>" in page, "samples"
@@ -327,7 +328,7 @@ def test_tokens_are_coloured_by_their_loss(tmp_path: Path) -> None:
 
 def test_a_run_without_records_says_what_is_missing(tmp_path: Path) -> None:
     folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": 1.0, "accuracy": 0.5}))
-    page = runreport.page(folder, reported.recipe(tmp_path, CLASSES))
+    page = reports_run.page(folder, reported.recipe(tmp_path, CLASSES))
     assert "The predictions on validation were not kept" in page
     assert '<td class="n">0.5</td>' in page
     assert page.count("<svg") == 5
@@ -337,7 +338,7 @@ def test_a_run_without_records_says_what_is_missing(tmp_path: Path) -> None:
 def test_whatever_is_missing_there_is_a_page(tmp_path: Path, gone: str) -> None:
     folder = reported.speaker(tmp_path)
     (folder.path / gone).rename(tmp_path / "gone")
-    assert "Run report" in runreport.page(folder, reported.recipe(tmp_path, CHAT))
+    assert "Run report" in reports_run.page(folder, reported.recipe(tmp_path, CHAT))
 
 
 def test_a_real_run_leaves_its_report(run: Runner) -> None:
@@ -351,7 +352,7 @@ def test_a_real_run_leaves_its_report(run: Runner) -> None:
     assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.6g}</td>' in page
     assert done.outcome.prepared.fingerprint in page
     assert "PeftModel.from_pretrained(model, folder)" in page
-    assert runreport.page(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml"))) == page
+    assert reports_run.page(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml"))) == page
 
 
 def test_a_report_that_can_not_be_written_loses_no_run(
@@ -373,11 +374,11 @@ def test_a_record_that_is_not_whole_loses_no_run(
     done = run("tracking.report=true")
     capsys.readouterr()
     Record("examples", "eval", done.outcome.steps, facts={"rows": [{"row": 1}]}).write(done.folder / "observations")
-    runreport.write(done.outcome, done.lines("eval"))
+    reports_run.write(done.outcome, done.lines("eval"))
     told_ = capsys.readouterr().err.splitlines()
     assert [line for line in told_ if "is not complete (KeyError: 'label')" in line] == told_
 
 
 def test_texts_end_no_block_of_code() -> None:
-    assert tables.fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
-    assert EVIL not in tables.cell(EVIL)
+    assert log_text.fenced("a\n```\nb", "yaml") == "````yaml\na\n```\nb\n````"
+    assert EVIL not in log_text.cell(EVIL)

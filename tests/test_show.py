@@ -10,14 +10,14 @@ from prepared import CLASSES, PAIRS, TEXTS, Made, make, reviews
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_finetune.datareport import show
-from hf_finetune.datareport.examples import HEAD, TAIL
+from hf_finetune.reports import data
+from hf_finetune.reports.data import HEAD, TAIL
 
 QUESTION = {"question": "what is two plus two ?", "answer": "four ."}
 
 
 def shown(made: Made, count: int = 1, *, colour: bool = False) -> list[str]:
-    return show.lines(made.recipe, made.prepared, made.tokenizer, count, colour)
+    return data.lines(made.recipe, made.prepared, made.tokenizer, count, colour)
 
 
 def test_a_classifiers_row_counts_as_a_whole(tmp_path: Path, tiny_bert: str) -> None:

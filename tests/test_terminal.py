@@ -21,9 +21,11 @@ from conftest import QUICK, RECIPE
 from forked import Server
 from screens import Terminal
 
-from hf_finetune import cli, terminal
+from hf_finetune import log
+from hf_finetune.cli import main as cli_main
 from hf_finetune.errors import Problem
-from hf_finetune.terminal import Message, Phase, plain
+from hf_finetune.log import lines as log_lines
+from hf_finetune.log.lines import Message, Phase
 
 ROOT = Path(__file__).parent.parent
 BAR = "━"
@@ -54,14 +56,14 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Terminal]]:
             return shown
 
         yield start
-        terminal.close()
+        log.close()
 
 
 @pytest.fixture
 def closed() -> Iterator[None]:
     """Whatever manner a test chooses ends with it."""
     yield
-    terminal.close()
+    log.close()
 
 
 def wait_for(text: str, shown: Terminal, seconds: float = 180) -> None:
@@ -74,7 +76,7 @@ def wait_for(text: str, shown: Terminal, seconds: float = 180) -> None:
 def main(*words: str) -> int:
     """The command line in this process; its exit code."""
     try:
-        cli.main(words)
+        cli_main.main(words)
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -180,13 +182,13 @@ def test_drawn_lines_are_never_wider_than_the_terminal(start: Start) -> None:
 
 def test_what_others_print_stands_above_the_display(live: Callable[[], Terminal]) -> None:
     screen = live()
-    terminal.open_for()
-    with terminal.phase("working", 10, "rows"):
+    log.open_for()
+    with log.phase("working", 10, "rows"):
         print("from a library")
         sys.stderr.write("and its complaint\n")
-        terminal.warn("mind the gap")
+        log.warn("mind the gap")
         time.sleep(0.3)
-    terminal.say("afterwards")
+    log.say("afterwards")
     wait_for("afterwards", screen)
     assert screen.screen() == [
         "from a library", "and its complaint", "hf_finetune: warning: mind the gap", "afterwards"
@@ -196,10 +198,10 @@ def test_what_others_print_stands_above_the_display(live: Callable[[], Terminal]
 def test_no_color_is_respected(live: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
     screen = live()
     monkeypatch.setenv("NO_COLOR", "1")
-    terminal.open_for()
-    with terminal.phase("working", 10) as it:
+    log.open_for()
+    with log.phase("working", 10) as it:
         it.done = 5
-        terminal.warn("no colour")
+        log.warn("no colour")
         time.sleep(0.3)
     wait_for(BAR, screen)
     assert re.findall(r"\x1b\[[\d;]*3\d[\d;]*m", screen.output) == []
@@ -211,9 +213,9 @@ def test_without_a_capable_terminal_lines_are_plain(
 ) -> None:
     screen = live()
     monkeypatch.setenv(name, value)
-    terminal.open_for()
-    with terminal.phase("working", 10):
-        terminal.say("a line")
+    log.open_for()
+    with log.phase("working", 10):
+        log.say("a line")
     wait_for("a line", screen)
     assert screen.output == "a line\r\n"
 
@@ -223,22 +225,22 @@ def test_a_terminal_that_goes_away_stops_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     ours, theirs = pty.openpty()
     monkeypatch.setattr(sys, "stdout", os.fdopen(theirs, "w"))
-    terminal.open_for()
-    with terminal.phase("working", 10):
+    log.open_for()
+    with log.phase("working", 10):
         os.close(ours)
-        terminal.say("into the void")
+        log.say("into the void")
         time.sleep(0.6)
-    terminal.say("and on")
-    terminal.close()
+    log.say("and on")
+    log.close()
 
 
 def test_a_step_costs_next_to_nothing(live: Callable[[], Terminal]) -> None:
     live()
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from hf_finetune.tracking.console import Console
+    from hf_finetune.tracking.callbacks import Console
 
-    terminal.open_for()
+    log.open_for()
     console, state, control = Console(("loss",)), TrainerState(max_steps=10_000), TrainerControl()
     arguments: Any = TrainingArguments
     console.on_train_begin(arguments, state, control)
@@ -297,7 +299,7 @@ def test_usage_errors_crashes_warnings_and_prints_are_objects(
         warnings.warn("odd", RuntimeWarning, stacklevel=1)
         raise KeyError("x")
 
-    monkeypatch.setattr(cli, "_run", crash)
+    monkeypatch.setattr(cli_main, "_run", crash)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main("train", "--log-format", "json") == 1
@@ -352,11 +354,11 @@ def test_a_quiet_run_says_nothing_and_a_quiet_check_what_is_wrong(
 def test_long_phases_are_told_and_short_ones_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "LONG_S", 0.1)
-    terminal.open_for()
-    with terminal.phase("short", 10, "rows"):
+    monkeypatch.setattr(log_lines, "LONG_S", 0.1)
+    log.open_for()
+    with log.phase("short", 10, "rows"):
         pass
-    with terminal.phase("tokenising train", 12_000, "rows") as it:
+    with log.phase("tokenising train", 12_000, "rows") as it:
         it.done = 3_000
         time.sleep(0.4)
     assert capsys.readouterr().out == "tokenising train: 3,000/12,000 rows ...\ntokenising train: 12,000 rows in 0:00\n"
@@ -365,17 +367,17 @@ def test_long_phases_are_told_and_short_ones_not(
 @pytest.mark.usefixtures("closed")
 def test_other_ranks_say_errors_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    terminal.open_for()
-    terminal.say("hello")
-    terminal.warn("mind")
-    terminal.report([Problem("is full", key="output")], 5)
+    log.open_for()
+    log.say("hello")
+    log.warn("mind")
+    log.report([Problem("is full", key="output")], 5)
     assert capsys.readouterr() == ("", "hf_finetune: error: rank 3: output: is full\n")
 
 
 @pytest.mark.parametrize("options", [[], ["--log-format", "json"]])
 def test_nobody_reads_and_a_full_disk(options: list[str]) -> None:
     code = (
-        "import sys; from hf_finetune import terminal; from hf_finetune.cli.parser import open_terminal\n"
+        "import sys; from hf_finetune import terminal; from hf_finetune.cli.main import open_terminal\n"
         "open_terminal(sys.argv[1:])\n"
         "for n in range(3000): terminal.say(f'line {n}')\n"
         "terminal.warn('w'); terminal.close()"
@@ -391,15 +393,15 @@ def test_nobody_reads_and_a_full_disk(options: list[str]) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.say("label \x1b]0;title\x07 \u202eevil\ttab")
+    log.say("label \x1b]0;title\x07 \u202eevil\ttab")
     assert capsys.readouterr().out == "label \\x1b]0;title\\x07 \\u202eevil\ttab\n"
 
 
 def test_a_terminal_without_a_letter_shows_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "out").open("w", encoding="latin-1") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        terminal.say("żółw")
-        terminal.say("next")
+        log.say("żółw")
+        log.say("next")
     assert (tmp_path / "out").read_text() == "\\u017c\\xf3\\u0142w\nnext\n"
 
 
@@ -416,8 +418,9 @@ def test_the_time_left_counts_from_where_a_run_goes_on() -> None:
 def test_rows_are_counted_though_other_processes_encode_them(
     tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_finetune import data, hardware, model
-    from hf_finetune.data import encoding
+    from hf_finetune import device
+    from hf_finetune.data import encoding, prepare
+    from hf_finetune.models import pretrained
     from hf_finetune.recipe import Recipe
 
     seen: dict[str, Phase] = {}
@@ -432,7 +435,7 @@ def test_rows_are_counted_though_other_processes_encode_them(
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=tiny_bert, data=reviews(400), output=tmp_path / "run"))
     made = Recipe.load(str(file), ["data.workers=2", f"data.cache={tmp_path / 'cache'}"])
-    data.prepare(made, model.load_tokenizer(made.model), hardware.alone(made), phase)
+    prepare.prepare(made, pretrained.load_tokenizer(made.model), device.alone(made), phase)
     assert {name: (it.done, it.total) for name, it in seen.items() if it.total} == {
         "tokenising train": (300, 300), "tokenising validation": (100, 100)
     }  # fmt: skip
@@ -441,6 +444,6 @@ def test_rows_are_counted_though_other_processes_encode_them(
 def test_check_prints_one_json_document_however_long_it_takes(
     recipe: str, closed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plain, "LONG_S", 0.0)
+    monkeypatch.setattr(log_lines, "LONG_S", 0.0)
     assert main("check", recipe, "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["exit_code"] == 0

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_finetune import matmul
-from hf_finetune.flops import Flops
-from hf_finetune.model import load_tokenizer
+from hf_finetune import device
+from hf_finetune.models.ledger import Flops
+from hf_finetune.models.pretrained import load_tokenizer
 from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Arithmetic, StepTimes, Tally
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_the_summary_says_what_the_machine_can_do(run: Callable[..., Run]) -> No
 
 
 def test_an_evaluation_at_the_end_of_an_epoch_is_no_training_time(run: Callable[..., Run], monkeypatch: Any) -> None:
-    from hf_finetune.trainer import FinetuneTrainer
+    from hf_finetune.training.trainer import FinetuneTrainer
 
     original = FinetuneTrainer.prediction_step
 
@@ -120,12 +120,12 @@ def test_flops_follow_the_formula() -> None:
 
 def test_measuring_the_machine_draws_no_random_number() -> None:
     state = torch.random.get_rng_state()
-    assert 1e8 < matmul.peak(models.machine()) < 1e14
+    assert 1e8 < device.peak(models.machine()) < 1e14
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_loader_counts_tokens_and_squares_of_documents_packed_or_not(tmp_path: Path, tiny_llama: str) -> None:
-    from hf_finetune.batching import Division, GlobalBatches, PackedRows, Rows, train_loader
+    from hf_finetune.data.batches import Division, GlobalBatches, PackedRows, Rows, train_loader
     from hf_finetune.tasks.base import Targets
     from hf_finetune.tasks.causal_lm import CausalLM
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_finetune.tasks import _token_loss as token_loss
+from hf_finetune.tasks import _losses as losses
 from hf_finetune.tasks.base import IGNORE
 
 
@@ -21,25 +21,25 @@ def batch(rows: int = 3, tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_gradient_are_torchs_summed_ones(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "CHUNK", 2)
+    monkeypatch.setattr(losses, "CHUNK", 2)
     logits, labels = batch()
     wanted = cross_entropy(
         logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum", label_smoothing=smoothing
     )
-    found = token_loss.loss_sum(logits, labels, smoothing)
+    found = losses.loss_sum(logits, labels, smoothing)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)))
 
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
     logits, labels = batch()
-    assert token_loss.loss_sum(logits.bfloat16(), labels).dtype == torch.float32
+    assert losses.loss_sum(logits.bfloat16(), labels).dtype == torch.float32
 
 
 def test_no_counted_label_is_a_loss_and_gradient_of_zero() -> None:
     logits, labels = batch()
     labels[:, 1:] = IGNORE
-    loss = token_loss.loss_sum(logits, labels)
+    loss = losses.loss_sum(logits, labels)
     torch.autograd.backward(loss)
     assert loss.item() == 0.0
     assert logits.grad is not None
@@ -48,7 +48,7 @@ def test_no_counted_label_is_a_loss_and_gradient_of_zero() -> None:
 
 
 def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return token_loss.row_sums(token_loss.each(*token_loss._kept(logits, labels)), labels)
+    return losses.row_sums(losses.each(*losses._kept(logits, labels)), labels)
 
 
 def test_row_sums_are_nll_tokens_and_hits_of_each_row() -> None:
@@ -58,4 +58,4 @@ def test_row_sums_are_nll_tokens_and_hits_of_each_row() -> None:
     assert rows.shape == (3, 3)
     assert rows[:, 1].tolist() == [1.0, 0.0, 4.0]
     assert rows[0].tolist() == pytest.approx([-logits[0, 0].log_softmax(-1).max().item(), 1.0, 1.0])
-    assert rows[:, 0].sum().item() == pytest.approx(token_loss.loss_sum(logits, labels).item())
+    assert rows[:, 0].sum().item() == pytest.approx(losses.loss_sum(logits, labels).item())

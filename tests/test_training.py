@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hf_finetune import saving
 from hf_finetune.errors import CheckpointError, DataError, DivergedError, ModelError, RecipeError
-from hf_finetune.tracking.journal import MEASURED
+from hf_finetune.inference import saving
+from hf_finetune.run.journal import MEASURED
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -156,9 +156,9 @@ def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing
 def test_a_quantised_run_ends_without_a_second_base(
     run: Runner, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hf_finetune import model
+    from hf_finetune.models import load
 
-    monkeypatch.setattr(model, "fresh_base", lambda *unused: pytest.fail("a second base was loaded"))
+    monkeypatch.setattr(load, "fresh_base", lambda *unused: pytest.fail("a second base was loaded"))
     done = run(CHAT, f"model.name={tiny_llama}", "model.quantization=nf4", "data.max_length=64", "training.epochs=1")
     assert done.outcome.reload_difference is None
     assert "every bit of the weights is equal" in capsys.readouterr().out
@@ -219,16 +219,16 @@ def test_the_best_checkpoint_comes_back_with_every_adapter(run: Runner, adapter:
 def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
     run: Runner, monkeypatch: pytest.MonkeyPatch, adapter: str, tmp_path: Path
 ) -> None:
-    from hf_finetune import export
+    from hf_finetune.inference import saving
 
     kept: dict[str, Any] = {}
-    save = saving.save
+    save = saving.save_saving
 
     def catch(trainer: Any, folder: Any) -> float | None:
         kept.update(model=trainer.bare_model, job=trainer.job)
         return save(trainer, folder)
 
-    monkeypatch.setattr(saving, "save", catch)
+    monkeypatch.setattr(saving, "save_saving", catch)
     done = run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
     job, model = kept["job"], kept["model"]
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -236,21 +236,21 @@ def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
         for parameter in model.parameters():
             parameter.zero_()  # as if other ranks had it
     again, rest = tmp_path / "again", (job.targets, job.tokenizer)
-    export.save(model, job.recipe, *rest, again, state=state)
+    saving.save(model, job.recipe, *rest, again, state=state)
     weights = "model.safetensors" if adapter == "full" else "adapter_model.safetensors"
     assert (again / weights).read_bytes() == (done.folder / "adapter" / weights).read_bytes()
-    export.compare(model, job.recipe, again, state)
+    saving.compare(model, job.recipe, again, state)
     with pytest.raises(ModelError, match=r"does not hold the trained model: \d+ weights differ"):
-        export.compare(model, job.recipe, again)
+        saving.compare(model, job.recipe, again)
 
 
 def test_a_run_ends_well_where_a_second_model_does_not_fit(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_finetune import model
+    from hf_finetune.models import load
 
     def too_large(*unused: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(model, "fresh_base", too_large)
+    monkeypatch.setattr(load, "fresh_base", too_large)
     done = run()
     assert (done.status["state"], done.outcome.reload_difference) == ("done", None)
     assert done.lines("summary")[0]["read_back"] == "equal"

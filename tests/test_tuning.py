@@ -13,12 +13,14 @@ import pytest
 import torch
 from test_resume import facts, interrupted, stop_at
 
-from hf_finetune import runlock, tuning
 from hf_finetune.errors import Stopped
-from hf_finetune.fast import Paths, compiled
-from hf_finetune.pipeline import train as story
-from hf_finetune.tuning import Bench, Choice, Choices, compilation
-from hf_finetune.tuning import attention as choosing
+from hf_finetune.models import paths as models_paths
+from hf_finetune.models import tuning
+from hf_finetune.models.paths import Paths
+from hf_finetune.models.tuning import Bench
+from hf_finetune.pipeline import train
+from hf_finetune.run import lock as run_lock
+from hf_finetune.run.lock import Choice, Choices
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -38,27 +40,27 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is long enough to measure."""
-    monkeypatch.setattr(choosing, "WORTH", 1)
-    monkeypatch.setattr(compilation, "WORTH", 1)
+    monkeypatch.setattr(tuning, "WORTH", 1)
+    monkeypatch.setattr(tuning, "WORTH", 1)
 
 
 def bench_of(run: Runner, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Bench:
     """The bench of a run that took one step."""
     kept: list[Any] = []
-    plain = story.take_fast_paths
+    plain = train.take_fast_paths
 
-    def keep(training: story.Training) -> None:
+    def keep(training: train.Training) -> None:
         kept.append(training.bench)
         plain(training)
 
-    monkeypatch.setattr(story, "take_fast_paths", keep)
+    monkeypatch.setattr(train, "take_fast_paths", keep)
     run("training.steps=1", *overrides)
     bench: Bench = kept[0]
     return bench
 
 
 def chosen(done: Run) -> Choices:
-    found = runlock.choices(done.folder / "run.lock.json")
+    found = run_lock.choices(done.folder / "run.lock.json")
     assert found is not None
     return found
 
@@ -107,7 +109,7 @@ def test_measuring_leaves_no_trace(run: Runner, monkeypatch: pytest.MonkeyPatch)
     bench = bench_of(run, monkeypatch, "model.dropout=0.1")
     model, random = bench.adapted.eval(), torch.get_rng_state()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    choice = choosing._choose(replace(bench, micro_batches=10_000))
+    choice = tuning._choose(replace(bench, micro_batches=10_000))
     assert choice.is_measured
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
@@ -121,7 +123,7 @@ def test_packed_rows_are_measured_and_checked_too(
 ) -> None:
     bench = bench_of(run, monkeypatch, CHAT, f"model.name={tiny_llama}", "data.packing=true", "data.max_length=64")
     assert all("position_ids" in batch for batch in bench.batches)
-    assert choosing._choose(replace(bench, micro_batches=10_000)).is_measured
+    assert tuning._choose(replace(bench, micro_batches=10_000)).is_measured
 
 
 def test_shapes_go_from_short_to_long_and_are_those_of_the_run(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +215,7 @@ def test_compiling_must_pay_within_the_run(  # noqa: PLR0917
     paths.remove()
 
 
-needs_compiler = pytest.mark.skipif(not compiled.has_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not models_paths.has_compiler(), reason="needs a C++ compiler")
 LLAMA = (CHAT, "adapter.dropout=0", "model.dropout=0", "training.log_every=1", "training.eval_every=5")
 
 
@@ -238,11 +240,11 @@ def test_compiled_layers_learn_the_same_and_go_on_bit_for_bit(
 def test_compiling_is_tried_measured_and_compared(
     run: Runner, own_cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str
 ) -> None:
-    monkeypatch.setattr(compilation, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "WORTH_SECONDS", 0.0)
     made = chosen(run("training.steps=2", *LLAMA, f"model.name={tiny_llama}")).made["compiled"]
     assert re.fullmatch(r"measured: \d\.\d\d x the time of a step, \d+ s to compile", made.why)
     (kept,) = own_cache.glob("compile-*.json")
     seconds = json.loads(kept.read_text())
     assert seconds.keys() == {"plain", "compiled", "cost"}
     # What compiling cost is spent by now, so only the steps to come count.
-    assert made.value is (seconds["compiled"] < compilation.GAIN * seconds["plain"])
+    assert made.value is (seconds["compiled"] < tuning.GAIN * seconds["plain"])

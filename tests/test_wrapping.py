@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_finetune.terminal.wrapping import wrapped
+from hf_finetune.log.lines import wrapped
 
 
 def test_a_long_line_breaks_between_its_words() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_finetune.config import yamlfile
 from hf_finetune.errors import RecipeError
-from hf_finetune.schema import yamlfile
 
 
 def complaint(text: str) -> str:

@@ -16,9 +16,10 @@ from conftest import RECIPE
 from forked import ROOT, ranks
 from models import recipe
 
-from hf_finetune import hardware, sharding, zero
+from hf_finetune import device
+from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, RecipeError
-from hf_finetune.hardware import Machine
+from hf_finetune.models import sharded
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
@@ -89,18 +90,18 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
             monkeypatch.setenv(name, value)
         if config is not None:
             (tmp_path / "ds.json").write_text(json.dumps(config))
-            monkeypatch.setenv(hardware.DEEPSPEED_CONFIG, str(tmp_path / "ds.json"))
+            monkeypatch.setenv(device.DEEPSPEED_CONFIG, str(tmp_path / "ds.json"))
             monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
     return launch
 
 
 def test_the_stage_is_that_of_the_launcher_or_of_its_json_file(launched: Callable[..., None]) -> None:
-    assert hardware.zero_stage() == 0
+    assert device.zero_stage() == 0
     launched(2)
-    assert hardware.zero_stage() == 2
+    assert device.zero_stage() == 2
     launched(2, {"zero_optimization": {"stage": 3}})
-    machine = hardware.alone(recipe("unused", {"kind": "lora"}))
+    machine = device.alone(recipe("unused", {"kind": "lora"}))
     assert (machine.zero_stage, machine.is_sharded) == (3, True)
 
 
@@ -108,7 +109,7 @@ def test_a_json_file_that_is_none_is_told(launched: Callable[..., None], tmp_pat
     launched(2, {})
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(RecipeError, match="can't be read as JSON"):
-        hardware.zero_stage()
+        device.zero_stage()
 
 
 @pytest.mark.parametrize(
@@ -123,9 +124,9 @@ def test_what_does_not_work_is_refused_before_anything_loads(
     adapter: Any, config: Any, says: str, launched: Callable[..., None]
 ) -> None:
     launched(2, config)
-    machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", zero_stage=hardware.zero_stage())
+    machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", zero_stage=device.zero_stage())
     with pytest.raises(RecipeError, match=says):
-        sharding.check_launch(recipe("unused", adapter), machine)
+        sharded.check_launch(recipe("unused", adapter), machine)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +145,10 @@ def test_a_checkpoint_of_another_way_to_divide_is_refused(
     (tmp_path / file).touch()
     machine = Machine("cuda", 0, 0, 2, 2, 1, "bf16", "sdpa", is_sharded=stage == 3, zero_stage=stage)
     if says is None:
-        zero.check_checkpoint(tmp_path, ranks_then, machine)
+        sharded.check_checkpoint(tmp_path, ranks_then, machine)
         return
     with pytest.raises(CheckpointError, match=says):
-        zero.check_checkpoint(tmp_path, ranks_then, machine)
+        sharded.check_checkpoint(tmp_path, ranks_then, machine)
 
 
 def losses(folder: Path) -> dict[int, float]:

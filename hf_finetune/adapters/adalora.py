@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.adaptation import peftio, targets
-from hf_finetune.adapters import Adapter, Rates, Setting, State
+from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters import _targets as targets
+from hf_finetune.adapters.base import Adapter, Rates, Setting, State
+from hf_finetune.config.blocks import Count, Share
 from hf_finetune.errors import DivergedError, Problem, RecipeError
-from hf_finetune.schema.blocks import Count, Share
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ class AdaLora(Adapter):
         if first >= setting.total_steps - last:
             reason = f"{setting.total_steps} steps are too few for AdaLoRA's phases; train longer"
             raise RecipeError(Problem(reason, key="training"))
-        with peftio.quiet():
+        with peft.quiet():
             make: Any = AdaLoraConfig  # PEFT declares alpha an int; it divides by r all the same
             config = make(
                 task_type=setting.peft_type,
@@ -97,11 +98,11 @@ class AdaLora(Adapter):
                 orth_reg_weight=self.orthogonal_weight,
                 modules_to_save=targets.in_full(model, setting.head_modules, self.modules_to_save) or None,
             )
-        return peftio.wrap(model, config)
+        return peft.wrap(model, config)
 
     def finish(self, adapted: torch.nn.Module) -> None:
         """Set pruned ranks to 0: they drift off between two prunings, and PEFT leaves them out of the file."""
-        config, tuner = peftio.adapter_config(adapted), _tuner(adapted)
+        config, tuner = peft.adapter_config(adapted), _tuner(adapted)
         if config.rank_pattern:
             tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
 
@@ -109,7 +110,7 @@ class AdaLora(Adapter):
         """Importance scores, their means and uncertainties, and which ranks are left."""
         import torch
 
-        allocator, pattern = _tuner(adapted).rankallocator, peftio.adapter_config(adapted).rank_pattern or {}
+        allocator, pattern = _tuner(adapted).rankallocator, peft.adapter_config(adapted).rank_pattern or {}
         scores = {f"{kind} {name}": value for kind in SCORES for name, value in getattr(allocator, kind, {}).items()}
         return scores | {f"ranks {name}": torch.tensor(ranks) for name, ranks in pattern.items()}
 
@@ -120,7 +121,7 @@ class AdaLora(Adapter):
         for key, value in state.items():
             kind, _, name = key.partition(" ")
             found[kind][name] = value.tolist() if kind == "ranks" else value.to(device)
-        peftio.adapter_config(adapted).rank_pattern = found.pop("ranks")
+        peft.adapter_config(adapted).rank_pattern = found.pop("ranks")
         for kind, scores in found.items():
             setattr(_tuner(adapted).rankallocator, kind, scores)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_finetune.adaptation import peftio
-from hf_finetune.adapters import Adapter, Rates, Setting, State
+from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters.base import Adapter, Rates, Setting, State
 from hf_finetune.errors import ModelError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Full(Adapter):
         try:
             saved = type(model).from_pretrained(folder, use_safetensors=True, dtype=model.dtype)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{folder}: the trained weights can't be read: {peftio.one_line(error)}") from error
+            raise ModelError(f"{folder}: the trained weights can't be read: {peft.one_line(error)}") from error
         result = model.load_state_dict(saved.state_dict(), strict=False)
         if others := [*result.missing_keys, *result.unexpected_keys]:
             raise ModelError(f"{folder}: holds other weights than this model, e.g. {others[0]}")

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.adaptation import labelfile, peftio, targets
-from hf_finetune.adapters import Adapter, Rates, Setting
+from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters import _targets as targets
+from hf_finetune.adapters.base import Adapter, Rates, Setting
+from hf_finetune.config.blocks import Name
+from hf_finetune.config.section import CONTENT
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.plugins import CONTENT
-from hf_finetune.schema.blocks import Name
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class IA3(Adapter):
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name must match, and the model type must be known where there are no names."""
         if self.continue_from is not None:
-            peftio.find(self.continue_from, "adapter.from")
+            peft.find(self.continue_from, "adapter.from")
             return
         chosen, feedforward = self._choice(model)
         skip = targets.in_full(model, head_modules, self.modules_to_save)
@@ -65,9 +66,9 @@ class IA3(Adapter):
 
         self.check_targets(model, setting.head_modules)
         if self.continue_from is not None:
-            folder = peftio.find(self.continue_from, "adapter.from")
-            labelfile.check(folder, setting.labels)
-            return peftio.resume(model, folder, "IA3", reads=reads)
+            folder = peft.find(self.continue_from, "adapter.from")
+            peft.check(folder, setting.labels)
+            return peft.resume(model, folder, "IA3", reads=reads)
         chosen, feedforward = self._choice(model)
         config = IA3Config(
             task_type=setting.peft_type,
@@ -75,7 +76,7 @@ class IA3(Adapter):
             feedforward_modules=feedforward,
             modules_to_save=targets.in_full(model, setting.head_modules, self.modules_to_save) or None,
         )
-        return peftio.wrap(model, config)
+        return peft.wrap(model, config)
 
     def _choice(self, model: torch.nn.Module) -> tuple[list[str], list[str]]:
         from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hf_finetune.adaptation import labelfile, lorainit, peftio, targets
-from hf_finetune.adapters import Adapter, Rates, Setting, State
+from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters import _targets as targets
+from hf_finetune.adapters.base import Adapter, Rates, Setting, State
+from hf_finetune.config.blocks import Name, Share
+from hf_finetune.config.section import CONTENT
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.plugins import CONTENT
-from hf_finetune.schema.blocks import Name, Share
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ class Lora(Adapter):
 
     def why_not_quantized(self) -> str | None:
         """PiSSA and OLoRA move part of the base weights into the adapter."""
-        if self.init not in lorainit.MUTATING:
+        if self.init not in targets.MUTATING:
             return None
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
 
@@ -79,7 +80,7 @@ class Lora(Adapter):
     def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:
-            peftio.find(self.continue_from, "adapter.from")
+            peft.find(self.continue_from, "adapter.from")
             return
         skip, rank = targets.in_full(model, head_modules, self.modules_to_save), self.r or DEFAULT_RANK
         found = targets.matched(model, self.target_modules or targets.ALL_LINEAR, skip, "adapter.target_modules")
@@ -88,8 +89,8 @@ class Lora(Adapter):
         for path, module in found.items():
             key = "adapter.r" if ranks[path] == rank else "adapter.rank_pattern"
             targets.check_rank(path, module, int(ranks[path]), key)
-        if self.init in lorainit.FACTORISING:
-            lorainit.check_layers(found, self.init)
+        if self.init in targets.FACTORISING:
+            targets.check_layers(found, self.init)
 
     def apply(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
         """Add the matrices, initialise them, and freeze the base."""
@@ -101,13 +102,13 @@ class Lora(Adapter):
             )
         if self.continue_from is not None:
             return self._resume(model, setting, reads=True)
-        with peftio.quiet():
+        with peft.quiet():
             config = self._config(model, setting)
-        if self.init in lorainit.MUTATING:
-            return lorainit.factorise_base(model, config)
-        adapted = peftio.wrap(model, config)
+        if self.init in targets.MUTATING:
+            return targets.factorise_base(model, config)
+        adapted = peft.wrap(model, config)
         if self.init == "eva":
-            lorainit.eva(adapted, setting.batches)
+            targets.eva(adapted, setting.batches)
         return adapted
 
     def outline(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
@@ -119,11 +120,11 @@ class Lora(Adapter):
 
     def save(self, adapted: nn.Module, folder: str, state: State | None = None) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
-        peftio.write(folder, *lorainit.for_unmodified_base(adapted, state))
+        peft.write(folder, *targets.for_unmodified_base(adapted, state))
 
     def tensors(self, adapted: nn.Module, state: State | None = None) -> State:
         """Those of plain LoRA for the unmodified base."""
-        return lorainit.for_unmodified_base(adapted, state)[1]
+        return targets.for_unmodified_base(adapted, state)[1]
 
     def optimizer(self, adapted: nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
         """PEFT's LoRA+ groups where `loraplus_ratio` is set."""
@@ -178,13 +179,13 @@ class Lora(Adapter):
 
     def _resume(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> PeftModel:
         """The stored adapter, which contradicts nothing."""
-        folder = peftio.find(str(self.continue_from), "adapter.from")
-        labelfile.check(folder, setting.labels)
-        stored = peftio.stored_config(folder)
+        folder = peft.find(str(self.continue_from), "adapter.from")
+        peft.check(folder, setting.labels)
+        stored = peft.stored_config(folder)
         if stored.peft_type.value == "LORA":
             self._check_targets_against(folder, stored, model, setting)
             self._check_against(stored, model, setting)
-        return peftio.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
+        return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
 
     def _check_targets_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Compare modules, not spellings: `all-linear`, a pattern and a list of names may mean the same."""
@@ -192,7 +193,7 @@ class Lora(Adapter):
             return
         skip = [*setting.head_modules, *(stored.modules_to_save or ())]
         asked = set(targets.matched(model, self.target_modules, skip, "adapter.target_modules"))
-        has = peftio.adapted_modules(folder)
+        has = peft.adapted_modules(folder)
         if asked != has:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
             sides = [("only the recipe", asked - has), ("only the adapter", has - asked)]

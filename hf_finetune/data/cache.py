@@ -25,10 +25,10 @@ from pathlib import Path
 
 import datasets
 
-from hf_finetune import errors, patience, targetsfile
-from hf_finetune.data.facts import Facts
-from hf_finetune.data.splitreport import SplitReport
+from hf_finetune import device, errors
+from hf_finetune.data.facts import Facts, SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
+from hf_finetune.run import folder as run_folder
 from hf_finetune.tasks.base import State
 
 FORMAT = 6
@@ -103,7 +103,7 @@ class Entry:
             return Content(
                 encoded={name: datasets.load_from_disk(self.path / "encoded" / name) for name in meta["encoded"]},
                 raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
-                targets=targetsfile.from_json(meta["targets"]),
+                targets=run_folder.from_json(meta["targets"]),
                 reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
                 facts={name: Facts.from_json(facts) for name, facts in meta["facts"].items()},
             )
@@ -173,7 +173,7 @@ class Entry:
 
     def _wait(self) -> Content:
         # By polling, not by a collective: tokenising may take longer than a collective's timeout.
-        limit = patience.wait().total_seconds()
+        limit = device.wait_patience().total_seconds()
         deadline = time.monotonic() + limit
         while (content := self.read()) is None:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -182,7 +182,7 @@ class Entry:
                     raise getattr(errors, failed["kind"])(Problem(**problem) for problem in failed["problems"])
             if time.monotonic() > deadline:
                 message = f"the first rank of this node has not prepared the data within {limit / 3600:g} hours"
-                raise PeerError(f"{message}; {patience.WAIT} sets the limit in seconds")
+                raise PeerError(f"{message}; {device.WAIT} sets the limit in seconds")
             time.sleep(POLL_S)
         return content
 
@@ -197,7 +197,7 @@ def _write(content: Content, folder: Path) -> None:
         "about": "tokenised data of hf_finetune; may be deleted",
         "encoded": list(content.encoded),
         "raw": list(content.raw),
-        "targets": targetsfile.to_json(content.targets),
+        "targets": run_folder.to_json(content.targets),
         "reports": {name: asdict(report) for name, report in content.reports.items()},
         "facts": {name: asdict(facts) for name, facts in content.facts.items()},
         "files": _sizes(folder),

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets.features.features import register_feature
+from pyarrow import types as arrow
 
-from hf_finetune import rowfiles
-from hf_finetune.badrows import SHOWN
-from hf_finetune.errors import Problem
+from hf_finetune.data import readers
+from hf_finetune.data.readers import missing_columns
+from hf_finetune.errors import SHOWN, DataError, Problem
 from hf_finetune.tasks.base import Task
 
 MOST_TEXTS = 1000
@@ -78,11 +86,11 @@ class Cell:
 
     def encode_example(self, value: Any) -> str | None:
         """The text of a value."""
-        return None if value is None else rowfiles.written(value)
+        return None if value is None else readers.written(value)
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
         """The value of a text."""
-        return None if value is None else rowfiles.read(value)
+        return None if value is None else readers.read(value)
 
     def cast_storage(self, storage: Any) -> Any:
         """Texts of an Arrow array of any type."""
@@ -167,3 +175,188 @@ class CsvLabels:
         place = f"line {number}" if where == file else f"{where} line {number}"
         what = f"column {self.column!r} holds {cell!r}, but {many} such as {example!r} in {place}{also}"
         return Problem(f"{what}; correct it, or list every label in task.labels", file=file, line=line)
+
+
+# Reads parquet: the types of the wanted columns from the heads of all files, and the rows.
+
+ROWS = 10_000
+"""Rows that are read at once."""
+INTEGERS, NUMBERS, TEXT, TRUTH, NESTED, NOTHING = "integers", "numbers", "text", "true or false", "lists", "nothing"
+_LABELS = {INTEGERS: "int64", NUMBERS: "float64", TRUTH: "bool", TEXT: "string", NOTHING: "string"}
+"""Kind of a label column -> its type where files differ in width."""
+
+Held = tuple[str, Any, Any]
+"""A file, and the Arrow type and the feature of a column in it."""
+
+
+def opened(file: str) -> pq.ParquetFile:
+    """A parquet file.
+
+    Raises:
+        DataError: It is none, or damaged.
+    """
+    # It begins and ends with `PAR1` (https://parquet.apache.org/docs/file-format/).
+    with Path(file).open("rb") as content:
+        head = content.read(4)
+        content.seek(-min(4, Path(file).stat().st_size), 2)
+        tail = content.read(4)
+    if head != b"PAR1":
+        raise DataError(Problem("is no parquet file", file=file))
+    if tail != b"PAR1":
+        raise DataError(Problem("is a truncated parquet file", file=file))
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(file, error) from error
+
+
+def types(files: Sequence[str], wanted: Wanted) -> datasets.Features:
+    """The types of the wanted columns that all files allow.
+
+    Raises:
+        DataError: A file can't be read or lacks a column, or a column can't be used, or not with that of another file.
+    """
+    problems: list[Problem] = []
+    found: dict[str, list[Held]] = {column: [] for column in wanted.columns}
+    names: list[str] = []
+    for file in files:
+        try:
+            one = opened(file)
+        except DataError as error:
+            problems += error.problems
+            continue
+        names = list(one.schema_arrow.names)
+        problems += missing_columns(names, wanted.required, file)
+        for column, feature in _features(one, wanted.columns).items():
+            found[column].append((file, one.schema_arrow.field(column).type, feature))
+    features = {}
+    for column, held in found.items():
+        try:
+            features[column] = _feature(column, held, label=column in wanted.labels)
+        except DataError as error:
+            problems += error.problems
+    lacking = [column for column in wanted.expected if not found[column]]
+    if lacking and not problems:
+        problems += missing_columns(names, lacking, files[0])
+    if problems:
+        raise DataError(problems)
+    return datasets.Features(features)
+
+
+def batches(files: Sequence[str], features: datasets.Features) -> Iterator[Any]:
+    """Record batches of these types.
+
+    Raises:
+        DataError: A file is damaged, or a cell can't be written as JSON.
+    """
+    schema = features.arrow_schema
+    for file in files:
+        one = opened(file)
+        own = _features(one, list(features))
+        try:
+            for batch in one.iter_batches(ROWS, columns=list(own)):
+                arrays = [_array(batch, own, features, name, file) for name in features]
+                yield pa.record_batch(arrays, schema=schema)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(file, error) from error
+
+
+def rows(files: Sequence[str], features: datasets.Features) -> Iterator[dict[str, Any]]:
+    """Rows of Python values; raises like `batches`."""
+    names = list(features)
+    for batch in batches(files, features):
+        columns = features.decode_batch(batch.to_pydict())
+        for cells in zip(*(columns[name] for name in names), strict=True):
+            yield dict(zip(names, cells, strict=True))
+
+
+def _array(batch: Any, own: datasets.Features, features: datasets.Features, column: str, file: str) -> Any:
+    """A column as the type that it has in all files."""
+    type_ = features.arrow_schema.field(column).type
+    if column not in own:
+        return pa.nulls(len(batch), type_)
+    array = batch.column(column)
+    if not isinstance(features[column], Cell):
+        return array if array.type == type_ else pc.cast(array, type_)
+    cells = own.decode_batch({column: array.to_pylist()})[column]
+    try:
+        return pa.array([_json(cell) for cell in cells], pa.string())
+    except TypeError as error:
+        # Such as a date, for which JSON has no word.
+        message = f"column {column!r} can't be used: {error}; write what it is as text"
+        raise DataError(Problem(message, file=file)) from None
+
+
+def _json(cell: Any) -> str | None:
+    """A cell as JSON text; NaN is no value."""
+    if cell is None or cell != cell:  # noqa: PLR0124 (NaN)
+        return None
+    return str(cell) if isinstance(cell, Decimal) else json.dumps(cell, ensure_ascii=False)
+
+
+def _feature(column: str, held: Sequence[Held], *, label: bool) -> Any:
+    """The type of a column that all files allow.
+
+    Raises:
+        DataError: There is none.
+    """
+    first = held[0][0] if held else ""
+    kinds: dict[str, str] = {}
+    for file, type_, _ in held:
+        if (kind := _kind_parquetfiles(column, type_, file)) != NOTHING:
+            kinds.setdefault(kind, file)
+    if set(kinds) == {INTEGERS, NUMBERS}:
+        kinds = {NUMBERS: first}
+    if len(kinds) > 1:
+        (kind, where), (strange, file) = list(kinds.items())[:2]
+        message = f"column {column!r} holds {strange}, but {kind} in {where}; use one type"
+        raise DataError(Problem(message, file=file))
+    kind = next(iter(kinds), NOTHING)
+    if not label:
+        return datasets.Value("string") if kind in (TEXT, NOTHING) else Cell()
+    features = [feature for _, _, feature in held]
+    if any(isinstance(feature, datasets.ClassLabel) for feature in features):
+        for file, _, feature in held:
+            if feature != features[0]:
+                message = f"column {column!r} has other label names than in {first}; make them equal"
+                raise DataError(Problem(message, file=file))
+        return features[0]
+    if kind in _LABELS:
+        return datasets.Value(_LABELS[kind])
+    return features[0] if all(feature == features[0] for feature in features) else Cell()
+
+
+def _kind_parquetfiles(column: str, type_: Any, file: str) -> str:
+    """The kind of a column.
+
+    Raises:
+        DataError: Something that is neither text nor a number nor made of them.
+    """
+    type_ = type_.value_type if arrow.is_dictionary(type_) else type_
+    if arrow.is_null(type_):
+        return NOTHING
+    if arrow.is_string(type_) or arrow.is_large_string(type_) or arrow.is_string_view(type_):
+        return TEXT
+    if arrow.is_integer(type_):
+        return INTEGERS
+    if arrow.is_floating(type_) or arrow.is_decimal(type_):
+        return NUMBERS
+    if arrow.is_boolean(type_):
+        return TRUTH
+    if arrow.is_nested(type_) or isinstance(type_, pa.JsonType):
+        return NESTED
+    raise DataError(
+        Problem(f"column {column!r} holds {type_}, not text; write it as the text that is meant", file=file)
+    )
+
+
+def _features(one: pq.ParquetFile, columns: Sequence[str]) -> datasets.Features:
+    """Those of the columns that a file has, by its types and what `datasets` wrote into it."""
+    schema = one.schema_arrow
+    fields = [schema.field(column) for column in columns if column in schema.names]
+    return datasets.Features.from_arrow_schema(pa.schema(fields, metadata=schema.metadata))
+
+
+def _unreadable(file: str, error: Exception) -> DataError:
+    reason = str(error).strip().partition("\n")[0]
+    return DataError(Problem(f"can't be read as parquet: {reason}; write it anew", file=file))

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_finetune.badrows import SHOWN, numbers
-from hf_finetune.data import rawtext
-from hf_finetune.data.facts import Facts, Tally, without_unfit
-from hf_finetune.data.splitreport import SplitReport
-from hf_finetune.errors import Problem
+from hf_finetune.data import encoding
+from hf_finetune.data.facts import Facts, SplitReport, Tally, without_unfit
+from hf_finetune.errors import SHOWN, Problem, numbers
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tasks._labels import listed
@@ -139,7 +137,7 @@ def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Foun
         marks: Of each row that has text: `encoding.MARKS`.
         place: What messages call the stream.
     """
-    for check, bit in {**REMARKS, "special_tokens": rawtext.SPECIAL}.items():
+    for check, bit in {**REMARKS, "special_tokens": encoding.SPECIAL}.items():
         level, count = getattr(recipe.data.checks, check), sum(1 for mark in marks if mark & bit)
         if count and level != "off" and not (check == "special_tokens" and _escapes(recipe)):
             counted = f"{count:,} of the first {len(marks):,} train {_rows(len(marks))}"

@@ -11,21 +11,18 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 
-from hf_finetune.data import rawtext
+from hf_finetune.data import encoding as data_encoding
 from hf_finetune.data.encoding import INDEX, MARKS, Encoding
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
-from hf_finetune.tasks import _escaping as escaping
 from hf_finetune.tasks import _likeness as likeness
-from hf_finetune.tasks.base import IGNORE, REMARKS, tokenizer_of
-
-if TYPE_CHECKING:
-    from hf_finetune.tasks.base import State, Task
+from hf_finetune.tasks import _texts as tasks_texts
+from hf_finetune.tasks.base import IGNORE, REMARKS, State, Task, tokenizer_of
 
 Array = np.ndarray[Any, Any]
 
@@ -200,8 +197,10 @@ class _Counting:
         raw = replace(self.split, rows=self.split.rows.select([index])).raw()[:]
         if check in REMARKS:
             return setting.task.remark(raw, setting.processor, check)
-        specials = escaping.pattern(self.tokenizer)
-        return repr(rawtext.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
+        specials = tasks_texts.pattern(self.tokenizer)
+        return (
+            repr(data_encoding.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
+        )
 
     def _strike(self, check: str, mask: Array) -> None:
         """Some of the kept rows have what a check looks for."""
@@ -216,9 +215,9 @@ class _Counting:
         """What stands in the raw text, and which raw rows have any."""
         marks, places = stretch.column[MARKS], self.split.places
         is_table = any(place.partition(" (and ")[0].lower().endswith((".csv", ".tsv")) for place in places)
-        found = {"nul_characters": rawtext.NUL, "control_characters": rawtext.CONTROL}
-        found |= {"special_tokens": rawtext.SPECIAL, **REMARKS}
-        for check, bit in (found | {"missing_words": rawtext.MISSING} if is_table else found).items():
+        found = {"nul_characters": data_encoding.NUL, "control_characters": data_encoding.CONTROL}
+        found |= {"special_tokens": data_encoding.SPECIAL, **REMARKS}
+        for check, bit in (found | {"missing_words": data_encoding.MISSING} if is_table else found).items():
             self._add(check, stretch.start + np.flatnonzero(marks & bit))
         self.missing[stretch.column[INDEX]] = False
 

@@ -17,13 +17,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from hf_finetune import rowfiles
-from hf_finetune.badrows import SHOWN, BadRows
-from hf_finetune.data import parquetfiles
+from hf_finetune.config.problems import suggestion
+from hf_finetune.data import cells as data_cells
+from hf_finetune.data import readers
 from hf_finetune.data.cells import Cell, CsvLabels, Wanted, cell_value
-from hf_finetune.errors import DataError, Problem
-from hf_finetune.rowfiles import missing_columns
-from hf_finetune.schema.complaints import suggestion
+from hf_finetune.data.readers import missing_columns
+from hf_finetune.errors import SHOWN, BadRows, DataError, Problem
 
 ROWS, CHARACTERS = 10_000, 1 << 24
 """Most rows and characters that are kept in memory before they are written."""
@@ -39,7 +38,7 @@ KINDS: Mapping[type, str] = {
     bool: TRUTH,
     int: NUMBER,
     float: NUMBER,
-    rowfiles.Number: NUMBER,
+    readers.Number: NUMBER,
     list: LIST,
     dict: OBJECT,
 }
@@ -59,9 +58,9 @@ def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datas
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if form == "parquet":
-        features = parquetfiles.types(files, wanted)
+        features = data_cells.types(files, wanted)
         with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
-            for batch in parquetfiles.batches(files, features):
+            for batch in data_cells.batches(files, features):
                 writer.write(batch)
     else:
         columns = Columns(wanted, form)
@@ -128,7 +127,7 @@ def stream(files: Sequence[str], form: str, wanted: Wanted, key: str) -> dataset
     """
     features, kinds = None, {}
     if form == "parquet":
-        features = parquetfiles.types(files, wanted)
+        features = data_cells.types(files, wanted)
     else:
         # Each file is streamed without knowing the others.
         columns, problems = Columns(wanted, form), list[Problem]()
@@ -149,7 +148,7 @@ def _streamed(
 ) -> Iterator[dict[str, Any]]:
     try:
         if form == "parquet":
-            yield from parquetfiles.rows(files, parquetfiles.types(files, wanted))
+            yield from data_cells.rows(files, data_cells.types(files, wanted))
             return
         columns = Columns(wanted, form)
         columns.kinds = dict(kinds)
@@ -172,7 +171,7 @@ class Columns:
 
     def __init__(self, wanted: Wanted, form: str) -> None:
         self.wanted, self.form = wanted, form
-        self.table = form in rowfiles.TABLES
+        self.table = form in readers.TABLES
         self.kinds: dict[str, tuple[str, str]] = {}
         """Column of JSON -> the kind of its first value, and the file that holds it."""
         self.floats: set[str] = set()
@@ -242,7 +241,7 @@ class _File:
         """Column -> rows without that key."""
         self.hints: dict[str, str] = {}
 
-    def rows(self) -> Iterator[tuple[rowfiles.Row, list[str | None] | None]]:
+    def rows(self) -> Iterator[tuple[readers.Row, list[str | None] | None]]:
         """Each row, and the text of its wanted cells; None where it has a fault, which is noted.
 
         Raises:
@@ -250,7 +249,7 @@ class _File:
         """
         columns = self.columns
         texts = self._of_table if columns.table else self._of_object
-        with rowfiles.opened(self.file, columns.form, columns.wanted.required) as (rows, self.by_line):
+        with readers.opened(self.file, columns.form, columns.wanted.required) as (rows, self.by_line):
             for row in rows:
                 self.count += 1
                 if row.fault:
@@ -260,7 +259,7 @@ class _File:
                 self.read += 1
                 yield row, texts(row)
 
-    def _of_table(self, row: rowfiles.Row) -> list[str | None]:
+    def _of_table(self, row: readers.Row) -> list[str | None]:
         columns, cells = self.columns, row.cells
         if self.read == 1:
             columns.found |= cells.keys()
@@ -276,7 +275,7 @@ class _File:
                     columns.swallowing += [(self.file, row.number, inside)] if inside else []
         return [cells.get(column) for column in columns.wanted.columns]
 
-    def _of_object(self, row: rowfiles.Row) -> list[str | None]:
+    def _of_object(self, row: readers.Row) -> list[str | None]:
         columns, cells = self.columns, row.cells
         if len(self.keys) < KEYS:
             self.keys |= dict.fromkeys(cells)
@@ -285,7 +284,7 @@ class _File:
             value, text = cells.get(column), None
             if value is not None and value == value:  # noqa: PLR0124 (NaN)
                 columns.note(column, value, row.number, self)
-                text = value if isinstance(value, str) else rowfiles.written(value)
+                text = value if isinstance(value, str) else readers.written(value)
                 if not text.isascii() and not _encodes(text):
                     what = f"{column!r} holds half a surrogate pair, which is no character; write the text anew"
                     self.bad.add(row.number, what)

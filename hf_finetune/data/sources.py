@@ -5,24 +5,73 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import huggingface_hub
 from datasets.exceptions import DatasetsError
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HfHubHTTPError
 
-from hf_finetune import digests
-from hf_finetune.data import cache, loading
+from hf_finetune.config.blocks import Data, Source
+from hf_finetune.config.paths import PACKAGE, is_commit
+from hf_finetune.config.problems import suggestion
+from hf_finetune.data import cache as data_cache
+from hf_finetune.data import loading
 from hf_finetune.data.cells import Wanted
+from hf_finetune.data.find import find
 from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError, StorageError
-from hf_finetune.hubreach import HTTP_ERROR
-from hf_finetune.rowfiles.find import find
-from hf_finetune.schema.blocks import Data, Source
-from hf_finetune.schema.complaints import suggestion
-from hf_finetune.schema.paths import is_commit
+from hf_finetune.log import warn
+from hf_finetune.recipe import Recipe
+from hf_finetune.run import files as run_files
+
+# Asks once a process whether the Hub can be reached; where it can't, each of many requests would wait for itself.
+
+HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
+"""The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
+SECONDS = 10.0
+"""Time that the Hub may take to answer."""
+
+_cut_off = False
+"""This process decided to do without the Hub."""
+
+
+def settle(recipe: Recipe) -> None:
+    """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the recipe needs the Hub and it can't be reached.
+
+    This holds for the process, until `again`.
+    """
+    parts = (recipe.data, *(recipe.data.mix or ()))
+    named = [recipe.model.name, *(part.source for part in parts if part.source is not None)]
+    local = (Path(os.path.expanduser(name)) for name in named if not name.startswith(PACKAGE))  # noqa: PTH111 (any user)
+    if constants.HF_HUB_OFFLINE or all(place.exists() for place in local):
+        return
+    try:
+        # huggingface_hub 2.4 tries a refused connection five more times in 23 seconds when it lists files, and
+        # transformers 5.23 has files listed whenever it loads a tokenizer, though all of it is cached.
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except (HTTP_ERROR, OSError) as error:
+        _go_offline(offline=True)
+        reason = str(error) or type(error).__name__
+        warn(f"{constants.ENDPOINT} can't be reached ({reason}): going on with what is cached")
+
+
+def again() -> None:
+    """Forget that the Hub could not be reached, to try once more."""
+    if _cut_off:
+        _go_offline(offline=False)
+
+
+def _go_offline(*, offline: bool) -> None:
+    global _cut_off  # as those of the libraries, it belongs to the process
+    _cut_off = constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+    huggingface_hub.close_session()
+
 
 READING_ERRORS = (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
 # pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
@@ -79,7 +128,7 @@ class LocalFiles:
         Args:
             whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
         """
-        root = cache.root(self.cache)
+        root = data_cache.root(self.cache)
         return [_digest(*stamp, root) if whole else _sampled(*stamp) for stamp in self.stamps()]
 
     def stamps(self) -> list[tuple[str, int, int]]:
@@ -116,7 +165,7 @@ class LocalFiles:
 @functools.cache
 def _digest(file: str, size: int, changed: int, root: Path) -> bytes:
     # While size and time of change are the same, an earlier answer holds.
-    return digests.sha256(file, root)
+    return run_files.sha256(file, root)
 
 
 @functools.cache

@@ -4,27 +4,142 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_finetune import runlock, runstatus
-from hf_finetune.errors import Problem, PushError, RecipeError
-from hf_finetune.hub import outgoing, secrets
-from hf_finetune.hub.upload import Order, Result, Upload
-from hf_finetune.plugins import key_of
+from hf_finetune import log
+from hf_finetune.config.blocks import Hub
+from hf_finetune.config.section import key_of
+from hf_finetune.errors import FinetuneError, Problem, PushError, RecipeError
+from hf_finetune.hub import files as hub_files
+from hf_finetune.inference import saving
+from hf_finetune.log import phase, say, tell
+from hf_finetune.log.lines import Message
 from hf_finetune.recipe import Recipe
-from hf_finetune.runfolder import RunFolder, write_atomically
-from hf_finetune.schema.hub import Hub
-from hf_finetune.terminal import Message, phase, say, tell
+from hf_finetune.reports.run import Outcome
+from hf_finetune.run import folder as run_folder
+from hf_finetune.run import lock as run_lock
+from hf_finetune.run.folder import RunFolder, write_atomically
+from hf_finetune.training.trainer import FinetuneTrainer
 
-if TYPE_CHECKING:
-    from hf_finetune.runreport import Outcome
+# An upload in a process of its own: started, polled and stopped from here; `worker` is what runs there.
+#
+# The process reads one `Order` as JSON from its stdin and writes JSON lines to its stdout: notes, and at last a `Result`.
+# The token is in neither: huggingface_hub takes it from HF_TOKEN or the login store.
+
+GRACE = 15.0  # seconds for starting and ending, beyond what the order allows
+
+
+@dataclass(frozen=True)
+class Order:
+    """Files to upload."""
+
+    repo: str
+    private: bool
+    as_pr: bool
+    files: dict[str, str]
+    """Name in the repository -> file on this machine."""
+    message: str
+    """Of the commit; a pull request is found again by it."""
+    timeout: float
+    """Seconds in all."""
+    tag: str | None = None
+    is_tag_fixed: bool = False
+    """Refuse a tag that another version has; otherwise it gets a number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An upload that was done, or `failure`: why it was not, and what to do."""
+
+    url: str = ""
+    commit: str = ""
+    is_new: bool = False
+    """False where the repository already held the same content."""
+    tag: str | None = None
+    failure: str = ""
+
+
+class Upload:
+    """Start an upload.
+
+    Args:
+        order: Files to upload.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self._deadline = time.monotonic() + order.timeout + GRACE
+        self._seen = 0
+        # Files and not pipes, so that neither side ever waits for the other.
+        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        search = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+        settings = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": search}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hf_finetune.hub.worker"],
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=self._errors,
+            env=os.environ | settings,
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the other one
+        )
+        # Stays open: the worker ends when it is closed, even by a SIGKILL of this process. A worker that has ended
+        # already is reported by `poll`.
+        with suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), json.dumps(asdict(order)).encode() + b"\n")  # type: ignore[union-attr]
+
+    def poll(self) -> Result | None:
+        """Pass on what is new; return the result once there is one."""
+        has_ended = self._process.poll() is not None
+        # The two processes share the position in the file, so it must not be moved by reading.
+        lines = os.pread(self._output.fileno(), 1 << 20, 0).split(b"\n")[:-1]
+        fresh, self._seen = lines[self._seen :], len(lines)
+        for line in fresh:
+            try:
+                fields = json.loads(line)
+                if "note" not in fields:
+                    return Result(**fields)
+                log.say(f"note: {self.order.repo}: {fields['note']}")
+            except (ValueError, TypeError):
+                continue  # some library's own output
+        if has_ended:
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            reason = hub_files.hide(last[0])[:400] if last else f"with exit code {self._process.returncode}"
+            return Result(failure=f"the uploading process ended: {reason}")
+        if time.monotonic() > self._deadline:
+            return Result(failure=f"not done within {self.order.timeout:g} s")
+        return None
+
+    def wait(self) -> Result:
+        """Wait for the result; whatever ends the waiting also ends the upload."""
+        try:
+            while (result := self.poll()) is None:
+                time.sleep(0.1)
+            return result
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the process; a commit is made whole or not at all."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._output, self._errors):
+            if stream is not None and not stream.closed:
+                stream.close()
 
 
 def run(place: str, given: Mapping[str, Any]) -> None:
@@ -100,12 +215,12 @@ def push(folder: RunFolder, hub: Hub, *, command: str) -> None:
     identity = run_id(folder)
     try:
         with tempfile.TemporaryDirectory(prefix="hf_finetune-") as staging, phase(f"uploading to {hub.repo}"):
-            files, left_out = outgoing.gather(folder.adapter, hub.repo, Path(staging))
+            files, left_out = hub_files.gather(folder.adapter, hub.repo, Path(staging))
             for name in left_out:
                 say(f"note: {folder.adapter / name} is not uploaded: it does not belong to an adapter")
             tag = None if hub.as_pr else hub.tag or f"run-{identity}"
             order = make_order(hub, files, f"Run {identity}", tag=tag)
-            refusal = secrets.why_not()
+            refusal = hub_files.why_not()
             result = Result(failure=refusal) if refusal else Upload(order).wait()
     except PushError:
         raise
@@ -135,7 +250,7 @@ def run_id(folder: RunFolder) -> str:
     nameless = {name for name in Recipe.model_fields if not key_of(Recipe, name).card}
     recipe = Recipe.load(str(folder.recipe)).model_dump(mode="json", exclude=nameless)
     parts = [json.dumps(recipe, sort_keys=True).encode()]
-    lock = runlock.find(folder.run_lock)
+    lock = run_lock.find(folder.run_lock)
     if lock is not None:
         parts += [lock.fingerprint.encode(), lock.model.model_dump_json().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
@@ -156,8 +271,129 @@ def _command(folder: RunFolder, given: Mapping[str, Any]) -> str:
 
 def _clear_failure(folder: RunFolder) -> None:
     """Let a run that ended with 8 look as if its upload had not failed."""
-    status = runstatus.read(folder.status)
+    status = run_folder.read(folder.status)
     if status.get("exit_code") == PushError.exit_code:
         text = json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n"
         with suppress(OSError):
             write_atomically(folder.status, text, durable=True)
+
+
+# `hub.every: best`: upload each checkpoint that is the best so far while training goes on, which never waits for it.
+#
+# Rank 0 writes a copy of the adapter, which takes as long as saving it, and another process uploads it. While one upload
+# is under way only the newest later copy is kept. Failures are counted; they end no run.
+
+PREFIX = ".upload-"
+
+
+@contextmanager
+def uploaded(trainer: FinetuneTrainer, folder: RunFolder) -> Iterator[BestUploads]:
+    """Upload best checkpoints from rank 0 while the body trains; an upload under way at the end is broken off.
+
+    Args:
+        trainer: Not started yet.
+        folder: The run.
+    """
+    uploads, hub, machine = BestUploads(trainer, folder), trainer.job.recipe.hub, trainer.job.machine
+    is_wanted = hub is not None and hub.every is not None and machine.is_main
+    if is_wanted and machine.is_sharded:
+        log.say("no uploads of the best checkpoint: the weights are sharded (FSDP, ZeRO-3)")
+    if not is_wanted or machine.is_sharded:
+        yield uploads
+        return
+    for abandoned in folder.path.glob(f"{PREFIX}*"):  # by a killed process
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder.path, ignore_cleanup_errors=True) as staging:
+        uploads.staging = Path(staging)
+        trainer.add_callback(uploads)
+        try:
+            yield uploads
+        finally:
+            # The finished adapter comes next, so nobody needs the rest.
+            uploads.waiting = None
+            uploads.proceed()
+            if uploads.current is not None:
+                uploads.current[0].stop()
+
+
+class BestUploads(TrainerCallback):
+    """Upload a copy of the adapter whenever a saved checkpoint is the best so far.
+
+    Args:
+        trainer: Holds the model and its job.
+        folder: The run.
+    """
+
+    def __init__(self, trainer: FinetuneTrainer, folder: RunFolder) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.staging = folder.path
+        self.hub = trainer.job.recipe.hub
+        self.begun = 0
+        self.failures: list[str] = []
+        self.current: tuple[Upload, Path] | None = None  # with the folder of its copy
+        self.waiting: tuple[Order, Path] | None = None
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Failures, for the report."""
+        if not self.failures:
+            return []
+        counted = f"{len(self.failures)} of {self.begun} uploads of the best checkpoint so far failed"
+        return [Problem(f"{counted}, the last one: {self.failures[-1]}", key="hub.every")]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Upload the checkpoint that was just saved if it is the best so far."""
+        if state.best_global_step != state.global_step or self.trainer.stopped:
+            return
+        if self.waiting is not None:
+            shutil.rmtree(self.waiting[1], ignore_errors=True)
+            self.waiting = None
+        copy = self.staging / str(state.global_step)
+        try:
+            self.waiting = self.copied(state.global_step, copy), copy
+        except (FinetuneError, OSError) as error:
+            self.begun += 1
+            self.failed(str(error))
+        self.proceed()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look after the upload under way."""
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Note how the last upload ended, and begin the next one."""
+        if self.current is not None and (result := self.current[0].poll()) is not None:
+            if result.failure:
+                self.failed(result.failure)
+            self.current[0].stop()
+            shutil.rmtree(self.current[1], ignore_errors=True)
+            self.current = None
+        if self.current is not None or self.waiting is None:
+            return
+        (order, copy), self.waiting = self.waiting, None
+        self.begun += 1
+        refusal = hub_files.why_not()
+        if refusal is not None:
+            self.failed(refusal)
+        else:
+            self.current = Upload(order), copy
+
+    def failed(self, reason: str) -> None:
+        """Count a failure, and warn."""
+        self.failures.append(reason)
+        log.warn(f"the best checkpoint so far was not uploaded: {reason}")
+
+    def copied(self, step: int, copy: Path) -> Order:
+        """Copy the adapter as it is now.
+
+        Raises:
+            FinetuneError: The disk does not take it.
+        """
+        if self.hub is None:
+            raise AssertionError("called for a recipe with hub.every alone")
+        job, edited = self.trainer.job, copy / "edited"
+        edited.mkdir(parents=True)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        saving.save(model, job.recipe, job.targets, job.tokenizer, copy / "adapter")
+        files, _ = hub_files.gather(copy / "adapter", self.hub.repo, edited)
+        return make_order(self.hub, files, f"Run {run_id(self.folder)}, best checkpoint so far, step {step}")

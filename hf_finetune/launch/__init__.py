@@ -1,17 +1,104 @@
-"""The entry point of a job: as many processes as this node has devices, and one truthful exit code.
+"""Starts the processes of this node, hands signals to them, and finds out how they ended."""
 
-    python -m hf_finetune.launch RECIPE [key.path=value ...]      what `hf-finetune train` takes
+from __future__ import annotations
 
-It is told where it runs by the variables that torchrun knows, all of them optional:
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-    PET_NPROC_PER_NODE    processes of this node: a number, or `auto`: one a visible GPU, one on a CPU
-    PET_NNODES            nodes; 1 by default
-    PET_NODE_RANK         which of them this one is, from 0
-    PET_MASTER_ADDR       address of the first one, needed by more than one node
-    PET_MASTER_PORT       a port that is open there; 29500 by default
-    HF_FINETUNE_LAUNCHER_CONFIG    a configuration of accelerate, e.g. accelerate_configs/fsdp2.yaml; plain DDP without
+from hf_finetune.device import Node
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.run import folder
 
-One process in all takes the place of this one. Several are started by accelerate's own launcher, inside this process,
-which hands SIGTERM, SIGINT and SIGUSR1 to them once and waits for as long as their checkpoint takes. The exit code is
-what `status.json` says, else that of the process that failed first; that of a signal is 128 and its number.
-"""
+CONFIG = Path(__file__).with_name("ddp.yaml")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Those that `preemption` handles."""
+MODULE = "hf_finetune"
+
+
+def replace(words: list[str]) -> NoReturn:
+    """Become the one process that runs the command: signals and exit codes are its own."""
+    os.execv(sys.executable, [sys.executable, "-m", MODULE, *words])  # noqa: S606, no shell is the point
+
+
+def several(node: Node, words: list[str], status: Path) -> int:
+    """Run the command in all processes of this node, by accelerate's launcher, to the end.
+
+    Args:
+        node: This node's processes.
+        words: Arguments of the command line.
+        status: `status.json` of the run folder.
+
+    Returns:
+        The exit code.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    before = folder.read(status)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print the reason
+    for number in SIGNALS:
+        signal.signal(number, _hand_on)
+    failed = 0
+    try:
+        _launch(node, words)
+    except ChildFailedError as error:
+        failed = exit_code(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:  # a configuration of one process
+        failed = exit_code(error.returncode)
+    return failed and (reported(before, folder.read(status)) or failed)
+
+
+def exit_code(code: int) -> int:
+    """Turn Python's exit code of a process into a shell's: for a signal, 128 and its number."""
+    return code if code >= 0 else 128 - code
+
+
+def reported(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """Read the exit code of a failed run off `status.json`, before and after; 0 if it is of an earlier run."""
+    return 0 if after == before or after.get("state") == "running" else int(after.get("exit_code") or 0)
+
+
+def _launch(node: Node, words: list[str]) -> None:
+    """Call `accelerate launch`.
+
+    torchrun would kill what does not end within 30 s of a SIGTERM (torch 2.13, `PContext.wait`), and a checkpoint may
+    take longer: it is told to leave the signals of `SIGNALS` to us.
+
+    Raises:
+        ChildFailedError: A process failed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    config = os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG") or str(CONFIG)
+    if not Path(config).is_file():
+        raise RecipeError(Problem(f"{config}: no such file", key="HF_FINETUNE_LAUNCHER_CONFIG"))
+    options = ["--config_file", config, "--num_processes", str(node.all_processes)]
+    options += ["--num_machines", str(node.nodes), "--machine_rank", str(node.rank)]
+    if node.nodes > 1:
+        options += ["--main_process_ip", node.address, "--main_process_port", str(node.port), "--same_network"]
+    else:
+        options += ["--main_process_port", "0"]
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # torchrun would read them again, some of them otherwise
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    os.environ["HF_FINETUNE_LAUNCH"] = "1"  # the processes need not explain accelerate's traceback: there is none
+    launch_command(launch_command_parser().parse_args([*options, "-m", MODULE, *words]))
+
+
+def _hand_on(number: int, _frame: FrameType | None) -> None:
+    """Give a signal to the processes, once; the end is theirs. Before there are any, it is ours."""
+    import psutil  # type: ignore[import-untyped]
+
+    children = psutil.Process().children()
+    for child in children:
+        try:
+            child.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    if not children:
+        sys.exit(128 + number)

@@ -8,25 +8,25 @@ import signal
 import sys
 from pathlib import Path
 
-from hf_finetune import health, terminal
-from hf_finetune.cli.parser import complete, open_terminal, parse
+from hf_finetune import launch, log
+from hf_finetune.cli.main import complete, open_terminal, parse
+from hf_finetune.device import Node
 from hf_finetune.errors import FinetuneError
-from hf_finetune.launch import starting
-from hf_finetune.node import Node
+from hf_finetune.launch import health
 
 
 def main() -> None:
     """Start the processes, and exit with the code of the run."""
     words = complete(sys.argv[1:])
     if words[:1] != ["train"]:
-        starting.replace(words)
+        launch.replace(words)
     try:
         code = _train(words)
     except FinetuneError as error:
         # Not before: a live display belongs to the processes.
         open_terminal(words)
-        terminal.report(error.problems, error.exit_code)
-        terminal.close()
+        log.report(error.problems, error.exit_code)
+        log.close()
         code = error.exit_code
     except KeyboardInterrupt:  # before there are processes, which say it themselves
         code = 128 + signal.SIGINT
@@ -48,18 +48,18 @@ def _train(words: list[str]) -> int:
     health.point_to(output)
     node = Node.of(os.environ, arguments.processes)
     if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
-        starting.replace(words)
-    return starting.several(node, words, output / "status.json")
+        launch.replace(words)
+    return launch.several(node, words, output / "status.json")
 
 
 def _output(arguments: argparse.Namespace, words: list[str]) -> Path:
     """The run folder; of a recipe with mistakes one process tells, and ends with the right code."""
-    from hf_finetune.cli import recipes
+    from hf_finetune.cli import arguments as cli_arguments
     from hf_finetune.pipeline.check import read
 
-    reading, _ = read(*recipes.given(arguments), arguments.locked)
+    reading, _ = read(*cli_arguments.given(arguments), arguments.locked)
     if reading.recipe is None:
-        starting.replace(words)
+        launch.replace(words)
     return Path(reading.recipe.output)
 
 

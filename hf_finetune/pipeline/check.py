@@ -10,20 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune import recipe as recipes
-from hf_finetune.adaptation import peftio
-from hf_finetune.errors import DataError, Problem, RecipeError
-from hf_finetune.findings import Findings
-from hf_finetune.hub import secrets
+from hf_finetune import recipe as recipe_module
+from hf_finetune.adapters import _peft as peft
+from hf_finetune.config import paths
+from hf_finetune.config.reading import Reading
+from hf_finetune.config.yamlfile import Origin
+from hf_finetune.data import find
+from hf_finetune.errors import DataError, Findings, Problem, RecipeError
+from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
-from hf_finetune.rowfiles import find
-from hf_finetune.runfolder import RunFolder
-from hf_finetune.runlock import repeating
-from hf_finetune.runlock.repeating import Repeat
-from hf_finetune.schema import modelfolder, paths
-from hf_finetune.schema.origin import Origin
-from hf_finetune.schema.reading import Reading
-from hf_finetune.tracking import logdir
+from hf_finetune.run.folder import RunFolder
+from hf_finetune.tracking import events
+from hf_finetune.training import repeating
+from hf_finetune.training.repeating import Repeat
 
 if TYPE_CHECKING:
     from hf_finetune.pipeline.examine import Parts
@@ -136,13 +135,13 @@ def check(
     # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
     # from its lock, which only they can tell.
     if reading.recipe is not None and (repeat is not None or not findings.exit_code):
-        from hf_finetune import hardware, quiet
+        from hf_finetune import device, log
+        from hf_finetune.pipeline import plan as pipeline_plan
         from hf_finetune.pipeline.examine import examine
-        from hf_finetune.preflight import fitting
-        from hf_finetune.preflight.plan import plan
+        from hf_finetune.pipeline.plan import plan
 
-        with quiet.quietly():
-            machine = hardware.alone(reading.recipe)
+        with log.quietly():
+            machine = device.alone(reading.recipe)
             if repeat is not None:
                 machine = repeat.as_locked(machine, reading.recipe)
                 with findings.collect():
@@ -153,7 +152,7 @@ def check(
                     result.notes += repeat.notes_on_rows(parts.prepared.fingerprint)
             if parts.job is not None and parts.outline is not None and not findings.exit_code:
                 with findings.collect():
-                    job, chosen = fitting.ahead(parts.job, parts.outline)
+                    job, chosen = pipeline_plan.ahead(parts.job, parts.outline)
                     result.plan, result.numbers = plan(job, parts.looked, chosen, findings)
     result.findings = findings.located(reading.locate)
     return result
@@ -184,11 +183,11 @@ def read(
     if isinstance(recipe, Reading):
         return recipe, locked
     if isinstance(recipe, str | os.PathLike):
-        return recipes.read(os.fspath(recipe), overrides), locked
+        return recipe_module.read(os.fspath(recipe), overrides), locked
     if isinstance(recipe, Recipe) and not overrides:
         return Reading(recipe, [], recipe, Origin("")), locked
     tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
-    return recipes.read_dict(tree, overrides), locked
+    return recipe_module.read_dict(tree, overrides), locked
 
 
 def look(
@@ -219,17 +218,17 @@ def look(
         findings.add(DataError(missing))
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():
-            logdir.check(board)
-    if _given(recipe, "hub", "repo") is not None and (refusal := secrets.why_not()) is not None:
+            events.check(board)
+    if _given(recipe, "hub", "repo") is not None and (refusal := files.why_not()) is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
     if (start := _given(recipe, "adapter", "continue_from")) is not None and not named.blame("adapter"):
         with findings.collect():
-            peftio.find(start, "adapter.from")
-    if (name := _given(recipe, "model", "name")) is not None and not named.blame(modelfolder.KEY):
+            peft.find(start, "adapter.from")
+    if (name := _given(recipe, "model", "name")) is not None and not named.blame(paths.KEY):
         with findings.collect():
-            found_at = modelfolder.resolve(name)
+            found_at = paths.resolve(name)
             if reading.recipe is not None and not findings.blame("model"):
-                modelfolder.refuse_uncached(found_at, recipe.model.revision)
+                paths.refuse_uncached(found_at, recipe.model.revision)
     output = _given(recipe, "output")
     if folder and output is not None and not named.blame("output"):
         with findings.collect():

@@ -10,15 +10,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_finetune import data, hardware, hubreach, model, sharding, terminal
-from hf_finetune.data import Prepared, Stream, checks
-from hf_finetune.data.streaming import Look
-from hf_finetune.errors import DataError, ModelError, Problem, RecipeError
-from hf_finetune.findings import Findings
-from hf_finetune.hardware import Machine
-from hf_finetune.job import Job
+from hf_finetune import device, log
+from hf_finetune.data import checks, prepare, sources
+from hf_finetune.data.prepare import Prepared
+from hf_finetune.data.stream import Look, Stream
+from hf_finetune.device import Machine
+from hf_finetune.errors import DataError, Findings, ModelError, Problem, RecipeError
+from hf_finetune.models import load, pretrained, sharded
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State
+from hf_finetune.training.job import Job
 
 UNKNOWN = State(names=("first", "second"))
 """Labels of a model whose data could not be read: its body can be looked at all the same."""
@@ -47,33 +48,33 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
         findings: Takes what is wrong.
         day: On which the run began, as YYYY-MM-DD; None is today.
     """
-    for check in (hardware.check, sharding.check_launch):
+    for check in (device.check, sharded.check_launch):
         with findings.collect():
             check(recipe, machine)
-    hubreach.settle(recipe)
+    sources.settle(recipe)
     tokenizer = prepared = job = looked = None
     if findings.blame("model", RecipeError):  # its name is malformed or must not be read
         return Parts(recipe, machine)
     with findings.collect():
-        machine = replace(machine, attention=model.attention(recipe, machine))
+        machine = replace(machine, attention=load.attention(recipe, machine))
     if findings.blame("model.name", ModelError) and not Path(recipe.model.name).expanduser().is_dir():
         return Parts(recipe, machine)  # what the Hub does not give now it gives no later; each try takes long
     with findings.collect():
-        tokenizer = model.load_processor(recipe.model, recipe.task)
+        tokenizer = pretrained.load_processor(recipe.model, recipe.task)
         task = recipe.task.on(day or date.today().isoformat(), tokenizer)
         recipe = recipe.model_copy(update={"task": task})
     if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
             try:
-                prepared = data.prepare(recipe, tokenizer, machine, terminal.phase)
-            except data.UnfitError as error:
+                prepared = prepare.prepare(recipe, tokenizer, machine, log.phase)
+            except prepare.UnfitError as error:
                 found = checks.findings(recipe, error.facts, error.counted, error.places, error.left_out)
                 _judge(found, findings)
                 raise
-    outline = model.examine(recipe, UNKNOWN if prepared is None else prepared.targets, tokenizer, findings)
+    outline = load.examine(recipe, UNKNOWN if prepared is None else prepared.targets, tokenizer, findings)
     if outline is not None:
         with findings.collect():
-            sharding.check(recipe, machine, outline)
+            sharded.check(recipe, machine, outline)
     if prepared is not None:
         _judge(checks.findings(recipe, prepared.facts, prepared.counted, prepared.places), findings)
         if isinstance(prepared.train, Stream):

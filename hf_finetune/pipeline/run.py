@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_finetune import opening
+from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
-from hf_finetune.rowfiles import Row
-from hf_finetune.runfolder import RunFolder
+from hf_finetune.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from hf_finetune.merging.report import Report
-    from hf_finetune.predicting.predictor import Predictor
-    from hf_finetune.runreport import Outcome
+    from hf_finetune.inference.merge import Report
+    from hf_finetune.inference.predictor import Predictor
+    from hf_finetune.reports.run import Outcome
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Rows = Iterable[Mapping[str, Any] | str]
@@ -69,14 +69,14 @@ class Run:
         """The final metrics by split: `run.metrics["validation"]["accuracy"]`."""
         if self.outcome is not None:
             return self.outcome.scores
-        from hf_finetune.runreport.remains import Remains
+        from hf_finetune.reports.run import Remains
 
         return Remains.read(RunFolder(str(self.folder)), self.recipe).scores
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: `step`, `epoch`, `phase` (train, eval, test, summary), and what was logged."""
-        from hf_finetune.runreport.remains import Remains
+        from hf_finetune.reports.run import Remains
 
         return [dict(line) for line in Remains.read(RunFolder(str(self.folder)), self.recipe).lines]
 
@@ -108,9 +108,9 @@ class Run:
         files = _words(data)
         others = [os.fspath(other) for other in against if other != "base"]
         opening.look(str(self.folder), self.overrides, others=others, rows=opening.Rows(tuple(files), split, tuple(by)))
-        from hf_finetune.evaluating import command
+        from hf_finetune.inference import evaluate as inference_evaluate
 
-        options = command.Options(
+        options = inference_evaluate.Options(
             run=str(self.folder),
             overrides=self.overrides,
             files=tuple(files),
@@ -119,7 +119,7 @@ class Run:
             against=tuple(os.fspath(other) for other in against),
         )
         with _quietly():
-            return command.evaluate(options)[0]
+            return inference_evaluate.evaluate(options)[0]
 
     def predict(self, rows: Rows, *, max_new_tokens: int | None = None) -> list[dict[str, Any]]:
         """Predict rows: label, score and probabilities, a number, or generated text, in their order.
@@ -134,9 +134,9 @@ class Run:
         """
         given = list(rows)
         lines = bool(given) and all(isinstance(row, str) for row in given)
-        from hf_finetune.finished import open_run
-        from hf_finetune.predicting import predictor
-        from hf_finetune.predicting.rows import LINE
+        from hf_finetune.inference import predictor
+        from hf_finetune.inference.load import open_run
+        from hf_finetune.inference.rows import LINE
 
         found: list[dict[str, Any]] = []
         with _quietly():
@@ -174,14 +174,14 @@ class Run:
         Raises:
             FinetuneError: Something does not load, or is not the run's model.
         """
-        from hf_finetune import merging
+        from hf_finetune.inference import merge_options
 
         files = _words(data)
         rows = opening.Rows(tuple(files)) if files else None
         opening.look(str(self.folder), self.overrides, rows=rows)
-        asked = merging.Options(to=os.fspath(to), data=tuple(files), **options)
+        asked = merge_options.Options(to=os.fspath(to), data=tuple(files), **options)
         with _quietly():
-            return merging.merge(str(self.folder), asked, self.overrides)
+            return merge_options.merge(str(self.folder), asked, self.overrides)
 
     def push(self, repo: str | None = None, **options: Any) -> None:
         """Upload `adapter/` to the Hub; the same content twice makes no second commit.
@@ -193,9 +193,9 @@ class Run:
         Raises:
             PushError: It was not uploaded; the run is as it was.
         """
-        from hf_finetune.hub import push
+        from hf_finetune.hub import push as hub_push
 
-        push.run(str(self.folder), {**({} if repo is None else {"repo": repo}), **options})
+        hub_push.run(str(self.folder), {**({} if repo is None else {"repo": repo}), **options})
 
 
 def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
@@ -247,6 +247,6 @@ def _words(data: Data | None) -> list[str]:
 
 
 def _quietly() -> AbstractContextManager[None]:
-    from hf_finetune import quiet
+    from hf_finetune import log
 
-    return quiet.quietly()
+    return log.quietly()

@@ -12,75 +12,57 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
-from hf_finetune import (
-    arguments,
-    continuation,
-    evaluation,
-    extending,
-    fast,
-    hardware,
-    keeping,
-    matmul,
-    memory,
-    model,
-    patience,
-    quiet,
-    runlock,
-    runreport,
-    saving,
-    sharding,
-    terminal,
-    tuning,
-    zero,
-)
-from hf_finetune.adapters import Setting
-from hf_finetune.card import page
-from hf_finetune.divergence import Guard
+from hf_finetune import device, log
+from hf_finetune.adapters.base import Setting
+from hf_finetune.config.reading import Reading
+from hf_finetune.device import Machine, is_out_of_memory
 from hf_finetune.errors import (
     INTERRUPTED,
     PREEMPTED,
+    Findings,
     FinetuneError,
     OutOfMemoryError,
     Problem,
     RecipeError,
     Stopped,
 )
-from hf_finetune.findings import Findings
-from hf_finetune.flops import Flops
-from hf_finetune.hardware import Machine
-from hf_finetune.hub import best, push
-from hf_finetune.job import Job
-from hf_finetune.observing import Observing
-from hf_finetune.peers import Failure, Watch
+from hf_finetune.hub import push
+from hf_finetune.inference import saving
+from hf_finetune.log import phase, say
+from hf_finetune.log.lines import Message
+from hf_finetune.models import load, memory, sharded, tuning
+from hf_finetune.models import paths as models_paths
+from hf_finetune.models.ledger import Flops
+from hf_finetune.models.tuning import Bench
+from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.check import Source, look, read
 from hf_finetune.pipeline.examine import examine
 from hf_finetune.pipeline.run import Run
-from hf_finetune.preemption import StopRequest
-from hf_finetune.preflight import fitting
 from hf_finetune.recipe import Recipe
-from hf_finetune.resources import is_out_of_memory
-from hf_finetune.resumable import EvaluationStopped, Keeper
-from hf_finetune.runfolder import RunFolder, Start, State, Status
-from hf_finetune.runlock import making, surroundings
-from hf_finetune.runlock.repeating import Repeat
-from hf_finetune.runreport import Outcome
-from hf_finetune.schema.reading import Reading
-from hf_finetune.terminal import Message, phase, say
-from hf_finetune.tracking import Observers
+from hf_finetune.reports import card
+from hf_finetune.reports import run as reports_run
+from hf_finetune.reports.run import Outcome
+from hf_finetune.run import continuation
+from hf_finetune.run import lock as run_lock
+from hf_finetune.run.folder import RunFolder, Start, State, Status
+from hf_finetune.run.lock import Choice, Choices
+from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Arithmetic
-from hf_finetune.trainer import FinetuneTrainer
-from hf_finetune.tuning import Bench, Choice, Choices
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from hf_finetune.training import arguments, continuing, locking
+from hf_finetune.training import trainer as training_trainer
+from hf_finetune.training.callbacks import Guard, StopRequest
+from hf_finetune.training.job import Job
+from hf_finetune.training.peers import Failure, Watch
+from hf_finetune.training.repeating import Repeat
+from hf_finetune.training.resume import EvaluationStopped, Keeper
+from hf_finetune.training.trainer import FinetuneTrainer
 
 PATHS = (
     "fused_lora",
@@ -181,7 +163,7 @@ def train(
     if reading.recipe is None:
         findings.located(reading.locate).raise_errors()
     try:
-        with terminal.notebook(), quiet.quietly(), quiet.process_left_as_it_was():
+        with log.notebook(), log.quietly(), log.process_left_as_it_was():
             return _train(reading, findings, repeat, resume=resume, restart=restart, allow_change=allow_change)
     except FinetuneError as error:
         located = type(error)(map(reading.locate, error.problems))
@@ -199,7 +181,7 @@ def _train(
     allow_change: Sequence[str],
 ) -> Run:
     recipe = reading.checked()
-    machine = hardware.survey(recipe)
+    machine = device.survey(recipe)
     machine = machine if repeat is None else repeat.as_locked(machine, recipe)
     run = Training(recipe, machine, findings, RunFolder(recipe.output), StopRequest(), repeat)
     with run.stop.listening():
@@ -218,7 +200,7 @@ def _train(
                 load_model(run)
                 stack.enter_context(observed(run))
                 make_trainer(run)
-                with _out_of_memory_explained(run), best.uploaded(run.trainer, run.folder) as uploads:
+                with _out_of_memory_explained(run), push.uploaded(run.trainer, run.folder) as uploads:
                     take_fast_paths(run)
                     write_lock(run)
                     train_and_evaluate(run)
@@ -279,8 +261,8 @@ def go_on_as_it_began(run: Training) -> None:
     folder, machine, is_resumed = run.folder, run.machine, run.start.kind in ("resume", "extend")
     kept: list[Choices | None] = [None]
     if machine.is_main and is_resumed:
-        kept = [runlock.choices(folder.run_lock)]
-        same_memory = folder.has_checkpoints and surroundings.is_same_memory(folder.run_lock, machine)
+        kept = [run_lock.choices(folder.run_lock)]
+        same_memory = folder.has_checkpoints and locking.is_same_memory(folder.run_lock, machine)
         if kept[0] is not None and not same_memory:
             kept = [kept[0].without("micro_batch", "activation_checkpointing")]
     broadcast_object_list(kept)
@@ -333,7 +315,7 @@ def prepare_data(run: Training) -> None:
     notes = [*run.start.notes]
     if run.repeat is not None:
         notes += run.repeat.notes_on_rows(parts.job.prepared.fingerprint)
-    run.job, chosen = fitting.fit(parts.job, run.outline, run.before, run.findings)
+    run.job, chosen = plan.fit(parts.job, run.outline, run.before, run.findings)
     run.machine = run.job.machine
     run.choices = Choices.ruled(run.recipe, run.machine, run.before)
     for name, made in chosen.items():
@@ -346,7 +328,7 @@ def _first_day(run: Training) -> str:
     """Find the day on which the run began, as YYYY-MM-DD, the same on all ranks: chat templates print it."""
     day = [date.today().isoformat()]
     if run.machine.is_main and run.start.kind in ("resume", "extend"):
-        kept = runlock.day(run.folder.run_lock)
+        kept = run_lock.day(run.folder.run_lock)
         with suppress(OSError):
             day = [kept or date.fromtimestamp(run.folder.recipe.stat().st_mtime).isoformat()]
     broadcast_object_list(day)
@@ -358,7 +340,7 @@ def _extend(run: Training, job: Job) -> None:
     failed: list[FinetuneError | None] = [None]
     if run.machine.is_main:
         try:
-            extending.begin(run.folder, job)
+            continuing.begin(run.folder, job)
             run.status.start()
         except FinetuneError as error:
             failed = [error]
@@ -374,7 +356,7 @@ def find_checkpoint(run: Training) -> None:
     Raises:
         CheckpointError: No checkpoint is whole, or they are of other data, another model or other sharding.
     """
-    run.keeper = keeping.keeper(run.job, run.folder, run.stop, run.say)
+    run.keeper = continuing.keeper(run.job, run.folder, run.stop, run.say)
 
 
 # ---- model, adapter, and the fastest way to train them here ----
@@ -384,11 +366,11 @@ def load_model(run: Training) -> None:
     """Load the weights, apply the adapter, choose the attention."""
     recipe, machine, job = run.recipe, run.machine, run.job
     run.say(f"run folder {recipe.output}: {machine.describe()}")
-    for line in [*runreport.data_lines(job.prepared), *(f"warning: {problem}" for problem in run.findings.warnings)]:
+    for line in [*reports_run.data_lines(job.prepared), *(f"warning: {problem}" for problem in run.findings.warnings)]:
         run.say(line)
     set_seed(recipe.training.seed)
     with phase("loading the model"):
-        loaded = sharding.load(recipe, job.targets, machine, job.tokenizer, run.outline)
+        loaded = sharded.load(recipe, job.targets, machine, job.tokenizer, run.outline)
     setting = Setting(
         peft_type=recipe.task.peft_task,
         tokenizer=job.tokenizer,
@@ -398,11 +380,11 @@ def load_model(run: Training) -> None:
         batches=lambda: job.sample(loaded.model.device),
     )
     with phase("applying the adapter"):
-        run.adapted = model.build(recipe, loaded, setting)
+        run.adapted = load.build(recipe, loaded, setting)
     if machine.activation_checkpointing:
-        model.enable_activation_checkpointing(loaded.model)
-    run.say(runreport.model_line(recipe, model.parameter_counts(run.adapted)))
-    run.say(runreport.plan_line(job.division, job.length))
+        load.enable_activation_checkpointing(loaded.model)
+    run.say(reports_run.model_line(recipe, load.parameter_counts(run.adapted)))
+    run.say(reports_run.plan_line(job.division, job.length))
     if run.before is not None and "attention" in run.before.made and recipe.model.attention == "auto":
         attention = run.before.made["attention"]  # the model was loaded with it already
     else:
@@ -420,7 +402,7 @@ def observed(run: Training) -> Iterator[None]:
     """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
     run.observers = Observers(run.recipe, run.folder, run.status, run.machine)
     try:
-        keeping.go_on(run.keeper, run.observers, run.status, run.say)
+        continuing.go_on(run.keeper, run.observers, run.status, run.say)
         yield
     except Stopped:
         run.observers.close(is_stopped=True)
@@ -433,14 +415,14 @@ def make_trainer(run: Training) -> None:
     """Make the Trainer with its callbacks."""
     recipe, machine, job = run.recipe, run.machine, run.job
     if machine.zero_stage:
-        zero.read_no_code()
+        sharded.read_no_code()
     options = arguments.training_arguments(job, run.folder.checkpoints)
     callbacks = [*recipe.adapter.callbacks(), *run.observers.callbacks(job.prepared, job.tokenizer)]
     trainer = run.trainer = FinetuneTrainer(run.adapted, options, job, callbacks)
-    sharding.suit(trainer.accelerator, run.adapted, machine)
+    sharded.suit(trainer.accelerator, run.adapted, machine)
     trainer.keeper, trainer.guard, trainer.is_sharded = run.keeper, Guard(recipe.training), machine.is_sharded
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
-    peak = matmul.peak(machine) * machine.world_size
+    peak = device.peak(machine) * machine.world_size
     trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
     observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.observers.record)
     observing.attend(trainer, run.say)
@@ -459,7 +441,7 @@ def take_fast_paths(run: Training) -> None:
     # A path that is younger than the run was not taken when it began, either.
     left_out = {name: False for name in PATHS if then and not then.get(name, False)}
     allowed = run.recipe.model_copy(update={"speed": run.recipe.speed.model_copy(update=left_out)})
-    paths = trainer.paths = fast.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
+    paths = trainer.paths = models_paths.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
     if paths.taken:
         run.say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
     began = time.perf_counter()
@@ -486,12 +468,12 @@ def take_fast_paths(run: Training) -> None:
 def write_lock(run: Training) -> None:
     """Write run.lock.json; all ranks leave here together."""
     if run.machine.is_main:
-        lock = making.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
-        making.write(lock, run.folder.run_lock, goes_on=run.keeper.resume_from is not None)
+        lock = locking.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
+        locking.write(lock, run.folder.run_lock, goes_on=run.keeper.resume_from is not None)
         run.observers.locked()
     # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
     run.keeper.store.ranks.barrier()
-    hardware.limit_collectives(patience.collective())
+    device.limit_collectives(device.collective())
 
 
 # ---- training, evaluation, saving ----
@@ -516,17 +498,17 @@ def train_and_evaluate(run: Training) -> None:
             if trainer.guard is not None:
                 trainer.guard.conclude(trainer.state.global_step)
             run.recipe.adapter.finish(trainer.bare_model)
-            run.scores = evaluation.final(trainer, run.job.prepared)
+            run.scores = training_trainer.final(trainer, run.job.prepared)
     if trainer.stopped:
         raise Stopped.by(trainer.stopped)
-    hardware.limit_collectives(patience.wait())
+    device.limit_collectives(device.wait_patience())
 
 
 def save_and_compare(run: Training) -> None:
     """Write `adapter/`, then read it back and compare it with the model in memory."""
     run.watch.progress(run.trainer.state.global_step, "saving the adapter", is_long=True)
     with phase("saving the adapter"):
-        run.difference = saving.save(run.trainer, run.folder)
+        run.difference = saving.save_saving(run.trainer, run.folder)
 
 
 # ---- what it came to ----
@@ -545,7 +527,7 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         machine=machine,
         folder=run.folder,
         prepared=run.job.prepared,
-        parameters=model.parameter_counts(run.adapted),
+        parameters=load.parameter_counts(run.adapted),
         steps=trainer.state.global_step,
         resumed_at=run.resumed_at,
         seconds=run.seconds,
@@ -557,14 +539,14 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         probe_seconds=run.probe_seconds,
         not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
     )
-    summary = runreport.summary_entry(outcome)
+    summary = reports_run.summary_entry(outcome)
     run.observers.conclude(summary)
     if machine.is_main:
-        found = runreport.write(outcome, run.observers.journal.entries)
+        found = reports_run.write(outcome, run.observers.journal.entries)
         if found is not None:
-            page.complete(found)
-        lines = runreport.summary_lines(outcome)
-        terminal.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(run.folder.path)}))
+            card.complete(found)
+        lines = reports_run.summary_lines(outcome)
+        log.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(run.folder.path)}))
     PartialState().wait_for_everyone()
     return outcome
 

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from string import Formatter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from hf_finetune.badrows import BadRows
-from hf_finetune.errors import DataError
-from hf_finetune.tasks._chat import Chat, Renderer, Spoken
-from hf_finetune.tasks._messages import REASONING, is_text
-from hf_finetune.tasks.base import is_blank
-
-if TYPE_CHECKING:
-    from hf_finetune.tasks.base import Rows
+from hf_finetune.errors import BadRows, DataError
+from hf_finetune.tasks._chat import Renderer, Spoken
+from hf_finetune.tasks._messages import REASONING, Chat, is_text
+from hf_finetune.tasks.base import Rows, is_blank
 
 Part = tuple[str, str | None]
 """Literal text, and the column whose value follows it (None at the end)."""

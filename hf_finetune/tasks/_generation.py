@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hf_finetune.errors import DataError
+from hf_finetune.log import phase
 from hf_finetune.tasks._chat import Renderer
-from hf_finetune.terminal import phase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: False)
 

@@ -17,8 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
-from hf_finetune.badrows import BadRows
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.errors import BadRows, DataError, Problem
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tasks.base import State
 

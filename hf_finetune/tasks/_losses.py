@@ -6,12 +6,13 @@ for regression) adds nothing to sum, divisor or gradient. No function waits for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from hf_finetune.tasks.base import IGNORE
+from hf_finetune.tasks.base import IGNORE, Batch
 
 
 def cross_entropy_sum(
@@ -86,3 +87,137 @@ def squared_error_sum(predictions: torch.Tensor, labels: torch.Tensor) -> torch.
 def squared_error_items(labels: torch.Tensor) -> torch.Tensor:
     """Rows of (B,) that are not masked, a float32 scalar."""
     return (~labels.isnan()).sum().float()
+
+
+# Cross entropy of the next token, summed, in float32, without holding a float32 copy of all logits.
+#
+# Shapes: B rows, T tokens, V vocabulary, N counted positions. The logits at position t predict the label at t + 1.
+
+CHUNK = 1024
+"""Positions that are cast to float32 together."""
+FEW = 128
+"""The same where probabilities are kept besides."""
+
+
+def counted(labels: torch.Tensor) -> torch.Tensor:
+    """Which labels count, (B, T - 1) bool: the label at position 0 has nothing that predicts it."""
+    return labels[:, 1:] != IGNORE
+
+
+def next_token_loss(
+    model: Callable[..., Any], inputs: Batch, labels: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Run a causal model, and sum the cross entropy over all counted labels; see `loss_sum`.
+
+    Args:
+        model: Where it has a `next_token_loss` of its own, that is asked: fast paths make no logits that don't count.
+        inputs: What it takes, as keyword arguments.
+        labels: (B, T).
+        smoothing: See `loss_sum`.
+    """
+    faster = getattr(model, "next_token_loss", None)
+    return loss_sum(model(**inputs).logits, labels, smoothing) if faster is None else faster(inputs, labels, smoothing)
+
+
+def each_next_token(model: Callable[..., Any], inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """Run a causal model, and look at each counted position; see `each` and `next_token_loss`."""
+    faster = getattr(model, "each_next_token", None)
+    return each(*_kept(model(**inputs).logits, labels)) if faster is None else faster(inputs, labels)
+
+
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Sum of the cross entropy over all counted labels, a float32 scalar; 0 with a gradient of 0 where none counts.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), `IGNORE` where nothing counts.
+        smoothing: Share of the probability that is spread over the vocabulary (Szegedy et al. 2016, section 7).
+    """
+    kept, wanted = _kept(logits, labels)
+    return loss_sum_of(kept, wanted, smoothing)
+
+
+def loss_sum_of(kept: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The same for positions that count, all of them.
+
+    Args:
+        kept: (N, V) logits.
+        wanted: (N,) labels.
+        smoothing: See `loss_sum`.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    sums = [
+        cross_entropy(part.float(), want, reduction="sum", label_smoothing=smoothing)
+        for part, want in zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)
+    ]
+    return torch.stack(sums).sum()
+
+
+def each(kept: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of each counted position: nats, and 1 where the likeliest token is the wanted one; (2, N) float32.
+
+    Args:
+        kept: (N, V) logits.
+        wanted: (N,) labels.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    parts = [
+        torch.stack([cross_entropy(part.float(), want, reduction="none"), part.argmax(-1).eq(want).float()])
+        for part, want in zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def row_sums(found: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per row: negative log likelihood in nats, counted tokens, correctly predicted tokens; (B, 3) float32.
+
+    Args:
+        found: (2, N), what `each` found of all counted positions.
+        labels: (B, T).
+    """
+    import torch
+
+    nll, correct = found
+    rows, _ = counted(labels).nonzero(as_tuple=True)
+    values = torch.stack([nll, torch.ones_like(nll), correct], dim=1)
+    return values.new_zeros(len(labels), 3).index_add(0, rows, values)
+
+
+def add_positions(totals: dict[str, torch.Tensor], found: torch.Tensor, labels: torch.Tensor) -> None:
+    """Add nats and counted tokens at each position to the total `positions`, (2, T or more)."""
+    import torch
+
+    dtype = torch.float32 if found.device.type == "mps" else torch.float64
+    before = totals.get("positions", torch.zeros(2, 0, dtype=dtype, device=found.device))
+    sums = torch.nn.functional.pad(before, (0, max(0, labels.shape[1] - before.shape[1])))
+    _, places = counted(labels).nonzero(as_tuple=True)
+    values = torch.stack([found[0], torch.ones_like(found[0])])
+    totals["positions"] = sums.index_add(1, places + 1, values.to(dtype))
+
+
+def every_token(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of a row but the first: nats, and the entropy (nats) of what was predicted for it; (T - 1,) each.
+
+    Args:
+        logits: (T, V).
+        ids: (T,) tokens.
+    """
+    import torch
+
+    parts = []
+    for part, wanted in zip(torch.split(logits[:-1], FEW), torch.split(ids[1:], FEW), strict=True):
+        log_probabilities = part.float().log_softmax(-1)
+        nats = -log_probabilities.gather(1, wanted[:, None])[:, 0]
+        parts.append(torch.stack([nats, torch.special.entr(log_probabilities.exp()).sum(-1)]))
+    losses, entropies = torch.cat(parts, dim=1)
+    return losses, entropies
+
+
+def _kept(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) and labels (N,) of the counted positions."""
+    mask = counted(labels)
+    return logits[:, :-1][mask], labels[:, 1:][mask]

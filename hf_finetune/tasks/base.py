@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from hf_finetune.plugins import Plugin
+from hf_finetune.config.section import Plugin
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,30 +2,327 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
 from tensorboardX import summary
 from tensorboardX.proto import api_pb2
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
 from transformers import TrainerState
 
-from hf_finetune import records
+from hf_finetune.config import yamlfile
+from hf_finetune.config.section import key_of
 from hf_finetune.errors import Problem, RecipeError, StorageError
-from hf_finetune.plugins import key_of
+from hf_finetune.log import warn
+from hf_finetune.log.text import harmless
 from hf_finetune.recipe import Recipe
-from hf_finetune.records import Record
-from hf_finetune.runfolder import RunFolder
-from hf_finetune.schema import yamlwriter
-from hf_finetune.terminal import warn
-from hf_finetune.tracking import journal, summaries
+from hf_finetune.run import journal
+from hf_finetune.run.folder import RunFolder
+from hf_finetune.run.journal import Entry
+from hf_finetune.tracking import charts, figures, records
 from hf_finetune.tracking.callbacks import MetricsCallback
-from hf_finetune.tracking.events import EventWriter
-from hf_finetune.tracking.journal import Entry
-from hf_finetune.tracking.logdir import KEY, LogDir, check
+from hf_finetune.tracking.events import EMBEDDINGS, KEY, PROJECTOR, EventWriter, LogDir, check
+from hf_finetune.tracking.records import Record
+
+# Draw each kind of record with TensorBoard: scalars, histograms, PR curves, pictures, texts, embeddings.
+
+Array = np.ndarray[Any, Any]
+
+MARGIN = ("margin/loss", "margin/loss_lower", "margin/loss_upper")
+NORMAL = 1.959964
+"""The 97.5 % quantile of a standard normal variable."""
+BINS = 40
+THRESHOLDS = 127
+"""Points of a PR curve; tensorboardX takes no more."""
+CLASSES = 50
+"""Classes that get a PR curve, and a histogram of their logits: of more, those with the most rows."""
+LABELS = 100
+"""Labels of a table; of more, those with the most rows."""
+TAG_CHARACTERS = 80
+"""Characters of a label in a tag."""
+COLOURS = ((0.5, "🟩"), (1.5, "🟨"), (3.0, "🟧"), (float("inf"), "🟥"))
+"""Loss in nats below which a token has a colour. TensorBoard strips every style from text, so these are squares."""
+HARDEST = 10
+"""Tokens of the table."""
+COLUMNS = ("row", "label", "predicted", "confidence", "text")
+
+
+def draw_data(writer: EventWriter, record: Record) -> None:
+    """Draw lengths and labels of each split as histograms (bin i is label i, in the table's order) and tables."""
+    for name, counts in record.arrays.items():
+        if name.startswith("lengths."):
+            add_counts(writer, f"data_lengths/{name.removeprefix('lengths.')}", counts, record.arrays["edges"])
+    for split, counts in record.facts.get("labels", {}).items():
+        if not counts:
+            continue
+        add_counts(writer, f"data_labels/{split}", np.array(list(counts.values())), np.arange(len(counts) + 1) - 0.5)
+        total = max(sum(counts.values()), 1)
+        largest = sorted(enumerate(counts.items()), key=lambda row: -row[1][1])[:LABELS]
+        rows = [(number, name, f"{n:,}", f"{n / total:.2%}") for number, (name, n) in sorted(largest)]
+        more = f"\n\nThe {LABELS} labels with the most rows, of {len(counts)}." if len(counts) > LABELS else ""
+        writer.add_text(f"data/labels_{split}", table(("id", "label", "rows", "share"), rows) + more)
+    fates = {
+        name: value
+        for name, value in record.facts.items()
+        if name != "labels" and isinstance(value, dict) and all(isinstance(count, int) for count in value.values())
+    }
+    if fates:
+        splits = list(dict.fromkeys(split for value in fates.values() for split in value))
+        listed = [[name, *(value.get(split, "") for split in splits)] for name, value in fates.items()]
+        writer.add_text("data/rows", table(["", *splits], listed))
+
+
+def draw_environment(writer: EventWriter, record: Record) -> None:
+    """Draw versions of packages, and the machine."""
+    writer.add_text("environment", table(("", ""), record.facts["table"].items()))
+
+
+def draw_examples(writer: EventWriter, record: Record) -> None:
+    """Draw the most confidently wrong rows, or those with the largest error, as a table."""
+    rows = [[row.get(column) for column in COLUMNS] for row in record.facts["rows"]]
+    shown = [["" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    writer.add_text(f"{record.phase}/most_wrong", table(COLUMNS, shown) if rows else "No row is wrong.")
+
+
+def draw_plots(writer: EventWriter, record: Record) -> None:
+    """Draw the record's charts that TensorBoard has no interactive ones of."""
+    for plot in charts.record_plots(record):
+        if plot.on_board:
+            writer.add_png(f"{record.phase}/{plot.name}", figures.png(plot.draw()))
+
+
+def draw_predictions(writer: EventWriter, record: Record) -> None:
+    """Draw what `tracking.images` and `tracking.histograms` ask for at this evaluation."""
+    # Runs of version 0.1.0 did not say what was due.
+    due = record.facts.get("due", {"images": True, "histograms": True})
+    problem = record.facts.get("problem")
+    is_classifier = problem in ("single_label", "multi_label")
+    losses, weights = charts.row_losses(record.arrays["rows"], problem)
+    if due["images"]:
+        found = interval(losses, weights)
+        if found is not None and record.phase == "eval":
+            for tag, value in zip(MARGIN, found, strict=True):
+                writer.add_scalar(tag, value)
+        draw_plots(writer, record)
+        if is_classifier:
+            _draw_pr_curves(writer, record)
+    if not due["histograms"]:
+        return
+    if is_classifier:
+        _draw_logits(writer, record)
+    elif problem == "regression":
+        rows = record.arrays["rows"].astype(np.float64)
+        add_values(writer, f"{record.phase}_regression/predicted", rows[:, 0])
+        add_values(writer, f"{record.phase}_regression/error", rows[:, 0] - rows[:, 1])
+    else:
+        add_values(writer, f"{record.phase}_rows/loss", losses[weights > 0])
+
+
+def _draw_pr_curves(writer: EventWriter, record: Record) -> None:
+    phase, names = record.phase, record.facts["names"]
+    probabilities, hits = charts.probabilities(record.arrays["rows"], len(names))
+    shown = _largest(hits)
+    for index in shown:
+        curve = summary.compute_curve(hits[:, index], probabilities[:, index], num_thresholds=THRESHOLDS)
+        tp, fp, tn, fn, precision, recall = curve
+        # Where no row is predicted, the curve ends at recall 0 and precision 1, as in scikit-learn; `add_pr_curve` of
+        # tensorboardX 2.6 gives such thresholds the precision 0, so that each curve falls to (0, 0).
+        precision[tp + fp == 0] = 1.0
+        tag = label_tag(f"{phase}_precision_recall", names[index])
+        writer.add_pr_curve_raw(tag, tp, fp, tn, fn, precision, recall, num_thresholds=THRESHOLDS)
+    if len(shown) < len(names):
+        text = f"PR curves of {len(shown)} of {len(names)} classes: those with the most rows."
+        writer.add_text(f"{phase}/precision_recall", text)
+
+
+def _draw_logits(writer: EventWriter, record: Record) -> None:
+    phase, names = record.phase, record.facts["names"]
+    probabilities, hits = charts.probabilities(record.arrays["rows"], len(names))
+    for index in _largest(hits):
+        add_values(writer, label_tag(f"{phase}_logits", names[index]), record.arrays["rows"][:, index])
+    confidence = np.maximum(probabilities, 1.0 - probabilities)
+    if record.facts["problem"] == "single_label":
+        confidence, right = probabilities.max(axis=1), hits[np.arange(len(hits)), probabilities.argmax(axis=1)]
+        add_values(writer, f"{phase}_confidence/right", confidence[right])
+        add_values(writer, f"{phase}_confidence/wrong", confidence[~right])
+    add_values(writer, f"{phase}_confidence/all", confidence.ravel())
+
+
+def _largest(hits: Array) -> list[int]:
+    """Choose classes with rows in this split, those with the most; in their order."""
+    support = hits.sum(axis=0)
+    found = [int(index) for index in np.argsort(-support, kind="stable")[:CLASSES] if support[index]]
+    return sorted(found)
+
+
+def draw_tokens(writer: EventWriter, record: Record) -> None:
+    """Draw what a language model finds hard, token by token, as an image and as text."""
+    limits = [f"{COLOURS[0][1]} loss below {COLOURS[0][0]} nats"]
+    limits += [f"{square} {low} to {high}" for (low, _), (high, square) in pairwise(COLOURS[:-1])]
+    legend = ", ".join([*limits, f"{COLOURS[-1][1]} more; without a colour: not trained"])
+
+    def square(loss: float | None) -> str:
+        return "" if loss is None else next((one for limit, one in COLOURS if loss < limit), COLOURS[-1][1])
+
+    for number, row in enumerate(record.facts["rows"], 1):
+        if not row["tokens"]:
+            continue
+        tag = f"{record.phase}_tokens/example_{number}"
+        writer.add_png(tag, figures.png(charts.tokens([row])))
+        tokens = zip(row["tokens"], row["losses"], strict=True)
+        coloured = " ".join(f"{square(loss)}{cell(token.replace(' ', '▁'))}" for token, loss in tokens)
+        counted = [
+            one for one in zip(row["tokens"], row["losses"], row["entropies"], strict=True) if one[1] is not None
+        ]
+        hardest = [
+            (token, f"{loss:.3f}", "" if entropy is None else f"{entropy:.3f}")
+            for token, loss, entropy in sorted(counted, key=lambda column: -column[1])[:HARDEST]
+        ]
+        parts = [legend, coloured, "**hardest tokens**", table(("token", "loss", "entropy"), hardest)]
+        writer.add_text(tag, "\n\n".join(parts))
+
+
+def draw_weights(writer: EventWriter, record: Record) -> None:
+    """Draw histograms of weights and gradients, size of the updates, and norms of B."""
+    prefix = "" if record.phase == "eval" else f"{record.phase}_"
+    rows = zip(record.facts["tags"], record.arrays["counts"], record.arrays["edges"], strict=True)
+    for tag, counts, edges in rows:
+        add_counts(writer, f"{prefix}{tag}", counts, edges)
+    for tag, value in record.facts["scalars"].items():
+        if value is not None and isfinite(value):
+            writer.add_scalar(f"{prefix}{tag}", value)
+
+
+def draw_embeddings(writer: EventWriter, record: Record) -> None:
+    """Write what a classifier's head sees, `vectors` (M, D), for the projector, coloured by label."""
+    # The projector reads files beside the events. Not `add_embedding`, which writes them in the training thread, and
+    # never to an object store; and it appends to their list, so that a resumed run would list a tensor twice.
+    name = f"{record.phase}:{record.step:05}"
+    writer.embeddings |= {name: None}
+    stream = io.BytesIO()
+    np.savetxt(stream, np.asarray(record.arrays["vectors"], dtype=np.float32), fmt="%.5g", delimiter="\t")
+    labels = record.facts["labels"]
+    texts = record.facts.get("texts") or [""] * len(labels)
+    lines = ["label\ttext", *(f"{harmless(str(a))}\t{harmless(str(b))}" for a, b in zip(labels, texts, strict=True))]
+    folders = {one: f"{EMBEDDINGS}/{one.replace(':', '-')}" for one in writer.embeddings}
+    listed = "".join(
+        f"embeddings {{\n  tensor_name: {json.dumps(one)}\n  tensor_path: {json.dumps(folder + '/tensors.tsv')}\n"
+        f"  metadata_path: {json.dumps(folder + '/metadata.tsv')}\n}}\n"
+        for one, folder in folders.items()
+    )
+    writer.add_file(f"{folders[name]}/tensors.tsv", stream.getvalue())
+    writer.add_file(f"{folders[name]}/metadata.tsv", ("\n".join(lines) + "\n").encode())
+    writer.add_file(PROJECTOR, listed.encode())
+
+
+DRAWN: dict[str, Callable[[EventWriter, Record], None]] = {
+    "data": draw_data,
+    "embeddings": draw_embeddings,
+    "environment": draw_environment,
+    "examples": draw_examples,
+    "positions": draw_plots,
+    "predictions": draw_predictions,
+    "tokens": draw_tokens,
+    "weights": draw_weights,
+}
+"""By kind of record."""
+
+
+# ---- parts ----
+
+
+def add_counts(writer: EventWriter, tag: str, counts: Array, edges: Array) -> None:
+    """Add a histogram that was counted before, unless it is empty.
+
+    Args:
+        writer: Of the run.
+        tag: Where it is shown.
+        counts: (B,) values in each bin; empty bins at the ends are left out.
+        edges: (B + 1,) ends of the bins; the sums are those of the bins' middles.
+    """
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    counts, edges = counts[first:last].astype(np.float64), np.asarray(edges, dtype=np.float64)[first : last + 1]
+    middles = (edges[:-1] + edges[1:]) / 2
+    writer.add_histogram_raw(
+        tag,
+        min=edges[0],
+        max=edges[-1],
+        num=counts.sum(),
+        sum=(counts * middles).sum(),
+        sum_squares=(counts * middles**2).sum(),
+        # TensorBoard knows upper ends only: an empty bin first says where the next one begins.
+        bucket_limits=edges.tolist(),
+        bucket_counts=[0.0, *counts.tolist()],
+    )
+
+
+def add_values(writer: EventWriter, tag: str, values: Array) -> None:
+    """Add a histogram of finite values in `BINS` equal bins, unless there are none."""
+    # As float32: numpy (2.x) refuses bins between float64 values that hardly differ, or that are too far apart.
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, dtype=np.float32).astype(np.float64)
+    values = values[np.isfinite(values)]
+    if len(values):
+        add_counts(writer, tag, *np.histogram(values, bins=BINS))
+
+
+def interval(losses: Array, weights: Array) -> tuple[float, float, float] | None:
+    """Estimate how far the mean loss on a split can be trusted: a 95 % interval from the scatter of its rows.
+
+    Args:
+        losses: (N,) mean loss of each row.
+        weights: (N,) what it counts, e.g. tokens.
+
+    Returns:
+        Weighted mean, lower and upper end by the ratio estimator (Cochran 1977, eq. 6.9); None for fewer than 2 rows
+        that count.
+    """
+    losses, weights = losses[weights > 0], weights[weights > 0]
+    if len(losses) < 2:
+        return None
+    mean = float((losses * weights).sum() / weights.sum())
+    residuals = weights * (losses - mean)
+    variance = len(losses) / (len(losses) - 1) * float((residuals**2).sum()) / float(weights.sum()) ** 2
+    half = NORMAL * float(np.sqrt(variance))
+    return mean, mean - half, mean + half
+
+
+def label_tag(prefix: str, label: str) -> str:
+    """Make a tag that ends in a label; one that is long or can't be shown is cut, and made unique by its hash."""
+    shown = "".join(char if char.isprintable() else "_" for char in label)
+    if shown != label or len(label) > TAG_CHARACTERS or not label.strip():
+        shown = f"{shown[:TAG_CHARACTERS]}-{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return f"{prefix}/{shown}"
+
+
+def cell(text: str) -> str:
+    """Write a text so that nothing in it is Markdown: punctuation as character references, line ends as `<br>`."""
+    # TensorBoard renders with Python-Markdown and keeps a few tags and no styles (`tensorboard.plugin_util`).
+    lines = [harmless(line) for line in text.split("\n")]
+    return "<br>".join(re.sub(r"[!-/:-@[-`{-~]", lambda found: f"&#{ord(found[0])};", line) for line in lines)
+
+
+def block(text: str) -> str:
+    """Write a text as it is, in a block; indented, because a fence could be closed from within."""
+    return "\n".join(f"    {harmless(line)}" for line in text.split("\n"))
+
+
+def table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Write a table; its cells are escaped."""
+    lines = [head, ["---"] * len(head), *([cell(str(value)) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 Outcome = Literal["success", "failure", "unknown"]
 """States that TensorBoard knows besides `running`; a run that was stopped and can be resumed is `unknown`."""
@@ -90,7 +387,7 @@ class Board(MetricsCallback):
             self.writer.add_summary(experiment)
             self.writer.add_summary(session)
             self.writer.add_custom_scalars(layout(self.recipe))
-            self.writer.add_text("recipe", summaries.block(self.recipe.dump()))
+            self.writer.add_text("recipe", block(self.recipe.dump()))
 
     def see(self, line: Entry, state: TrainerState) -> None:
         """Draw a line."""
@@ -111,13 +408,13 @@ class Board(MetricsCallback):
         """Show answers to the fixed prompts, lines of samples.jsonl."""
         rows = [(line["prompt"], line["answer"], "ended" if line["ended"] else "cut off") for line in lines]
         with self.writer.at(step, self._time("eval", step)):
-            self.writer.add_text("samples", summaries.table(("prompt", "answer", "end"), rows))
+            self.writer.add_text("samples", table(("prompt", "answer", "end"), rows))
 
     def add_lock(self) -> None:
         """Show run.lock.json, which exists once everything is chosen."""
         if self.folder.run_lock.is_file():
             with self.writer.at(0, self._time("train", 0)):
-                self.writer.add_text("lock", summaries.block(self.folder.run_lock.read_text(encoding="utf-8")))
+                self.writer.add_text("lock", block(self.folder.run_lock.read_text(encoding="utf-8")))
 
     def draw(self, record: Record) -> None:
         """Draw a record; one that can't be drawn costs a warning, and never the run."""
@@ -125,8 +422,8 @@ class Board(MetricsCallback):
             self._times.setdefault(("train", record.step), record.facts.get("time", time.time()))
         try:
             with self.writer.at(record.step, self._time(record.phase, record.step)):
-                if record.kind in summaries.DRAWN:
-                    summaries.DRAWN[record.kind](self.writer, record)
+                if record.kind in DRAWN:
+                    DRAWN[record.kind](self.writer, record)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if record.kind not in self._undrawn:
                 self._undrawn.add(record.kind)
@@ -213,7 +510,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, str | bool | float]:
     blocks = {name: block for name, block in recipe.model_dump(mode="json").items() if isinstance(block, dict)}
     flat = {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
     found = {
-        key: value if isinstance(value, str | bool | int | float) else yamlwriter.inline(value).strip()
+        key: value if isinstance(value, str | bool | int | float) else yamlfile.inline(value).strip()
         for key, value in flat.items()
         if value not in (None, [], {}) and key_of(type(recipe), key).study
     }
@@ -248,7 +545,7 @@ def layout(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     }
     return {
         "learning curves": curves,
-        "margins": {"loss on validation, 95 % interval": ["Margin", list(summaries.MARGIN)]},
+        "margins": {"loss on validation, 95 % interval": ["Margin", list(MARGIN)]},
         "speed and stability": speed,
         "classes": {name: ["Multiline", [f"eval_per_class/{name}/"]] for name in PER_CLASS[:3]},
     }
@@ -258,4 +555,4 @@ def metric_tag(phase: str, metric: str) -> str:
     """Name a metric: `eval`, `accuracy` -> `eval/accuracy`; `eval`, `f1.good` -> `eval_per_class/f1/good`."""
     name, _, label = metric.partition(".")
     is_of_class = name in PER_CLASS and label
-    return summaries.label_tag(f"{phase}_per_class/{name}", label) if is_of_class else f"{phase}/{metric}"
+    return label_tag(f"{phase}_per_class/{name}", label) if is_of_class else f"{phase}/{metric}"

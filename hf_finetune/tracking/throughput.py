@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from hf_finetune import memory
-from hf_finetune.batching import COUNTED
-from hf_finetune.flops import Flops
+from hf_finetune.data.batches import COUNTED
+from hf_finetune.models import memory
+from hf_finetune.models.ledger import Flops
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data", "forward", "backward", "optimizer"
 PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER)

@@ -8,7 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
     from faults import plugins
-    from hf_finetune.cli import main
+    from hf_finetune.cli.main import main
 
     plugins.apply(json.loads(os.environ.get("FAULTS", "[]")))
     main()

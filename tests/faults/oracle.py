@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from faults.lab import Ended, Job, Lab
-from hf_finetune.tracking.journal import MEASURED
+from hf_finetune.run.journal import MEASURED
 
 CLOCK = {*MEASURED, "padding_share"}
 """Numbers that depend on the clock, the machine, or how many processes a run was spread over."""

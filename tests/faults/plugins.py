@@ -85,7 +85,7 @@ def on_trainer(place: str, strike: Callable[[Any], None]) -> None:
     """Call something with the trainer whenever it comes to a place."""
     from transformers.trainer_callback import CallbackHandler
 
-    from hf_finetune.trainer import FinetuneTrainer
+    from hf_finetune.training.trainer import FinetuneTrainer
 
     def logged(result: Any, trainer: Any, *a: Any, **o: Any) -> Any:
         strike(trainer)
@@ -141,9 +141,9 @@ def slow(seconds: float) -> None:
 
 def pace(share: float = 1.0, first: float = 0.0) -> None:
     """Let checkpoints by the clock take more of the time than they may: a test has no ten minutes."""
-    from hf_finetune import pace as own
+    from hf_finetune.training import callbacks
 
-    own.SHARE, own.FIRST_S = share, first
+    callbacks.SHARE, callbacks.FIRST_S = share, first
 
 
 def renaming(ends: str, when: str, action: str = "die", **options: Any) -> None:
@@ -304,7 +304,7 @@ def committing(step: int, when: str, action: str = "die", rank: int | None = Non
 
 def poison(what: str, value: str, steps: list[int], rank: int | None = None) -> None:
     """At some steps: a `loss` that is multiplied by a number, nan or inf, or a finite loss with such a `gradient`."""
-    from hf_finetune.trainer import FinetuneTrainer
+    from hf_finetune.training.trainer import FinetuneTrainer
 
     if rank not in (None, RANK):
         return
@@ -321,7 +321,7 @@ def poison(what: str, value: str, steps: list[int], rank: int | None = None) -> 
 
 def record(file: str) -> None:
     """Write down the rows of every micro-batch: step and a hash of the tokens of each row."""
-    from hf_finetune.trainer import FinetuneTrainer
+    from hf_finetune.training.trainer import FinetuneTrainer
 
     def note(trainer: Any, model: Any, inputs: Any, *a: Any, **o: Any) -> None:
         mask = inputs.get("attention_mask")

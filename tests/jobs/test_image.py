@@ -103,7 +103,7 @@ def test_the_image_says_what_it_is(image: Image) -> None:
     )
     assert image.config["User"] == "1000:0", "a number, so that runAsNonRoot can be checked"
     assert image.config["Volumes"] == {"/cache": {}}
-    assert image.config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "hf_finetune.health"]
+    assert image.config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "hf_finetune.launch.health"]
 
 
 def test_there_is_no_compiler_and_no_installer(image: Image) -> None:
@@ -136,7 +136,7 @@ def stop_after(bench: Bench, run: str, words: list[str], container: Container) -
     """Start a run and stop it in the middle of training, as an engine does; returns what it said."""
     running = container.start(*words)
     running.until(lambda: len(bench.steps(run)) >= 5)
-    health = running.execute("python", "-m", "hf_finetune.health")
+    health = running.execute("python", "-m", "hf_finetune.launch.health")
     running.stop()
     ended = running.end()
     assert ended.code == 143, ended.output

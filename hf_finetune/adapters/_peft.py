@@ -1,0 +1,313 @@
+"""Parts that PEFT methods share: wrap a model, keep what is trained in fp32, write and read adapter files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.errors import ModelError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""PEFT's name of the only adapter."""
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_log = logging.getLogger(__name__)
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`model` with a fresh adapter, the base frozen and everything trained in fp32.
+
+    Raises:
+        RecipeError: PEFT refuses the combination.
+    """
+    from peft import get_peft_model
+
+    with quiet():
+        try:
+            adapted = get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise RecipeError(Problem(f"PEFT refuses: {one_line(error)}", key="adapter")) from error
+    train_in_fp32(adapted)
+    return adapted
+
+
+def read(model: PreTrainedModel, folder: str, *, config: PeftConfig | None = None, train: bool = False) -> PeftModel:
+    """`model` with the adapter in `folder`.
+
+    Args:
+        model: A fresh base model.
+        folder: What `write` wrote.
+        config: The adapter's configuration where it differs from the stored one.
+        train: The adapter goes on training; else it is frozen.
+
+    Raises:
+        ModelError: The files are damaged or belong to another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    with quiet():
+        try:
+            adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=train)
+        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{folder}: this adapter does not fit the model: {one_line(error)}") from error
+    if train:
+        train_in_fp32(adapted)
+    return adapted
+
+
+def write(folder: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Write an adapter as PEFT's two files; the folder is made if it is not there."""
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    # One tensor per name: safetensors refuses memory that two names share.
+    stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, str(Path(folder) / WEIGHTS), metadata={"format": "pt"})
+    written: Any = copy.deepcopy(config)
+    written.inference_mode = True
+    if getattr(written, "modules_to_save", None):
+        written.modules_to_save = list(dict.fromkeys(written.modules_to_save))
+    written.save_pretrained(folder)
+
+
+def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by their names in its file; embeddings of the base are never among them.
+
+    Args:
+        adapted: The adapted model.
+        state: Its trained weights by their names in it, where it holds only parts of them; None takes its own.
+    """
+    from peft import get_peft_model_state_dict
+
+    with quiet():
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            adapted, state_dict=state, save_embedding_layers=False
+        )
+    return tensors
+
+
+def adapter_config(adapted: Any) -> Any:
+    """The configuration of the adapter on this model."""
+    return adapted.peft_config[ADAPTER]
+
+
+def find(place: str, key: str) -> str:
+    """Folder of the adapter in a run folder, or the folder itself.
+
+    Raises:
+        RecipeError: There is no adapter.
+    """
+    for folder in (Path(place), Path(place) / "adapter"):
+        if (folder / CONFIG).is_file():
+            return str(folder)
+    what = "has no adapter" if Path(place).is_dir() else "does not exist"
+    raise RecipeError(Problem(f"{place!r} {what}; give a run folder, or a folder with {CONFIG}", key=key))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence PEFT's advice about things that are checked here or meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train_in_fp32(adapted: PeftModel) -> None:
+    """Cast what is trained to fp32.
+
+    `autocast_adapter_dtype` of PEFT casts its own layers, not the copies behind `modules_to_save`.
+    """
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    heads_in_fp32(adapted)
+
+
+def heads_in_fp32(adapted: nn.Module) -> None:
+    """Cast the copies behind `modules_to_save` to fp32, in a base of any dtype."""
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save:
+            outer = next((p.dtype for p in module.original_module.parameters() if p.is_floating_point()), torch.float32)
+            bridge(module.modules_to_save[ADAPTER].float(), outer)
+
+
+def bridge(trained: nn.Module, outer: torch.dtype) -> None:
+    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast.
+
+    It takes what it then is of: FSDP2 and DeepSpeed cast the weights themselves for each pass, and autocast nothing.
+    """
+    import torch
+
+    if outer == torch.float32:
+        return
+    trained.register_forward_pre_hook(lambda module, args: _cast(args, next(module.parameters()).dtype))
+    trained.register_forward_hook(lambda _, args, output: _cast(output, outer))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    import torch
+
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message as part of one line."""
+    return " ".join(str(error).split())[:500]
+
+
+def resume(model: PreTrainedModel, folder: str, peft_type: str, *, reads: bool, **changes: Any) -> PeftModel:
+    """`model` with the adapter in `folder`, ready to go on training.
+
+    Args:
+        model: A fresh base model.
+        folder: An adapter folder.
+        peft_type: The method it must be of, as PEFT names it.
+        reads: With its weights; else only the shapes, for a model on the meta device.
+        changes: Fields of its configuration that this run sets anew.
+
+    Raises:
+        RecipeError: The adapter is of another method.
+        ModelError: The adapter does not fit the model.
+    """
+    config = stored_config(folder)
+    if config.peft_type.value != peft_type:
+        reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
+        raise RecipeError(Problem(reason, key="adapter.from"))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if not reads:
+        config.inference_mode = False
+        return wrap(model, config)
+    trained_on = config.base_model_name_or_path
+    if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
+        _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
+    config.base_model_name_or_path = model.name_or_path
+    return read(model, folder, config=config, train=True)
+
+
+def adapted_modules(folder: str) -> set[str]:
+    """Paths of the modules that have LoRA matrices in the folder's weights, whatever its configuration says of them.
+
+    Raises:
+        ModelError: The weights can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(f"{folder}/{WEIGHTS}", "pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: {WEIGHTS} can't be read: {one_line(error)}") from error
+    matrices = [name.partition(".lora_") for name in names]
+    return {path.removeprefix("base_model.model.") for path, found, _ in matrices if found}
+
+
+def stored_config(folder: str) -> Any:
+    """The configuration of the adapter in `folder`.
+
+    Raises:
+        ModelError: It can't be read.
+    """
+    from peft import PeftConfig
+
+    with quiet():
+        try:
+            return PeftConfig.from_pretrained(folder)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ModelError(f"{folder}: {CONFIG} can't be read: {one_line(error)}") from error
+
+
+# `labels.json` in the folder of a trained classifier: what its outputs stand for, for programs.
+
+FILE = "labels.json"
+
+
+def write_labelfile(folder: str | Path, options: Mapping[str, Any]) -> None:
+    """Write `id2label` and `problem_type`, as a transformers config spells them; nothing for a model without labels.
+
+    Args:
+        folder: Of the adapter or the model.
+        options: Keyword arguments that the task gives `from_pretrained`.
+    """
+    if "id2label" in options:
+        names = {str(index): name for index, name in options["id2label"].items()}
+        stored = {"id2label": names, "problem_type": options.get("problem_type")}
+        (Path(folder) / FILE).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_labelfile(folder: str | Path) -> tuple[str, ...] | None:
+    """Label names in the order of their ids; None where the folder has no such file.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    file = Path(folder) / FILE
+    try:
+        names: dict[str, str] = json.loads(file.read_text("utf-8"))["id2label"]
+        return tuple(str(names[str(index)]) for index in range(len(names)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
+
+
+def problem_type(folder: str | Path) -> str | None:
+    """The problem as transformers names it, e.g. `regression`; None where the folder does not say."""
+    try:
+        found = json.loads((Path(folder) / FILE).read_text("utf-8")).get("problem_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if found is None else str(found)
+
+
+def options(folder: str | Path) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    names = read_labelfile(folder)
+    if names is None:
+        return {}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": problem_type(folder),
+    }
+
+
+def check(folder: str | Path, names: Sequence[str]) -> None:
+    """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
+
+    Args:
+        folder: Of the adapter; one without the file, of an earlier version, is not checked.
+        names: This run's labels in the order of their ids; empty for a task without.
+
+    Raises:
+        RecipeError: Names, order or number differ. The single name of a regression is only a column's.
+    """
+    stored = read_labelfile(folder)
+    if stored is None or not names or stored == tuple(names) or len(stored) == len(names) == 1:
+        return
+    both = f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}"
+    raise RecipeError(Problem(f"{both}; give both the same, in one order (task.labels)", key="adapter.from"))

@@ -1,0 +1,558 @@
+"""`hf-finetune check`: everything that is wrong with a recipe, before a GPU waits for it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import math
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from hf_finetune import device, log
+from hf_finetune.cli import arguments as cli_arguments
+from hf_finetune.cli.arguments import add_run, count
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.log import say, show, tell
+from hf_finetune.log.lines import Level, Message, printable
+
+if TYPE_CHECKING:
+    from hf_finetune.pipeline.check import CheckResult
+
+HELP = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
+DESCRIPTION = f"{HELP[0].upper()}{HELP[1:]}."
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    cli_arguments.add_recipe(parser)
+    parser.add_argument("--explain", action="store_true", help="say where each value came from")
+    told = "N training rows as the model sees them"
+    parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=told)
+    parser.add_argument("--report", metavar="FILE.html", help="write a page about the data")
+    told = "json: one JSON document with everything"
+    parser.add_argument("--format", choices=("text", "json"), default="text", help=told)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check; exits with the code of the gravest finding."""
+    if log.rank():
+        return  # one look is enough, and one report
+    from hf_finetune.pipeline.check import check, read
+
+    recipe, overrides = cli_arguments.given(arguments)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    is_json = arguments.format == "json"
+    if is_json:  # what it does meanwhile is no part of the document
+        log.open_for(arguments.log_format, quiet=True)
+    result = check(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
+    origins, rows = list[tuple[str, str, str]](), list[str]()
+    if arguments.explain and reading.recipe is not None:
+        origins = reading.explain()
+    elif arguments.explain:
+        _answer("no values to explain: correct the errors first")
+    # Before anything is printed, as a row of a stream may be unreadable: what is found then belongs to the findings.
+    if arguments.show:
+        with result.findings.collect():
+            rows = _rows(result, arguments.show, colour=sys.stdout.isatty() and not is_json)
+    if arguments.report is not None:
+        with result.findings.collect():
+            _write_report(result, arguments.report)
+    _print_json(result, origins, rows) if is_json else _print(result, origins, rows)
+    if result.exit_code:
+        sys.exit(result.exit_code)
+
+
+def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts may hold what the terminal's encoding lacks
+    for finding in result.findings:
+        level: Level = "error" if finding.kind else "warning"
+        tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
+    for note in result.notes:
+        say(f"note: {note}")
+    width = max(map(len, result.plan), default=0)
+    for name, text in result.plan.items():
+        tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
+    counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
+    tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
+    keys = max((len(key) for key, _, _ in origins), default=0)
+    values = min(24, max((len(value) for _, value, _ in origins), default=0))
+    for key, value, origin in origins:
+        line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
+        fields = {"key": key, "value": value, "origin": origin}
+        tell(Message(f"{key}: {value}", "origin", fields=fields, line=line, is_asked_for=True))
+    for row in rows:
+        tell(Message(row, "row", line=row, is_asked_for=True))
+
+
+def _print_json(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
+    document = {
+        "exit_code": result.exit_code,
+        "findings": [finding.as_json() for finding in result.findings],
+        "notes": result.notes,
+        "plan": result.plan,
+        "numbers": result.numbers,
+        "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
+        "rows": rows,
+    }
+    show(json.dumps(document, indent=2))
+
+
+def _rows(result: CheckResult, count: int, *, colour: bool) -> list[str]:
+    """Give rows as the model will see them, as lines of text.
+
+    Raises:
+        DataError: A streamed row can't be read.
+    """
+    parts = result.parts
+    if parts is None or parts.prepared is None:
+        _answer("no rows to show: correct the errors first")
+        return []
+    from hf_finetune.reports import data
+
+    return data.lines(parts.recipe, parts.prepared, parts.tokenizer, count, colour=colour)
+
+
+def _write_report(result: CheckResult, file: str) -> None:
+    """Write the page also of data with mistakes: that is when it is needed most."""
+    parts = result.parts
+    if parts is None or parts.prepared is None:
+        _answer(f"{file} is not written: the data could not be read; correct the errors first")
+        return
+    from hf_finetune.reports import data
+
+    plan = list(result.plan.items())
+    page = data.Page(parts.recipe, parts.prepared, parts.tokenizer, result.findings, plan)
+    data.write(file, page)
+    tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))
+
+
+def _answer(text: str) -> None:
+    """Say why something that was asked for is not given."""
+    tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
+
+
+# `hf-finetune train`: one run, from its beginning or from where it was stopped.
+
+HELP_TRAIN = "fine-tune"
+DESCRIPTION_TRAIN = """\
+Fine-tune. The same command goes on with a run that was stopped, and does nothing where it is finished.
+On several devices: hf-finetune train --processes auto RECIPE ...
+With --locked a run is done once more, bit for bit, or refused with all that differs.
+"""
+
+
+def declare_train(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    cli_arguments.add_recipe(parser)
+    told = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
+    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=told)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Train."""
+    from hf_finetune.pipeline.check import look, read
+
+    recipe, overrides = cli_arguments.given(arguments)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    # Another process may have taken the run folder already.
+    is_late = reading.recipe is not None and _is_worker()
+    found = look(reading, folder=not is_late, restart=arguments.restart, allowed=arguments.allow_change)
+    if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
+        found.located(reading.locate).raise_errors()
+    if reading.recipe is None:
+        raise AssertionError("a recipe that can't be read has a problem")
+    if arguments.processes is not None and not _is_worker():
+        _start_several(arguments)
+    for note in reading.notes:
+        log.say(f"note: {note}")
+    if repeat is not None:
+        log.say(f"note: repeats the run of {repeat.file} in {reading.recipe.output}")
+    # Imported after the recipe is known to be right: this takes seconds.
+    with log.phase("starting", is_told=False):
+        from hf_finetune.pipeline.train import train
+
+    train(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
+
+
+def _start_several(arguments: argparse.Namespace) -> None:
+    """Let `hf_finetune.launch` take the place of this process where there is more than one to start.
+
+    Raises:
+        RecipeError: A variable of the environment does not fit; see `Node`.
+    """
+    place = device.Node.of(os.environ, arguments.processes)
+    if place.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+        return
+    log.close()  # the live display belongs to the processes
+    command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
+    os.execv(sys.executable, command)  # noqa: S606, no shell is the point
+
+
+def _is_worker() -> bool:
+    """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
+    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
+
+
+def _processes(word: str) -> str:
+    if word != "auto" and not (word.isdecimal() and int(word) > 0):
+        raise argparse.ArgumentTypeError(f"must be a number of processes or auto, not {word!r}")
+    return word
+
+
+# `hf-finetune evaluate`: the metrics of a finished run on any labelled rows.
+
+HELP_EVALUATE = "the metrics of a finished run on any data, by slice, against its base or another run"
+DESCRIPTION_EVALUATE = """\
+The task's metrics with 95 % bootstrap intervals, on a split of the run's recipe (test, else validation) or on files.
+What comes of it is kept in RUN/evaluations/.
+"""
+
+
+def declare_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "task.generate_rows=100")
+    add = parser.add_argument
+    told = "labelled rows, or a glob; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=told)
+    add("--split", choices=("train", "validation", "test"), help="a split of the run's recipe")
+    told = "metrics for each value of a column too; may be given several times"
+    add("--by", metavar="COLUMN", action="append", default=[], help=told)
+    told = "compare on the same rows with another run, or with `base`; may be given several times"
+    add("--against", metavar="RUN|base", action="append", default=[], help=told)
+    add("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
+    add("--all", action="store_true", help="the metrics of each class too")
+    told = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
+    add("--lm-eval", metavar="TASK,...", help=told)
+    add("--lm-eval-tasks", metavar="DIR", help="folder with lm-eval tasks of your own")
+    add("--lm-eval-limit", metavar="N", type=count("rows"), help="first N rows of each task of lm-eval")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate."""
+    if arguments.format != "text":  # what it does meanwhile is no part of the document
+        log.open_for(arguments.log_format, quiet=True)
+    from hf_finetune.inference import opening
+
+    overrides = tuple(arguments.overrides)
+    others = [run for run in arguments.against if run != "base"]
+    rows = opening.Rows(tuple(arguments.data), arguments.split, tuple(arguments.by))
+    is_read = not arguments.lm_eval or arguments.data or arguments.split is not None
+    opening.look(arguments.run_folder, overrides, others=others, rows=rows if is_read else None)
+    if arguments.lm_eval:
+        from hf_finetune.inference import lm_eval
+
+        wish = lm_eval.Wish(tuple(arguments.lm_eval.split(",")), arguments.lm_eval_tasks, arguments.lm_eval_limit)
+        lm_eval.run(arguments.run_folder, overrides, wish, arguments.format)
+        if not arguments.data and arguments.split is None:
+            return
+    from hf_finetune.inference import evaluate
+
+    options = evaluate.Options(
+        run=arguments.run_folder,
+        overrides=overrides,
+        files=tuple(arguments.data),
+        split=arguments.split,
+        by=tuple(arguments.by),
+        against=tuple(arguments.against),
+        form=arguments.format,
+        everything=arguments.all,
+    )
+    evaluate.run(options)
+
+
+# `hf-finetune predict`: labels, numbers or generated text for any rows, as a Unix tool.
+
+HELP_PREDICT = "labels, numbers or generated text for rows of a file or a pipe"
+DESCRIPTION_PREDICT = """\
+Predict every row of a csv, tsv, json, jsonl or parquet file, or every line of a text: the same rows come out, in order,
+with label, score and probabilities, a value, or generated text. A call with --output that was killed goes on where it
+was.
+"""
+
+
+def declare_predict(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "training.eval_batch=8")
+    add = parser.add_argument
+    add("--input", metavar="FILE|-", default="-", help="rows; by default standard input")
+    add("--output", metavar="FILE|-", default="-", help="by default standard output")
+    formats = ("csv", "tsv", "jsonl", "parquet")
+    told = "where suffix or first line do not tell; of standard input: a header, JSON, or else `lines`, a text each"
+    add("--input-format", choices=(*formats, "json", "lines"), help=told)
+    told = "by default that of the output's suffix, else of the input; jsonl for lines"
+    add("--format", choices=formats, help=told)
+    told = "end with 3 (default), leave the row out, or write it without a prediction; counted in every case"
+    add("--on-bad-row", choices=("error", "skip", "null"), default="error", help=told)
+    add("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of a generated answer")
+    told = "put before the names of output columns; by default `predicted_` where one is taken, else nothing"
+    add("--prefix", metavar="TEXT", help=told)
+    add("--restart", action="store_true", help="begin anew, and replace a finished output")
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    """Predict."""
+    if arguments.output == "-":  # what it does meanwhile is no part of the rows
+        log.open_for(arguments.log_format, quiet=True)
+    from hf_finetune.config.paths import refuse_outside
+    from hf_finetune.inference import opening, sinks
+    from hf_finetune.inference import rows as inference_rows
+
+    named = (("--input", arguments.input), ("--output", arguments.output))
+    refuse_outside((option, path) for option, path in named if path != "-")  # before it is said whether it is there
+    opening.look(arguments.run_folder, arguments.overrides)
+    inference_rows.find(arguments.input, arguments.input_format)
+    if arguments.output != "-":
+        sinks.refuse(arguments.output, restart=arguments.restart)
+    from hf_finetune.inference import predict
+
+    options = predict.Options(
+        run=arguments.run_folder,
+        overrides=tuple(arguments.overrides),
+        input=arguments.input,
+        output=arguments.output,
+        input_format=arguments.input_format,
+        form=arguments.format,
+        on_bad_row=arguments.on_bad_row,
+        max_new_tokens=arguments.max_new_tokens,
+        prefix=arguments.prefix,
+        restart=arguments.restart,
+    )
+    predict.run(options)
+
+
+# `hf-finetune chat`: talk to a finished run.
+
+HELP_CHAT = "talk to a finished run; a classifier labels what you type"
+DESCRIPTION_CHAT = """\
+A language model answers what is typed, as it writes; a classifier labels each line. Input that comes from a pipe is
+answered line by line, with nothing around the answers.
+"""
+
+
+def declare_chat(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "training.precision=fp32")
+    parser.add_argument("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of an answer")
+    told = "draw tokens; by default the likeliest is taken"
+    parser.add_argument("--temperature", metavar="T", type=_temperature, help=told)
+    parser.add_argument("--system", metavar="TEXT", help="system turn; by default that of the recipe")
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    """Chat."""
+    from hf_finetune.inference import opening
+
+    opening.look(arguments.run_folder, arguments.overrides)
+    from hf_finetune.inference import chat
+
+    options = chat.Options(
+        arguments.run_folder,
+        tuple(arguments.overrides),
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.system,
+    )
+    chat.run(options)
+
+
+def _temperature(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 100, not {word!r}")
+    return value
+
+
+# `hf-finetune merge`: a finished run as a model folder that needs neither PEFT nor this project.
+
+HELP_MERGE = "write a run as a plain model folder; quantise it, or export it to ONNX"
+DESCRIPTION_MERGE = """\
+Merge the adapter of a finished run into full weights and write a plain Hugging Face model folder. It is loaded back by
+transformers, compared with the run on real rows, and refused (exit code 4) where it says something else; it appears
+whole or not at all. DIR/export.json has what was compared.
+"""
+
+
+def declare_merge(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_run(parser, "model.name=path/of/the/base")
+    add = parser.add_argument
+    add("--to", metavar="DIR", required=True, help="the folder to make")
+    told = "of the weights; as the base's checkpoint has them if not given"
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help=told)
+    add("--shard-size", metavar="SIZE", default="5GB", help="most bytes of a weight file (5GB)")
+    told = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
+    add("--tolerance", metavar="X", type=_share, help=told)
+    add("--overwrite", action="store_true", help="replace a folder that `merge` wrote")
+    told = "compare on the rows of this file, not on the run's own; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=told)
+    add("--rows", metavar="N", type=count("rows"), default=1000, help="rows for metrics, at most (1000)")
+    told = "also write DIR/int8 or DIR/int4, quantised by torchao"
+    add("--quantize", choices=("int8", "int4"), help=told)
+    add("--onnx", action="store_true", help="also write DIR/onnx/model.onnx")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    """Merge."""
+    from hf_finetune.inference import merge_options, opening
+
+    rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
+    opening.look(arguments.run_folder, arguments.overrides, rows=rows)
+
+    options = merge_options.Options(
+        to=arguments.to,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        tolerance=arguments.tolerance,
+        overwrite=arguments.overwrite,
+        data=tuple(arguments.data),
+        rows=arguments.rows,
+        quantize=arguments.quantize,
+        onnx=arguments.onnx,
+    )
+    options.check(arguments.run_folder)
+    merge_options.merge(arguments.run_folder, options, arguments.overrides)
+
+
+def _share(word: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {word!r}")
+    return value
+
+
+# `hf-finetune push`: uploads the adapter of a finished run.
+
+HELP_PUSH = "upload the adapter of a finished run to the Hub"
+DESCRIPTION_PUSH = """\
+Upload adapter/ of a finished run to the Hub: weights, tokenizer, labels, card and charts, nothing else. Private unless
+you say --public. The token is taken from HF_TOKEN or `hf auth login`. The same content twice makes no second commit.
+Options replace the `hub` block of the run's recipe.
+"""
+
+
+def declare_push(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("run_folder", metavar="RUN", help="run folder")
+    add("--repo", metavar="OWNER/NAME", help="repository; it is made where it is not there")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--private", dest="private", action="store_true", default=None, help="for you alone (default)")
+    who.add_argument("--public", dest="private", action="store_false", default=None, help="for everybody")
+    add("--as-pr", action="store_true", default=None, help="open a pull request instead of a commit")
+    add("--tag", help="tag of this version; else run- and the id of the run")
+    add("--timeout", metavar="SECONDS", type=float, help="of the whole upload; else 600")
+
+
+def run_push(arguments: argparse.Namespace) -> None:
+    """Upload."""
+    from hf_finetune.hub import push
+
+    names = ("repo", "private", "as_pr", "tag", "timeout")
+    push.run(
+        arguments.run_folder,
+        {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None},
+    )
+
+
+# `hf-finetune compare`: the differences between runs, and their results.
+
+HELP_COMPARE = "compare runs: recipe differences, metrics, speed"
+DESCRIPTION_COMPARE = """\
+Compare runs by their folders: keys of the recipe that differ, metrics (the best is marked), steps, time, speed, state.
+A run that is not finished is shown with its last evaluation.
+"""
+
+
+def declare_compare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
+    parser.add_argument("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
+    told = "every metric, e.g. those of each class; not the main ones only"
+    parser.add_argument("--all", action="store_true", help=told)
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison."""
+    from hf_finetune.log import show
+    from hf_finetune.reports import compare
+
+    compared = compare.compare(arguments.runs, everything=arguments.all)
+    show(compare.render(compared, arguments.format))
+
+
+# `hf-finetune tensorboard`: shows a run, or makes its events again from its metrics and records.
+
+HELP_TENSORBOARD = "watch a run in TensorBoard, or make its events again"
+DESCRIPTION_TENSORBOARD = """\
+Start TensorBoard on a run, or on a folder of runs. With --rebuild, show nothing, but write the run's events anew from
+metrics.jsonl, samples.jsonl and observations/: after a kill, a full disk, or where `tracking.tensorboard` was false.
+"""
+
+
+def declare_tensorboard(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run_folder", metavar="RUN", help="run folder; without --rebuild, also a folder of several")
+    parser.add_argument("--rebuild", action="store_true", help="write the events anew from what the run folder holds")
+
+
+def run_tensorboard(arguments: argparse.Namespace) -> None:
+    """Show a run, or a folder of runs; or write the events of a run again.
+
+    Raises:
+        FinetuneError: The folder holds no run, its events can't be written, or there is no TensorBoard.
+    """
+    from hf_finetune.recipe import Recipe
+    from hf_finetune.run.folder import RunFolder
+    from hf_finetune.tracking.events import LogDir
+
+    folder = RunFolder(arguments.run_folder)
+    if arguments.rebuild:
+        if not folder.recipe.is_file():
+            raise RecipeError(Problem(f"{folder.path} is not a run folder; name one"))
+        from hf_finetune.tracking.tensorboard import rebuild
+
+        events, command = rebuild(folder), f"hf-finetune tensorboard {arguments.run_folder}"
+        say(f"{events:,} events of {folder.path} are written anew; see them with: {command}")
+        return
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError(Problem("TensorBoard is not installed; pip install tensorboard"))
+    if not folder.path.is_dir():
+        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run"))
+    is_run = folder.recipe.is_file()
+    logdir = LogDir.of(Recipe.load(str(folder.recipe)), folder).folder if is_run else str(folder.path)
+    # This process becomes TensorBoard, so that signals and the exit code are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])  # noqa: S606 - no shell
+
+
+# `hf-finetune schema`: the JSON Schema of a recipe for editors, or its reference for readers.
+
+HELP_SCHEMA = "print the JSON Schema of a recipe, for editors"
+DESCRIPTION_SCHEMA = """\
+Print the JSON Schema of a recipe. Editors complete and check a recipe that begins with
+# yaml-language-server: $schema=recipe.schema.json
+With --format markdown, print the same as a page to read: docs/recipe.md.
+"""
+
+
+def declare_schema(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--format", choices=("json", "markdown"), default="json", help="markdown: a page to read")
+
+
+def run_schema(arguments: argparse.Namespace) -> None:
+    """Print it."""
+    from hf_finetune.log import show
+    from hf_finetune.recipe import json_schema, reference
+
+    show(reference() if arguments.format == "markdown" else json.dumps(json_schema(), indent=2))

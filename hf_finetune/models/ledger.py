@@ -1,0 +1,211 @@
+"""Counts the bytes of tensors that are alive while a model runs, on fake tensors: shapes and dtypes, no storage.
+
+torch's own `MemTracker` (torch 2.13, `torch.distributed._tools.mem_tracker`) counts the same bytes, which a test
+compares, but takes seven times as long, and `check` waits for this.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_finetune.adapters._targets import base_model
+from hf_finetune.models import load
+
+BY_MASK = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+"""Operations of which an index may be a mask."""
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds each storage that an operation makes to an account, and takes it off when it is freed.
+
+    Only what operations return is seen, not what a kernel needs inside.
+
+    Args:
+        logits: Last dimension of tensors that count as logits, whatever account is open; 0 for none.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and torch's guard against it is a tenth of the time."""
+        return False
+
+    def __init__(self, logits: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.account = ""
+        """The account of new storages."""
+        self.peak: Mapping[str, int] = {}
+        """Bytes by account when most were alive."""
+        self._logits = logits
+        self._live: Counter[str] = Counter()
+        self._total = self._highest = 0
+        self._entries: dict[int, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and book what it made."""
+        if func is torch.ops.aten.nonzero.default:
+            made = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
+        else:
+            made = func(*_all_true(func, args), **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._book(leaf)
+        return made
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave tensors that are there already out of every account."""
+        for tensor in tensors:
+            self._entries[tensor.untyped_storage()._cdata] = ("", 0)
+
+    def move(self, tensor: torch.Tensor, account: str) -> None:
+        """Book a live tensor elsewhere."""
+        key = tensor.untyped_storage()._cdata
+        before, size = self._entries[key]
+        self._live[before] -= size
+        self._live[account] += size
+        self._entries[key] = (account, size)
+
+    def _book(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._entries:
+            return
+        # A vector of as many entries is a row of the embedding's gradient or the like.
+        is_logits = self._logits and tensor.ndim > 1 and tensor.shape[-1] == self._logits
+        account = "logits and loss" if is_logits else self.account
+        self._entries[key] = (account, size)
+        self._live[account] += size
+        self._total += size
+        weakref.finalize(storage, self._strike, key).atexit = False
+        if self._total > self._highest:
+            self._highest, self.peak = self._total, +self._live
+
+    def _strike(self, key: int) -> None:
+        account, size = self._entries.pop(key)
+        self._live[account] -= size
+        self._total -= size
+
+
+def _all_true(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments in which a mask that picks elements picks all: how many it would is unknown, and this is the most."""
+    if func not in BY_MASK:
+        return args
+    indices: list[torch.Tensor | None] = []
+    for index in args[1]:
+        if index is None or index.dtype != torch.bool:
+            indices.append(index)
+        else:
+            indices += [index.new_zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
+    return (args[0], indices, *args[2:])
+
+
+def fake(model: nn.Module, device: str) -> list[torch.Tensor]:
+    """Replace every tensor of a model on the meta device by a fake one that says it is on `device`.
+
+    Call it under `FakeTensorMode`; the model is of no use outside.
+
+    Returns:
+        The new tensors: parameters, buffers, and what modules keep besides.
+    """
+    twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the old ones: their ids must stay theirs
+    for module in model.modules():
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        for owned in places:
+            for name, tensor in list(owned.items()):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if id(tensor) not in twins:
+                    twin = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        twin = nn.Parameter(twin, tensor.requires_grad)
+                    twins[id(tensor)] = (twin, tensor)
+                owned[name] = twins[id(tensor)][0]
+    return [twin for twin, _ in twins.values()]
+
+
+# Floating-point operations that a model needs for its rows: those of the matrix products, which are nearly all.
+#
+# A product with a weight of N numbers takes 2N FLOPs a token forward, 2N for the gradient of its input, and 2N for its
+# own gradient where it is trained: 6N where all is (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section
+# 2.1), 4N for frozen weights. Attention takes 4 d T a token and layer forward, T tokens of a sequence attending to each
+# other through heads of d numbers in all, and twice that backward (Chowdhery et al. 2022, PaLM, appendix B; the half that
+# a causal mask hides is not taken off there, nor here). What is computed again for activation checkpointing, and padding,
+# are no work of the model. Left out: normalisation, activations, embeddings, convolutions; below the lowest trained
+# weight no gradient of inputs is needed, which is counted all the same.
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Weights in matrix products, and the cost of attention."""
+
+    token: float
+    """Numbers that each token meets, and those of them that are trained."""
+    token_trained: float
+    row: float
+    """Numbers that each row meets once, of a pooler or a classification head, and those of them that are trained."""
+    row_trained: float
+    attention: float
+    """Forward FLOPs for each pair of tokens of a sequence, of all layers together."""
+
+    def training(self, tokens: float, rows: float, squares: float) -> float:
+        """FLOPs, forward and backward.
+
+        Args:
+            tokens: Without padding.
+            rows: Sequences.
+            squares: Sum of the squared lengths of the sequences.
+        """
+        weights = tokens * (4 * self.token + 2 * self.token_trained) + rows * (4 * self.row + 2 * self.row_trained)
+        return weights + 3 * self.attention * squares
+
+    @classmethod
+    def of(cls, adapted: nn.Module) -> Flops:
+        """Count the weights of a model, adapter included."""
+        base = base_model(adapted)
+        text, once = base.config.get_text_config(), tuple(f"{name}." for name in load.find(base))
+        sums = {(is_row, is_trained): 0.0 for is_row in (False, True) for is_trained in (False, True)}
+        for path, module in base.named_modules():
+            if "original_module" in path:  # PEFT's copy of what it trains
+                continue
+            is_row = f"{path}.".startswith(once) or "pooler" in path
+            for numbers, is_trained in _products(module, text):
+                sums[is_row, is_trained] += numbers
+        layers, heads_ = getattr(text, "num_hidden_layers", 0), getattr(text, "num_attention_heads", 0)
+        width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads_, 1)
+        return cls(
+            token=sums[False, False] + sums[False, True],
+            token_trained=sums[False, True],
+            row=sums[True, False] + sums[True, True],
+            row_trained=sums[True, True],
+            attention=4.0 * layers * heads_ * width,
+        )
+
+
+def _products(module: nn.Module, text: Any) -> list[tuple[float, bool]]:
+    """Numbers of each weight of a module itself that inputs are multiplied with; True for those that are trained."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):  # quantised layers keep their features, but pack their weights
+        return [(module.in_features * module.out_features, bool(weight.requires_grad))]
+    if type(module).__name__ == "Conv1D":  # of GPT-2
+        return [(weight.numel(), bool(weight.requires_grad))]
+    if isinstance(module, nn.Conv1d):
+        return []
+    # Experts are kept as (experts, out, in); each token meets a few of them.
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    active = getattr(text, "num_experts_per_tok", None)
+    share = active / experts if experts and active else 1.0
+    own = dict(module.named_parameters(recurse=False))
+    return [(p.numel() * share, p.requires_grad) for name, p in own.items() if p.ndim == 3 and "lora_" not in name]

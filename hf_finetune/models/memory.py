@@ -1,0 +1,467 @@
+"""The most memory that a device will need, and for what: estimated without weights, measured after a run.
+
+One training step and one evaluation step of the adapted model run on fake tensors, which have shapes but no storage,
+with the autocast, attention and activation checkpointing of the real run; `ledger` adds up what lives at once. To that
+comes what lives all the time: weights, the optimiser's state and, on a CPU, the process itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from hf_finetune.adapters._targets import base_model, output_embedding
+from hf_finetune.adapters.base import Setting
+from hf_finetune.config import paths
+from hf_finetune.device import DTYPES, Machine
+from hf_finetune.models import load, pretrained
+from hf_finetune.models.ledger import Ledger, fake
+from hf_finetune.models.paths import Paths
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Batch, State, pad_token_of
+
+# Memory that lives as long as the run does: the process, weights, gradients, the optimiser's state, and copies.
+
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "sgd": 0.0}
+"""Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256
+(https://arxiv.org/abs/2110.02861); none without momentum."""
+SMALLEST_8BIT = 4096
+"""Weights of a tensor below which bitsandbytes keeps its moments in fp32 (`min_8bit_size`)."""
+NF4_BLOCK, NF4_SCALES = 64, 256
+"""Weights under one 8-bit scale, and scales under one fp32 scale (https://arxiv.org/abs/2305.14314, section 3)."""
+NF4_TABLES = 4 * (16 + 256) + 4
+"""Bytes of the two code books and the offset of each layer."""
+
+WARM = 110_000_000
+"""Bytes that a CPU process takes with its first steps, whatever the model: kernels, libraries that load late."""
+FILES, PROCESS = "weights on disk", "process and libraries"
+
+
+def lasting_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
+    """Weights and optimiser state of one device, in bytes."""
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    shards = machine.world_size if machine.is_sharded else 1
+    parts = machine.world_size if machine.is_sharded or machine.zero_stage else 1
+    # DeepSpeed trains in half precision, and keeps a copy of the trained weights in fp32.
+    copies = 4 * sum(p.numel() for p in trained) if machine.zero_stage and machine.precision != "fp32" else 0
+    return {
+        "weights": weights(recipe, adapted) // shards,
+        "optimiser state": (copies + sum(_moments(recipe, parameter) for parameter in trained)) // parts,
+        # DistributedDataParallel keeps a copy of all gradients in its buckets.
+        "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and parts == 1 else 0,
+    }
+
+
+def weights(recipe: Recipe, adapted: nn.Module) -> int:
+    """Bytes of parameters and buffers, quantised ones as bitsandbytes stores them."""
+    quantized = quantized_layers(recipe, adapted)
+    packed = {id(layer.weight) for layer in quantized}
+    tensors = [*adapted.parameters(), *adapted.buffers()]
+    plain = sum(size(tensor) for tensor in tensors if id(tensor) not in packed)
+    return plain + sum(quantized_size(layer.weight, str(recipe.model.quantization)) for layer in quantized)
+
+
+def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the base that `model.quantization` packs: all but heads and output embedding."""
+    if recipe.model.quantization is None:
+        return []
+    body = base_model(adapted)
+    output = output_embedding(body)
+    skip = load.find(body)
+    return [
+        module
+        for path, module in body.named_modules()
+        # Adapters are trained and thus floating point, as are copies that are trained in full.
+        if isinstance(module, nn.Linear)
+        and module is not output
+        and not module.weight.requires_grad
+        and path.partition(".")[0] not in skip
+    ]
+
+
+def quantized_size(weight: torch.Tensor, quantization: str) -> int:
+    """Bytes of a linear layer's packed weight with its scales.
+
+    NF4: half a byte each, an 8-bit scale for each block of 64, an fp32 scale for 256 of these, and code books. int8:
+    one byte each and an fp32 scale for each output.
+    """
+    count = weight.numel()
+    if quantization == "int8":
+        return count + 4 * weight.shape[0]
+    blocks = -(-count // NF4_BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // NF4_SCALES) + NF4_TABLES
+
+
+def loading_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
+    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there.
+
+    Sharded weights reach an accelerator one by one and are divided there; a CPU that reads them, and a device that
+    quantises them, holds them whole first.
+    """
+    whole = weights(recipe, adapted)
+    if machine.is_sharded and machine.device != "cpu" and recipe.model.quantization is None:
+        whole = whole // machine.world_size + max(map(size, adapted.parameters()))
+    return {"weights": whole, FILES: _cast_from(recipe, adapted, machine)}
+
+
+def process(machine: Machine) -> dict[str, int]:
+    """On a CPU what this process holds now, Python, the libraries and the data, and what its first steps add."""
+    return {PROCESS: (resident("VmRSS") or 0) + WARM} if machine.device == "cpu" else {}
+
+
+def resident(field: str) -> int | None:
+    """`VmRSS` or `VmHWM` of this process in bytes; None where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text("utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
+    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
+    if machine.device != "cpu":
+        return 0
+    body = base_model(adapted)
+    stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
+    kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]
+    if stored == kept[0].dtype and recipe.model.quantization is None:
+        return 0
+    return sum(parameter.numel() * stored.itemsize for parameter in kept)
+
+
+def _moments(recipe: Recipe, parameter: torch.Tensor) -> int:
+    count = parameter.numel()
+    if recipe.training.optimizer == "adafactor":
+        # One mean a row and a column of the last two dimensions (https://arxiv.org/abs/1804.04235), else one each.
+        rows = count // parameter.shape[-1] if parameter.ndim > 1 else 0
+        return 4 * (rows + count // parameter.shape[-2] if parameter.ndim > 1 else count)
+    kind = recipe.training.optimizer
+    small = kind == "adamw_8bit" and count < SMALLEST_8BIT
+    return int(count * MOMENTS["adamw" if small else kind])
+
+
+# One training step and one evaluation step on fake tensors, and what they need at most.
+
+DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
+
+
+class Step:
+    """Runs an outlined model with batches of a given shape; the model is of no use afterwards."""
+
+    def __init__(
+        self, recipe: Recipe, targets: State, processor: Any, machine: Machine, *, adapted: nn.Module, attention: str
+    ) -> None:
+        self.recipe, self.targets, self.processor, self.machine, self.adapted = (
+            recipe,
+            targets,
+            processor,
+            machine,
+            adapted,
+        )
+        base = base_model(adapted)
+        base.set_attn_implementation(attention)
+        if machine.activation_checkpointing:
+            load.enable_activation_checkpointing(base)
+        self._paths = Paths(recipe.task, targets)
+        self._paths.install(adapted, recipe, machine)
+        self._paths.is_unproven = False
+        speaks = output_embedding(base) is not None
+        self._vocabulary: int = base.config.get_text_config().vocab_size if speaks else 0
+        layers = quantized_layers(recipe, adapted)
+        # Products see one quantised weight at a time, unpacked.
+        self._unpacked = max((layer.weight.numel() for layer in layers), default=0) * DTYPES[machine.precision].itemsize
+        # Shapes are the same on any device, but tensors that say they are on a GPU need one.
+        self._device = machine.device if machine.device != "cuda" or torch.cuda.is_available() else "cpu"
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._weights = fake(adapted, self._device)
+
+    def training(self, shape: tuple[int, int]) -> dict[str, int]:
+        """Bytes by kind at the peak of forward, loss and backward pass, gradients included."""
+        ledger, trained = self._ledger(), [p for p in self.adapted.parameters() if p.requires_grad]
+        for parameter in trained:
+            watched: Any = parameter  # torch leaves this method untyped
+            watched.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
+        self.adapted.train()
+        made = self._example(shape[1])
+        with self._mode, ledger:
+            if self.recipe.training.batch_size > shape[0] * self.machine.world_size:
+                ledger.account = GRADIENTS  # of earlier micro-batches
+                for parameter in trained:
+                    parameter.grad = torch.zeros_like(parameter)
+            batch = self._batch(shape[0], made, ledger)
+            with self._autocast():
+                loss = self._paths.loss_sum(self._forward(), batch)
+                penalty = self.recipe.adapter.penalty(self.adapted)
+            (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        found, gradients = self._found(ledger), sum(map(size, trained))
+        # At the optimiser's step the activations are gone, and all gradients are there.
+        return found if sum(found.values()) > gradients else {GRADIENTS: gradients}
+
+    def evaluation(self, shape: tuple[int, int]) -> dict[str, int]:
+        """Bytes by kind at the peak of an evaluation step; (0, 0) is none."""
+        if not all(shape):
+            return {}
+        ledger = self._ledger()
+        self.adapted.eval()
+        made = self._example(shape[1])
+        with self._mode, ledger, torch.no_grad():
+            batch = self._batch(shape[0], made, ledger)
+            with self._autocast():
+                self.recipe.task.predict(self._paths.forward(self._forward()), batch, self.targets)
+        return self._found(ledger)
+
+    def _forward(self) -> Any:
+        """The forward pass as accelerate wraps it where the precision is mixed: outputs are cast to fp32."""
+        forward = self.adapted.forward
+        return forward if self.machine.precision == "fp32" else convert_outputs_to_fp32(self._autocast()(forward))
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.machine.precision
+        return torch.autocast(self._device, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+    def _found(self, ledger: Ledger) -> dict[str, int]:
+        return dict(ledger.peak) | ({"unpacked weight": self._unpacked} if self._unpacked else {})
+
+    def _ledger(self) -> Ledger:
+        ledger = Ledger(self._vocabulary)
+        ledger.ignore(self._weights)
+        return ledger
+
+    def _example(self, size: int) -> Batch:
+        """A real batch of one row of this size; made before tensors are fake."""
+        return self.recipe.task.probe([size], self.processor, self.targets, packed=self.recipe.data.packing)
+
+    def _batch(self, rows: int, made: Batch, ledger: Ledger) -> Batch:
+        ledger.account = DATA
+        batch = {
+            name: torch.ones((rows, *value.shape[1:]), dtype=value.dtype, device=self._device)
+            for name, value in made.items()
+        }
+        ledger.account = ACTIVATIONS
+        return batch
+
+
+HOLES = 0.5
+"""On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
+library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `state.WARM` it was fitted to
+the six runs of `benchmarks/memory_estimate.py`."""
+STEPS = 1_000_000
+"""Steps of the run for an adapter with phases; how many there are really changes no shape."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The largest batches that one forward pass gets: rows and tokens of a row."""
+
+    train: tuple[int, int]
+    evaluation: tuple[int, int] = (0, 0)
+    """(0, 0) where nothing is evaluated."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The adapted model on the meta device, and its parameters: trained, and all with the adapter's."""
+
+    model: nn.Module
+    trained: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The most memory of one device."""
+
+    parts: Mapping[str, int]
+    """Bytes by what they are for."""
+    peak: str
+    """The phase that needs it: `training`, `evaluation`, `loading` or `saving`."""
+    parameters: tuple[int, int]
+    """Trained parameters, and all of them, the adapter's included."""
+    training: int
+    """Bytes at the peak of a training step, without what the process holds before."""
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    @property
+    def more(self) -> int:
+        """Bytes besides what the process holds already."""
+        return self.total - self.parts.get(PROCESS, 0)
+
+
+def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Outline:
+    """The adapted model on the meta device, with the parameter counts of the real one.
+
+    The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
+    layers of different sizes.
+
+    Args:
+        recipe: Names model, task and adapter.
+        targets: Labels, for the head.
+        tokenizer: The model's.
+        dtype: In which the base weights are kept.
+
+    Raises:
+        ModelError: The model or the adapter's targets do not fit; see `model.skeleton`.
+        RecipeError: A setting contradicts the adapter that is continued.
+    """
+    base = load.skeleton(recipe, targets, tokenizer)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype)
+    base.config.use_cache = False
+    if (pad := pad_token_of(tokenizer)) is not None:
+        base.config.pad_token_id = pad
+    setting = Setting(
+        peft_type=recipe.task.peft_task,
+        tokenizer=tokenizer,
+        total_steps=STEPS,
+        head_modules=(*load.find(base), *_absent_poolers(recipe, base)),
+        labels=targets.names,
+    )
+    with torch.device("meta"):
+        adapted = recipe.adapter.outline(base, setting)
+    return Outline(adapted, *load.parameter_counts(adapted))
+
+
+def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
+    """Poolers outside the head that a local checkpoint does not hold, by the names in its headers."""
+    folder, prefix = Path(paths.resolve(recipe.model.name)), f"{base.base_model_prefix}."
+    poolers = [
+        path for path, module in base.named_modules() if "pooler" in path and [*module.parameters(recurse=False)]
+    ]
+    if not poolers or not folder.is_absolute():
+        return []
+    if (folder / pretrained.WHOLE).is_file():
+        with (folder / pretrained.WHOLE).open("rb") as content:
+            held = json.loads(content.read(int.from_bytes(content.read(pretrained.HEADER), "little")))
+    else:
+        held = json.loads((folder / pretrained.INDEX).read_text("utf-8"))["weight_map"]
+    held = [name.removeprefix(prefix) for name in held]
+    return [
+        path
+        for path in poolers
+        if path.partition(".")[0] not in load.find(base)
+        and not any(name.startswith(f"{path.removeprefix(prefix)}.") for name in held)
+    ]
+
+
+def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, shapes: Shapes) -> Estimate:
+    """Estimate the peak memory of a device: of the accelerator, or on a CPU of the whole process.
+
+    Args:
+        recipe: Names model, task, adapter and optimiser.
+        targets: Labels, for the head and the loss.
+        tokenizer: The model's.
+        machine: Device, precision, attention and ranks.
+        shapes: The largest batches.
+
+    Raises:
+        ModelError: See `model.skeleton`.
+        RecipeError: See `model.skeleton`.
+    """
+    attention = load.attention(recipe, machine)
+    outlined = outline(recipe, targets, tokenizer, machine.base_dtype(frozen=recipe.adapter.freezes_base))
+    adapted = outlined.model
+    lasting, loading = lasting_state(recipe, adapted, machine), loading_state(recipe, adapted, machine)
+    tensors = [*adapted.parameters(), *adapted.buffers()]
+    copies = sum(map(size, tensors)) * (1 if recipe.adapter.freezes_base else 2)
+    step = Step(recipe, targets, tokenizer, machine, adapted=adapted, attention=attention)
+    training, evaluation = step.training(shapes.train), step.evaluation(shapes.evaluation)
+    phases = {"loading": loading}
+    if machine.device == "cpu":
+        lasting["holes and kernels"] = int(HOLES * sum(training.values()))
+        # What training took of the heap, evaluation finds free; its larger tensors take the place of others.
+        evaluation["kept of training"] = max(0, sum(training.values()) - sum(evaluation.values()))
+    phases |= {"training": lasting | training, "evaluation": lasting | evaluation}
+    if machine.reloads(recipe) and machine.device == "cpu":
+        # The saved model is loaded next to the trained one and compared; on an accelerator that one makes room first.
+        # Without an adapter there are two more: the fresh base, and the weights that are to replace its own.
+        phases["saving"] = lasting | {"second copy to compare": copies, FILES: loading[FILES]}
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = process(machine) | phases[phase]
+    parameters = (outlined.trained, outlined.total)
+    return Estimate(
+        {name: size for name, size in parts.items() if size}, phase, parameters, sum(phases["training"].values())
+    )
+
+
+def peak(device: str) -> int | None:
+    """Most bytes that this process has held so far on a device; None where nobody counts them.
+
+    On a CPU the high-water mark of the resident set. `ru_maxrss` would start from the parent's, which a fork hands on.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resident("VmHWM") if device == "cpu" else None
+
+
+def give_back() -> None:
+    """Return to the system what the C library holds and nothing uses, holes between tensors included (glibc alone)."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# More memory than a training step can need, found in a moment: often there is no need to simulate one.
+
+TRAINED = 4 + 4 + 8 + 4
+"""Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange."""
+NUMBER = {"fp32": 4, "bf16": 3, "fp16": 3}
+"""Bytes of a number that a layer keeps; where the precision is mixed, some are cast to fp32."""
+COPIES = 2
+"""Copies that are kept of a layer's output: as it is, and cast, activated or dropped out."""
+SCORES = 2
+"""The same for the score of a token with another: before and after softmax."""
+LOGITS = 3
+"""The same for a language model's logits, in fp32: as they are, cast, their gradient."""
+LEFT = 1.6
+"""On a CPU, times that for what batches of other shapes leave, and for holes."""
+
+
+def bound(base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:
+    """Bytes that a training step will hardly exceed, without what the process holds before.
+
+    Every weight counts as trained and in fp32: an adapter has fewer than its base. A layer keeps of each token what it
+    makes of it, `COPIES` times, and attention the scores of all pairs, as in https://arxiv.org/abs/2205.05198, section
+    4.1, but for any architecture: widths are read from the modules. It is 1.3 to 4.5 times what `memory.estimate` finds
+    for the models of `benchmarks/memory_estimate.py`.
+
+    Args:
+        base: The model without adapter; on the meta device will do.
+        machine: Its device.
+        shape: Rows of a micro-batch, and tokens of a row.
+    """
+    rows, tokens = shape
+    config = base.config.get_text_config()  # type: ignore[operator, union-attr]
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    vocabulary = 0 if output_embedding(base) is None else int(config.vocab_size)
+    width = 0
+    for module in base.modules():
+        sides = [max(weight.shape) for weight in module.parameters(recurse=False) if weight.ndim]
+        width += module.embedding_dim if isinstance(module, nn.Embedding) else max(sides, default=0)
+    a_token = NUMBER[machine.precision] * (COPIES * width + SCORES * layers * heads * tokens)
+    a_token += torch.float32.itemsize * LOGITS * vocabulary
+    needed = TRAINED * sum(parameter.numel() for parameter in base.parameters()) + rows * tokens * a_token
+    return int(needed * LEFT) if machine.device == "cpu" else needed

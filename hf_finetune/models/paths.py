@@ -1,0 +1,311 @@
+"""Faster ways to the same numbers: each is a file, is checked against the plain way, and can be switched off.
+
+    lora       a frozen linear layer with LoRA as one autograd function
+    head       the loss of a language model without its logits
+    attention  plain attention for a CPU
+    dropout    dropout from fewer random bits, on a CPU
+    paths      which of them a model takes
+
+They change how a model computes, never what it holds: saving, merging and loading see PEFT's and transformers' modules.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import distributed
+
+from hf_finetune.adapters._targets import base_model, output_embedding
+from hf_finetune.device import Machine, uses_fsdp
+from hf_finetune.models import attention, kernels
+from hf_finetune.models.kernels import FastHead
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Batch, State, Task
+
+# The layers of a model, compiled by torch where they train: one graph, made once, for all layers of a kind.
+
+
+def fits(base: Any) -> bool:
+    """Make sure that compiled layers of a pretrained model, with its adapter's inside, would learn the same."""
+    # Dropout would break the graph into pieces, and draw other random numbers.
+    layers = _layers(base)
+    drops = any(module.p for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Dropout))
+    config = base.config.get_text_config()
+    names = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "resid_pdrop")
+    return bool(layers) and not drops and not any(getattr(config, name, 0.0) for name in names)
+
+
+def has_compiler() -> bool:
+    """Look for a C++ compiler, which torch needs to compile for a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+
+
+def install(base: Any) -> list[torch.nn.Module]:
+    """Let the layers of a pretrained model be compiled at their next training step; those that are.
+
+    Evaluation and generation take the plain way: they would each need graphs of their own.
+    """
+
+    def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
+        trains = layer.training and torch.is_grad_enabled()
+        return (compiled if trains else plain)(*arguments, **options)
+
+    layers = _layers(base)
+    for layer in layers:
+        plain = layer.forward
+        layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
+    return layers
+
+
+def _layers(base: Any) -> list[torch.nn.Module]:
+    """The modules that transformers never splits among devices: the repeated layers."""
+    kinds = set(base._no_split_modules or ())
+    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    return found if len(found) > 1 else []
+
+
+# The fast paths that a model takes: installed where they fit, checked on a batch, removed where they differ.
+
+Tensor = torch.Tensor
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much."""
+MODULES: tuple[tuple[str, Any, str], ...] = (
+    ("fused_lora", kernels, "layers"),
+    ("fused_norm", kernels, "norms"),
+    ("fused_mlp", kernels, "layers"),  # looks at what `lora` did
+    ("cheap_dropout", kernels, "modules"),  # for CPUs
+)
+"""Setting, the file that replaces forward functions of modules for it, and what these are called."""
+ROWS = 2
+"""Of the batch that is compared, at most."""
+TOKENS = 64
+"""Of a row that is compared where the weights are sharded, at most."""
+MASKED = ("eager", "sdpa", attention.NAME)
+"""Attention that makes a mask of tokens by tokens of a padding mask; `flash_attention_2` skips padding by it."""
+
+
+@dataclass
+class Paths:
+    """The fast paths that are installed in a model."""
+
+    task: Task
+    targets: State
+    head: FastHead | None = None
+    taken: dict[str, str] = field(default_factory=dict)
+    """Setting -> what came of it, for people."""
+    seconds: float = 0.0
+    """Time that choosing took."""
+    leaves_mask_out: bool = False
+    """The model gets no padding mask: see `speed.skip_padding_mask`."""
+    is_unproven: bool = False
+    """The model was not compared with itself yet; see `prove`."""
+    _tolerance: float = 0.0
+    _removals: list[Callable[[], None]] = field(default_factory=list)
+    _compiled: list[Any] = field(default_factory=list)
+
+    def forward(self, model: Callable[..., Any]) -> Forward:
+        """The model as a task is to call it: the adapted one, or its forward function, as accelerate wraps it."""
+        return Forward(model, self)
+
+    def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """The summed loss of a batch, a float32 scalar; `model` as for `forward`."""
+        return self.task.loss(self.forward(model), batch, self.targets).sum
+
+    def seen(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The part of a batch that the model gets."""
+        if not self.leaves_mask_out or self.is_unproven:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+    @property
+    def makes_all_logits(self) -> bool:
+        """An evaluation step holds a language model's logits of a whole batch at once."""
+        return self.head is None or self.is_unproven or not self.head.is_last
+
+    @property
+    def is_compiled(self) -> bool:
+        """Layers are compiled, or will be at their next training step."""
+        return bool(self._compiled)
+
+    def compile(self, base: Any) -> None:
+        """Compile the layers of the pretrained model inside, over whatever else is installed."""
+        if not self._compiled:
+            self._compiled = install(base)
+
+    def plain_layers(self) -> None:
+        """Undo `compile`."""
+        _plain_again(self._compiled)
+        self._compiled = []
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.plain_layers()
+        for remove in reversed(self._removals):
+            remove()
+        self._removals.clear()
+        self.head, self.leaves_mask_out, self.is_unproven = None, False, False
+
+    def install(self, adapted: Any, recipe: Recipe, machine: Machine) -> None:
+        """Install what the recipe allows, and fits the model and the machine.
+
+        In a model that FSDP will shard, only what is outside its layers; `prove` must compare it with itself later.
+        """
+        base, speed, on_cpu = base_model(adapted), recipe.speed, machine.device == "cpu"
+        self._tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
+        if not machine.is_sharded:
+            for name, room, unit in MODULES:
+                if getattr(speed, name) and (on_cpu or room is not kernels) and (found := room.install(adapted)):
+                    self._take(name, f"{len(found)} {unit}", partial(_plain_again, found))
+            if speed.plain_attention and on_cpu and (before := attention.install(base)):
+                self._take("plain_attention", f"in place of {before}", partial(base.set_attn_implementation, before))
+            if speed.document_attention and recipe.data.packing and (inner := attention.install_documents(base)):
+                self._take("document_attention", "packed documents", partial(base.set_attn_implementation, inner))
+        elif not uses_fsdp():
+            return
+        # Other tasks may have an output embedding too, and look at it in other ways.
+        output = output_embedding(base) if recipe.task.predicts_next_token else None
+        if output is not None and speed.fused_loss:
+            self.head = head = FastHead(output)
+            head.is_sharded = machine.is_sharded
+            self._take("fused_loss", "with the head" if head.is_fused else "of trained tokens", head.remove)
+        is_masked = base.config._attn_implementation in MASKED
+        if output is not None and speed.skip_padding_mask and is_masked and not recipe.data.packing:
+            self.leaves_mask_out = True
+            self.taken["skip_padding_mask"] = "rows are padded on the right"
+        self.is_unproven = machine.is_sharded and bool(self.taken)
+
+    def _take(self, name: str, how: str, remove: Callable[[], None]) -> None:
+        self.taken[name] = how
+        self._removals.append(remove)
+
+    def prove(self, model: Callable[..., Any], batch: Batch) -> None:
+        """Compare a sharded model with itself on the begin of a few rows, and undo what was installed if it differs.
+
+        Args:
+            model: As in `forward`, sharded; every rank comes here, with gradients off.
+            batch: As collated.
+        """
+        self.is_unproven = False
+        rows = self.task.telling({name: value[:ROWS, :TOKENS] for name, value in batch.items()})
+
+        def plain(**inputs: Tensor) -> Any:
+            return SimpleNamespace(logits=self._logits(lambda: model(**inputs).logits))
+
+        expected = self.task.loss(plain, rows, self.targets).sum
+        found = self.loss_sum(model, rows)
+        difference = ((found - expected).abs() / expected.abs().clamp(min=1e-6)).float().reshape(1)
+        if self.head is not None and self.head.is_fused and not self.head.is_last:
+            difference.fill_(float("inf"))  # the model caps or scales what its head makes
+        if distributed.is_initialized():
+            distributed.all_reduce(difference, op=distributed.ReduceOp.MAX)
+        if not float(difference) <= self._tolerance:
+            self.remove()
+            self.taken = {"none": f"they would change this model's loss by {float(difference):.1e}"}
+
+    def outputs(self, model: Any, batch: Batch) -> list[Tensor]:
+        """Logits of the positions that are no padding, and the summed loss where it does not follow from them."""
+        inputs = self.task.inputs(batch)
+        logits = self._logits(lambda: model(**self.seen(inputs)).logits).float()
+        mask = inputs.get("attention_mask")
+        logits = logits if mask is None or logits.dim() < 3 else logits[mask.bool()]
+        if not self.task.predicts_next_token:
+            return [logits]
+        return [logits, self.loss_sum(model, batch).float().reshape(1)]
+
+    def _logits(self, forward: Callable[[], Tensor]) -> Tensor:
+        return forward() if self.head is None else self.head.notice(forward)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model's forward pass, by the fast paths that are installed; see `tasks._token_loss.next_token_loss`."""
+
+    model: Callable[..., Any]
+    paths: Paths
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """The model's output."""
+        return self.model(**self.paths.seen(inputs))
+
+    @property
+    def next_token_loss(self) -> Callable[..., Tensor] | None:
+        """Sums the loss without the logits that don't count; None where the head is as it was."""
+        return None if self.paths.head is None else self._loss
+
+    @property
+    def each_next_token(self) -> Callable[..., Tensor] | None:
+        """The same of what an evaluation counts."""
+        return None if self.paths.head is None or self.paths.is_unproven else self._each
+
+    def _loss(self, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+        head: Any = self.paths.head
+        with head.asked(labels, smoothing):
+            found: Tensor = head.loss_sum(self(**inputs).logits)
+            return found
+
+    def _each(self, inputs: Batch, labels: Tensor) -> Tensor:
+        head: Any = self.paths.head
+        found: Tensor = head.each(lambda: self(**inputs).logits, labels)
+        return found
+
+
+def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: State, batch: Batch) -> Paths:
+    """Install the fast paths and compare the model with itself before.
+
+    Args:
+        adapted: The model with its adapter.
+        recipe: `speed` and the task.
+        machine: Device, precision, whether weights are sharded.
+        targets: Labels.
+        batch: Some rows with their labels, on the device; a few are enough.
+
+    Returns:
+        The paths that are installed; none, with the reason in `taken`, where the model then said something else.
+    """
+    paths, began = Paths(recipe.task, targets), time.perf_counter()
+    if machine.is_sharded:
+        paths.install(adapted, recipe, machine)
+        return paths
+    batch = recipe.task.telling({name: value[:ROWS] for name, value in batch.items()})
+    with _quiet(adapted, machine):
+        before = paths.outputs(adapted, batch)
+        paths.install(adapted, recipe, machine)
+        if not paths.taken:
+            return paths
+        after = paths.outputs(adapted, batch)
+    difference = max(
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True)
+    )
+    tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
+    if not difference <= tolerance:
+        paths.remove()
+        paths.taken = {"none": f"they would change this model's output by {difference:.1e} (allowed {tolerance:.0e})"}
+    paths.seconds = time.perf_counter() - began
+    return paths
+
+
+@contextmanager
+def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
+    """Evaluation mode, without gradients, in the precision of the run."""
+    was_training, dtype = model.training, machine.base_dtype(frozen=True)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(machine.device, dtype=dtype, enabled=dtype is not torch.float32):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _plain_again(modules: list[Any]) -> None:
+    for module in modules:
+        del module.forward

@@ -1,0 +1,616 @@
+"""Write what a run came to at its end: `report.md`, `report.html` and `plots/*.png`, all from its folder.
+
+A report never fails a run: what can't be drawn or written is warned about once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune import log
+from hf_finetune.data.batches import Division
+from hf_finetune.errors import Problem
+from hf_finetune.log.lines import clock
+from hf_finetune.log.text import bullets, cell, fenced, harmless, markdown, shortened
+from hf_finetune.recipe import Recipe
+from hf_finetune.reports import intervals as reports_intervals
+from hf_finetune.reports.intervals import Intervals
+from hf_finetune.run import journal
+from hf_finetune.run.folder import RunFolder, write_atomically
+from hf_finetune.run.journal import Entry
+from hf_finetune.tasks import _likeness as likeness
+from hf_finetune.tracking import charts
+from hf_finetune.tracking import records as tracking_records
+from hf_finetune.tracking.figures import Plot
+from hf_finetune.tracking.records import Record
+
+if TYPE_CHECKING:
+    from hf_finetune.data.prepare import Prepared
+    from hf_finetune.device import Machine
+    from hf_finetune.training.job import Length
+
+
+# Lines for the terminal: data, model and plan while a run starts, and its summary at the end.
+
+
+def data_lines(prepared: Prepared) -> list[str]:
+    """Count rows and tokens of each split, and everything that was cut or dropped; then the labels."""
+    lines = []
+    for split, counts in prepared.reports.items():
+        parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
+        parts += [f"{counts.trained:,} trained"] if counts.trained != counts.kept else []
+        parts.append(f"longest {counts.longest:,}")
+        losses = (
+            (counts.cut, "cut to max_length"),
+            (counts.dropped, "dropped as over-long"),
+            (counts.empty, "dropped without text"),
+            (counts.untrained, "dropped without a trained token"),
+            (counts.unused, "never drawn from the mix"),
+        )
+        parts += [f"{count:,} {loss}" for count, loss in losses if count]
+        lines.append(f"{split}: {', '.join(parts)}")
+    # Not `targets.counts`, which has the rows that are dropped too.
+    labels = prepared.facts["train"].labels if "train" in prepared.facts else {}
+    if labels:
+        lines.append("labels: " + ", ".join(f"{likeness.plain(name)} {count:,}" for name, count in labels.items()))
+    return lines
+
+
+def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
+    """Name the model, and how much of it is trained."""
+    trained, total = parameters
+    share = f"{trained:,} trained by {recipe.adapter.kind} ({trained / total:.2%})"
+    return f"model {recipe.model.name}: {total:,} parameters, {share}"
+
+
+def plan_line(division: Division, length: Length) -> str:
+    """Say how the global batch is divided, and how many steps there are."""
+
+    def counted(number: int, thing: str) -> str:
+        plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
+        return f"{number:,} {thing}{plural}"
+
+    return (
+        f"{counted(length.total_steps, 'step')} of {division.batch_size} rows: {counted(division.world_size, 'rank')}"
+        f" x {counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
+    )
+
+
+def summary_entry(outcome: Outcome) -> Entry:
+    """Make the row that closes metrics.jsonl."""
+    trained, total = outcome.parameters
+    row: Entry = {
+        "step": outcome.steps,
+        "phase": "summary",
+        "seconds": round(outcome.seconds, 3),
+        "probe_seconds": round(outcome.probe_seconds, 3),
+        "trained_parameters": trained,
+        "parameters": total,
+        "device": outcome.machine.device,
+        "world_size": outcome.machine.world_size,
+    }
+    if outcome.not_taken:
+        row["steps_not_taken"] = outcome.not_taken
+    if outcome.reload_difference is None:
+        row["read_back"] = "equal"
+    else:
+        row["reload_difference"] = outcome.reload_difference
+    if outcome.peak_memory is not None:
+        row["peak_memory"] = outcome.peak_memory
+    scores = {f"{split}_{name}": value for split, found in outcome.scores.items() for name, value in found.items()}
+    return row | outcome.rates | scores
+
+
+def summary_lines(outcome: Outcome) -> list[str]:
+    """Write the table at the end of a run, and what to do next."""
+    recipe, folder, rates = outcome.recipe, outcome.folder, outcome.rates
+    part = f" from step {outcome.resumed_at:,} on, where the run was resumed" if outcome.resumed_at else ""
+    rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}{part}")]
+    if outcome.not_taken:
+        rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
+    if rates:
+        speed = f"{rates['samples_per_second']:.1f} samples/s, {rates['tokens_per_second']:.0f} tokens/s"
+        rows.append(("speed", f"{speed}, {rates['padding_share']:.1%} padding"))
+    if "matmul_share" in rates:
+        share, peak = rates["matmul_share"], rates["matmul_peak"]
+        rows.append(("matmul peak", f"{share:.1%} of {peak / 1e12:.3g} TFLOP/s, measured here"))
+    if outcome.peak_memory is not None:
+        rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
+    for split, scores in outcome.scores.items():
+        rows.append((split, "  ".join(f"{name} {scores[name]:.4f}" for name in recipe.task.headline if name in scores)))
+    if outcome.reload_difference is None:
+        rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
+    else:
+        apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
+        rows.append(("saved and reloaded", f"{folder.adapter} ({apart})"))
+    page = f", {folder.page.name}" if recipe.tracking.report else ""
+    rows += [("report", f"{folder.report}{page}"), ("run folder", str(folder.path))]
+    if recipe.tracking.tensorboard:
+        from hf_finetune.tracking.events import LogDir
+
+        watch = f"tensorboard --logdir {shlex.quote(LogDir.of(recipe, folder).folder)}"
+        is_installed = importlib.util.find_spec("tensorboard") is not None
+        rows.append(("watch it with", watch if is_installed else f"pip install tensorboard; {watch}"))
+    width = max(len(name) for name, _ in rows)
+    return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+# What a run came to, as the process knows it that trained.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    recipe: Recipe
+    machine: Machine
+    folder: RunFolder
+    prepared: Prepared
+    parameters: tuple[int, int]
+    """Trained parameters, all parameters."""
+    steps: int
+    seconds: float
+    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Whole-run samples and tokens per second, share of padding."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final metrics per split."""
+    warnings: tuple[Problem, ...] = ()
+    peak_memory: int | None = None
+    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
+    reload_difference: float | None = 0.0
+    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit.
+
+    None where a second model would not fit (divided or quantised weights): every bit of the saved weights was compared.
+    """
+    probe_seconds: float = 0.0
+    """Wall-clock seconds before training that went into choosing fast paths."""
+    resumed_at: int = 0
+    """The step from which this process went on; 0 if it began the run."""
+    not_taken: int = 0
+    """Steps that the optimiser did not take, because loss or gradient was not finite."""
+
+    def facts(self) -> dict[str, Any]:
+        """Collect what the report tells and no other file of the run folder does, as JSON holds it."""
+        splits, levels = self.prepared.facts, self.recipe.data.checks.model_dump()
+        struck = [name for name in levels if any(name in found.tallies for found in splits.values())]
+        counts = {
+            name: {split: found.tallies[name].count if name in found.tallies else 0 for split, found in splits.items()}
+            for name in struck
+        }
+        return {
+            "fingerprint": self.prepared.fingerprint,
+            "rows": data_lines(self.prepared),
+            "findings": [[name, str(levels[name]), counts[name]] for name in struck],
+            "warnings": [str(problem) for problem in self.warnings],
+        }
+
+
+# Data of one run for its reports: metrics, observations, sample answers and environment, read from its folder.
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run as its folder holds it."""
+
+    folder: RunFolder
+    recipe: Recipe
+    lines: Sequence[Entry]
+    """Of metrics.jsonl."""
+    records: Mapping[tuple[str, str], Record] = field(default_factory=dict)
+    """The newest of each kind and phase."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Lines of samples.jsonl: step, prompt, answer, ended."""
+
+    @classmethod
+    def read(cls, folder: RunFolder, recipe: Recipe) -> RunData:
+        """Read a folder; what is damaged or missing is left out."""
+        samples = journal.read_samples(folder.samples)
+        return cls(folder, recipe, journal.read(folder.metrics), tracking_records.newest(folder.observations), samples)
+
+    @property
+    def summary(self) -> Entry:
+        """The line that closes metrics.jsonl; empty where there is none."""
+        return next((line for line in reversed(self.lines) if line.get("phase") == "summary"), {})
+
+    def of(self, phase: str) -> list[Entry]:
+        """Select the lines of a phase."""
+        return [line for line in self.lines if line.get("phase") == phase]
+
+    @cached_property
+    def phases(self) -> dict[str, str]:
+        """Split -> the phase in which the saved model was evaluated on it.
+
+        That of the validation split is `final`, or the last `eval` where that already saw these weights.
+        """
+        found = {}
+        evaluations = [line for line in self.lines if line.get("phase") in ("eval", "final")]
+        if evaluations:
+            # A run that went on after its end has an older final line.
+            found["validation"] = max(evaluations, key=lambda line: (line["step"], line["phase"] == "final"))["phase"]
+        if self.of("test"):
+            found["test"] = "test"
+        return found
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Final metrics by split."""
+        no_metrics = {"step", "epoch", "phase", "runtime", "time"}
+        return {
+            split: {
+                name: value
+                for name, value in self.of(phase)[-1].items()
+                if name not in no_metrics and isinstance(value, int | float)
+            }
+            for split, phase in self.phases.items()
+        }
+
+    def record(self, kind: str, split: str) -> Record | None:
+        """Find the record of the saved model on a split; None where it was not kept."""
+        phase = self.phases.get(split)
+        record = self.records.get((kind, phase)) if phase is not None else None
+        return record if record is not None and record.step == self.of(record.phase)[-1]["step"] else None
+
+    @cached_property
+    def intervals(self) -> dict[str, Intervals]:
+        """Confidence intervals by split, where its predictions were kept."""
+        found = {split: self.record("predictions", split) for split in self.phases}
+        return {
+            split: reports_intervals.estimate(record.arrays["rows"], record.facts)
+            for split, record in found.items()
+            if record is not None
+        }
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """`<measure>/<module>` -> how much each module learned; empty where nothing was measured."""
+        records = [self.records.get(("weights", phase)) for phase in ("final", "eval")]
+        found = [dict(record.facts.get("scalars") or {}) for record in records if record is not None]
+        return next((scalars for scalars in found if charts.learned(scalars)), {})
+
+    @cached_property
+    def plots(self) -> list[Plot]:
+        """The charts that the run has data for, in the order of the page."""
+        records = {
+            split: [found for kind in ("positions", "predictions") if (found := self.record(kind, split)) is not None]
+            for split in self.phases
+        }
+        return charts.plots_runs(self.lines, records, self.weights)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Outcome.facts`; empty for a run that has not ended."""
+        record = self.records.get(("report", "train"))
+        return record.facts if record is not None else {}
+
+    @property
+    def missing(self) -> list[str]:
+        """Say what a reader would look for in vain, and why."""
+        lost = "kept (the disk may have been full)"
+        found = [
+            f"The predictions on {split} were not {lost}: there are no confidence intervals and no charts of them."
+            for split in self.phases
+            if self.record("predictions", split) is None
+        ]
+        if not self.recipe.data.has_validation and self.recipe.data.test is None:
+            found.append("The recipe has no validation and no test split: there are no scores.")
+        if not self.lines:
+            found.append(f"metrics.jsonl was not {lost}: there are no curves.")
+        if not self.environment:
+            found.append(f"The environment was not {lost}.")
+        return found
+
+    @property
+    def environment(self) -> list[tuple[str, str]]:
+        """Versions and machine; empty where they were not kept."""
+        record = self.records.get(("environment", "train"))
+        table = record.facts.get("table") if record is not None else None
+        return [(str(name), str(value)) for name, value in table.items()] if isinstance(table, dict) else []
+
+    @property
+    def resumed_at(self) -> int:
+        """The step at which the last process resumed the run; 0 for a run in one piece."""
+        record = self.records.get(("environment", "train"))
+        return record.step if record is not None else 0
+
+    @property
+    def loading(self) -> str | None:
+        """Python that loads the model, from its card; None where there is none."""
+        try:
+            card = (self.folder.adapter / "README.md").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+        found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+        return found[1] if found else None
+
+
+Remains = RunData  # for callers that have not been renamed yet
+
+# Reading, drawing or writing may end in these: a full disk, a damaged record, too little memory.
+MISHAPS = (OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+def write(outcome: Outcome, entries: Sequence[Entry]) -> RunData | None:
+    """Write the report of a run that has ended; a warning where that fails.
+
+    Args:
+        outcome: The part that only the process knows; it is kept in `observations/`, so that the report can be made
+            again from the folder.
+        entries: Lines of metrics.jsonl as the process has them: the file may have lost some.
+
+    Returns:
+        The data that it was made from; None where it could not be written.
+    """
+    from hf_finetune.reports import html
+
+    folder, recipe = outcome.folder, outcome.recipe
+    try:
+        known = Record("report", "train", outcome.steps, facts=outcome.facts())
+        run = RunData.read(folder, recipe)
+        run = replace(run, lines=list(entries), records={**run.records, ("report", "train"): known})
+        plots = run.plots if recipe.tracking.report else []
+        # The text comes first: it is small, and is there even if a chart can't be drawn.
+        write_atomically(folder.report, text(run, plots))
+        known.write(folder.observations)
+        if recipe.tracking.report:
+            drawn = [(plot, *html.drawn(plot)) for plot in plots]
+            write_atomically(folder.page, html.html(run, [(plot, svg) for plot, svg, _ in drawn]))
+            images = {f"{plot.name}.png": image for plot, _, image in drawn}
+            folder.plots.mkdir(exist_ok=True)
+            for name, image in images.items():
+                write_atomically(folder.plots / name, image)
+            for file in folder.plots.glob("*.png"):
+                if file.name not in images:  # of an earlier report
+                    file.unlink()
+    except MISHAPS as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        log.warn(f"the report of {folder.path} is not complete ({reason}); the run itself is")
+        return None
+    return run
+
+
+def page(folder: RunFolder, recipe: Recipe) -> str:
+    """Make report.html again from the folder."""
+    from hf_finetune.reports import html
+
+    run = RunData.read(folder, recipe)
+    return html.html(run, [(plot, html.drawn(plot)[0]) for plot in run.plots])
+
+
+# Content of a run's report, shared by report.md, report.html and the model card.
+
+PER_CLASS = ("precision", "recall", "f1", "support")
+MODULES = 12
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Final metrics of a split."""
+
+    split: str
+    scores: Mapping[str, float]
+    bounds: Mapping[str, tuple[float, float]]
+    """Of their confidence intervals, where they have one."""
+    method: str
+    """How the intervals were made; empty where there are none."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes that have scores of their own."""
+        return [name.removeprefix("support.") for name in self.scores if name.startswith("support.")]
+
+    @property
+    def overall(self) -> dict[str, float]:
+        """Scores of the whole split."""
+        by_class = {f"{column}.{name}" for column in PER_CLASS for name in self.classes}
+        return {name: value for name, value in self.scores.items() if name not in by_class}
+
+
+def of(run: RunData) -> dict[str, Any]:
+    """Collect everything that both reports show."""
+    measure = charts.learned(run.weights)
+    evaluations = run.of("eval")
+    steps = [(int(step), list(group)) for step, group in groupby(run.samples, key=lambda sample: sample["step"])]
+    return {
+        "recipe": run.recipe,
+        "summary": recipe_lines(run.recipe),
+        "setup": setup(run),
+        "results": results(run),
+        "evaluations": evaluations,
+        "evaluated": [name for name in run.recipe.task.headline if any(name in line for line in evaluations)],
+        "mistakes": rows_of(run, "examples"),
+        "samples": steps[::-1],
+        "quantity": measure.replace("_", " "),
+        "modules": charts.largest_modules(run.weights, measure)[:MODULES] if measure else [],
+        "facts": run.facts,
+        "cost": cost(run),
+        "loading": run.loading,
+        "missing": run.missing,
+        "environment": run.environment,
+    }
+
+
+def results(run: RunData) -> list[Result]:
+    """Collect the final metrics of every split."""
+    found = []
+    for split, scores in run.scores.items():
+        intervals = run.intervals.get(split)
+        bounds, method = ({}, "") if intervals is None else (intervals.bounds, intervals.method)
+        found.append(Result(split, scores, bounds, method))
+    return found
+
+
+def rows_of(run: RunData, kind: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Find the rows of a kind of record, by split."""
+    records = {split: run.record(kind, split) for split in run.phases}
+    found = [(split, record.facts.get("rows") or []) for split, record in records.items() if record is not None]
+    return [(split, rows) for split, rows in found if rows]
+
+
+def setup(run: RunData) -> Pairs:
+    """Name parameters, machine, data and steps."""
+    summary, machine, rows = run.summary, dict(run.environment).get("machine"), []
+    if "parameters" in summary:
+        part, whole = summary["trained_parameters"], summary["parameters"]
+        rows.append(("Parameters", f"{part:,} of {whole:,} trained ({part / whole:.2%})"))
+    rows += [("Machine", machine)] if machine else []
+    rows += [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
+    if "step" in summary:
+        skipped = summary.get("steps_not_taken", 0)
+        note = f"; {skipped:,} were not taken, as loss or gradient was not finite" if skipped else ""
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{note}"))
+    if "reload_difference" in summary:
+        rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
+    if "read_back" in summary:
+        rows.append(("Read back", "every bit of the saved weights is equal"))
+    return rows
+
+
+def cost(run: RunData) -> Pairs:
+    """Name time, speed, memory, device-hours, and the share of the machine's peak."""
+    summary, rows = run.summary, []
+    taken, world = summary.get("seconds"), summary.get("world_size")
+    part = f"; from step {run.resumed_at:,} on, where the run was resumed" if run.resumed_at else ""
+    if taken is not None:
+        rows.append(("Time", f"{clock(taken)}, evaluations in between included{part}"))
+    if taken is not None and world is not None:
+        device = f" of {summary['device']}" if "device" in summary else ""
+        rows.append(("Cost", f"{taken * world / 3600:.3g} device-hours{device} ({world} x {clock(taken)}){part}"))
+    if "samples_per_second" in summary:
+        speed = f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        rows += [("Speed", speed), ("Padding", f"{summary['padding_share']:.1%} of all token positions")]
+    parts = {name: _mean(run, f"seconds_{name}") for name in ("data", "forward", "backward", "optimizer")}
+    measured = {name: value for name, value in parts.items() if value is not None}
+    if total := sum(measured.values()):
+        split = ", ".join(f"{name} {value:.3g} s ({value / total:.0%})" for name, value in measured.items())
+        rows.append(("A step", split))
+    # Of the whole run, as it printed it; a run that did not come to its end has those of its log lines alone.
+    share = summary.get("matmul_share", _mean(run, "matmul_share"))
+    if share is not None:
+        rows.append(("Matmul peak", f"{share:.1%} of what the machine reaches in one large product was used"))
+    if "peak_memory" in summary:
+        place = "resident" if summary.get("device") == "cpu" else "on its device"
+        rows.append(("Peak memory", f"{summary['peak_memory'] / 1e9:.2f} GB {place} (rank 0)"))
+    return rows
+
+
+def _mean(run: RunData, name: str) -> float | None:
+    values = [line[name] for line in run.of("train") if isinstance(line.get(name), int | float)]
+    finite = [value for value in values if isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name the settings that decide about the data; those that are not used are left out."""
+    data = recipe.data
+    problem = getattr(recipe.task, "problem", "")
+    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
+
+    def listed(files: str | Sequence[str]) -> str:
+        return files if isinstance(files, str) else ", ".join(files)
+
+    rows = [
+        ("Task", f"{recipe.task.kind}, {problem}" if problem else recipe.task.kind),
+        ("Model", recipe.model.name + revision),
+        ("Adapter", recipe.adapter.kind),
+        ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
+        *((split.capitalize(), listed(getattr(data, split) or "")) for split in ("train", "validation", "test")),
+        ("Mix", ", ".join(listed(source.train) for source in data.mix or [])),
+        ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
+        ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
+        ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
+        ("Rows share sequences", "yes, packed" if data.packing else ""),
+        ("Reading", "streamed" if data.streaming else ""),
+        ("Output", recipe.output),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+# `report.md`.
+
+
+def text(run: RunData, plots: Sequence[Plot]) -> str:
+    """Write the report.
+
+    Args:
+        run: What is known of the run.
+        plots: Those that are in `plots/`.
+    """
+    found = of(run)
+    facts, names = found["facts"], found["evaluated"]
+    blocks = [f"# {cell(run.recipe.output)}", *listed("", [*found["summary"], *found["setup"]])]
+    blocks += ["## Data", bullets(facts.get("rows", ())) or "What became of the rows is not known any more."]
+    blocks.append("## Findings")
+    if facts:
+        # Everything that `data.checks` counted, whatever its level.
+        rows = [[name, level, *(f"{n:,}" for n in splits.values())] for name, level, splits in facts["findings"]]
+        heads = ["check", "level", *(facts["findings"][0][2] if rows else ())]
+        blocks.append(markdown(heads, rows) if rows else "None of `data.checks` found anything.")
+        blocks.append(bullets(facts["warnings"]))
+    else:
+        blocks.append("Not known any more.")
+    blocks += ["## Result", *(block for result in found["results"] for block in tables_of(result))]
+    blocks += [f"![{plot.title}](plots/{plot.name}.png)" for plot in plots]
+    if found["evaluations"]:
+        rows = [
+            [str(line["step"]), *(f"{line.get(name, float('nan')):.4f}" for name in names)]
+            for line in found["evaluations"]
+        ]
+        blocks += ["## Evaluations", markdown(["step", *names], rows)]
+    for split, mistakes in found["mistakes"]:
+        rows = [
+            [str(row["row"]), row["label"], row["predicted"], f"{row['confidence']:.3g}", _cut(row["text"])]
+            for row in mistakes
+        ]
+        blocks.append(f"## Worst mistakes on {split}")
+        blocks.append(markdown(["row", "label", "predicted", "confidence", "text"], rows))
+    for step, samples in found["samples"][:1]:
+        rows = [[_cut(each["prompt"]), _cut(each["answer"]), "yes" if each["ended"] else "no"] for each in samples]
+        blocks += [f"## Samples at step {step}", markdown(["prompt", "answer", "ended by itself"], rows)]
+    if found["modules"]:
+        rows = [[name, f"{value:.4g}"] for name, value in found["modules"]]
+        blocks += ["## What learned most", markdown(["module", found["quantity"]], rows)]
+    blocks += listed("## Time and cost", found["cost"])
+    if found["loading"]:
+        place = f"in `{run.folder.adapter}`, or with its path for `folder`"
+        blocks += ["## How to load it", f"Run this {place}.", fenced(found["loading"], "python")]
+    blocks += ["## What is missing", bullets(found["missing"])] if found["missing"] else []
+    blocks += listed("## Environment", found["environment"])
+    blocks += ["## Recipe", fenced(run.recipe.dump(), "yaml")]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
+    """Write the scores of a split, overall and by class, with their intervals."""
+    rows = [
+        [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*result.bounds[name]) if name in result.bounds else ""]
+        for name, value in result.overall.items()
+    ]
+    blocks = [markdown([result.split, "value", "95 % interval"], rows)]
+    if result.classes:
+        formats = dict.fromkeys(PER_CLASS, "{:.4f}") | {"support": "{:,.0f}"}
+        rows = []
+        for name in result.classes[:most_classes]:
+            values = {column: result.scores.get(f"{column}.{name}") for column in PER_CLASS}
+            rows.append([name, *("" if v is None else formats[column].format(v) for column, v in values.items())])
+        blocks.append(markdown([f"{result.split}, by class", *PER_CLASS], rows))
+    return [*blocks, *([f"Intervals: {result.method}."] if result.method else [])]
+
+
+def listed(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Write names and values below a title; nothing without them."""
+    body = bullets(f"{name}: {value}" for name, value in rows)
+    return [title, body] if body else []
+
+
+def _cut(value: Any) -> str:
+    return shortened(harmless(str(value)), 300)

@@ -1,0 +1,1 @@
+"""The run folder: paths, status, lock, metrics, checkpoints; no torch."""

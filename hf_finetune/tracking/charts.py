@@ -1,0 +1,594 @@
+"""Charts of what a model learned: `drawing` makes PNG and SVG of figures, `predictions` and `runs` make the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.log.text import harmless
+from hf_finetune.tracking.figures import (
+    DASHES,  # fmt: skip
+    HATCH,  # fmt: skip
+    LIMIT,  # fmt: skip
+    LINE,  # fmt: skip
+    SERIES,  # fmt: skip
+    SOFT,  # fmt: skip
+    TEXT,  # fmt: skip
+    Plot,  # fmt: skip
+    blank,  # fmt: skip
+    drawn,  # fmt: skip
+    legend,  # fmt: skip
+    short_name,  # fmt: skip
+    stacked,  # fmt: skip
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hf_finetune.tracking.records import Record
+
+    Array = np.ndarray[Any, Any]
+
+
+# Charts of what a model predicted. Rows are what `Task.metrics` gets. Shapes: N rows, C classes.
+
+CLASSES = 30
+"""Classes of a confusion matrix; of more, the most confused ones are drawn."""
+CURVES = 6
+"""Precision-recall curves of a chart: those of the lowest average precision."""
+POINTS = 400
+"""Points of a curve."""
+DOTS = 2000
+"""Rows of a scatter plot."""
+COLUMNS = 78
+"""Characters of a line of tokens."""
+TOKENS = 400
+"""Tokens that are drawn in all."""
+STRONGEST = 6.0
+"""Nats at which a token has the strongest colour; a guess among 400 tokens."""
+
+
+def plots(arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> list[Plot]:
+    """List the charts of a `predictions` record; none of a task that is not known here."""
+    rows, names = arrays["rows"], [str(name) for name in facts.get("names") or ()]
+    problem = facts.get("problem")
+    found = []
+    if problem == "single_label" and (rows[:, -1] >= 0).any():
+        about = f"Confusion matrix of {len(names)} classes; the numbers of each class are in a table"
+        draw = partial(confusion, rows, names)
+        found.append(Plot("confusion_matrix", "Confusion matrix", about, draw, on_card=True))
+        about = "Bar chart: how often predictions of each confidence are right"
+        found.append(Plot("reliability", "Calibration", about, partial(reliability, rows)))
+    if problem in ("single_label", "multi_label"):
+        about = "Line chart: precision by recall of each class"
+        draw = partial(precision_recall, rows, names)
+        found.append(Plot("precision_recall", "Precision and recall", about, draw, on_board=False))
+    if problem == "regression":
+        found.append(Plot("predicted", "Predicted and true", "Scatter plot", partial(predicted, rows), on_card=True))
+    return found
+
+
+@drawn
+def confusion(rows: Array, names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix: counts, and as shade the share of the true class.
+
+    Args:
+        rows: (N, C + 1), logits, then the label's id; rows with a negative id are left out.
+        names: Of the C classes; of more than `CLASSES`, those with the most errors are drawn, in their order.
+    """
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    classes = len(names)
+    rows = rows[rows[:, -1] >= 0]
+    pairs = rows[:, -1].astype(int) * classes + rows[:, :classes].argmax(axis=1)
+    # One number for each pair of classes, so that numpy can count them.
+    counts = np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    wrong = counts * (1 - np.eye(classes, dtype=int))
+    shown = sorted(np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:CLASSES].tolist())
+    part = counts[shown][:, shown]
+
+    inches = min(7.2, max(3.2, 1.8 + 0.24 * len(shown)))
+    figure, axes = blank(inches, max(4.8, inches * 1.08))
+    axes.set_aspect("equal")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    # From nothing to a colour on which text can be read, on light and dark pages.
+    shades = LinearSegmentedColormap.from_list("shades", [to_rgba(SERIES[0], 0.0), to_rgba(SERIES[0], 0.6)])
+    shares = part / counts.sum(axis=1, keepdims=True)[shown].clip(1)
+    axes.pcolormesh(shares, cmap=shades, vmin=0.0, vmax=1.0, edgecolors=LINE, linewidth=0.3)
+    size = 8 if len(shown) <= 8 else 6 if len(shown) <= 16 else 4.5
+    for true, guess in zip(*part.nonzero(), strict=True):
+        axes.text(guess + 0.5, true + 0.5, f"{part[true, guess]:,}", ha="center", va="center", color=TEXT, size=size)
+    labels, middles = [short_name(names[index]) for index in shown], np.arange(len(shown)) + 0.5
+    slant: dict[str, Any] = {} if len(shown) <= 3 else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_yticks(middles, labels, size=min(8, size + 1))
+    axes.set_xticks(middles, labels, size=min(8, size + 1), **slant)
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    more = f"the {len(shown)} most confused of {classes} classes; " if len(shown) < classes else ""
+    axes.set_title(f"{more}rows, shade: share of the true class")
+    return figure
+
+
+@drawn
+def reliability(rows: Array) -> Figure:
+    """Draw how often predictions of each confidence are right; below it, how many there are.
+
+    Args:
+        rows: (N, C + 1), logits, then the label's id; rows with a negative id are left out.
+    """
+    import numpy as np
+
+    from hf_finetune.tasks._metrics import calibration
+
+    found = calibration(rows)
+    figure, (upper, lower) = stacked([2.6, 1.0])
+    widths = np.diff(found.edges)
+    upper.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=DASHES[1], label="as sure as right")
+    filled = found.counts > 0
+    right, sure = found.accuracy[filled], found.confidence[filled]
+    upper.bar(found.edges[:-1][filled], right, widths[filled] * 0.94, align="edge", color=SERIES[0])
+    upper.plot(sure, right, "o", color=LIMIT, markersize=3.5, label="mean confidence")
+    upper.set_xlim(0, 1)
+    upper.set_ylim(0, 1)
+    upper.set_ylabel("share that is right")
+    upper.set_title(f"expected calibration error {found.error:.4f} ({len(widths)} bins)")
+    legend(upper, loc="upper left")
+    lower.bar(found.edges[:-1], found.counts, widths * 0.94, align="edge", color=SERIES[0], alpha=0.55)
+    lower.set_xlabel("confidence")
+    lower.set_ylabel("rows")
+    return figure
+
+
+@drawn
+def precision_recall(rows: Array, names: Sequence[str]) -> Figure:
+    """Draw each class's curve against the others; classes without a positive row are left out.
+
+    Args:
+        rows: (N, C + 1), logits, then the label's id; or (N, 2 C), logits, then cells of 0 and 1.
+        names: Of the C classes; of more than `CURVES`, those with the lowest average precision are drawn.
+    """
+    import numpy as np
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    scores, hits = probabilities(rows, len(names))
+    kept = [index for index in range(len(names)) if hits[:, index].any()]
+    means = {index: float(average_precision_score(hits[:, index], scores[:, index])) for index in kept}
+    shown = sorted(sorted(kept, key=lambda index: means[index])[:CURVES])
+    figure, axes = blank(3.4)
+    for place, index in enumerate(shown):
+        precision, recall, _ = precision_recall_curve(hits[:, index], scores[:, index])
+        # A curve has a point a row; an SVG of all of them would be megabytes.
+        some = np.unique(np.linspace(0, len(recall) - 1, min(len(recall), POINTS)).round().astype(int))
+        look: dict[str, Any] = {"color": SERIES[place], "linestyle": DASHES[place], "drawstyle": "steps-post"}
+        axes.plot(recall[some], precision[some], label=f"{short_name(names[index])}  AP {means[index]:.3f}", **look)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision")
+    more = f"the {len(shown)} lowest of {len(names)} classes; " if len(shown) < len(kept) else ""
+    axes.set_title(f"{more}AP: average precision")
+    if shown:
+        figure.legend(loc="outside lower center", labelcolor=TEXT, ncols=2)
+    return figure
+
+
+@drawn
+def predicted(rows: Array) -> Figure:
+    """Draw a regression's predictions against the truth; of more than `DOTS` rows, every n-th.
+
+    Args:
+        rows: (N, 2), prediction and label; rows without a label (NaN) are left out.
+    """
+    import numpy as np
+
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    rows = rows[:: max(1, -(-len(rows) // DOTS))]
+    figure, axes = blank(3.4)
+    if len(rows):
+        ends = [rows.min(), rows.max()]
+        axes.plot(ends, ends, color=SOFT, linewidth=1, linestyle=DASHES[1])
+    axes.plot(rows[:, 1], rows[:, 0], "o", color=SERIES[0], alpha=0.45, markersize=3, markeredgewidth=0)
+    axes.set_xlabel("true")
+    axes.set_ylabel("predicted")
+    axes.set_title(f"{len(rows):,} rows")
+    return figure
+
+
+@drawn
+def positions(arrays: Mapping[str, Array]) -> Figure:
+    """Draw the loss by position in the sequence; below it, how many tokens it is the mean of.
+
+    Args:
+        arrays: `edges` (P + 1,), `loss` (P,) nats a token, `tokens` (P,).
+    """
+    import numpy as np
+
+    edges, counts = arrays["edges"], arrays["tokens"]
+    figure, (upper, lower) = stacked([2.2, 0.9])
+    loss = np.where(counts > 0, arrays["loss"], np.nan)
+    upper.stairs(loss, edges, baseline=None, color=SERIES[0], linewidth=1.6)
+    upper.set_ylabel("loss, nats a token")
+    upper.set_ylim(bottom=0)
+    upper.set_title(f"{counts.sum():,.0f} tokens")
+    lower.stairs(counts, edges, fill=True, color=SERIES[0], alpha=0.55)
+    lower.set_xlabel("position in the sequence")
+    lower.set_ylabel("tokens")
+    return figure
+
+
+@drawn
+def tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw texts with each token coloured by its loss; tokens that are not counted are grey.
+
+    Args:
+        rows: Each with `tokens` (texts) and `losses` (nats or None), of equal length, as in a record of kind `tokens`;
+            the first `TOKENS` tokens are drawn.
+    """
+    from matplotlib.patches import Rectangle
+
+    placed: list[tuple[str, float | None, int, int]] = []
+    line = 0
+    for row in rows:
+        column = 0
+        for text, loss in zip(row["tokens"], row["losses"], strict=True):
+            if len(placed) == TOKENS:
+                break
+            shown = harmless(text).replace(" ", "▁")[:COLUMNS]
+            if column + len(shown) > COLUMNS:
+                column, line = 0, line + 1
+            placed.append((shown, loss, column, line))
+            column += len(shown)
+            if "\n" in text:
+                column, line = 0, line + 1
+        line += 2
+    figure, axes = blank(0.5 + 0.19 * max(line, 1), 7.2)
+    axes.set_axis_off()
+    axes.set_xlim(0, COLUMNS)
+    axes.set_ylim(line + 0.2, -0.6)
+    for text, loss, x, y in placed:
+        shade = 0.65 * strength(loss)
+        if shade > 0:
+            axes.add_patch(Rectangle((x, y - 0.5), len(text), 0.9, facecolor=LIMIT, alpha=shade, linewidth=0))
+        ink = SOFT if loss is None else TEXT
+        axes.text(x, y, text, family="DejaVu Sans Mono", size=8.2, color=ink, va="center", ha="left")
+    cut = sum(len(row["tokens"]) for row in rows) > len(placed)
+    first = f", the first {len(placed)} tokens" if cut else ""
+    axes.set_title(f"tokens by loss: no colour 0, strongest {STRONGEST:g} nats and more{first}")
+    return figure
+
+
+def strength(loss: float | None) -> float:
+    """Map a token's loss to the strength of its colour, 0 to 1; 0 if it is not counted."""
+    return 0.0 if loss is None or not isfinite(loss) else min(max(loss, 0.0) / STRONGEST, 1.0)
+
+
+def probabilities(rows: Array, classes: int) -> tuple[Array, Array]:
+    """Return probabilities (float64) and true cells (bool) of a classifier's counted rows, both (N, C)."""
+    import numpy as np
+    from scipy import special
+
+    logits, labels = np.asarray(rows[:, :classes], dtype=np.float64), rows[:, classes:]
+    kept = (labels >= 0).all(axis=1)
+    logits, labels = logits[kept], labels[kept]
+    if labels.shape[1] == 1:
+        return special.softmax(logits, axis=1), labels.astype(int) == np.arange(classes)
+    return special.expit(logits), labels > 0.5
+
+
+def row_losses(rows: Array, problem: str | None) -> tuple[Array, Array]:
+    """Return loss and weight of each counted row, both (N,) float64; a language model's rows weigh their tokens."""
+    import numpy as np
+    from scipy import special
+
+    rows = np.asarray(rows, dtype=np.float64)
+    if problem is None:  # summed nats, tokens
+        weights = rows[:, 1]
+        return np.divide(rows[:, 0], weights, out=np.zeros(len(rows)), where=weights > 0), weights
+    if problem == "regression":
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        losses = (rows[:, 0] - rows[:, 1]) ** 2
+    elif problem == "multi_label":
+        logits, cells = np.split(rows, 2, axis=1)
+        losses = (np.logaddexp(0.0, logits) - logits * cells).mean(axis=1)[(cells >= 0).all(axis=1)]
+    else:
+        rows = rows[rows[:, -1] >= 0]
+        losses = -special.log_softmax(rows[:, :-1], axis=1)[np.arange(len(rows)), rows[:, -1].astype(int)]
+    return losses, np.ones(len(losses))
+
+
+# Charts of a run and of its data, and the one list of them: TensorBoard, report and model card draw from it.
+
+SECTIONS = ("curves", "predictions", "tokens", "layers", "speed")
+CURVES_RUNS = (
+    ("loss", "curves", "Loss", ("loss",)),
+    ("scores", "curves", "Scores on validation", ("accuracy", "f1_macro", "matthews", "token_accuracy", "exact_match")),
+    ("errors", "curves", "Errors on validation", ("mse", "mae")),
+    ("learning_rate", "curves", "Learning rate", ("learning_rate",)),
+    ("grad_norm", "curves", "Gradient norm", ("grad_norm", "grad_norm_clipped")),
+    ("tokens_per_second", "speed", "Tokens a second", ("tokens_per_second",)),
+)
+"""Name, section, title, and quantities that share a scale and so a chart."""
+LEARNED = ("update_to_weight", "norm_b", "gradient_norm")
+"""Measures of how much a module learned; the first of them that was taken is drawn."""
+LOG_RATIO = 50.0
+"""From the largest to the smallest value, from which on an axis is logarithmic."""
+LINEAR = {"learning_rate"}
+"""Quantities never shown on such an axis: schedules end near 0."""
+NOISY = 60
+"""Points from which on a curve is drawn smoothed, over its own values."""
+SMOOTHING = 0.8
+"""Weight of what was, as in TensorBoard: an exponential mean without its bias to the start (Kingma, Ba 2015)."""
+AREAS = 200
+"""Steps of a stacked chart; of more, every n-th."""
+MARKED = 25
+"""Points up to which each has a mark."""
+MODULES = 20
+"""Modules that are drawn: those with the largest values."""
+MODULE_CHARACTERS = 44
+TIMES = ("data", "forward", "backward", "optimizer")
+"""Parts of a step: `seconds_<name>`."""
+HATCHES = ("", "////", "\\\\\\\\")
+"""Tells splits apart without colour, in the order of `SERIES`."""
+COLUMN = 3.8
+"""Inches of the charts of the data report; the page scales them to the width of a telephone."""
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def plots_runs(lines: Lines, splits: Mapping[str, Sequence[Record]], weights: Mapping[str, float]) -> list[Plot]:
+    """List the charts that a run has data for, in the order of the report.
+
+    Args:
+        lines: Of metrics.jsonl.
+        splits: Records of the saved model, by the split that it was evaluated on.
+        weights: `<measure>/<module>` -> value, of a record of kind `weights`.
+    """
+    # `final` and `test` are single points, which tables have.
+    lines = [line for line in lines if line.get("phase") in ("train", "eval")]
+    found = []
+    for name, section, title, quantities in CURVES_RUNS:
+        had = [quantity for quantity in quantities if any(quantity in line for line in lines)]
+        if had:
+            about = f"Line chart over the steps: {', '.join(had)}"
+            on_card = name in ("loss", "scores", "errors")
+            found.append(Plot(name, title, about, partial(curves, lines, had), section, on_card))
+    if any("seconds_data" in line for line in lines):
+        about = "Area chart: seconds of a step, split into data, forward, backward and optimizer"
+        found.append(Plot("seconds", "Time of a step", about, partial(seconds, lines), "speed"))
+    for split, records in splits.items():
+        for plot in (plot for record in records for plot in record_plots(record)):
+            title, about = f"{plot.title}, {split}", f"{plot.about} ({split})"
+            found.append(replace(plot, name=f"{plot.name}-{split}", title=title, about=about))
+    measure = learned(weights)
+    if measure:
+        about = f"Bar chart: {measure} of the modules where it is largest; the numbers are in a table"
+        title = measure.replace("_", " ").capitalize()
+        found.append(Plot("layers", title, about, partial(modules, weights, measure), "layers"))
+    return found
+
+
+def record_plots(record: Record) -> list[Plot]:
+    """List the charts of one record: of predictions, or of losses by position."""
+    if record.kind == "predictions":
+        return plots(record.arrays, record.facts)
+    if record.kind == "positions":
+        about = "Line chart: mean loss of the tokens at each position of a sequence"
+        draw = partial(positions, record.arrays)
+        return [Plot("loss_by_position", "Loss by position", about, draw, "tokens")]
+    return []
+
+
+def learned(weights: Mapping[str, float]) -> str:
+    """Choose the measure of how much each module learned; empty if none was taken."""
+    return next((one for one in LEARNED if any(name.startswith(f"{one}/") for name in weights)), "")
+
+
+@drawn
+def curves(lines: Lines, names: Sequence[str]) -> Figure:
+    """Draw one or several quantities over the steps, of training and of evaluation in one chart.
+
+    The axis is logarithmic where all values are positive and far apart.
+
+    Args:
+        lines: Of metrics.jsonl.
+        names: Quantities, e.g. `["loss"]`, or `["grad_norm", "grad_norm_clipped"]`.
+    """
+    from matplotlib import ticker
+
+    figure, axes = blank(2.6)
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for phase in ("train", "eval"):
+        for name in names:
+            values = ((line["step"], line.get(name)) for line in lines if line.get("phase") == phase)
+            finite = [(step, value) for step, value in values if isinstance(value, int | float) and isfinite(value)]
+            if finite:
+                found[phase, name] = finite
+    phases = {phase for phase, _ in found}
+    for index, ((phase, name), points) in enumerate(found.items()):
+        label = " ".join([phase] * (len(phases) > 1 or len(names) == 1) + [name] * (len(names) > 1))
+        _curve(axes, points, index, label)
+    drawn_values = [value for points in found.values() for _, value in points] or [0.0]
+    is_far = min(drawn_values) > 0 and max(drawn_values) / min(drawn_values) > LOG_RATIO
+    if is_far and not LINEAR & set(names):
+        axes.set_yscale("log")
+        # `0.01` at the ticks, not a formula.
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    _label_steps(axes)
+    axes.set_ylabel(", ".join(dict.fromkeys(name for _, name in found)) or names[0])
+    legend(axes)
+    return figure
+
+
+def _curve(axes: Axes, points: list[tuple[int, float]], index: int, label: str) -> None:
+    """Draw one curve; of many noisy points a smoothed one, over the faint values."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    color = SERIES[index % len(SERIES)]
+    # Noisy are values that go up and down: their way is much longer than from the least to the most.
+    way = sum(abs(after - before) for before, after in pairwise(values))
+    if len(points) > NOISY and way > 3 * (max(values) - min(values)):
+        axes.plot(steps, values, linewidth=0.7, alpha=0.35, color=color)
+        mean, smooth = 0.0, []
+        for count, value in enumerate(values, start=1):
+            mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+            smooth.append(mean / (1 - SMOOTHING**count))
+        values = smooth
+    mark = "o" if len(points) <= MARKED else ""
+    look: dict[str, Any] = {"linestyle": DASHES[index % len(DASHES)], "linewidth": 1.5, "markersize": 2.8}
+    axes.plot(steps, values, marker=mark, color=color, label=label, **look)
+
+
+def _label_steps(axes: Axes) -> None:
+    from matplotlib import ticker
+
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axes.set_xlabel("step")
+
+
+@drawn
+def modules(scalars: Mapping[str, float], prefix: str) -> Figure:
+    """Draw bars of one quantity by module, the largest first.
+
+    Args:
+        scalars: `<prefix>/<module>` -> value, as in a record of kind `weights`; other prefixes are left out.
+        prefix: E.g. `update_to_weight`.
+    """
+    found = largest_modules(scalars, prefix)[:MODULES]
+    names = [harmless(name) for name, _ in found]
+    # The end of a module's name tells it from others.
+    labels = [name if len(name) <= MODULE_CHARACTERS else "…" + name[-MODULE_CHARACTERS + 1 :] for name in names]
+    figure, axes = blank(0.7 + 0.2 * max(len(found), 2))
+    axes.barh(range(len(found)), [value for _, value in found], height=0.72, color=SERIES[0])
+    axes.set_yticks(range(len(found)), labels, size=6.5)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
+    axes.set_xlabel(prefix.replace("_", " "))
+    return figure
+
+
+def largest_modules(scalars: Mapping[str, float], prefix: str) -> list[tuple[str, float]]:
+    """List module and value of every `<prefix>/<module>` with a finite value, the largest first."""
+    found = [
+        (name.removeprefix(f"{prefix}/"), float(value))
+        for name, value in scalars.items()
+        if name.startswith(f"{prefix}/") and isinstance(value, int | float) and isfinite(value)
+    ]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+@drawn
+def seconds(lines: Lines) -> Figure:
+    """Draw what a training step spends its time on, over the steps, stacked; missing parts count as nothing.
+
+    Args:
+        lines: Of metrics.jsonl, with `seconds_data`, `seconds_forward`, ...
+    """
+    train = [line for line in lines if line.get("phase") == "train" and f"seconds_{TIMES[0]}" in line]
+    train = train[:: max(1, -(-len(train) // AREAS))]
+    steps = [line["step"] for line in train]
+    parts = [[float(line.get(f"seconds_{name}", 0.0)) for line in train] for name in TIMES]
+    figure, axes = blank(2.6)
+    if len(steps) == 1:  # an area needs two ends
+        steps, parts = [0, *steps], [part * 2 for part in parts]
+    if steps:
+        axes.stackplot(steps, parts, labels=TIMES, colors=SERIES[: len(TIMES)], alpha=0.8)
+    axes.set_ylim(bottom=0)
+    _label_steps(axes)
+    axes.set_ylabel("seconds a step")
+    legend(axes, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+@drawn
+def shares(labels: Sequence[str], splits: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw bars of the share that each label has of each split, side by side.
+
+    Args:
+        labels: Names, top to bottom.
+        splits: Shares in percent, by split, in the order of `labels`; at most three splits.
+    """
+    figure, axes = _counting(0.6 + len(labels) * (0.1 + 0.17 * len(splits)))
+    step = 0.8 / len(splits)
+    for index, values in enumerate(splits.values()):
+        places = [place - 0.4 + step * (index + 0.5) for place in range(len(labels))]
+        bars = axes.barh(places, values, height=step * 0.9, **_fill(index))
+        axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=3, color=TEXT)
+    axes.set_yticks(range(len(labels)), [short_name(name) for name in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.0, *(max(values) for values in splits.values())) * 1.24)
+    axes.set_xlabel("rows, % of the split", color=TEXT)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
+    return figure
+
+
+@drawn
+def lengths(edges: Sequence[int], counts: Sequence[int], limit: int, index: int) -> Figure:
+    """Draw rows by length, with a line at the most tokens that a row may have.
+
+    Args:
+        edges: Tokens at which each bin begins, and the end of the last; one more than `counts`.
+        counts: Rows of each bin.
+        limit: `data.max_length`.
+        index: Number of the split, for its colour.
+    """
+    figure, axes = _counting(2.3)
+    step, start, longest = edges[1] - edges[0], edges[-2], edges[-1]
+    # The last bin may reach up to one very long row.
+    end = min(longest, start + 2 * step)
+    far = limit > 2 * end
+    right = float(end if far else max(end, limit * 1.02))
+    stops = [*edges[:-1], longest if longest == end else right]
+    axes.bar(stops[:-1], counts, [to - begin for begin, to in pairwise(stops)], align="edge", **_fill(index))
+    axes.set_xlim(edges[0], right)
+    axes.set_ylim(0, max(*counts, 1) * 1.25)
+    place = right if far else limit
+    axes.axvline(place, color=LIMIT, linewidth=1.6, linestyle=(0, (4, 2)))
+    _note(axes, f"max_length {limit:,}{' →' if far else ''}", (place, 0.99), LIMIT, left=far or limit > right / 2)
+    if longest != end:
+        _note(axes, f"to {longest - 1:,}", (right, counts[-1] / axes.get_ylim()[1] + 0.08), TEXT, left=True)
+    axes.set_xlabel("tokens before cutting", color=TEXT)
+    axes.set_ylabel("rows", color=TEXT)
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    return figure
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], ink: str, *, left: bool) -> None:
+    """Write beside a place, given in tokens and as a share of the height."""
+    axes.annotate(
+        text,
+        place,
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-4 if left else 4, 0),
+        textcoords="offset points",
+        color=ink,
+        ha="right" if left else "left",
+        va="top",
+    )
+
+
+def _fill(index: int) -> dict[str, Any]:
+    return {"color": SERIES[index], "hatch": HATCHES[index], "edgecolor": HATCH, "linewidth": 0}
+
+
+def _counting(height: float) -> tuple[Figure, Axes]:
+    """Make a figure with whole numbers on both axes."""
+    from matplotlib import ticker
+
+    figure, axes = blank(height, COLUMN)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    return figure, axes

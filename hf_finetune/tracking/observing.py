@@ -1,0 +1,376 @@
+"""Observe the model at evaluations, as records; see `hf_finetune.tracking.records`.
+
+Observing changes nothing: it draws no random number, leaves the model's mode as it was, and what a run computes has the
+same bits with and without it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import pad_across_processes, reduce
+from transformers import TrainerState
+
+from hf_finetune.config.blocks import is_due
+from hf_finetune.data.batches import lengths_of
+from hf_finetune.device import Machine
+from hf_finetune.log.text import shortened
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Batch, Judged, Predictions, Task, tokenizer_of
+from hf_finetune.tracking import watching as tracking_watching
+from hf_finetune.tracking.records import Record, files, step_of
+
+if TYPE_CHECKING:
+    from hf_finetune.data.prepare import Prepared
+    from hf_finetune.training.trainer import FinetuneTrainer
+
+
+# Records made once a process: the data that the model learns from, and the machine that it learns on.
+
+BINS = 32
+"""Bins of the lengths; the last one takes the longest too."""
+FATES = ("rows", "kept", "cut", "dropped", "untrained", "empty", "unused", "tokens", "trained")
+"""Counts of the rows of a split, as in `SplitReport`."""
+PACKAGES = (
+    "hf_finetune", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "tensorboardX", "numpy",
+    "bitsandbytes", "deepspeed", "flash_attn",
+)  # fmt: skip
+
+
+def record(prepared: Prepared) -> Record:
+    """Record `data`: tokens a row after cutting, in bins that all splits share, labels, and what became of the rows.
+
+    The lengths of a stream are not known.
+    """
+    splits = {"train": prepared.train, "validation": prepared.validation, "test": prepared.test}
+    lengths = {name: lengths_of(rows) for name, rows in splits.items() if hasattr(rows, "column_names")}
+    longest = max((int(found.max(initial=0)) for found in lengths.values()), default=0)
+    step = max(1, -(-(longest + 1) // BINS))
+    edges = np.arange(0, longest + 1 + step, step)
+    counts = {f"lengths.{name}": np.histogram(found, edges)[0].astype(np.int64) for name, found in lengths.items()}
+    reports = {name: asdict(report) for name, report in prepared.reports.items()}
+    facts: dict[str, Any] = {
+        "labels": {name: dict(found.labels) for name, found in prepared.facts.items()},
+        **{fate: {name: report[fate] for name, report in reports.items()} for fate in FATES},
+    }
+    return Record("data", "train", 0, {"edges": edges.astype(np.int64), **counts}, facts)
+
+
+def environment(machine: Machine, step: int) -> Record:
+    """Record `environment`: versions of packages, and the machine.
+
+    Args:
+        machine: This run's.
+        step: Where the process begins.
+    """
+    import torch
+
+    devices = platform.processor() or platform.machine()
+    if machine.device == "cuda":
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        devices = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    table = {
+        "machine": machine.describe(),
+        "devices": devices,
+        "cores": str(os.cpu_count()),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            table[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        table["cuda"] = str(torch.version.cuda)
+    return Record("environment", "train", step, facts={"table": table, "time": round(time.time(), 3)})
+
+
+# The rows in which a model was most surely wrong. Shapes: N rows.
+
+TEXT = 500
+"""Characters of a text that are shown."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """An evaluated split."""
+
+    name: str
+    """validation or test."""
+    encoded: Any
+    """Encoded rows; `row` is the number of the raw row, from 0."""
+    raw: Any
+    """Raw rows, or None."""
+
+    def texts(self, task: Task, ids: Sequence[int], limit: int) -> list[str]:
+        """Describe some rows, in at most so many characters each."""
+        if self.raw is None or not len(ids):
+            return [""] * len(ids)
+        chosen = self.raw.select(self.numbers(ids))
+        return [shortened(task.describe(row), limit) for row in chosen]
+
+    def numbers(self, ids: Sequence[int]) -> list[int]:
+        """Return the numbers of the raw rows, from 0: encoding may have dropped some."""
+        return [int(number) for number in self.encoded.select_columns("row")[[int(index) for index in ids]]["row"]]
+
+
+def worst(task: Task, split: Split, ids: Array, judged: Judged, rows: int) -> list[dict[str, Any]]:
+    """List the most confidently wrong rows, worst first, as the record `examples` holds them.
+
+    Args:
+        task: Says what a row holds.
+        split: The rows.
+        ids: (N,) where each row that was predicted is in the encoded split.
+        judged: Those of them with a truth.
+        rows: How many.
+    """
+    order = np.argsort(-judged.confidence, kind="stable")
+    chosen = order[judged.wrong[order]][:rows]
+    places = ids[judged.places[chosen]].tolist()
+    texts = split.texts(task, places, TEXT)
+    return [
+        {
+            "row": number + 1,
+            "text": text,
+            "label": judged.truth[index],
+            "predicted": judged.predicted[index],
+            "confidence": float(judged.confidence[index]),
+        }
+        for index, number, text in zip(chosen.tolist(), split.numbers(places), texts, strict=True)
+    ]
+
+
+Array = np.ndarray[Any, Any]
+
+EVALUATED = "eval_runtime"
+"""Every log of an evaluation during training holds this."""
+LABEL_TEXT = 120
+"""Characters of a text beside an embedding."""
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """One evaluation."""
+
+    phase: str
+    """eval, final or test."""
+    step: int
+    number: int
+    """Evaluations in training up to this one; from 1."""
+    last: bool
+    """True if it is of the model that is saved."""
+
+    def is_due(self, often: int | str | bool) -> bool:
+        """Tell if a setting of `tracking` asks for something at this evaluation."""
+        return is_due(often, self.number, last=self.last)
+
+    @classmethod
+    def of(cls, phase: str, step: int, state: TrainerState, *, keeps_best: bool) -> Occasion:
+        """Describe the evaluation after a step, which has not been made yet.
+
+        Args:
+            phase: eval, final or test.
+            step: Optimiser steps before it.
+            state: The Trainer's.
+            keeps_best: The best checkpoint is loaded after training, and evaluated once more.
+        """
+        # The history is part of a checkpoint, so the number is the same after a resume.
+        history: list[dict[str, Any]] = state.log_history
+        earlier = {logs["step"] for logs in history if EVALUATED in logs and logs["step"] < step}
+        ends = step >= state.max_steps > 0 and not keeps_best
+        return cls(phase, step, len(earlier) + 1, last=phase != "eval" or ends)
+
+
+@dataclass(frozen=True)
+class Observing:
+    """Everything of a run that is looked at besides its metrics."""
+
+    recipe: Recipe
+    prepared: Prepared
+    machine: Machine
+    folder: Path
+    """`observations/` of the run folder."""
+    record: Callable[[Record], None]
+    """Takes each record on rank 0, e.g. `Observers.record`."""
+
+    def attend(self, trainer: FinetuneTrainer, say: Callable[[str], None]) -> None:
+        """Watch a trainer from now on.
+
+        Args:
+            trainer: Not started yet.
+            say: Takes sentences about what can't be shown.
+        """
+        trainer.observing = self
+        tracking, has_labels = self.recipe.tracking, bool(trainer.job.targets.names)
+        wanted = {
+            "weight histograms": tracking.histograms,
+            "losses of single tokens": tracking.examples if self.recipe.task.predicts_next_token else False,
+            "embeddings": tracking.embeddings if has_labels else False,
+        }
+        if self.machine.is_sharded and any(wanted.values()):
+            names = ", ".join(name for name, often in wanted.items() if often)
+            say(f"no {names}: the weights are sharded (FSDP, ZeRO-3)")
+        elif (
+            wanted["embeddings"]
+            and tracking_watching.find_head(trainer.bare_model, len(trainer.job.targets.names)) is None
+        ):
+            say("no embeddings: this model's head does not end in a linear layer")
+        if not self.machine.is_main:
+            return
+        if not trainer.steps_done():
+            self.record(record(self.prepared))
+
+        def due(step: int) -> bool:
+            if not trainer.evaluates_at(step):
+                return False
+            occasion = Occasion.of("eval", step, trainer.state, keeps_best=trainer.keeps_best)
+            return occasion.is_due(tracking.histograms)
+
+        if tracking.histograms is not False and not self.machine.is_sharded:
+            trainer.add_callback(tracking_watching.WeightWatch(trainer.bare_model, due, self.record))
+
+    def look(self, trainer: FinetuneTrainer, phase: str, split: str, encoded: Any) -> Look:
+        """Watch the evaluation that comes next.
+
+        Args:
+            trainer: Evaluates.
+            phase: eval, final or test.
+            split: validation or test.
+            encoded: Its rows.
+        """
+        raw = self.prepared.raw_test if split == "test" else self.prepared.raw_validation
+        occasion = Occasion.of(phase, trainer.state.global_step, trainer.state, keeps_best=trainer.keeps_best)
+        return Look(self, trainer, occasion, Split(split, encoded, raw))
+
+    def keep_predictions(self, record: Record, occasion: Occasion) -> None:
+        """Record predictions; of those that nothing is drawn of, only the newest stay on disk."""
+        tracking = self.recipe.tracking
+        due = {"images": occasion.is_due(tracking.images), "histograms": occasion.is_due(tracking.histograms)}
+        earlier = [file for file in files(self.folder, record.kind) if file.name.startswith(f"{record.phase}-")]
+        self.record(replace(record, facts={**record.facts, "due": due, "kept": any(due.values())}))
+        for file in [file for file in earlier if step_of(file) < record.step][-1:]:
+            before = Record.read(file)
+            if before is not None and not before.facts.get("kept", True):
+                file.unlink(missing_ok=True)
+
+
+class Look:
+    """One evaluation as it is watched; every rank has one and calls it alike, rank 0 makes the records.
+
+    Args:
+        observing: Of the run.
+        trainer: Evaluates.
+        occasion: Tells which evaluation this is.
+        split: Its rows.
+    """
+
+    def __init__(self, observing: Observing, trainer: FinetuneTrainer, occasion: Occasion, split: Split) -> None:
+        self.observing, self.occasion, self.split = observing, occasion, split
+        self.job, self.model = trainer.job, trainer.bare_model
+        self.tracking = observing.recipe.tracking
+        self.is_main, self.is_sharded = observing.machine.is_main, observing.machine.is_sharded
+        self.totals: dict[str, torch.Tensor] | None = {} if occasion.is_due(self.tracking.images) else None
+        """Sums that `Task.predict` adds to; None where nobody wants them."""
+        self._inputs: tracking_watching.HeadInputs | None = None
+        self._ids: Array = np.zeros(0, dtype=np.int64)
+        self._predictions: Predictions = {}
+        self._token_rows: list[dict[str, Any]] = []
+        if self.job.targets.names and not self.is_sharded and occasion.is_due(self.tracking.embeddings):
+            head = tracking_watching.find_head(self.model, len(self.job.targets.names))
+            if head is not None:
+                rows = tracking_watching.chosen(len(split.encoded), self.tracking.embedding_rows)
+                self._inputs = tracking_watching.HeadInputs(
+                    head, rows, getattr(self.model.config, "pad_token_id", None)
+                )
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Evaluate the split inside; the records are made at the end."""
+        with nullcontext() if self._inputs is None else self._inputs.listening():
+            yield
+        self._conclude()
+
+    def announce(self, batch: Batch) -> None:
+        """Say which batch comes next, still on the CPU."""
+        if self._inputs is not None:
+            self._inputs.announce(batch["row_ids"], batch.get(self.job.task.token_ids or ""))
+
+    def score(self, ids: Array, found: Predictions, collate: Callable[[list[Any]], Batch]) -> dict[str, float]:
+        """Take the predictions of every row, in order; returns metrics that come of looking closer.
+
+        Args:
+            ids: (N,) numbers of the rows.
+            found: (N, ...) each.
+            collate: Makes a batch of encoded rows.
+        """
+        self._ids, self._predictions = ids, found
+        wanted = self.job.task.predicts_next_token and self.occasion.is_due(self.tracking.examples)
+        if not wanted or self.is_sharded or not self.is_main:
+            return {}
+
+        def forward(row: dict[str, Any]) -> torch.Tensor:
+            inputs = self.job.task.inputs(collate([row]))
+            batch = {name: value.to(self.model.device) for name, value in inputs.items()}
+            with torch.no_grad():
+                logits: torch.Tensor = self.model(**batch).logits
+            return logits[0]
+
+        name, many = self.job.task.token_ids, self.tracking.example_rows
+        self._token_rows = tracking_watching.rows(
+            forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many
+        )
+        entropy = tracking_watching.mean_entropy(self._token_rows)
+        return {} if entropy is None else {"example_entropy": entropy}
+
+    def _conclude(self) -> None:
+        """Gather the parts of each rank, and make the records."""
+        totals = {name: _over_ranks(total) for name, total in sorted((self.totals or {}).items())}
+        vectors = None if self._inputs is None else self._inputs.gather()
+        if not self.is_main or not len(self._ids):
+            return
+        task, targets, tracking, due = self.job.task, self.job.targets, self.tracking, self.occasion.is_due
+        phase, step = self.occasion.phase, self.occasion.step
+        tell = self.observing.record
+        if (plot := task.plots(self._predictions, targets)) is not None:
+            facts: dict[str, Any] = {"task": task.kind, "problem": plot.problem, "names": list(targets.names)}
+            facts |= {"threshold": plot.threshold, "split": self.split.name}
+            arrays = {"ids": self._ids, "rows": plot.rows}
+            self.observing.keep_predictions(Record("predictions", phase, step, arrays, facts), self.occasion)
+        if (judged := task.judge(self._predictions, targets)) is not None:
+            if due(tracking.examples):
+                rows = worst(task, self.split, self._ids, judged, tracking.example_rows)
+                tell(Record("examples", phase, step, facts={"rows": rows}))
+            if vectors is not None and len(vectors[0]):
+                ids, found = vectors
+                truth = dict(zip(self._ids[judged.places].tolist(), judged.truth, strict=True))
+                kept = np.array([int(index) in truth for index in ids], dtype=bool)  # masked rows have no label
+                numbers = ids[kept].tolist()
+                texts = self.split.texts(task, numbers, LABEL_TEXT)
+                told = {"labels": [truth[number] for number in numbers], "texts": texts}
+                tell(Record("embeddings", phase, step, {"vectors": found[kept], "ids": ids[kept]}, told))
+        sums = totals.get("positions")
+        if sums is not None and sums.numel():
+            tell(Record("positions", phase, step, tracking_watching.positions(sums.cpu().numpy())))
+        if self._token_rows:
+            tell(Record("tokens", phase, step, facts={"rows": self._token_rows}))
+        # At other evaluations `WeightWatch` has seen the step before, too.
+        of_nothing_else = phase == "final" or step == 0
+        if of_nothing_else and phase != "test" and due(tracking.histograms) and not self.is_sharded:
+            tell(tracking_watching.record(phase, step, tracking_watching.modules(self.model), None))
+
+
+def _over_ranks(total: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's total; ranks that saw shorter rows have fewer places."""
+    summed: torch.Tensor = reduce(pad_across_processes(total, dim=-1), reduction="sum")
+    return summed

@@ -1,0 +1,251 @@
+"""The work of a run: its rows, how they are cut into global and micro-batches, and how many steps that makes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hf_finetune import device as device_module
+from hf_finetune.adapters.base import Adapter
+from hf_finetune.data import batches as data_batches
+from hf_finetune.data import stream as data_stream
+from hf_finetune.device import EvalBatch, Machine
+from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Batch, Questions, State, Task
+
+if TYPE_CHECKING:
+    from hf_finetune.data.prepare import Prepared
+
+COUNTS = (*data_batches.COUNTED, data_batches.STREAMED)
+"""Added to training batches by their loader; no model takes them."""
+SAMPLE_ROWS = 8
+"""Rows of a batch that is looked at besides training."""
+STREAM_WORKERS = 4
+"""Most processes of a rank that encode streamed rows, where the recipe names no number: each of them reads all rows."""
+BATCHES_LOOKED_AT = 2_000
+"""Global batches of the first epoch from which padding and the largest micro-batch are read."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Optimiser steps of a run."""
+
+    total_steps: int
+    steps_per_epoch: int | None
+    """None for a stream."""
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: int | None) -> Length:
+        """Count the steps.
+
+        Args:
+            recipe: Epochs or steps, global batch, warmup.
+            rows: Training rows (packed sequences where packing is on); None for a stream.
+
+        Raises:
+            RecipeError: Warmup is longer than training, or early stopping could never act.
+        """
+        training = recipe.training
+        per_epoch = None if rows is None else math.ceil(rows / training.batch_size)
+        total = training.steps or math.ceil((training.epochs or 0) * (per_epoch or 0))
+        warmup = training.warmup_steps
+        problems = []
+        if warmup is not None and warmup > total:
+            message = f"{warmup} is more than all {total} steps of this run; lower it, or use warmup_ratio"
+            problems.append(Problem(message, key="training.warmup_steps"))
+        stopping = training.early_stopping
+        every = per_epoch if training.eval_every == "epoch" else training.eval_every
+        evaluations = total // every if isinstance(every, int) else 0
+        if stopping is not None and evaluations <= stopping.patience:
+            message = f"patience {stopping.patience} is never used up in {evaluations} evaluations; lower eval_every"
+            problems.append(Problem(message, key="training.early_stopping"))
+        if problems:
+            raise RecipeError(problems)
+        return cls(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Contents of the micro-batches of the first epoch."""
+
+    tokens: int
+    """Without padding."""
+    cells: int
+    """With padding."""
+    largest: tuple[int, int]
+    """Rows and tokens a row of the micro-batch with most cells."""
+
+    @property
+    def padding(self) -> float:
+        """Share of the cells that is padding."""
+        return 1.0 - self.tokens / self.cells if self.cells else 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the trainer needs besides the model: rows, batches, and the task that learns from them."""
+
+    recipe: Recipe
+    machine: Machine
+    prepared: Prepared
+    tokenizer: Any
+    train: Dataset[Any]
+    """`Rows`, `PackedRows` or `StreamedBatches`."""
+    lengths: np.ndarray[Any, Any] | None
+    """Tokens of each row of `train` (of each sequence where rows are packed); None for a stream."""
+    batches: data_batches.GlobalBatches | None
+    """Batch sampler of `train`; None for a stream."""
+    division: data_batches.Division
+    questions: Mapping[str, Questions | None]
+    """What the model is asked when a split (`validation`, `test`) is evaluated."""
+    length: Length
+
+    @classmethod
+    def of(cls, recipe: Recipe, prepared: Prepared, machine: Machine, tokenizer: Any) -> Job:
+        """Divide the work among the ranks.
+
+        Raises:
+            DataError: There are fewer rows than ranks.
+            RecipeError: The global batch can't be divided, warmup is longer than training, early stopping could never
+                act, or answers are to be generated from sharded weights.
+        """
+        rows: Any = None
+        lengths = None
+        if not isinstance(prepared.train, data_stream.Stream):
+            rows, lengths = data_batches.Rows(prepared.train, recipe.task), data_batches.lengths_of(prepared.train)
+            if recipe.data.packing:
+                packed = data_batches.pack(lengths, recipe.data.max_length)
+                rows, lengths = data_batches.PackedRows(rows, packed), packed.sums(lengths)
+        longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
+        micro_batch = device_module.micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
+        division = data_batches.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
+        batches = None
+        if lengths is None:
+            workers = _stream_workers(recipe, machine)
+            rows = data_batches.StreamedBatches(prepared.train, division, recipe.training.seed, workers)
+        else:
+            if len(lengths) < machine.world_size:
+                message = (
+                    f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
+                )
+                raise DataError(Problem(message, key="data.train"))
+            grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
+            batches = data_batches.GlobalBatches(grouped, division, recipe.training.seed)
+        questions = {
+            "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
+            "test": recipe.task.questions(prepared.raw_test, tokenizer),
+        }
+        if machine.is_sharded and any(questions.values()):
+            message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
+            raise RecipeError(Problem(message, key="task.generate_rows"))
+        length = Length.of(recipe, None if lengths is None else len(lengths))
+        return cls(recipe, machine, prepared, tokenizer, rows, lengths, batches, division, questions, length)
+
+    @property
+    def task(self) -> Task:
+        """The recipe's."""
+        return self.recipe.task
+
+    @property
+    def adapter(self) -> Adapter:
+        """The recipe's."""
+        return self.recipe.adapter
+
+    @property
+    def targets(self) -> State:
+        """The labels that the training data have."""
+        return self.prepared.targets
+
+    @property
+    def validation(self) -> Any:
+        """Encoded rows that are evaluated during training, or None."""
+        return self.prepared.validation
+
+    @cached_property
+    def eval_batch(self) -> EvalBatch:
+        """The most that one forward pass gets in evaluation."""
+        return device_module.eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
+
+    def divided(self, micro_batch: int) -> Job:
+        """Cut the same work into micro-batches of at most so many rows; the global batches and their order stay."""
+        division = replace(self.division, micro_batch=micro_batch)
+        batches, train = self.batches, self.train
+        if batches is not None:
+            batches = data_batches.GlobalBatches(batches.lengths, division, batches.seed)
+        if isinstance(train, data_batches.StreamedBatches):
+            train = replace(train, division=division)
+        return replace(self, division=division, batches=batches, train=train)
+
+    def load(self) -> Load:
+        """Count rows and padding of the first epoch's micro-batches on every rank; of a stream, take the most."""
+        if self.batches is None or self.lengths is None:
+            return Load(0, 0, (self.division.micro_batch, self.recipe.data.max_length))
+        ranks = [replace(self.division, rank=rank) for rank in range(self.division.world_size)]
+        tokens = cells = 0
+        largest = (0, 0)
+        for batch in itertools.islice(self.batches.global_batches(), BATCHES_LOOKED_AT):
+            for rows in itertools.chain.from_iterable(division.share(batch) for division in ranks):
+                held: list[int] = self.lengths[[row for row in rows if row >= 0] or [~rows[0]]].tolist()
+                tokens += sum(held)
+                cells += len(held) * max(held)
+                largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
+        return Load(tokens, cells, largest)
+
+    def loader(self, *, pin: bool = False) -> DataLoader[Any]:
+        """Load this rank's micro-batches."""
+        return data_batches.train_loader(self.train, self.batches, self.collate, pin=pin)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Batch]:
+        """Makes a batch of rows, or of lists of rows that share a sequence; processes of the loader can take it."""
+        return partial(self.task.collate, processor=self.tokenizer, state=self.targets)
+
+    def sample(self, device: torch.device) -> Iterator[Batch]:
+        """Give training batches on a device: the same on every rank, whatever the micro-batch."""
+        division = data_batches.Division(SAMPLE_ROWS, SAMPLE_ROWS)
+        batches = None if self.batches is None else data_batches.GlobalBatches(self.batches.lengths, division, seed=0)
+        train = self.train
+        if isinstance(train, data_batches.StreamedBatches):
+            train = data_batches.StreamedBatches(train.stream, division, train.seed)
+        for batch in data_batches.train_loader(train, batches, self.collate, pin=False):
+            yield {key: value.to(device) for key, value in batch.items() if key not in COUNTS}
+
+    def typical(self, device: torch.device, count: int) -> list[Batch]:
+        """Give micro-batches of this run on a device, from short rows to long ones: the same on every rank."""
+        division = replace(self.division, rank=0)
+        train: Any = self.train
+        if self.batches is None:
+            stream = data_batches.StreamedBatches(train.stream, division, train.seed)
+            batches = list(itertools.islice(data_batches.train_loader(stream, None, self.collate, pin=False), count))
+        else:
+            first = data_batches.GlobalBatches(self.batches.lengths, division, self.batches.seed)
+            shares = [division.share(batch)[0] for batch in first.spread(count)]
+            batches = [self.collate([train[row] for row in rows]) for rows in shares]
+        return [{key: value.to(device) for key, value in batch.items() if key not in COUNTS} for batch in batches]
+
+    def probe(self, device: torch.device) -> Batch:
+        """Give a few training rows as one plain batch, never packed: what any user of the saved model would feed it."""
+        if not isinstance(self.train, data_batches.Rows | data_batches.PackedRows):
+            return next(self.sample(device))
+        rows = self.train if isinstance(self.train, data_batches.Rows) else self.train.rows
+        batch = self.collate([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
+        return {key: value.to(device) for key, value in batch.items()}
+
+
+def _stream_workers(recipe: Recipe, machine: Machine) -> int:
+    """Choose how many processes of this rank encode streamed rows while it trains."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers if recipe.data.workers > 1 else 0
+    if machine.device == "cpu":
+        return 0  # it trains with every core
+    return max(1, min(STREAM_WORKERS, device_module.cores() // machine.local_world_size - 1))
