@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.config import problems, reading, yamlfile
@@ -26,13 +26,16 @@ from hf_finetune.config.blocks import (
 )
 from hf_finetune.config.paths import NO_COMMIT, is_commit
 from hf_finetune.config.reading import Reading
-from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section
+from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, union
 from hf_finetune.tasks._tokens import PACKED_ATTENTION
 from hf_finetune.tasks.base import Task
 
 if TYPE_CHECKING:
     AnyTask = Task
     AnyAdapter = Adapter
+else:
+    AnyTask = SerializeAsAny[union("hf_finetune.tasks", Task)]
+    AnyAdapter = SerializeAsAny[union("hf_finetune.adapters", Adapter)]
 
 
 class Recipe(Section):

@@ -28,7 +28,7 @@ from hf_finetune import (
     log,
     pipeline,  # noqa: F401 - pipeline silences loud imports
 )
-from hf_finetune.cli import verbs as cli_verbs
+from hf_finetune.cli.verbs import VERBS
 from hf_finetune.errors import (
     CheckpointError,
     DataError,
@@ -41,11 +41,10 @@ from hf_finetune.errors import (
     StorageError,
 )
 from hf_finetune.log.lines import Message
-from hf_finetune.run import continuation  # noqa: F401 - pipeline silences loud imports
+from hf_finetune.run import continuation
 
 # The command line: verbs, flags, and how they are parsed.
 
-VERBS = (cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs, cli_verbs)
 EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 
@@ -108,8 +107,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     _add_common(common)
     verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
     for verb in VERBS:
-        name = verb.__name__.rpartition(".")[2]
-        one = verbs.add_parser(name, parents=[common], help=verb.HELP, description=verb.DESCRIPTION)
+        one = verbs.add_parser(verb.name, parents=[common], help=verb.help, description=verb.description)
         verb.declare(one)
         one.set_defaults(run=verb.run)
     return parser.parse_args(words, argparse.Namespace(words=words))

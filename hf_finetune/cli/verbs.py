@@ -9,7 +9,8 @@ import json
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from hf_finetune import device, log
 from hf_finetune.cli import arguments as cli_arguments
@@ -21,11 +22,11 @@ from hf_finetune.log.lines import Level, Message, printable
 if TYPE_CHECKING:
     from hf_finetune.pipeline.check import CheckResult
 
-HELP = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
-DESCRIPTION = f"{HELP[0].upper()}{HELP[1:]}."
+HELP_CHECK = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
+DESCRIPTION_CHECK = f"{HELP_CHECK[0].upper()}{HELP_CHECK[1:]}."
 
 
-def declare(parser: argparse.ArgumentParser) -> None:
+def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     cli_arguments.add_recipe(parser)
     parser.add_argument("--explain", action="store_true", help="say where each value came from")
@@ -36,7 +37,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text", help=told)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run_check(arguments: argparse.Namespace) -> None:
     """Check; exits with the code of the gravest finding."""
     if log.rank():
         return  # one look is enough, and one report
@@ -556,3 +557,28 @@ def run_schema(arguments: argparse.Namespace) -> None:
     from hf_finetune.recipe import json_schema, reference
 
     show(reference() if arguments.format == "markdown" else json.dumps(json_schema(), indent=2))
+
+
+class Verb(NamedTuple):
+    """One verb of the command line."""
+
+    name: str
+    help: str
+    description: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    """Add the arguments."""
+    run: Callable[[argparse.Namespace], None]
+
+
+VERBS = (
+    Verb("train", HELP_TRAIN, DESCRIPTION_TRAIN, declare_train, run_train),
+    Verb("check", HELP_CHECK, DESCRIPTION_CHECK, declare_check, run_check),
+    Verb("evaluate", HELP_EVALUATE, DESCRIPTION_EVALUATE, declare_evaluate, run_evaluate),
+    Verb("predict", HELP_PREDICT, DESCRIPTION_PREDICT, declare_predict, run_predict),
+    Verb("chat", HELP_CHAT, DESCRIPTION_CHAT, declare_chat, run_chat),
+    Verb("merge", HELP_MERGE, DESCRIPTION_MERGE, declare_merge, run_merge),
+    Verb("push", HELP_PUSH, DESCRIPTION_PUSH, declare_push, run_push),
+    Verb("compare", HELP_COMPARE, DESCRIPTION_COMPARE, declare_compare, run_compare),
+    Verb("tensorboard", HELP_TENSORBOARD, DESCRIPTION_TENSORBOARD, declare_tensorboard, run_tensorboard),
+    Verb("schema", HELP_SCHEMA, DESCRIPTION_SCHEMA, declare_schema, run_schema),
+)

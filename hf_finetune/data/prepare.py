@@ -18,7 +18,6 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import hf_finetune
-from hf_finetune import log
 from hf_finetune.data import cache, checks, splits
 from hf_finetune.data import sources as data_sources
 from hf_finetune.data.cache import Content
@@ -31,6 +30,7 @@ from hf_finetune.data.splits import PlacedError, Split, Workplace, placed_in
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError
+from hf_finetune.log import libraries
 from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State, tokenizer_of
@@ -270,7 +270,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
             `UnfitError`, which carries what these checks need.
         StorageError: The cache can't be written.
     """
-    log.hush()
+    libraries.hush()
     data, task, seed = recipe.data, recipe.task, recipe.training.seed
     origins = data_sources.locate(data)
     reading = Reading.of(data, origins, Wanted.by(task), seed)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 # Rows of a stream by their place in the global batch, so that a rank encodes only those of its own places.
 #
 # Each of the B places of a global batch has a lane: of every B rows of the stream it gets one, pass after pass. A row
-# that is dropped is replaced by the next one of its lane. So every global batch is full, it is the same on any number of
-# ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes none
-# of them.
+# that is dropped is replaced by the next one of its lane. So every global batch is full, it is the same on any number
+# of ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes
+# none of them.
 
 PATIENCE = 20
 """Passes in which not one row of a rank's lanes may be usable before it gives up."""

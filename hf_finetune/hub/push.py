@@ -37,8 +37,8 @@ from hf_finetune.training.trainer import FinetuneTrainer
 
 # An upload in a process of its own: started, polled and stopped from here; `worker` is what runs there.
 #
-# The process reads one `Order` as JSON from its stdin and writes JSON lines to its stdout: notes, and at last a `Result`.
-# The token is in neither: huggingface_hub takes it from HF_TOKEN or the login store.
+# The process reads one `Order` as JSON from its stdin and writes JSON lines to its stdout: notes, and at last a
+# `Result`. The token is in neither: huggingface_hub takes it from HF_TOKEN or the login store.
 
 GRACE = 15.0  # seconds for starting and ending, beyond what the order allows
 
@@ -280,8 +280,8 @@ def _clear_failure(folder: RunFolder) -> None:
 
 # `hub.every: best`: upload each checkpoint that is the best so far while training goes on, which never waits for it.
 #
-# Rank 0 writes a copy of the adapter, which takes as long as saving it, and another process uploads it. While one upload
-# is under way only the newest later copy is kept. Failures are counted; they end no run.
+# Rank 0 writes a copy of the adapter, which takes as long as saving it, and another process uploads it. While one
+# upload is under way only the newest later copy is kept. Failures are counted; they end no run.
 
 PREFIX = ".upload-"
 

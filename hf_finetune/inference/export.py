@@ -146,8 +146,8 @@ def _name_axes(program: Any) -> None:
 
 # The merged model with int8 or int4 weights, by torchao: a folder that transformers loads where torchao is installed.
 #
-# Only weights are quantised, activations are not. Heads and the output layer stay as they are: they are few weights, and
-# what a classifier says hangs on them.
+# Only weights are quantised, activations are not. Heads and the output layer stay as they are: they are few weights,
+# and what a classifier says hangs on them.
 
 GROUPS = (128, 64, 32)
 """Weights that share one scale in int4: the first that divides every row."""

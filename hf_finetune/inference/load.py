@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from hf_finetune import device as device_module
-from hf_finetune import log
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.data import sources
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 from hf_finetune.inference import opening
-from hf_finetune.log import phase, warn
+from hf_finetune.log import libraries, phase, warn
 from hf_finetune.models import load, pretrained
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.paths import Paths
@@ -310,7 +309,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
             base is another one now.
         ModelError: The tokenizer can't be had.
     """
-    log.hush()
+    libraries.hush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
     opened = opening.read(place, overrides)

@@ -165,9 +165,9 @@ def _without_idle_values(config: Any) -> list[str]:
 
 # The adapter merged into full weights: PEFT merges, in fp32, whatever the dtype that is written in the end.
 #
-# A quantised base is dequantised first, and the adapter merged into that: the adapter was trained on these very weights,
-# rounding included, and what comes out gives the run's logits. Merged into the unquantised checkpoint, it would give
-# others (docs/merge-and-export.md has the figures).
+# A quantised base is dequantised first, and the adapter merged into that: the adapter was trained on these very
+# weights, rounding included, and what comes out gives the run's logits. Merged into the unquantised checkpoint, it
+# would give others (docs/merge-and-export.md has the figures).
 
 TOLERANCE = TOLERANCES["fp32"]
 """Largest difference of logits that merging may make in fp32, as a share of the largest."""

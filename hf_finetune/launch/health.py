@@ -1,7 +1,7 @@
 """Tells by the heartbeat in `status.json` if the run of this container is alive: for HEALTHCHECK and probes.
 
-    python -m hf_finetune.launch.health [RUN]       one line; exit code 0 alive, starting or ended (done, failed, preempted or
-                                             interrupted, as the line says), 1 lost: its heart stopped
+    python -m hf_finetune.launch.health [RUN]       one line; exit code 0 alive, starting or ended (done, failed,
+                                                    preempted or interrupted, as the line says), 1 lost
 
 Without RUN it looks where `hf_finetune.launch` wrote the run folder's path: the file that `HF_FINETUNE_RUN_FILE` names.
 It imports nothing heavy, so that it can be asked every half minute.

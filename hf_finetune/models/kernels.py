@@ -306,9 +306,10 @@ def dtype_of(like: torch.Tensor) -> torch.dtype:
 
 # A frozen linear layer with LoRA as one autograd function: PEFT's sums with fewer copies.
 #
-# PEFT's forward keeps the input for the layer and, cast and dropped out, again for A, casts both at every call, and makes
-# three tensors of the output's size. Here the branch is added in place, and the backward pass keeps one input and its
-# projection to rank r. The weights stay where PEFT has them, so that saving, merging and loading are untouched.
+# PEFT's forward keeps the input for the layer and, cast and dropped out, again for A, casts both at every call, and
+# makes three tensors of the output's size. Here the branch is added in place, and the backward pass keeps one input
+# and its projection to rank r. The weights stay where PEFT has them, so that saving, merging and loading are
+# untouched.
 #
 # Shapes: N rows (batch x tokens), I inputs, O outputs, r rank.
 
@@ -453,10 +454,10 @@ def is_installed(layer: torch.nn.Module) -> bool:
 
 # The gated feed-forward layer of Llama and its relatives: two tensors are kept for the backward pass, not four.
 #
-# down(silu(gate(x)) * up(x)): autograd keeps the gate, its activation, the other half, and their product, which is the
-# input of LoRA on `down`. Here the gate and the other half are kept, and the rest is computed from them again, element by
-# element: the same operations in the same order, so the same bits. (As Liger's SwiGLU does it, Hsu et al. 2024, section
-# 3.2, and beyond it the input of LoRA.)
+# down(silu(gate(x)) * up(x)): autograd keeps the gate, its activation, the other half, and their product, which is
+# the input of LoRA on `down`. Here the gate and the other half are kept, and the rest is computed from them again,
+# element by element: the same operations in the same order, so the same bits. (As Liger's SwiGLU does it, Hsu et al.
+# 2024, section 3.2, and beyond it the input of LoRA.)
 #
 # Shapes: (..., T, I) with I the intermediate size.
 

@@ -138,13 +138,13 @@ def fake(model: nn.Module, device: str) -> list[torch.Tensor]:
 
 # Floating-point operations that a model needs for its rows: those of the matrix products, which are nearly all.
 #
-# A product with a weight of N numbers takes 2N FLOPs a token forward, 2N for the gradient of its input, and 2N for its
-# own gradient where it is trained: 6N where all is (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section
-# 2.1), 4N for frozen weights. Attention takes 4 d T a token and layer forward, T tokens of a sequence attending to each
-# other through heads of d numbers in all, and twice that backward (Chowdhery et al. 2022, PaLM, appendix B; the half that
-# a causal mask hides is not taken off there, nor here). What is computed again for activation checkpointing, and padding,
-# are no work of the model. Left out: normalisation, activations, embeddings, convolutions; below the lowest trained
-# weight no gradient of inputs is needed, which is counted all the same.
+# A product with a weight of N numbers takes 2N FLOPs a token forward, 2N for the gradient of its input, and 2N for
+# its own gradient where it is trained: 6N where all is (Kaplan et al. 2020, Scaling Laws for Neural Language Models,
+# section 2.1), 4N for frozen weights. Attention takes 4 d T a token and layer forward, T tokens of a sequence
+# attending to each other through heads of d numbers in all, and twice that backward (Chowdhery et al. 2022, PaLM,
+# appendix B; the half that a causal mask hides is not taken off there, nor here). What is computed again for
+# activation checkpointing, and padding, are no work of the model. Left out: normalisation, activations, embeddings,
+# convolutions; below the lowest trained weight no gradient of inputs is needed, which is counted all the same.
 
 
 @dataclass(frozen=True)

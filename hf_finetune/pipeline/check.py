@@ -135,12 +135,13 @@ def check(
     # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
     # from its lock, which only they can tell.
     if reading.recipe is not None and (repeat is not None or not findings.exit_code):
-        from hf_finetune import device, log
+        from hf_finetune import device
+        from hf_finetune.log import libraries
         from hf_finetune.pipeline import plan as pipeline_plan
         from hf_finetune.pipeline.examine import examine
         from hf_finetune.pipeline.plan import plan
 
-        with log.quietly():
+        with libraries.quietly():
             machine = device.alone(reading.recipe)
             if repeat is not None:
                 machine = repeat.as_locked(machine, reading.recipe)

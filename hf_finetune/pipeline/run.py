@@ -247,6 +247,6 @@ def _words(data: Data | None) -> list[str]:
 
 
 def _quietly() -> AbstractContextManager[None]:
-    from hf_finetune import log
+    from hf_finetune.log import libraries
 
-    return log.quietly()
+    return libraries.quietly()

@@ -55,7 +55,7 @@ def write(path: str, page: Page) -> None:
         StorageError: The file can't be written.
         DataError: A streamed row can't be read.
     """
-    html = reports_html.environment(__name__).get_template("data.html.jinja").render(context(page))
+    html = reports_html.environment().get_template("data.html.jinja").render(context(page))
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -20,20 +20,14 @@ if TYPE_CHECKING:
 # Shared parts of HTML pages: templates that print nothing harmful, one style sheet, no network and no script.
 
 
-def environment(package: str) -> jinja2.Environment:
-    """Templates of a package, and those of this one: `page.css`, `parts.html.jinja`.
-
-    Whatever a template prints is escaped, and what can't be seen in it is written out, wherever it comes from.
-
-    Args:
-        package: Where the page's own templates are, e.g. `hf_finetune.reports.data`.
-    """
+def environment() -> jinja2.Environment:
+    """Load this room's templates. Whatever they print is escaped, and characters that can't be seen are written out."""
     import jinja2
 
     from hf_finetune.log.text import exact, harmless
 
     made = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(place, ".") for place in (package, __name__)]),
+        loader=jinja2.PackageLoader("hf_finetune.reports", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -88,7 +82,7 @@ def html(run: RunData, charts: Sequence[tuple[Plot, Markup]]) -> str:
         "version": hf_finetune.__version__,
         "most_classes": CLASSES,
     }
-    template = environment("hf_finetune.reports.run").get_template("run.html.jinja")
+    template = environment().get_template("run.html.jinja")
     try:
         return template.render(context)
     except UndefinedError as error:

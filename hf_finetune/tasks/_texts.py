@@ -102,9 +102,9 @@ def padded(rows: list[Features], tokenizer: Any) -> Batch:
 
 # Special tokens that stand in the text of the data, such as `<|im_end|>`: found, or read as plain text.
 #
-# A tokenizer reads them as what they are wherever they stand, so that a user's text could end its own turn. To be read as
-# text they are guarded before the chat template joins them with its own, by a character that no text has (a Unicode
-# noncharacter) behind their first one; texts with such guards are tokenised by `plain`.
+# A tokenizer reads them as what they are wherever they stand, so that a user's text could end its own turn. To be
+# read as text they are guarded before the chat template joins them with its own, by a character that no text has (a
+# Unicode noncharacter) behind their first one; texts with such guards are tokenised by `plain`.
 
 GUARD = "\ufdd0"
 BEGIN, END = "\ufdd1", "\ufdd2"

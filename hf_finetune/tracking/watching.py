@@ -191,8 +191,8 @@ class HeadInputs:
 
 # Records of the trained weights: histograms of weights and gradients, and how much a step changes each module.
 #
-# All of it is computed on the device, and fetched once. Of a tensor of more than `SAMPLE` numbers the histograms and the
-# size of an update are those of an even sample; norms are exact.
+# All of it is computed on the device, and fetched once. Of a tensor of more than `SAMPLE` numbers the histograms and
+# the size of an update are those of an even sample; norms are exact.
 
 SAMPLE = 65_536
 """Most numbers of a tensor that are looked at."""
