@@ -12,15 +12,13 @@ from hf_finetune.errors import RecipeError
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, its overrides, and the flags about an earlier run."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file; may be left out with --locked")
-    help_overrides = "replaces a value of the recipe, e.g. training.learning_rate=1e-4; the value in YAML"
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=help_overrides)
+    text = "replaces a value of the recipe, e.g. training.learning_rate=1e-4; the value in YAML"
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=text)
     parser.add_argument("--restart", action="store_true", help="move an earlier run in the same folder aside")
-    help_allow = "go on with an earlier run though this key was changed; may be given several times"
-    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=help_allow)
-    help_locked = (
-        "repeat the run that wrote this run.lock.json, into RUN-repeat or output=...; refuses whatever differs"
-    )
-    parser.add_argument("--locked", metavar="RUN/run.lock.json", help=help_locked)
+    text = "resume an earlier run though this key was changed; may be given several times"
+    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=text)
+    text = "repeat the run that wrote this run.lock.json, into RUN-repeat or output=...; refuses whatever differs"
+    parser.add_argument("--locked", metavar="RUN/run.lock.json", help=text)
 
 
 def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
@@ -44,8 +42,8 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 def add_run(parser: argparse.ArgumentParser, example: str) -> None:
     """Add a run folder, and overrides of its recipe."""
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
-    told = f"replaces a value of the run's recipe, e.g. {example}; the value in YAML"
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=told)
+    text = f"replaces a value of the run's recipe, e.g. {example}; the value in YAML"
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help=text)
 
 
 def count(what: str, least: int = 1) -> Callable[[str], int]:

@@ -30,11 +30,11 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     cli_arguments.add_recipe(parser)
     parser.add_argument("--explain", action="store_true", help="say where each value came from")
-    told = "N training rows as the model sees them"
-    parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=told)
+    text = "N training rows as the model sees them"
+    parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=text)
     parser.add_argument("--report", metavar="FILE.html", help="write a page about the data")
-    told = "json: one JSON document with everything"
-    parser.add_argument("--format", choices=("text", "json"), default="text", help=told)
+    text = "json: one JSON document with everything"
+    parser.add_argument("--format", choices=("text", "json"), default="text", help=text)
 
 
 def run_check(arguments: argparse.Namespace) -> None:
@@ -140,17 +140,17 @@ def _answer(text: str) -> None:
 
 HELP_TRAIN = "fine-tune"
 DESCRIPTION_TRAIN = """\
-Fine-tune. The same command goes on with a run that was stopped, and does nothing where it is finished.
+Fine-tune. The same command resumes a run that was stopped, and does nothing where it is finished.
 On several devices: hf-finetune train --processes auto RECIPE ...
-With --locked a run is done once more, bit for bit, or refused with all that differs.
+With --locked a run is repeated bit for bit, or refused with all that differs.
 """
 
 
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     cli_arguments.add_recipe(parser)
-    told = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
-    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=told)
+    text = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
+    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=text)
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -217,17 +217,17 @@ def declare_evaluate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_run(parser, "task.generate_rows=100")
     add = parser.add_argument
-    told = "labelled rows, or a glob; may be given several times"
-    add("--data", metavar="FILE", action="append", default=[], help=told)
+    text = "labelled rows, or a glob; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=text)
     add("--split", choices=("train", "validation", "test"), help="a split of the run's recipe")
-    told = "metrics for each value of a column too; may be given several times"
-    add("--by", metavar="COLUMN", action="append", default=[], help=told)
-    told = "compare on the same rows with another run, or with `base`; may be given several times"
-    add("--against", metavar="RUN|base", action="append", default=[], help=told)
+    text = "metrics for each value of a column too; may be given several times"
+    add("--by", metavar="COLUMN", action="append", default=[], help=text)
+    text = "compare on the same rows with another run, or with `base`; may be given several times"
+    add("--against", metavar="RUN|base", action="append", default=[], help=text)
     add("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
     add("--all", action="store_true", help="the metrics of each class too")
-    told = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
-    add("--lm-eval", metavar="TASK,...", help=told)
+    text = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
+    add("--lm-eval", metavar="TASK,...", help=text)
     add("--lm-eval-tasks", metavar="DIR", help="folder with lm-eval tasks of your own")
     add("--lm-eval-limit", metavar="N", type=count("rows"), help="first N rows of each task of lm-eval")
 
@@ -270,8 +270,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 HELP_PREDICT = "labels, numbers or generated text for rows of a file or a pipe"
 DESCRIPTION_PREDICT = """\
 Predict every row of a csv, tsv, json, jsonl or parquet file, or every line of a text: the same rows come out, in order,
-with label, score and probabilities, a value, or generated text. A call with --output that was killed goes on where it
-was.
+with label, score and probabilities, a value, or generated text. A call with --output that was killed continues where
+it stopped.
 """
 
 
@@ -282,15 +282,15 @@ def declare_predict(parser: argparse.ArgumentParser) -> None:
     add("--input", metavar="FILE|-", default="-", help="rows; by default standard input")
     add("--output", metavar="FILE|-", default="-", help="by default standard output")
     formats = ("csv", "tsv", "jsonl", "parquet")
-    told = "where suffix or first line do not tell; of standard input: a header, JSON, or else `lines`, a text each"
-    add("--input-format", choices=(*formats, "json", "lines"), help=told)
-    told = "by default that of the output's suffix, else of the input; jsonl for lines"
-    add("--format", choices=formats, help=told)
-    told = "end with 3 (default), leave the row out, or write it without a prediction; counted in every case"
-    add("--on-bad-row", choices=("error", "skip", "null"), default="error", help=told)
+    text = "where suffix or first line do not tell; of standard input: a header, JSON, or else `lines`, a text each"
+    add("--input-format", choices=(*formats, "json", "lines"), help=text)
+    text = "by default that of the output's suffix, else of the input; jsonl for lines"
+    add("--format", choices=formats, help=text)
+    text = "end with 3 (default), leave the row out, or write it without a prediction; counted in every case"
+    add("--on-bad-row", choices=("error", "skip", "null"), default="error", help=text)
     add("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of a generated answer")
-    told = "put before the names of output columns; by default `predicted_` where one is taken, else nothing"
-    add("--prefix", metavar="TEXT", help=told)
+    text = "put before the names of output columns; by default `predicted_` where one is taken, else nothing"
+    add("--prefix", metavar="TEXT", help=text)
     add("--restart", action="store_true", help="begin anew, and replace a finished output")
 
 
@@ -338,8 +338,8 @@ def declare_chat(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_run(parser, "training.precision=fp32")
     parser.add_argument("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of an answer")
-    told = "draw tokens; by default the likeliest is taken"
-    parser.add_argument("--temperature", metavar="T", type=_temperature, help=told)
+    text = "draw tokens; by default the likeliest is taken"
+    parser.add_argument("--temperature", metavar="T", type=_temperature, help=text)
     parser.add_argument("--system", metavar="TEXT", help="system turn; by default that of the recipe")
 
 
@@ -385,17 +385,17 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     add_run(parser, "model.name=path/of/the/base")
     add = parser.add_argument
     add("--to", metavar="DIR", required=True, help="the folder to make")
-    told = "of the weights; as the base's checkpoint has them if not given"
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help=told)
+    text = "of the weights; as the base's checkpoint has them if not given"
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help=text)
     add("--shard-size", metavar="SIZE", default="5GB", help="most bytes of a weight file (5GB)")
-    told = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
-    add("--tolerance", metavar="X", type=_share, help=told)
+    text = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
+    add("--tolerance", metavar="X", type=_share, help=text)
     add("--overwrite", action="store_true", help="replace a folder that `merge` wrote")
-    told = "compare on the rows of this file, not on the run's own; may be given several times"
-    add("--data", metavar="FILE", action="append", default=[], help=told)
+    text = "compare on the rows of this file, not on the run's own; may be given several times"
+    add("--data", metavar="FILE", action="append", default=[], help=text)
     add("--rows", metavar="N", type=count("rows"), default=1000, help="rows for metrics, at most (1000)")
-    told = "also write DIR/int8 or DIR/int4, quantised by torchao"
-    add("--quantize", choices=("int8", "int4"), help=told)
+    text = "also write DIR/int8 or DIR/int4, quantised by torchao"
+    add("--quantize", choices=("int8", "int4"), help=text)
     add("--onnx", action="store_true", help="also write DIR/onnx/model.onnx")
 
 
@@ -479,8 +479,8 @@ def declare_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
     parser.add_argument("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
-    told = "every metric, e.g. those of each class; not the main ones only"
-    parser.add_argument("--all", action="store_true", help=told)
+    text = "every metric, e.g. those of each class; not the main ones only"
+    parser.add_argument("--all", action="store_true", help=text)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

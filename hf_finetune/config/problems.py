@@ -69,8 +69,8 @@ class Option:
         limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
         # A limit of millions only keeps numbers finite; it would tell nobody anything.
         small = [name for name in limits if abs(self.bounds.get(name, math.inf)) < 1_000_000]
-        told = [f"{limits[name]} {shown(self.bounds[name])}" for name in small]
-        return words.get(self.type, "another value") + (f" ({' and '.join(told)})" if told else "")
+        limited = [f"{limits[name]} {shown(self.bounds[name])}" for name in small]
+        return words.get(self.type, "another value") + (f" ({' and '.join(limited)})" if limited else "")
 
 
 def options(annotation: Any, metadata: Iterable[Any] = ()) -> Sequence[Option]:

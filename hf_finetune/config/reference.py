@@ -29,11 +29,11 @@ def schema(whole: dict[str, Any]) -> dict[str, Any]:
     """
     blocks: dict[str, Any] = whole.get("$defs", {})
     fields: dict[str, Any] = whole["properties"]
-    told = {name: {"description": field.get("description", "")} for name, field in fields.items()}
+    described = {name: {"description": field.get("description", "")} for name, field in fields.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **{key: whole[key] for key in ("title", "description", "type", "additionalProperties") if key in whole},
-        "properties": {"extends": EXTENDS, **told},
+        "properties": {"extends": EXTENDS, **described},
         "if": {"required": ["extends"]},
         "then": {"properties": {name: _relaxed(field) for name, field in fields.items()}},
         "else": {"properties": fields, "required": whole.get("required", [])},
@@ -138,8 +138,8 @@ def _resolve(node: Node, schema: Node) -> Node:
 
 def _type(field: Node, schema: Node) -> str:
     """Say in words what a value may be."""
-    said = [_one(_resolve(choice, schema), schema) for choice in _choices(field)]
-    return ", or ".join(dict.fromkeys(said))
+    alternatives = [_one(_resolve(choice, schema), schema) for choice in _choices(field)]
+    return ", or ".join(dict.fromkeys(alternatives))
 
 
 def _one(node: Node, schema: Node) -> str:

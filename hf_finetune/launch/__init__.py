@@ -67,7 +67,7 @@ def _launch(node: Node, words: list[str]) -> None:
     """Call `accelerate launch`.
 
     torchrun would kill what does not end within 30 s of a SIGTERM (torch 2.13, `PContext.wait`), and a checkpoint may
-    take longer: it is told to leave the signals of `SIGNALS` to us.
+    take longer: so it must leave the signals of `SIGNALS` to us.
 
     Raises:
         ChildFailedError: A process failed.
@@ -91,7 +91,7 @@ def _launch(node: Node, words: list[str]) -> None:
 
 
 def _hand_on(number: int, _frame: FrameType | None) -> None:
-    """Give a signal to the processes, once; the end is theirs. Before there are any, it is ours."""
+    """Pass a signal on to the processes, once; before there are any, it ends this one."""
     import psutil  # type: ignore[import-untyped]
 
     children = psutil.Process().children()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -28,39 +27,26 @@ def main() -> None:
         log.report(error.problems, error.exit_code)
         log.close()
         code = error.exit_code
-    except KeyboardInterrupt:  # before there are processes, which say it themselves
+    except KeyboardInterrupt:  # before there are processes, which print it themselves
         code = 128 + signal.SIGINT
     sys.exit(code)
 
 
 def _train(words: list[str]) -> int:
-    """Train; one process takes the place of this one.
+    """Train, and give the exit code of several processes; a single one takes the place of this one."""
+    from hf_finetune.cli import arguments as cli_arguments
+    from hf_finetune.pipeline.check import read
 
-    Returns:
-        The exit code of several.
-
-    Raises:
-        RecipeError: A variable, or the launcher's configuration, is wrong.
-        StorageError: The file that is to name the run folder can't be written.
-    """
     arguments = parse(words)
-    output = _output(arguments, words)
+    reading, _ = read(*cli_arguments.given(arguments), arguments.locked)
+    if reading.recipe is None:
+        launch.replace(words)  # one process prints the mistakes, and ends with the right code
+    output = Path(reading.recipe.output)
     health.point_to(output)
     node = Node.of(os.environ, arguments.processes)
     if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
         launch.replace(words)
     return launch.several(node, words, output / "status.json")
-
-
-def _output(arguments: argparse.Namespace, words: list[str]) -> Path:
-    """The run folder; of a recipe with mistakes one process tells, and ends with the right code."""
-    from hf_finetune.cli import arguments as cli_arguments
-    from hf_finetune.pipeline.check import read
-
-    reading, _ = read(*cli_arguments.given(arguments), arguments.locked)
-    if reading.recipe is None:
-        launch.replace(words)
-    return Path(reading.recipe.output)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def tell(message: Message) -> None:
     """Print a message."""
     # The level of the record only decides whether it is printed; the message has its own.
     level = logging.CRITICAL if message.is_asked_for else logging.getLevelNamesMapping()[message.level.upper()]
-    _logger.log(level, "%s", message.text, extra={"said": message})
+    _logger.log(level, "%s", message.text, extra={"structured": message})
 
 
 def say(line: str) -> None:

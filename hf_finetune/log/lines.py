@@ -61,9 +61,9 @@ class Message:
     @classmethod
     def of_record(cls, record: logging.LogRecord) -> Message:
         """Unwrap the message of a log record, or make one of a plain record."""
-        said = getattr(record, "said", None)
-        if isinstance(said, Message):
-            return said
+        message = getattr(record, "structured", None)
+        if isinstance(message, Message):
+            return message
         level: Level = "error" if record.levelno >= logging.ERROR else "warning"
         if record.levelno < logging.WARNING:
             return cls(record.getMessage())
@@ -217,7 +217,7 @@ LONG_S = 5.0
 
 
 def write(stream: Stream, text: str) -> None:
-    """Write at once; where nobody reads any more (`| head`) or the disk is full, the run goes on in silence."""
+    """Write at once; where nobody reads any more (`| head`) or the disk is full, the run continues in silence."""
     try:
         target = getattr(sys, stream)
         try:

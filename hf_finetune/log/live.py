@@ -29,7 +29,7 @@ _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 class Display(Lines):
-    """Plain lines, and below them a bar for each phase that goes on."""
+    """Plain lines, and below them a bar for each phase that is running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,9 +84,9 @@ class Display(Lines):
     def _start(self) -> None:
         self._screen = _Screen(sys.stdout)
         # The terminal is asked for its size. An exported COLUMNS stays as it was when the window is made narrower.
-        told = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         file: Any = self._screen
-        console = _Console(file=file, force_terminal=True, highlight=False, emoji=False, _environ=told)
+        console = _Console(file=file, force_terminal=True, highlight=False, emoji=False, _environ=variables)
         self._live = live.Live(
             console=console,
             refresh_per_second=PER_SECOND,
@@ -126,11 +126,11 @@ def _bar(phase: Phase) -> Table:
     row.add_column(no_wrap=True)
     row.add_column(no_wrap=True, overflow="ellipsis")
     left = phase.left()
-    told = [phase.share(), f"{clock(phase.seconds)} elapsed", "" if left is None else f"{clock(left)} left"]
+    parts = [phase.share(), f"{clock(phase.seconds)} elapsed", "" if left is None else f"{clock(left)} left"]
     mark: Any = Text(_SPINNER[int(phase.seconds * PER_SECOND) % len(_SPINNER)])
     if phase.total:
         mark = ProgressBar(total=phase.total, completed=phase.now(), width=24)
-    row.add_row(Text(printable(phase.name)), mark, Text("  ".join(part for part in told if part)))
+    row.add_row(Text(printable(phase.name)), mark, Text("  ".join(part for part in parts if part)))
     return row
 
 
