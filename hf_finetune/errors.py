@@ -139,8 +139,6 @@ class Interrupted(Stopped, KeyboardInterrupt):
     """Ctrl-C ended the run: a notebook or a script may catch it as such."""
 
 
-# Collects what checks find, of several kinds, so that one report holds everything.
-
 KINDS: tuple[type[FinetuneError], ...] = (RecipeError, DataError, ModelError, StorageError, CheckpointError)
 """Errors that can be known before weights load, by exit code."""
 
@@ -241,8 +239,6 @@ class Findings:
         if kinds:
             raise kinds[0](self.errors)
 
-
-# Collects rows that can't be used instead of raising one by one; the same complaint about several is one line.
 
 SHOWN = 5
 """Row numbers that a message lists."""

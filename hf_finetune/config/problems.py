@@ -23,9 +23,7 @@ from hf_finetune.config.credentials import redacted
 from hf_finetune.config.yamlfile import KeyPath, Origin, resolve_scalar
 from hf_finetune.errors import Problem
 
-# Types that the classes of a recipe declare, read off their annotations and put into words.
-
-_BOUNDS_EXPECTATIONS = ("ge", "gt", "le", "lt", "min_length", "max_length")
+_LIMITS = ("ge", "gt", "le", "lt", "min_length", "max_length")
 _LONGEST = 60
 
 
@@ -90,7 +88,7 @@ def _bounds(metadata: Iterable[Any]) -> dict[str, Any]:
     for item in metadata:
         if isinstance(item, FieldInfo):
             found |= _bounds(item.metadata)
-        found |= {name: getattr(item, name) for name in _BOUNDS_EXPECTATIONS if getattr(item, name, None) is not None}
+        found |= {name: getattr(item, name) for name in _LIMITS if getattr(item, name, None) is not None}
     return found
 
 
@@ -130,8 +128,7 @@ def shown(value: Any, *, plain: bool = False) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-# Keys of transformers, TRL, PEFT and Axolotl, and what a recipe calls them.
-
+# Our keys, and the same in transformers, TRL, PEFT and Axolotl.
 _OURS = {
     "adapter.alpha": "lora_alpha",
     "adapter.dora": "use_dora",
@@ -235,11 +232,6 @@ HINTS = {
     "warmup": "write training.warmup_ratio or training.warmup_steps",
 }
 """Advice where no key of ours takes the same value."""
-
-
-def hint_foreign(key: str) -> str | None:
-    """Say what to do about a key of another tool; None for an unknown word."""
-    return HINTS.get(key) or (f"write {KEYS[key]}" if key in KEYS else None)
 
 
 UNREAD = object()
@@ -402,7 +394,8 @@ class Examination:
         """Say what another tool's key is called here, else the same key elsewhere, else the nearest one."""
         known = list(keys(cls))
         near = nearest(key, known)
-        if (hint := hint_foreign(key)) is not None:
+        hint = HINTS.get(key) or (f"write {KEYS[key]}" if key in KEYS else None)
+        if hint is not None:
             meant = KEYS.get(key)
             if meant is not None:
                 self._unread.add(tuple(meant.split(".")))

@@ -1,4 +1,8 @@
-"""One reading of a recipe: the values, every problem, and where each value came from."""
+"""One reading of a recipe: its files, each put on top of the one that it extends, the overrides, and every problem.
+
+A value that is given anew takes along what belonged to the old one, and what would contradict it: a commit of another
+repository means nothing, and a recipe with `steps` on top of one with `epochs` has decided.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,6 @@ from hf_finetune.config.problems import keys, options
 from hf_finetune.config.section import key_of
 from hf_finetune.config.yamlfile import OVERRIDE, Document, KeyPath, Origin, Place, indexed
 from hf_finetune.errors import Problem, RecipeError
-
-# The files of a recipe, each put on top of the one that it extends, and the overrides of the command line.
-#
-# A value that is given anew takes along what belonged to the old one, and what would contradict it: a commit of another
-# repository means nothing, and a recipe with `steps` on top of one with `epochs` has decided.
 
 EXTENDS = "extends"
 MAX_BASES = 10

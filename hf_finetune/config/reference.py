@@ -1,4 +1,4 @@
-"""The JSON Schema of recipe files for editors: of whole recipes, and of those that extend another one."""
+"""Descriptions made of a recipe's class: the JSON Schema for editors, and the reference page for readers."""
 
 from __future__ import annotations
 
@@ -61,8 +61,6 @@ def _relaxed(node: Any) -> Any:
     return relaxed
 
 
-# The recipe reference: every key with type, bounds, default and meaning, as Markdown, from the JSON Schema alone.
-
 HEAD = """\
 # Recipe reference
 
@@ -88,7 +86,7 @@ Node = dict[str, Any]
 
 
 def markdown(root: type[BaseModel]) -> str:
-    """Write the whole page about a recipe's class."""
+    """Write the reference page: every key with type, bounds, default and meaning."""
     schema = root.model_json_schema()
     return "\n".join([HEAD, *_block(root, "A recipe", schema, schema)])
 

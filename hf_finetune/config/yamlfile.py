@@ -1,4 +1,4 @@
-"""Strict YAML: scalars by YAML 1.2, unique text keys, no anchors or tags, a line for every key; reading and writing.
+"""Strict YAML, read and written: scalars by YAML 1.2, unique text keys, no anchors or tags, the place of every key.
 
 PyYAML resolves scalars by YAML 1.1, where `5e-4` is text, `no` a boolean and `1:30` a number. Here the rules of the
 YAML 1.2 core schema hold (https://yaml.org/spec/1.2.2/#103-core-schema).
@@ -196,11 +196,8 @@ def _scalar(node: yaml.Node) -> Any:
     return node.value if node.style else resolve_scalar(node.value)
 
 
-# Writes YAML that `yamlfile` reads back to the same values.
-
-
 def document(tree: dict[str, Any]) -> str:
-    """Write a mapping as a YAML document, in its order."""
+    """Write a mapping as a YAML document, in its order; `parse` reads back the same values."""
     return _dump(tree, flow=False)
 
 
@@ -217,7 +214,7 @@ def _dump(value: Any, *, flow: bool) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `yamlfile` would read as something else."""
+    """Quotes every text that `parse` would read as something else."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         quoted = not isinstance(resolve_scalar(text), str)
@@ -227,10 +224,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-# The place of each value of a recipe: a line of a file, or the command line.
-
-OVERRIDE = "command line"
-"""Stands for the file where the value came from an override."""
+OVERRIDE = "command line"  # in the place of a file where a value came from an override
 
 
 class Place(NamedTuple):

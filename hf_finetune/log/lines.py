@@ -1,4 +1,4 @@
-"""A message: a line for people, an object for machines."""
+"""Messages, phases that take a while, and the handler that writes both as plain lines."""
 
 from __future__ import annotations
 
@@ -96,9 +96,6 @@ def jsonable(value: Any) -> Any:
     return [jsonable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-# A phase: something that takes a while, how far it is, and how long it will take.
-
-
 @dataclass(eq=False)
 class Phase:
     """Something that takes a while. The code that does it sets `done`, which costs nothing; the display looks."""
@@ -166,8 +163,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-# Breaks lines that are longer than the terminal is wide between words; lines that are piped stay whole.
-
 LEAST = 20
 """Columns below which nothing is broken: no word would fit."""
 # In backticks, or at the end of a line behind a colon: a command must stay in one piece to be copied.
@@ -209,8 +204,6 @@ def _wrapped(line: str, columns: int) -> str:
     )  # fmt: skip
     return "\n".join(pieces).replace(_SPACE, " ")
 
-
-# The handler for plain lines, where nobody looks at a terminal, or where lines are asked for.
 
 LONG_S = 5.0
 """Phases that take longer are reported."""

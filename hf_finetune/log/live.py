@@ -1,6 +1,6 @@
-"""A live display at the bottom of a terminal, by rich: a bar for each phase; lines scroll above it.
+"""Live displays by rich: a bar for each phase, at the bottom of a terminal or below the cell of a notebook.
 
-The cursor is never hidden. So there is nothing to restore when the process is killed.
+Lines scroll above the bars. The cursor is never hidden, so there is nothing to restore when the process is killed.
 """
 
 from __future__ import annotations
@@ -192,8 +192,6 @@ def _in_child() -> None:
 
 os.register_at_fork(after_in_child=_in_child)
 
-
-# Progress below a notebook's cell: the bars of the live display, drawn again and again in one output of its own.
 
 WIDTH = 100
 

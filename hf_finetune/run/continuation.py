@@ -1,4 +1,4 @@
-"""Compares a recipe with that of the run that it is to resume. `Key.resume` of each field says what may change."""
+"""Resuming a run: keys that may change, by `Key.resume` of their fields, and the command line that resumes it."""
 
 from __future__ import annotations
 
@@ -96,8 +96,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             found[f"{prefix}{key}"] = inner
     return found
 
-
-# The command line of this process, as somebody can give it again to resume the run.
 
 RESTART, PROCESSES = "--restart", "--processes"
 LAUNCHERS = {
