@@ -46,7 +46,7 @@ class Recipe(Section):
     task: Annotated[AnyTask, Key(study=True, finished="free")]
     """The task that the model learns, and the columns of the data."""
     model: Annotated[Model, Key(study=True, finished="free")]
-    """The pretrained model."""
+    """The pretrained model that is adapted."""
     data: Annotated[Data, Key(finished="free")]
     """The training, validation and test rows."""
     adapter: Annotated[AnyAdapter, STUDY]

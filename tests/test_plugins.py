@@ -13,7 +13,7 @@ from hf_finetune.config.section import Plugin, Section, discover, key_of, union
 from hf_finetune.recipe import Recipe
 
 PLUGIN = """
-from hf_finetune.plugins import Plugin
+from hf_finetune.config.section import Plugin
 
 class {name}(Plugin):
     '''One variant.'''

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from hf_finetune.errors import BadRows, ModelError, Problem
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks._chat import Rendered, Renderer, Span
 from hf_finetune.tasks.base import IGNORE, Batch
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 Tokens = tuple[list[list[int]], list[list[Span]]]
