@@ -112,7 +112,7 @@ def test_what_a_commit_leaves_behind_is_told(load: Load) -> None:
 def test_what_stands_below_a_wrong_kind_is_checked_too(load: Load) -> None:
     for kind, told in [
         ("kind: text_clasification", "unknown kind 'text_clasification'; did you mean 'text_classification'?"),
-        ("kind: classifier, problem: single_label", "unknown kind 'classifier'; known: causal_lm, "),
+        ("kind: classifier", "unknown kind 'classifier'; known: causal_lm, "),
         ("knd: text_classification", "task.knd: unknown key; did you mean 'kind'?"),
         ("problem: single_label", "task: needs a kind; known: causal_lm, "),
     ]:

@@ -380,8 +380,12 @@ class Examination:
             self._found.append(((*path, "kind"), f"unknown kind {shown(written)}" + suggestion(written, list(kinds))))
         kind = nearest(written, kinds) if isinstance(written, str) else None
         if kind is None:
-            # The only one that knows most of the keys that are given.
-            fitting = {kind: len({*words, "kind"} & set(keys(block))) for kind, block in kinds.items()}
+            # The only one that knows most of the keys that are given, misspelt ones included.
+            given = {*words, "kind"}
+            fitting = {
+                kind: sum(nearest(word, keys(block), 0.8) is not None for word in given)
+                for kind, block in kinds.items()
+            }
             most = [kind for kind, count in fitting.items() if count == max(fitting.values()) > 1]
             kind = most[0] if len(most) == 1 else None
         block = kinds.get(str(kind))

@@ -7,12 +7,12 @@ for regression) adds nothing to sum, divisor or gradient. No function waits for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from hf_finetune.tasks.base import IGNORE, Batch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cross_entropy_sum(
@@ -32,6 +32,9 @@ def cross_entropy_sum(
     Returns:
         A float32 scalar.
     """
+    import torch
+    from torch.nn import functional
+
     weight = torch.tensor(weights, device=logits.device) if weights else None
     return functional.cross_entropy(
         logits.float(), labels, weight=weight, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
@@ -40,6 +43,8 @@ def cross_entropy_sum(
 
 def cross_entropy_items(labels: torch.Tensor, weights: Sequence[float] = ()) -> torch.Tensor:
     """Sum of w_y over the rows of (B,) that are not masked, a float32 scalar."""
+    import torch
+
     counted = labels != IGNORE
     if not weights:
         return counted.sum().float()
@@ -60,6 +65,9 @@ def binary_cross_entropy_sum(
     Returns:
         A float32 scalar; over `binary_cross_entropy_items`, torch's `binary_cross_entropy_with_logits`.
     """
+    import torch
+    from torch.nn import functional
+
     counted = labels != IGNORE
     positive = torch.tensor(positive_weights, device=logits.device) if positive_weights else None
     cells = functional.binary_cross_entropy_with_logits(

@@ -8,8 +8,6 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hf_finetune.errors import BadRows, Problem, RecipeError
 from hf_finetune.tasks.base import Batch, Features
 
@@ -94,6 +92,8 @@ def padded(rows: list[Features], tokenizer: Any) -> Batch:
     """Pad to the longest row: `input_ids`, `attention_mask`, perhaps `token_type_ids`, each (B, T)."""
     names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
     inputs: dict[str, list[list[int]]] = {name: [row[name] for row in rows] for name in names}
+    import torch  # not above: recipes are read without it
+
     # Tensor cores want multiples of 8; elsewhere it is only more padding. On the right: decoders with absolute
     # positions, such as GPT-2, count from the first column.
     multiple = 8 if torch.cuda.is_available() else None

@@ -9,7 +9,6 @@ from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.config.blocks import changed
@@ -39,6 +38,7 @@ from hf_finetune.tasks.base import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
