@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_finetune.run import continuation
+from hf_finetune.run import invocation
 
 TRAIN = ["recipe.yaml", "data.train=my rows.csv", "--restart"]
 VENV = "/opt/venv/bin"
@@ -25,18 +25,18 @@ def test_the_command_is_the_one_that_was_given_without_restart(monkeypatch: pyte
         ([], ["pytest"], "hf-finetune"),
     ]:
         words = ["train", *TRAIN] if "hf-finetune" in before else TRAIN
-        monkeypatch.setattr(continuation, "_words", list(words))
-        monkeypatch.setattr(continuation, "_parent", [*parent, *TRAIN])
+        monkeypatch.setattr(invocation, "_words", list(words))
+        monkeypatch.setattr(invocation, "_parent", [*parent, *TRAIN])
         monkeypatch.setattr(sys, "orig_argv", [*(own or ["python"]), *(words if own != ["pytest"] else ())])
         monkeypatch.setattr(os, "access", lambda path, mode: str(path).startswith(VENV))
         verb = "train " if "hf-finetune" in before else ""
-        assert continuation.resume_command() == f"{before} {verb}recipe.yaml 'data.train=my rows.csv'"
-        assert continuation.same_command() == "the same command without --restart"
+        assert invocation.resume_command() == f"{before} {verb}recipe.yaml 'data.train=my rows.csv'"
+        assert invocation.same_command() == "the same command without --restart"
 
 
 def test_a_program_below_the_working_directory_is_named_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train", "r.yaml"]
-    monkeypatch.setattr(continuation, "_words", words)
+    monkeypatch.setattr(invocation, "_words", words)
     program = [str(Path.cwd() / ".venv/bin/python"), "-m", "hf_finetune"]
     monkeypatch.setattr(sys, "orig_argv", [*program, *words])
-    assert continuation.resume_command() == ".venv/bin/python -m hf_finetune train r.yaml"
+    assert invocation.resume_command() == ".venv/bin/python -m hf_finetune train r.yaml"

@@ -41,7 +41,7 @@ from hf_finetune.errors import (
     StorageError,
 )
 from hf_finetune.log.lines import Message
-from hf_finetune.run import continuation
+from hf_finetune.run import invocation
 
 # The command line: verbs, flags, and how they are parsed.
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code; `argv` is the command line without the program's name."""
     given = list(sys.argv[1:] if argv is None else argv)
     words = complete(given)
-    continuation.note(given)
+    invocation.note(given)
     open_terminal(words)
     try:
         _run(words, debug="--debug" in words)
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     finally:
         log.close()
-        continuation.note(())  # what this process does next was not asked for by this command line
+        invocation.note(())  # what this process does next was not asked for by this command line
 
 
 def _run(words: list[str], *, debug: bool) -> None:

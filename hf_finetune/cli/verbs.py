@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from hf_finetune import device, log
+from hf_finetune import log
 from hf_finetune.cli import arguments as cli_arguments
 from hf_finetune.cli.arguments import add_run, count
 from hf_finetune.errors import Problem, RecipeError
@@ -185,7 +185,9 @@ def _start_several(arguments: argparse.Namespace) -> None:
     Raises:
         RecipeError: A variable of the environment does not fit; see `Node`.
     """
-    place = device.Node.of(os.environ, arguments.processes)
+    from hf_finetune.device import Node
+
+    place = Node.of(os.environ, arguments.processes)
     if place.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
         return
     log.close()  # the live display belongs to the processes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune.errors import FinetuneError, Problem, StorageError
-from hf_finetune.run.continuation import same_command
+from hf_finetune.run.invocation import same_command
 
 
 def sync_folder(folder: Path) -> None:

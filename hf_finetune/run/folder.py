@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 
 from hf_finetune.errors import CheckpointError, FinetuneError, Problem, PushError, RecipeError, Stopped, StorageError
 from hf_finetune.log import say
-from hf_finetune.run import continuation
+from hf_finetune.run import continuation, invocation
 from hf_finetune.run.files import discard, sync_file, sync_folder
 from hf_finetune.run.store import MANIFEST, Manifest
 from hf_finetune.tasks.base import State as State_of_base
@@ -306,7 +306,7 @@ class RunFolder:
 
     def _how_to_resume(self, status: Status) -> str:
         """Say what there is to resume from, and the command that does it."""
-        command = continuation.resume_command()
+        command = invocation.resume_command()
         how = "run it again without restart" if command is None else f"run: {command}"
         if status.is_silent:
             return f"the finished run in {self.path} was not touched; to extend it, {how}"

@@ -28,8 +28,8 @@ from typing import Any
 
 from hf_finetune import device, log
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
-from hf_finetune.run.continuation import same_command
 from hf_finetune.run.folder import RANKS
+from hf_finetune.run.invocation import same_command
 
 BEAT_S = 1.0
 FEW = 50
