@@ -154,16 +154,16 @@ class Watch(TrainerCallback):
 @contextlib.contextmanager
 def attended_by(watch: Watch) -> Iterator[None]:
     """Inside, runs are watched; nothing else looks on, so that steps are steps."""
-    before = Observing.attend
+    before = Observing.watch
 
     def attend(self: Any, trainer: Any, say: Any) -> None:
         trainer.add_callback(watch)
 
-    Observing.attend = attend  # type: ignore[method-assign]
+    Observing.watch = attend  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Observing.attend = before  # type: ignore[method-assign]
+        Observing.watch = before  # type: ignore[method-assign]
 
 
 def run(recipe: Recipe, *, profiled: bool) -> Watch:

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from hf_finetune.pipeline import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import StepTimes, Throughput
 from hf_finetune.training.trainer import FinetuneTrainer
@@ -82,7 +82,7 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
     """One whole run; its steps from one log to the next are timed one by one."""
-    watch, make, evaluate, attend = Stopwatch(), train.make_trainer, FinetuneTrainer.evaluate, Observing.attend
+    watch, make, evaluate, attend = Stopwatch(), train.make_trainer, FinetuneTrainer.evaluate, Observing.watch
 
     def trainer(training: train.Training) -> None:
         make(training)
@@ -106,9 +106,9 @@ def run(recipe: Recipe, *, watched: bool) -> Stopwatch:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(put(train, "make_trainer", trainer))
         stack.enter_context(put(FinetuneTrainer, "evaluate", timed))
-        stack.enter_context(put(Observing, "attend", attended))
+        stack.enter_context(put(Observing, "watch", attended))
         if not watched:
-            stack.enter_context(put(Observers, "callbacks", lambda *arguments: []))
+            stack.enter_context(put(Tracker, "callbacks", lambda *arguments: []))
         train.train(recipe, restart=True)
     return watch
 

@@ -31,11 +31,10 @@ from hf_finetune.pipeline.check import read as read_recipe
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder, Status
 from hf_finetune.run.journal import read
-from hf_finetune.tracking import charts as tracking_charts
-from hf_finetune.tracking import events as tracking_events
-from hf_finetune.tracking import records, tensorboard
-from hf_finetune.tracking.events import EventWriter, LogDir, check
-from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking import charts, events, records, tensorboard
+from hf_finetune.tracking.events import EventWriter
+from hf_finetune.tracking.logdir import LogDir, check
+from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.records import Record
 from hf_finetune.tracking.tensorboard import MARGIN, cell, metric_tag, rebuild, table
 
@@ -231,7 +230,7 @@ def test_tokens_have_colours(chatter: Path) -> None:
 def test_a_language_model_has_loss_by_position_and_entropy(chatter: Path) -> None:
     assert events_of(chatter).Images("eval/loss_by_position")
     assert {"eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
-    losses, tokens = tracking_charts.row_losses(newest(chatter, "predictions").arrays["rows"], None)
+    losses, tokens = charts.row_losses(newest(chatter, "predictions").arrays["rows"], None)
     line = [line for line in read(chatter / "metrics.jsonl") if line["phase"] == "eval"][-1]
     assert float((losses * tokens).sum() / tokens.sum()) == pytest.approx(line["loss"], rel=1e-5)
 
@@ -291,9 +290,9 @@ def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(
     shutil.copytree(classifier, tmp_path / "run")
     folder = RunFolder(str(tmp_path / "run"))
     lines = [line for line in read(folder.metrics) if line["step"] <= 5]
-    observers = Observers(Recipe.load(str(folder.recipe)), folder, Status(folder.status), machine())
-    observers.keep({"metrics.jsonl": len(lines)}, 5)
-    observers.close(is_stopped=is_stopped)
+    tracker = Tracker(Recipe.load(str(folder.recipe)), folder, Status(folder.status), machine())
+    tracker.start({"metrics.jsonl": len(lines)}, 5)
+    tracker.close(is_stopped=is_stopped)
     drawn = events_of(folder.path)
     assert [event.step for event in drawn.Scalars("train/loss")] == [1, 2, 3, 4, 5]
     assert {image.step for image in drawn.Images("eval/confusion_matrix")} == {5}
@@ -391,13 +390,13 @@ def test_a_folder_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_events, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(events, "CLOSE_SECONDS", 0.2)
     told = Told()
     stuck = EventWriter(LogDir(str(tmp_path / "pipe")), told.append)
     (tmp_path / "pipe").mkdir()
     stuck.place.new_file = told.pipe(tmp_path)  # type: ignore[method-assign]
     with told.within(seconds=8.0):
-        for step in range(tracking_events.QUEUE + 100):
+        for step in range(events.QUEUE + 100):
             stuck.add_scalar("a", 1.0, step)
         stuck.close()
     assert len(told) == 1
@@ -468,7 +467,7 @@ def test_rows_without_a_label_are_left_out(problem: str, tmp_path: Path) -> None
     assert MARGIN[0] in drawn["scalars"]
     assert "nothing" not in drawn["histograms"]
     if problem != "regression":
-        assert len(tracking_charts.probabilities(rows, 3)[0]) == 15
+        assert len(charts.probabilities(rows, 3)[0]) == 15
 
 
 def test_keys_of_a_recipe_are_what_the_tab_takes() -> None:

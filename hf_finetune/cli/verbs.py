@@ -517,7 +517,7 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
     """
     from hf_finetune.recipe import Recipe
     from hf_finetune.run.folder import RunFolder
-    from hf_finetune.tracking.events import LogDir
+    from hf_finetune.tracking.logdir import LogDir
 
     folder = RunFolder(arguments.run_folder)
     if arguments.rebuild:

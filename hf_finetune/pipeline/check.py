@@ -20,7 +20,7 @@ from hf_finetune.errors import DataError, Findings, Problem, RecipeError
 from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder
-from hf_finetune.tracking import events
+from hf_finetune.tracking import logdir
 from hf_finetune.training import repeating
 from hf_finetune.training.repeating import Repeat
 
@@ -219,7 +219,7 @@ def look(
         findings.add(DataError(missing))
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():
-            events.check(board)
+            logdir.check(board)
     if _given(recipe, "hub", "repo") is not None and (refusal := files.why_not()) is not None:
         findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
     if (start := _given(recipe, "adapter", "continue_from")) is not None and not named.blame("adapter"):

@@ -52,7 +52,7 @@ from hf_finetune.run import continuation
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder, Start, State, Status
 from hf_finetune.run.lock import Choice, Choices
-from hf_finetune.tracking.observers import Observers
+from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.training import arguments, continuing, locking
@@ -101,7 +101,7 @@ class Training:
     adapted: torch.nn.Module = field(init=False)
     """The model with its adapter."""
     keeper: Keeper = field(init=False)
-    observers: Observers = field(init=False)
+    tracker: Tracker = field(init=False)
     trainer: FinetuneTrainer = field(init=False)
     probe_seconds: float = 0.0
     """Spent on choosing the fastest way to train here."""
@@ -400,15 +400,15 @@ def load_model(run: Training) -> None:
 @contextmanager
 def observed(run: Training) -> Iterator[None]:
     """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
-    run.observers = Observers(run.recipe, run.folder, run.status, run.machine)
+    run.tracker = Tracker(run.recipe, run.folder, run.status, run.machine)
     try:
-        continuing.go_on(run.keeper, run.observers, run.status, run.say)
+        continuing.go_on(run.keeper, run.tracker, run.status, run.say)
         yield
     except Stopped:
-        run.observers.close(is_stopped=True)
+        run.tracker.close(is_stopped=True)
         raise
     finally:
-        run.observers.close()
+        run.tracker.close()
 
 
 def make_trainer(run: Training) -> None:
@@ -417,15 +417,15 @@ def make_trainer(run: Training) -> None:
     if machine.zero_stage:
         sharded.read_no_code()
     options = arguments.training_arguments(job, run.folder.checkpoints)
-    callbacks = [*recipe.adapter.callbacks(), *run.observers.callbacks(job.prepared, job.tokenizer)]
+    callbacks = [*recipe.adapter.callbacks(), *run.tracker.callbacks(job.prepared, job.tokenizer)]
     trainer = run.trainer = FinetuneTrainer(run.adapted, options, job, callbacks)
     sharded.suit(trainer.accelerator, run.adapted, machine)
     trainer.keeper, trainer.guard, trainer.is_sharded = run.keeper, Guard(recipe.training), machine.is_sharded
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
     peak = device.peak(machine) * machine.world_size
     trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
-    observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.observers.record)
-    observing.attend(trainer, run.say)
+    observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.tracker.record)
+    observing.watch(trainer, run.say)
 
 
 def take_fast_paths(run: Training) -> None:
@@ -470,7 +470,7 @@ def write_lock(run: Training) -> None:
     if run.machine.is_main:
         lock = locking.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
         locking.write(lock, run.folder.run_lock, goes_on=run.keeper.resume_from is not None)
-        run.observers.locked()
+        run.tracker.show_lock()
     # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
     run.keeper.store.ranks.barrier()
     device.limit_collectives(device.collective())
@@ -540,9 +540,9 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
     )
     summary = reports_run.summary_entry(outcome)
-    run.observers.conclude(summary)
+    run.tracker.finish(summary)
     if machine.is_main:
-        found = reports_run.write(outcome, run.observers.journal.entries)
+        found = reports_run.write(outcome, run.tracker.journal.entries)
         if found is not None:
             card.complete(found)
         lines = reports_run.summary_lines(outcome)

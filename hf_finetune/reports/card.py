@@ -349,12 +349,12 @@ def _images(run: RunData, target: Path) -> list[str]:
     """
     shutil.rmtree(target, ignore_errors=True)
     links = []
-    for plot in run.plots if run.recipe.tracking.report else ():
-        file = run.folder.plots / f"{plot.name}.png"
-        if plot.on_card and file.is_file():
+    for chart in run.charts if run.recipe.tracking.report else ():
+        file = run.folder.plots / f"{chart.name}.png"
+        if chart.on_card and file.is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(file, target / file.name)
-            links.append(f"![{plot.title}. {plot.about}]({target.name}/{file.name})")
+            links.append(f"![{chart.title}. {chart.about}]({target.name}/{file.name})")
     return links
 
 

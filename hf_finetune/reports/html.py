@@ -10,7 +10,7 @@ from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import RunData
 from hf_finetune.tracking import figures
 from hf_finetune.tracking.charts import SECTIONS, STRONGEST, strength
-from hf_finetune.tracking.figures import Plot
+from hf_finetune.tracking.figures import Chart
 
 if TYPE_CHECKING:
     import jinja2
@@ -45,7 +45,7 @@ TOKENS, TOKEN_ROWS = 512, 16  # shown of a row, and rows of a split
 SAMPLED, EVALUATIONS, CLASSES = 12, 200, 300  # shown at most; the last ones of those that have an order
 
 
-def html(run: RunData, charts: Sequence[tuple[Plot, Markup]]) -> str:
+def html(run: RunData, charts: Sequence[tuple[Chart, Markup]]) -> str:
     """Write the page; the same text for the same run.
 
     Args:
@@ -89,7 +89,7 @@ def html(run: RunData, charts: Sequence[tuple[Plot, Markup]]) -> str:
         raise ValueError(f"a record or a sample is not whole: {error}") from error
 
 
-def drawn(chart: Plot) -> tuple[Markup, bytes]:
+def drawn(chart: Chart) -> tuple[Markup, bytes]:
     """Draw a chart as SVG for the page, and as PNG."""
     from markupsafe import Markup
 

@@ -27,9 +27,9 @@ from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder, write_atomically
 from hf_finetune.run.journal import Entry
 from hf_finetune.tasks import _likeness as likeness
-from hf_finetune.tracking import charts
+from hf_finetune.tracking import charts as tracking_charts
 from hf_finetune.tracking import records as tracking_records
-from hf_finetune.tracking.figures import Plot
+from hf_finetune.tracking.figures import Chart
 from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
     page = f", {folder.page.name}" if recipe.tracking.report else ""
     rows += [("report", f"{folder.report}{page}"), ("run folder", str(folder.path))]
     if recipe.tracking.tensorboard:
-        from hf_finetune.tracking.events import LogDir
+        from hf_finetune.tracking.logdir import LogDir
 
         watch = f"tensorboard --logdir {shlex.quote(LogDir.of(recipe, folder).folder)}"
         is_installed = importlib.util.find_spec("tensorboard") is not None
@@ -274,16 +274,16 @@ class RunData:
         """`<measure>/<module>` -> how much each module learned; empty where nothing was measured."""
         records = [self.records.get(("weights", phase)) for phase in ("final", "eval")]
         found = [dict(record.facts.get("scalars") or {}) for record in records if record is not None]
-        return next((scalars for scalars in found if charts.learned(scalars)), {})
+        return next((scalars for scalars in found if tracking_charts.learned(scalars)), {})
 
     @cached_property
-    def plots(self) -> list[Plot]:
+    def charts(self) -> list[Chart]:
         """The charts that the run has data for, in the order of the page."""
         records = {
             split: [found for kind in ("positions", "predictions") if (found := self.record(kind, split)) is not None]
             for split in self.phases
         }
-        return charts.plots_runs(self.lines, records, self.weights)
+        return tracking_charts.run_charts(self.lines, records, self.weights)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -356,12 +356,12 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> RunData | None:
         known = Record("report", "train", outcome.steps, facts=outcome.facts())
         run = RunData.read(folder, recipe)
         run = replace(run, lines=list(entries), records={**run.records, ("report", "train"): known})
-        plots = run.plots if recipe.tracking.report else []
+        charts = run.charts if recipe.tracking.report else []
         # The text comes first: it is small, and is there even if a chart can't be drawn.
-        write_atomically(folder.report, text(run, plots))
+        write_atomically(folder.report, text(run, charts))
         known.write(folder.observations)
         if recipe.tracking.report:
-            drawn = [(plot, *html.drawn(plot)) for plot in plots]
+            drawn = [(chart, *html.drawn(chart)) for chart in charts]
             write_atomically(folder.page, html.html(run, [(plot, svg) for plot, svg, _ in drawn]))
             images = {f"{plot.name}.png": image for plot, _, image in drawn}
             folder.plots.mkdir(exist_ok=True)
@@ -382,7 +382,7 @@ def page(folder: RunFolder, recipe: Recipe) -> str:
     from hf_finetune.reports import html
 
     run = RunData.read(folder, recipe)
-    return html.html(run, [(plot, html.drawn(plot)[0]) for plot in run.plots])
+    return html.html(run, [(plot, html.drawn(plot)[0]) for plot in run.charts])
 
 
 # Content of a run's report, shared by report.md, report.html and the model card.
@@ -417,7 +417,7 @@ class Result:
 
 def of(run: RunData) -> dict[str, Any]:
     """Collect everything that both reports show."""
-    measure = charts.learned(run.weights)
+    measure = tracking_charts.learned(run.weights)
     evaluations = run.of("eval")
     steps = [(int(step), list(group)) for step, group in groupby(run.samples, key=lambda sample: sample["step"])]
     return {
@@ -430,7 +430,7 @@ def of(run: RunData) -> dict[str, Any]:
         "mistakes": rows_of(run, "examples"),
         "samples": steps[::-1],
         "quantity": measure.replace("_", " "),
-        "modules": charts.largest_modules(run.weights, measure)[:MODULES] if measure else [],
+        "modules": tracking_charts.largest_modules(run.weights, measure)[:MODULES] if measure else [],
         "facts": run.facts,
         "cost": cost(run),
         "loading": run.loading,
@@ -538,12 +538,12 @@ def recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
 # `report.md`.
 
 
-def text(run: RunData, plots: Sequence[Plot]) -> str:
+def text(run: RunData, charts: Sequence[Chart]) -> str:
     """Write the report.
 
     Args:
         run: What is known of the run.
-        plots: Those that are in `plots/`.
+        charts: Those that are in `plots/`.
     """
     found = of(run)
     facts, names = found["facts"], found["evaluated"]
@@ -559,7 +559,7 @@ def text(run: RunData, plots: Sequence[Plot]) -> str:
     else:
         blocks.append("Not known any more.")
     blocks += ["## Result", *(block for result in found["results"] for block in tables_of(result))]
-    blocks += [f"![{plot.title}](plots/{plot.name}.png)" for plot in plots]
+    blocks += [f"![{chart.title}](plots/{chart.name}.png)" for chart in charts]
     if found["evaluations"]:
         rows = [
             [str(line["step"]), *(f"{line.get(name, float('nan')):.4f}" for name in names)]

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer that write numbers down."""
+"""Callbacks of the Trainer that write numbers into files, and show them on the terminal."""
 
 from __future__ import annotations
 
@@ -71,11 +71,8 @@ class Progress(TrainerCallback):
         self.status.step = state.global_step
 
 
-# Show training on the terminal: one short line a log, and how far it is.
-
-
 class Console(MetricsCallback):
-    """Show progress, on rank 0.
+    """Show training on the terminal, on rank 0: one short line a log, and how far it is.
 
     Args:
         headline: Evaluation metrics to show, in this order, where the task has them.

@@ -1,4 +1,8 @@
-"""Charts of what a model learned: `drawing` makes PNG and SVG of figures, `predictions` and `runs` make the figures."""
+"""Charts of a run, of its predictions and of its data, and the one list of them that everything draws from.
+
+TensorBoard, the report and the model card show what `run_charts` and `record_charts` list; `figures` makes PNG and SVG
+of it. Shapes: N rows, C classes.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +13,46 @@ from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from scipy import special
+
 from hf_finetune.log.text import harmless
 from hf_finetune.tracking.figures import (
-    DASHES,  # fmt: skip
-    HATCH,  # fmt: skip
-    LIMIT,  # fmt: skip
-    LINE,  # fmt: skip
-    SERIES,  # fmt: skip
-    SOFT,  # fmt: skip
-    TEXT,  # fmt: skip
-    Plot,  # fmt: skip
-    blank,  # fmt: skip
-    drawn,  # fmt: skip
-    legend,  # fmt: skip
-    short_name,  # fmt: skip
-    stacked,  # fmt: skip
+    DASHES,
+    HATCH,
+    LIMIT,
+    LINE,
+    SERIES,
+    SOFT,
+    TEXT,
+    Chart,
+    blank,
+    drawn,
+    legend,
+    short_name,
+    stacked,
 )
+from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_finetune.tracking.records import Record
+Array = np.ndarray[Any, Any]
+Lines = Sequence[Mapping[str, Any]]
 
-    Array = np.ndarray[Any, Any]
-
-
-# Charts of what a model predicted. Rows are what `Task.metrics` gets. Shapes: N rows, C classes.
+SECTIONS = ("curves", "predictions", "tokens", "layers", "speed")
+QUANTITIES = (
+    ("loss", "curves", "Loss", ("loss",)),
+    ("scores", "curves", "Scores on validation", ("accuracy", "f1_macro", "matthews", "token_accuracy", "exact_match")),
+    ("errors", "curves", "Errors on validation", ("mse", "mae")),
+    ("learning_rate", "curves", "Learning rate", ("learning_rate",)),
+    ("grad_norm", "curves", "Gradient norm", ("grad_norm", "grad_norm_clipped")),
+    ("tokens_per_second", "speed", "Tokens a second", ("tokens_per_second",)),
+)
+"""Name, section, title, and quantities that share a scale and so a chart."""
+LEARNED = ("update_to_weight", "norm_b", "gradient_norm")
+"""Measures of how much a module learned; the first of them that was taken is drawn."""
 
 CLASSES = 30
 """Classes of a confusion matrix; of more, the most confused ones are drawn."""
@@ -52,9 +68,78 @@ TOKENS = 400
 """Tokens that are drawn in all."""
 STRONGEST = 6.0
 """Nats at which a token has the strongest colour; a guess among 400 tokens."""
+LOG_RATIO = 50.0
+"""From the largest to the smallest value, from which on an axis is logarithmic."""
+LINEAR = {"learning_rate"}
+"""Quantities never shown on such an axis: schedules end near 0."""
+NOISY = 60
+"""Points from which on a curve is drawn smoothed, over its own values."""
+SMOOTHING = 0.8
+"""Weight of what was, as in TensorBoard: an exponential mean without its bias to the start (Kingma, Ba 2015)."""
+AREAS = 200
+"""Steps of a stacked chart; of more, every n-th."""
+MARKED = 25
+"""Points up to which each has a mark."""
+MODULES = 20
+"""Modules that are drawn: those with the largest values."""
+MODULE_CHARACTERS = 44
+TIMES = ("data", "forward", "backward", "optimizer")
+"""Parts of a step: `seconds_<name>`."""
+HATCHES = ("", "////", "\\\\\\\\")
+"""Tells splits apart without colour, in the order of `SERIES`."""
+COLUMN = 3.8
+"""Inches of the charts of the data report; the page scales them to the width of a telephone."""
 
 
-def plots(arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> list[Plot]:
+def run_charts(lines: Lines, splits: Mapping[str, Sequence[Record]], weights: Mapping[str, float]) -> list[Chart]:
+    """List the charts that a run has data for, in the order of the report.
+
+    Args:
+        lines: Of metrics.jsonl.
+        splits: Records of the saved model, by the split that it was evaluated on.
+        weights: `<measure>/<module>` -> value, of a record of kind `weights`.
+    """
+    # `final` and `test` are single points, which tables have.
+    lines = [line for line in lines if line.get("phase") in ("train", "eval")]
+    found = []
+    for name, section, title, quantities in QUANTITIES:
+        had = [quantity for quantity in quantities if any(quantity in line for line in lines)]
+        if had:
+            about = f"Line chart over the steps: {', '.join(had)}"
+            on_card = name in ("loss", "scores", "errors")
+            found.append(Chart(name, title, about, partial(curves, lines, had), section, on_card))
+    if any("seconds_data" in line for line in lines):
+        about = "Area chart: seconds of a step, split into data, forward, backward and optimizer"
+        found.append(Chart("seconds", "Time of a step", about, partial(seconds, lines), "speed"))
+    for split, records in splits.items():
+        for chart in (chart for record in records for chart in record_charts(record)):
+            title, about = f"{chart.title}, {split}", f"{chart.about} ({split})"
+            found.append(replace(chart, name=f"{chart.name}-{split}", title=title, about=about))
+    measure = learned(weights)
+    if measure:
+        about = f"Bar chart: {measure} of the modules where it is largest; the numbers are in a table"
+        title = measure.replace("_", " ").capitalize()
+        found.append(Chart("layers", title, about, partial(modules, weights, measure), "layers"))
+    return found
+
+
+def record_charts(record: Record) -> list[Chart]:
+    """List the charts of one record: of predictions, or of losses by position."""
+    if record.kind == "predictions":
+        return _prediction_charts(record.arrays, record.facts)
+    if record.kind == "positions":
+        about = "Line chart: mean loss of the tokens at each position of a sequence"
+        draw = partial(positions, record.arrays)
+        return [Chart("loss_by_position", "Loss by position", about, draw, "tokens")]
+    return []
+
+
+def learned(weights: Mapping[str, float]) -> str:
+    """Choose the measure of how much each module learned; empty if none was taken."""
+    return next((one for one in LEARNED if any(name.startswith(f"{one}/") for name in weights)), "")
+
+
+def _prediction_charts(arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> list[Chart]:
     """List the charts of a `predictions` record; none of a task that is not known here."""
     rows, names = arrays["rows"], [str(name) for name in facts.get("names") or ()]
     problem = facts.get("problem")
@@ -62,15 +147,15 @@ def plots(arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> list[Plot]:
     if problem == "single_label" and (rows[:, -1] >= 0).any():
         about = f"Confusion matrix of {len(names)} classes; the numbers of each class are in a table"
         draw = partial(confusion, rows, names)
-        found.append(Plot("confusion_matrix", "Confusion matrix", about, draw, on_card=True))
+        found.append(Chart("confusion_matrix", "Confusion matrix", about, draw, on_card=True))
         about = "Bar chart: how often predictions of each confidence are right"
-        found.append(Plot("reliability", "Calibration", about, partial(reliability, rows)))
+        found.append(Chart("reliability", "Calibration", about, partial(reliability, rows)))
     if problem in ("single_label", "multi_label"):
         about = "Line chart: precision by recall of each class"
         draw = partial(precision_recall, rows, names)
-        found.append(Plot("precision_recall", "Precision and recall", about, draw, on_board=False))
+        found.append(Chart("precision_recall", "Precision and recall", about, draw, on_board=False))
     if problem == "regression":
-        found.append(Plot("predicted", "Predicted and true", "Scatter plot", partial(predicted, rows), on_card=True))
+        found.append(Chart("predicted", "Predicted and true", "Scatter plot", partial(predicted, rows), on_card=True))
     return found
 
 
@@ -82,7 +167,6 @@ def confusion(rows: Array, names: Sequence[str]) -> Figure:
         rows: (N, C + 1), logits, then the label's id; rows with a negative id are left out.
         names: Of the C classes; of more than `CLASSES`, those with the most errors are drawn, in their order.
     """
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     classes = len(names)
@@ -125,8 +209,6 @@ def reliability(rows: Array) -> Figure:
     Args:
         rows: (N, C + 1), logits, then the label's id; rows with a negative id are left out.
     """
-    import numpy as np
-
     from hf_finetune.tasks._metrics import calibration
 
     found = calibration(rows)
@@ -156,7 +238,6 @@ def precision_recall(rows: Array, names: Sequence[str]) -> Figure:
         rows: (N, C + 1), logits, then the label's id; or (N, 2 C), logits, then cells of 0 and 1.
         names: Of the C classes; of more than `CURVES`, those with the lowest average precision are drawn.
     """
-    import numpy as np
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
     scores, hits = probabilities(rows, len(names))
@@ -188,8 +269,6 @@ def predicted(rows: Array) -> Figure:
     Args:
         rows: (N, 2), prediction and label; rows without a label (NaN) are left out.
     """
-    import numpy as np
-
     rows = np.asarray(rows, dtype=np.float64)
     rows = rows[np.isfinite(rows).all(axis=1)]
     rows = rows[:: max(1, -(-len(rows) // DOTS))]
@@ -211,8 +290,6 @@ def positions(arrays: Mapping[str, Array]) -> Figure:
     Args:
         arrays: `edges` (P + 1,), `loss` (P,) nats a token, `tokens` (P,).
     """
-    import numpy as np
-
     edges, counts = arrays["edges"], arrays["tokens"]
     figure, (upper, lower) = stacked([2.2, 0.9])
     loss = np.where(counts > 0, arrays["loss"], np.nan)
@@ -274,9 +351,6 @@ def strength(loss: float | None) -> float:
 
 def probabilities(rows: Array, classes: int) -> tuple[Array, Array]:
     """Return probabilities (float64) and true cells (bool) of a classifier's counted rows, both (N, C)."""
-    import numpy as np
-    from scipy import special
-
     logits, labels = np.asarray(rows[:, :classes], dtype=np.float64), rows[:, classes:]
     kept = (labels >= 0).all(axis=1)
     logits, labels = logits[kept], labels[kept]
@@ -287,9 +361,6 @@ def probabilities(rows: Array, classes: int) -> tuple[Array, Array]:
 
 def row_losses(rows: Array, problem: str | None) -> tuple[Array, Array]:
     """Return loss and weight of each counted row, both (N,) float64; a language model's rows weigh their tokens."""
-    import numpy as np
-    from scipy import special
-
     rows = np.asarray(rows, dtype=np.float64)
     if problem is None:  # summed nats, tokens
         weights = rows[:, 1]
@@ -304,93 +375,6 @@ def row_losses(rows: Array, problem: str | None) -> tuple[Array, Array]:
         rows = rows[rows[:, -1] >= 0]
         losses = -special.log_softmax(rows[:, :-1], axis=1)[np.arange(len(rows)), rows[:, -1].astype(int)]
     return losses, np.ones(len(losses))
-
-
-# Charts of a run and of its data, and the one list of them: TensorBoard, report and model card draw from it.
-
-SECTIONS = ("curves", "predictions", "tokens", "layers", "speed")
-CURVES_RUNS = (
-    ("loss", "curves", "Loss", ("loss",)),
-    ("scores", "curves", "Scores on validation", ("accuracy", "f1_macro", "matthews", "token_accuracy", "exact_match")),
-    ("errors", "curves", "Errors on validation", ("mse", "mae")),
-    ("learning_rate", "curves", "Learning rate", ("learning_rate",)),
-    ("grad_norm", "curves", "Gradient norm", ("grad_norm", "grad_norm_clipped")),
-    ("tokens_per_second", "speed", "Tokens a second", ("tokens_per_second",)),
-)
-"""Name, section, title, and quantities that share a scale and so a chart."""
-LEARNED = ("update_to_weight", "norm_b", "gradient_norm")
-"""Measures of how much a module learned; the first of them that was taken is drawn."""
-LOG_RATIO = 50.0
-"""From the largest to the smallest value, from which on an axis is logarithmic."""
-LINEAR = {"learning_rate"}
-"""Quantities never shown on such an axis: schedules end near 0."""
-NOISY = 60
-"""Points from which on a curve is drawn smoothed, over its own values."""
-SMOOTHING = 0.8
-"""Weight of what was, as in TensorBoard: an exponential mean without its bias to the start (Kingma, Ba 2015)."""
-AREAS = 200
-"""Steps of a stacked chart; of more, every n-th."""
-MARKED = 25
-"""Points up to which each has a mark."""
-MODULES = 20
-"""Modules that are drawn: those with the largest values."""
-MODULE_CHARACTERS = 44
-TIMES = ("data", "forward", "backward", "optimizer")
-"""Parts of a step: `seconds_<name>`."""
-HATCHES = ("", "////", "\\\\\\\\")
-"""Tells splits apart without colour, in the order of `SERIES`."""
-COLUMN = 3.8
-"""Inches of the charts of the data report; the page scales them to the width of a telephone."""
-
-Lines = Sequence[Mapping[str, Any]]
-
-
-def plots_runs(lines: Lines, splits: Mapping[str, Sequence[Record]], weights: Mapping[str, float]) -> list[Plot]:
-    """List the charts that a run has data for, in the order of the report.
-
-    Args:
-        lines: Of metrics.jsonl.
-        splits: Records of the saved model, by the split that it was evaluated on.
-        weights: `<measure>/<module>` -> value, of a record of kind `weights`.
-    """
-    # `final` and `test` are single points, which tables have.
-    lines = [line for line in lines if line.get("phase") in ("train", "eval")]
-    found = []
-    for name, section, title, quantities in CURVES_RUNS:
-        had = [quantity for quantity in quantities if any(quantity in line for line in lines)]
-        if had:
-            about = f"Line chart over the steps: {', '.join(had)}"
-            on_card = name in ("loss", "scores", "errors")
-            found.append(Plot(name, title, about, partial(curves, lines, had), section, on_card))
-    if any("seconds_data" in line for line in lines):
-        about = "Area chart: seconds of a step, split into data, forward, backward and optimizer"
-        found.append(Plot("seconds", "Time of a step", about, partial(seconds, lines), "speed"))
-    for split, records in splits.items():
-        for plot in (plot for record in records for plot in record_plots(record)):
-            title, about = f"{plot.title}, {split}", f"{plot.about} ({split})"
-            found.append(replace(plot, name=f"{plot.name}-{split}", title=title, about=about))
-    measure = learned(weights)
-    if measure:
-        about = f"Bar chart: {measure} of the modules where it is largest; the numbers are in a table"
-        title = measure.replace("_", " ").capitalize()
-        found.append(Plot("layers", title, about, partial(modules, weights, measure), "layers"))
-    return found
-
-
-def record_plots(record: Record) -> list[Plot]:
-    """List the charts of one record: of predictions, or of losses by position."""
-    if record.kind == "predictions":
-        return plots(record.arrays, record.facts)
-    if record.kind == "positions":
-        about = "Line chart: mean loss of the tokens at each position of a sequence"
-        draw = partial(positions, record.arrays)
-        return [Plot("loss_by_position", "Loss by position", about, draw, "tokens")]
-    return []
-
-
-def learned(weights: Mapping[str, float]) -> str:
-    """Choose the measure of how much each module learned; empty if none was taken."""
-    return next((one for one in LEARNED if any(name.startswith(f"{one}/") for name in weights)), "")
 
 
 @drawn

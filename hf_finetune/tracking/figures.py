@@ -49,7 +49,7 @@ _lacking: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Plot:
+class Chart:
     """One chart: TensorBoard, the report and the model card draw the same."""
 
     name: str

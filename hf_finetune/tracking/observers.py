@@ -1,16 +1,14 @@
-"""Write down what happens while a model learns: metrics.jsonl, records, TensorBoard, the terminal.
-
-Importing this is cheap: a report or a comparison needs no torch.
-"""
+"""The tracker writes down what happens while a model learns: metrics.jsonl, records, TensorBoard, the terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine
 from hf_finetune.log import say, warn
 from hf_finetune.recipe import Recipe
@@ -19,14 +17,16 @@ from hf_finetune.run.folder import RunFolder, Status
 from hf_finetune.run.journal import Appender
 from hf_finetune.tasks._generation import answer_together
 from hf_finetune.tasks.base import Prompts
+from hf_finetune.tracking import records
+from hf_finetune.tracking.callbacks import Console, Journal, Progress
+from hf_finetune.tracking.events import EventWriter
+from hf_finetune.tracking.logdir import LogDir
+from hf_finetune.tracking.observing import environment
 from hf_finetune.tracking.records import Record
 from hf_finetune.tracking.tensorboard import Board
 
-if TYPE_CHECKING:
-    from hf_finetune.data.prepare import Prepared
 
-
-class Observers:
+class Tracker:
     """Everything that watches a run.
 
     Args:
@@ -37,10 +37,6 @@ class Observers:
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, status: Status, machine: Machine) -> None:
-        from hf_finetune.tracking.callbacks import Journal
-        from hf_finetune.tracking.events import EventWriter, LogDir
-        from hf_finetune.tracking.tensorboard import Board
-
         self.recipe = recipe
         self.folder = folder
         self.status = status
@@ -52,11 +48,6 @@ class Observers:
 
     def callbacks(self, prepared: Prepared, tokenizer: Any) -> list[TrainerCallback]:
         """List the callbacks for the Trainer, in the order in which they must hear of a log."""
-        from transformers import EarlyStoppingCallback
-
-        from hf_finetune.tracking.callbacks import Console, Progress
-
-        task, raw = self.recipe.task, prepared.raw_validation
         # The journal is first: what is on disk is the truth, and it sets the time that the others show.
         found: list[TrainerCallback] = [self.journal]
         stopping = self.recipe.training.early_stopping
@@ -65,8 +56,8 @@ class Observers:
         if self.board is not None:
             found.append(self.board)
         if self.machine.is_main:
-            found += [Console(task.headline), Progress(self.status)]
-        prompts = task.samples(raw, tokenizer)
+            found += [Console(self.recipe.task.headline), Progress(self.status)]
+        prompts = self.recipe.task.samples(prepared.raw_validation, tokenizer)
         if prompts is not None:
             # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
@@ -76,16 +67,13 @@ class Observers:
                 say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
         return found
 
-    def keep(self, lines: dict[str, int], step: int) -> None:
+    def start(self, lines: dict[str, int], step: int) -> None:
         """Continue where a checkpoint ends.
 
         Args:
             lines: Of each journal, by file name.
             step: The checkpoint's; 0 to begin anew.
         """
-        from hf_finetune.tracking import records
-        from hf_finetune.tracking.observing import environment
-
         self.journal.keep(lines.get(self.folder.metrics.name, 0))
         if not self.machine.is_main:
             return
@@ -102,7 +90,7 @@ class Observers:
                 warn(f"{logdir.folder} can't be cleared ({error.strerror}): TensorBoard shows some steps twice")
             self.board.replay(self.journal.entries)
 
-    def locked(self) -> None:
+    def show_lock(self) -> None:
         """Show `run.lock.json`, which exists now."""
         if self.board is not None:
             self.board.add_lock()
@@ -127,7 +115,7 @@ class Observers:
                 warn(f"{where} can't be written ({error.strerror}): records are lost, training goes on")
             self._is_recordless = True
 
-    def conclude(self, summary: journal.Entry) -> None:
+    def finish(self, summary: journal.Entry) -> None:
         """Write the summary row and close the event file."""
         line = {**summary, "time": journal.now()}
         self.journal.add(line)
@@ -143,9 +131,6 @@ class Observers:
         """
         if self.board is not None:
             self.board.close("unknown" if is_stopped else "failure")
-
-
-# Answers of a language model to fixed prompts at each evaluation, for people to read.
 
 
 class Samples(TrainerCallback):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +23,22 @@ from transformers import TrainerState
 
 from hf_finetune.config.blocks import is_due
 from hf_finetune.data.batches import lengths_of
+from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine
 from hf_finetune.log.text import shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Judged, Predictions, Task, tokenizer_of
-from hf_finetune.tracking import watching as tracking_watching
+from hf_finetune.tracking import watching
 from hf_finetune.tracking.records import Record, files, step_of
 
-if TYPE_CHECKING:
-    from hf_finetune.data.prepare import Prepared
-    from hf_finetune.training.trainer import FinetuneTrainer
+Array = np.ndarray[Any, Any]
 
-
-# Records made once a process: the data that the model learns from, and the machine that it learns on.
-
+EVALUATED = "eval_runtime"
+"""Every log of an evaluation during training holds this."""
+TEXT = 500
+"""Characters of a text in a table."""
+LABEL_TEXT = 120
+"""Characters of a text beside an embedding."""
 BINS = 32
 """Bins of the lengths; the last one takes the longest too."""
 FATES = ("rows", "kept", "cut", "dropped", "untrained", "empty", "unused", "tokens", "trained")
@@ -47,7 +49,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def record(prepared: Prepared) -> Record:
+def data(prepared: Prepared) -> Record:
     """Record `data`: tokens a row after cutting, in bins that all splits share, labels, and what became of the rows.
 
     The lengths of a stream are not known.
@@ -94,12 +96,6 @@ def environment(machine: Machine, step: int) -> Record:
     if torch.version.cuda:
         table["cuda"] = str(torch.version.cuda)
     return Record("environment", "train", step, facts={"table": table, "time": round(time.time(), 3)})
-
-
-# The rows in which a model was most surely wrong. Shapes: N rows.
-
-TEXT = 500
-"""Characters of a text that are shown."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +147,6 @@ def worst(task: Task, split: Split, ids: Array, judged: Judged, rows: int) -> li
     ]
 
 
-Array = np.ndarray[Any, Any]
-
-EVALUATED = "eval_runtime"
-"""Every log of an evaluation during training holds this."""
-LABEL_TEXT = 120
-"""Characters of a text beside an embedding."""
-
-
 @dataclass(frozen=True)
 class Occasion:
     """One evaluation."""
@@ -202,13 +190,13 @@ class Observing:
     folder: Path
     """`observations/` of the run folder."""
     record: Callable[[Record], None]
-    """Takes each record on rank 0, e.g. `Observers.record`."""
+    """Takes each record on rank 0, e.g. `Tracker.record`."""
 
-    def attend(self, trainer: FinetuneTrainer, say: Callable[[str], None]) -> None:
+    def watch(self, trainer: Any, say: Callable[[str], None]) -> None:
         """Watch a trainer from now on.
 
         Args:
-            trainer: Not started yet.
+            trainer: A `FinetuneTrainer`, not started yet.
             say: Takes sentences about what can't be shown.
         """
         trainer.observing = self
@@ -221,15 +209,12 @@ class Observing:
         if self.machine.is_sharded and any(wanted.values()):
             names = ", ".join(name for name, often in wanted.items() if often)
             say(f"no {names}: the weights are sharded (FSDP, ZeRO-3)")
-        elif (
-            wanted["embeddings"]
-            and tracking_watching.find_head(trainer.bare_model, len(trainer.job.targets.names)) is None
-        ):
+        elif wanted["embeddings"] and watching.find_head(trainer.bare_model, len(trainer.job.targets.names)) is None:
             say("no embeddings: this model's head does not end in a linear layer")
         if not self.machine.is_main:
             return
         if not trainer.steps_done():
-            self.record(record(self.prepared))
+            self.record(data(self.prepared))
 
         def due(step: int) -> bool:
             if not trainer.evaluates_at(step):
@@ -238,9 +223,9 @@ class Observing:
             return occasion.is_due(tracking.histograms)
 
         if tracking.histograms is not False and not self.machine.is_sharded:
-            trainer.add_callback(tracking_watching.WeightWatch(trainer.bare_model, due, self.record))
+            trainer.add_callback(watching.WeightWatch(trainer.bare_model, due, self.record))
 
-    def look(self, trainer: FinetuneTrainer, phase: str, split: str, encoded: Any) -> Look:
+    def look(self, trainer: Any, phase: str, split: str, encoded: Any) -> Look:
         """Watch the evaluation that comes next.
 
         Args:
@@ -275,24 +260,22 @@ class Look:
         split: Its rows.
     """
 
-    def __init__(self, observing: Observing, trainer: FinetuneTrainer, occasion: Occasion, split: Split) -> None:
+    def __init__(self, observing: Observing, trainer: Any, occasion: Occasion, split: Split) -> None:
         self.observing, self.occasion, self.split = observing, occasion, split
         self.job, self.model = trainer.job, trainer.bare_model
         self.tracking = observing.recipe.tracking
         self.is_main, self.is_sharded = observing.machine.is_main, observing.machine.is_sharded
         self.totals: dict[str, torch.Tensor] | None = {} if occasion.is_due(self.tracking.images) else None
         """Sums that `Task.predict` adds to; None where nobody wants them."""
-        self._inputs: tracking_watching.HeadInputs | None = None
+        self._inputs: watching.HeadInputs | None = None
         self._ids: Array = np.zeros(0, dtype=np.int64)
         self._predictions: Predictions = {}
         self._token_rows: list[dict[str, Any]] = []
         if self.job.targets.names and not self.is_sharded and occasion.is_due(self.tracking.embeddings):
-            head = tracking_watching.find_head(self.model, len(self.job.targets.names))
+            head = watching.find_head(self.model, len(self.job.targets.names))
             if head is not None:
-                rows = tracking_watching.chosen(len(split.encoded), self.tracking.embedding_rows)
-                self._inputs = tracking_watching.HeadInputs(
-                    head, rows, getattr(self.model.config, "pad_token_id", None)
-                )
+                rows = watching.chosen(len(split.encoded), self.tracking.embedding_rows)
+                self._inputs = watching.HeadInputs(head, rows, getattr(self.model.config, "pad_token_id", None))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -327,10 +310,8 @@ class Look:
             return logits[0]
 
         name, many = self.job.task.token_ids, self.tracking.example_rows
-        self._token_rows = tracking_watching.rows(
-            forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many
-        )
-        entropy = tracking_watching.mean_entropy(self._token_rows)
+        self._token_rows = watching.rows(forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many)
+        entropy = watching.mean_entropy(self._token_rows)
         return {} if entropy is None else {"example_entropy": entropy}
 
     def _conclude(self) -> None:
@@ -361,16 +342,16 @@ class Look:
                 tell(Record("embeddings", phase, step, {"vectors": found[kept], "ids": ids[kept]}, told))
         sums = totals.get("positions")
         if sums is not None and sums.numel():
-            tell(Record("positions", phase, step, tracking_watching.positions(sums.cpu().numpy())))
+            tell(Record("positions", phase, step, watching.positions(sums.cpu().numpy())))
         if self._token_rows:
             tell(Record("tokens", phase, step, facts={"rows": self._token_rows}))
         # At other evaluations `WeightWatch` has seen the step before, too.
         of_nothing_else = phase == "final" or step == 0
         if of_nothing_else and phase != "test" and due(tracking.histograms) and not self.is_sharded:
-            tell(tracking_watching.record(phase, step, tracking_watching.modules(self.model), None))
+            tell(watching.record(phase, step, watching.modules(self.model), None))
 
 
 def _over_ranks(total: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's total; ranks that saw shorter rows have fewer places."""
+    """Add up every rank's total; ranks that saw shorter rows have fewer places."""
     summed: torch.Tensor = reduce(pad_across_processes(total, dim=-1), reduction="sum")
     return summed

@@ -29,10 +29,9 @@ from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
 from hf_finetune.tracking import charts, figures, records
 from hf_finetune.tracking.callbacks import MetricsCallback
-from hf_finetune.tracking.events import EMBEDDINGS, KEY, PROJECTOR, EventWriter, LogDir, check
+from hf_finetune.tracking.events import EventWriter
+from hf_finetune.tracking.logdir import EMBEDDINGS, KEY, PROJECTOR, LogDir, check
 from hf_finetune.tracking.records import Record
-
-# Draw each kind of record with TensorBoard: scalars, histograms, PR curves, pictures, texts, embeddings.
 
 Array = np.ndarray[Any, Any]
 
@@ -53,6 +52,15 @@ COLOURS = ((0.5, "🟩"), (1.5, "🟨"), (3.0, "🟧"), (float("inf"), "🟥"))
 HARDEST = 10
 """Tokens of the table."""
 COLUMNS = ("row", "label", "predicted", "confidence", "text")
+Outcome = Literal["success", "failure", "unknown"]
+"""States that TensorBoard knows besides `running`; a run that was stopped and can be resumed is `unknown`."""
+PATIENCE = 60.0
+"""Seconds to wait for the disk when a whole run is drawn at once."""
+HEAD = frozenset({"step", "phase", "time"})
+PER_CLASS = ("precision", "recall", "f1", "support")
+"""Metrics of each class: `f1.<label>` in metrics.jsonl."""
+RATES = ("summary/seconds", "summary/samples_per_second", "summary/tokens_per_second", "summary/peak_memory")
+SECONDS = ("seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer")
 
 
 def draw_data(writer: EventWriter, record: Record) -> None:
@@ -92,11 +100,11 @@ def draw_examples(writer: EventWriter, record: Record) -> None:
     writer.add_text(f"{record.phase}/most_wrong", table(COLUMNS, shown) if rows else "No row is wrong.")
 
 
-def draw_plots(writer: EventWriter, record: Record) -> None:
+def draw_charts(writer: EventWriter, record: Record) -> None:
     """Draw the record's charts that TensorBoard has no interactive ones of."""
-    for plot in charts.record_plots(record):
-        if plot.on_board:
-            writer.add_png(f"{record.phase}/{plot.name}", figures.png(plot.draw()))
+    for chart in charts.record_charts(record):
+        if chart.on_board:
+            writer.add_png(f"{record.phase}/{chart.name}", figures.png(chart.draw()))
 
 
 def draw_predictions(writer: EventWriter, record: Record) -> None:
@@ -111,7 +119,7 @@ def draw_predictions(writer: EventWriter, record: Record) -> None:
         if found is not None and record.phase == "eval":
             for tag, value in zip(MARGIN, found, strict=True):
                 writer.add_scalar(tag, value)
-        draw_plots(writer, record)
+        draw_charts(writer, record)
         if is_classifier:
             _draw_pr_curves(writer, record)
     if not due["histograms"]:
@@ -228,15 +236,12 @@ DRAWN: dict[str, Callable[[EventWriter, Record], None]] = {
     "embeddings": draw_embeddings,
     "environment": draw_environment,
     "examples": draw_examples,
-    "positions": draw_plots,
+    "positions": draw_charts,
     "predictions": draw_predictions,
     "tokens": draw_tokens,
     "weights": draw_weights,
 }
 """By kind of record."""
-
-
-# ---- parts ----
 
 
 def add_counts(writer: EventWriter, tag: str, counts: Array, edges: Array) -> None:
@@ -322,18 +327,6 @@ def table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Write a table; its cells are escaped."""
     lines = [head, ["---"] * len(head), *([cell(str(value)) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-Outcome = Literal["success", "failure", "unknown"]
-"""States that TensorBoard knows besides `running`; a run that was stopped and can be resumed is `unknown`."""
-PATIENCE = 60.0
-"""Seconds to wait for the disk when a whole run is drawn at once."""
-HEAD = frozenset({"step", "phase", "time"})
-PER_CLASS = ("precision", "recall", "f1", "support")
-"""Metrics of each class: `f1.<label>` in metrics.jsonl."""
-
-RATES = ("summary/seconds", "summary/samples_per_second", "summary/tokens_per_second", "summary/peak_memory")
-SECONDS = ("seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer")
 
 
 class Board(MetricsCallback):

@@ -1,4 +1,7 @@
-"""Records of a language model's tokens: the loss of each token of a few rows, and the loss by position."""
+"""Look closer at a model in an evaluation: losses of its tokens, inputs of its head, its weights and their updates.
+
+Everything is computed where it lies, and fetched once. Shapes: B rows, T tokens, D numbers of a vector, H histograms.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,18 @@ Array = np.ndarray[Any, Any]
 LONGEST = 512
 """Tokens of a row that are shown."""
 BINS = 64
-"""Bins of positions, of equal width."""
+"""Bins of equal width, of positions and of histograms of weights."""
+LARGEST = torch.finfo(torch.float16).max
+SAMPLE = 65_536
+"""Numbers of a tensor that histograms and the size of an update are made of, spread evenly; norms are exact."""
+NORMS = {".lora_B": "norm_b", ".lora_embedding_B": "norm_b"}
+"""End of a module's name -> name of its norm: how much LoRA adds to a layer starts at 0 and grows with B."""
+
+Parameters = Mapping[str, Sequence[torch.Tensor]]
 
 
 def positions(sums: Array) -> dict[str, Array]:
-    """Arrays of the record `positions`: `edges` (P + 1,), `loss` (P,) mean nats a token, NaN for none, `tokens` (P,).
+    """Make the record `positions`: `edges` (P + 1,), `loss` (P,) mean nats a token, NaN for none, `tokens` (P,).
 
     Args:
         sums: (2, T) nats and counted tokens at each position, from 0.
@@ -45,7 +55,7 @@ def positions(sums: Array) -> dict[str, Array]:
 def rows(
     forward: Callable[[dict[str, Any]], torch.Tensor], tokenizer: Any, encoded: Any, name: Any, many: int
 ) -> list[dict[str, Any]]:
-    """`rows` of the record `tokens`: the first ones of a split, each in a pass of its own.
+    """Make the rows of the record `tokens`: the first ones of a split, each in a pass of its own.
 
     Args:
         forward: Logits (T, V) of an encoded row.
@@ -77,7 +87,7 @@ def rows(
 
 
 def mean_entropy(found: list[dict[str, Any]]) -> float | None:
-    """Mean entropy (nats) of what is predicted for the trained tokens of some rows; None without any."""
+    """Average the entropy (nats) of the predictions of trained tokens; None without any."""
     values = [
         entropy
         for row in found
@@ -88,22 +98,15 @@ def mean_entropy(found: list[dict[str, Any]]) -> float | None:
 
 
 def text(tokenizer: Any, token: int) -> str:
-    """A token as it stands in a text, with its leading space."""
+    """Write a token as it stands in a text, with its leading space."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     if piece.startswith("\u2581"):  # sentencepiece's space, which decoding a single token takes away
         return piece.replace("\u2581", " ")
     return str(tokenizer.decode([token]))
 
 
-# Collect the inputs of a classifier's head in an evaluation, for the projector.
-#
-# It comes from a hook on the last layer, so it costs no pass of its own. Shapes: B rows, T tokens, D numbers.
-
-LARGEST = torch.finfo(torch.float16).max
-
-
 def find_head(model: nn.Module, labels: int) -> nn.Module | None:
-    """The last linear layer that gives one number a label, adapted or not; None where there is none."""
+    """Find the last linear layer that gives one number a label, adapted or not."""
     found, inside = None, "\0"
     for path, module in model.named_modules():
         if path.startswith(inside):
@@ -117,12 +120,14 @@ def find_head(model: nn.Module, labels: int) -> nn.Module | None:
 
 
 def chosen(rows: int, most: int) -> list[int]:
-    """At most so many rows, spread evenly over the split, as this may be sorted by label."""
+    """Choose at most so many rows, spread evenly over the split, which may be sorted by label."""
     return [int(row) for row in np.unique(np.linspace(0, rows - 1, min(rows, most)).round())]
 
 
 class HeadInputs:
-    """Collects the vectors of some rows, of every rank.
+    """Collect the inputs of a classifier's head for some rows, of every rank, for the projector.
+
+    They come from a hook on the head, so they cost no pass of their own.
 
     Args:
         head: See `find_head`.
@@ -142,7 +147,7 @@ class HeadInputs:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, forward passes are watched."""
+        """Watch the forward passes inside."""
         handle = self.head.register_forward_pre_hook(self._see)
         try:
             yield
@@ -178,7 +183,7 @@ class HeadInputs:
         self._ids = []
 
     def gather(self) -> tuple[Array, Array]:
-        """Row numbers, ascending, and their vectors, (M,) int64 and (M, D) float16; every rank must ask."""
+        """Return row numbers, ascending, and their vectors, (M,) int64 and (M, D) float16; every rank must ask."""
         vectors = torch.cat(self._found).cpu().numpy() if self._found else None
         parts = gather_object([(np.array(self._numbers, dtype=np.int64), vectors)])
         held = [(numbers, found) for numbers, found in parts if found is not None]
@@ -187,20 +192,6 @@ class HeadInputs:
         numbers = np.concatenate([numbers for numbers, _ in held])
         order = np.argsort(numbers, kind="stable")
         return numbers[order], np.concatenate([found for _, found in held])[order]
-
-
-# Records of the trained weights: histograms of weights and gradients, and how much a step changes each module.
-#
-# All of it is computed on the device, and fetched once. Of a tensor of more than `SAMPLE` numbers the histograms and
-# the size of an update are those of an even sample; norms are exact.
-
-SAMPLE = 65_536
-"""Most numbers of a tensor that are looked at."""
-"""Bins of a histogram, of equal width from its least to its greatest number."""
-NORMS = {".lora_B": "norm_b", ".lora_embedding_B": "norm_b"}
-"""End of a module's name -> name of its norm: how much LoRA adds to a layer starts at 0 and grows with B."""
-
-Parameters = Mapping[str, Sequence[torch.Tensor]]
 
 
 def modules(model: nn.Module) -> Parameters:

@@ -29,7 +29,7 @@ from hf_finetune.training.job import Job
 from hf_finetune.training.resume import Keeper, Progress
 
 if TYPE_CHECKING:
-    from hf_finetune.tracking.observers import Observers
+    from hf_finetune.tracking.observers import Tracker
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 """Another version of these may change the bits of the next step."""
@@ -69,12 +69,12 @@ def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str],
     )
 
 
-def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[str], None]) -> None:
+def go_on(keeper: Keeper, tracker: Tracker, status: Status, tell: Callable[[str], None]) -> None:
     """Cut the journals where the checkpoint ends, and say where that is.
 
     Args:
         keeper: Knows the checkpoint.
-        observers: Everyone who writes.
+        tracker: Everyone who writes.
         status: Learns of the checkpoint, and of each later one.
         tell: Says something on rank 0.
     """
@@ -84,15 +84,15 @@ def go_on(keeper: Keeper, observers: Observers, status: Status, tell: Callable[[
 
     keeper.committed = committed
     if keeper.resume_from is None:
-        if observers.folder.metrics.exists():
+        if tracker.folder.metrics.exists():
             status.at(0, None)
             tell("no checkpoint was written before the earlier run ended: starting again at step 0")
         PartialState().wait_for_everyone()  # until every rank has looked
-        observers.keep({}, 0)
+        tracker.start({}, 0)
         return
     progress = Progress.read(keeper.resume_from)
     committed(progress.step)
-    observers.keep(progress.lines, progress.step)
+    tracker.start(progress.lines, progress.step)
     tell(f"resuming from {keeper.resume_from} at step {progress.step}")
 
 

@@ -1,0 +1,91 @@
+"""The folder of events: `tensorboard/` of the run folder, another folder, or an object store.
+
+Needs no torch, which tensorboardX imports: `check` and `hf-finetune tensorboard` answer in a moment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import time
+from pathlib import Path
+
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.recipe import Recipe
+from hf_finetune.run.folder import RunFolder, refuse_unwritable
+
+KEY = "tracking.folder"
+CLIENTS = {"s3": ("boto3", "boto3"), "gs": ("google.cloud.storage", "google-cloud-storage")}
+"""Scheme -> the module that tensorboardX 2.6 writes there with, and its package."""
+PROJECTOR = "projector_config.pbtxt"
+EMBEDDINGS = "embeddings"
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
+
+
+class LogDir:
+    """A folder of events.
+
+    Args:
+        folder: Path or address.
+        owner: Ends the names of event files, so that a run knows its own among those of others.
+    """
+
+    def __init__(self, folder: str, owner: str = "") -> None:
+        self.folder = folder.rstrip("/") or "/"
+        self.suffix = "." + re.sub(r"[^\w.-]", "_", owner) if owner else ""
+        self.is_remote = _SCHEME.match(self.folder) is not None
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: RunFolder) -> LogDir:
+        """Say where the events of a run go."""
+        if recipe.tracking.folder is None:
+            return cls(str(folder.tensorboard))
+        return cls(recipe.tracking.folder, folder.path.absolute().name)
+
+    def new_file(self) -> str:
+        """Name a new event file; tensorboardX's own name would hold that of the host."""
+        return f"{self.folder}/events.out.tfevents.{time.time():.3f}{self.suffix}"
+
+    def event_files(self) -> list[Path]:
+        """List the event files that runs of this name wrote; none in an object store."""
+        return [] if self.is_remote else list(Path(self.folder).glob(f"events.out.tfevents.*{self.suffix}"))
+
+    def clear(self) -> None:
+        """Remove what runs of this name wrote; nothing in an object store, where a new file hides older ones.
+
+        Raises:
+            OSError: It can't be removed.
+        """
+        if not self.is_remote:
+            for path in [*self.event_files(), Path(self.folder, PROJECTOR)]:
+                path.unlink(missing_ok=True)
+            shutil.rmtree(Path(self.folder, EMBEDDINGS), ignore_errors=True)
+
+
+def check(folder: str) -> None:
+    """Make sure that events can be written, as far as that is known without a network.
+
+    Args:
+        folder: `tracking.folder` of a recipe.
+
+    Raises:
+        RecipeError: tensorboardX can't write to such an address, or its client is not installed.
+        StorageError: A local folder can't be written.
+    """
+    address = _SCHEME.match(folder)
+    if address is None:
+        refuse_unwritable(Path(folder), KEY)
+        return
+    if address[1] not in CLIENTS:
+        known = ", ".join(f"{scheme}://" for scheme in CLIENTS)
+        message = f"tensorboardX does not write to {address[1]}://; give a folder, or an address with {known}"
+        raise RecipeError(Problem(message, key=KEY))
+    module, package = CLIENTS[address[1]]
+    try:
+        is_installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        is_installed = False
+    if not is_installed:
+        raise RecipeError(Problem(f"{address[1]}:// needs {package}; pip install {package}", key=KEY))
