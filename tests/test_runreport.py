@@ -24,8 +24,10 @@ from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import RunData
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks import _metrics as metrics
+from hf_finetune.tasks._sums import Sums
 from hf_finetune.tasks.base import Targets
 from hf_finetune.tasks.causal_lm import CausalLM
+from hf_finetune.tasks.token_classification import TokenClassification
 from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
@@ -38,6 +40,16 @@ NAMES = ["good", "bad", "odd", "rare"]
 
 def data_of(folder: RunFolder, task: dict[str, Any]) -> RunData:
     return RunData.read(folder, reported.recipe(folder.path.parent, task))
+
+
+def sums_of(rows: Array, facts: dict[str, Any]) -> Sums | None:
+    record = Record("predictions", "eval", 1, {"rows": rows}, facts)
+    return intervals.recorded(record, CausalLM(kind="causal_lm", text="text"))
+
+
+def estimate(rows: Array, facts: dict[str, Any], seed: int = 0) -> intervals.Intervals:
+    sums = sums_of(rows, facts)
+    return intervals.estimate([] if sums is None else [sums], seed)
 
 
 def classes(count: int) -> Array:
@@ -70,7 +82,7 @@ SPLITS: dict[str, tuple[Array, dict[str, Any], dict[str, float]]] = {
 def test_metrics_of_sums_are_those_of_the_task() -> None:
     for problem in SPLITS:
         rows, facts, expected = SPLITS[problem]
-        sums = intervals.sums_of(rows, {"problem": problem, **facts})
+        sums = sums_of(rows, {"problem": problem, **facts})
         assert sums is not None
         found = sums.metrics(np.asarray(sums.of_rows @ np.ones((len(rows), 1))))
         shared = {name: float(values[0]) for name, values in found.items() if name in expected}
@@ -80,7 +92,7 @@ def test_metrics_of_sums_are_those_of_the_task() -> None:
 
 def test_token_metrics_of_sums_are_those_of_the_task() -> None:
     rows = np.column_stack([np.linspace(1, 9, 20), np.full(20, 4), np.arange(20) % 4])
-    sums = intervals.sums_of(rows, {"problem": None})
+    sums = sums_of(rows, {"problem": None})
     assert sums is not None
     found = {name: float(values[0]) for name, values in sums.metrics(rows.sum(axis=0)[:, None]).items()}
     task = CausalLM(kind="causal_lm", text="text")
@@ -94,14 +106,14 @@ def test_an_interval_is_that_of_scipy() -> None:
     expected = stats.bootstrap(
         (right,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    found = intervals.estimate(rows, {"problem": "single_label", "names": NAMES})
+    found = estimate(rows, {"problem": "single_label", "names": NAMES})
     assert found.bounds["accuracy"] == pytest.approx((expected.low, expected.high))
     assert found.method == "95% percentile bootstrap, 1,000 resamples of 300 rows"
 
 
 def test_an_interval_is_the_same_every_time() -> None:
     rows, facts, _ = SPLITS["regression"]
-    once, twice, other = (intervals.estimate(rows, {"problem": "regression", **facts}, seed) for seed in (0, 0, 1))
+    once, twice, other = (estimate(rows, {"problem": "regression", **facts}, seed) for seed in (0, 0, 1))
     assert once == twice != other
 
 
@@ -110,16 +122,29 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for _ in range(100):
         labels = (draw.random(100) > 0.8).astype(float)  # right in 80 of 100 rows
-        low, high = intervals.estimate(
+        low, high = estimate(
             np.column_stack([np.ones(100), np.zeros(100), labels]), {"problem": "single_label", "names": ["a", "b"]}
         ).bounds["accuracy"]
         covered += low <= 0.8 <= high
     assert 88 <= covered <= 99
 
 
+def test_a_task_without_charts_has_intervals_of_what_it_predicted() -> None:
+    task = TokenClassification(kind="token_classification", words="words", tags="tags")
+    truth = np.tile([0, 1, 1, -100], (20, 1))
+    tag = truth.copy()
+    tag[:5, 0] = 1
+    arrays = {"truth": truth, "tag": tag, "nats": np.ones((20, 4)), "confidence": np.ones((20, 4))}
+    record = Record("outputs", "eval", 1, {"ids": np.arange(20), **arrays}, {"names": ["O", "B-X"]})
+    sums = intervals.recorded(record, task)
+    assert sums is not None
+    low, high = intervals.estimate([sums]).bounds["accuracy"]
+    assert low < 55 / 60 < high
+
+
 def test_rows_that_are_all_right_leave_wilsons_interval() -> None:
     rows = np.column_stack([np.linspace(1, 3, 14), np.zeros(14), np.zeros(14)])
-    found = intervals.estimate(rows, {"problem": "single_label", "names": ["a", "b"]})
+    found = estimate(rows, {"problem": "single_label", "names": ["a", "b"]})
     expected = stats.binomtest(14, 14).proportion_ci(method="wilson")
     assert found.bounds["accuracy"] == pytest.approx((expected.low, expected.high))
     assert expected.low < 0.8
@@ -132,10 +157,10 @@ def test_all_wrong_and_models_that_agree_everywhere_have_an_interval_too() -> No
     rows = np.column_stack([np.zeros(14), np.ones(14), np.zeros(14)])
     facts = {"problem": "single_label", "names": ["a", "b"]}
     upper = stats.binomtest(0, 14).proportion_ci(method="wilson").high
-    assert intervals.estimate(rows, facts).bounds["accuracy"] == pytest.approx((0.0, upper))
-    sums = intervals.sums_of(rows, facts)
+    assert estimate(rows, facts).bounds["accuracy"] == pytest.approx((0.0, upper))
+    sums = sums_of(rows, facts)
     assert sums is not None
-    assert intervals.of_differences(sums, sums).bounds == {"accuracy": pytest.approx((-upper, upper))}
+    assert intervals.differences([(sums, sums)]).bounds == {"accuracy": pytest.approx((-upper, upper))}
 
 
 def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
@@ -172,21 +197,23 @@ def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
 
 def test_ten_thousand_rows_take_two_seconds_at_most() -> None:
     rows = classes(10_000)
-    assert len(rows) * intervals.RESAMPLES <= intervals.DRAWS
-    assert intervals.estimate(rows, {"problem": "single_label", "names": NAMES}).resamples == 1000
-    huge = intervals.estimate(np.ones((200_000, 3)), {"problem": None})
-    assert huge.resamples == intervals.LEAST, "time grows with the rows from here on, not with the resamples"
+    assert len(rows) * intervals.RESAMPLES <= intervals.ROWS_DRAWN
+    assert estimate(rows, {"problem": "single_label", "names": NAMES}).method.endswith("1,000 resamples of 10,000 rows")
+    huge = estimate(np.ones((200_000, 3)), {"problem": None})
+    assert f"{intervals.FEWEST} resamples" in huge.method, (
+        "time grows with the rows from here on, not with the resamples"
+    )
 
 
 def test_rows_too_few_or_strange_have_no_interval() -> None:
     for rows in [np.empty((0, 3)), np.array([[1.0, 0.0, 0.0]]), np.ones((5, 7))]:
-        assert intervals.estimate(rows, {"problem": "single_label", "names": ["a", "b"]}).bounds == {}
+        assert estimate(rows, {"problem": "single_label", "names": ["a", "b"]}).bounds == {}
 
 
 def test_masked_rows_are_not_drawn() -> None:
     rows = classes(60)
     rows[:30, -1] = -100
-    assert intervals.estimate(rows, {"problem": "single_label", "names": NAMES}).rows == 30
+    assert estimate(rows, {"problem": "single_label", "names": NAMES}).method.endswith("of 30 rows")
 
 
 def test_the_last_evaluation_tells_about_the_model_that_is_saved(tmp_path: Path) -> None:

@@ -81,11 +81,8 @@ class Scored:
         return [*found, of_means(self.answers)] if self.answers else found
 
     def intervals(self) -> Intervals:
-        """95 % bootstrap intervals of those metrics."""
-        parts = [reports_intervals.of_sums(sums) for sums in self.sums()]
-        bounds = {name: pair for part in parts for name, pair in part.bounds.items()}
-        wilson = tuple(name for part in parts for name in part.by_wilson)
-        return Intervals(bounds, parts[0].resamples, parts[0].rows, wilson) if parts else Intervals()
+        """Estimate 95 % bootstrap intervals of those metrics."""
+        return reports_intervals.estimate(self.sums())
 
     def right(self) -> tuple[str, Array, Array] | None:
         """A metric that counts right rows, the numbers of the rows, and which are right; None where none does."""
@@ -212,8 +209,14 @@ def compare(this: Scored, other: Scored, name: str) -> Versus:
         notes.append("loss, perplexity and token_accuracy are not compared: the tokenizers cut texts into other tokens")
         mine = {metric: value for metric, value in mine.items() if metric in this.answers}
     differences = {metric: mine[metric] - theirs[metric] for metric in mine if metric in theirs}
-    found = [reports_intervals.of_differences(*pair) for pair in _pairs(this, other)]
-    bounds = {metric: pair for part in found for metric, pair in part.bounds.items() if metric in differences}
+    # Both are in the order of the split; masked rows may have been left out of one.
+    pairs = [
+        pair
+        for pair in zip(this.sums(), other.sums(), strict=True)
+        if pair[0].of_rows.shape[1] == pair[1].of_rows.shape[1]
+    ]
+    found = reports_intervals.differences(pairs).bounds
+    bounds = {metric: pair for metric, pair in found.items() if metric in differences}
     return Versus(name, len(common), theirs, differences, bounds, _mcnemar(this, other), notes)
 
 
@@ -249,12 +252,6 @@ def _same_tokens(this: Scored, other: Scored) -> bool:
     """Tell whether losses of tokens are of the same tokens."""
     mine, theirs = this.predictions.get("tokens"), other.predictions.get("tokens")
     return mine is None or theirs is None or np.array_equal(mine, theirs)
-
-
-def _pairs(this: Scored, other: Scored) -> list[tuple[Sums, Sums]]:
-    """Sums over the same rows, in the same order: both are in the order of the split."""
-    pairs = zip(this.sums(), other.sums(), strict=True)
-    return [pair for pair in pairs if pair[0].of_rows.shape[1] == pair[1].of_rows.shape[1]]
 
 
 def _mcnemar(this: Scored, other: Scored) -> McNemar | None:

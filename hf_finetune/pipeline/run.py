@@ -13,6 +13,7 @@ from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
+from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -69,16 +70,14 @@ class Run:
         """The final metrics by split: `run.metrics["validation"]["accuracy"]`."""
         if self.outcome is not None:
             return self.outcome.scores
-        from hf_finetune.reports.run import Remains
+        from hf_finetune.reports.run import RunData
 
-        return Remains.read(RunFolder(str(self.folder)), self.recipe).scores
+        return RunData.read(RunFolder(str(self.folder)), self.recipe).scores
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: `step`, `epoch`, `phase` (train, eval, test, summary), and what was logged."""
-        from hf_finetune.reports.run import Remains
-
-        return [dict(line) for line in Remains.read(RunFolder(str(self.folder)), self.recipe).lines]
+        return journal.read(RunFolder(str(self.folder)).metrics)
 
     def evaluate(
         self,

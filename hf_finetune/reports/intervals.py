@@ -1,16 +1,14 @@
 """Confidence intervals of final metrics: rows are drawn with replacement, and every metric is computed anew.
 
-Percentile bootstrap (Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13), by `scipy.stats`. Where
-all resamples are alike, as where every row is right, its interval would have no width and claim what nobody knows:
-shares have Wilson's score interval then (Wilson 1927), other metrics none. The metrics are those of `task.metrics` that
-follow from sums over rows, so that a thousand resamples are a product of matrices instead of a thousand evaluations.
-Shapes: N rows, C classes, S sums, B resamples.
+Percentile bootstrap (Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 13), by `scipy.stats`. The
+metrics are those that follow from a task's sums over rows, so that a thousand resamples are one product of matrices.
+Shapes: N rows, S sums, B resamples.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +16,18 @@ import numpy as np
 
 from hf_finetune.tasks import _sums as tasks_sums
 from hf_finetune.tasks._sums import Sums
+from hf_finetune.tasks.base import State, Task
+from hf_finetune.tracking.records import Record
 
 Array = np.ndarray[Any, Any]
 
 CONFIDENCE = 0.95
-RESAMPLES, LEAST = 1000, 200
-"""Resamples of small splits, and of the largest."""
-DRAWS = 20_000_000
-"""Rows that are drawn in all, so that an interval takes about two seconds at most; `LEAST` resamples may draw more."""
-BATCH = 2_000_000
-"""Rows that are drawn together."""
+# Resamples of small splits, and of the largest. So many rows are drawn in all that an interval takes about two seconds
+# at most, unless the fewest resamples draw more.
+RESAMPLES, FEWEST = 1000, 200
+ROWS_DRAWN, ROWS_AT_ONCE = 20_000_000, 2_000_000
+# Metrics that are shares of rows, or means over rows of shares: each row is one trial at most.
 SHARES = ("accuracy", "exact_match", "ended", "token_accuracy", "hamming_loss")
-"""Metrics that are shares of rows, or means over rows of shares: each row is one trial at most."""
 
 
 @dataclass(frozen=True)
@@ -37,98 +35,51 @@ class Intervals:
     """Bounds of a split's metrics."""
 
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """By name; metrics that do not follow from sums (areas, ranks) are not there."""
-    resamples: int = 0
-    rows: int = 0
-    by_wilson: tuple[str, ...] = ()
-    """Metrics whose resamples were all alike."""
-
-    @property
-    def method(self) -> str:
-        """How they were made, for people; empty where there are none."""
-        if not self.bounds:
-            return ""
-        wilson = f"; Wilson's for {', '.join(self.by_wilson)}, alike in all of them" if self.by_wilson else ""
-        return f"{CONFIDENCE:.0%} percentile bootstrap, {self.resamples:,} resamples of {self.rows:,} rows{wilson}"
+    """By name; metrics that do not follow from sums (areas, ranks) have none."""
+    method: str = ""
+    """How they were made, for people."""
 
 
-def estimate(rows: Array, facts: Mapping[str, Any], seed: int = 0) -> Intervals:
-    """Intervals of the metrics of a split.
+def estimate(parts: Sequence[Sums], seed: int = 0) -> Intervals:
+    """Estimate intervals of all metrics that follow from sums over rows; the method is that of the first part."""
+    return _joined([_bootstrap(sums.of_rows.shape[1], _metrics_of(sums), seed) for sums in parts])
+
+
+def differences(pairs: Sequence[tuple[Sums, Sums]], seed: int = 0) -> Intervals:
+    """Estimate how much more one model's metrics are than another's: a paired bootstrap.
 
     Args:
-        rows: (N, K), as in a record of kind `predictions`; masked rows are left out.
-        facts: Of that record: `problem`, `names`, `threshold`.
+        pairs: Sums of one model and of the other; of the same rows in the same order.
         seed: Of the draws.
     """
-    sums = sums_of(rows, facts)
-    return Intervals() if sums is None else of_sums(sums, seed)
+    found = []
+    for one, other in pairs:
+        mine, theirs = _metrics_of(one), _metrics_of(other)
+
+        def differ(drawn: Array, mine: Any = mine, theirs: Any = theirs) -> dict[str, Array]:
+            ours, others = mine(drawn), theirs(drawn)
+            return {name: ours[name] - others[name] for name in ours if name in others}
+
+        found.append(_bootstrap(one.of_rows.shape[1], differ, seed, least=-1.0))
+    return _joined(found)
 
 
-def of_sums(sums: Sums, seed: int = 0) -> Intervals:
-    """Intervals of whatever follows from sums over rows."""
-    return _bootstrap(sums.of_rows.shape[1], lambda drawn: sums.metrics(_added(sums, drawn)), seed, least=0.0)
-
-
-def of_differences(one: Sums, other: Sums, seed: int = 0) -> Intervals:
-    """Intervals of how much more one model's metrics are than another's on the same rows: a paired bootstrap.
-
-    Args:
-        one: Of one model.
-        other: Of the other; the same rows in the same order.
-        seed: Of the draws.
-    """
-
-    def differences(drawn: Array) -> dict[str, Array]:
-        mine, theirs = one.metrics(_added(one, drawn)), other.metrics(_added(other, drawn))
-        return {name: mine[name] - theirs[name] for name in mine if name in theirs}
-
-    return _bootstrap(one.of_rows.shape[1], differences, seed, least=-1.0)
-
-
-def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int, *, least: float) -> Intervals:
-    """Percentile intervals of metrics of (B, N) drawn rows; `least` is what a share, or a difference of two, can be."""
-    from scipy import stats  # half a second
-
-    if count < 2:
-        return Intervals(rows=count)
-    resamples = int(np.clip(DRAWS // count, LEAST, RESAMPLES))
-    names = list(metrics(np.arange(count)[None]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
-            (np.arange(count),),
-            lambda drawn, axis: np.stack(list(metrics(np.atleast_2d(drawn)).values())),
-            n_resamples=resamples,
-            batch=max(1, BATCH // count),
-            vectorized=True,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    pairs = zip(names, found.low.tolist(), found.high.tolist(), strict=True)
-    bounds = {name: (low, high) for name, low, high in pairs if np.isfinite([low, high]).all()}
-    alike = [name for name, (low, high) in bounds.items() if high - low <= 1e-12 * max(1.0, abs(high))]
-    # Of no row in `count` that is otherwise; by symmetry also of all of them, and of two models that agree on all.
-    margin = float(stats.binomtest(0, count).proportion_ci(CONFIDENCE, method="wilson").high)
-    shares = {name: bounds[name][0] for name in alike if name in SHARES}
-    wilson = {name: (max(least, value - margin), min(1.0, value + margin)) for name, value in shares.items()}
-    kept = {name: wilson.get(name, pair) for name, pair in bounds.items() if name not in alike or name in wilson}
-    return Intervals(kept, resamples, count, tuple(wilson))
-
-
-def sums_of(rows: Array, facts: Mapping[str, Any]) -> Sums | None:
-    """What the metrics of a split are made of; None for rows of a task that is not known here.
+def recorded(record: Record, task: Task) -> Sums | None:
+    """Make the sums of a record of predictions; None where its metrics follow from none.
 
     Args:
-        rows: (N, K).
-        facts: Of a record of kind `predictions`.
+        record: Kind `outputs`, with what the task predicted, or `predictions`, with what its charts are drawn from.
+        task: Of the run.
     """
-    rows, names = np.asarray(rows, dtype=np.float64), [str(name) for name in facts.get("names") or ()]
-    problem, classes = facts.get("problem"), len(names)
+    names = [str(name) for name in record.facts.get("names") or ()]
+    if record.kind == "outputs":
+        return task.sums({name: found for name, found in record.arrays.items() if name != "ids"}, State(tuple(names)))
+    rows = np.asarray(record.arrays["rows"], dtype=np.float64)
+    problem, classes = record.facts.get("problem"), len(names)
     if problem == "single_label" and rows.shape[1] == classes + 1:
         return tasks_sums.of_labels(rows[:, :-1], rows[:, -1], names)
     if problem == "multi_label" and rows.shape[1] == 2 * classes:
-        threshold = float(facts.get("threshold") or 0.5)
+        threshold = float(record.facts.get("threshold") or 0.5)
         return tasks_sums.of_cells(rows[:, :classes], rows[:, classes:], names, threshold)
     if problem == "regression" and rows.shape[1] == 2:
         return tasks_sums.of_numbers(rows[:, 0], rows[:, 1])
@@ -137,10 +88,57 @@ def sums_of(rows: Array, facts: Mapping[str, Any]) -> Sums | None:
     return None
 
 
-def _added(sums: Sums, drawn: Array) -> Array:
-    """(S, B) sums over the drawn rows; `drawn` is (B, N) indices."""
-    resamples, count = drawn.shape
-    offsets = np.arange(resamples)[:, None] * count
-    times = np.bincount((drawn + offsets).ravel(), minlength=resamples * count).reshape(resamples, count)
-    added: Array = np.asarray(sums.of_rows @ times.T.astype(np.float64))
-    return added
+def _metrics_of(sums: Sums) -> Callable[[Array], dict[str, Array]]:
+    """Compute metrics (B,) of drawn rows (B, N)."""
+
+    def metrics(drawn: Array) -> dict[str, Array]:
+        resamples, count = drawn.shape
+        # How often each row was drawn, for all resamples in one call.
+        offsets = np.arange(resamples)[:, None] * count
+        times = np.bincount((drawn + offsets).ravel(), minlength=resamples * count).reshape(resamples, count)
+        return sums.metrics(np.asarray(sums.of_rows @ times.T.astype(np.float64)))
+
+    return metrics
+
+
+def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: int, *, least: float = 0.0) -> Intervals:
+    """Estimate intervals of metrics of drawn rows; `least` is the least that a share can be."""
+    from scipy import stats  # takes half a second to import
+
+    if count < 2:
+        return Intervals()
+    resamples = int(np.clip(ROWS_DRAWN // count, FEWEST, RESAMPLES))
+    names = list(metrics(np.arange(count)[None]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (np.arange(count),),
+            lambda drawn, axis: np.stack(list(metrics(np.atleast_2d(drawn)).values())),
+            n_resamples=resamples,
+            batch=max(1, ROWS_AT_ONCE // count),
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    # Where all resamples are alike, as where every row is right, an interval of no width would claim what nobody knows:
+    # shares have Wilson's interval then (Wilson 1927), other metrics none. Its margin is that of no row in `count`, by
+    # symmetry also of all of them, and of two models that agree everywhere.
+    margin = float(stats.binomtest(0, count).proportion_ci(CONFIDENCE, method="wilson").high)
+    bounds, by_wilson = {}, []
+    for name, low, high in zip(names, found.low.tolist(), found.high.tolist(), strict=True):
+        if not np.isfinite([low, high]).all():
+            continue
+        if high - low > 1e-12 * max(1.0, abs(high)):
+            bounds[name] = low, high
+        elif name in SHARES:
+            by_wilson.append(name)
+            bounds[name] = max(least, low - margin), min(1.0, low + margin)
+    wilson = f"; Wilson's for {', '.join(by_wilson)}, alike in all of them" if by_wilson else ""
+    method = f"{CONFIDENCE:.0%} percentile bootstrap, {resamples:,} resamples of {count:,} rows{wilson}"
+    return Intervals(bounds, method if bounds else "")
+
+
+def _joined(parts: Sequence[Intervals]) -> Intervals:
+    bounds = {name: pair for part in parts for name, pair in part.bounds.items()}
+    return Intervals(bounds, parts[0].method if parts else "")

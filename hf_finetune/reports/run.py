@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hf_finetune.training.job import Length
 
 
-# Lines for the terminal: data, model and plan while a run starts, and its summary at the end.
+# Lines about data, model and plan while a run starts, and what it came to at its end.
 
 
 def data_lines(prepared: Prepared) -> list[str]:
@@ -82,6 +82,54 @@ def plan_line(division: Division, length: Length) -> str:
         f"{counted(length.total_steps, 'step')} of {division.batch_size} rows: {counted(division.world_size, 'rank')}"
         f" x {counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
     )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    recipe: Recipe
+    machine: Machine
+    folder: RunFolder
+    prepared: Prepared
+    parameters: tuple[int, int]
+    """Trained parameters, all parameters."""
+    steps: int
+    seconds: float
+    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Whole-run samples and tokens per second, share of padding."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Final metrics per split."""
+    warnings: tuple[Problem, ...] = ()
+    peak_memory: int | None = None
+    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
+    reload_difference: float | None = 0.0
+    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit.
+
+    None where a second model would not fit (divided or quantised weights): every bit of the saved weights was compared.
+    """
+    probe_seconds: float = 0.0
+    """Wall-clock seconds before training that went into choosing fast paths."""
+    resumed_at: int = 0
+    """The step from which this process went on; 0 if it began the run."""
+    not_taken: int = 0
+    """Steps that the optimiser did not take, because loss or gradient was not finite."""
+
+    def facts(self) -> dict[str, Any]:
+        """Collect what the report tells and no other file of the run folder does, as JSON holds it."""
+        splits, levels = self.prepared.facts, self.recipe.data.checks.model_dump()
+        struck = [name for name in levels if any(name in found.tallies for found in splits.values())]
+        counts = {
+            name: {split: found.tallies[name].count if name in found.tallies else 0 for split, found in splits.items()}
+            for name in struck
+        }
+        return {
+            "fingerprint": self.prepared.fingerprint,
+            "rows": data_lines(self.prepared),
+            "findings": [[name, str(levels[name]), counts[name]] for name in struck],
+            "warnings": [str(problem) for problem in self.warnings],
+        }
 
 
 def summary_entry(outcome: Outcome) -> Entry:
@@ -141,57 +189,6 @@ def summary_lines(outcome: Outcome) -> list[str]:
         rows.append(("watch it with", watch if is_installed else f"pip install tensorboard; {watch}"))
     width = max(len(name) for name, _ in rows)
     return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
-
-
-# What a run came to, as the process knows it that trained.
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to."""
-
-    recipe: Recipe
-    machine: Machine
-    folder: RunFolder
-    prepared: Prepared
-    parameters: tuple[int, int]
-    """Trained parameters, all parameters."""
-    steps: int
-    seconds: float
-    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
-    rates: dict[str, float] = field(default_factory=dict)
-    """Whole-run samples and tokens per second, share of padding."""
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Final metrics per split."""
-    warnings: tuple[Problem, ...] = ()
-    peak_memory: int | None = None
-    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
-    reload_difference: float | None = 0.0
-    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit.
-
-    None where a second model would not fit (divided or quantised weights): every bit of the saved weights was compared.
-    """
-    probe_seconds: float = 0.0
-    """Wall-clock seconds before training that went into choosing fast paths."""
-    resumed_at: int = 0
-    """The step from which this process went on; 0 if it began the run."""
-    not_taken: int = 0
-    """Steps that the optimiser did not take, because loss or gradient was not finite."""
-
-    def facts(self) -> dict[str, Any]:
-        """Collect what the report tells and no other file of the run folder does, as JSON holds it."""
-        splits, levels = self.prepared.facts, self.recipe.data.checks.model_dump()
-        struck = [name for name in levels if any(name in found.tallies for found in splits.values())]
-        counts = {
-            name: {split: found.tallies[name].count if name in found.tallies else 0 for split, found in splits.items()}
-            for name in struck
-        }
-        return {
-            "fingerprint": self.prepared.fingerprint,
-            "rows": data_lines(self.prepared),
-            "findings": [[name, str(levels[name]), counts[name]] for name in struck],
-            "warnings": [str(problem) for problem in self.warnings],
-        }
 
 
 # Data of one run for its reports: metrics, observations, sample answers and environment, read from its folder.
@@ -262,12 +259,13 @@ class RunData:
     @cached_property
     def intervals(self) -> dict[str, Intervals]:
         """Confidence intervals by split, where its predictions were kept."""
-        found = {split: self.record("predictions", split) for split in self.phases}
-        return {
-            split: reports_intervals.estimate(record.arrays["rows"], record.facts)
-            for split, record in found.items()
-            if record is not None
-        }
+        found = {}
+        for split in self.phases:
+            record = self.record("predictions", split) or self.record("outputs", split)
+            sums = None if record is None else reports_intervals.recorded(record, self.recipe.task)
+            if sums is not None:
+                found[split] = reports_intervals.estimate([sums])
+        return found
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -298,7 +296,7 @@ class RunData:
         found = [
             f"The predictions on {split} were not {lost}: there are no confidence intervals and no charts of them."
             for split in self.phases
-            if self.record("predictions", split) is None
+            if self.record("predictions", split) is None and self.record("outputs", split) is None
         ]
         if not self.recipe.data.has_validation and self.recipe.data.test is None:
             found.append("The recipe has no validation and no test split: there are no scores.")
@@ -331,8 +329,6 @@ class RunData:
         found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
         return found[1] if found else None
 
-
-Remains = RunData  # for callers that have not been renamed yet
 
 # Reading, drawing or writing may end in these: a full disk, a damaged record, too little memory.
 MISHAPS = (OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)

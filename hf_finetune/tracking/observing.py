@@ -328,6 +328,11 @@ class Look:
             facts |= {"threshold": plot.threshold, "split": self.split.name}
             arrays = {"ids": self._ids, "rows": plot.rows}
             self.observing.keep_predictions(Record("predictions", phase, step, arrays, facts), self.occasion)
+        else:
+            # Nothing is drawn of these, but the report's intervals are made of them.
+            arrays = {"ids": self._ids, **self._predictions}
+            outputs = Record("outputs", phase, step, arrays, {"names": list(targets.names)})
+            self.observing.keep_predictions(outputs, self.occasion)
         if (judged := task.judge(self._predictions, targets)) is not None:
             if due(tracking.examples):
                 rows = worst(task, self.split, self._ids, judged, tracking.example_rows)
