@@ -29,9 +29,9 @@ from transformers import TrainerCallback
 
 from hf_finetune.pipeline import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import StepTimes, Throughput
+from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training.trainer import FinetuneTrainer
 
 WORDS = ("the", "film", "plot", "cast", "is", "was", "good", "bad", "fine", "poor", "dull", "very", "not", "and", "of")

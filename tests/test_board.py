@@ -34,9 +34,9 @@ from hf_finetune.run.journal import read
 from hf_finetune.tracking import charts, events, records, tensorboard
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.logdir import LogDir, check
-from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.records import Record
 from hf_finetune.tracking.tensorboard import MARGIN, cell, metric_tag, rebuild, table
+from hf_finetune.tracking.tracker import Tracker
 
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 

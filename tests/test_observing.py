@@ -187,7 +187,7 @@ def test_the_head_makes_the_predicted_logits_of_the_embeddings(classified: Path,
 def test_a_decoder_is_pooled_as_its_head_sees_it(tiny_llama: str) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from hf_finetune.tracking.watching import HeadInputs, find_head
+    from hf_finetune.tracking.probes import HeadInputs, find_head
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=3)
     head = find_head(model, 3)
@@ -254,7 +254,7 @@ def test_losses_by_position_add_up_to_the_loss_and_to_those_of_the_rows(spoken: 
 
 
 def test_positions_are_binned_by_width() -> None:
-    from hf_finetune.tracking.watching import positions
+    from hf_finetune.tracking.probes import positions
 
     sums = np.stack([np.arange(130.0), np.r_[0, np.ones(129)]])
     found = positions(sums)
@@ -305,33 +305,33 @@ def test_histograms_of_weights_are_those_of_the_saved_adapter(spoken: Path) -> N
 
 
 def test_updates_and_gradients_are_those_of_the_step_before_the_evaluation() -> None:
-    from hf_finetune.tracking import watching
+    from hf_finetune.tracking import probes
 
     layer = torch.nn.Linear(300, 500, bias=False)
-    held = watching.modules(torch.nn.ModuleDict({"head": layer}))
+    held = probes.modules(torch.nn.ModuleDict({"head": layer}))
     assert list(held) == ["head"]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     layer(torch.ones(3, 300)).square().sum().backward()
     old, grad = layer.weight.detach().clone(), layer.weight.grad.clone()  # type: ignore[union-attr]
-    update = watching.Update(held)
+    update = probes.Update(held)
     optimizer.step()
     update.made(held)
-    scalars = watching.record("eval", 1, held, update).facts["scalars"]
+    scalars = probes.record("eval", 1, held, update).facts["scalars"]
     assert scalars["gradient_norm/head"] == pytest.approx(float(grad.norm()), rel=1e-5)
     exact = float((0.5 * grad).norm() / old.norm())
     assert scalars["update_to_weight/head"] == pytest.approx(exact, rel=0.05)  # of a sample
 
 
 def test_what_can_not_be_divided_or_counted_is_left_out() -> None:
-    from hf_finetune.tracking import watching
+    from hf_finetune.tracking import probes
 
     held = {
         "zero.lora_B": [torch.nn.Parameter(torch.zeros(4))],
         "nan": [torch.nn.Parameter(torch.full((2,), math.nan))],
     }
-    update = watching.Update(held)
+    update = probes.Update(held)
     update.made(held)
-    record = watching.record("eval", 1, held, update)
+    record = probes.record("eval", 1, held, update)
     assert record.facts["scalars"] == {"norm_b/zero": 0.0}
     assert record.facts["tags"] == ["weights/zero.lora_B"]
     assert record.arrays["counts"].sum() == 4
@@ -339,7 +339,7 @@ def test_what_can_not_be_divided_or_counted_is_left_out() -> None:
 
 
 def test_names_are_short_and_tell_modules_apart() -> None:
-    from hf_finetune.tracking.watching import short
+    from hf_finetune.tracking.probes import short
 
     assert short("base_model.model.bert.layer.0.query.lora_A.default.weight") == "bert.layer.0.query.lora_A"
     assert short("base_model.model.classifier.modules_to_save.default.bias") == "classifier"

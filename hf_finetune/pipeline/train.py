@@ -52,9 +52,9 @@ from hf_finetune.run import continuation
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder, Start, State, Status
 from hf_finetune.run.lock import Choice, Choices
-from hf_finetune.tracking.observers import Tracker
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Arithmetic
+from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training import arguments, continuing, locking
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import Guard, StopRequest

@@ -28,7 +28,7 @@ from hf_finetune.device import Machine
 from hf_finetune.log.text import shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Judged, Predictions, Task, tokenizer_of
-from hf_finetune.tracking import watching
+from hf_finetune.tracking import probes
 from hf_finetune.tracking.records import Record, files, step_of
 
 Array = np.ndarray[Any, Any]
@@ -209,7 +209,7 @@ class Observing:
         if self.machine.is_sharded and any(wanted.values()):
             names = ", ".join(name for name, often in wanted.items() if often)
             say(f"no {names}: the weights are sharded (FSDP, ZeRO-3)")
-        elif wanted["embeddings"] and watching.find_head(trainer.bare_model, len(trainer.job.targets.names)) is None:
+        elif wanted["embeddings"] and probes.find_head(trainer.bare_model, len(trainer.job.targets.names)) is None:
             say("no embeddings: this model's head does not end in a linear layer")
         if not self.machine.is_main:
             return
@@ -223,7 +223,7 @@ class Observing:
             return occasion.is_due(tracking.histograms)
 
         if tracking.histograms is not False and not self.machine.is_sharded:
-            trainer.add_callback(watching.WeightWatch(trainer.bare_model, due, self.record))
+            trainer.add_callback(probes.WeightWatch(trainer.bare_model, due, self.record))
 
     def look(self, trainer: Any, phase: str, split: str, encoded: Any) -> Look:
         """Watch the evaluation that comes next.
@@ -267,15 +267,15 @@ class Look:
         self.is_main, self.is_sharded = observing.machine.is_main, observing.machine.is_sharded
         self.totals: dict[str, torch.Tensor] | None = {} if occasion.is_due(self.tracking.images) else None
         """Sums that `Task.predict` adds to; None where nobody wants them."""
-        self._inputs: watching.HeadInputs | None = None
+        self._inputs: probes.HeadInputs | None = None
         self._ids: Array = np.zeros(0, dtype=np.int64)
         self._predictions: Predictions = {}
         self._token_rows: list[dict[str, Any]] = []
         if self.job.targets.names and not self.is_sharded and occasion.is_due(self.tracking.embeddings):
-            head = watching.find_head(self.model, len(self.job.targets.names))
+            head = probes.find_head(self.model, len(self.job.targets.names))
             if head is not None:
-                rows = watching.chosen(len(split.encoded), self.tracking.embedding_rows)
-                self._inputs = watching.HeadInputs(head, rows, getattr(self.model.config, "pad_token_id", None))
+                rows = probes.chosen(len(split.encoded), self.tracking.embedding_rows)
+                self._inputs = probes.HeadInputs(head, rows, getattr(self.model.config, "pad_token_id", None))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -310,8 +310,8 @@ class Look:
             return logits[0]
 
         name, many = self.job.task.token_ids, self.tracking.example_rows
-        self._token_rows = watching.rows(forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many)
-        entropy = watching.mean_entropy(self._token_rows)
+        self._token_rows = probes.rows(forward, tokenizer_of(self.job.tokenizer), self.split.encoded, name, many)
+        entropy = probes.mean_entropy(self._token_rows)
         return {} if entropy is None else {"example_entropy": entropy}
 
     def _conclude(self) -> None:
@@ -347,13 +347,13 @@ class Look:
                 tell(Record("embeddings", phase, step, {"vectors": found[kept], "ids": ids[kept]}, told))
         sums = totals.get("positions")
         if sums is not None and sums.numel():
-            tell(Record("positions", phase, step, watching.positions(sums.cpu().numpy())))
+            tell(Record("positions", phase, step, probes.positions(sums.cpu().numpy())))
         if self._token_rows:
             tell(Record("tokens", phase, step, facts={"rows": self._token_rows}))
         # At other evaluations `WeightWatch` has seen the step before, too.
         of_nothing_else = phase == "final" or step == 0
         if of_nothing_else and phase != "test" and due(tracking.histograms) and not self.is_sharded:
-            tell(watching.record(phase, step, watching.modules(self.model), None))
+            tell(probes.record(phase, step, probes.modules(self.model), None))
 
 
 def _over_ranks(total: torch.Tensor) -> torch.Tensor:

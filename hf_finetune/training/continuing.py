@@ -29,7 +29,7 @@ from hf_finetune.training.job import Job
 from hf_finetune.training.resume import Keeper, Progress
 
 if TYPE_CHECKING:
-    from hf_finetune.tracking.observers import Tracker
+    from hf_finetune.tracking.tracker import Tracker
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 """Another version of these may change the bits of the next step."""
