@@ -16,7 +16,6 @@ from conftest import QUICK, RECIPE
 from forked import Server
 
 from hf_finetune.cli import main as cli_main
-from hf_finetune.cli import verbs
 from hf_finetune.cli.main import main
 
 Done = subprocess.CompletedProcess[str]
@@ -208,7 +207,8 @@ def _asks_for_too_much(_arguments: argparse.Namespace) -> None:
 
 
 def test_no_memory_ends_any_verb_with_7(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(verbs, "run_compare", _asks_for_too_much)
+    (compare,) = (verb for verb in cli_main.VERBS if verb.name == "compare")
+    monkeypatch.setattr(cli_main, "VERBS", [compare._replace(run=_asks_for_too_much)])
     with pytest.raises(SystemExit) as end:
         main(["compare", "a", "b"])
     assert end.value.code == 7

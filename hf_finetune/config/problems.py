@@ -160,7 +160,6 @@ _OURS = {
     "task.kind": "task_type",
     "task.label": "label_column",
     "task.label_smoothing": "label_smoothing_factor",
-    "task.problem": "problem_type",
     "task.text": "dataset_text_field text_column",
     "training.activation_checkpointing": "gradient_checkpointing",
     "training.batch_size": "train_batch_size global_batch_size per_device_train_batch_size micro_batch_size",
