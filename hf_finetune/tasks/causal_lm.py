@@ -15,7 +15,6 @@ from hf_finetune.config.blocks import changed
 from hf_finetune.config.section import ASK, SEEN, Key
 from hf_finetune.errors import ModelError, Problem
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _losses as losses
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks import _tokens as tasks_tokens
 from hf_finetune.tasks._chat import Renderer, Spoken
@@ -256,10 +255,14 @@ class CausalLM(Task):
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Counted tokens of the labels, a scalar."""
+        from hf_finetune.tasks import _losses as losses
+
         return losses.counted(batch["labels"]).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Cross entropy summed over the counted tokens."""
+        from hf_finetune.tasks import _losses as losses
+
         return Loss(losses.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
 
     def predict(
@@ -269,6 +272,8 @@ class CausalLM(Task):
 
         Adds nats and counted tokens at each position to the total `positions` (2, T).
         """
+        from hf_finetune.tasks import _losses as losses
+
         found = losses.each_next_token(model, self.inputs(batch), batch["labels"])
         if totals is not None:
             losses.add_positions(totals, found, batch["labels"])
