@@ -96,7 +96,6 @@ def padded(rows: list[Features], tokenizer: Any) -> Batch:
 
     # Tensor cores want multiples of 8; elsewhere it is only more padding. On the right: decoders with absolute
     # positions, such as GPT-2, count from the first column.
-    import torch
 
     multiple = 8 if torch.cuda.is_available() else None
     return dict(tokenizer.pad(inputs, padding_side="right", pad_to_multiple_of=multiple, return_tensors="pt"))
