@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
-from hf_finetune.run import folder as run_folder
+from hf_finetune.run import status as run_status
 from hf_finetune.run.folder import RunFolder, Start, State, Status
 from hf_finetune.run.ranks import Alone
 from hf_finetune.run.store import Facts, Store
@@ -162,8 +162,8 @@ def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> No
 def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "LOST_SECONDS", 1.5)
-    monkeypatch.setattr(run_folder, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(run_status, "LOST_SECONDS", 1.5)
+    monkeypatch.setattr(run_status, "HEARTBEAT_SECONDS", 0.2)
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)
     folder.metrics.write_text("{}\n")
@@ -239,7 +239,7 @@ def test_a_file_instead_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_status, "HEARTBEAT_SECONDS", 0.05)
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim("a: 1\n", restart=False)
     status = Status(folder.status)

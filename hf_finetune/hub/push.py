@@ -30,8 +30,8 @@ from hf_finetune.log import phase, say, tell
 from hf_finetune.log.lines import Message
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports.run import Outcome
-from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
+from hf_finetune.run import status as run_status
 from hf_finetune.run.folder import RunFolder, write_atomically
 from hf_finetune.training.trainer import FinetuneTrainer
 
@@ -271,7 +271,7 @@ def _command(folder: RunFolder, given: Mapping[str, Any]) -> str:
 
 def _clear_failure(folder: RunFolder) -> None:
     """Let a run that ended with 8 look as if its upload had not failed."""
-    status = run_folder.read(folder.status)
+    status = run_status.read(folder.status)
     if status.get("exit_code") == PushError.exit_code:
         text = json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n"
         with suppress(OSError):

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_finetune.device import Node
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.run import folder
+from hf_finetune.run import status as run_status
+
+if TYPE_CHECKING:  # not at run time: `launch.health`, which is in this package, is asked every half minute
+    from hf_finetune.device import Node
 
 CONFIG = Path(__file__).with_name("ddp.yaml")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -39,7 +41,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    before = folder.read(status)
+    before = run_status.read(status)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print the reason
     for number in SIGNALS:
         signal.signal(number, _hand_on)
@@ -50,7 +52,7 @@ def several(node: Node, words: list[str], status: Path) -> int:
         failed = exit_code(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:  # a configuration of one process
         failed = exit_code(error.returncode)
-    return failed and (reported(before, folder.read(status)) or failed)
+    return failed and (reported(before, run_status.read(status)) or failed)
 
 
 def exit_code(code: int) -> int:

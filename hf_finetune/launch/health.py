@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from hf_finetune.errors import Problem, StorageError
-from hf_finetune.run import folder
+from hf_finetune.run import status as run_status
 
 VARIABLE = "HF_FINETUNE_RUN_FILE"
 STARTING = 120.0
@@ -49,14 +49,14 @@ def look(run: Path, started: float, now: float) -> tuple[int, str]:
     file = run / "status.json"
     if not file.exists():
         return 0, f"{run}: starting"
-    status = folder.read(file)
+    status = run_status.read(file)
     if not status:
         return 1, f"{run}: status.json can't be read, or is damaged"
-    if status["state"] != "running" or folder.is_alive(status, now):
+    if status["state"] != "running" or run_status.is_alive(status, now):
         return 0, f"{run}: {status['state']}, step {status.get('step', 0)}"
     if now - started <= STARTING:
         return 0, f"{run}: starting"
-    return 1, f"{run}: lost: no heartbeat for {folder.silence(status, now):.0f} s"
+    return 1, f"{run}: lost: no heartbeat for {run_status.silence(status, now):.0f} s"
 
 
 def main() -> None:

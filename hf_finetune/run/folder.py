@@ -21,44 +21,10 @@ from typing import IO, Any, Literal
 from hf_finetune.errors import CheckpointError, FinetuneError, Problem, PushError, RecipeError, Stopped, StorageError
 from hf_finetune.log import say
 from hf_finetune.run import continuation, invocation
+from hf_finetune.run import status as run_status
 from hf_finetune.run.files import discard, sync_file, sync_folder
 from hf_finetune.run.store import MANIFEST, Manifest
 from hf_finetune.tasks.base import State as State_of_base
-
-# Read `status.json` of a run and say whether the run is alive. Imports nothing heavy: probes ask every half minute.
-
-HEARTBEAT_SECONDS = 5.0
-LOST_SECONDS = 12 * HEARTBEAT_SECONDS
-"""A run that says `running` and has not written a heartbeat for so long was killed, or its machine is gone."""
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Return the object in `status.json`; an empty one if the file is missing, damaged or has no state."""
-    try:
-        status = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) and isinstance(status.get("state"), str) else {}
-
-
-def silence(status: dict[str, Any], now: float | None = None) -> float:
-    """Return the seconds since the last heartbeat; 0 if there is none that can be read.
-
-    Args:
-        status: See `read`.
-        now: Seconds since the epoch.
-    """
-    try:
-        heartbeat = datetime.fromisoformat(status["heartbeat"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return 0.0
-    return (time.time() if now is None else now) - heartbeat
-
-
-def is_alive(status: dict[str, Any], now: float | None = None) -> bool:
-    """Tell by the heartbeat whether a run goes on; arguments as of `silence`."""
-    return status.get("state") == "running" and "heartbeat" in status and silence(status, now) <= LOST_SECONDS
-
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
 """What `status.json` says."""
@@ -120,7 +86,7 @@ class RunFolder:
                 raise RecipeError(Problem(message, key="output"))
         except NotADirectoryError:
             raise StorageError(Problem(f"{self.path} is a file; name a folder", key="output")) from None
-        return read(self.status) or {"state": "failed", "reason": "its status.json is damaged"}
+        return run_status.read(self.status) or {"state": "failed", "reason": "its status.json is damaged"}
 
     def condition(self) -> tuple[str, str]:
         """How the run in this folder is: its state, and a reason or nothing.
@@ -128,8 +94,8 @@ class RunFolder:
         The state is that of `status.json`, except `lost` for one that says `running` and isn't (its process let go of
         the lock, or its heart stopped), and `unknown` where nothing can be read.
         """
-        status = read(self.status)
-        if status.get("state") == "running" and (_holder(self.lock)[1] or not is_alive(status)):
+        status = run_status.read(self.status)
+        if status.get("state") == "running" and (_holder(self.lock)[1] or not run_status.is_alive(status)):
             last = status.get("heartbeat")
             return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {last}"
         return status.get("state", "unknown"), str(status.get("reason") or "")
@@ -349,9 +315,9 @@ def _user(lock: Path, status: Path) -> str | None:
     # A lock that is free on the host that took it proves that its run ended. Locks of some shared file systems hold on
     # one host only: elsewhere the heartbeat decides. One that is young may be the last of a run that was killed a
     # moment ago, e.g. of a pod that this one replaces: a run that goes on writes the next one while this one waits.
-    seen = read(status)
-    end = time.monotonic() + LOST_SECONDS
-    while not is_free_here and is_alive(latest := read(status)) and time.monotonic() < end:
+    seen = run_status.read(status)
+    end = time.monotonic() + run_status.LOST_SECONDS
+    while not is_free_here and run_status.is_alive(latest := run_status.read(status)) and time.monotonic() < end:
         if latest["heartbeat"] != seen.get("heartbeat"):
             return ""
         time.sleep(0.5)
@@ -454,7 +420,7 @@ class Status:
     def start(self) -> None:
         """Say `running` and start the heartbeat; what an earlier run left here to go on from, still counts."""
         self.is_silent = False
-        earlier = read(self.file)
+        earlier = run_status.read(self.file)
         name = str(earlier.get("checkpoint") or "")
         if name and (self.file.parent / name).is_dir():
             with suppress(KeyError, TypeError, ValueError):
@@ -483,10 +449,10 @@ class Status:
 
     def says_running(self) -> bool:
         """Whether the file is there and says that the run goes on."""
-        return read(self.file).get("state") == "running"
+        return run_status.read(self.file).get("state") == "running"
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while not self._stop.wait(run_status.HEARTBEAT_SECONDS):
             self._write()
 
     def _write(
