@@ -43,8 +43,6 @@ from hf_finetune.errors import (
 from hf_finetune.log.lines import Message
 from hf_finetune.run import invocation
 
-# The command line: verbs, flags, and how they are parsed.
-
 EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 

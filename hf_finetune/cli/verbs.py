@@ -1,4 +1,4 @@
-"""`hf-finetune check`: everything that is wrong with a recipe, before a GPU waits for it."""
+"""The verbs of the command line: the arguments of each, and the function that it runs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _answer(text: str) -> None:
     tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
 
 
-# `hf-finetune train`: one run, from its beginning or from where it was stopped.
+# hf-finetune train
 
 HELP_TRAIN = "fine-tune"
 DESCRIPTION_TRAIN = """\
@@ -206,7 +206,7 @@ def _processes(word: str) -> str:
     return word
 
 
-# `hf-finetune evaluate`: the metrics of a finished run on any labelled rows.
+# hf-finetune evaluate
 
 HELP_EVALUATE = "the metrics of a finished run on any data, by slice, against its base or another run"
 DESCRIPTION_EVALUATE = """\
@@ -267,7 +267,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     evaluate.run(options)
 
 
-# `hf-finetune predict`: labels, numbers or generated text for any rows, as a Unix tool.
+# hf-finetune predict
 
 HELP_PREDICT = "labels, numbers or generated text for rows of a file or a pipe"
 DESCRIPTION_PREDICT = """\
@@ -327,7 +327,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     predict.run(options)
 
 
-# `hf-finetune chat`: talk to a finished run.
+# hf-finetune chat
 
 HELP_CHAT = "talk to a finished run; a classifier labels what you type"
 DESCRIPTION_CHAT = """\
@@ -372,7 +372,7 @@ def _temperature(word: str) -> float:
     return value
 
 
-# `hf-finetune merge`: a finished run as a model folder that needs neither PEFT nor this project.
+# hf-finetune merge
 
 HELP_MERGE = "write a run as a plain model folder; quantise it, or export it to ONNX"
 DESCRIPTION_MERGE = """\
@@ -434,7 +434,7 @@ def _share(word: str) -> float:
     return value
 
 
-# `hf-finetune push`: uploads the adapter of a finished run.
+# hf-finetune push
 
 HELP_PUSH = "upload the adapter of a finished run to the Hub"
 DESCRIPTION_PUSH = """\
@@ -468,7 +468,7 @@ def run_push(arguments: argparse.Namespace) -> None:
     )
 
 
-# `hf-finetune compare`: the differences between runs, and their results.
+# hf-finetune compare
 
 HELP_COMPARE = "compare runs: recipe differences, metrics, speed"
 DESCRIPTION_COMPARE = """\
@@ -494,7 +494,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
     show(compare.render(compared, arguments.format))
 
 
-# `hf-finetune tensorboard`: shows a run, or makes its events again from its metrics and records.
+# hf-finetune tensorboard
 
 HELP_TENSORBOARD = "watch a run in TensorBoard, or make its events again"
 DESCRIPTION_TENSORBOARD = """\
@@ -538,7 +538,7 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])  # noqa: S606 - no shell
 
 
-# `hf-finetune schema`: the JSON Schema of a recipe for editors, or its reference for readers.
+# hf-finetune schema
 
 HELP_SCHEMA = "print the JSON Schema of a recipe, for editors"
 DESCRIPTION_SCHEMA = """\

@@ -1,6 +1,6 @@
 """Output of a run: plain lines, JSON lines, or a live display below the lines, by Python's `logging`.
 
-    terminal.open_for("json", quiet=False)           as the command line says; without it, lines are plain
+    log.open_for("json", quiet=False)                as the command line says; without it, lines are plain
     say("..."), warn("..."), tell(Message(...))      records of the logger `hf_finetune`
     with phase("tokenising train", total=rows, unit="rows") as it:
         it.done = ...

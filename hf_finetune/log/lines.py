@@ -144,7 +144,7 @@ class Phase:
 
 
 class Phases(Protocol):
-    """Shows phases: `terminal.phase`, or `unseen`."""
+    """Shows phases: `log.phase`, or `unseen`."""
 
     def __call__(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
         """Show a phase while the body runs."""
