@@ -151,10 +151,10 @@ def test_ctrl_c_leaves_a_clean_terminal_and_so_does_sigterm(server: Server, reci
 
 def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> None:
     code = (
-        "import os, time; from hf_finetune import terminal\n"
-        "terminal.open_for()\n"
-        "it = terminal.begin(terminal.Phase('waiting', 3)); it.detail, it.outcome = 'for', 'ever'; time.sleep(0.6)\n"
-        "terminal.last_words(['rank 1 died'], 10); time.sleep(0.6); os._exit(10)"
+        "import os, time; from hf_finetune import log\n"
+        "log.open_for()\n"
+        "it = log.begin(log.lines.Phase('waiting', 3)); it.detail, it.outcome = 'for', 'ever'; time.sleep(0.6)\n"
+        "log.last_words(['rank 1 died'], 10); time.sleep(0.6); os._exit(10)"
     )
     with Terminal() as shown:
         assert start(shown, "-c", code).wait(180) == 10
@@ -164,9 +164,9 @@ def test_a_process_that_ends_by_force_leaves_a_clean_terminal(start: Start) -> N
 
 def test_drawn_lines_are_never_wider_than_the_terminal(start: Start) -> None:
     code = (
-        "import time; from hf_finetune import terminal\n"
-        "terminal.open_for()\n"
-        "with terminal.phase('working') as it: it.detail = 'x' * 300; time.sleep(300)"
+        "import time; from hf_finetune import log\n"
+        "log.open_for()\n"
+        "with log.phase('working') as it: it.detail = 'x' * 300; time.sleep(300)"
     )
     with Terminal(40) as shown:
         process = start(shown, "-c", code)
@@ -377,10 +377,10 @@ def test_other_ranks_say_errors_alone(capsys: pytest.CaptureFixture[str], monkey
 @pytest.mark.parametrize("options", [[], ["--log-format", "json"]])
 def test_nobody_reads_and_a_full_disk(options: list[str]) -> None:
     code = (
-        "import sys; from hf_finetune import terminal; from hf_finetune.cli.main import open_terminal\n"
+        "import sys; from hf_finetune import log; from hf_finetune.cli.main import open_terminal\n"
         "open_terminal(sys.argv[1:])\n"
-        "for n in range(3000): terminal.say(f'line {n}')\n"
-        "terminal.warn('w'); terminal.close()"
+        "for n in range(3000): log.say(f'line {n}')\n"
+        "log.warn('w'); log.close()"
     )
     command = [sys.executable, "-c", code, *options]
     with Path("/dev/full").open("w") as full:
