@@ -29,19 +29,17 @@ from hf_finetune.recipe import Recipe
 
 # Time limits for ranks that wait for others, in seconds, as the environment says.
 
+# After so long a rank that shows no sign of life, or hangs while others wait for it, is given up.
 PEER, PEER_S = "HF_FINETUNE_PEER_TIMEOUT", 600.0
-"""After so long a rank that shows no sign of life, or hangs while others wait for it, is given up."""
+# After so long a rank gives up a collective that the others do not take part in: what a cut network is noticed by. It
+# must be longer than the slowest rank is late at any step.
 COLLECTIVE, COLLECTIVE_S = "HF_FINETUNE_COLLECTIVE_TIMEOUT", 600.0
-"""After so long a rank gives up a collective that the others do not take part in: what a cut network is noticed by.
-
-It must be longer than the slowest rank is late at any step.
-"""
+# For so long ranks wait for one that prepares data, loads weights, saves, or checks what was saved: work that keeps one
+# of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same.
 WAIT, WAIT_S = "HF_FINETUNE_WAIT_TIMEOUT", 6 * 3600.0
-"""For so long ranks wait for one that prepares data, loads weights, saves, or checks what was saved: work that keeps
-one of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same."""
 
+# The last node may start at least so much later than the first one.
 MEETING = timedelta(minutes=10)
-"""The last node may start at least so much later than the first one."""
 
 
 def peer() -> float:
@@ -77,8 +75,8 @@ def _seconds(name: str, default: float) -> float:
 
 # The same bits on a GPU: deterministic kernels wherever there are any.
 
+# Workspaces with which cuBLAS is deterministic (https://docs.nvidia.com/cuda/cublas, "Results reproducibility").
 CUBLAS = (":4096:8", ":16:8")
-"""Workspaces with which cuBLAS is deterministic (https://docs.nvidia.com/cuda/cublas, "Results reproducibility")."""
 _plain: Any = functional.scaled_dot_product_attention
 
 
@@ -127,20 +125,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 DEEPSPEED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
+# Kernels that oneDNN and torch's binding of it keep on a CPU. With the default of 1,024 each, memory grows with every
+# new shape of a batch; with these it does not. With 1 each the quickstart takes a quarter more CPU time; with 64 and 16
+# none that could be measured.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
-"""Kernels that oneDNN and torch's binding of it keep on a CPU. With the default of 1,024 each, memory grows with every
-new shape of a batch; with these it does not. With 1 each the quickstart takes a quarter more CPU time; with 64 and 16
-none that could be measured."""
 
+# Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is.
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
-"""Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is."""
 
+# Most logits of a language model's micro-batch that `auto` allows: tokens x vocabulary.
 AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
-"""Most logits of a language model's micro-batch that `auto` allows: tokens x vocabulary."""
 
 
+# Rows of an evaluation batch that `auto` allows at most, where they are short: times those of `data.max_length`.
 EVALUATION_ROWS = 4
-"""Rows of an evaluation batch that `auto` allows at most, where they are short: times those of `data.max_length`."""
 
 
 @dataclass(frozen=True)
@@ -439,8 +437,8 @@ def wait(device: str) -> None:
 
 # Free memory, and the name of the processor.
 
+# Most free memory that a rank reckons with, e.g. `8GB`, where several share a device.
 VARIABLE = "HF_FINETUNE_MEMORY"
-"""Most free memory that a rank reckons with, e.g. `8GB`, where several share a device."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -513,10 +511,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # The speed of matrix products on this machine, measured in the arithmetic of the run: nobody knows it beforehand.
 
+# Rows and columns: large enough that nothing but the product counts.
 SIZES = {"cpu": 1024, "mps": 2048, "cuda": 4096}
-"""Rows and columns: large enough that nothing but the product counts."""
+# Seconds; at least two products are timed all the same.
 LONGEST = 0.2
-"""Seconds; at least two products are timed all the same."""
 
 
 def peak(machine: Machine) -> float:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+# PEFT's name of the only adapter.
 ADAPTER = "default"
-"""PEFT's name of the only adapter."""
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+# Every linear layer but the heads.
 ALL_LINEAR = "all-linear"
-"""Every linear layer but the heads."""
 
 
 def _compiles(pattern: str) -> str:
@@ -33,10 +33,10 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+# `all-linear`, or a regular expression that a module's whole path must match.
 Pattern = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_compiles)]
-"""`all-linear`, or a regular expression that a module's whole path must match."""
+# Last parts of module paths, e.g. `q_proj`.
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1)]
-"""Last parts of module paths, e.g. `q_proj`."""
 Spec = Pattern | Names
 
 
@@ -179,15 +179,15 @@ def _matches(path: str, name: str, is_pattern: bool) -> bool:
 
 # Initialisations of LoRA that look at the base weights or at data, and saving after them.
 
+# Initialisations that take the first product of the matrices out of the base weights.
 MUTATING = ("pissa", "olora")
-"""Initialisations that take the first product of the matrices out of the base weights."""
+# Initialisations for linear layers only.
 FACTORISING = (*MUTATING, "eva")
-"""Initialisations for linear layers only."""
+# Batches after which EVA gives up.
 EVA_PASSES = 400
-"""Batches after which EVA gives up."""
 
+# Rows that are kept of layers which see one vector a row.
 EVA_ROWS = 4_096
-"""Rows that are kept of layers which see one vector a row."""
 
 
 def check_layers(modules: dict[str, nn.Module], init: str) -> None:

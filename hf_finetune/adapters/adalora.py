@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainerCallback
 
+# The memory of PEFT's rank allocator of each weight.
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""The memory of PEFT's rank allocator of each weight."""
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters import _targets as targets
 from hf_finetune.config.section import Plugin
 from hf_finetune.tasks.base import Batch
 
@@ -80,6 +81,22 @@ class Adapter(Plugin):
     def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """Like `apply`, on a model on the meta device: the same shapes and dtypes, no weights read."""
         return self.apply(model, setting)
+
+    def tied_targets(self, model: torch.nn.Module) -> list[str]:
+        """Targets that are one weight with the other embedding, so that `merge` can't write full weights."""
+        config = self._continued() or self
+        spec, full = getattr(config, "target_modules", None), getattr(config, "modules_to_save", None)
+        return targets.tied(model, spec or targets.ALL_LINEAR, full or ())
+
+    def token_keys(self) -> list[str]:
+        """Keys of the recipe by which single tokens are trained."""
+        keys = ["adapter.trainable_tokens"] if getattr(self, "trainable_tokens", None) else []
+        return keys + (["adapter.from"] if getattr(self._continued(), "trainable_token_indices", None) else [])
+
+    def _continued(self) -> Any:
+        """PEFT's configuration of the adapter that goes on training; None for a new one."""
+        place = getattr(self, "continue_from", None)
+        return None if place is None else peft.stored_config(peft.find(place, "adapter.from"))
 
     def save(self, adapted: torch.nn.Module, folder: str, state: State | None = None) -> None:
         """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.

@@ -183,25 +183,10 @@ class Lora(Adapter):
         peft.check(folder, setting.labels)
         stored = peft.stored_config(folder)
         if stored.peft_type.value == "LORA":
-            self._check_targets_against(folder, stored, model, setting)
-            self._check_against(stored, model, setting)
+            self._check_against(folder, stored, model, setting)
         return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
 
-    def _check_targets_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
-        """Compare modules, not spellings: `all-linear`, a pattern and a list of names may mean the same."""
-        if self.target_modules is None:
-            return
-        skip = [*setting.head_modules, *(stored.modules_to_save or ())]
-        asked = set(targets.matched(model, self.target_modules, skip, "adapter.target_modules"))
-        has = peft.adapted_modules(folder)
-        if asked != has:
-            names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
-            sides = [("only the recipe", asked - has), ("only the adapter", has - asked)]
-            more = "; ".join(f"{which} has {len(paths)}, e.g. {min(paths)}" for which, paths in sides if paths)
-            reason = f"differs from the adapter in `from`, which has {len(has)} modules ({names}): {more}; remove it"
-            raise RecipeError(Problem(reason, key="adapter.target_modules"))
-
-    def _check_against(self, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
+    def _check_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
         """Refuse settings that the stored adapter contradicts; a default contradicts nothing."""
         asked = {
             "r": (self.r, stored.r),
@@ -221,5 +206,15 @@ class Lora(Adapter):
         for path in sorted(set(full) - set(stored.modules_to_save or ())):
             reason = f"{path} is not trained in full by the adapter in `from`; remove it"
             problems.append(Problem(reason, key="adapter.modules_to_save"))
+        if self.target_modules is not None:
+            # Modules, not spellings: `all-linear`, a pattern and a list of names may mean the same.
+            skip = [*setting.head_modules, *(stored.modules_to_save or ())]
+            wants = set(targets.matched(model, self.target_modules, skip, "adapter.target_modules"))
+            has = peft.adapted_modules(folder)
+            sides = [("only the recipe", wants - has), ("only the adapter", has - wants)]
+            if more := [f"{which} has {len(paths)}, e.g. {min(paths)}" for which, paths in sides if paths]:
+                names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
+                reason = f"differs from the adapter in `from`, which has {len(has)} modules ({names})"
+                problems.append(Problem(f"{reason}: {'; '.join(more)}; remove it", key="adapter.target_modules"))
         if problems:
             raise RecipeError(problems)

@@ -166,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], *, debug: bool) -> None:
     arguments = parse(words)
+    # torch reads it as it loads. Its C++ side warns of `find_unused_parameters`, which `arguments` sets on purpose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         arguments.run(arguments)
     except FinetuneError as error:

@@ -26,11 +26,11 @@ from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks.base import Batch, State
 from hf_finetune.training.trainer import FinetuneTrainer
 
+# Largest difference of logits that a reload may make, as a share of the largest logit: in half precisions (8 and 11
+# bits) the head is rounded at load, and sums after AdaLoRA's pruning run in another order.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-"""Largest difference of logits that a reload may make, as a share of the largest logit: in half precisions (8 and 11
-bits) the head is rounded at load, and sums after AdaLoRA's pruning run in another order."""
+# The same after PiSSA and OLoRA, where every target weight is rounded in memory, and differently on disk.
 CHANGED_BASE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
-"""The same after PiSSA and OLoRA, where every target weight is rounded in memory, and differently on disk."""
 
 
 def save(

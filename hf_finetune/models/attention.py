@@ -23,8 +23,8 @@ from hf_finetune.models.kernels import dtype_of, multiplier
 Tensor = torch.Tensor
 
 NAME = "hf_finetune"
+# Fewer keys than that: torch's softmax gradient of half precision is ten times slower than that of float32.
 SHORT = 128
-"""Fewer keys than that: torch's softmax gradient of half precision is ten times slower than that of float32."""
 
 
 class _Attend(torch.autograd.Function):
@@ -104,11 +104,11 @@ def install(base: Any) -> str | None:
 #
 # Shapes: B rows, H heads, K heads of keys and values, T tokens, D size of a head.
 
+# Attention that can be called for each document -> how transformers makes its mask.
 MASKS: dict[str, Any] = {"sdpa": sdpa_mask, NAME: eager_mask}
-"""Attention that can be called for each document -> how transformers makes its mask."""
+# Tokens for each document of a row but one, below which one call with a mask is made; a GPU computes more in the time
+# that a call takes.
 SHORT_DOCUMENTS, SHORT_ON_GPU = {"cpu": 64}, 256
-"""Tokens for each document of a row but one, below which one call with a mask is made; a GPU computes more in the time
-that a call takes."""
 
 
 def attend_documents(

@@ -25,11 +25,11 @@ from hf_finetune.tasks._losses import counted, each, loss_sum_of
 
 Tensor = torch.Tensor
 
+# Of the float32 logits that exist at a time: some of a CPU's cache; on a GPU enough for `MANY` positions.
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
-"""Of the float32 logits that exist at a time: some of a CPU's cache; on a GPU enough for `MANY` positions."""
+# Positions of a chunk, at least and at most. Each chunk reads the head's weight twice: a GPU computes 150 to 300
+# products while it reads a number, so that 64 positions would leave it waiting for memory, and 1,024 do not.
 FEW, MANY = 64, 1024
-"""Positions of a chunk, at least and at most. Each chunk reads the head's weight twice: a GPU computes 150 to 300
-products while it reads a number, so that 64 positions would leave it waiting for memory, and 1,024 do not."""
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 from hf_finetune.adapters._targets import base_model
 from hf_finetune.models import load
 
+# Operations of which an index may be a mask.
 BY_MASK = (
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
     torch.ops.aten._index_put_impl_.default,
 )
-"""Operations of which an index may be a mask."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as adapters_targets
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.adapters.base import Setting
@@ -77,8 +76,8 @@ def draw(model: PreTrainedModel, missing: set[str]) -> None:
 
 # Sets every dropout of a model, wherever its architecture keeps it.
 
+# Parts of the names of dropout probabilities.
 MARKS = ("dropout", "pdrop", "drop_rate", "drop_path")
-"""Parts of the names of dropout probabilities."""
 
 
 def set_in_config(config: PreTrainedConfig, p: float) -> None:
@@ -184,12 +183,7 @@ def targets_checks(recipe: Recipe, model: PreTrainedModel) -> None:
 
 def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
     """Adapters of an embedding with tied weights, of which `merge` will not be able to make full weights."""
-    adapter: Any = recipe.adapter
-    spec, full = getattr(adapter, "target_modules", None), getattr(adapter, "modules_to_save", None)
-    if getattr(adapter, "continue_from", None) is not None:
-        stored = peft.stored_config(peft.find(adapter.continue_from, "adapter.from"))
-        spec, full = getattr(stored, "target_modules", None), stored.modules_to_save
-    found = adapters_targets.tied(model, spec or adapters_targets.ALL_LINEAR, full or ())
+    found = recipe.adapter.tied_targets(model)
     if not found:
         return []
     what = f"{' and '.join(found)} shares its weights with the other embedding of {recipe.model.name}"
@@ -365,8 +359,13 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; quantised ones by the number of weights they stand for."""
-    counts = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trained in counts if trained), sum(size for size, _ in counts)
+    trained = total = 0
+    for parameter in model.parameters():
+        packed = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        size = getattr(parameter, "ds_numel", parameter.numel()) if packed is None else torch.Size(packed).numel()
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return trained, total
 
 
 def attention(recipe: Recipe, machine: Machine) -> str:
@@ -451,10 +450,3 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-
-
-def _logical_size(parameter: nn.Parameter) -> int:
-    packed = getattr(parameter, "quant_state", None)
-    if packed is not None and packed.shape is not None:
-        return int(torch.Size(packed.shape).numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

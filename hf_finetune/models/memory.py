@@ -33,31 +33,40 @@ from hf_finetune.tasks.base import Batch, State, pad_token_of
 
 # Memory that lives as long as the run does: the process, weights, gradients, the optimiser's state, and copies.
 
+# Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256
+# (https://arxiv.org/abs/2110.02861); none without momentum.
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "sgd": 0.0}
-"""Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256
-(https://arxiv.org/abs/2110.02861); none without momentum."""
+# Weights of a tensor below which bitsandbytes keeps its moments in fp32 (`min_8bit_size`).
 SMALLEST_8BIT = 4096
-"""Weights of a tensor below which bitsandbytes keeps its moments in fp32 (`min_8bit_size`)."""
+# Weights under one 8-bit scale, and scales under one fp32 scale (https://arxiv.org/abs/2305.14314, section 3).
 NF4_BLOCK, NF4_SCALES = 64, 256
-"""Weights under one 8-bit scale, and scales under one fp32 scale (https://arxiv.org/abs/2305.14314, section 3)."""
+# Bytes of the two code books and the offset of each layer.
 NF4_TABLES = 4 * (16 + 256) + 4
-"""Bytes of the two code books and the offset of each layer."""
 
+# Bytes that a CPU process takes with its first steps, whatever the model: kernels, libraries that load late.
 WARM = 110_000_000
-"""Bytes that a CPU process takes with its first steps, whatever the model: kernels, libraries that load late."""
 FILES, PROCESS = "weights on disk", "process and libraries"
 
 
 def lasting_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
     """Weights and optimiser state of one device, in bytes."""
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    trained, kind = [p for p in adapted.parameters() if p.requires_grad], recipe.training.optimizer
+    state = 0.0
+    for parameter in trained:
+        count, shape = parameter.numel(), parameter.shape
+        if kind == "adafactor":
+            # One mean a row and a column of the last two dimensions (https://arxiv.org/abs/1804.04235), else one each.
+            state += 4 * (count // shape[-1] + count // shape[-2] if parameter.ndim > 1 else count)
+        else:
+            state += count * MOMENTS["adamw" if kind == "adamw_8bit" and count < SMALLEST_8BIT else kind]
     shards = machine.world_size if machine.is_sharded else 1
     parts = machine.world_size if machine.is_sharded or machine.zero_stage else 1
     # DeepSpeed trains in half precision, and keeps a copy of the trained weights in fp32.
-    copies = 4 * sum(p.numel() for p in trained) if machine.zero_stage and machine.precision != "fp32" else 0
+    if machine.zero_stage and machine.precision != "fp32":
+        state += 4 * sum(p.numel() for p in trained)
     return {
         "weights": weights(recipe, adapted) // shards,
-        "optimiser state": (copies + sum(_moments(recipe, parameter) for parameter in trained)) // parts,
+        "optimiser state": int(state) // parts,
         # DistributedDataParallel keeps a copy of all gradients in its buckets.
         "gradients to exchange": sum(map(size, trained)) if machine.world_size > 1 and parts == 1 else 0,
     }
@@ -112,7 +121,12 @@ def loading_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[
     whole = weights(recipe, adapted)
     if machine.is_sharded and machine.device != "cpu" and recipe.model.quantization is None:
         whole = whole // machine.world_size + max(map(size, adapted.parameters()))
-    return {"weights": whole, FILES: _cast_from(recipe, adapted, machine)}
+    body = base_model(adapted)
+    stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
+    kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]
+    # Weights that need no cast are the mapped files themselves.
+    is_cast = machine.device == "cpu" and (stored != kept[0].dtype or recipe.model.quantization is not None)
+    return {"weights": whole, FILES: sum(p.numel() * stored.itemsize for p in kept) if is_cast else 0}
 
 
 def process(machine: Machine) -> dict[str, int]:
@@ -134,29 +148,6 @@ def resident(field: str) -> int | None:
 def size(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
-
-
-def _cast_from(recipe: Recipe, adapted: nn.Module, machine: Machine) -> int:
-    """Bytes of the weight files in memory besides the weights; 0 where the weights are the mapped files themselves."""
-    if machine.device != "cpu":
-        return 0
-    body = base_model(adapted)
-    stored: torch.dtype = getattr(body.config, "dtype", None) or torch.float32
-    kept = [p for p in body.parameters() if not (recipe.adapter.freezes_base and p.requires_grad)]
-    if stored == kept[0].dtype and recipe.model.quantization is None:
-        return 0
-    return sum(parameter.numel() * stored.itemsize for parameter in kept)
-
-
-def _moments(recipe: Recipe, parameter: torch.Tensor) -> int:
-    count = parameter.numel()
-    if recipe.training.optimizer == "adafactor":
-        # One mean a row and a column of the last two dimensions (https://arxiv.org/abs/1804.04235), else one each.
-        rows = count // parameter.shape[-1] if parameter.ndim > 1 else 0
-        return 4 * (rows + count // parameter.shape[-2] if parameter.ndim > 1 else count)
-    kind = recipe.training.optimizer
-    small = kind == "adamw_8bit" and count < SMALLEST_8BIT
-    return int(count * MOMENTS["adamw" if small else kind])
 
 
 # One training step and one evaluation step on fake tensors, and what they need at most.
@@ -261,12 +252,12 @@ class Step:
         return batch
 
 
+# On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
+# library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `state.WARM` it was fitted
+# to the six runs of `benchmarks/memory_estimate.py`.
 HOLES = 0.5
-"""On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
-library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `state.WARM` it was fitted to
-the six runs of `benchmarks/memory_estimate.py`."""
+# Steps of the run for an adapter with phases; how many there are really changes no shape.
 STEPS = 1_000_000
-"""Steps of the run for an adapter with phases; how many there are really changes no shape."""
 
 
 @dataclass(frozen=True)
@@ -425,18 +416,18 @@ def give_back() -> None:
 
 # More memory than a training step can need, found in a moment: often there is no need to simulate one.
 
+# Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange.
 TRAINED = 4 + 4 + 8 + 4
-"""Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange."""
+# Bytes of a number that a layer keeps; where the precision is mixed, some are cast to fp32.
 NUMBER = {"fp32": 4, "bf16": 3, "fp16": 3}
-"""Bytes of a number that a layer keeps; where the precision is mixed, some are cast to fp32."""
+# Copies that are kept of a layer's output: as it is, and cast, activated or dropped out.
 COPIES = 2
-"""Copies that are kept of a layer's output: as it is, and cast, activated or dropped out."""
+# The same for the score of a token with another: before and after softmax.
 SCORES = 2
-"""The same for the score of a token with another: before and after softmax."""
+# The same for a language model's logits, in fp32: as they are, cast, their gradient.
 LOGITS = 3
-"""The same for a language model's logits, in fp32: as they are, cast, their gradient."""
+# On a CPU, times that for what batches of other shapes leave, and for holes.
 LEFT = 1.6
-"""On a CPU, times that for what batches of other shapes leave, and for holes."""
 
 
 def bound(base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:

@@ -77,21 +77,21 @@ def _layers(base: Any) -> list[torch.nn.Module]:
 
 Tensor = torch.Tensor
 
+# Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much."""
+# Setting, the file that replaces forward functions of modules for it, and what these are called.
 MODULES: tuple[tuple[str, Any, str], ...] = (
     ("fused_lora", kernels, "layers"),
     ("fused_norm", kernels, "norms"),
     ("fused_mlp", kernels, "layers"),  # looks at what `lora` did
     ("cheap_dropout", kernels, "modules"),  # for CPUs
 )
-"""Setting, the file that replaces forward functions of modules for it, and what these are called."""
+# Of the batch that is compared, at most.
 ROWS = 2
-"""Of the batch that is compared, at most."""
+# Of a row that is compared where the weights are sharded, at most.
 TOKENS = 64
-"""Of a row that is compared where the weights are sharded, at most."""
+# Attention that makes a mask of tokens by tokens of a padding mask; `flash_attention_2` skips padding by it.
 MASKED = ("eager", "sdpa", attention.NAME)
-"""Attention that makes a mask of tokens by tokens of a padding mask; `flash_attention_2` skips padding by it."""
 
 
 @dataclass

@@ -22,13 +22,13 @@ from hf_finetune.data.sources import HTTP_ERROR
 from hf_finetune.errors import ModelError, Problem, RecipeError
 from hf_finetune.tasks.base import Task
 
+# Tokens that models have for padding and nothing else; some do not declare theirs.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
-"""Tokens that models have for padding and nothing else; some do not declare theirs."""
+# Keys of a config.json that choose a kernel -> values that are no code from the Hub; with and without `_` before.
 KERNELS: dict[str, set[str | None]] = {
     "attn_implementation": {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"},
     "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
 }
-"""Keys of a config.json that choose a kernel -> values that are no code from the Hub; with and without `_` before."""
 
 
 def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -167,11 +167,11 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+# Bytes at each end of a file that are read to tell it from others.
 ENDS = 1 << 20
-"""Bytes at each end of a file that are read to tell it from others."""
+# Bytes at the start of a safetensors file that tell the length of its JSON header
+# (https://huggingface.co/docs/safetensors).
 HEADER = 8
-"""Bytes at the start of a safetensors file that tell the length of its JSON header
-(https://huggingface.co/docs/safetensors)."""
 
 
 def check(model: Model) -> None:

@@ -23,7 +23,6 @@ from torch import distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune import device
-from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as adapters_targets
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
@@ -166,6 +165,7 @@ def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
     return found | {name: value.cpu() for name, value in model.named_buffers() if name in stored}
 
 
+# Key -> values that FSDP2 can't train, and why.
 NOT_WITH_FSDP = {
     "training.optimizer": {
         # bitsandbytes 0.50 has no sharding strategy for its update.
@@ -178,14 +178,13 @@ NOT_WITH_FSDP = {
     # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
     "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
 }
-"""Key -> values that FSDP2 can't train, and why."""
 
 
 T = TypeVar("T")
+# accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well.
 READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-"""accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well."""
+# For reading the weights; a rank that dies meanwhile is noticed by `peers`.
 LONGEST = timedelta(days=1)
-"""For reading the weights; a rank that dies meanwhile is noticed by `peers`."""
 POLL_S = 0.05
 
 
@@ -258,13 +257,8 @@ def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
     is_tied = output is not None and output.weight is outline.get_input_embeddings().weight
     if not (uses_fsdp(machine) and is_tied):
         return
-    adapter: Any = recipe.adapter
-    keys = ["adapter.trainable_tokens"] if getattr(adapter, "trainable_tokens", None) else []
-    if getattr(adapter, "continue_from", None):
-        stored = peft.stored_config(peft.find(adapter.continue_from, "adapter.from"))
-        keys += ["adapter.from"] if getattr(stored, "trainable_token_indices", None) else []
     why = "single tokens can't be trained where input and output embedding are one sharded weight"
-    if keys:
+    if keys := recipe.adapter.token_keys():
         raise RecipeError(
             [Problem(f"{why}; remove it, use modules_to_save, or train with DDP", key=key) for key in keys]
         )

@@ -39,12 +39,13 @@ from hf_finetune.training.job import Job
 
 # A run before its first step, and measurements on it: how long a step takes, here and in earlier runs.
 
+# Micro-batches that are timed: of short, middling and long rows.
 SHAPES = 3
-"""Micro-batches that are timed: of short, middling and long rows."""
+# Timings of each; the fastest counts.
 ROUNDS = 2
-"""Timings of each; the fastest counts."""
+# Tokens of a row that count as the same shape.
 STEP = 32
-"""Tokens of a row that count as the same shape."""
+# Keys that change how long a step takes, or what it may be made of.
 RECIPE: Any = {
     "adapter": True,
     "speed": True,
@@ -52,7 +53,6 @@ RECIPE: Any = {
     "data": {"packing"},
     "training": {"deterministic"},
 }
-"""Keys that change how long a step takes, or what it may be made of."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class Bench:
 
 # The attention implementation that is fastest here, forward and backward, on this run's own shapes.
 
+# Micro-batches of a run from which on it earns the measuring back: that takes about 15.
 WORTH = 400
-"""Micro-batches of a run from which on it earns the measuring back: that takes about 15."""
 
 
 def choose_attention(bench: Bench) -> Choice:
@@ -238,13 +238,12 @@ def _once(bench: Bench, name: str, paths: Paths) -> float:
 
 # Compile the layers where that pays within this run.
 
+# Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth.
 WORTH_SECONDS = 900.0
-"""Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth."""
-"""Micro-batches below which nothing is timed at all."""
+# Share of the plain time below which compiled layers are kept.
 GAIN = 0.97
-"""Share of the plain time below which compiled layers are kept."""
+# Largest relative difference of a batch's loss or gradient norm: bf16 rounds in another order.
 TOLERANCE = 2e-2
-"""Largest relative difference of a batch's loss or gradient norm: bf16 rounds in another order."""
 
 
 def choose_compilation(bench: Bench, paths: Paths) -> Choice:

@@ -32,19 +32,19 @@ from hf_finetune.run.folder import RANKS
 from hf_finetune.run.invocation import same_command
 
 BEAT_S = 1.0
+# Ranks up to which each writes and reads once a second; more of them do so less often, to spare the shared folder.
 FEW = 50
-"""Ranks up to which each writes and reads once a second; more of them do so less often, to spare the shared folder."""
+# Silence or idleness that makes a rank suspect once a collective has failed.
 LOST_S = 10.0
-"""Silence or idleness that makes a rank suspect once a collective has failed."""
 LOOK_S = 0.25
+# Time for a rank to find the error itself that another found, before it ends because of that one.
 ERROR_GRACE_S = 1.0
-"""Time for a rank to find the error itself that another found, before it ends because of that one."""
+# Time for a rank to go on after another was stopped by a signal.
 STOP_GRACE_S = 30.0
-"""Time for a rank to go on after another was stopped by a signal."""
 CALLBACK_S, EXIT_S = 10.0, 5.0
 FAILURE = "failure.json"
+# Exit code after Ctrl-C.
 INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 # What gloo and NCCL say, as RuntimeError, when the other end has gone or does not answer.
 _GONE = re.compile(
@@ -335,11 +335,17 @@ class Watch:
 
     def _end(self, failure: Failure) -> None:
         """Say it, and end this process."""
+
+        def report() -> None:
+            self._on_failure(failure)
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()  # which `os._exit` leaves out, and a thread that hangs may hold up
+
         try:
             is_new = self._record(replace(failure, said_on=failure.said_on or self._own.machine))
             if is_new or (self._is_first_of_node and failure.said_on != self._own.machine):
                 log.last_words(failure.reason.splitlines(), failure.exit_code)
-            callback = threading.Thread(target=self._call_back, args=(failure,), daemon=True)
+            callback = threading.Thread(target=report, daemon=True)
             callback.start()
             callback.join(CALLBACK_S)
             # A launcher ends all ranks when it sees one end: one that failed by itself shall have printed its error.
@@ -349,11 +355,6 @@ class Watch:
             self._go()
         finally:
             os._exit(failure.exit_code)
-
-    def _call_back(self, failure: Failure) -> None:
-        self._on_failure(failure)
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
 
     def _record(self, failure: Failure) -> bool:
         """Write the failure where all ranks look; False where another one is there already."""
