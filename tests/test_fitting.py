@@ -72,10 +72,10 @@ def test_where_memory_is_plenty_nothing_is_estimated(ready: Callable[..., Ready]
 
 def test_rows_are_halved_until_they_fit_and_then_recomputed(ready: Callable[..., Ready]) -> None:
     made = ready()
-    amounts = (3_000_000, 1_500_000, 600_000, 400_000, 300_000, 250_000)
-    assert [searched(made, free) for free in amounts] == [
-        (16, False), (8, False), (4, False), (2, False), (2, True), (1, True),
-    ]  # fmt: skip
+    search = plan._Search(*made, 0, KNOWN)
+    for rows, again in ((16, False), (8, False), (4, False), (2, False), (2, True), (1, True)):
+        just_enough = int(search.needed(rows, again=again) / plan.MARGIN) + 1
+        assert searched(made, just_enough) == (rows, again)
     for again in (False, True):
         needed = [KNOWN[rows, again] for rows in (16, 8, 4, 2, 1) if (rows, again) in KNOWN]
         assert needed == sorted(needed, reverse=True)

@@ -253,7 +253,7 @@ class Step:
 
 
 # On a CPU, share of a training step's memory that stays the process's besides: holes between tensors, which the C
-# library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `state.WARM` it was fitted
+# library does not give back, and kernels that oneDNN keeps for each shape of a batch. With `WARM` it was fitted
 # to the six runs of `benchmarks/memory_estimate.py`.
 HOLES = 0.5
 # Steps of the run for an adapter with phases; how many there are really changes no shape.
