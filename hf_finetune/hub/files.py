@@ -15,7 +15,6 @@ from huggingface_hub import get_token
 
 from hf_finetune.config import credentials
 from hf_finetune.errors import Problem, PushError
-from hf_finetune.reports.card import moved
 
 # Tokens that this process could give away, and texts without them.
 
@@ -87,6 +86,8 @@ def gather(folder: Path, repo: str, staging: Path) -> tuple[dict[str, Path], lis
     Raises:
         PushError: There are no weights, or a file holds a token or a path of this machine.
     """
+    from hf_finetune.reports.card import moved  # loads numpy and more, which the uploading process does without
+
     found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if not file.is_dir()}
     # Regular files only: a link may lead anywhere.
     files = {

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, set_client_factory
@@ -23,7 +23,6 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
 from hf_finetune.hub.files import hide
-from hf_finetune.hub.push import Order, Result
 
 # The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -41,6 +40,36 @@ STALE = re.compile(
     r"|additional_chat_templates/[\w.-]+\.jinja|images/[\w.-]+\.png",
     re.ASCII,
 )
+
+
+@dataclass(frozen=True)
+class Order:
+    """Files to upload."""
+
+    repo: str
+    private: bool
+    as_pr: bool
+    files: dict[str, str]
+    """Name in the repository -> file on this machine."""
+    message: str
+    """Of the commit; a pull request is found again by it."""
+    timeout: float
+    """Seconds in all."""
+    tag: str | None = None
+    is_tag_fixed: bool = False
+    """Refuse a tag that another version has; otherwise it gets a number."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An upload that was done, or `failure`: why it was not, and what to do."""
+
+    url: str = ""
+    commit: str = ""
+    is_new: bool = False
+    """False where the repository already held the same content."""
+    tag: str | None = None
+    failure: str = ""
 
 
 class RefusedError(Exception):

@@ -32,7 +32,7 @@ from hf_finetune.errors import (
     RecipeError,
     Stopped,
 )
-from hf_finetune.hub import push
+from hf_finetune.hub import best, push
 from hf_finetune.inference import saving
 from hf_finetune.log import libraries, phase, say
 from hf_finetune.log.lines import Message
@@ -200,7 +200,7 @@ def _train(
                 load_model(run)
                 stack.enter_context(observed(run))
                 make_trainer(run)
-                with _out_of_memory_explained(run), push.uploaded(run.trainer, run.folder) as uploads:
+                with _out_of_memory_explained(run), best.uploaded(run.trainer, run.folder) as uploads:
                     take_fast_paths(run)
                     write_lock(run)
                     train_and_evaluate(run)
