@@ -73,7 +73,7 @@ def test_a_row_with_two_faults_is_told_of_both(bert: PreTrainedTokenizerBase) ->
 def test_overlong_rows_hide_nothing_where_they_are_an_error(bert: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", [*mixed(4), BLANK, {"text": "film " * 60, "label": "bad"}, UNLABELLED])
     error, verdict = refused(bert, CLASSES, train="train.jsonl", max_length=32, overlong="error")
-    assert "1 of 6 other train rows have more than 32 tokens (row 6;" in error.problems[1].message
+    assert "1 of 6 train rows have more than 32 tokens (row 6;" in error.problems[1].message
     assert "1 of 7 train rows has no text" in verdict.errors[0].message
     assert "fewer than one batch" not in "\n".join(map(str, verdict.warnings))
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
 
 from hf_finetune.data import encoding as data_encoding
-from hf_finetune.data.encoding import INDEX, MARKS, Encoding
+from hf_finetune.data.encoding import INDEX, MARKS, Encoder, Encoding
 from hf_finetune.data.facts import Facts, Tally
 from hf_finetune.data.splits import PART, ROW, Split
 from hf_finetune.tasks import _likeness as likeness
-from hf_finetune.tasks import _texts as tasks_texts
-from hf_finetune.tasks.base import IGNORE, REMARKS, State, Task, tokenizer_of
+from hf_finetune.tasks import _texts as texts
+from hf_finetune.tasks.base import IGNORE, REMARKS, tokenizer_of
 
 Array = np.ndarray[Any, Any]
 
@@ -42,64 +42,47 @@ STRETCH_TOKENS, STRETCH_ROWS = 1 << 20, 100_000
 """Most tokens and rows that are looked at together; a longer row is looked at alone."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the facts of every split depend on."""
-
-    task: Task
-    processor: Any
-    targets: State
-    max_length: int
-
-
-def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], setting: Setting) -> dict[str, Facts]:
+def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], encoder: Encoder) -> dict[str, Facts]:
     """Facts of every split.
 
     Args:
         splits: Raw rows by name of the split.
         encodings: The same, encoded.
-        setting: Task, processor, labels and length.
+        encoder: The one that did it, for task, processor, labels and length.
     """
     found, trained = dict[str, Facts](), None
     for name in sorted(encodings, key=lambda name: name != "train"):
-        counting = _Counting(splits[name], encodings[name], setting)
+        counting = _Counting(splits[name], encodings[name], encoder)
         found[name] = counting.facts(trained)
         if name == "train":
             trained = counting.distinct
     return {name: found[name] for name in encodings}
 
 
-@dataclass
-class _Struck:
-    """Rows of the encoded split that a check struck."""
-
-    count: int = 0
-    rows: list[int] = field(default_factory=list)
-    """The first few."""
-
-    def add(self, rows: Array, count: int | None = None) -> None:
-        """These rows follow; `count` where something else than rows is counted."""
-        self.count += len(rows) if count is None else count
-        self.rows += rows[: SHOWN - len(self.rows)].tolist()
-
-
-@dataclass(frozen=True)
 class _Stretch:
-    """Rows of the encoded split that follow each other."""
+    """Rows of the encoded split that follow each other.
 
-    start: int
-    """Number of the first one."""
-    kept: Array
-    """Which of them are used."""
-    column: Mapping[str, Array]
-    content: list[Any] | None
-    """By which equal rows are found, where that is not `ids`."""
-    ids: Array
-    """Tokens of all of them; empty where rows are not made of tokens."""
-    starts: Array
-    """Where each row begins in `ids`, and the end."""
-    labels: tuple[Array, Array] | None
-    """The same of the labels, where each token has its own."""
+    Args:
+        start: Number of the first one.
+        rows: Their columns, as an Arrow table.
+        kept: The rows that are used, (rows,) bool.
+        ids: Name of the column of tokens; None where rows are not made of tokens.
+        content: Name of the column by which equal rows are found.
+    """
+
+    def __init__(self, start: int, rows: Any, kept: Array, ids: str | None, content: str) -> None:
+        self.start, self.rows, self.kept, self.used = start, rows, kept, np.flatnonzero(kept)
+        self.ids: Array = np.empty(0, dtype=np.int32)
+        self.starts: Array = np.zeros(len(rows) + 1, dtype=np.int64)
+        """Tokens of all rows, and the begin of each row in them, with the end."""
+        if ids is not None:
+            self.ids, self.starts = _flat(rows, ids)
+        self.content = None if content == ids else rows[content].to_pylist()
+
+    def column(self, name: str) -> Array:
+        """A column of numbers."""
+        values: Array = self.rows[name].to_numpy()
+        return values
 
     def tokens(self, rows: Array) -> Array:
         """The tokens of some rows, which are counted from the first one here."""
@@ -112,77 +95,82 @@ class _Stretch:
         return self.ids[offsets + np.arange(len(offsets))]
 
     def hashes(self) -> Array:
-        """One a row."""
+        """One a row that is used."""
+        parts: Any
         if self.content is not None:
-            texts = (value if isinstance(value, bytes) else repr(value).encode() for value in self.content)
-            found = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
-            return np.frombuffer(found, dtype="<u8")
-        bytes_: Any = np.ascontiguousarray(self.ids, dtype="<i4")
-        view = memoryview(bytes_).cast("B")
-        spans = itertools.pairwise((self.starts * 4).tolist())
-        digests = b"".join(hashlib.blake2b(view[start:end], digest_size=8).digest() for start, end in spans)
-        return np.frombuffer(digests, dtype="<u8")
+            parts = (value if isinstance(value, bytes) else repr(value).encode() for value in self.content)
+        else:
+            tokens: Any = np.ascontiguousarray(self.ids, dtype="<i4")
+            view = memoryview(tokens).cast("B")
+            parts = (view[start:end] for start, end in itertools.pairwise((self.starts * 4).tolist()))
+        digests = b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in parts)
+        return np.frombuffer(digests, dtype="<u8")[self.used]
 
 
 class _Counting:
-    """Goes through one split once; `kept` arrays hold only the rows that are used."""
+    """Goes through one split once."""
 
-    def __init__(self, split: Split, encoding: Encoding, setting: Setting) -> None:
-        self.split, self.encoding, self.setting = split, encoding, setting
-        self.struck: dict[str, _Struck] = {}
+    def __init__(self, split: Split, encoding: Encoding, encoder: Encoder) -> None:
+        self.split, self.encoding, self.encoder = split, encoding, encoder
+        self.struck: dict[str, tuple[int, list[int]]] = {}
+        """By check: the number of rows of the encoded split that it found, and the first few."""
         self.labels = self._label_cells()
         """Of the kept rows, (rows,) ids or (rows, C) cells; None for numbers and for language models."""
-        self.counts = self._label_counts()
-        names = setting.targets.names
+        names, self.counts = encoder.targets.names, dict[str, int]()
+        if self.labels is not None:
+            one = self.labels.ndim == 1
+            counts = np.bincount(self.labels, minlength=len(names)) if one else self.labels.sum(axis=0)
+            self.counts = dict(zip(names, counts.tolist(), strict=True))
         self.listed = sorted(names, key=lambda name: -self.counts[name])[:LABELS] if self.counts else [""]
         """Labels whose frequent tokens are counted."""
-        self.tokenizer: Any = None if setting.task.token_ids is None else tokenizer_of(setting.processor)
+        self.tokenizer: Any = None if encoder.task.token_ids is None else tokenizer_of(encoder.processor)
         """None where rows are not made of tokens."""
         self.frequent = np.zeros((len(self.listed), len(self.tokenizer or ())), dtype=np.int64)
-        self.missing = np.ones(len(split.rows), dtype=bool)
-        """Raw rows without text."""
-        self.endings = list(setting.task.endings(setting.processor))
-        self.distinct: Array = np.empty(0, dtype="<u8")
-        """Hashes of the kept rows, each once, sorted."""
-        self.hashes = self._pass()
-
-    def _pass(self) -> Array:
-        """Count everything that a row shows by itself; returns the hashes of the kept rows."""
+        self.endings = list(encoder.task.endings(encoder.processor))
+        empty = np.ones(len(split.rows), dtype=bool)
+        empty[encoding.faulty] = False
         hashes, before = [], 0
         for stretch in self._stretches():
-            kept = np.flatnonzero(stretch.kept)
-            self._marks(stretch)
-            self._untrained(stretch)
-            self._untrained_end(stretch)
+            empty[stretch.column(INDEX)] = False
+            self._look(stretch)
             if self.tokenizer is not None:
-                self._doubled_bos(stretch, kept)
-                self._unknown(stretch)
-                labels = None if self.labels is None else self.labels[before : before + len(kept)]
-                self._count_tokens(stretch, kept, labels)
-            hashes.append(stretch.hashes()[kept])
-            before += len(kept)
-        return np.concatenate(hashes)
+                self._look_at_tokens(stretch)
+                end = before + len(stretch.used)
+                self._count_tokens(stretch, None if self.labels is None else self.labels[before:end])
+                before = end
+            hashes.append(stretch.hashes())
+        self.hashes = np.concatenate(hashes)
+        """Of the kept rows."""
+        self.empty = np.flatnonzero(empty)
+        """Raw rows without text."""
+        self.distinct = self._compare()
+        """Hashes of the kept rows, each once, sorted."""
 
     def facts(self, trained: Array | None) -> Facts:
-        """Args: trained: sorted hashes of the training rows, where this is another split and they are known."""
-        edges, lengths = _histogram(self.encoding.whole.data["whole"].to_numpy())
-        return Facts(self._tallies(trained), edges, lengths, self.counts, self._frequent())
+        """The facts.
 
-    def _tallies(self, trained: Array | None) -> dict[str, Tally]:
-        self._compare()
+        Args:
+            trained: Sorted hashes of the training rows, where this is another split and they are known.
+        """
         if trained is not None:
             places = np.minimum(np.searchsorted(trained, self.hashes), len(trained) - 1)
-            self._strike("leakage", trained[places] == self.hashes)
-        struck = {name: self.struck[name] for name in _ORDER if name in self.struck}
+            self._add("leakage", np.flatnonzero(self.encoding.kept)[trained[places] == self.hashes])
         tallies = {
-            name: Tally(one.count, tuple(map(self._place, one.rows)), self._detail(name, one.rows[0]))
-            for name, one in struck.items()
+            name: Tally(count, tuple(map(self._place, rows)), self._detail(name, rows[0]))
+            for name, (count, rows) in self.struck.items()
         }
-        empty = np.flatnonzero(self.missing)
-        if len(empty):
-            tallies["empty_text"] = Tally(len(empty), tuple(self.split.where(int(row)) for row in empty[:SHOWN]))
-        similar = self._similar_labels()
-        return tallies | ({"similar_labels": similar} if similar.count else {})
+        if len(self.empty):
+            first = tuple(self.split.where(int(row)) for row in self.empty[:SHOWN])
+            tallies["empty_text"] = Tally(len(self.empty), first)
+        if (similar := self._similar_labels()).count:
+            tallies["similar_labels"] = similar
+        lengths = self.encoding.whole.data["whole"].to_numpy()
+        longest, most = int(lengths.max()), int(np.percentile(lengths, TAIL)) + 1
+        step = max(1, -(-most // BINS))
+        edges = list(range(0, most + step, step))
+        edges += [longest + 1] if edges[-1] <= longest else []
+        bins = tuple(np.histogram(lengths, bins=np.array(edges))[0].tolist())
+        return Facts(tallies, tuple(edges), bins, self.counts, self._frequent())
 
     def _place(self, row: int) -> tuple[str, int]:
         """Source of an encoded row, and its number there."""
@@ -190,98 +178,88 @@ class _Counting:
         return self.split.places[found[PART]], found[ROW]
 
     def _detail(self, check: str, row: int) -> str:
-        """What exactly a check finds in an encoded row; empty where the check says all."""
+        """The exact finding of a check in an encoded row; empty where the check says all."""
         if check != "special_tokens" and check not in REMARKS:
             return ""
-        index, setting = self.encoding.whole.select_columns([INDEX])[row][INDEX], self.setting
+        index = self.encoding.whole.select_columns([INDEX])[row][INDEX]
         raw = replace(self.split, rows=self.split.rows.select([index])).raw()[:]
         if check in REMARKS:
-            return setting.task.remark(raw, setting.processor, check)
-        specials = tasks_texts.pattern(self.tokenizer)
+            return self.encoder.task.remark(raw, self.encoder.processor, check)
+        specials = texts.pattern(self.tokenizer)
         return (
             repr(data_encoding.special((cells[0] for cells in raw.values()), specials)) if specials is not None else ""
         )
 
-    def _strike(self, check: str, mask: Array) -> None:
-        """Some of the kept rows have what a check looks for."""
-        if mask.any():
-            self._add(check, np.flatnonzero(self.encoding.kept)[mask])
-
     def _add(self, check: str, rows: Array, count: int | None = None) -> None:
+        """Count these rows of the encoded split; `count` where something else than rows is counted."""
         if len(rows):
-            self.struck.setdefault(check, _Struck()).add(rows, count)
+            before, first = self.struck.get(check, (0, []))
+            more = rows[: SHOWN - len(first)].tolist()
+            self.struck[check] = before + (len(rows) if count is None else count), first + more
 
-    def _marks(self, stretch: _Stretch) -> None:
-        """What stands in the raw text, and which raw rows have any."""
-        marks, places = stretch.column[MARKS], self.split.places
-        is_table = any(place.partition(" (and ")[0].lower().endswith((".csv", ".tsv")) for place in places)
+    def _look(self, stretch: _Stretch) -> None:
+        """Find marks in the raw text, and rows of which nothing, or no end, is trained."""
+        marks, places = stretch.column(MARKS), self.split.places
         found = {"nul_characters": data_encoding.NUL, "control_characters": data_encoding.CONTROL}
         found |= {"special_tokens": data_encoding.SPECIAL, **REMARKS}
-        for check, bit in (found | {"missing_words": data_encoding.MISSING} if is_table else found).items():
+        if any(place.partition(" (and ")[0].lower().endswith((".csv", ".tsv")) for place in places):
+            found["missing_words"] = data_encoding.MISSING
+        for check, bit in found.items():
             self._add(check, stretch.start + np.flatnonzero(marks & bit))
-        self.missing[stretch.column[INDEX]] = False
+        whole = stretch.column("whole") <= self.encoder.max_length
+        gone = ~stretch.kept & (stretch.column("weight") == 0)
+        if self.encoding.report.dropped:  # then over-long rows are dropped for that
+            gone &= whole
+        self._add("no_trained_token", stretch.start + np.flatnonzero(gone))
+        if self.endings:
+            # Rows that are not cut and whose last trained tokens do not end a turn or text.
+            labels, starts = _flat(stretch.rows, "labels")
+            trained = np.flatnonzero(labels != IGNORE)
+            ended = np.isin(labels[trained], self.endings)
+            # Of each row, its trained tokens are trained[first:last].
+            first, last = np.searchsorted(trained, starts[:-1]), np.searchsorted(trained, starts[1:])
+            before = np.concatenate([[0], np.cumsum(ended)])
+            without = before[last] - before[np.maximum(first, last - END)] == 0
+            self._add("untrained_end", stretch.start + np.flatnonzero(without & whole & stretch.kept))
 
-    def _untrained(self, stretch: _Stretch) -> None:
-        over = stretch.column["whole"] > self.setting.max_length
-        dropped = self.encoding.report.dropped > 0  # then over-long rows are dropped for that
-        gone = ~stretch.kept & (stretch.column["weight"] == 0)
-        self._add("no_trained_token", stretch.start + np.flatnonzero(gone & ~over if dropped else gone))
-
-    def _doubled_bos(self, stretch: _Stretch, kept: Array) -> None:
-        bos = self.tokenizer.bos_token_id
+    def _look_at_tokens(self, stretch: _Stretch) -> None:
+        """Find BOS tokens twice, and unknown tokens."""
+        bos, unknown = self.tokenizer.bos_token_id, self.tokenizer.unk_token_id
         if bos is not None:
-            rows = kept[np.diff(stretch.starts)[kept] >= 2]
+            rows = stretch.used[np.diff(stretch.starts)[stretch.used] >= 2]
             first = stretch.starts[rows]
             doubled = (stretch.ids[first] == bos) & (stretch.ids[first + 1] == bos)
             self._add("doubled_bos", stretch.start + rows[doubled])
-
-    def _untrained_end(self, stretch: _Stretch) -> None:
-        """Rows that are not cut and whose last trained tokens do not end a turn or text."""
-        if stretch.labels is None:
-            return
-        labels, starts = stretch.labels
-        trained = np.flatnonzero(labels != IGNORE)
-        ended = np.isin(labels[trained], self.endings)
-        # Of each row, its trained tokens are trained[first:last].
-        first, last = np.searchsorted(trained, starts[:-1]), np.searchsorted(trained, starts[1:])
-        before = np.concatenate([[0], np.cumsum(ended)])
-        without = before[last] - before[np.maximum(first, last - END)] == 0
-        whole = stretch.column["whole"] <= self.setting.max_length
-        self._add("untrained_end", stretch.start + np.flatnonzero(without & whole & stretch.kept))
-
-    def _unknown(self, stretch: _Stretch) -> None:
-        unknown = self.tokenizer.unk_token_id
         # Some tokenizers name an ordinary token, such as EOS, their unknown one.
-        if unknown is None or unknown == self.tokenizer.eos_token_id:
-            return
-        row = np.searchsorted(stretch.starts, np.flatnonzero(stretch.ids == unknown), side="right") - 1
-        row = row[stretch.kept[row]]
-        self._add("unknown_tokens", stretch.start + np.unique(row), len(row))
+        if unknown is not None and unknown != self.tokenizer.eos_token_id:
+            row = np.searchsorted(stretch.starts, np.flatnonzero(stretch.ids == unknown), side="right") - 1
+            row = row[stretch.kept[row]]
+            self._add("unknown_tokens", stretch.start + np.unique(row), len(row))
 
-    def _count_tokens(self, stretch: _Stretch, kept: Array, labels: Array | None) -> None:
+    def _count_tokens(self, stretch: _Stretch, labels: Array | None) -> None:
         """Add the tokens of the kept rows to those of their labels."""
-        names = list(self.setting.targets.names)
+        names = list(self.encoder.targets.names)
         for place, name in enumerate(self.listed):
-            rows = kept
+            rows = stretch.used
             if labels is not None:
                 label = names.index(name)
-                rows = kept[labels == label if labels.ndim == 1 else labels[:, label]]
+                rows = rows[labels == label if labels.ndim == 1 else labels[:, label]]
             found = np.bincount(stretch.tokens(rows))
             if len(found) > self.frequent.shape[1]:  # tokens that the tokenizer does not count among its own
                 self.frequent = np.pad(self.frequent, ((0, 0), (0, len(found) - self.frequent.shape[1])))
             self.frequent[place, : len(found)] += found
 
-    def _compare(self) -> None:
+    def _compare(self) -> Array:
         """Find the kept rows with the tokens of another one; of a language model, labels are tokens too."""
+        kept = np.flatnonzero(self.encoding.kept)
         order = np.argsort(self.hashes, kind="stable")
         ordered = self.hashes[order]
         begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        self.distinct = ordered[begins]
         later = np.ones(len(order), dtype=bool)
         later[order[begins]] = False
-        self._strike("duplicates", later)
+        self._add("duplicates", kept[later])
         if self.labels is None:
-            return
+            return ordered[begins]
         labels = self.labels
         if labels.ndim > 1:  # a number for each set of labels
             weights = np.random.default_rng(0).integers(1, 2**63, labels.shape[1], dtype=np.uint64)
@@ -290,10 +268,11 @@ class _Counting:
         differ = np.minimum.reduceat(labels, begins) != np.maximum.reduceat(labels, begins)
         conflicting = np.zeros(len(order), dtype=bool)
         conflicting[order] = np.repeat(differ, np.diff(begins, append=len(order)))
-        self._strike("conflicting_labels", conflicting)
+        self._add("conflicting_labels", kept[conflicting])
+        return ordered[begins]
 
     def _label_cells(self) -> Array | None:
-        names, feature = self.setting.targets.names, self.encoding.whole.features.get("labels")
+        names, feature = self.encoder.targets.names, self.encoding.whole.features.get("labels")
         if not names or feature is None:
             return None
         is_one = isinstance(feature, datasets.Value)
@@ -307,20 +286,13 @@ class _Counting:
             parts.append(values[self.encoding.kept[start : start + len(values)]])
         return np.concatenate(parts)
 
-    def _label_counts(self) -> dict[str, int]:
-        labels, names = self.labels, self.setting.targets.names
-        if labels is None:
-            return {}
-        counts = np.bincount(labels, minlength=len(names)) if labels.ndim == 1 else labels.sum(axis=0)
-        return dict(zip(names, counts.tolist(), strict=True))
-
     def _similar_labels(self) -> Tally:
         """Count rows whose label is like a commoner one; remember the first row of each such label, in their order."""
         alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
         if self.labels is None or not alike:
             return Tally()
         labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
-        ids = [self.setting.targets.names.index(name) for name in alike]
+        ids = [self.encoder.targets.names.index(name) for name in alike]
         first = [int((labels == index if labels.ndim == 1 else labels[:, index]).argmax()) for index in ids]
         places = tuple(self._place(int(row)) for row in kept[first[:SHOWN]])
         return Tally(sum(self.counts[name] for name in alike), places)
@@ -332,27 +304,20 @@ class _Counting:
             return {}
         special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
         counts[:, [index for index in special if index < counts.shape[1]]] = 0
-        tops = dict(zip(self.listed, counts, strict=True))
-        names = [name for name in self.setting.targets.names if self.counts.get(name) and name in tops]
-        return {name: self._top(tops[name]) for name in (names if self.labels is not None else [""])}
-
-    def _top(self, counts: Array) -> tuple[tuple[str, int], ...]:
-        top = np.argsort(-counts, kind="stable")[:FREQUENT]
-        decode = self.tokenizer.decode
-        return tuple((str(decode([int(index)])), int(counts[index])) for index in top if counts[index])
+        found = {}
+        for name, count in zip(self.listed, counts, strict=True):
+            top = np.argsort(-count, kind="stable")[:FREQUENT]
+            if self.labels is None or self.counts[name]:
+                found[name] = tuple((str(tokenizer.decode([int(i)])), int(count[i])) for i in top if count[i])
+        # In the order of the labels, not of their counts.
+        return {name: found[name] for name in self.encoder.targets.names or [""] if name in found} or found
 
     def _stretches(self) -> Iterator[_Stretch]:
-        plain = ["whole", "weight", INDEX, MARKS]
-        task, ids = self.setting.task, self.setting.task.token_ids if self.tokenizer is not None else None
-        others = {*([] if ids is None else [ids]), task.content, *(["labels"] if self.endings else [])}
-        nothing = np.empty(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-        for start, rows in self._tables([*plain, *sorted(others)]):
-            column = {name: rows[name].to_numpy() for name in plain}
-            labels = _flat(rows, "labels") if self.endings else None
-            kept = self.encoding.kept[start : start + len(rows)]
-            content = None if task.content == ids else rows[task.content].to_pylist()
-            tokens, starts = nothing if ids is None else _flat(rows, ids)
-            yield _Stretch(start, kept, column, content, tokens, starts, labels)
+        task = self.encoder.task
+        ids = task.token_ids if self.tokenizer is not None else None
+        columns = {"whole", "weight", INDEX, MARKS, task.content, *([] if ids is None else [ids])}
+        for start, rows in self._tables(sorted(columns | ({"labels"} if self.endings else set()))):
+            yield _Stretch(start, rows, self.encoding.kept[start : start + len(rows)], ids, task.content)
 
     def _tables(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
         """Some columns as Arrow tables, with the number of the first row of each."""
@@ -364,23 +329,6 @@ class _Counting:
             yield start, rows[start:end]
 
 
-_ORDER = (
-    "no_trained_token",
-    "duplicates",
-    "conflicting_labels",
-    "nul_characters",
-    "control_characters",
-    "missing_words",
-    "doubled_bos",
-    "untrained_end",
-    "special_tokens",
-    *REMARKS,
-    "leakage",
-    "unknown_tokens",
-)
-"""Of the tallies."""
-
-
 def _flat(rows: Any, name: str) -> tuple[Array, Array]:
     """All values of a column of lists, and where each row starts in them, with the end; (N,), (rows + 1,)."""
     chunks = rows[name].chunks
@@ -388,13 +336,3 @@ def _flat(rows: Any, name: str) -> tuple[Array, Array]:
     lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
     starts = np.concatenate([[0], np.cumsum(np.concatenate([*lengths, [0]])[:-1])]).astype(np.int64)
     return (np.concatenate(values) if values else np.empty(0, dtype=np.int32)), starts
-
-
-def _histogram(lengths: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    longest = int(lengths.max())
-    most = int(np.percentile(lengths, TAIL)) + 1
-    step = max(1, -(-most // BINS))
-    edges = list(range(0, most + step, step))
-    if edges[-1] <= longest:
-        edges.append(longest + 1)
-    return tuple(edges), tuple(np.histogram(lengths, bins=np.array(edges))[0].tolist())

@@ -1,10 +1,10 @@
-"""Turns raw rows into tokens, applies the policy for over-long rows, and counts what became of every row."""
+"""Encodes raw rows, applies the policy for over-long ones, and accounts for every row."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,10 @@ import datasets
 import numpy as np
 
 from hf_finetune.data.facts import SplitReport, nothing_left
-from hf_finetune.data.splits import BOOKKEEPING, ROW, PlacedError, Split, Workplace, note, placed
+from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
 from hf_finetune.device import cores
-from hf_finetune.errors import SHOWN, DataError, OutOfMemoryError, Problem, RowsError, numbers
+from hf_finetune.errors import SHOWN, OutOfMemoryError, Problem, RowsError, numbers
+from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
@@ -83,13 +84,18 @@ def texts(cell: Any) -> Iterator[str]:
 
 
 Overlong = Literal["truncate", "drop", "error"]
+Array = np.ndarray[Any, Any]
 
 FEW_ROWS = 5_000
 """Up to this many rows, starting processes costs more than it saves."""
 INDEX = "row"
 """Column: number of the raw row in the split, from 0."""
 MARKS = "marks"
-"""Column: what the raw text of a row holds, as bits of `rawtext`, and what encoding noticed, as bits of `REMARKS`."""
+"""Column: bits of `rawtext` for what the raw text of a row holds, and of `REMARKS` for what encoding noticed."""
+FAULT = "fault"
+"""Column: the reasons why a row can't be encoded, one a line; null where it can."""
+COUNTS = ("size", "whole", "weight")
+"""Columns of numbers that every task gives."""
 
 
 @dataclass(frozen=True)
@@ -100,101 +106,81 @@ class Encoder:
     processor: Any
     targets: State
     max_length: int
-    places: tuple[str, ...]
-    """What messages call the sources."""
-    columns: tuple[str, ...] = ()
-    """What a batch without any text gives, each empty."""
+    columns: tuple[str, ...] | None = None
+    """The task's features; None takes those of the first row that can be encoded."""
     tally: Path | None = None
     """File that learns of each finished batch, whatever process encodes it."""
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
-        """Encode raw rows with their `BOOKKEEPING` columns; those without any text are left out.
+        """Encode raw rows with their `BOOKKEEPING` columns; leave out those without any text.
 
         Args:
             rows: Columns.
-            indices: Numbers of the rows in the split, from 0; null counts those of the batch.
+            indices: Numbers of the rows in the split, from 0; None counts those of the batch.
 
         Returns:
-            The task's features with `size`, `whole` and `weight`, `INDEX`, `MARKS`, and the `BOOKKEEPING` columns;
-            where no row has text, empty `columns`.
-
-        Raises:
-            DataError: Rows can't be encoded; it names their source and their numbers there.
+            The task's features, all null in rows with a `FAULT`, and `COUNTS`, `INDEX`, `MARKS`, `FAULT` and the
+            `BOOKKEEPING` columns.
         """
         indices = range(len(rows[ROW])) if indices is None else indices
         raw = {column: values for column, values in rows.items() if column not in BOOKKEEPING}
         spoken = [index for index, blank in enumerate(self.task.blank(raw)) if not blank]
-        if not spoken:
-            return {name: [] for name in self.columns}
-        raw = {column: [values[index] for index in spoken] for column, values in raw.items()}
-        bookkeeping = {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
-        try:
-            encoded = self.task.features(raw, self.processor, self.targets, self.max_length)
-        except RowsError as error:
-            raise placed(error, bookkeeping, [indices[index] for index in spoken], self.places) from None
-        columns = {name: [row[name] for row in encoded] for name in encoded[0]}
-        columns[INDEX] = [indices[index] for index in spoken]
-        remarks = columns.pop("remarks", [0] * len(spoken))
+        faults: dict[int, list[str]] = {}
+        encoded: dict[int, Any] = {}
+        # One bad row hides no other: the rest is encoded again, which may show faults that were looked for later.
+        while fit := [index for index in spoken if index not in faults]:
+            chosen = {column: [values[index] for index in fit] for column, values in raw.items()}
+            try:
+                found = self.task.features(chosen, self.processor, self.targets, self.max_length)
+                encoded = dict(zip(fit, found, strict=True))
+                break
+            except RowsError as error:
+                for what, struck in error.found.items():
+                    for place in struck:
+                        faults.setdefault(fit[place], []).append(what)
+        nothing = dict.fromkeys(COUNTS, 0)
+        made = [encoded.get(index, nothing) for index in spoken]
+        names = self.columns
+        if names is None:
+            names = tuple(name for name in next(iter(encoded.values()), {}) if name not in {"remarks", *COUNTS})
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in made] for name in names}
+        columns |= {name: [row[name] for row in made] for name in COUNTS}
         tokenizer = tokenizer_of(self.processor)
-        marks = marks_rawtext(raw, None if tokenizer is None else tasks_texts.pattern(tokenizer))
-        columns[MARKS] = [mark | remark for mark, remark in zip(marks, remarks, strict=True)]
+        texts = {column: [values[index] for index in spoken] for column, values in raw.items()}
+        marks = marks_rawtext(texts, None if tokenizer is None else tasks_texts.pattern(tokenizer))
+        columns[MARKS] = [mark | row.get("remarks", 0) for mark, row in zip(marks, made, strict=True)]
+        columns[FAULT] = ["\n".join(faults[index]) if index in faults else None for index in spoken]
+        columns[INDEX] = [indices[index] for index in spoken]
         if self.tally is not None:
-            note(self.tally, len(rows[ROW]))
-        return columns | bookkeeping
+            with self.tally.open("ab") as stream:
+                stream.write(len(rows[ROW]).to_bytes(4))
+        return columns | {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """Encodes batches to find every bad row; one row a batch: what was found, as JSON, and in which rows."""
+class Workplace:
+    """Folder, workers and progress display of an encoding."""
 
-    encoder: Encoder
+    scratch: Path
+    """Folder for files that the result is mapped from."""
+    workers: int | None = None
+    """Processes; None is one a core."""
+    phase: Phases = unseen
 
-    def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        try:
-            self.encoder(rows, indices)
-        except PlacedError as error:
-            found = json.dumps([[*key, *value] for key, value in error.found.items()])
-            return {"found": [found], "unfit": [error.unfit]}
-        return {"found": [], "unfit": []}
+    @contextmanager
+    def tallied(self, split: Split) -> Iterator[Path]:
+        """Show how many rows of a split are encoded; gives the file for `Encoder.tally`."""
+        tally = self.scratch / f"{split.name}.tally"
 
+        def count() -> int:
+            try:
+                return int(np.fromfile(tally, ">u4").sum())
+            except OSError:
+                return 0  # not begun, or over
 
-def _mapped(rows: datasets.Dataset, function: Any, **options: Any) -> datasets.Dataset:
-    """`rows.map`, with a killed worker process told in one line.
-
-    Raises:
-        OutOfMemoryError: A worker was killed, nearly always for want of memory.
-    """
-    try:
-        return rows.map(function, **options)
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        message = "a process that tokenises was killed, most likely for want of memory; set it to 1, or free memory"
-        raise OutOfMemoryError(Problem(message, key="data.workers")) from error
-
-
-def survey(split: Split, encoder: Encoder, place: Workplace) -> PlacedError | None:
-    """Every bad row of a split; None where there is none. Arguments as for `encode`."""
-    batches = _mapped(
-        split.rows,
-        _Survey(encoder),
-        batched=True,
-        with_indices=True,
-        features=datasets.Features(
-            {"found": datasets.Value("string"), "unfit": datasets.List(datasets.Value("int64"))}
-        ),
-        remove_columns=split.rows.column_names,
-        num_proc=processes(len(split.rows), place.workers),
-        cache_file_name=str(place.scratch / f"{split.name}-survey.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=f"{split.name}-survey",
-    )
-    found: dict[tuple[str, str], tuple[list[int], int]] = {}
-    for batch in batches["found"]:
-        for where, what, rows, count in json.loads(batch):
-            before, total = found.get((where, what), ([], 0))
-            found[where, what] = (sorted(before + rows)[:SHOWN], total + count)
-    return PlacedError(found, [row for unfit in batches["unfit"] for row in unfit]) if found else None
+        with self.phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
+            shown.count = count
+            yield tally
 
 
 @dataclass(frozen=True)
@@ -202,53 +188,77 @@ class Encoding:
     """An encoded split."""
 
     whole: datasets.Dataset
-    """Every row that has text, with all columns of `Encoder`."""
-    kept: np.ndarray[Any, Any]
-    """Which of them are trained on or evaluated, (rows,) bool."""
+    """Every row that has text and can be encoded, with all columns of `Encoder`."""
+    kept: Array
+    """The rows among them that are trained on or evaluated, (rows,) bool."""
     report: SplitReport
+    faulty: Array
+    """Numbers of the raw rows that can't be encoded."""
 
     def rows(self) -> datasets.Dataset:
         """Those that are kept: the task's features, `size` and `row`."""
-        others = {*BOOKKEEPING, "whole", "weight", MARKS}
+        others = {*BOOKKEEPING, "whole", "weight", MARKS, FAULT}
         chosen = self.whole.select_columns([name for name in self.whole.column_names if name not in others])
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
 
 
-def encode(split: Split, encoder: Encoder, overlong: Overlong, place: Workplace) -> Encoding:
-    """Encode a whole split.
+def encode(
+    split: Split, encoder: Encoder, overlong: Overlong, place: Workplace
+) -> tuple[Encoding | None, list[Problem]]:
+    """Encode a whole split; None where no row can be used.
 
     Args:
         split: Raw rows.
         encoder: Encodes batches of them.
-        overlong: What happens to rows with more than `encoder.max_length` tokens.
-        place: Where and by whom it is done.
+        overlong: The policy for rows with more than `encoder.max_length` tokens.
+        place: Folder, workers and progress.
 
-    Raises:
-        DataError: Rows can't be encoded (all are told), are over-long and must not be, or none is left.
+    Returns:
+        The rows that can be used, and the problems: rows can't be encoded, are over-long and must not be, or none is
+        left.
     """
-    try:
-        features = _features(split, encoder)
-        with place.tallied(split) as tally:
-            encoded = _mapped(
-                split.rows,
+    features = _features(split, encoder)
+    fixed = {**dict.fromkeys([*COUNTS, MARKS, INDEX, *BOOKKEEPING], datasets.Value("int64"))}
+    fixed[FAULT] = datasets.Value("string")
+    with place.tallied(split) as tally:
+        try:
+            encoded = split.rows.map(
                 replace(encoder, columns=tuple(features), tally=tally),
                 batched=True,
                 with_indices=True,
-                features=features,
+                features=datasets.Features({**features, **fixed}),
                 remove_columns=split.rows.column_names,
                 num_proc=processes(len(split.rows), place.workers),
                 cache_file_name=str(place.scratch / f"{split.name}.arrow"),
                 load_from_cache_file=False,
                 new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
             )
-    except PlacedError as error:
-        raise survey(split, encoder, place) or error from None
+        except RuntimeError as error:
+            if "abruptly died" not in str(error):
+                raise
+            message = "a process that tokenises was killed, most likely for want of memory; set it to 1, or free memory"
+            raise OutOfMemoryError(Problem(message, key="data.workers")) from error
+    empty = len(split.rows) - len(encoded)
+    fault = encoded.data[FAULT]
+    faulty, problems = np.empty(0, dtype=np.int64), list[Problem]()
+    if fault.null_count < len(fault):
+        fit = fault.is_null().to_numpy()
+        faulty = encoded.data[INDEX].to_numpy()[~fit]
+        problems = split.problems(_by_reason(faulty, fault.drop_null().to_pylist()))
+        flat = str(place.scratch / f"{split.name}-fit.arrow")
+        encoded = encoded.select(np.flatnonzero(fit)).flatten_indices(cache_file_name=flat)
     columns = encoded.data
     whole, weight, size = (columns[name].to_numpy() for name in ("whole", "weight", "size"))
     over = whole > encoder.max_length
     if overlong == "error" and over.any():
-        raise overlong_error(split, columns[INDEX].to_numpy()[over], int(whole.max()), encoder.max_length)
-    dropped = over if overlong == "drop" else np.zeros_like(over)
+        found = [split.where(int(index)) for index in columns[INDEX].to_numpy()[over][:SHOWN]]
+        message = (
+            f"{over.sum()} of {len(split.rows)} {split.name} rows have more than {encoder.max_length} tokens (row "
+            f"{numbers([number for _, number in found], int(over.sum()))}; longest {whole.max()}); "
+            "raise data.max_length, or set data.overlong to truncate or drop"
+        )
+        problems.append(Problem(message, file=found[0][0]))
+    dropped = over if overlong != "truncate" else np.zeros_like(over)
     untrained = ~dropped & (weight == 0)
     kept = ~dropped & ~untrained
     report = SplitReport(
@@ -259,44 +269,42 @@ def encode(split: Split, encoder: Encoder, overlong: Overlong, place: Workplace)
         untrained=int(untrained.sum()),
         tokens=int(size[kept].sum()),
         trained=int(weight[kept].sum()),
-        longest=int(whole.max()),
+        longest=int(whole.max(initial=0)),
         unused=split.unused,
-        empty=len(split.rows) - len(encoded),
+        empty=empty,
     )
-    if report.kept == 0:
-        raise nothing_left(report, split.name, split.places[0])
-    return Encoding(encoded, kept, report)
+    if report.kept:
+        return Encoding(encoded, kept, report, faulty), problems
+    return None, problems or [nothing_left(report, split.name, split.places[0])]
+
+
+def _by_reason(rows: Array, reasons: Sequence[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for row, lines in zip(rows.tolist(), reasons, strict=True):
+        for what in lines.split("\n"):
+            found.setdefault(what, []).append(row)
+    return found
 
 
 def processes(rows: int, workers: int | None) -> int | None:
-    """How many processes encode so many rows; None for this one."""
+    """The number of processes that encode so many rows; None for this one."""
     if rows < FEW_ROWS:
         return None
     count = min(workers or cores(), rows // (FEW_ROWS // 2))
     return count if count > 1 else None
 
 
-def overlong_error(split: Split, indices: Any, longest: int, max_length: int) -> DataError:
-    """The error for over-long rows, given by index, where the recipe forbids them."""
-    found = [split.where(int(index)) for index in indices[:SHOWN]]
-    message = (
-        f"{len(indices)} of {len(split.rows)} {split.name} rows have more than {max_length} tokens (row "
-        f"{numbers([number for _, number in found], len(indices))}; longest {longest}); raise data.max_length, or set "
-        "data.overlong to truncate or drop"
-    )
-    return DataError(Problem(message, file=found[0][0]))
-
-
-def _features(split: Split, encoder: Encoder) -> datasets.Features:
-    """Types of the encoded columns, from the first row that has text: half the width that `datasets` would choose."""
-    for start in range(len(split.rows)):
-        sample = encoder(split.rows[start : start + 1])
-        if sample:
-            break
-    else:
-        count = len(split.rows)
-        raise nothing_left(SplitReport(rows=count, empty=count), split.name, split.places[0])
-    return datasets.Features({name: _feature(values) for name, values in sample.items()})
+def _features(split: Split, encoder: Encoder) -> dict[str, Any]:
+    """Types of the task's features, from the first row that can be encoded: half the width that `datasets` takes."""
+    start, count = 0, 1
+    while start < len(split.rows):
+        sample = encoder(split.rows[start : start + count])
+        if None in sample[FAULT]:
+            row = sample[FAULT].index(None)
+            names = [name for name in sample if name not in {*COUNTS, MARKS, FAULT, INDEX, *BOOKKEEPING}]
+            return {name: _feature([sample[name][row]]) for name in names}
+        start, count = start + count, 1_000
+    return {}
 
 
 def _feature(values: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ COUNTS = attrgetter(*NAMES)
 """The counts of a report, in the order of `NAMES`."""
 
 
-def nothing_left(report: SplitReport, name: str, where: str) -> DataError:
-    """The error for a split of which no row can be used."""
+def nothing_left(report: SplitReport, name: str, where: str) -> Problem:
+    """The problem of a split of which no row can be used."""
     fates = {
         "are too long and dropped; raise data.max_length, or set data.overlong: truncate": report.dropped,
         "have nothing that is trained; raise data.max_length if they are cut": report.untrained,
@@ -120,4 +120,4 @@ def nothing_left(report: SplitReport, name: str, where: str) -> DataError:
     remedies = "; ".join(fate.partition("; ")[2] for fate, count in fates.items() if count)
     longest = f" (longest {report.longest:,} tokens)" if report.longest else ""
     message = f"none of the {report.rows:,} {name} rows can be used: {told}{longest}; {remedies}"
-    return DataError(Problem(message, file=where))
+    return Problem(message, file=where)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,29 @@ import datasets
 import numpy as np
 import tokenizers
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 import hf_finetune
 from hf_finetune.data import cache, checks, splits
 from hf_finetune.data import sources as data_sources
 from hf_finetune.data.cache import Content
 from hf_finetune.data.cells import Wanted
-from hf_finetune.data.counting import Setting, gather
-from hf_finetune.data.encoding import Encoder, Encoding, Overlong, encode, survey
+from hf_finetune.data.counting import gather
+from hf_finetune.data.encoding import FAULT, INDEX, Encoder, Encoding, Workplace, encode
 from hf_finetune.data.facts import Facts, SplitReport, without_unfit
 from hf_finetune.data.sources import Origins
-from hf_finetune.data.splits import PlacedError, Split, Workplace, placed_in
+from hf_finetune.data.splits import Split
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError
 from hf_finetune.log import libraries
 from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import State, tokenizer_of
+from hf_finetune.tasks.base import State, Task, tokenizer_of
 
 # Reads and encodes every split for the cache; all that is wrong with any of them is told at once.
 #
 # Rows that are unfit are left out, and the others encoded and counted all the same, so that the checks can judge them.
 
-Array = np.ndarray[Any, Any]
-NONE: Array = np.empty(0, dtype=np.int64)
 TOGETHER = 10_000
 """Raw rows that are looked at at a time."""
 
@@ -72,150 +70,129 @@ class UnfitError(DataError):
         return type(self), (self.problems, self.facts, self.counted, self.places, self.left_out)
 
 
-def build_building(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, place: Workplace) -> Content:
+def build_building(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) -> Content:
     """Read and encode every split.
 
     Args:
         recipe: Its task and data block.
-        tokenizer: The model's.
-        reading: What is read.
-        place: Where and by whom it is encoded.
+        processor: The model's.
+        origins: The sources.
+        place: Folder and workers.
 
     Raises:
         UnfitError: Something is wrong with a split; raised after all were tried.
     """
-    building = _Building(recipe, tokenizer, reading, place)
-    data, origins = recipe.data, reading.origins
+    data, task, seed = recipe.data, recipe.task, recipe.training.seed
     with place.phase("reading data"):
-        seed, folder = recipe.training.seed, str(place.scratch / "raw")
-        loaded, building.problems = splits.load(data, origins, reading.wanted, seed, folder)
-    targets, unlabelled = building.targets(loaded.get("train"))
+        loaded, problems = splits.load(data, origins, Wanted.by(task), seed, str(place.scratch / "raw"))
+
+    def note(found: Iterable[Problem], name: str) -> None:
+        """Keep the problems of a split, each with the recipe key that names its file."""
+        held = {"validation": origins.validation, "test": origins.test}.get(name)
+        keys = {origin.place: origin.key for origin in (origins.train if held is None else (held,))}
+        for problem in found:
+            problems[replace(problem, key=problem.key or keys.get(problem.file, f"data.{name}"))] = None
+
+    unlabelled: dict[str, list[int]] = {}
+    if "train" in loaded:
+        targets, unlabelled, told = _fit(task, loaded["train"])
+    else:
+        targets, told = _fit_stream(recipe, origins)
+    note(told, "train")
+    encoder = Encoder(task, processor, targets or State(), data.max_length)
+    kept: dict[str, Split] = {}
+    encodings: dict[str, Encoding] = {}
     for name, split in loaded.items():
-        building.encode(split, targets, unlabelled if name == "train" else NONE)
-    kept, encodings = building.splits, building.encodings
+        labelled = split
+        if name == "train" and unlabelled:
+            labelled, told = _without(split, unlabelled, replace(encoder, targets=State()))
+            note(told, name)
+        if len(labelled.rows):
+            encoding, told = encode(labelled, encoder, data.overlong, place)
+            note(told, name)
+            if encoding is not None:
+                kept[name], encodings[name] = labelled, encoding
     with place.phase("counting what is in the data"):
-        facts = gather(kept, encodings, Setting(recipe.task, tokenizer, targets or State(), data.max_length))
+        facts = gather(kept, encodings, encoder)
     reports = {name: encoding.report for name, encoding in encodings.items()}
-    if targets is not None and targets.counts and not building.problems and "train" in facts and facts["train"].labels:
+    if targets is not None and targets.counts and not problems and "train" in facts and facts["train"].labels:
         try:
             # The counts of the rows that are trained on, and the weights that follow from them.
             counts = tuple(facts["train"].labels[name] for name in targets.names)
-            targets = recipe.task.refit(targets, counts, reports["train"].kept)
+            targets = task.refit(targets, counts, reports["train"].kept)
         except DataError as error:
-            building.note(error, "train")
-    if building.problems or targets is None:
-        left_out = {name: len(loaded[name].rows) - report.rows for name, report in reports.items()}
-        if data.overlong == "error":
-            left_out = {name: count + reports[name].dropped for name, count in left_out.items()}
-        counted = {name: replace(report, rows=len(loaded[name].rows)) for name, report in reports.items()}
-        raise UnfitError(building.problems, facts, counted, origins.places, left_out)
+            note(error.problems, "train")
+    if problems or targets is None:
+        left_out = {}
+        for name, report in reports.items():
+            left_out[name] = len(loaded[name].rows) - report.rows + len(encodings[name].faulty)
+            left_out[name] += report.dropped if data.overlong == "error" else 0
+            reports[name] = replace(report, rows=len(loaded[name].rows))
+        raise UnfitError(problems, facts, reports, origins.places, left_out)
     encoded = {name: one.rows() for name, one in encodings.items()}
     raw = {name: split.raw() for name, split in kept.items() if name != "train"}
     return Content(encoded, raw, targets, reports, facts)
 
 
-class _Building:
-    """The splits as far as they are encoded, and their problems."""
-
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, place: Workplace) -> None:
-        self.recipe, self.tokenizer, self.reading, self.place = recipe, tokenizer, reading, place
-        self.problems: dict[Problem, None] = {}
-        self.splits: dict[str, Split] = {}
-        """The rows that are encoded: all, or those that are fit."""
-        self.encodings: dict[str, Encoding] = {}
-        self.mislabelled: set[tuple[str, str]] = set()
-        """Source and problem of labels that can't be read."""
-
-    def targets(self, train: Split | None) -> tuple[State | None, Array]:
-        """The labels of the training rows, and the rows whose labels can't be read, which are noted."""
-        if train is None:
-            return self._streamed_targets(), NONE
-        every = np.arange(len(train.rows))
-        rows, part, targets = every, train, None
-        while targets is None and len(rows):
-            try:
-                targets = self.recipe.task.fit(part.raw())
-            except RowsError as error:
-                found = placed_in(error, part)
-                self.note(found, "train")
-                self.mislabelled |= set(found.found)
-                rows = np.delete(rows, found.unfit)
-                part = replace(train, rows=train.rows.select(rows))
-            except DataError as error:
-                where, lost = ", ".join(part.places), len(every) - len(rows)
-                # What names a key of the recipe is about the recipe, not about a row.
-                told = (p if p.file or p.key else replace(p, file=where) for p in error.problems)
-                self.note(DataError(without_unfit(problem, lost) for problem in told), "train")
-                break
-        return targets, np.setdiff1d(every, rows)
-
-    def _streamed_targets(self) -> State | None:
-        data, reading = self.recipe.data, self.reading
-        # Of a mix that lacks a source nothing can be said.
-        if data.streaming and len(reading.origins.train) == len(data.mix or (data.train,)):
-            try:
-                opened = reading.open()
-            except DataError as error:
-                self.note(error, "train")
-                return None
-            try:
-                return self.recipe.task.fit(opened)
-            except DataError as error:
-                self.note(DataError(replace(problem, file=reading.places) for problem in error.problems), "train")
-        return None
-
-    def encode(self, split: Split, targets: State | None, unlabelled: Array) -> None:
-        """Encode a split; where rows are unfit, tell them and encode the others."""
-        overlong, unfit = self.recipe.data.overlong, unlabelled
-        error: DataError | None = None
-        if len(unlabelled):
-            # These rows may have other faults too. Without names, unknown labels are not told once more.
-            error = survey(split, self._encoder(split, None), self.place)
-            error = error and error.without(self.mislabelled)
-            chosen = split.raw().select(unlabelled).iter(batch_size=TOGETHER)
-            blank = np.concatenate([self.recipe.task.blank(rows) for rows in chosen])
-            unfit = unlabelled[~blank]  # rows without text are not encoded anyway, and counted
-        else:
-            error = self._tried(split, split.name, targets, overlong)
-            if error is None:
-                return
-        if error is not None:
-            self.note(error, split.name)
-        if isinstance(error, PlacedError):
-            unfit = np.union1d(unfit, error.unfit)
-        fit = np.setdiff1d(np.arange(len(split.rows)), unfit)
-        if not len(fit):
-            return
-        rest = split
-        if len(unfit):
-            rest = replace(split, name=f"other {split.name}", rows=split.rows.select(fit))
-            error = self._tried(rest, split.name, targets, overlong)
-            if error is not None:
-                self.note(error, split.name)
-        if error is not None and overlong == "error":
-            self._tried(rest, split.name, targets, "drop")
-
-    def _tried(self, split: Split, name: str, targets: State | None, overlong: Overlong) -> DataError | None:
-        """Encode rows and keep them as the split of this name, or return what is wrong with them."""
+def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], list[Problem]]:
+    """The labels of the training rows, as far as they can be read; the other rows by reason; and the problems."""
+    every = rows = np.arange(len(train.rows))
+    unlabelled: dict[str, list[int]] = {}
+    state, others = None, list[Problem]()
+    while len(rows) and state is None and not others:
+        part = train if len(rows) == len(every) else replace(train, rows=train.rows.select(rows))
         try:
-            self.encodings[name] = encode(split, self._encoder(split, targets), overlong, self.place)
+            state = task.fit(part.raw())
+        except RowsError as error:
+            for what, struck in error.found.items():
+                unlabelled.setdefault(what, []).extend(rows[struck].tolist())
+            rows = np.setdiff1d(every, list(chain.from_iterable(unlabelled.values())))
         except DataError as error:
-            return error
-        self.splits[name] = split
-        return None
+            where, lost = ", ".join(part.places), len(every) - len(rows)
+            # What names a key of the recipe is about the recipe, not about a row.
+            found = (p if p.file or p.key else replace(p, file=where) for p in error.problems)
+            others = [without_unfit(problem, lost) for problem in found]
+    return state, unlabelled, train.problems(unlabelled) + others
 
-    def _encoder(self, split: Split, targets: State | None) -> Encoder:
-        data = self.recipe.data
-        return Encoder(self.recipe.task, self.tokenizer, targets or State(), data.max_length, split.places)
 
-    def note(self, error: DataError, name: str) -> None:
-        """Keep the problems of a split, each with the recipe key that names its file."""
-        origins = self.reading.origins
-        held = {"validation": origins.validation, "test": origins.test}.get(name)
-        keys = {origin.place: origin.key for origin in (origins.train if held is None else (held,))}
-        for problem in error.problems:
-            key = problem.key or keys.get(problem.file, f"data.{name}")
-            self.problems[replace(problem, key=key)] = None
+def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Problem]]:
+    """The labels of streamed training rows, or the problems with them."""
+    data = recipe.data
+    # Of a mix that lacks a source nothing can be said.
+    if not data.streaming or len(origins.train) < len(data.mix or (data.train,)):
+        return None, []
+    reading = Reading.of(data, origins, Wanted.by(recipe.task), recipe.training.seed)
+    try:
+        opened = reading.open()
+    except DataError as error:
+        return None, list(error.problems)
+    try:
+        return recipe.task.fit(opened), []
+    except DataError as error:
+        return None, [replace(problem, file=reading.places) for problem in error.problems]
+
+
+def _without(train: Split, unlabelled: Mapping[str, Sequence[int]], encoder: Encoder) -> tuple[Split, list[Problem]]:
+    """The rows whose labels can be read, and those without text; and what else is wrong with the others.
+
+    Args:
+        train: All rows.
+        unlabelled: Rows by the reason why their labels can't be read.
+        encoder: One without labels, so that unknown ones are not reported once more.
+    """
+    numbers = sorted(set(chain.from_iterable(unlabelled.values())))
+    chosen = train.rows.select(numbers)
+    columns = encoder(chosen[:TOGETHER], numbers[:TOGETHER])
+    found: dict[str, list[int]] = {}
+    for row, reasons in zip(columns[INDEX], columns[FAULT], strict=True):
+        for what in (reasons or "").split("\n"):
+            if what and what not in unlabelled:
+                found.setdefault(what, []).append(row)
+    batches = replace(train, rows=chosen).raw().iter(batch_size=TOGETHER)
+    blank = np.concatenate([encoder.task.blank(rows) for rows in batches])
+    # Rows without text are not encoded anyway, and counted.
+    fit = np.setdiff1d(np.arange(len(train.rows)), np.array(numbers)[~blank])
+    return replace(train, rows=train.rows.select(fit)), train.problems(found)
 
 
 @dataclass(frozen=True)
@@ -273,26 +250,25 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
     libraries.hush()
     data, task, seed = recipe.data, recipe.task, recipe.training.seed
     origins = data_sources.locate(data)
-    reading = Reading.of(data, origins, Wanted.by(task), seed)
     if origins.problems:
         if machine.is_node_main:
             # Nothing can come of them, but there may be more to say.
             with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-                build_building(recipe, tokenizer, reading, Workplace(Path(scratch), data.workers, phase))
+                build_building(recipe, tokenizer, origins, Workplace(Path(scratch), data.workers, phase))
         raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
     def build(scratch: Path) -> cache.Content:
-        content = build_building(recipe, tokenizer, reading, Workplace(scratch, data.workers, phase))
+        content = build_building(recipe, tokenizer, origins, Workplace(scratch, data.workers, phase))
         origins.check_unchanged(stamps)
         return content
 
     entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions()]))
     content = entry.get(build, builds=machine.is_node_main)
     if data.streaming:
-        encoder = Encoder(task, tokenizer, content.targets, data.max_length, ())
-        train: Any = Stream(reading, encoder, data)
+        encoder = Encoder(task, tokenizer, content.targets, data.max_length)
+        train: Any = Stream(Reading.of(data, origins, Wanted.by(task), seed), encoder, data)
     else:
         train = content.encoded["train"]
     return Prepared(
@@ -436,9 +412,16 @@ def opened(recipe: Recipe, processor: Any, targets: State, wish: Wish, phase: Ph
         origins = _origins(recipe, wish)
         with phase("reading data"):
             split = _load(recipe, origins, wish, str(Path(folder) / "raw"))
-        encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length, split.places)
-        encoding = encode(split, encoder, recipe.data.overlong, place)
-        yield OneSplit(origins, split, encoding, _checked(recipe, processor, targets, split, encoding))
+        encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length)
+        encoding, problems = encode(split, encoder, recipe.data.overlong, place)
+        if encoding is None or problems:
+            raise DataError(problems)
+        facts = gather({NAME: split}, {NAME: encoding}, encoder)
+        found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
+        told = [(level, replace(problem, key="")) for level, problem in found]
+        if errors := [problem for level, problem in told if level == "error"]:
+            raise DataError(errors)
+        yield OneSplit(origins, split, encoding, tuple(problem for _, problem in told))
 
 
 def _origins(recipe: Recipe, wish: Wish) -> Origins:
@@ -473,18 +456,3 @@ def _load(recipe: Recipe, origins: Origins, wish: Wish, folder: str) -> Split:
     if problems:
         raise DataError(problems)
     return replace(loaded[wish.split or "validation"], name=NAME)
-
-
-def _checked(recipe: Recipe, processor: Any, targets: State, split: Split, encoding: Encoding) -> tuple[Problem, ...]:
-    """Warnings of `data.checks`.
-
-    Raises:
-        DataError: Its errors.
-    """
-    setting = Setting(recipe.task, processor, targets, recipe.data.max_length)
-    facts = gather({NAME: split}, {NAME: encoding}, setting)
-    found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
-    told = [(level, replace(problem, key="")) for level, problem in found]
-    if errors := [problem for level, problem in told if level == "error"]:
-        raise DataError(errors)
-    return tuple(problem for _, problem in told)

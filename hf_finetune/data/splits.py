@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +15,15 @@ from hf_finetune.config.blocks import Data
 from hf_finetune.data.cells import Cell, Wanted
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.data.sources import Origin, Origins
-from hf_finetune.errors import SHOWN, DataError, Problem, RowsError, numbers
-from hf_finetune.log.lines import Phases, unseen
+from hf_finetune.errors import DataError, Problem, numbers
 
 ROW = "__row__"
 """Column: number of the row in its source, from 1."""
 PART = "__part__"
 """Column: number of the source among those that are mixed, from 0."""
 BOOKKEEPING = (ROW, PART)
+MOST_PROBLEMS = 20
+"""Problems with rows of one split that are told one by one."""
 WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string", "large_string": "string"}
 """Types without their width -> what they become when sources are mixed."""
 
@@ -43,6 +44,26 @@ class Split:
     def raw(self) -> datasets.Dataset:
         """The rows as they stand in the data."""
         return self.rows.remove_columns(list(BOOKKEEPING))
+
+    def problems(self, found: Mapping[str, Sequence[int]]) -> list[Problem]:
+        """One problem a source and reason.
+
+        Args:
+            found: What is wrong -> rows of the split, counted from 0.
+        """
+        placed: dict[tuple[str, str], list[int]] = {}
+        for what, indices in found.items():
+            rows = self.rows.select(indices)
+            for part, number in zip(rows[PART], rows[ROW], strict=True):
+                placed.setdefault((self.places[part], what), []).append(number)
+        told = [
+            Problem(f"row {numbers(sorted(rows))}: {what}", file=place)
+            for (place, what), rows in list(placed.items())[:MOST_PROBLEMS]
+        ]
+        if left := list(placed.items())[MOST_PROBLEMS:]:
+            count = sum(len(rows) for _, rows in left)
+            told.append(Problem(f"{len(left):,} more problems of {count:,} more rows", file=left[0][0][0]))
+        return told
 
     def where(self, index: int) -> tuple[str, int]:
         """Source of a row, and its number there, from 1."""
@@ -201,96 +222,3 @@ def _in_words(kind: Any) -> str:
         name = str(kind.dtype)
         return words.get(WIDEST.get(name.rstrip("0123456789"), name), name)
     return "no text"
-
-
-# The folder and the workers that encode rows, and their progress, which other processes make.
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Folder, workers and progress display of an encoding."""
-
-    scratch: Path
-    """Folder for files that the result is mapped from."""
-    workers: int | None = None
-    """Processes; None is one a core."""
-    phase: Phases = unseen
-
-    @contextmanager
-    def tallied(self, split: Split) -> Iterator[Path]:
-        """Show how many rows of a split are encoded; gives the file that `note` takes."""
-        tally = self.scratch / f"{split.name}.tally"
-
-        def count() -> int:
-            try:
-                return int(np.fromfile(tally, ">u4").sum())
-            except OSError:
-                return 0  # not begun, or over
-
-        with self.phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
-            shown.count = count
-            yield tally
-
-
-def note(tally: Path, rows: int) -> None:
-    """Note that a batch of so many rows is encoded; any process may, at any time."""
-    with tally.open("ab") as stream:
-        stream.write(rows.to_bytes(4))
-
-
-# Bad rows by the file they stand in and their number there, instead of their number in a batch or a split.
-
-MOST_PROBLEMS = 20
-"""Problems with rows of one split that are told one by one."""
-
-
-class PlacedError(DataError):
-    """Rows are unfit, by source and number there.
-
-    Args:
-        found: Source and what is wrong -> numbers in the source, from 1: the first few, and how many there are.
-        unfit: Numbers in the split, from 0, of all these rows.
-    """
-
-    def __init__(self, found: dict[tuple[str, str], tuple[list[int], int]], unfit: Sequence[int]) -> None:
-        self.found, self.unfit = found, list(unfit)
-        told = [
-            Problem(f"row {numbers(rows, count)}: {what}", file=place)
-            for (place, what), (rows, count) in list(found.items())[:MOST_PROBLEMS]
-        ]
-        left = list(found.items())[MOST_PROBLEMS:]
-        if left:
-            rows = sum(count for _, (_, count) in left)
-            told.append(Problem(f"{len(left):,} more problems of {rows:,} more rows", file=left[0][0][0]))
-        super().__init__(told)
-
-    def without(self, told: set[tuple[str, str]]) -> PlacedError:
-        """The same rows, without what was told already."""
-        return PlacedError({key: rows for key, rows in self.found.items() if key not in told}, self.unfit)
-
-    def __reduce__(self) -> tuple[type[PlacedError], tuple[Any, ...]]:
-        """Stay picklable."""
-        return type(self), (self.found, self.unfit)
-
-
-def placed(error: RowsError, rows: dict[str, Any], indices: Sequence[int], places: Sequence[str]) -> PlacedError:
-    """An error about rows of a batch, by source and number there.
-
-    Args:
-        error: Counts rows of the batch.
-        rows: The `BOOKKEEPING` columns of the batch.
-        indices: Numbers of its rows in the split, from 0.
-        places: What messages call the sources.
-    """
-    found: dict[tuple[str, str], list[int]] = {}
-    for what, struck in error.found.items():
-        for index in struck:
-            found.setdefault((places[rows[PART][index]], what), []).append(int(rows[ROW][index]))
-    unfit = sorted({indices[index] for struck in error.found.values() for index in struck})
-    return PlacedError({key: (sorted(numbers_)[:SHOWN], len(numbers_)) for key, numbers_ in found.items()}, unfit)
-
-
-def placed_in(error: RowsError, split: Split) -> PlacedError:
-    """An error about rows of a whole split, with their sources and numbers there."""
-    rows = split.rows.select_columns(list(BOOKKEEPING)).with_format("numpy")
-    return placed(error, {ROW: rows[ROW][:], PART: rows[PART][:]}, range(len(rows)), split.places)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import datasets
@@ -15,17 +14,12 @@ import numpy as np
 
 from hf_finetune.config.blocks import Data
 from hf_finetune.data.cells import Cell, Wanted
-from hf_finetune.data.encoding import INDEX, MARKS, Encoder
+from hf_finetune.data.encoding import COUNTS, FAULT, INDEX, MARKS, Encoder
 from hf_finetune.data.facts import SplitReport, nothing_left
 from hf_finetune.data.sources import READING_ERRORS, Origins
-from hf_finetune.data.splits import PART, ROW, PlacedError, check_columns
+from hf_finetune.data.splits import PART, ROW, check_columns, collect
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.tasks.base import Features
-
-if TYPE_CHECKING:
-    Fate = tuple[Features | None, SplitReport]
-    """An encoded row, None where it is dropped, and its counts."""
-
 
 # Rows of a stream by their place in the global batch, so that a rank encodes only those of its own places.
 #
@@ -34,7 +28,9 @@ if TYPE_CHECKING:
 # of ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes
 # none of them.
 
-PATIENCE = 20
+Fate = tuple[Features | None, SplitReport]
+"""An encoded row, None where it is dropped, and its counts."""
+VAIN_PASSES = 20
 """Passes in which not one row of a rank's lanes may be usable before it gives up."""
 
 
@@ -46,8 +42,7 @@ class Raw(NamedTuple):
     """Number of the pass, from 0."""
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """Rows of a micro-batch."""
 
     rows: list[Features]
@@ -55,7 +50,7 @@ class Taken:
     used: dict[int, int]
     """By place: how many rows of its lane were used up for it, dropped ones included."""
     report: SplitReport
-    """What became of these rows, as far as they belong to the first pass."""
+    """Counts of these rows, as far as they belong to the first pass."""
 
 
 class Lanes:
@@ -107,7 +102,7 @@ class Lanes:
                 self._in_vain += 1
                 if not self._longest or self._lost.rows < self._longest:
                     self._lost += counts
-            if self._longest and self._in_vain >= PATIENCE * self._longest:
+            if self._longest and self._in_vain >= VAIN_PASSES * self._longest:
                 raise self._nothing_left(self._lost)
         return Taken([rows[place] for place in places], used, SplitReport.total(counted))
 
@@ -124,7 +119,7 @@ class Lanes:
         return queue.popleft()
 
     def _lane_of(self, index: int) -> tuple[int, int]:
-        """How many rows the lane of a row of the stream got before, and the lane.
+        """The number of rows that the lane of a row of the stream got before, and the lane.
 
         The lanes take turns in no regular way: of rows that are alternately usable and not, none must get only the
         latter.
@@ -133,240 +128,15 @@ class Lanes:
         return turn, (place + crc32(turn.to_bytes(8, "little"))) % len(self._used)
 
 
-LOOKED_AT = 1_000
-"""Rows that are looked at before training."""
-EXCERPT = 200
-"""Characters of a raw row that a message shows: streamed rows are shuffled, so a number would not find them."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """The first rows of a stream."""
-
-    report: SplitReport
-    whole: bool
-    """Whether the stream holds no others."""
-    marks: tuple[int, ...] = ()
-    """Of each that has text: `encoding.MARKS`."""
-
-
-class Stream:
-    """Encoded training rows without end.
-
-    Rows without text or without a trained token are dropped and counted; where `data.checks` makes them an error, the
-    first batch that holds one raises. Other checks need all rows, and so are not made here.
-
-    Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
-    sources are read from their beginning in each pass, until the first is used up. A rank encodes only those that it
-    trains on; see `lanes`.
-    """
-
-    def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:
-        self.reading = reading
-        self.encoder = replace(encoder, places=(reading.places,))
-        self.overlong = data.overlong
-        self.checks = data.checks
-        self._report = SplitReport()
-
-    def report(self) -> SplitReport:
-        """What became of the rows in the first pass: of those that were trained on, or looked at if these are more."""
-        return self._report
-
-    def count(self, report: SplitReport) -> None:
-        """Note what became of the rows in the first pass; a shorter look later does not take these counts away."""
-        if report.rows >= self._report.rows:
-            self._report = report
-
-    def rows(self, seed: int) -> Iterator[Features]:
-        """Encoded rows: the task's features, and their `size`.
-
-        Args:
-            seed: With the number of the pass, fixes the order.
-
-        Raises:
-            DataError: A row can't be read or encoded, is over-long and must not be, has no text or no trained token
-                and `data.checks` forbids it, or a pass has no row to train on.
-        """
-        of_pass = SplitReport()
-        for number, counts, encoded in self._encoded_batches(seed):
-            if number == 0:
-                of_pass += counts
-                self.count(of_pass)
-            yield from encoded
-
-    def filler(self, seed: int) -> Features:
-        """A row that counts as nothing, for a micro-batch without any."""
-        row = next(row for _, _, encoded in self._encoded_batches(seed) for row in encoded)
-        masked: Any = self.encoder.task.masked(dict(row))
-        found: Features = masked
-        return found
-
-    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
-        """The same rows by their place in the global batch.
-
-        Args:
-            seed: As for `rows`.
-            own: Places that are wanted.
-            used: How many rows of each place, of all places of the batch, were used up before.
-        """
-        return Lanes(self._raw(seed), self._fates, self._nothing_left, own, used)
-
-    def _nothing_left(self, report: SplitReport) -> DataError:
-        return nothing_left(report, "train", self.reading.places)
-
-    def _raw(self, seed: int) -> Iterator[Raw]:
-        """Raw rows, pass after pass."""
-        opened = self.reading.open()
-        for number in itertools.count():
-            is_empty = True
-            for batch in self.reading.batches(opened, [seed, number]):
-                for row in batch:
-                    yield Raw(row, number)
-                    is_empty = False
-            if is_empty:
-                raise self._nothing_left(SplitReport())
-
-    def _encoded_batches(self, seed: int) -> Iterator[tuple[int, SplitReport, list[Features]]]:
-        """Number of the pass, what became of some of its rows, and those that are trained on."""
-        opened = self.reading.open()
-        for number in itertools.count():
-            of_pass = SplitReport()
-            for batch in self.reading.batches(opened, [seed, number]):
-                encoded, counts = self._encode(batch, of_pass.rows)
-                of_pass += counts
-                yield number, counts, encoded
-            if of_pass.kept == 0:
-                raise self._nothing_left(of_pass)
-
-    def look(self, most: int = LOOKED_AT) -> Look:
-        """Read and encode the first rows, in the order of the sources, as training would.
-
-        Raises:
-            DataError: Everything that training would refuse in these rows, or none can be used and there are no others.
-        """
-        rows: list[dict[str, Any]] = []
-        problems: dict[Problem, None] = {}
-        report, marks = SplitReport(), list[int]()
-        with _collect(problems):
-            for batch in self.reading.batches(self.reading.open(), None):
-                rows += batch
-                if len(rows) > most:
-                    break
-        with _collect(problems):
-            if rows:
-                encoded = self._encoded(rows[:most], 0)
-                report = SplitReport.total(counts for _, counts in self._sorted(encoded, rows[:most]))
-                marks = encoded.get(MARKS, [])
-        if problems:
-            raise DataError(problems)
-        if report.kept == 0 and len(rows) <= most:
-            raise self._nothing_left(report)
-        return Look(report, len(rows) <= most, tuple(marks))
-
-    def _encode(self, batch: list[dict[str, Any]], before: int) -> tuple[list[Features], SplitReport]:
-        """The rows of a batch that are trained on, and what became of all of them."""
-        fates = self._fates(batch, before)
-        return [row for row, _ in fates if row is not None], SplitReport.total(counts for _, counts in fates)
-
-    def _fates(self, batch: list[dict[str, Any]], before: int = 0) -> list[Fate]:
-        """What becomes of each row of a batch: the encoded one, if it is trained on, and its counts."""
-        return self._sorted(self._encoded(batch, before), batch)
-
-    def _sorted(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> list[Fate]:
-        """The same of a batch that is encoded."""
-        spoken = encoded.get(INDEX, [])
-        fates: list[Fate] = [(None, SplitReport(rows=1, empty=1))] * len(batch)
-        refused: dict[str, Problem] = {}
-        if len(spoken) < len(batch):
-            row = batch[min(set(range(len(batch))) - set(spoken))]
-            refused |= self._refusal("empty_text", "a row has no text, or a blank one", row)
-        others = {"whole", "weight", INDEX, MARKS, ROW, PART}
-        fields = [name for name in encoded if name not in others]
-        for place, index in enumerate(spoken):
-            whole, weight = encoded["whole"][place], encoded["weight"][place]
-            over = whole > self.encoder.max_length
-            if over and self.overlong == "error":
-                refused.setdefault("overlong", self._overlong(whole, batch[index]))
-            dropped = over and self.overlong == "drop"
-            untrained = not dropped and weight == 0
-            if untrained:
-                what = "a row has nothing that is trained (within data.max_length)"
-                refused = self._refusal("no_trained_token", what, batch[index]) | refused
-            if dropped or untrained:
-                counts = SplitReport(rows=1, dropped=int(dropped), untrained=int(untrained), longest=whole)
-                fates[index] = None, counts
-                continue
-            found: Any = {name: encoded[name][place] for name in fields}
-            fates[index] = (
-                found,
-                SplitReport(rows=1, kept=1, cut=int(over), tokens=found["size"], trained=weight, longest=whole),
-            )
-        if refused:
-            raise DataError(refused.values())
-        return fates
-
-    def _encoded(self, batch: list[dict[str, Any]], before: int) -> dict[str, list[Any]]:
-        """The columns of an encoded batch.
-
-        Raises:
-            DataError: Rows are unfit; what is refused of the others is told with them.
-        """
-        columns: dict[str, list[Any]] = {name: [row[name] for row in batch] for name in self.reading.wanted.columns}
-        numbers = list(range(before + 1, before + len(batch) + 1))
-        try:
-            return self.encoder(columns | {ROW: numbers, PART: [0] * len(batch)})
-        except PlacedError as error:
-            problems = dict.fromkeys(_shown(error, batch, before))
-            unfit = set(error.unfit)
-        with _collect(problems):
-            if rest := [row for index, row in enumerate(batch) if index not in unfit]:
-                self._encode(rest, before)
-        raise DataError(problems)
-
-    def _refusal(self, check: str, what: str, row: dict[str, Any]) -> dict[str, Problem]:
-        """The problem with a row by name of the check, if that calls it an error."""
-        if getattr(self.checks, check) != "error":
-            return {}
-        message = f"{what}; remove it, or set data.checks.{check}: warn to drop such rows; the row: {_excerpt(row)}"
-        return {check: Problem(message, file=self.reading.places)}
-
-    def _overlong(self, length: int, row: dict[str, Any]) -> Problem:
-        message = (
-            f"a row has {length} tokens, more than {self.encoder.max_length}; raise data.max_length, or set "
-            f"data.overlong to truncate or drop; the row: {_excerpt(row)}"
-        )
-        return Problem(message, file=self.reading.places)
-
-
-@contextmanager
-def _collect(problems: dict[Problem, None]) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        problems |= dict.fromkeys(error.problems)
-
-
-def _shown(error: PlacedError, batch: list[dict[str, Any]], before: int) -> Iterator[Problem]:
-    """The problems with the rows that they are about, instead of numbers that count shuffled rows."""
-    for (place, what), (rows, count) in error.found.items():
-        more = f" (and {count - 1} more like it)" if count > 1 else ""
-        yield Problem(f"{what}; the row: {_excerpt(batch[rows[0] - before - 1])}{more}", file=place)
-
-
-def _excerpt(row: dict[str, Any]) -> str:
-    text = repr(row)
-    return text if len(text) <= EXCERPT else text[:EXCERPT] + "..."
-
-
-# Reads raw training rows from their sources while they are needed.
-
 BATCH = 100
 """Raw rows that are encoded at once."""
+LOOKED_AT = 1_000
+"""Rows that are looked at before training."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The sources of a stream, and the order of its rows."""
+    """The raw rows of a stream, and their order."""
 
     origins: Origins
     wanted: Wanted
@@ -375,7 +145,7 @@ class Reading:
     limit: int | None
     """At most this many rows, the same in every pass."""
     seed: int
-    """Fixes which rows the limit takes, and how sources are mixed."""
+    """Fixes the rows that the limit takes, and the mix of the sources."""
 
     @classmethod
     def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
@@ -406,10 +176,18 @@ class Reading:
             parts.append(part.select_columns(list(self.wanted.columns)))
         if len(parts) == 1:
             return parts[0]
+        common = {}
+        for column in self.wanted.columns:
+            # Types that take the cells of every part as they stand; labels keep theirs where all parts have the same.
+            kinds = [None if part.features is None else part.features[column] for part in parts]
+            alike = column in self.wanted.labels and kinds[0] is not None and all(kind == kinds[0] for kind in kinds)
+            common[column] = kinds[0] if alike else Cell()
         try:
-            parts = [part.cast(_common(parts, self.wanted)) for part in parts]
             return datasets.interleave_datasets(
-                parts, probabilities=list(self.origins.weights), seed=self.seed, stopping_strategy="first_exhausted"
+                [part.cast(datasets.Features(common)) for part in parts],
+                probabilities=list(self.origins.weights),
+                seed=self.seed,
+                stopping_strategy="first_exhausted",
             )
         except (TypeError, ValueError) as error:
             raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
@@ -418,8 +196,8 @@ class Reading:
         """One pass in `BATCH`es of raw rows.
 
         Args:
-            opened: What `open` returned.
-            order: Seed of the shuffling; null keeps the order of the sources.
+            opened: The return value of `open`.
+            order: Seed of the shuffling; None keeps the order of the sources.
 
         Raises:
             DataError: The data can't be read.
@@ -428,30 +206,185 @@ class Reading:
             opened = opened.shuffle(seed=self.seed, buffer_size=self.buffer).take(self.limit)
         if order is not None:
             opened = opened.shuffle(generator=np.random.default_rng(order), buffer_size=self.buffer)
-        batch: list[dict[str, Any]] = []
-        try:
-            for row in opened:
-                batch.append(row)
-                if len(batch) == BATCH:
-                    yield batch
-                    batch = []
-        except READING_ERRORS as error:
-            raise self._explain(error) from error
-        if batch:
+        rows = iter(opened)
+        while True:
+            batch: list[dict[str, Any]] = []
+            try:
+                # Not `list`, which would lose the rows before a bad one.
+                batch.extend(itertools.islice(rows, BATCH))
+            except READING_ERRORS as error:
+                explained = [origin.explain(error) for origin in self.origins.train]
+                # The most telling: that of the source whose row it is.
+                located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
+                raise (located or explained)[0] from error
+            if not batch:
+                return
             yield batch
 
-    def _explain(self, error: Exception) -> Exception:
-        """The most telling of what the sources say about an error."""
-        explained = [origin.explain(error) for origin in self.origins.train]
-        located = [e for e in explained if isinstance(e, FinetuneError) and e.problems[0].line is not None]
-        return (located or explained)[0]
+
+class Look(NamedTuple):
+    """The first rows of a stream."""
+
+    report: SplitReport
+    whole: bool
+    """The stream holds no others."""
+    marks: tuple[int, ...] = ()
+    """Of each that has text: `encoding.MARKS`."""
 
 
-def _common(parts: list[datasets.IterableDataset], wanted: Wanted) -> datasets.Features:
-    """Types that take the cells of every part as they stand; labels keep theirs where all parts have the same."""
-    found = {}
-    for column in wanted.columns:
-        kinds = [None if part.features is None else part.features[column] for part in parts]
-        alike = column in wanted.labels and kinds[0] is not None and all(kind == kinds[0] for kind in kinds)
-        found[column] = kinds[0] if alike else Cell()
-    return datasets.Features(found)
+class Stream:
+    """Encoded training rows without end.
+
+    Rows without text or without a trained token are dropped and counted; where `data.checks` makes them an error, the
+    first batch that holds one raises. Other checks need all rows, and so are not made here.
+
+    Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
+    sources are read from their beginning in each pass, until the first is used up. A rank encodes only those that it
+    trains on; see `lanes`.
+    """
+
+    def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:
+        self.reading, self.encoder = reading, encoder
+        self.overlong, self.checks = data.overlong, data.checks
+        self._report = SplitReport()
+
+    def report(self) -> SplitReport:
+        """The first pass: the rows that were trained on, or those that were looked at if these are more."""
+        return self._report
+
+    def count(self, report: SplitReport) -> None:
+        """Take counts of the first pass; a shorter look later does not replace them."""
+        if report.rows >= self._report.rows:
+            self._report = report
+
+    def rows(self, seed: int) -> Iterator[Features]:
+        """Encoded rows: the task's features, and their `size`.
+
+        Args:
+            seed: With the number of the pass, fixes the order.
+
+        Raises:
+            DataError: A row can't be read or encoded, is over-long and must not be, has no text or no trained token
+                and `data.checks` forbids it, or a pass has no row to train on.
+        """
+        of_pass, last = SplitReport(), 0
+        for number, batch in self._batches(seed):
+            if number != last:
+                if of_pass.kept == 0:
+                    raise self._nothing_left(of_pass)
+                of_pass, last = SplitReport(), number
+            fates = self._fates(batch)
+            of_pass += SplitReport.total(counts for _, counts in fates)
+            if number == 0:
+                self.count(of_pass)
+            yield from (row for row, _ in fates if row is not None)
+
+    def filler(self, seed: int) -> Features:
+        """A row that counts as nothing, for a micro-batch without any."""
+        masked: Features = self.encoder.task.masked(dict(next(self.rows(seed))))
+        return masked
+
+    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
+        """The same rows by their place in the global batch.
+
+        Args:
+            seed: As for `rows`.
+            own: Places that are wanted.
+            used: Rows of each place, of all places of the batch, that were used up before.
+        """
+        raw = (Raw(row, number) for number, batch in self._batches(seed) for row in batch)
+        return Lanes(raw, self._fates, self._nothing_left, own, used)
+
+    def look(self, most: int = LOOKED_AT) -> Look:
+        """Read and encode the first rows, in the order of the sources, as training would.
+
+        Raises:
+            DataError: Everything that training would refuse in these rows, or none can be used and there are no others.
+        """
+        rows: list[dict[str, Any]] = []
+        problems: dict[Problem, None] = {}
+        report, marks = SplitReport(), list[int]()
+        with collect(problems):
+            for batch in self.reading.batches(self.reading.open(), None):
+                rows += batch
+                if len(rows) > most:
+                    break
+        with collect(problems):
+            encoded = self._encoded(rows[:most])
+            report = SplitReport.total(counts for _, counts in self._judged(encoded, rows[:most]))
+            marks = encoded[MARKS]
+        if problems:
+            raise DataError(problems)
+        if report.kept == 0 and len(rows) <= most:
+            raise self._nothing_left(report)
+        return Look(report, len(rows) <= most, tuple(marks))
+
+    def _nothing_left(self, report: SplitReport) -> DataError:
+        return DataError(nothing_left(report, "train", self.reading.places))
+
+    def _batches(self, seed: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Raw rows with the number of their pass, from 0."""
+        opened = self.reading.open()
+        for number in itertools.count():
+            batch: list[dict[str, Any]] = []
+            for batch in self.reading.batches(opened, [seed, number]):
+                yield number, batch
+            if not batch:
+                raise self._nothing_left(SplitReport())
+
+    def _fates(self, batch: list[dict[str, Any]]) -> list[Fate]:
+        return self._judged(self._encoded(batch), batch)
+
+    def _encoded(self, batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [row[name] for row in batch] for name in self.reading.wanted.columns}
+        return self.encoder(columns | {ROW: [0] * len(batch), PART: [0] * len(batch)})
+
+    def _judged(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> list[Fate]:
+        """Each row of a batch, if it is trained on, and its counts.
+
+        Raises:
+            DataError: Rows can't be encoded, or must not be in the data.
+        """
+        refused: dict[str, tuple[str, list[int]]] = {}
+
+        def refuse(index: int, reason: str, what: str) -> None:
+            refused.setdefault(reason, (what, []))[1].append(index)
+
+        def check(index: int, name: str, what: str) -> None:
+            if getattr(self.checks, name) == "error":
+                refuse(index, name, f"{what}; remove it, or set data.checks.{name}: warn to drop such rows")
+
+        for index, reasons in zip(encoded[INDEX], encoded[FAULT], strict=True):
+            for what in reasons.split("\n") if reasons else ():
+                refuse(index, what, what)
+        for index in sorted(set(range(len(batch))) - set(encoded[INDEX])):
+            check(index, "empty_text", "a row has no text, or a blank one")
+        fates: list[Fate] = [(None, SplitReport(rows=1, empty=1))] * len(batch)
+        names = [name for name in encoded if name not in {*COUNTS, INDEX, MARKS, FAULT, ROW, PART}]
+        most = self.encoder.max_length
+        for place, index in enumerate(encoded[INDEX]):
+            size, whole, weight = (encoded[name][place] for name in COUNTS)
+            over = whole > most
+            if over and self.overlong == "error":
+                remedy = "raise data.max_length, or set data.overlong to truncate or drop"
+                refuse(index, "overlong", f"a row has {whole} tokens, more than {most}; {remedy}")
+            dropped = over and self.overlong == "drop"
+            untrained = not dropped and weight == 0
+            if untrained and encoded[FAULT][place] is None:
+                check(index, "no_trained_token", "a row has nothing that is trained (within data.max_length)")
+            counts = SplitReport(rows=1, dropped=int(dropped), untrained=int(untrained), longest=whole)
+            row = None
+            if not (dropped or untrained):
+                row = {name: encoded[name][place] for name in names} | {"size": size}
+                counts = SplitReport(rows=1, kept=1, cut=int(over), tokens=size, trained=weight, longest=whole)
+            fates[index] = row, counts
+        if refused:
+            raise DataError(self._problem(what, batch[rows[0]], len(rows)) for what, rows in refused.values())
+        return fates
+
+    def _problem(self, what: str, row: dict[str, Any], count: int) -> Problem:
+        # Streamed rows are shuffled, so a number would not find them.
+        text = repr(row)
+        excerpt = text if len(text) <= 200 else text[:200] + "..."
+        more = f" (and {count - 1} more like it)" if count > 1 else ""
+        return Problem(f"{what}; the row: {excerpt}{more}", file=self.reading.places)
