@@ -47,7 +47,7 @@ def trained(row: Any, tokenizer: Any) -> str:
 
 
 def test_fields_that_do_not_fit_together_are_refused() -> None:
-    for fields, complaint in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "exactly one of"),
         ({"messages": "a", "text": "b"}, "exactly one of"),
         ({"prompt": "a"}, "give both"),
@@ -58,7 +58,8 @@ def test_fields_that_do_not_fit_together_are_refused() -> None:
         ({"messages": "a", "generate_rows": 1, "answer_pattern": "("}, "no regular expression"),
         ({"prompt": "{a.b}", "completion": "c"}, "bare column names"),
         ({"text": "a", "sample_prompts": True}, "sample_prompts"),
-    ]:
+    ]
+    for fields, complaint in cases:
         with pytest.raises(ValidationError, match=complaint):
             CausalLM(**fields)
 
@@ -113,31 +114,31 @@ def test_a_long_row_is_cut_from_the_right_and_keeps_its_full_length(tokenizer: A
 
 
 def test_a_bad_row_is_named(tokenizer: Any) -> None:
-    for rows, complaint in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"question": ["one", None], "answer": ["two", "three"]}, "row 1: column 'question' holds NoneType"),
         ({"question": ["one", "two"], "answer": ["two", " "]}, "row 1: the completion is empty"),
         ({"question": ["one"]}, "row 0: there is no column 'answer'"),
-    ]:
+    ]
+    for rows, complaint in cases:
         with pytest.raises(DataError, match=complaint):
             encode(PAIR, tokenizer, rows=rows)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"messages": "chat"}, {"prompt": "question", "completion": "answer", "system": "x"}]
-)
-def test_chats_need_a_template(fields: Any, tokenizer: Any) -> None:
-    tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="no chat template"):
-        encode(CausalLM(**fields), tokenizer)
+def test_chats_need_a_template(tokenizer: Any) -> None:
+    cases: list[dict[str, Any]] = [{"messages": "chat"}, {"prompt": "question", "completion": "answer", "system": "x"}]
+    for fields in cases:
+        tokenizer.chat_template = None
+        with pytest.raises(ModelError, match="no chat template"):
+            encode(CausalLM(**fields), tokenizer)
 
 
-@pytest.mark.parametrize(("task", "templated"), [(PAIR, True), (PAIR, False), (CausalLM(messages="chat"), True)])
-def test_prompts_are_what_stands_before_the_trained_tokens(task: CausalLM, templated: bool, tokenizer: Any) -> None:
-    tokenizer.chat_template = tokenizer.chat_template if templated else None
-    for row, prompt in zip(encode(task, tokenizer), task.prompts(ROWS, tokenizer, 2), strict=True):
-        assert row["input_ids"][: len(prompt)] == prompt
-        assert row["weight"] > 0
-        assert [label == IGNORE for label in labels_of(row)].count(True) == len(prompt) + templated
+def test_prompts_are_what_stands_before_the_trained_tokens(tokenizer: Any) -> None:
+    for task, templated in [(PAIR, True), (CausalLM(messages="chat"), True), (PAIR, False)]:
+        tokenizer.chat_template = tokenizer.chat_template if templated else None
+        for row, prompt in zip(encode(task, tokenizer), task.prompts(ROWS, tokenizer, 2), strict=True):
+            assert row["input_ids"][: len(prompt)] == prompt
+            assert row["weight"] > 0
+            assert [label == IGNORE for label in labels_of(row)].count(True) == len(prompt) + templated
 
 
 def test_references_are_the_last_answers() -> None:

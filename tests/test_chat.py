@@ -84,9 +84,9 @@ def test_every_assistant_turn_is_trained_with_its_end_token_and_nothing_else() -
         assert trained(template, CHAT) == ["first 🙂é</s>", "second</s>"]
 
 
-@pytest.mark.parametrize("template", [PREFIXED, MARKED])
-def test_an_assistant_that_speaks_first_is_trained(template: str) -> None:
-    assert trained(template, [{"role": "assistant", "content": "hello"}, CHAT[1]]) == ["hello</s>"]
+def test_an_assistant_that_speaks_first_is_trained() -> None:
+    for template in [PREFIXED, MARKED]:
+        assert trained(template, [{"role": "assistant", "content": "hello"}, CHAT[1]]) == ["hello</s>"]
 
 
 def test_a_chat_without_assistant_has_nothing_to_train() -> None:

@@ -198,11 +198,11 @@ def test_labels_are_counted_in_the_rows_that_are_used(recipe: Path, check: Calla
     assert "bad 12, good 12" in out
 
 
-@pytest.mark.parametrize("word", ["-1", "two"])
-def test_rows_to_show_are_a_number(word: str, recipe: Path, check: Callable[..., Any]) -> None:
-    code, _, err = check(recipe, "--show", word)
-    assert code == 2
-    assert f"must be a number of rows, not {word!r}" in err
+def test_rows_to_show_are_a_number(recipe: Path, check: Callable[..., Any]) -> None:
+    for word in ["-1", "two"]:
+        code, _, err = check(recipe, "--show", word)
+        assert code == 2
+        assert f"must be a number of rows, not {word!r}" in err
 
 
 def test_json_holds_whatever_is_asked_for(recipe: Path, check: Callable[..., Any]) -> None:

@@ -349,9 +349,13 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_a_forged_manifest_that_names_a_file_outside_is_refused(tmp_path: Path) -> None:
     empty = {"size": 0, "sha256": hashlib.sha256().hexdigest()}
     (tmp_path / "x").write_bytes(b"")
+
+    def naming(name: str) -> Callable[[dict[str, Any]], None]:
+        return lambda manifest: manifest["files"].update({name: empty})
+
     for name in ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\b", MANIFEST]:
         filled(tmp_path, 10)
-        forge(tmp_path / "checkpoint-10", lambda manifest, name=name: manifest["files"].update({name: empty}))
+        forge(tmp_path / "checkpoint-10", naming(name))
         with pytest.raises(CheckpointError, match="no plain path inside the checkpoint"):
             verify(tmp_path / "checkpoint-10")
 

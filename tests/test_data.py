@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_finetune.data import encoding, prepare, sources
 from hf_finetune.data import facts as data_facts
 from hf_finetune.device import Machine
-from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError
+from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.recipe import Recipe
 
 MACHINE = Machine("cpu", 0, 0, 1, 1, 1, "fp32", "sdpa")
@@ -110,33 +110,6 @@ def mixed(count: int) -> list[dict[str, Any]]:
 # ---- formats
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
-def test_every_format_gives_the_same_rows(classify: Prepare, suffix: str) -> None:
-    rows = datasets.Dataset.from_list(mixed(4))
-    writers = {
-        "csv": rows.to_csv,
-        "tsv": lambda file: rows.to_csv(file, sep="\t"),
-        "json": lambda file: Path(file).write_text(json.dumps(mixed(4))),
-        "jsonl": rows.to_json,
-        "parquet": rows.to_parquet,
-    }
-    writers[suffix](f"train.{suffix}")
-    prepared = classify(train=f"train.{suffix}", test=f"train.{suffix}")
-    assert isinstance(prepared.train, datasets.Dataset)
-    assert prepared.raw_test is not None
-    assert prepared.raw_test[:]["text"] == rows["text"]
-    assert prepared.train[:]["labels"] == [1, 1, 0, 0]
-    assert set(prepared.train.column_names) == {"input_ids", "labels", "size", "row"}
-
-
-def test_words_that_pandas_takes_for_missing_stay_text(classify: Prepare) -> None:
-    texts = ["NA", "null", "None", "nan", "n/a", ""]
-    write("train.csv", "text,label", *(f'"{text}",{index % 2}' for index, text in enumerate(texts[:5])))
-    prepared = classify(train="train.csv", validation="train.csv")
-    assert prepared.raw_validation is not None
-    assert prepared.raw_validation["text"][:] == texts[:5]
-
-
 def test_tsv_is_read_without_quoting_and_csv_with(classify: Prepare) -> None:
     write("a.tsv", "text\tlabel", 'a "good" film\tyes', '" a bad film\tno')
     write("b.csv", "text,label", '"good, a film",yes', '"a ""bad"" film",no')
@@ -166,75 +139,7 @@ def test_brackets_in_a_name_are_no_pattern(classify: Prepare) -> None:
     assert classify(train="run[1].jsonl").reports["train"].rows == 4
 
 
-def test_files_that_can_not_be_meant(classify: Prepare) -> None:
-    for names, message in [
-        ("train.jsnl", "no file matches 'train.jsnl'; did you mean 'train.jsonl'?"),
-        ("in", "is a folder; name its files"),
-        (["train.jsonl", "train.csv"], "mixes .csv and .jsonl files"),
-        ("notes.txt", "unknown format '.txt'; known: .csv, .tsv, .json, .jsonl, .parquet"),
-        (["train.jsonl", "*.jsonl"], "is matched twice"),
-        ("empty.csv", "train split has 0 rows"),
-        ("header.csv", "0 rows"),
-        ("blank.jsonl", "0 rows"),
-        ("list.json", "0 rows"),
-    ]:
-        write_json("train.jsonl", mixed(4))
-        write("train.csv", "text,label", "good,1")
-        write("in/any.jsonl", "{}")
-        write("notes.txt", "good")
-        write("empty.csv")
-        write("header.csv", "text,label")
-        write("blank.jsonl", "", "")
-        write("list.json", "[]")
-        with pytest.raises(DataError) as error:
-            classify(train=names)
-        assert message in str(error.value)
-
-
-def test_broken_files_are_named_with_their_line(classify: Prepare) -> None:
-    for name, content, message in [
-        ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": "b", "label\n', "a.jsonl:2: is no valid JSON"),
-        ("a.jsonl", b'{"text": "a", "label": 0}\n[1]\n', "a.jsonl:2: is no JSON object"),
-        ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": "\xff", "label": 1}\n', "a.jsonl:2: is not UTF-8 at byte 36"),
-        ("a.json", b'[{"text": "a",\n "label": }]', "a.json:2: is no valid JSON"),
-        ("a.csv", b"text,label\na,0\nb,c,1\n", "a.csv:3: has 3 fields, the header 2"),
-        (
-            "a.csv",
-            b"text,label\na,x,0\nb,c,1\n",
-            "put texts with commas in quotes (also line 3)",
-        ),
-        ("a.csv", b"text,label\n\xe9t\xe9,0\n", "a.csv:2: is not UTF-8"),
-        ("a.tsv", b"text\tlabel\na\t0\nb\tc\t1\n", "a.tsv:3: has 3 fields"),
-        ("a.parquet", b"no parquet", "a.parquet: is no parquet file"),
-        ("a.parquet", b"PAR1 cut off", "a.parquet: is a truncated parquet file"),
-    ]:
-        write_json("good.jsonl", mixed(4))
-        Path(name).write_bytes(content)
-        with pytest.raises(DataError) as error:
-            classify(train="good.jsonl", validation=name)
-        assert message in bare(error.value)
-        assert {problem.key for problem in error.value.problems} == {"data.validation"}
-
-
-def test_the_broken_one_of_many_files_is_named(classify: Prepare) -> None:
-    write_json("1.jsonl", mixed(4))
-    write("2.jsonl", '{"text": ')
-    with pytest.raises(DataError, match=r"^2.jsonl:1: data.train: is no valid JSON"):
-        classify(train="*.jsonl")
-
-
 # ---- columns, labels, rows
-
-
-def test_missing_columns_are_listed_with_the_nearest(classify: Prepare) -> None:
-    write_json("train.jsonl", mixed(4))
-    write("dev.csv", "txt,class", "good,1")
-    with pytest.raises(DataError) as error:
-        classify(train="train.jsonl", validation="dev.csv")
-    assert [str(problem) for problem in error.value.problems] == [
-        "dev.csv: data.validation: has no column 'text'; did you mean 'txt'? it has txt, class",
-        "dev.csv: data.validation: has no column 'label'; known: txt, class",
-    ]
 
 
 def test_an_unfit_row_is_named_by_file_and_number(classify: Prepare) -> None:
@@ -325,13 +230,6 @@ def test_complaints_that_differ_are_told_up_to_a_limit(classify: Prepare) -> Non
         classify(train="train.jsonl", validation="dev.jsonl")
     assert len(error.value.problems) == 21
     assert error.value.problems[-1].message == "2,980 more problems of 2,980 more rows"
-
-
-def test_digits_in_a_text_column_stay_as_they_are_written(classify: Prepare) -> None:
-    write("train.csv", "text,label", "007,1", "1.50,0")
-    prepared = classify(train="train.csv", validation="train.csv")
-    assert prepared.raw_validation is not None
-    assert prepared.raw_validation[:] == {"text": ["007", "1.50"], "label": [1, 0]}
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(classify: Prepare) -> None:
@@ -468,17 +366,6 @@ def test_a_source_that_is_neither_folder_nor_repository(classify: Prepare) -> No
 def test_an_unreachable_hub_is_said_with_what_to_do(classify: Prepare) -> None:
     with pytest.raises(DataError, match=r"owner/absent: data.source: .*connect, or download it and set data.source"):
         classify(source="owner/absent", train="train")
-
-
-@pytest.mark.parametrize("field", ["subset", "revision"])
-def test_what_only_the_hub_has_is_refused_for_a_folder(field: str, classify: Prepare) -> None:
-    write_json("folder/train.jsonl", mixed(8))
-    write_json("other.jsonl", mixed(8))
-    fields = {"source": "folder", "train": "train.jsonl", field: "main"}
-    with pytest.raises(RecipeError, match=rf"^data\.{field}: belongs to a Hub id, and folder is a folder; remove it$"):
-        classify(**fields)
-    with pytest.raises(RecipeError, match=rf"^data\.mix\.1\.{field}: belongs to a Hub id"):
-        classify(mix=[{"train": "other.jsonl"}, fields])
 
 
 COMMIT = "0123456789" * 4

@@ -136,12 +136,12 @@ def test_a_label_of_validation_that_looks_like_a_known_one(judge: Any) -> None:
         judge(train="train.jsonl", validation="dev.jsonl")
 
 
-@pytest.mark.parametrize(("limit", "struck"), [(0.4, True), (0.5, False)])
-def test_leakage_above_its_limit(judge: Any, limit: float, struck: bool) -> None:
-    write_json("train.jsonl", rows(8))
-    write_json("dev.jsonl", [rows(1)[0], {"text": "a warm story", "label": "good"}])
-    errors = judge(train="train.jsonl", validation="dev.jsonl", checks={"max_leakage": limit}).errors
-    assert [problem.key for problem in errors] == ["data.validation"] * struck
+def test_leakage_above_its_limit(judge: Any) -> None:
+    for limit, struck in [(0.4, True), (0.5, False)]:
+        write_json("train.jsonl", rows(8))
+        write_json("dev.jsonl", [rows(1)[0], {"text": "a warm story", "label": "good"}])
+        errors = judge(train="train.jsonl", validation="dev.jsonl", checks={"max_leakage": limit}).errors
+        assert [problem.key for problem in errors] == ["data.validation"] * struck
 
 
 def test_what_is_only_told(judge: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from test_data import CLASSES, LONG, MACHINE, TEXTS, bare, recipe, write, write_json, write_lengths
+from test_data import CLASSES, LONG, MACHINE, TEXTS, bare, recipe, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.data import facts, prepare
@@ -62,20 +61,6 @@ def test_a_streamed_row_equals_a_loaded_one(llama: PreTrainedTokenizerBase) -> N
     assert isinstance(loaded, datasets.Dataset)
     streamed = itertools.islice(stream(llama, train="train.jsonl", max_length=5).rows(1), 8)
     assert sorted(streamed, key=str) == sorted(loaded.remove_columns("row").to_list(), key=str)
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_every_format_streams(llama: PreTrainedTokenizerBase, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2, raising=False)
-    rows = [{"text": "film " * count, "other": "x"} for count in range(1, 6)]
-    if suffix == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet("train.parquet")
-    elif suffix == "json":
-        Path("train.json").write_text(json.dumps(rows))
-    else:
-        separator = "," if suffix == "csv" else "\t"
-        write(f"train.{suffix}", f"text{separator}other", *(f"{row['text']}{separator}NA" for row in rows))
-    assert sorted(lengths(stream(llama, train=f"train.{suffix}").rows(1), 5)) == [2, 3, 4, 5, 6]
 
 
 def test_several_files_stream_as_one(llama: PreTrainedTokenizerBase) -> None:

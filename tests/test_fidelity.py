@@ -105,26 +105,27 @@ def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None
         CausalLM(messages="chat").features({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
-def test_reasoning_that_the_template_drops_is_counted(key: str) -> None:
-    chat = [ASKED, {**ANSWERED, key: "I count to three."}]
-    assert encoded(PREFIXED, chat)[2] == {"dropped_reasoning"}
-    assert encoded(LAST_DIFFERS, chat) == (
-        "<|user|>what is it?</s><|assistant|><think>I count to three.</think>It is three.</s>",
-        "<think>I count to three.</think>It is three.</s>",
-        set(),
-    )
-    said = {"role": "assistant", "content": "<think>I count to three.</think>It is three."}
-    assert encoded(THINKS, [ASKED, said], train_on="all")[2] == {"dropped_reasoning"}
-    assert encoded(PREFIXED, [ASKED, said])[2] == set()
+def test_reasoning_that_the_template_drops_is_counted() -> None:
+    for key in ["reasoning_content", "thinking"]:
+        chat = [ASKED, {**ANSWERED, key: "I count to three."}]
+        assert encoded(PREFIXED, chat)[2] == {"dropped_reasoning"}
+        assert encoded(LAST_DIFFERS, chat) == (
+            "<|user|>what is it?</s><|assistant|><think>I count to three.</think>It is three.</s>",
+            "<think>I count to three.</think>It is three.</s>",
+            set(),
+        )
+        said = {"role": "assistant", "content": "<think>I count to three.</think>It is three."}
+        assert encoded(THINKS, [ASKED, said], train_on="all")[2] == {"dropped_reasoning"}
+        assert encoded(PREFIXED, [ASKED, said])[2] == set()
 
 
 def test_keys_that_the_template_drops_are_counted() -> None:
-    for answer in [
+    cases: list[dict[str, Any]] = [
         {"content": "Let me see first.", "tool_calls": [CALL]},
         {"content": "It is three.", "refusal": "I would rather not."},
         {"content": "It is three.", "train": False},
-    ]:
+    ]
+    for answer in cases:
         assert encoded(CALLS, [ASKED, {"role": "assistant", **answer}])[2] == {"dropped_keys"}
 
 
@@ -188,19 +189,19 @@ def test_turns_of_weight_0_are_read_and_not_trained() -> None:
         encoded(PREFIXED, chat, train_on="all")
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_a_blank_question_or_answer_is_an_empty_row(as_text: bool) -> None:
-    chats = [
-        [ASKED, ANSWERED],
-        [ASKED, turn("assistant", " \n")],
-        [turn("user", ""), ANSWERED],
-        [ASKED, turn("assistant", [{"type": "text", "text": ""}])],
-        [turn("system", ""), ASKED, turn("assistant", "", weight=0), ASKED, ANSWERED],
-        [ASKED, turn("assistant", "", tool_calls=[CALL]), turn("tool", ""), ANSWERED],
-        [ASKED, turn("assistant", "", reasoning_content="hm")],
-    ]
-    cells = [json.dumps(chat) for chat in chats] if as_text else chats
-    assert CausalLM(messages="m").blank({"m": cells}) == [False, True, True, True, False, False, False]
+def test_a_blank_question_or_answer_is_an_empty_row() -> None:
+    for as_text in [False, True]:
+        chats = [
+            [ASKED, ANSWERED],
+            [ASKED, turn("assistant", " \n")],
+            [turn("user", ""), ANSWERED],
+            [ASKED, turn("assistant", [{"type": "text", "text": ""}])],
+            [turn("system", ""), ASKED, turn("assistant", "", weight=0), ASKED, ANSWERED],
+            [ASKED, turn("assistant", "", tool_calls=[CALL]), turn("tool", ""), ANSWERED],
+            [ASKED, turn("assistant", "", reasoning_content="hm")],
+        ]
+        cells = [json.dumps(chat) for chat in chats] if as_text else chats
+        assert CausalLM(messages="m").blank({"m": cells}) == [False, True, True, True, False, False, False]
 
 
 TWICE = [ASKED, ANSWERED, turn("user", "and twice?"), turn("assistant", "Then six.", reasoning_content="2 * 3")]

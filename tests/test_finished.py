@@ -188,11 +188,12 @@ def test_a_base_that_is_another_one_is_refused(
 
 
 def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
-    for now, says in [
+    cases: list[tuple[dict[str, Any], str | None]] = [
         ({"source": "a/b", "commit": "1" * 40}, None),
         ({"source": "a/c", "commit": "1" * 40}, "it was a/b, is a/c"),
         ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
-    ]:
+    ]
+    for now, says in cases:
         found = load._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
         assert found is None if says is None else says in str(found)
 

@@ -113,19 +113,19 @@ def test_all_kinds_run_the_same_pod() -> None:
     assert all(pod == pods[0] for pod in pods)
 
 
-@pytest.mark.parametrize("folder", ["indexed-job", "jobset"])
-def test_nodes_know_where_they_are(folder: str) -> None:
-    job = jobs(documents(folder))[0]
-    told = {variable["name"]: variable for variable in job["template"]["spec"]["containers"][0]["env"]}
-    assert int(told["PET_NNODES"]["value"]) == job["completions"] == job["parallelism"]
-    assert "job-completion-index" in told["PET_NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"]
-    # The first pod, by the rules of names of an Indexed Job and of a JobSet.
-    address = {"indexed-job": "hf-finetune-0.hf-finetune", "jobset": "hf-finetune-node-0-0.hf-finetune"}
-    assert told["PET_MASTER_ADDR"]["value"] == address[folder]
-    if folder == "indexed-job":
-        service = documents(folder)[1]
-        assert job["template"]["spec"]["subdomain"] == service["metadata"]["name"]
-        assert service["spec"]["publishNotReadyAddresses"], "nodes meet before any is ready"
+def test_nodes_know_where_they_are() -> None:
+    for folder in ["indexed-job", "jobset"]:
+        job = jobs(documents(folder))[0]
+        told = {variable["name"]: variable for variable in job["template"]["spec"]["containers"][0]["env"]}
+        assert int(told["PET_NNODES"]["value"]) == job["completions"] == job["parallelism"]
+        assert "job-completion-index" in told["PET_NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"]
+        # The first pod, by the rules of names of an Indexed Job and of a JobSet.
+        address = {"indexed-job": "hf-finetune-0.hf-finetune", "jobset": "hf-finetune-node-0-0.hf-finetune"}
+        assert told["PET_MASTER_ADDR"]["value"] == address[folder]
+        if folder == "indexed-job":
+            service = documents(folder)[1]
+            assert job["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+            assert service["spec"]["publishNotReadyAddresses"], "nodes meet before any is ready"
 
 
 def test_a_kustomization_is_complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,8 @@ from hf_finetune.tasks.base import Targets
 
 
 def test_a_split_without_labels_says_what_to_remove() -> None:
-    for values in [[-1, -1], [None, None]]:
+    cases: list[list[Any]] = [[-1, -1], [None, None]]
+    for values in cases:
         targets = Targets(names=("a", "b"), id_of={"0": 0, "1": 1})
         with pytest.raises(DataError, match=r"row 0, 1: .* has no label, nor has any other row.*remove data\.test"):
             labels.ids(values, "label", targets)

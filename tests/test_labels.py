@@ -25,7 +25,7 @@ def stream(values: list[Any], feature: Any = None) -> IterableDataset:
 
 
 def test_names_and_ids() -> None:
-    for values, names, ids in [
+    cases: list[tuple[list[Any], tuple[str, ...], list[int]]] = [
         ([1, 0, 2, 1], ("0", "1", "2"), [1, 0, 2, 1]),
         ([5, 0, 2, 10], ("0", "2", "5", "10"), [2, 0, 1, 3]),
         ([1, 0], ("0", "1"), [1, 0]),
@@ -33,7 +33,8 @@ def test_names_and_ids() -> None:
         (["10", "9"], ("9", "10"), [1, 0]),
         ([True, False], ("false", "true"), [1, 0]),
         ([True, True, False], ("false", "true"), [1, 1, 0]),
-    ]:
+    ]
+    for values, names, ids in cases:
         targets = labels.read_labels(column(values), "label")
         assert targets.names == names
         assert labels.ids(values, "label", targets) == ids
@@ -65,20 +66,21 @@ def test_integers_count_where_the_names_of_a_class_label_are_integers_too() -> N
 
 
 def test_the_recipe_may_name_the_labels() -> None:
-    for values, names, ids in [
+    cases: list[tuple[list[Any], list[str], list[int]]] = [
         (["b", "a"], ["b", "a"], [0, 1]),
         ([1, 0], ["negative", "positive"], [1, 0]),
         ([True, False], ["negative", "positive"], [1, 0]),
         ([5, 2], ["5", "2"], [0, 1]),
         ([True, False], ["true", "false"], [0, 1]),
-    ]:
+    ]
+    for values, names, ids in cases:
         targets = labels.read_labels(column(values), "label", names)
         assert targets.names == tuple(names)
         assert labels.ids(values, "label", targets) == ids
 
 
 def test_unfit_training_labels_are_refused() -> None:
-    for values, message in [
+    cases: list[tuple[list[Any], str]] = [
         (["a", None], r"row 1: column 'label' is null: the row has no label"),
         (
             [1.0, 2.0],
@@ -90,7 +92,8 @@ def test_unfit_training_labels_are_refused() -> None:
         ([], r"column 'label' holds no label in training"),
         (["a", "a"], r"column 'label' holds only 'a' in training; a classifier needs two labels"),
         ([["a"], ["b"]], r"row 0, 1: column 'label' holds a list; set problem: multi_label"),
-    ]:
+    ]
+    for values, message in cases:
         with pytest.raises(DataError, match=message):
             labels.read_labels(column(values), "label")
 
@@ -131,11 +134,12 @@ def test_ids_survive_json() -> None:
 
 
 def test_lists_of_labels() -> None:
-    for values, feature, names in [
+    cases: list[tuple[list[Any], Any, tuple[str, ...]]] = [
         ([["b", "a"], [], ["a"]], None, ("a", "b")),
         ([[7, 3], [], [3]], None, ("3", "7")),
         ([[1, 0], [], [0]], List(ClassLabel(names=["x", "y"])), ("x", "y")),
-    ]:
+    ]
+    for values, feature, names in cases:
         targets = labels.read_lists(column(values, feature), "label")
         assert targets.names == names
         assert targets.counts == (2, 1)
@@ -143,23 +147,25 @@ def test_lists_of_labels() -> None:
 
 
 def test_unfit_lists_are_refused() -> None:
-    for values, message in [
+    cases: list[tuple[list[Any], str]] = [
         ([["a"], None, ["b"]], "row 1: column 'label' is null; a row without labels holds an empty list"),
         ([["a"], ["a", "b", "a"]], "row 1: column 'label' repeats a label: a, b, a"),
         (["a", "b"], "row 0, 1: column 'label' holds text; multi_label needs a list"),
         ([[0.0], [1.0]], "row 0, 1: column 'label' holds a float"),
         ([["a"], ["a"]], "column 'label' holds 1 labels in training"),
-    ]:
+    ]
+    for values, message in cases:
         with pytest.raises(DataError, match=message):
             labels.read_lists(column(values), "label")
 
 
-@pytest.mark.parametrize("cells", [[1, 0, 1], [True, False, True]])
-def test_columns_of_zeros_and_ones(cells: list[Any]) -> None:
-    train = Dataset.from_dict({"x": cells, "y": [0, 0, 1]})
-    targets = labels.read_cells(train, ["x", "y"])
-    assert (targets.names, targets.counts) == (("x", "y"), (2, 1))
-    assert labels.cells(train[:]) == [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+def test_columns_of_zeros_and_ones() -> None:
+    cases: list[list[Any]] = [[1, 0, 1], [True, False, True]]
+    for cells in cases:
+        train = Dataset.from_dict({"x": cells, "y": [0, 0, 1]})
+        targets = labels.read_cells(train, ["x", "y"])
+        assert (targets.names, targets.counts) == (("x", "y"), (2, 1))
+        assert labels.cells(train[:]) == [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
 
 
 def test_columns_of_zeros_alone_are_refused() -> None:
@@ -167,11 +173,12 @@ def test_columns_of_zeros_alone_are_refused() -> None:
         labels.read_cells(Dataset.from_dict({"x": [0, 0], "y": [0, 0]}), ["x", "y"])
 
 
-@pytest.mark.parametrize(("values", "kind"), [([1, 2], int), ([0.5, -1.0], float)])
-def test_numbers(values: list[Any], kind: type) -> None:
-    assert labels.read_numbers(column(values), "label") == Targets(("label",), (2,), id_of={"label": 0})
-    assert labels.numbers(values, "label") == [float(value) for value in values]
-    assert isinstance(values[0], kind)
+def test_numbers() -> None:
+    cases: list[tuple[list[Any], type]] = [([1, 2], int), ([0.5, -1.0], float)]
+    for values, kind in cases:
+        assert labels.read_numbers(column(values), "label") == Targets(("label",), (2,), id_of={"label": 0})
+        assert labels.numbers(values, "label") == [float(value) for value in values]
+        assert isinstance(values[0], kind)
 
 
 def test_streamed_rows_need_names() -> None:

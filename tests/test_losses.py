@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import pytest
 import torch
 from torch.nn import functional
 
@@ -62,46 +60,42 @@ def squared(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
     return losses.squared_error_sum(logits[:, :1], numbers), losses.squared_error_items(numbers)
 
 
-Pair = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-every_loss = pytest.mark.parametrize("pair", [cross_entropy, binary, squared])
+def test_uneven_parts_add_up() -> None:
+    for pair in (cross_entropy, binary, squared):
+        logits, labels = batch()
+        parts = [pair(logits[part], labels[part]) for part in (slice(0, 1), slice(1, 8), slice(8, 11))]
+        whole = pair(logits, labels)
+        for index in (0, 1):
+            torch.testing.assert_close(sum(part[index] for part in parts), whole[index], rtol=1e-6, atol=0)
 
 
-@every_loss
-def test_uneven_parts_add_up(pair: Pair) -> None:
-    logits, labels = batch()
-    parts = [pair(logits[part], labels[part]) for part in (slice(0, 1), slice(1, 8), slice(8, 11))]
-    whole = pair(logits, labels)
-    for index in (0, 1):
-        torch.testing.assert_close(sum(part[index] for part in parts), whole[index], rtol=1e-6, atol=0)
+def test_masked_rows_count_nothing() -> None:
+    for pair in (cross_entropy, binary, squared):
+        logits, labels = batch()
+        kept = pair(logits[:4], labels[:4])
+        labels[4:] = -100
+        total, items = pair(logits, labels)
+        (gradient,) = torch.autograd.grad(total, logits)
+        torch.testing.assert_close((total, items), kept)
+        assert not gradient[4:].any()
+        assert gradient[:4].any()
 
 
-@every_loss
-def test_masked_rows_count_nothing(pair: Pair) -> None:
-    logits, labels = batch()
-    kept = pair(logits[:4], labels[:4])
-    labels[4:] = -100
-    total, items = pair(logits, labels)
-    (gradient,) = torch.autograd.grad(total, logits)
-    torch.testing.assert_close((total, items), kept)
-    assert not gradient[4:].any()
-    assert gradient[:4].any()
+def test_a_batch_of_masked_rows_has_neither_loss_nor_gradient() -> None:
+    for pair in (cross_entropy, binary, squared):
+        logits, labels = batch()
+        total, items = pair(logits, torch.full_like(labels, -100))
+        (gradient,) = torch.autograd.grad(total, logits)
+        assert total == 0
+        assert items == 0
+        assert not gradient.any()
 
 
-@every_loss
-def test_a_batch_of_masked_rows_has_neither_loss_nor_gradient(pair: Pair) -> None:
-    logits, labels = batch()
-    total, items = pair(logits, torch.full_like(labels, -100))
-    (gradient,) = torch.autograd.grad(total, logits)
-    assert total == 0
-    assert items == 0
-    assert not gradient.any()
-
-
-@every_loss
-def test_low_precision_logits_are_summed_in_float32(pair: Pair) -> None:
-    for kind in [torch.bfloat16, torch.float16]:
-        logits, labels = batch(rows=4096)
-        low = logits.detach().to(kind)
-        total, items = pair(low, labels)
-        assert total.dtype == items.dtype == torch.float32
-        torch.testing.assert_close(total, pair(low.float(), labels)[0], rtol=1e-6, atol=0)
+def test_low_precision_logits_are_summed_in_float32() -> None:
+    for pair in (cross_entropy, binary, squared):
+        for kind in [torch.bfloat16, torch.float16]:
+            logits, labels = batch(rows=4096)
+            low = logits.detach().to(kind)
+            total, items = pair(low, labels)
+            assert total.dtype == items.dtype == torch.float32
+            torch.testing.assert_close(total, pair(low.float(), labels)[0], rtol=1e-6, atol=0)

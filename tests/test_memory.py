@@ -184,6 +184,7 @@ def test_the_peak_of_this_process_is_no_less_than_what_it_holds() -> None:
     assert (memory.peak("cpu") or 0) >= (memory.resident("VmRSS") or 0) > 50 * MB
 
 
+@pytest.mark.slow
 def test_the_peak_is_not_the_parents() -> None:
     block = torch.ones(100 * MB)
     code = "from hf_finetune import memory; print(memory.peak('cpu'))"

@@ -147,7 +147,7 @@ def test_parquet_keeps_its_types(classifier: Path, tmp_path: Path) -> None:
 
 
 def test_parquet_drops_nothing_and_says_what_it_can_not_hold() -> None:
-    for early, late, says in [
+    cases: list[tuple[list[dict[str, Any]], list[dict[str, Any]], str]] = [
         ([{"a": 1}], [{"a": 1}, {"a": 2, "b": 1}], "x:12: has the key 'b', which its first rows lack"),
         ([{"a": {"b": 1}}], [{"a": None}, {"a": {"b": 2, "c": 1}}], r"x:12: has the key 'a\.c', which"),
         ([{"a": [{"b": 1}]}], [{"a": [{"b": 2}, {"c": 1}]}], r"x:11: has the key 'a\.c', which"),
@@ -155,7 +155,8 @@ def test_parquet_drops_nothing_and_says_what_it_can_not_hold() -> None:
         ([{"a": 1}, {"a": 2**70}], [], "x:2: column 'a' holds what"),
         ([{"a": 1}], [{"a": 2}, {"a": "z"}], "x:12: column 'a' holds what"),
         ([{"a": {}}], [], "x: column 'a' holds what"),
-    ]:
+    ]
+    for early, late, says in cases:
         sink = Sink("parquet", ["a"], {"score": "number"})
         windows = [
             {first + n: {"a": None, "score": 0.5, **cells} for n, cells in enumerate(window)}
@@ -263,13 +264,14 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
 
 
 def test_mistakes_of_the_command_line(classifier: Path) -> None:
-    for options, kind, says in [
+    cases: list[tuple[dict[str, Any], Any, str]] = [
         ({"input": "none.csv"}, DataError, "is not there"),
         ({"input": "README"}, DataError, "is not there"),
         ({"input_format": "parquet"}, RecipeError, "can't be read from a pipe"),
         ({"form": "parquet"}, RecipeError, "can't be written to a pipe"),
         ({"max_new_tokens": 3}, RecipeError, "for language models"),
-    ]:
+    ]
+    for options, kind, says in cases:
         with pytest.raises(kind, match=says):
             inference_predict.run(Options(str(classifier), **options))
 

@@ -361,7 +361,7 @@ def test_a_run_without_records_says_what_is_missing(tmp_path: Path) -> None:
     assert page.count("<svg") == 5
 
 
-@pytest.mark.parametrize("gone", ["metrics.jsonl", "samples.jsonl", "observations"])
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "observations"])
 def test_whatever_is_missing_there_is_a_page(tmp_path: Path, gone: str) -> None:
     folder = reported.speaker(tmp_path)
     (folder.path / gone).rename(tmp_path / "gone")

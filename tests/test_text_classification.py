@@ -24,7 +24,6 @@ RAW: dict[str, dict[str, list[Any]]] = {
     "multi_label": {"label": [["plot"], [], ["plot", "cast"], ["cast"]]},
     "regression": {"label": [1.0, -0.5, 2, 0.25]},
 }
-every_problem = pytest.mark.parametrize("problem", sorted(RAW))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
-    for fields, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"label": ["a", "b"]}, "set problem: multi_label, or name one column"),
         ({"label": ["a", "b"], "problem": "regression"}, "regression learns one number"),
         ({"label": "text"}, "name column 'text' twice"),
@@ -67,15 +66,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"label_smoothing": 1.0}, "less than 1"),
         ({"threshold": 0.4}, "threshold has no meaning for single_label"),
         ({"smoothing": 0.1}, "Extra inputs are not permitted"),
-    ]:
+    ]
+    for fields, message in cases:
         with pytest.raises(ValidationError, match=message):
             make(**fields)
-
-
-@every_problem
-def test_a_dumped_task_loads_again(problem: str) -> None:
-    task = make(problem)
-    assert TextClassification.model_validate(task.model_dump(mode="json")) == task
 
 
 def test_metrics_that_select_belong_to_the_problem() -> None:
@@ -88,18 +82,18 @@ def test_metrics_that_select_belong_to_the_problem() -> None:
     assert {next(iter(make(problem).best_metrics)) for problem in RAW} == {"loss"}
 
 
-@every_problem
-def test_every_metric_that_selects_exists(problem: str) -> None:
-    task = make(problem)
-    targets = Targets(("x",) if problem == "regression" else ("x", "y"))
-    logits = torch.randn(20, len(targets.names), generator=torch.Generator().manual_seed(0))
-    labels = {
-        "single_label": torch.arange(20) % 2,
-        "multi_label": (torch.arange(40).reshape(20, 2) % 3 == 0).float(),
-        "regression": torch.linspace(-1, 1, 20),
-    }[problem]
-    found = task.metrics(predictions(task, logits, labels), targets)
-    assert set(task.best_metrics) <= set(found)
+def test_every_metric_that_selects_exists() -> None:
+    for problem in RAW:
+        task = make(problem)
+        targets = Targets(("x",) if problem == "regression" else ("x", "y"))
+        logits = torch.randn(20, len(targets.names), generator=torch.Generator().manual_seed(0))
+        labels = {
+            "single_label": torch.arange(20) % 2,
+            "multi_label": (torch.arange(40).reshape(20, 2) % 3 == 0).float(),
+            "regression": torch.linspace(-1, 1, 20),
+        }[problem]
+        found = task.metrics(predictions(task, logits, labels), targets)
+        assert set(task.best_metrics) <= set(found)
 
 
 def test_columns() -> None:
@@ -108,16 +102,16 @@ def test_columns() -> None:
     assert list(make().columns()) == ["text", "label"]
 
 
-@every_problem
-def test_the_model_learns_the_names(problem: str, tiny_bert: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = make(problem)
-    _, targets = encoded(task, tokenizer)
-    config = AutoConfig.from_pretrained(tiny_bert, **task.model_options(targets))
-    names = {"single_label": ["bad", "good"], "multi_label": ["cast", "plot"], "regression": ["label"]}[problem]
-    assert config.id2label == dict(enumerate(names))
-    assert config.label2id == {name: index for index, name in enumerate(names)}
-    assert config.num_labels == len(names)
-    assert config.problem_type == problem + ("" if problem == "regression" else "_classification")
+def test_the_model_learns_the_names(tiny_bert: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    for problem in RAW:
+        task = make(problem)
+        _, targets = encoded(task, tokenizer)
+        config = AutoConfig.from_pretrained(tiny_bert, **task.model_options(targets))
+        names = {"single_label": ["bad", "good"], "multi_label": ["cast", "plot"], "regression": ["label"]}[problem]
+        assert config.id2label == dict(enumerate(names))
+        assert config.label2id == {name: index for index, name in enumerate(names)}
+        assert config.num_labels == len(names)
+        assert config.problem_type == problem + ("" if problem == "regression" else "_classification")
 
 
 def test_class_weights_reach_the_targets() -> None:
@@ -154,47 +148,47 @@ def test_secret_labels_of_a_test_split_say_what_to_remove(tokenizer: PreTrainedT
         make().features({"text": TEXTS, "label": [-1] * 4}, tokenizer, targets, 8)
 
 
-@every_problem
-def test_batches_are_padded_on_the_right(problem: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = make(problem)
-    rows, _ = encoded(task, tokenizer)
-    batch = task.collate([{**row, "row": 3, "text": "x"} for row in rows], tokenizer, Targets())
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert batch["attention_mask"].tolist() == [[1] * n + [0] * (14 - n) for n in (7, 4, 14, 3)]
-    assert batch["input_ids"][3, 3:].eq(tokenizer.pad_token_id).all()
-    assert batch["labels"].dtype == (torch.int64 if problem == "single_label" else torch.float32)
-    assert batch["labels"].shape == ((4, 2) if problem == "multi_label" else (4,))
+def test_batches_are_padded_on_the_right(tokenizer: PreTrainedTokenizerBase) -> None:
+    for problem in RAW:
+        task = make(problem)
+        rows, _ = encoded(task, tokenizer)
+        batch = task.collate([{**row, "row": 3, "text": "x"} for row in rows], tokenizer, Targets())
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert batch["attention_mask"].tolist() == [[1] * n + [0] * (14 - n) for n in (7, 4, 14, 3)]
+        assert batch["input_ids"][3, 3:].eq(tokenizer.pad_token_id).all()
+        assert batch["labels"].dtype == (torch.int64 if problem == "single_label" else torch.float32)
+        assert batch["labels"].shape == ((4, 2) if problem == "multi_label" else (4,))
 
 
 def test_rows_of_a_classifier_are_never_packed() -> None:
     assert not make().packable
 
 
-@every_problem
-def test_masked_rows_change_neither_loss_nor_metrics(problem: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = make(problem)
-    rows, targets = encoded(task, tokenizer)
-    labels = task.collate(rows, tokenizer, targets)["labels"]
-    filled = task.collate([*rows, *map(task.masked, rows)], tokenizer, targets)["labels"]
-    logits = torch.randn(8, len(targets.names), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss_of(task, logits, filled, targets), loss_of(task, logits[:4], labels, targets))
-    assert task.count({"labels": filled}, targets) == task.count({"labels": labels}, targets)
-    whole = task.metrics(predictions(task, logits, filled), targets)
-    assert whole == task.metrics(predictions(task, logits[:4], labels), targets)
-    assert rows[0]["weight"] == 1
+def test_masked_rows_change_neither_loss_nor_metrics(tokenizer: PreTrainedTokenizerBase) -> None:
+    for problem in RAW:
+        task = make(problem)
+        rows, targets = encoded(task, tokenizer)
+        labels = task.collate(rows, tokenizer, targets)["labels"]
+        filled = task.collate([*rows, *map(task.masked, rows)], tokenizer, targets)["labels"]
+        logits = torch.randn(8, len(targets.names), generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loss_of(task, logits, filled, targets), loss_of(task, logits[:4], labels, targets))
+        assert task.count({"labels": filled}, targets) == task.count({"labels": labels}, targets)
+        whole = task.metrics(predictions(task, logits, filled), targets)
+        assert whole == task.metrics(predictions(task, logits[:4], labels), targets)
+        assert rows[0]["weight"] == 1
 
 
-@every_problem
-def test_the_loss_is_the_models_own(problem: str, tiny_bert: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = make(problem)
-    rows, targets = encoded(task, tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **task.model_options(targets)).eval()
-    batch = task.collate(rows, tokenizer, targets)
-    out = model(**batch)
-    loss = loss_of(task, out.logits, batch["labels"], targets) / task.count(batch, targets)
-    torch.testing.assert_close(loss, out.loss)
-    found = task.metrics(predictions(task, out.logits, batch["labels"]), targets)
-    assert found["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+def test_the_loss_is_the_models_own(tiny_bert: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    for problem in RAW:
+        task = make(problem)
+        rows, targets = encoded(task, tokenizer)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, **task.model_options(targets)).eval()
+        batch = task.collate(rows, tokenizer, targets)
+        out = model(**batch)
+        loss = loss_of(task, out.logits, batch["labels"], targets) / task.count(batch, targets)
+        torch.testing.assert_close(loss, out.loss)
+        found = task.metrics(predictions(task, out.logits, batch["labels"]), targets)
+        assert found["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
 
 
 def test_weights_and_smoothing_reach_the_loss_but_not_the_metric() -> None:
@@ -222,29 +216,29 @@ def test_plots_are_drawn_from_logits_and_labels() -> None:
     assert plot.rows.tolist() == [[1, 1, 1, 2], [1, 1, 1, -100]]
 
 
-@every_problem
-def test_a_linear_layer_learns(problem: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs, truth = torch.randn(96, 6, generator=generator), torch.randn(6, 3, generator=generator)
-    scores = inputs @ truth
-    labels, names = {
-        "single_label": (scores.argmax(1), ("a", "b", "c")),
-        "multi_label": ((scores > 0).float(), ("a", "b", "c")),
-        "regression": (scores[:, 0], ("a",)),
-    }[problem]
-    task, targets = make(problem), Targets(names, weights=() if problem == "regression" else (1.0, 2.0, 0.5))
-    layer = torch.nn.Linear(6, len(names))
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    for _ in range(150):
-        loss = loss_of(task, layer(inputs), labels, targets) / task.count({"labels": labels}, targets)
-        gradients = torch.autograd.grad(loss, list(layer.parameters()))
-        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-    found = task.metrics(predictions(task, layer(inputs), labels), targets)
-    reached = found["r2"] if problem == "regression" else min(found[f"f1.{name}"] for name in names)
-    assert reached > 0.95
-    assert math.isfinite(found["loss"])
+def test_a_linear_layer_learns() -> None:
+    for problem in RAW:
+        generator = torch.Generator().manual_seed(0)
+        inputs, truth = torch.randn(96, 6, generator=generator), torch.randn(6, 3, generator=generator)
+        scores = inputs @ truth
+        labels, names = {
+            "single_label": (scores.argmax(1), ("a", "b", "c")),
+            "multi_label": ((scores > 0).float(), ("a", "b", "c")),
+            "regression": (scores[:, 0], ("a",)),
+        }[problem]
+        task, targets = make(problem), Targets(names, weights=() if problem == "regression" else (1.0, 2.0, 0.5))
+        layer = torch.nn.Linear(6, len(names))
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+        for _ in range(150):
+            loss = loss_of(task, layer(inputs), labels, targets) / task.count({"labels": labels}, targets)
+            gradients = torch.autograd.grad(loss, list(layer.parameters()))
+            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        found = task.metrics(predictions(task, layer(inputs), labels), targets)
+        reached = found["r2"] if problem == "regression" else min(found[f"f1.{name}"] for name in names)
+        assert reached > 0.95
+        assert math.isfinite(found["loss"])
 
 
 def test_sst2_reads_as_it_is(shared: Path, tokenizer: PreTrainedTokenizerBase) -> None:

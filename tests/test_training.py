@@ -141,7 +141,7 @@ CHAT = 'task={kind: causal_lm, prompt: "the {label} film", completion: text, gen
 def test_a_language_model_learns_to_answer(run: Runner, tiny_llama: str, packing: str) -> None:
     done = run(
         CHAT, f"model.name={tiny_llama}", f"data.packing={packing}", "data.max_length=64",
-        "training.epochs=10", "training.batch_size=8", "training.eval_at_start=true",
+        "training.epochs=10", "training.batch_size=8", "training.eval_at_start=true", "training.eval_every=45",
     )  # fmt: skip
     first, last = done.lines("eval")[0], done.lines("eval")[-1]
     assert first["step"] == 0
