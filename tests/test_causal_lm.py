@@ -176,6 +176,7 @@ def test_metrics_are_over_tokens_not_rows() -> None:
 
 
 def test_smoothing_is_in_the_training_loss_only() -> None:
+    torch.manual_seed(0)
     task = CausalLM(text="t", label_smoothing=0.2)
     logits, labels = torch.randn(2, 4, 9), torch.randint(0, 9, (2, 4))
     batch = {"labels": labels}
