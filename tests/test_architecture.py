@@ -37,7 +37,7 @@ SPINE = (
 )  # fmt: skip
 """What a newcomer reads, in this order."""
 TASK_TALK = re.compile(
-    r"isinstance\([^)]*\b(CausalLM|TextClassification)\b|peft_(type|task) ?[!=]=|auto_model ?[!=]=|task\.problem\b"
+    r"isinstance\([^)]*\b(CausalLM|TextClassification)\b|peft_(type|task) ?[!=]=|auto_model ?[!=]=|(?<![\"'])task\.problem\b"
     r"|[\"']input_ids[\"']"
 )
 # To be deleted when the rooms are in order.
