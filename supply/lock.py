@@ -17,9 +17,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from supply.pins import Pin
-from supply.pins import for_cpu
-from supply.pins import read
+from supply.pins import Pin, for_cpu, read
 
 ROOT = Path(__file__).parent.parent
 TORCH_CPU = Path(__file__).parent / "torch-cpu.sha256"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from forked import Server
     from hubserver import Hub
 
+    from hf_finetune.tasks.base import Task
+
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ACCELERATE_USE_CPU="1")
 # A busy machine is no defect of what is tested.
 settings.register_profile("patient", deadline=None)
@@ -188,6 +190,44 @@ def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-unt
         eos_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a vision transformer of two layers with random weights, and its image processor."""
+    from transformers import ViTConfig, ViTModel, set_seed
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    set_seed(0)
+    config = ViTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=8, initializer_range=0.2)
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_of(tiny_bert: str, tiny_llama: str, tiny_vit: str) -> Callable[[Task], str]:
+    """The folder of a tiny model that can do a task."""
+
+    def find(task: Task) -> str:
+        import transformers
+
+        from hf_finetune.errors import ModelError
+
+        for folder in (tiny_bert, tiny_llama, tiny_vit):
+            config = transformers.AutoConfig.from_pretrained(folder)
+            if type(config) not in getattr(transformers, task.auto_model)._model_mapping:
+                continue
+            try:
+                task.check_config(folder, config)
+            except ModelError:
+                continue
+            return folder
+        raise AssertionError(f"no model here does what {task.auto_model} loads; add a tiny one that does")
+
+    return find
 
 
 @pytest.fixture(scope="session")

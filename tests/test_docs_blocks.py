@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from forked import Server
 from test_recipes_run import stand_in
 
 from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import Task
 
 BLOCKS = [block for page in documents.PAGES for block in documents.blocks(page)]
 RUN = [block for block in BLOCKS if not block.needs]
@@ -74,13 +75,19 @@ def test_what_is_not_run_is_listed_and_counted() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: str, classifier: Path) -> Path:
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: str,
+    tiny_llama: str,
+    classifier: Path,
+    model_of: Callable[[Task], str],
+) -> Path:
     """A folder in which the commands of the pages make sense."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("accelerate_configs", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
-        _shrink(recipe, folder, tiny_bert, tiny_llama)
+        _shrink(recipe, folder, model_of)
     (folder / "recipe.yaml").write_text((folder / "recipes" / "quickstart.yaml").read_text())
     (folder / "path/to").mkdir(parents=True)
     (folder / "path/to/model").symlink_to(tiny_bert)
@@ -108,7 +115,7 @@ def train(folder: Path, tools: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def _shrink(path: Path, folder: Path, bert: str, llama: str) -> None:
+def _shrink(path: Path, folder: Path, model_of: Callable[[Task], str]) -> None:
     """A shipped recipe on a tiny model, for two steps on a few local rows with the columns that it names."""
     recipe = Recipe.load(str(path))
     told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -116,13 +123,14 @@ def _shrink(path: Path, folder: Path, bert: str, llama: str) -> None:
     rows = folder / "recipes" / path.stem
     rows.mkdir(parents=True)
     for number, split in enumerate(splits):
-        lines = [json.dumps(stand_in(recipe, number, index) | {"family": "xy"[index % 2]}) for index in range(24)]
+        made = [stand_in(recipe, number, index, folder) | {"family": "xy"[index % 2]} for index in range(24)]
+        lines = [json.dumps(row) for row in made]
         (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    told["model"] = {"name": llama if recipe.task.kind == "causal_lm" else bert}
+    told["model"] = {"name": model_of(recipe.task)}
     told["data"] = {split: f"recipes/{path.stem}/{split}.jsonl" for split in splits}
     told["data"] |= {"max_length": 64, "checks": {"unknown_tokens": "off"}}
     told["training"] = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "eval_every": 1}
-    if recipe.task.kind == "causal_lm":
+    if recipe.task.generates:
         told["task"] |= {"generate_rows": 2, "max_new_tokens": 4}
     (folder / "recipes" / path.name).write_text(yaml.safe_dump(told))
     if path.stem.startswith("gsm8k"):

@@ -42,12 +42,18 @@ class Wanted:
     """The recipe lists the labels, so that training rows need not show them."""
     held_out: bool = True
     """For rows that are not trained on: an optional column may be missing from all of them."""
+    files: tuple[str, ...] = ()
+    """Those that hold files, by their path or as bytes."""
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
         """Those of a task."""
         return cls(
-            tuple(task.columns()), tuple(task.text_columns()), tuple(task.optional_columns()), task.declares_labels()
+            tuple(task.columns()),
+            tuple(task.text_columns()),
+            tuple(task.optional_columns()),
+            task.declares_labels(),
+            files=tuple(task.file_columns()),
         )
 
     @property
@@ -182,6 +188,7 @@ class CsvLabels:
 ROWS = 10_000
 """Rows that are read at once."""
 INTEGERS, NUMBERS, TEXT, TRUTH, NESTED, NOTHING = "integers", "numbers", "text", "true or false", "lists", "nothing"
+BYTES = "bytes"
 _LABELS = {INTEGERS: "int64", NUMBERS: "float64", TRUTH: "bool", TEXT: "string", NOTHING: "string"}
 """Kind of a label column -> its type where files differ in width."""
 
@@ -232,7 +239,7 @@ def types(files: Sequence[str], wanted: Wanted) -> datasets.Features:
     features = {}
     for column, held in found.items():
         try:
-            features[column] = _feature(column, held, label=column in wanted.labels)
+            features[column] = _feature(column, held, label=column in wanted.labels, file=column in wanted.files)
         except DataError as error:
             problems += error.problems
     lacking = [column for column in wanted.expected if not found[column]]
@@ -294,7 +301,7 @@ def _json(cell: Any) -> str | None:
     return str(cell) if isinstance(cell, Decimal) else json.dumps(cell, ensure_ascii=False)
 
 
-def _feature(column: str, held: Sequence[Held], *, label: bool) -> Any:
+def _feature(column: str, held: Sequence[Held], *, label: bool, file: bool) -> Any:
     """The type of a column that all files allow.
 
     Raises:
@@ -302,31 +309,35 @@ def _feature(column: str, held: Sequence[Held], *, label: bool) -> Any:
     """
     first = held[0][0] if held else ""
     kinds: dict[str, str] = {}
-    for file, type_, _ in held:
-        if (kind := _kind_parquetfiles(column, type_, file)) != NOTHING:
-            kinds.setdefault(kind, file)
+    for where, type_, _ in held:
+        if (kind := _kind_parquetfiles(column, type_, where, may_be_bytes=file)) != NOTHING:
+            kinds.setdefault(kind, where)
     if set(kinds) == {INTEGERS, NUMBERS}:
         kinds = {NUMBERS: first}
     if len(kinds) > 1:
-        (kind, where), (strange, file) = list(kinds.items())[:2]
+        (kind, where), (strange, other) = list(kinds.items())[:2]
         message = f"column {column!r} holds {strange}, but {kind} in {where}; use one type"
-        raise DataError(Problem(message, file=file))
+        raise DataError(Problem(message, file=other))
     kind = next(iter(kinds), NOTHING)
+    if file and kind == BYTES:
+        return datasets.Value("binary")
+    if file and kind == NESTED:  # as `datasets.Image` and `datasets.Audio` write one
+        return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     if not label:
         return datasets.Value("string") if kind in (TEXT, NOTHING) else Cell()
     features = [feature for _, _, feature in held]
     if any(isinstance(feature, datasets.ClassLabel) for feature in features):
-        for file, _, feature in held:
+        for where, _, feature in held:
             if feature != features[0]:
                 message = f"column {column!r} has other label names than in {first}; make them equal"
-                raise DataError(Problem(message, file=file))
+                raise DataError(Problem(message, file=where))
         return features[0]
     if kind in _LABELS:
         return datasets.Value(_LABELS[kind])
     return features[0] if all(feature == features[0] for feature in features) else Cell()
 
 
-def _kind_parquetfiles(column: str, type_: Any, file: str) -> str:
+def _kind_parquetfiles(column: str, type_: Any, file: str, *, may_be_bytes: bool) -> str:
     """The kind of a column.
 
     Raises:
@@ -343,6 +354,8 @@ def _kind_parquetfiles(column: str, type_: Any, file: str) -> str:
         return NUMBERS
     if arrow.is_boolean(type_):
         return TRUTH
+    if may_be_bytes and (arrow.is_binary(type_) or arrow.is_large_binary(type_)):
+        return BYTES
     if arrow.is_nested(type_) or isinstance(type_, pa.JsonType):
         return NESTED
     raise DataError(

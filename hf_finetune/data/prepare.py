@@ -448,7 +448,7 @@ def _origins(recipe: Recipe, wish: Wish) -> Origins:
 def _load(recipe: Recipe, origins: Origins, wish: Wish, folder: str) -> Split:
     wanted = Wanted.by(recipe.task)
     more = tuple(column for column in dict.fromkeys(wish.columns) if column not in wanted.columns)
-    wanted = Wanted(wanted.columns + more, wanted.texts + more, wanted.optional)
+    wanted = replace(wanted, columns=wanted.columns + more, texts=wanted.texts + more, declared=True)
     # The limit draws from the recipe's splits, never from files that are given; streamed rows are read whole here.
     changes: dict[str, Any] = {"streaming": False} | ({"limit": None, "validation_share": None} if wish.files else {})
     block = recipe.data.model_copy(update=changes)

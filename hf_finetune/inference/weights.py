@@ -28,6 +28,7 @@ from hf_finetune.models.load import unmergeable
 from hf_finetune.models.pretrained import silence
 from hf_finetune.run.files import discard, free_bytes, put_in_place
 from hf_finetune.tasks import _generation as generation
+from hf_finetune.tasks.base import pad_token_of
 
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate", "max_new_tokens", "max_length"}
 """Values of a generation config that decide which others have an effect."""
@@ -204,7 +205,8 @@ def merged(rows: Rows) -> Merged:
         raise ModelError(refusals)
     with phase("loading the model in fp32"):
         base, into = _base(run)
-        base.config.pad_token_id = run.tokenizer.pad_token_id
+        if (pad := pad_token_of(run.tokenizer)) is not None:
+            base.config.pad_token_id = pad
         adapted: Any = recipe.adapter.load(base, str(run.folder.adapter))
         adapted.eval().requires_grad_(False)
     before = merge_check.logits(logits_of(adapted), probes)

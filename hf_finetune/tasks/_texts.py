@@ -185,9 +185,9 @@ LETTERS = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZC"
 """Directives of strftime."""
 
 
-def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template of the tokenizer prints the date."""
-    templates = tokenizer.chat_template or ""
+def reads_clock(processor: Any) -> bool:
+    """Tell whether a chat template of a tokenizer, or of what holds one, prints the date."""
+    templates = getattr(processor, "chat_template", None) or ""
     return any(CLOCK in text for text in (templates.values() if isinstance(templates, dict) else [templates]))
 
 

@@ -221,6 +221,10 @@ class Task(Plugin):
         """Columns whose cells stay as they are written: digits of a csv file are text there."""
         return [name for name, column in self.columns().items() if column.kind != "label"]
 
+    def file_columns(self) -> list[str]:
+        """The columns that hold files: paths, or the bytes themselves."""
+        return [name for name, column in self.columns().items() if column.kind in ("image", "audio")]
+
     def optional_columns(self) -> list[str]:
         """The columns that a row may lack."""
         return [name for name, column in self.columns().items() if column.is_optional]

@@ -313,11 +313,11 @@ class CausalLM(Task):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Words, as many as the tokens that are wanted, for whatever the columns hold."""
-        words = " ".join(["word"] * size)
+        words = " ".join(["the"] * size)
         if self.messages is not None:
-            turns = [{"role": "user", "content": "word"}, {"role": "assistant", "content": words}]
+            turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": words}]
             return {self.messages: turns} | ({} if self.tools is None else {self.tools: None})
-        return {name: words if column.is_target or self.text else "word" for name, column in self.columns().items()}
+        return {name: words if column.is_target or self.text else "the" for name, column in self.columns().items()}
 
     def usage(self, state: State, processor: Any) -> str:
         """Ask for an answer, or for the rest of a text."""

@@ -87,11 +87,11 @@ class ImageClassification(Classifier):
         return self._pixels([row["file"] for row in features], processor) | self.label_batch(features)
 
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """A grey image; its size is the processor's."""
+        """A plain image; its size in the end is the processor's, so `size` chooses its shape and colour."""
         from PIL import Image
 
         stream = io.BytesIO()
-        Image.new("RGB", (32, 32), "grey").save(stream, format="PNG")
+        Image.new("RGB", (16 + size % 64, 32), (size * 37 % 256, size % 256, 128)).save(stream, format="PNG")
         return {self.image: stream.getvalue()} | self.example_labels(state)
 
     def describe(self, row: Mapping[str, Any]) -> str:

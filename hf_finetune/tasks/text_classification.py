@@ -70,7 +70,7 @@ class TextClassification(Classifier):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Words, as many as the tokens that are wanted."""
-        return dict.fromkeys(self._texts(), " ".join(["word"] * size)) | self.example_labels(state)
+        return dict.fromkeys(self._texts(), " ".join(["the"] * size)) | self.example_labels(state)
 
     def usage(self, state: State, processor: Any) -> str:
         """Tokenise a text or a pair, and print the label."""

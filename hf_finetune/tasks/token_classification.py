@@ -272,7 +272,7 @@ class TokenClassification(Task):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Words, as many as the tokens that are wanted."""
-        return {self.words: ["word"] * size, self.tags: [next(iter(state.id_of), OUTSIDE)] * size}
+        return {self.words: ["the"] * size, self.tags: [next(iter(state.id_of), OUTSIDE)] * size}
 
     def describe(self, row: Mapping[str, Any]) -> str:
         """The words as a line."""
