@@ -80,6 +80,7 @@ def test_accelerate_reads_it_and_says_what_to_edit() -> None:
         assert f"accelerate launch --config_file accelerate_configs/{path.name}" in comments
 
 
+@pytest.mark.slow
 def test_cpu_is_one_process_with_every_core(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     assert survey("cpu.yaml", tmp_path) == [f"0/1 cpu None {cores}"]

@@ -197,7 +197,7 @@ def test_estimating_leaves_no_trace_in_the_numbers(run: Runner, monkeypatch: pyt
     assert facts(done.folder) == plain
 
 
-@pytest.mark.parametrize(("at_first", "later"), [(FEW, ""), ("", FEWER)])
+@pytest.mark.parametrize(("at_first", "later"), [(FEW, "")])
 def test_a_run_goes_on_bit_for_bit_with_another_amount_of_memory(  # noqa: PLR0917
     at_first: str, later: str, run: Runner, stop_at: Callable[..., None], tmp_path: Path, monkeypatch: Any
 ) -> None:

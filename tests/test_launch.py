@@ -192,7 +192,8 @@ def test_data_that_are_not_there_end_with_3(on_a_terminal: Callable[..., tuple[i
     assert "none.jsonl" in screen
 
 
-@pytest.mark.parametrize("processes", ["auto", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["auto", "2"])
 def test_ctrl_c_leaves_a_checkpoint_and_no_traceback(
     on_a_terminal: Callable[..., tuple[int, str]], tmp_path: Path, processes: str
 ) -> None:

@@ -374,7 +374,7 @@ def fingerprint(run: Path) -> tuple[str, list[Any]]:
 OFF = ("histograms", "images", "examples", "embeddings")
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "text_classification"])
+@pytest.mark.parametrize("task", ["causal_lm", pytest.param("text_classification", marks=pytest.mark.slow)])
 def test_observing_changes_no_bit_of_the_run(start: Start, data: dict[str, Any], task: str) -> None:
     blocks = {
         "task": {"kind": "causal_lm", "text": "text", "sample_prompts": 0} if task == "causal_lm" else CLASSIFIER,

@@ -121,12 +121,14 @@ def test_offline_a_command_works_and_tries_no_connection(offline: dict[str, Any]
         assert offline[name] == {"code": 0, "tried": []}, offline["output"]
 
 
+@pytest.mark.slow
 def test_f32_a_hub_that_refuses_stops_nothing_and_nobody_else_is_asked(refused: dict[str, Any]) -> None:
     for name in REFUSED:
         assert refused[name]["code"] == 0, refused["output"]
         assert {address for address in refused[name]["tried"] if "127.0.0.1" not in address} == set()
 
 
+@pytest.mark.slow
 def test_the_guard_sees_who_asks(refused: dict[str, Any]) -> None:
     assert any("('127.0.0.1', 9)" in address for address in refused["check"]["tried"])
     assert refused["train"]["tried"] == []  # asked once a process
