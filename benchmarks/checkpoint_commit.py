@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hf_finetune.run.ranks import Alone
+from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.store import Facts, Store
 
 FACTS = Facts(recipe="", data="", model="")
@@ -75,7 +75,7 @@ def main() -> None:
     times: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         place = Path(name, "plain")
-        store = Store(Path(name, "checkpoints"), Alone(), keep=1)
+        store = Store(Path(name, "checkpoints"), Ranks(), keep=1)
         for step in range(options.pairs + 1):
             os.sync()
             if step % 2:

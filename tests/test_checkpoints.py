@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from hf_finetune.errors import CheckpointError, StorageError
-from hf_finetune.run.ranks import Alone
+from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.store import MANIFEST, Facts, Found, Store, verify
 
 FACTS = Facts(recipe="r" * 64, data="d" * 64, model="m" * 40, versions={"torch": "2.13.0"}, more={"batch": 8})
@@ -42,7 +42,7 @@ def body(step: int) -> Callable[[Path], None]:
 
 
 def store(folder: Path, keep: int = 2) -> Store:
-    return Store(folder, Alone(), keep)
+    return Store(folder, Ranks(), keep)
 
 
 def filled(folder: Path, *steps: int, keep: int = 9) -> Store:
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_found_with_its_facts_and_files(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_has_no_checkpoint_and_is_a_start(tmp_path: Path) -> None:
-    assert store(tmp_path / "new").resume_point() == Found(None, 0, None, ())
+    assert store(tmp_path / "new").resume_point() == Found(None, None, ())
 
 
 def test_an_error_in_the_body_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_could_not_be_replaced_is_put_back(tmp_path: Path, mon
 
 
 def test_a_link_in_a_checkpoint_is_refused_when_it_is_written(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="link: is no plain file"):
+    with pytest.raises(StorageError, match="link: is not a plain file"):
         store(tmp_path).write(1, lambda folder: (folder / "link").symlink_to("/etc/passwd"), FACTS)
 
 
@@ -146,7 +146,7 @@ def test_files_and_folders_follow_the_umask(tmp_path: Path, mask: int) -> None:
 
     old = os.umask(mask)
     try:
-        made = Store(tmp_path / "checkpoints", Alone(), 1)
+        made = Store(tmp_path / "checkpoints", Ranks(), 1)
         made.write(1, private, FACTS)
     finally:
         os.umask(old)
@@ -311,7 +311,7 @@ def test_a_file_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     made = filled(tmp_path, 10)
     (tmp_path / "checkpoint-10" / "evil.bin").touch()
     assert made.newest().skipped == (
-        ("checkpoint-10", "evil.bin: is not in the manifest, so nobody vouches for it; move it elsewhere"),
+        ("checkpoint-10", "evil.bin: is not in the manifest, so nothing vouches for it; move it elsewhere"),
     )
 
 
@@ -320,7 +320,7 @@ def test_a_file_replaced_by_a_link_to_its_twin_is_refused(tmp_path: Path) -> Non
     file = tmp_path / "checkpoint-10" / "optimizer.pt"
     file.rename(tmp_path / "twin")
     file.symlink_to(tmp_path / "twin")
-    assert "is no plain file" in made.newest().skipped[0][1]
+    assert "is not a plain file" in made.newest().skipped[0][1]
 
 
 def test_a_link_to_a_checkpoint_is_none(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_forged_manifest_that_names_a_file_outside_is_refused(tmp_path: Path) 
     for name in ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\b", MANIFEST]:
         filled(tmp_path, 10)
         forge(tmp_path / "checkpoint-10", naming(name))
-        with pytest.raises(CheckpointError, match="no plain path inside the checkpoint"):
+        with pytest.raises(CheckpointError, match="not a plain path inside the checkpoint"):
             verify(tmp_path / "checkpoint-10")
 
 
@@ -464,7 +464,7 @@ def bulk(kilobytes: int) -> Callable[[Path], None]:
 
 
 def test_a_full_disk_is_told_with_the_bytes_and_spares_the_earlier_checkpoint(small: Path) -> None:
-    made = Store(small, Alone(), keep=3)
+    made = Store(small, Ranks(), keep=3)
     made.write(1, bulk(100), FACTS)
     for kilobytes, reason in ((500, "No space left on device"), (100, ""), (100, ""), (100, "not enough room")):
         if reason:
@@ -507,7 +507,7 @@ def test_a_limit_on_the_size_of_files_is_a_storage_error(tmp_path: Path) -> None
 
 
 def test_the_first_checkpoint_is_measured_by_the_estimate(tmp_path: Path) -> None:
-    made = Store(tmp_path, Alone(), keep=1, estimate=1 << 60)
+    made = Store(tmp_path, Ranks(), keep=1, estimate=1 << 60)
     with pytest.raises(StorageError, match=r"not enough room .*about 1,152,921,504,606,846,976"):
         made.write(1, lambda _: pytest.fail("nothing is written"), FACTS)
 

@@ -36,17 +36,11 @@ class Meeting:
         self.barrier = threading.Barrier(self.size, timeout=20)
 
 
-@dataclass(frozen=True)
-class Thread:
+class Thread(Ranks):
     """A rank that is a thread."""
 
-    rank: int
-    local_rank: int
-    meeting: Meeting
-
-    @property
-    def world_size(self) -> int:
-        return self.meeting.size
+    def __init__(self, rank: int, local_rank: int, meeting: Meeting) -> None:
+        self.rank, self.local_rank, self.meeting, self.world_size = rank, local_rank, meeting, meeting.size
 
     def barrier(self) -> None:
         self.meeting.barrier.wait()
@@ -57,9 +51,6 @@ class Thread:
         values = [self.meeting.values[rank] for rank in range(self.world_size)]
         self.barrier()
         return values
-
-    def all_true(self, flag: bool) -> bool:
-        return all(self.gather(flag))
 
 
 def on_threads(local_ranks: list[int], work: Callable[[Ranks], T]) -> list[T | BaseException]:
@@ -290,7 +281,7 @@ def enter(rank: int, work: Callable[[Group, Path], Any], folder: Path, results: 
 
 def agree_and_shard(ranks: Group, folder: Path) -> dict[str, Any]:
     store = Store(folder, ranks, keep=2)
-    said: dict[str, Any] = {"flags": [ranks.all_true(True), ranks.all_true(ranks.rank == 0)]}
+    said: dict[str, Any] = {"flags": [all(ranks.gather(True)), all(ranks.gather(ranks.rank == 0))]}
     store.write(1, body(ranks, 1), FACTS)
     try:
         store.write(2, lambda _: _raise(OSError(28, "No space left on device")) if ranks.rank else None, FACTS)

@@ -145,7 +145,7 @@ def test_a_damaged_lock_is_one_line_without_torch(classifier: Path, tmp_path: Pa
     command = [sys.executable, "-c", code, "train", "--locked", str(lock)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert f"error: {lock}: is no JSON: damaged" in done.stderr
+    assert f"error: {lock}: is not JSON: damaged" in done.stderr
 
 
 @pytest.mark.slow

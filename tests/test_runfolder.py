@@ -15,7 +15,7 @@ import pytest
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.run import status as run_status
 from hf_finetune.run.folder import RunFolder, Start, State, Status
-from hf_finetune.run.ranks import Alone
+from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.store import Facts, Store
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_recipe_is_one_line_or_proven_by_a_checkpoint(tmp_path: Path, 
     with pytest.raises(CheckpointError, match=r"recipe\.yaml of the earlier run is missing or damaged.*--restart"):
         folder.claim("a: 1\nb: 2\n", restart=False)
     facts = Facts(recipe=hashlib.sha256(b"a: 1\nb: 2\n").hexdigest(), data="", model="")
-    Store(folder.checkpoints, Alone(), 1).write(3, lambda place: None, facts)
+    Store(folder.checkpoints, Ranks(), 1).write(3, lambda place: None, facts)
     assert folder.claim("a: 1\nb: 2\n", restart=False) == Start("resume")
     assert folder.recipe.read_text() == "a: 1\nb: 2\n"
     folder.release()

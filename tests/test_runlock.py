@@ -135,11 +135,11 @@ def test_the_checkout_is_told_by_commit_and_whether_it_is_dirty(
 def test_what_is_no_lock_is_refused_in_one_line(locked: Path, tmp_path: Path) -> None:
     cases = {
         "absent.json": (None, "no such file; give the run.lock.json of a run"),
-        "half.json": (locked.read_text()[:500], "is no JSON: damaged"),
-        "list.json": ("[1]", "is no run.lock.json of hf_finetune"),
-        "foreign.json": ('{"lockfileVersion": 3, "version": 1}', "is no run.lock.json of hf_finetune"),
-        "binary.json": ("\0\x01", "is no JSON: damaged"),
-        "deep.json": ("[" * 100_000, "is no JSON: damaged"),
+        "half.json": (locked.read_text()[:500], "is not JSON: damaged"),
+        "list.json": ("[1]", "is not a run.lock.json of hf_finetune"),
+        "foreign.json": ('{"lockfileVersion": 3, "version": 1}', "is not a run.lock.json of hf_finetune"),
+        "binary.json": ("\0\x01", "is not JSON: damaged"),
+        "deep.json": ("[" * 100_000, "is not JSON: damaged"),
         "old.json": ('{"version": 1, "choices": {}}', "is of version 1, which keeps too little to repeat a run; train"),
         "new.json": ('{"version": 3, "choices": {}}', "is of version 3, and this hf_finetune reads version 2; install"),
         "part.json": ('{"version": 2, "choices": {}}', "is damaged: recipe: field required"),

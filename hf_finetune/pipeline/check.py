@@ -31,7 +31,7 @@ Source = Recipe | Reading[Recipe] | str | os.PathLike[str] | Mapping[str, Any]
 """A recipe, or where it comes from: a YAML file, or a dict of its blocks."""
 
 ABOVE, BELOW = 20, 100
-"""How many times the largest published rate counts as too high, and how small a part of the smallest as too low: far
+"""So many times the largest published rate counts as too high, and so small a part of the smallest as too low: far
 outside of what can be a matter of model and data. The two numbers are ours, the rates are the adapters'."""
 LIKE_ADAM = ("adamw", "adamw_8bit", "adafactor")
 """Optimisers whose steps have the size of the learning rate, whatever that of the gradient."""
@@ -46,7 +46,7 @@ class CheckResult:
     findings: Findings
     notes: list[str]
     plan: dict[str, str] = field(default_factory=dict)
-    """What the run would do, in sentences by name; empty where there are errors."""
+    """The run in sentences by name: rows, steps, memory, disk; empty where there are errors."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """The same for machines; the unit ends each name."""
     parts: Parts | None = None

@@ -57,11 +57,11 @@ from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training import arguments, continuing, locking
 from hf_finetune.training import trainer as training_trainer
-from hf_finetune.training.callbacks import Guard, StopRequest
+from hf_finetune.training.callbacks import StopRequest
 from hf_finetune.training.job import Job
 from hf_finetune.training.peers import Failure, Watch
 from hf_finetune.training.repeating import Repeat
-from hf_finetune.training.resume import EvaluationStopped, Keeper
+from hf_finetune.training.resume import Checkpointing, EvaluationStopped
 from hf_finetune.training.trainer import FinetuneTrainer
 
 PATHS = (
@@ -90,17 +90,17 @@ class Training:
     """The locked run that this one repeats."""
     start: Start = field(init=False)
     before: Choices | None = None
-    """What was chosen when the run began, if it is resumed or repeated."""
+    """Choices that were made when the run began, if it is resumed or repeated."""
     status: Status = field(init=False)
     watch: Watch = field(init=False)
     job: Job = field(init=False)
     outline: PreTrainedModel = field(init=False)
     """The base model on the meta device."""
     choices: Choices = field(init=False)
-    """What this run's arithmetic depends on and its recipe leaves open."""
+    """Settings that decide bits and that the recipe leaves open."""
     adapted: torch.nn.Module = field(init=False)
     """The model with its adapter."""
-    keeper: Keeper = field(init=False)
+    checkpointing: Checkpointing = field(init=False)
     tracker: Tracker = field(init=False)
     trainer: FinetuneTrainer = field(init=False)
     probe_seconds: float = 0.0
@@ -356,7 +356,7 @@ def find_checkpoint(run: Training) -> None:
     Raises:
         CheckpointError: No checkpoint is whole, or they are of other data, another model or other sharding.
     """
-    run.keeper = continuing.keeper(run.job, run.folder, run.stop, run.say)
+    run.checkpointing = continuing.checkpointing(run.job, run.folder, run.stop, run.say)
 
 
 # ---- model, adapter, and the fastest way to train them here ----
@@ -402,7 +402,7 @@ def observed(run: Training) -> Iterator[None]:
     """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
     run.tracker = Tracker(run.recipe, run.folder, run.status, run.machine)
     try:
-        continuing.go_on(run.keeper, run.tracker, run.status, run.say)
+        continuing.resume(run.checkpointing, run.tracker, run.status, run.say)
         yield
     except Stopped:
         run.tracker.close(is_stopped=True)
@@ -418,9 +418,10 @@ def make_trainer(run: Training) -> None:
         sharded.read_no_code()
     options = arguments.training_arguments(job, run.folder.checkpoints)
     callbacks = [*recipe.adapter.callbacks(), *run.tracker.callbacks(job.prepared, job.tokenizer)]
-    trainer = run.trainer = FinetuneTrainer(run.adapted, options, job, callbacks)
+    trainer = run.trainer = FinetuneTrainer(
+        run.adapted, options, job, checkpointing=run.checkpointing, callbacks=callbacks
+    )
     sharded.suit(trainer.accelerator, run.adapted, machine)
-    trainer.keeper, trainer.guard, trainer.is_sharded = run.keeper, Guard(recipe.training), machine.is_sharded
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
     peak = device.peak(machine) * machine.world_size
     trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
@@ -469,10 +470,10 @@ def write_lock(run: Training) -> None:
     """Write run.lock.json; all ranks leave here together."""
     if run.machine.is_main:
         lock = locking.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
-        locking.write(lock, run.folder.run_lock, goes_on=run.keeper.resume_from is not None)
+        locking.write(lock, run.folder.run_lock, goes_on=run.checkpointing.resume_from is not None)
         run.tracker.show_lock()
     # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
-    run.keeper.store.ranks.barrier()
+    run.checkpointing.store.ranks.barrier()
     device.limit_collectives(device.collective())
 
 
@@ -495,8 +496,7 @@ def train_and_evaluate(run: Training) -> None:
         trainer.train_on()
         run.seconds = time.perf_counter() - started
         if not trainer.stopped:
-            if trainer.guard is not None:
-                trainer.guard.conclude(trainer.state.global_step)
+            trainer.guard.conclude(trainer.state.global_step)
             run.recipe.adapter.finish(trainer.bare_model)
             run.scores = training_trainer.final(trainer, run.job.prepared)
     if trainer.stopped:
@@ -537,7 +537,7 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         peak_memory=memory.peak(machine.device),
         reload_difference=run.difference,
         probe_seconds=run.probe_seconds,
-        not_taken=0 if trainer.guard is None else trainer.guard.not_taken,
+        not_taken=trainer.guard.not_taken,
     )
     summary = reports_run.summary_entry(outcome)
     run.tracker.finish(summary)

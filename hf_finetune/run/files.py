@@ -84,7 +84,7 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
 
 
-# Files made durable, moved and removed; what goes wrong with them becomes a `StorageError` of one line.
+# Files made durable, moved and removed; a refusal by the file system becomes a `StorageError` of one line.
 
 THREADS = 4
 """Files that are hashed and synced at the same time: the disk works while the processor does."""
@@ -93,10 +93,10 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by its path relative to it, with `/`.
+    """Return the size in bytes of every file below a folder, by its path relative to it, with `/`.
 
     Raises:
-        StorageError: There is something that is no plain file or folder, such as a symbolic link.
+        StorageError: There is something other than plain files and folders, such as a symbolic link.
         OSError: It can't be read.
     """
     sizes: dict[str, int] = {}
@@ -105,12 +105,12 @@ def listing(folder: Path) -> dict[str, int]:
         if stat.S_ISREG(status.st_mode):
             sizes[path.relative_to(folder).as_posix()] = status.st_size
         elif not stat.S_ISDIR(status.st_mode):
-            raise StorageError(Problem("is no plain file", file=f"{folder.name}/{path.relative_to(folder)}"))
+            raise StorageError(Problem("is not a plain file", file=f"{folder.name}/{path.relative_to(folder)}"))
     return sizes
 
 
 def names(folder: Path) -> set[str]:
-    """The files below a folder, by their paths relative to it; without asking for the state of any.
+    """Return the files below a folder, by their paths relative to it; without asking for the state of any.
 
     Raises:
         OSError: It can't be read.
@@ -120,23 +120,28 @@ def names(folder: Path) -> set[str]:
 
 
 def digests(folder: Path, names: list[str], *, durable: bool) -> dict[str, str]:
-    """SHA-256 in hex of files.
+    """Return the SHA-256 of files, in hex.
 
     Args:
-        folder: Where they are.
+        folder: Holds them.
         names: Relative paths.
         durable: Wait until the files are on the disk, too.
     """
+
+    def digest(file: Path) -> str:
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:
         # Side by side: the page cache is read for the hash while the disk writes it.
         pairs = {
-            name: (pool.submit(sync_file, folder / name) if durable else None, pool.submit(_digest, folder / name))
+            name: (pool.submit(sync_file, folder / name) if durable else None, pool.submit(digest, folder / name))
             for name in names
         }
         for synced, _ in pairs.values():
             if synced is not None:
                 synced.result()
-        return {name: digest.result() for name, (_, digest) in pairs.items()}
+        return {name: hashed.result() for name, (_, hashed) in pairs.items()}
 
 
 def sync_folders(folder: Path) -> None:
@@ -144,14 +149,6 @@ def sync_folders(folder: Path) -> None:
     folders = [path for path in _below(folder) if path.is_dir()]
     for path in [*reversed(folders), folder]:
         sync_folder(path)
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with file.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def delete(folder: Path) -> None:
@@ -163,14 +160,14 @@ def delete(folder: Path) -> None:
 
 
 def free_bytes(place: Path) -> int:
-    """Bytes that this user may still write where a folder is, or was."""
+    """Return the bytes that this user may still write where a folder is, or was."""
     existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
 @contextlib.contextmanager
 def reported(folder: Path, needed: int) -> Iterator[None]:
-    """Turn what a file system refuses into a `StorageError`; other errors pass.
+    """Turn a refusal by the file system into a `StorageError`; other errors pass.
 
     Args:
         folder: The folder of checkpoints, for the message.
@@ -188,22 +185,27 @@ def reported(folder: Path, needed: int) -> Iterator[None]:
 
 
 def failure(folder: Path, needed: int, reason: str) -> StorageError:
-    """The sentence for a checkpoint that can't be written; where it was not estimated, with what it has so far."""
-    stagings = folder.glob(".staging-*")
-    written = sum(_size(Path(root, name)) for path in stagings for root, _, names in os.walk(path) for name in names)
+    """Say that a checkpoint can't be written, and how many bytes it needs, or has so far where that is unknown."""
+    written = 0
+    for staging in folder.glob(".staging-*"):
+        for root, _, files in os.walk(staging):
+            for name in files:
+                with contextlib.suppress(OSError):  # another rank is tidying up
+                    written += Path(root, name).lstat().st_size
     wanted = f"more than {written:,}" if written > needed or not needed else f"about {needed:,}"
     message = (
         f"{folder} can't take a checkpoint: {reason} (bytes needed: {wanted}, free: {free_bytes(folder):,}); make room "
-        f"or mend it, and run {same_command()}; earlier checkpoints were not touched"
+        f"or repair it, and run {same_command()}; earlier checkpoints were not touched"
     )
     return StorageError(Problem(message, key="output"))
 
 
 def _reason(error: BaseException) -> str | None:
-    """What a file system complained of; torch, safetensors and torch's checkpoints hide it in texts of their own."""
+    """Read off an error what a file system refused; None where it is something else."""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}"
+    # torch, safetensors and torch's checkpoints hide it in texts of their own.
     text = str(error)
     for number in WRITE_ERRORS:
         if os.strerror(number) in text or f"(os error {number})" in text:
@@ -214,25 +216,13 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Everything below a folder, parents first; links are not followed."""
+    """Walk everything below a folder, parents first; links are not followed."""
     for root, folders, files in os.walk(folder, onerror=_raise):
         yield from (Path(root, name) for name in sorted([*folders, *files]))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:  # another rank is tidying up
-        return 0
-
-
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _digest(file: Path) -> str:
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # SHA-256 of files; a large one that did not change is not read again, by no process of this or another run.

@@ -1,4 +1,4 @@
-"""The run folder: where everything is, who may write into it, and `status.json`, which is always true."""
+"""The run folder: its paths, its lock, and `status.json`, which is always true."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from hf_finetune.run.store import MANIFEST, Manifest
 from hf_finetune.tasks.base import State as State_of_base
 
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
-"""What `status.json` says."""
+"""Of `status.json`."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What there is to do in a run folder."""
+    """The way a run begins in its folder."""
 
     kind: Literal["new", "resume", "extend", "done"]
     """`extend`: the folder holds results, and a changed recipe is to go on from the state behind them."""
     notes: tuple[str, ...] = ()
-    """What changed since the run began, and is allowed to."""
+    """Changes since the run began that are allowed."""
 
 
 class RunFolder:
@@ -62,12 +62,12 @@ class RunFolder:
         self.real = Path(os.path.realpath(path))
         """The folder itself, where `path` is a link to it."""
         self.successor = self.real.with_name(f".{self.real.name}.extended")
-        """What takes the folder's place when a run is extended; see `extending`."""
+        """Takes the folder's place when a run is extended; see `extending`."""
         self._held: list[IO[str]] = []
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is anything to go on from, whole or not."""
+        """Tell whether there is anything to resume from, whole or not."""
         return any(self.checkpoints.glob("checkpoint-*"))
 
     def previous(self) -> dict[str, Any] | None:
@@ -89,7 +89,7 @@ class RunFolder:
         return run_status.read(self.status) or {"state": "failed", "reason": "its status.json is damaged"}
 
     def condition(self) -> tuple[str, str]:
-        """How the run in this folder is: its state, and a reason or nothing.
+        """Return the state of the run in this folder, and a reason or nothing.
 
         The state is that of `status.json`, except `lost` for one that says `running` and isn't (its process let go of
         the lock, or its heart stopped), and `unknown` where nothing can be read.
@@ -101,7 +101,7 @@ class RunFolder:
         return status.get("state", "unknown"), str(status.get("reason") or "")
 
     def look(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
-        """What a run would do here, without leaving a trace.
+        """Find out how a run would begin here, without leaving a trace.
 
         Args:
             recipe_yaml: The resolved recipe; empty text where it has mistakes, and then its changes don't count.
@@ -169,7 +169,7 @@ class RunFolder:
             return ""
 
     def _allowed_changes(self, recipe_yaml: str, allowed: Sequence[str]) -> list[str]:
-        """What changed since the run in this folder began, and is allowed to.
+        """Return the changes since the run in this folder began that are allowed.
 
         Raises:
             CheckpointError: Something else changed, or nothing says what the run was.
@@ -190,7 +190,7 @@ class RunFolder:
         return continuation.refuse_changes(stored if lock is None else lock.recipe.whole, recipe_yaml, allowed)
 
     def _was_made_from(self, recipe_yaml: str) -> bool:
-        """Whether a checkpoint says that it was made from this very recipe."""
+        """Tell whether a checkpoint says that it was made from this very recipe."""
         wanted = hashlib.sha256(recipe_yaml.encode()).hexdigest()
         for file in self.checkpoints.glob(f"checkpoint-*/{MANIFEST}"):
             with suppress(CheckpointError, OSError):
@@ -288,12 +288,12 @@ class RunFolder:
             self._held.pop().close()
 
     def _never_trained(self, previous: dict[str, Any]) -> bool:
-        """Whether an earlier run ended before its first step, most likely at a mistake that is mended now."""
+        """Tell whether an earlier run ended before its first step, most likely at a mistake that is corrected now."""
         unfinished = previous["state"] != "done" and not previous.get("step")
         return unfinished and not self.metrics.exists() and not any(self.checkpoints.glob("*"))
 
     def free_name(self) -> Path:
-        """Where an old run is moved to, so that `--restart` and an extension lose nothing."""
+        """Return a name to move an old run to, so that `--restart` and an extension lose nothing."""
         number = 1
         while (target := self.real.with_name(f"{self.real.name}.old-{number}")).exists():
             number += 1
@@ -308,7 +308,7 @@ class RunFolder:
 
 
 def _user(lock: Path, status: Path) -> str | None:
-    """Who uses a run folder at this moment, for a message; None where nobody does."""
+    """Name the user of a run folder at this moment, for a message; None where there is none."""
     holder, is_free_here = _holder(lock)
     if holder is not None:
         return f" (process {holder})"
@@ -325,7 +325,7 @@ def _user(lock: Path, status: Path) -> str | None:
 
 
 def _holder(lock: Path) -> tuple[str | None, bool]:
-    """Who holds a lock, if anybody does, and whether it is free for sure: it was taken on this host, and let go."""
+    """Return the holder of a lock, if any, and whether it is free for sure: taken on this host, and let go."""
     host = ""
     try:
         with lock.open(encoding="utf-8") as stream:
@@ -448,7 +448,7 @@ class Status:
         self._write("running", exit_code=None, reason=None)
 
     def says_running(self) -> bool:
-        """Whether the file is there and says that the run goes on."""
+        """Tell whether the file is there and says that the run goes on."""
         return run_status.read(self.file).get("state") == "running"
 
     def _beat(self) -> None:
@@ -492,7 +492,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Kept:
-    """What the file holds."""
+    """The content of the file."""
 
     targets: State_of_base
     started_in: Path
@@ -500,7 +500,7 @@ class Kept:
 
 
 def to_json(targets: State_of_base) -> dict[str, Any]:
-    """The targets in a form that JSON keeps."""
+    """Write the targets in a form that JSON keeps."""
     plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
     if not targets.more:
         del plain["more"]  # version 0.1.0 does not know it
@@ -509,7 +509,7 @@ def to_json(targets: State_of_base) -> dict[str, Any]:
 
 
 def from_json(stored: dict[str, Any]) -> State_of_base:
-    """What `to_json` made.
+    """Read the result of `to_json`.
 
     Raises:
         TypeError: It is something else.
@@ -534,7 +534,7 @@ def write(file: Path, targets: State_of_base) -> None:
 
 
 def read_targetsfile(file: Path) -> Kept | None:
-    """What the file holds; None where there is none.
+    """Read the file; None where there is none.
 
     Raises:
         CheckpointError: The file is damaged, or of a later version.

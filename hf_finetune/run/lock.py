@@ -1,4 +1,4 @@
-"""What stands in `run.lock.json`, how it is read, and how it is written."""
+"""`run.lock.json`: everything that a run was made from and on, so that it can be repeated or refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class File(_Part):
 
 
 class Input(_Part):
-    """Where something that a run reads comes from: a repository on the Hub, or local files."""
+    """The origin of something that a run reads: a repository on the Hub, or local files."""
 
     source: str | None = None
     """`owner/name` on the Hub; None for local files."""
@@ -48,7 +48,7 @@ class Input(_Part):
     asked: str | None = None
     """The revision that the recipe names."""
     commit: str | None = None
-    """What it meant."""
+    """The commit that it meant."""
     files: list[File] = []
 
 
@@ -76,7 +76,7 @@ class Git(_Part):
 
     commit: str
     dirty: bool | None = None
-    """Whether tracked files differ from it; None where git did not say in time."""
+    """Tracked files differ from it; None where git did not answer in time."""
 
 
 class Chosen(_Part):
@@ -110,13 +110,13 @@ class Lock(_Part):
     packages: dict[str, str]
     """Versions by name; also Python's and CUDA's."""
     hardware: dict[str, str | int | bool | None]
-    """What of the machine decides bits."""
+    """Properties of the machine that decide bits."""
     driver: str | None = None
     """Of the GPU; told, never compared."""
     git: Git | None = None
     choices: Made
     changed: list[str] = []
-    """What differed from its beginning when the run went on from a checkpoint: a repeat would do without."""
+    """Differences from its beginning when the run was resumed: a repeat would do without them."""
 
     def write(self, file: Path) -> None:
         """Write the lock of a run, anew at each start.
@@ -131,7 +131,7 @@ class Lock(_Part):
 
 
 def read(file: str) -> Lock:
-    """The lock of a run that is to be repeated.
+    """Read the lock of a run that is to be repeated.
 
     Raises:
         RecipeError: The file is missing, is no lock, is damaged, or of another version.
@@ -139,7 +139,7 @@ def read(file: str) -> Lock:
     content = _document(file)
     version = content.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or "choices" not in content:
-        raise _refused(file, "is no run.lock.json of hf_finetune; give that of a run folder")
+        raise _refused(file, "is not a run.lock.json of hf_finetune; give that of a run folder")
     if version < VERSION:
         how = "train the recipe.yaml beside it: that writes a new lock"
         raise _refused(file, f"is of version {version}, which keeps too little to repeat a run; {how}")
@@ -159,7 +159,7 @@ def read(file: str) -> Lock:
 
 
 def find(file: Path) -> Lock | None:
-    """The lock of a run that goes on, or is used; None where there is none that can be read.
+    """Read the lock of a run that is resumed or used; None where there is none that can be read.
 
     Args:
         file: `run.lock.json` of its folder.
@@ -171,7 +171,7 @@ def find(file: Path) -> Lock | None:
 
 
 def choices(file: Path) -> Choices | None:
-    """What was chosen when a run began; None where its lock is not there, or is damaged."""
+    """Read the choices that a run began with; None where its lock is missing or damaged."""
     try:
         lock: Any = json.loads(file.read_text(encoding="utf-8"))
         return Choices.read(lock["choices"])
@@ -196,11 +196,11 @@ def _document(file: str) -> dict[str, Any]:
     except IsADirectoryError:
         raise _refused(file, "is a folder; give the run.lock.json inside it") from None
     except (ValueError, RecursionError):
-        raise _refused(file, "is no JSON: damaged, or no run.lock.json; take a copy that is whole") from None
+        raise _refused(file, "is not JSON: damaged, or not a run.lock.json; take a copy that is whole") from None
     except OSError as error:
         raise _refused(file, f"can't be read ({error.strerror}); give the run.lock.json of a run") from None
     if not isinstance(content, dict):
-        raise _refused(file, "is no run.lock.json of hf_finetune; give that of a run folder")
+        raise _refused(file, "is not a run.lock.json of hf_finetune; give that of a run folder")
     return content
 
 
@@ -212,11 +212,11 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# What a recipe leaves open and its run has fixed: the commits of revisions, the date that a chat template prints.
+# A recipe with everything that its run fixed: the commits of revisions, the date that a chat template prints.
 
 
 def pinned(recipe: Recipe, lock: Lock) -> Recipe:
-    """A recipe with commits in place of the branches and tags that they were when the run was locked, and its date.
+    """Put commits in place of branches and tags, as they were when the run was locked, and its date.
 
     Args:
         recipe: That of the run, or one that differs from it: what the lock does not name stays as it is.
@@ -240,7 +240,7 @@ def pinned(recipe: Recipe, lock: Lock) -> Recipe:
 
 
 def day(file: Path) -> str | None:
-    """The date that the chat template of a run prints, as YYYY-MM-DD; None where none is kept.
+    """Return the date that the chat template of a run prints, as YYYY-MM-DD; None where none is kept.
 
     Args:
         file: Its `run.lock.json`.
@@ -256,7 +256,7 @@ def _date(lock: Lock) -> str | None:
 
 
 def as_trained(recipe: Recipe, file: Path) -> Recipe:
-    """A recipe with the commits of the run that left a lock; as it is where there is none that can be read.
+    """Put the commits of the run that left a lock into a recipe; without a lock it stays as it is.
 
     Args:
         recipe: Of the run.

@@ -3,7 +3,7 @@
     .staging-20       being written
     checkpoint-20     committed: it counts
     .replaced-20      an older one of the same step, while the new one takes its name; put back after a kill
-    .deleted-...      on its way out
+    .deleted-...      being removed
 
 Every rank makes a `Store` and calls its methods at the same time. On each disk (one where it is shared, one a node
 where it is not) one rank stages, seals, commits and rotates: the lowest that sees it.
@@ -14,26 +14,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 from hf_finetune.run import files as run_files
-from hf_finetune.run import ranks as run_ranks
 from hf_finetune.run.files import as_umask_says, discard, sync_folder
-from hf_finetune.run.ranks import Ranks, together
+from hf_finetune.run.ranks import MARK, Ranks, together, writers
 
-# `MANIFEST.json`: what a checkpoint holds, what it was made from, and whether all of it is still there.
+# `MANIFEST.json`: the files of a checkpoint with their hashes, and what it was made from.
 #
 #     {"checksum": SHA-256 of all that follows, as JSON with sorted keys and no spaces,
 #      "facts": {...}, "files": {PATH: {"sha256": HEX, "size": BYTES}}, "format": 1, "step": 20, "world_size": 2}
 #
-# The checksum finds accidents. It is no signature: whoever can write into the folder can forge it, so nothing in a
-# manifest is trusted to be a path inside the checkpoint before it was looked at.
+# The checksum finds accidents. It is not a signature: anyone who can write into the folder can forge it, so no name in
+# a manifest is trusted to be a path inside the checkpoint before it was checked.
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -41,7 +40,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint was made from, for whoever resumes: a run of something else must not."""
+    """The sources of a checkpoint: a run of anything else must not resume from it."""
 
     recipe: str
     """Hash of the resolved recipe."""
@@ -52,7 +51,7 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of packages, by name."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else that JSON can hold."""
+    """Anything else; written by earlier versions, and part of the checksum."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,11 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Return the bytes of all files together."""
         return sum(file.size for file in self.files.values())
 
     def render(self) -> bytes:
-        """The one form of this manifest as a file."""
+        """Write this manifest in its only form as a file."""
         content = {"format": FORMAT, **asdict(self)}
         return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -109,7 +108,7 @@ class Manifest:
             raise _unfit(MANIFEST, "it is damaged: it does not match its own checksum")
         for name in files:
             if not _is_inside(name):
-                raise _unfit(MANIFEST, f"it names {name!r}, which is no plain path inside the checkpoint")
+                raise _unfit(MANIFEST, f"it names {name!r}, which is not a plain path inside the checkpoint")
         return manifest
 
 
@@ -117,23 +116,26 @@ def seal(folder: Path, step: int, world_size: int, facts: Facts) -> Manifest:
     """Hash all files below a folder, make them durable, and write the manifest, durable too.
 
     Raises:
-        StorageError: Something in the folder is no plain file, or is still being written.
+        StorageError: The folder holds something other than plain files, or is still being written.
         OSError: The disk refuses.
     """
     sizes = run_files.listing(folder)
     as_umask_says(folder)
     hashes = run_files.digests(folder, list(sizes), durable=True)
     if run_files.listing(folder) != sizes:
-        raise StorageError(Problem(f"{folder}: somebody still writes into it"))
+        raise StorageError(Problem(f"{folder}: another process still writes into it"))
     files = {name: File(size, hashes[name]) for name, size in sizes.items()}
     manifest = Manifest(step, world_size, facts, files)
-    run_files.write_durably(folder / MANIFEST, manifest.render())
+    with (folder / MANIFEST).open("xb") as stream:
+        stream.write(manifest.render())
+        stream.flush()
+        os.fsync(stream.fileno())
     run_files.sync_folders(folder)
     return manifest
 
 
 def verify(folder: Path) -> Manifest:
-    """Check that a checkpoint is whole: its manifest, and the size and hash of each file; nothing more may be there.
+    """Check that a checkpoint is whole: its manifest, and the size and hash of each file; no other file may be there.
 
     Raises:
         CheckpointError: It is not; the message starts with the name of the file that is to blame.
@@ -167,7 +169,7 @@ def _compare(sizes: Mapping[str, int], files: Mapping[str, File]) -> None:
             raise _unfit(name, f"is damaged: it has {sizes[name]:,} bytes, the manifest says {file.size:,}")
     for name in sizes:
         if name not in files:
-            raise _unfit(name, "is not in the manifest, so nobody vouches for it; move it elsewhere")
+            raise _unfit(name, "is not in the manifest, so nothing vouches for it; move it elsewhere")
 
 
 def _unfit(file: str, why: str) -> CheckpointError:
@@ -186,9 +188,7 @@ def _is_inside(name: str) -> bool:
 
 
 GROWTH = 1.2
-"""A checkpoint is expected to need so much times the bytes of the one before."""
-
-LEFTOVERS = (".staging-", ".deleted-", run_ranks.MARK)
+"""A checkpoint is expected to need so many times the bytes of the one before."""
 
 
 @dataclass(frozen=True)
@@ -196,23 +196,26 @@ class Found:
     """The newest whole checkpoint."""
 
     path: Path | None
-    """Its folder, or None where there is none."""
-    step: int
-    """Its step, or 0."""
+    """Its folder; None where there is no checkpoint."""
     manifest: Manifest | None
-    """What this rank's disk says of it (rank 0's, where another rank looks after the disk)."""
+    """From this rank's disk (from the writer's, where another rank writes)."""
     skipped: tuple[tuple[str, str], ...]
     """Newer ones that are not whole, newest first: name of the folder and reason."""
+
+    @property
+    def step(self) -> int:
+        """Its step, or 0."""
+        return 0 if self.manifest is None else self.manifest.step
 
 
 class Store:
     """A folder of checkpoints.
 
     Args:
-        folder: Made if need be. What a killed run left half-done in it is cleaned up.
+        folder: Made if need be. Whatever a killed run left half-done in it is cleaned up.
         ranks: All of them make a store at the same time.
         keep: Newest checkpoints to keep, 1 or more.
-        estimate: Bytes that the first checkpoint may need; 0 where nobody knows. Later ones are measured by it.
+        estimate: Bytes that the first checkpoint may need; 0 where that is unknown. Later ones are measured by it.
 
     Raises:
         StorageError: The folder can't be made or written, on every rank.
@@ -221,26 +224,24 @@ class Store:
     def __init__(self, folder: Path, ranks: Ranks, keep: int, estimate: int = 0) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
-        self.folder = folder
-        self.ranks = ranks
-        self.keep = keep
+        self.folder, self.ranks, self.keep = folder, ranks, keep
         self._needed = estimate
         self._damaged: set[int] = set()
-        self._leaders = run_ranks.leaders(folder, ranks)
-        """By rank, the rank that looks after its disk."""
+        self._writers = writers(folder, ranks)
+        """By rank, the rank that writes for its disk."""
         self._on_each_disk(self._clean)
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank looks after its disk."""
-        return self._leaders[self.ranks.rank] == self.ranks.rank
+        """Tell whether this rank writes for its disk."""
+        return self._writers[self.ranks.rank] == self.ranks.rank
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Return the place of the checkpoint of a step, whether it is there or not."""
         return self.folder / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints on this rank's disk, whole or not, ascending."""
+        """Return the steps of the checkpoints on this rank's disk, whole or not, ascending."""
         named = (re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in named if match)
 
@@ -261,44 +262,76 @@ class Store:
             PeerError: Another rank died, or failed with an error that is no `FinetuneError`.
         """
         staging = self.folder / f".staging-{step}"
+        own_writer = self._writers[self.ranks.rank]
+
+        def fill() -> None:
+            with self._reported():
+                body(staging)
+
+        def look() -> dict[str, int]:
+            with self._reported():
+                return run_files.listing(staging) if self.is_writer else {}
+
+        def hidden() -> list[str]:
+            # One rank a node looks, and tells only what is missing: hundreds of ranks that ask for the state of every
+            # file of all others, and send each other the lists, would keep a shared file system busy for minutes.
+            if self.ranks.local_rank != 0:
+                return []
+            with self._reported():
+                return sorted(run_files.names(staging) - written[own_writer].keys())
+
         try:
             self._on_each_disk(lambda: self._stage(staging))
-            together(self.ranks, lambda: self._fill(staging, body))
-            written = together(self.ranks, lambda: self._look(staging))
-            hidden = together(self.ranks, lambda: self._hidden(staging, written))
-            self._on_each_disk(lambda: self._seal(staging, step, facts, hidden))
+            together(self.ranks, fill)
+            written = together(self.ranks, look)
+            unseen = together(self.ranks, hidden)
+            self._on_each_disk(lambda: self._seal(staging, step, facts, unseen))
             self._on_each_disk(lambda: self._commit(staging, step))
         except BaseException:
             if self.is_writer:
                 with contextlib.suppress(OSError):  # the next start cleans up
                     discard(staging)
             raise
-        self._needed = int(sum(written[self._leaders[self.ranks.rank]].values()) * GROWTH)
-        # Not before every disk has committed: what is whole on all of them must never be less than one.
+        self._needed = int(sum(written[own_writer].values()) * GROWTH)
+        # Not before every disk has committed: there must be one that is whole on all of them at any moment.
         self._on_each_disk(lambda: self._rotate(step, protect))
         return self.path(step)
 
     def newest(self) -> Found:
-        """The newest checkpoint that is whole on every disk; all ranks find the same.
+        """Find the newest checkpoint that is whole on every disk; all ranks find the same.
 
         Raises:
             StorageError: The folder can't be read.
         """
-        with_steps = together(self.ranks, self._reported_steps)
+
+        def steps() -> list[int]:
+            with self._reported():
+                return self.steps() if self.is_writer else []
+
+        def verdict() -> Manifest | str | None:
+            if not self.is_writer:
+                return None
+            if not self.path(step).exists():
+                return f"it is missing on the disk of rank {self.ranks.rank}"
+            try:
+                return verify(self.path(step))
+            except CheckpointError as error:
+                return str(error)
+
         skipped: list[tuple[str, str]] = []
-        for step in sorted(set().union(*with_steps), reverse=True):
-            verdicts = together(self.ranks, partial(self._verdict, step))
+        for step in sorted(set().union(*together(self.ranks, steps)), reverse=True):
+            verdicts = together(self.ranks, verdict)
             reasons = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, str)))
-            read = verdicts[self._leaders[self.ranks.rank]]
+            read = verdicts[self._writers[self.ranks.rank]]
             if not reasons and isinstance(read, Manifest):
                 self._needed = max(self._needed, int(read.size * GROWTH))
-                return Found(self.path(step), step, read, tuple(skipped))
+                return Found(self.path(step), read, tuple(skipped))
             self._damaged.add(step)
             skipped.append((self.path(step).name, "; ".join(reasons)))
-        return Found(None, 0, None, tuple(skipped))
+        return Found(None, None, tuple(skipped))
 
     def resume_point(self) -> Found:
-        """The checkpoint to go on from; its path is None only where there is no checkpoint at all.
+        """Find the checkpoint to resume from; its path is None only where there is no checkpoint at all.
 
         Raises:
             CheckpointError: There are checkpoints, and none is whole.
@@ -314,20 +347,23 @@ class Store:
             raise CheckpointError(Problem(message, key="output"))
         return found
 
+    def _reported(self) -> contextlib.AbstractContextManager[None]:
+        return run_files.reported(self.folder, self._needed)
+
     def _on_each_disk(self, action: Callable[[], None]) -> None:
         """Do something once a disk, on all disks or on none."""
 
         def act() -> None:
             if self.is_writer:
-                with run_files.reported(self.folder, self._needed):
+                with self._reported():
                     action()
 
         together(self.ranks, act)
 
     def _clean(self) -> None:
-        """Finish what a killed run left half-done."""
+        """Finish whatever a killed run left half-done."""
         for path in list(self.folder.iterdir()):
-            if path.name.startswith(LEFTOVERS):
+            if path.name.startswith((".staging-", ".deleted-", MARK)):
                 discard(path)
             elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
                 final = self.path(int(match[1]))
@@ -345,33 +381,11 @@ class Store:
             raise run_files.failure(self.folder, self._needed, "there is not enough room")
         staging.mkdir()
 
-    def _fill(self, staging: Path, body: Callable[[Path], None]) -> None:
-        with run_files.reported(self.folder, self._needed):
-            body(staging)
-
-    def _look(self, staging: Path) -> dict[str, int]:
-        """What whoever looks after this disk sees, once all have written."""
-        if not self.is_writer:
-            return {}
-        with run_files.reported(self.folder, self._needed):
-            return run_files.listing(staging)
-
-    def _hidden(self, staging: Path, written: list[dict[str, int]]) -> list[str]:
-        """What is there for this node, but not for the rank that looks after the disk.
-
-        One rank a node looks, and tells only what is missing: hundreds of ranks that ask for the state of every file
-        of all others, and send each other the lists, would keep a shared file system busy for minutes.
-        """
-        if self.ranks.local_rank != 0:
-            return []
-        with run_files.reported(self.folder, self._needed):
-            return sorted(run_files.names(staging) - written[self._leaders[self.ranks.rank]].keys())
-
-    def _seal(self, staging: Path, step: int, facts: Facts, hidden: list[list[str]]) -> None:
+    def _seal(self, staging: Path, step: int, facts: Facts, unseen: list[list[str]]) -> None:
         sealed = seal(staging, step, self.ranks.world_size, facts)
-        for rank, names in enumerate(hidden):
+        for rank, names in enumerate(unseen):
             # A network file system may show a file to others late: then it would be in no manifest.
-            lost = set(names) - sealed.files.keys() if self._leaders[rank] == self.ranks.rank else ()
+            lost = set(names) - sealed.files.keys() if self._writers[rank] == self.ranks.rank else ()
             if lost:
                 reason = f"{sorted(lost)[0]}, seen by rank {rank}, is not there for rank {self.ranks.rank}"
                 raise run_files.failure(self.folder, self._needed, reason)
@@ -392,27 +406,10 @@ class Store:
 
     def _rotate(self, step: int, protect: Iterable[int]) -> None:
         self._damaged.discard(step)
-        # A newer one is damaged, or training would have gone on from it; it stays until its step is reached again.
+        # A newer one is damaged, or training would have resumed from it; it stays until its step is reached again.
         steps = [old for old in self.steps() if old <= step]
         whole = [old for old in steps if old not in self._damaged]
         spared = {*whole[-self.keep :], *protect}
         for old in steps:
             if old not in spared:
                 run_files.delete(self.path(old))
-
-    def _reported_steps(self) -> list[int]:
-        if not self.is_writer:
-            return []
-        with run_files.reported(self.folder, self._needed):
-            return self.steps()
-
-    def _verdict(self, step: int) -> Manifest | str | None:
-        """What is wrong with a checkpoint on this disk, or its manifest; None where another rank looks after it."""
-        if not self.is_writer:
-            return None
-        if not self.path(step).exists():
-            return f"it is missing on the disk of rank {self.ranks.rank}"
-        try:
-            return verify(self.path(step))
-        except CheckpointError as error:
-            return str(error)

@@ -29,7 +29,7 @@ from hf_finetune.errors import DivergedError, Problem, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 5.0
-"""Under a launcher, the same signal within so many seconds is the same wish."""
+"""Under a launcher, the same signal within so many seconds is a copy."""
 COPY_S = 0.5
 """The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice."""
 STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
@@ -37,17 +37,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Notes signals, and lets the ranks agree on them. Made by every rank, after the process group."""
+    """Notes signals, and has the ranks agree on them. Every rank makes one, after the process group."""
 
     def __init__(self) -> None:
         self._agreed = 0
-        """What any rank received. Written by `agreed` alone, and `_own` by the handler alone: it may run in between."""
+        """The signal that any rank received. Written by `agreed` alone, and `_own` by the handler alone, which may run
+        in between."""
         self._own, self._since = 0, 0.0
-        """The first that came here, and when."""
+        """The first signal that came here, and its time."""
         self._echo = ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else COPY_S
         self._deferred = False
         self.is_due = False
-        """Whether any rank wanted a checkpoint when they last agreed."""
+        """Any rank wanted a checkpoint when they last agreed."""
         self._parent = os.getppid()
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -81,11 +82,11 @@ class StopRequest:
 
     @property
     def is_asked(self) -> bool:
-        """Whether this rank received a signal."""
+        """Tell whether this rank received a signal."""
         return bool(self._own or self._agreed)
 
     def agreed(self, *, due: bool = False) -> int:
-        """The signal that any rank received, 0 for none; the same on every rank, which all call this together.
+        """Return the signal that any rank received, 0 for none; all ranks call this together, and get the same.
 
         Args:
             due: This rank wants a checkpoint now; `is_due` then says so on every rank, by the same exchange.
@@ -99,7 +100,7 @@ class StopRequest:
         return self._agreed
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any rank says so; every rank asks at the same moment."""
+        """Tell whether any rank says so; every rank asks at the same moment."""
         if self._group is None:
             return flag
         told = torch.tensor([int(flag)], dtype=torch.int32)
@@ -140,12 +141,12 @@ def _follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-# Stops training that went wrong: a loss or a gradient that is not finite, or a loss that leaps and stays there.
+# End training that went wrong: a loss or a gradient that is not finite, or a loss that leaps and stays there.
 
 WINDOW = 50
-"""Steps of which the median loss is what is usual."""
+"""Steps whose median loss is the usual one."""
 FIRST = 10
-"""Steps before a leap can be told."""
+"""Steps before a leap can be recognised."""
 LOWER = "lower training.learning_rate"
 OVERFLOWS = 25
 """Steps in a row that overflow in fp16 before the run ends; from the scaler's first scale, 2^16, 17 come to 1."""
@@ -158,7 +159,7 @@ class Guard:
     """Looks at each step before the optimiser takes it; every rank sees the same numbers.
 
     Args:
-        training: Says what to do.
+        training: The recipe's block.
     """
 
     def __init__(self, training: Training) -> None:
@@ -172,7 +173,7 @@ class Guard:
         self._leaps = 0
 
     def takes(self, step: int, *, finite: bool) -> bool:
-        """Whether the optimiser may take this step.
+        """Tell whether the optimiser may take this step.
 
         Args:
             step: Its number, from 1.
@@ -193,11 +194,11 @@ class Guard:
 
     @property
     def not_taken(self) -> int:
-        """Steps that the optimiser did not take, for whatever reason."""
+        """Count the steps that the optimiser did not take, for whatever reason."""
         return self.skipped + self.overflowed
 
     def fits(self, step: int, *, finite: bool, scale: float) -> bool:
-        """Whether a gradient fits into fp16: the loss scaler leaves out steps that do not, and lowers its scale.
+        """Tell whether a gradient fits into fp16: the loss scaler skips steps that do not, and lowers its scale.
 
         Args:
             step: Its number, from 1.
@@ -222,7 +223,7 @@ class Guard:
         return False
 
     def conclude(self, steps: int) -> None:
-        """See that training was any.
+        """Refuse training that was none.
 
         Args:
             steps: All steps of the run.
@@ -256,14 +257,14 @@ class Guard:
             raise DivergedError(Problem(told, key="training.loss_spike"))
 
 
-# When the next checkpoint is due by the clock: so seldom that saving takes under 1 % of the time.
+# Checkpoints by the clock, so seldom that saving takes under 1 % of the time.
 
 SHARE = 0.01
-"""Of the time between two checkpoints, what the second one may take."""
+"""The part of the time between two checkpoints that the second one may take."""
 FIRST_S = 0.05
-"""What a checkpoint is taken to cost before one was measured."""
+"""The cost of a checkpoint, as it is assumed before one was measured."""
 NEWS = 1.5
-"""A pause this many times longer than the one that was last said is said anew."""
+"""A pause is announced again once it is this many times longer than the last one announced."""
 
 
 class Pace:
@@ -279,7 +280,7 @@ class Pace:
         self, wanted: Checkpoints, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.keeps_last = not wanted.is_off
-        """Whether the state after the last step is kept."""
+        """Keep the state after the last step."""
         self._pause = None if wanted.every_minutes is None else 60 * wanted.every_minutes
         self._by_epoch = wanted.every == "auto"
         self._tell, self._clock = tell, clock
@@ -291,7 +292,7 @@ class Pace:
         self._since = self._clock()
 
     def is_due(self, *, ends_epoch: bool) -> bool:
-        """Whether a checkpoint is due after this step.
+        """Tell whether a checkpoint is due after this step.
 
         Args:
             ends_epoch: It is the last step of an epoch.
@@ -302,10 +303,10 @@ class Pace:
         return (ends_epoch and self._by_epoch) or (self._pause is not None and passed >= self._pause)
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint was written.
+        """Note that a checkpoint was written.
 
         Args:
-            seconds: What it took.
+            seconds: The time it took.
         """
         self._cost, self._since = seconds, self._clock()
         pause = seconds / SHARE

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it must have in common with it."""
+"""The checkpoint that a run resumes from, and what both must have in common."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_finetune.run.store import Facts, Manifest, verify
 from hf_finetune.tracking import records
 from hf_finetune.training.callbacks import Pace, StopRequest
 from hf_finetune.training.job import Job
-from hf_finetune.training.resume import Keeper, Progress
+from hf_finetune.training.resume import Checkpointing, Progress
 
 if TYPE_CHECKING:
     from hf_finetune.tracking.tracker import Tracker
@@ -37,8 +37,8 @@ MUST_BE_EQUAL = {"data": ("data.train", "the data"), "model": ("model.name", "th
 """Fact -> the key to blame, and what it is called."""
 
 
-def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Keeper:
-    """The folder of checkpoints, and the one to go on from.
+def checkpointing(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Checkpointing:
+    """Open the folder of checkpoints, and find the one to resume from.
 
     Args:
         job: The run.
@@ -48,7 +48,7 @@ def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str],
 
     Raises:
         CheckpointError: There are checkpoints, but none is whole, or they are of other data, another model or
-            other sharding.
+            other sharding, or of more steps than this recipe has.
         StorageError: The folder can't be written.
     """
     ranks = run_ranks.join(job.machine.local_rank, device.wait_patience())
@@ -58,8 +58,12 @@ def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str],
         tell(f"warning: {name} is not used: {reason}")
     if found.manifest is not None and found.path is not None:
         check(found.path, found.manifest, made_from, job.machine, tell)
-        _refuse_shorter(found.manifest.step, job)
-    return Keeper(
+        done, total, training = found.manifest.step, job.length.total_steps, job.recipe.training
+        if done > total:
+            how = "give more, or --restart to start anew"
+            message = f"{done} steps are trained already, and this recipe has {total}; {how}"
+            raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
+    return Checkpointing(
         store=store,
         facts=made_from,
         stop=stop,
@@ -69,35 +73,35 @@ def keeper(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str],
     )
 
 
-def go_on(keeper: Keeper, tracker: Tracker, status: Status, tell: Callable[[str], None]) -> None:
+def resume(checkpointing: Checkpointing, tracker: Tracker, status: Status, tell: Callable[[str], None]) -> None:
     """Cut the journals where the checkpoint ends, and say where that is.
 
     Args:
-        keeper: Knows the checkpoint.
-        tracker: Everyone who writes.
+        checkpointing: Knows the checkpoint.
+        tracker: Writes the journals.
         status: Learns of the checkpoint, and of each later one.
         tell: Says something on rank 0.
     """
 
     def committed(step: int) -> None:
-        status.at(step, f"{keeper.store.folder.name}/{keeper.store.path(step).name}")
+        status.at(step, f"{checkpointing.store.folder.name}/{checkpointing.store.path(step).name}")
 
-    keeper.committed = committed
-    if keeper.resume_from is None:
+    checkpointing.committed = committed
+    if checkpointing.resume_from is None:
         if tracker.folder.metrics.exists():
             status.at(0, None)
             tell("no checkpoint was written before the earlier run ended: starting again at step 0")
         PartialState().wait_for_everyone()  # until every rank has looked
         tracker.start({}, 0)
         return
-    progress = Progress.read(keeper.resume_from)
+    progress = Progress.read(checkpointing.resume_from)
     committed(progress.step)
     tracker.start(progress.lines, progress.step)
-    tell(f"resuming from {keeper.resume_from} at step {progress.step}")
+    tell(f"resuming from {checkpointing.resume_from} at step {progress.step}")
 
 
 def facts(job: Job) -> Facts:
-    """What this run's checkpoints are made from."""
+    """Describe the sources of this run's checkpoints."""
     return Facts(
         recipe=hashlib.sha256(job.recipe.dump().encode()).hexdigest(),
         data=job.prepared.fingerprint,
@@ -115,20 +119,6 @@ def check(path: Path, manifest: Manifest, wanted: Facts, machine: Machine, tell:
     sharded.check_checkpoint(path, manifest.world_size, machine)
     _compare(wanted, manifest, machine.world_size, tell)
     sharded.refuse_other_format(path, machine)
-
-
-def _refuse_shorter(done: int, job: Job) -> None:
-    """Refuse a recipe whose length was changed to less than what is trained already.
-
-    Raises:
-        CheckpointError: Its steps can't be taken back.
-    """
-    total, training = job.length.total_steps, job.recipe.training
-    if done > total:
-        message = (
-            f"{done} steps are trained already, and this recipe has {total}; give more, or --restart to start anew"
-        )
-        raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
 
 
 def _compare(wanted: Facts, manifest: Manifest, world_size: int, tell: Callable[[str], None]) -> None:

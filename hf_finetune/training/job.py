@@ -107,7 +107,7 @@ class Job:
     """Batch sampler of `train`; None for a stream."""
     division: data_batches.Division
     questions: Mapping[str, Questions | None]
-    """What the model is asked when a split (`validation`, `test`) is evaluated."""
+    """Prompts to answer when a split (`validation`, `test`) is evaluated."""
     length: Length
 
     @classmethod

@@ -36,7 +36,7 @@ from hf_finetune.run import lock as run_lock
 from hf_finetune.run.lock import Choices, File, Git, Input, Lock, Made, RecipeText
 from hf_finetune.run.lock import find as find_of_lock
 
-# Everything that a run reads, with what tells it from other things: a commit on the Hub, or hashes of local files.
+# Everything that a run reads, identified by a commit on the Hub, or by hashes of local files.
 
 SUFFIXES = {".safetensors", ".model", ".jinja"}
 NAMES = {
@@ -44,15 +44,15 @@ NAMES = {
     "model.safetensors.index.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "vocab.txt",
 }  # fmt: skip
-"""What is read of a model's or an adapter's folder, besides files of `SUFFIXES`: weights, configs, tokenizer."""
+"""Files that are read of a model's or an adapter's folder, besides those with `SUFFIXES`."""
 
 
 def of_model(recipe: Recipe, commit: str | None = None) -> Input:
-    """The base model.
+    """Identify the base model.
 
     Args:
         recipe: Names it.
-        commit: What the Hub's answer was, where it was asked; else the revision counts if it is a commit.
+        commit: Of the Hub's answer, where it was asked; else the revision counts if it is a commit.
     """
     place = Path(resolve(recipe.model.name))
     if place.is_absolute():
@@ -62,7 +62,7 @@ def of_model(recipe: Recipe, commit: str | None = None) -> Input:
 
 
 def of_adapter(recipe: Recipe) -> Input | None:
-    """The adapter that is trained further; None for a new one.
+    """Identify the adapter that is trained further; None for a new one.
 
     Raises:
         RecipeError: It is not there.
@@ -72,7 +72,7 @@ def of_adapter(recipe: Recipe) -> Input | None:
 
 
 def of_data(recipe: Recipe, *, asks: bool = False) -> dict[str, Input]:
-    """The sources of every split that can be found, by recipe key.
+    """Identify the sources of every split that can be found, by recipe key.
 
     Args:
         recipe: Names them.
@@ -113,7 +113,7 @@ def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
         yield File(name=name, size=Path(file).stat().st_size, sha256=sha256)
 
 
-# What a run depends on besides recipe, model and data: packages, machine, checkout. No path, user or host in it.
+# Packages, machine and checkout of a run. No path, user or host is in it.
 
 PACKAGES = (
     "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors", "tensorboardX",
@@ -121,11 +121,11 @@ PACKAGES = (
 )  # fmt: skip
 """Those that take part in every run, besides torch and this one."""
 GIT_SECONDS = 10
-"""How long git may take."""
+"""Time limit of git."""
 
 
 def packages_surroundings(recipe: Recipe, machine: Machine) -> dict[str, str]:
-    """Versions of what this run uses, by name."""
+    """Return the versions of the packages that this run uses, by name."""
     used = {
         "bitsandbytes": recipe.model.quantization is not None or recipe.training.optimizer == "adamw_8bit",
         "flash_attn": machine.attention.startswith("flash_attention"),
@@ -141,7 +141,7 @@ def packages_surroundings(recipe: Recipe, machine: Machine) -> dict[str, str]:
 
 
 def decisive(machine: Machine) -> dict[str, str | int | bool | None]:
-    """What of a machine decides bits.
+    """Return the properties of a machine that decide bits.
 
     Another processor has other kernels; other threads and ranks add in another order, and each rank draws random
     numbers of its own.
@@ -160,7 +160,7 @@ def decisive(machine: Machine) -> dict[str, str | int | bool | None]:
 
 
 def is_same_memory(file: Path, machine: Machine) -> bool:
-    """Whether a run that left a lock had as much memory as it has here, as far as can be told by device and ranks.
+    """Tell by device and ranks whether a run that left a lock had as much memory as it has here.
 
     Args:
         file: `run.lock.json`; one that can't be read tells of no other machine.
@@ -174,7 +174,7 @@ def is_same_memory(file: Path, machine: Machine) -> bool:
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver, where there is one."""
+    """Return the version of the NVIDIA driver, where there is one."""
     with suppress(OSError):
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         found = re.search(r"Kernel Module\D*([\d.]+)", said)
@@ -183,7 +183,7 @@ def driver() -> str | None:
 
 
 def checkout() -> Git | None:
-    """Commit of the working directory, and whether tracked files differ from it; None outside a checkout."""
+    """Return the commit of the working directory, and whether tracked files differ; None outside a checkout."""
     commit = _git("rev-parse", "--verify", "HEAD")
     if commit is None or not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         return None
@@ -192,7 +192,7 @@ def checkout() -> Git | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says; None where it fails, hangs or is not installed."""
+    """Run git; None where it fails, hangs or is not installed."""
     program = shutil.which("git")
     if program is None:
         return None
@@ -206,7 +206,7 @@ def _git(*words: str) -> str | None:
 
 
 def _stepping() -> str | None:
-    """Which of several processors of one name this is, as Linux knows it on x86."""
+    """Tell this processor from others of its name, as Linux does on x86."""
     with suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
         found = dict(re.findall(r"^(cpu family|model|stepping)\s*: (\w+)$", first, re.MULTILINE))
@@ -220,10 +220,10 @@ def _has_bf16(machine: Machine) -> bool:
     return machine.device == "cpu" and device.cpu_has_bf16()
 
 
-# What differs between a lock and here and now: all of it, in groups, each with what to do.
+# Differences between a lock and the present run: all of them, in groups, each with advice.
 
 ALLOWED = ("lock.packages", "lock.hardware", "lock.changed")
-"""What `--allow-change` may name, also with the name of one thing in it: `lock.packages.numpy`."""
+"""Groups that `--allow-change` may name, also with one member: `lock.packages.numpy`."""
 HINTS = {
     "lock.packages": "install what it was",
     "lock.hardware": "repeat it where it is the same",
@@ -237,21 +237,21 @@ FILES_TOLD = 20
 
 @dataclass
 class Drift:
-    """What differs."""
+    """Differences."""
 
     problems: list[Problem] = field(default_factory=list)
-    """What must not."""
+    """Those that refuse the repeat."""
     notes: list[str] = field(default_factory=list)
-    """What may, because `--allow-change` says so, or because it decides nothing."""
+    """Those that are allowed, by `--allow-change` or because they decide no bit."""
 
 
 def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -> Drift:
     """Compare everything that can be compared before data and model are loaded.
 
     Args:
-        lock: What a run was made from and on.
-        recipe: What is to be done now.
-        machine: Where.
+        lock: Of the run that is repeated.
+        recipe: Of the repeat.
+        machine: Of the repeat.
         allowed: Keys of `--allow-change`.
     """
     drift = Drift()
@@ -276,7 +276,7 @@ def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -
 
 
 def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Input | None]]:
-    """Recipe key, what was read, what would be read now; nothing for what is not there, which is an error elsewhere."""
+    """Yield recipe key, input then, input now; nothing for a missing input, which is an error elsewhere."""
     try:
         data = of_data(recipe)
     except (DataError, RecipeError):
@@ -292,7 +292,7 @@ def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Inp
 
 
 def _changed(was: Input | None, now: Input | None) -> Iterator[str]:
-    """A sentence for each way in which an input is another one."""
+    """Yield a sentence for each way in which an input is another one."""
     if was is None and now is None:
         return
     if was is None or now is None or bool(was.source) != bool(now.source):
@@ -340,7 +340,7 @@ def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
 
 
 def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
-    """Key and sentence for all that differs between two starts of one run and may decide bits."""
+    """Yield key and sentence for all that differs between two starts of one run and may decide bits."""
     yield from _changed_keys(was.recipe.whole, now.recipe.whole)
     for key in sorted(was.data.keys() | now.data.keys()):
         yield from ((key, text) for text in _changed(was.data.get(key), now.data.get(key)))
@@ -356,7 +356,7 @@ def _changed_keys(was: str, now: str) -> Iterator[tuple[str, str]]:
 
 
 def other_choices(was: Made, now: Made) -> Iterator[tuple[str, str]]:
-    """Key and sentence for all that came out otherwise; what an older version did not choose is no difference."""
+    """Yield key and sentence for each choice that came out otherwise; those of only one version are no difference."""
     both = [name for name in was.made if name in now.made]
     before, after = ({name: made.made[name].value for name in both} for made in (was, now))
     yield from _values("lock.choices", before, after)

@@ -1,4 +1,4 @@
-"""`--locked LOCK`: the recipe out of a lock, where its repeat goes, and what is taken over from the locked run."""
+"""`--locked LOCK`: a locked run done once more, bit for bit, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hf_finetune.training.locking import Drift
 
 KEYS = "lock."
-"""How keys of `--allow-change` begin that are for a lock."""
+"""Beginning of the keys of `--allow-change` that are about a lock."""
 SUFFIX = "-repeat"
-"""What the folder of a repeat has behind the name of the locked run's, where no other is given."""
+"""Added to the locked run's folder for that of its repeat, where no other is given."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Repeat:
     """Keys of `--allow-change` that begin with `lock.`."""
 
     def drift(self, recipe: Recipe, machine: Machine) -> Drift:
-        """What differs now, each with the lock as its file.
+        """Return the differences, each with the lock as its file.
 
         Raises:
             RecipeError: `--allow-change` names what may not change.
@@ -64,13 +64,13 @@ class Repeat:
         return drift.notes
 
     def choices(self) -> Choices:
-        """What was chosen for the locked run."""
+        """Return the choices that were made for the locked run."""
         from hf_finetune.run.lock import Choices
 
         return Choices.read(self.lock.choices.model_dump())
 
     def as_locked(self, machine: Machine, recipe: Recipe) -> Machine:
-        """The machine as the locked run had it, as far as it can be: what of it decides bits, and is open.
+        """Make the machine what it was for the locked run, as far as that is open and decides bits.
 
         That is the number of threads, where it has the cores, and the precision and attention that were chosen.
         """

@@ -33,12 +33,12 @@ from hf_finetune.models import sharded as models_sharded
 from hf_finetune.run.store import Facts, Store
 from hf_finetune.training.callbacks import Guard, Pace, StopRequest
 
-# What a checkpoint holds: everything that the next step depends on, in the bits in which the last step left it.
+# The content of a checkpoint: everything that the next step depends on, bit for bit as the last step left it.
 #
-#     trained.safetensors     trained weights, by their names in the adapted model, and what the adapter keeps besides
+#     trained.safetensors     trained weights, by their names in the adapted model, and further state of the adapter
 #     optimizer.pt scheduler.pt scaler.pt
 #     trainer_state.json      the Trainer's own counters and history
-#     progress.json           what the Trainer forgets: lines written, patience used up, ...
+#     progress.json           state that the Trainer forgets: lines written, patience used up, ...
 #     rng_state_<rank>.pt     random number generators (python, numpy, torch, CUDA) and unlogged loss of every rank
 #
 # Not PEFT's format: that would convert some initialisations, and round. torch files are read with `weights_only` alone.
@@ -51,7 +51,7 @@ _EXTRA = "adapter state: "
 
 @dataclass(frozen=True)
 class Progress:
-    """What the Trainer does not keep."""
+    """State that the Trainer does not keep."""
 
     step: int
     world_size: int
@@ -78,7 +78,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> Progress:
-        """Read what `write` wrote."""
+        """Read `progress.json`."""
         return cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
 
 
@@ -110,7 +110,7 @@ def load_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
 
 
 HYPERPARAMETERS = ("weight_decay", "betas", "initial_lr")
-"""What the recipe says of each group of weights, and may say anew; the rest is state."""
+"""Settings of each group of weights, which the recipe may change; the rest is state."""
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, load: Callable[[], object]) -> None:
@@ -134,7 +134,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, load: Callable[[], object]) -
 
 
 def save_rank(folder: Path, rank: int, unlogged_loss: float) -> None:
-    """Write what each rank has of its own: its random number generators, and its loss since the last log."""
+    """Write the state of one rank: its random number generators, and its loss since the last log."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     states: dict[str, Any] = {
@@ -148,7 +148,7 @@ def save_rank(folder: Path, rank: int, unlogged_loss: float) -> None:
 
 
 def unlogged_loss(folder: Path, rank: int) -> float:
-    """This rank's loss since the last log."""
+    """Read this rank's loss since the last log."""
     return float(torch.load(folder / _rng(rank), weights_only=True)["unlogged_loss"])
 
 
@@ -168,37 +168,30 @@ def _rng(rank: int) -> str:
     return f"rng_state_{rank}.pt"
 
 
-class EvaluationStopped(Exception):  # noqa: N818 - no error: somebody wants the run to end
+class EvaluationStopped(Exception):  # noqa: N818 - it is not an error
     """The ranks agreed to stop in the middle of an evaluation."""
 
 
 @dataclass
-class Keeper:
-    """What a trainer needs to keep its run."""
+class Checkpointing:
+    """Checkpoints of a run: the store, the one to resume from, and when the next one is due."""
 
     store: Store
     facts: Facts
     stop: StopRequest
-    journals: tuple[Path, ...] = ()
-    """Files that grow line by line; a checkpoint notes how long they are."""
-    committed: Callable[[int], None] = field(default=lambda step: None)
-    """Hears the step of each checkpoint."""
+    journals: tuple[Path, ...]
+    """Files that grow line by line; a checkpoint notes their lengths."""
+    pace: Pace
     resume_from: Path | None = None
-    """The checkpoint to go on from."""
-    pace: Pace | None = None
-    """When a checkpoint is due by the clock; None where only the Trainer's own steps count."""
-
-    @property
-    def keeps_last(self) -> bool:
-        """Whether the state after the last step is kept."""
-        return self.pace is not None and self.pace.keeps_last
+    committed: Callable[[int], None] = field(default=lambda step: None)
+    """Called with the step of each checkpoint."""
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that can be killed anywhere. The subclass sets `keeper` and `adapter` before training."""
+    """A Trainer that can be killed anywhere. The subclass sets `checkpointing`, `guard` and `adapter`."""
 
-    keeper: Keeper | None = None
-    guard: Guard | None = None
+    checkpointing: Checkpointing
+    guard: Guard
     adapter: Adapter
     optimizer: Any
     lr_scheduler: Any
@@ -213,59 +206,52 @@ class ResumableTrainer(Trainer):
     _has_saved: bool = False
 
     def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
-        """Tells the other ranks that this one has come on; see `peers.Watch.progress`."""
+        """Show the other ranks that this one makes progress; see `peers.Watch.progress`."""
 
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""
-        keeper = self.keeper
         self.add_callback(_Flow(self))
-        if keeper is None or keeper.resume_from is None:
-            self.train()
-        else:
-            self.train(resume_from_checkpoint=str(keeper.resume_from))
+        start = self.checkpointing.resume_from
+        self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def steps_done(self) -> int:
-        """Steps that the checkpoint holds which this run goes on from; 0 for a new run."""
-        keeper = self.keeper
-        return 0 if keeper is None or keeper.resume_from is None else Progress.read(keeper.resume_from).step
+        """Return the step of the checkpoint that this run resumes from; 0 for a new run."""
+        start = self.checkpointing.resume_from
+        return 0 if start is None else Progress.read(start).step
 
     # ---- writing ----
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Commit the state after the present step; every rank comes here."""
-        if self.keeper is None:
-            raise AssertionError("checkpoints need a keeper")
+        """Commit the state after the present step; every rank calls this."""
         self.store_flos()
         self.progress(self.state.global_step, "saving", is_long=True)
-        step, best, store = self.state.global_step, self.state.best_global_step, self.keeper.store
+        step, best, store = self.state.global_step, self.state.best_global_step, self.checkpointing.store
         self.state.best_model_checkpoint = str(store.path(best)) if best else None
         protect = [best] if best and self.args.load_best_model_at_end else []
         began = time.perf_counter()
         with phase("saving a checkpoint"):
-            store.write(step, self._write_state, self.keeper.facts, protect)
+            store.write(step, self._write_state, self.checkpointing.facts, protect)
         self.last_saved = step
-        self.keeper.committed(step)
+        self.checkpointing.committed(step)
         self._has_saved = True
-        if self.keeper.pace is not None:
-            self.keeper.pace.saved(time.perf_counter() - began)
+        self.checkpointing.pace.saved(time.perf_counter() - began)
 
     def _write_state(self, folder: Path) -> None:
-        """The files of this rank."""
-        if self.keeper is None:
-            raise AssertionError("checkpoints need a keeper")
+        """Write the files of this rank."""
+        is_writer = self.checkpointing.store.is_writer
         save_rank(folder, self.args.process_index, float(self._tr_loss))
         if self.is_deepspeed_enabled:
             self._save_optimizer_and_scheduler(str(folder))  # and the trained weights, each rank its part
         elif self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
-            if self.keeper.store.is_writer and not self.is_deepspeed_enabled:
+            if is_writer and not self.is_deepspeed_enabled:
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        elif self.keeper.store.is_writer:
+        elif is_writer:
             save_trained(self.accelerator.unwrap_model(self.model), self.adapter, folder)
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        if self.keeper.store.is_writer:
+        if is_writer:
             # The Trainer writes the scaler, and a sharded run's schedule, on rank 0 alone; each disk needs them.
             if (scaler := self.accelerator.scaler) is not None:
                 torch.save(scaler.state_dict(), folder / SCALER)
@@ -273,8 +259,6 @@ class ResumableTrainer(Trainer):
             self._progress().write(folder)
 
     def _progress(self) -> Progress:
-        if self.keeper is None:
-            raise AssertionError("checkpoints need a keeper")
         patience = [c.early_stopping_patience_counter for c in self._stoppers()]
         return Progress(
             step=self.state.global_step,
@@ -283,26 +267,29 @@ class ResumableTrainer(Trainer):
             last_logged=self._globalstep_last_logged,
             last_evaluated=self.last_evaluated,
             patience_used=patience[0] if patience else 0,
-            skipped=0 if self.guard is None else self.guard.skipped,
-            overflowed=0 if self.guard is None else self.guard.overflowed,
-            overflows_in_a_row=0 if self.guard is None else self.guard.overflows_in_a_row,
-            lines={file.name: _kept_lines(file) for file in self.keeper.journals},
+            skipped=self.guard.skipped,
+            overflowed=self.guard.overflowed,
+            overflows_in_a_row=self.guard.overflows_in_a_row,
+            lines={file.name: _kept_lines(file) for file in self.checkpointing.journals},
             throughput=self.throughput_so_far(),
             stream=self.stream_so_far(),
         )
 
     def throughput_so_far(self) -> dict[str, float]:
-        """Rows, tokens, slots and seconds of the run until now."""
+        """Return rows, tokens, slots and seconds of the run until now."""
         return {}
 
+    def resume_throughput(self, so_far: dict[str, float]) -> None:
+        """Continue counting from there."""
+
     def stream_so_far(self) -> list[int]:
-        """What was used up of a stream until now; empty where rows are not streamed."""
+        """Return the rows of a stream that are used up; empty where rows are not streamed."""
         return []
 
     # ---- reading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """The trained weights."""
+        """Load the trained weights."""
         if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -310,7 +297,7 @@ class ResumableTrainer(Trainer):
         load_trained(target, self.adapter, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The optimiser and the schedule."""
+        """Load the optimiser and the schedule."""
         if checkpoint is None:
             return
         sharded: Any = super()
@@ -327,7 +314,7 @@ class ResumableTrainer(Trainer):
         load_optimizer(self.optimizer, self.lr_scheduler, load)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random numbers; with another number of ranks each draws its own, by seed, rank and step."""
+        """Restore the random numbers; with another number of ranks each draws its own, by seed, rank and step."""
         if checkpoint is None:
             return
         if self._same_ranks(Path(checkpoint)):
@@ -339,7 +326,7 @@ class ResumableTrainer(Trainer):
         return bool(Progress.read(folder).world_size == self.args.world_size)
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's weights."""
+        """Load the best checkpoint's weights."""
         best = self.state.best_model_checkpoint
         if best is None or self.is_sharded or self.is_deepspeed_enabled:
             super()._load_best_model()
@@ -347,61 +334,53 @@ class ResumableTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
 
     def _resume(self) -> None:
-        """What the Trainer has just reset, as the checkpoint has it."""
-        keeper = self.keeper
-        if keeper is None or keeper.resume_from is None:
+        """Restore from the checkpoint whatever the Trainer has just reset."""
+        start = self.checkpointing.resume_from
+        if start is None:
             return
-        progress = Progress.read(keeper.resume_from)
+        progress = Progress.read(start)
         self._total_loss_scalar = progress.total_loss
-        if self._same_ranks(keeper.resume_from):
-            self._tr_loss.fill_(unlogged_loss(keeper.resume_from, self.args.process_index))
+        if self._same_ranks(start):
+            self._tr_loss.fill_(unlogged_loss(start, self.args.process_index))
             self._globalstep_last_logged = progress.last_logged
         self.last_evaluated = progress.last_evaluated
-        if self.guard is not None:
-            self.guard.skipped = progress.skipped
-            self.guard.overflowed = progress.overflowed
-            self.guard.overflows_in_a_row = progress.overflows_in_a_row
+        self.guard.skipped = progress.skipped
+        self.guard.overflowed = progress.overflowed
+        self.guard.overflows_in_a_row = progress.overflows_in_a_row
         for stopper in self._stoppers():
             stopper.early_stopping_patience_counter = progress.patience_used
         # The recipe may log, evaluate and save at other steps now.
         state: Any = self.state
         state.compute_steps(self.args, self.state.max_steps)
         best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(keeper.store.path(best)) if best else None
+        self.state.best_model_checkpoint = str(self.checkpointing.store.path(best)) if best else None
         self.args.eval_on_start = False
         self.resume_throughput(progress.throughput)
         self._ends_at_once = self.state.global_step >= self.state.max_steps
-        self._catch_up()
-
-    def resume_throughput(self, so_far: dict[str, float]) -> None:
-        """Go on counting from there."""
-
-    def _catch_up(self) -> None:
-        """Make up for an evaluation that was due at the checkpoint's step, where the run was stopped before it."""
+        # An evaluation may have been due at the checkpoint's step, where the run was stopped before it.
         step = self.state.global_step
         if not self.evaluates_at(step) or step in (0, self.last_evaluated):
             return
-        if self.keeper is not None and self.keeper.resume_from is not None:
-            # The best model so far is saved at once, with these; the Trainer brings them back only later.
-            self._load_rng_state(str(self.keeper.resume_from))
+        # The best model so far is saved at once, with these; the Trainer brings them back only later.
+        self._load_rng_state(str(start))
         self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
         self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, 0.0)
         self.control.should_evaluate = self.control.should_save = False
         self._ends_at_once = self._ends_at_once or bool(self.control.should_training_stop)
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the watched split is evaluated after so many steps."""
+        """Tell whether the watched split is evaluated after so many steps."""
         strategy = IntervalStrategy(self.args.eval_strategy).value
         every = self._steps_per_epoch() if strategy == "epoch" else int(self.state.eval_steps or 0)
         return strategy != "no" and (step >= self.state.max_steps or (every > 0 and step % every == 0))
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best checkpoint is loaded after training."""
+        """Tell whether the best checkpoint is loaded after training."""
         return bool(self.args.load_best_model_at_end)
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """One pass; none where the evaluation that was made up for ends training."""
+        """Train for one epoch, unless the evaluation that was made up for ends training."""
         trainer: Any = super()
         if not self._ends_at_once:
             trainer._run_epoch(*arguments, **options)
@@ -419,9 +398,9 @@ class ResumableTrainer(Trainer):
         try:
             self._has_saved = False
             super()._maybe_log_save_evaluate(*arguments, **options)
-            if self._has_saved and self.keeper is not None:
-                # Rank 0 may have copied the model for an upload: nobody waits for that in a collective of a step.
-                self.keeper.store.ranks.barrier()
+            if self._has_saved:
+                # Rank 0 may have copied the model for an upload, which takes longer than a step's collective may wait.
+                self.checkpointing.store.ranks.barrier()
             if self._globalstep_last_logged == self.state.global_step:
                 self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
         except EvaluationStopped:
@@ -430,8 +409,8 @@ class ResumableTrainer(Trainer):
             self._save_checkpoint(self.model)
 
     def is_asked_to_stop(self) -> bool:
-        """Whether this rank received a signal; the others may not know yet."""
-        return self.keeper is not None and self.keeper.stop.is_asked
+        """Tell whether this rank received a signal; the others may not know yet."""
+        return self.checkpointing.stop.is_asked
 
     def stop_evaluation_if_asked(self) -> None:
         """Leave an evaluation where the ranks agree on a stop; every rank calls it at the same moments.
@@ -443,19 +422,19 @@ class ResumableTrainer(Trainer):
             raise EvaluationStopped
 
     def agrees_to_stop(self, *, due: bool = False) -> bool:
-        """Whether any rank was told to stop; every rank asks at the same moment.
+        """Tell whether any rank was told to stop; every rank asks at the same moment.
 
         Args:
-            due: This rank wants a checkpoint; `keeper.stop.is_due` then says so on every rank.
+            due: This rank wants a checkpoint; `checkpointing.stop.is_due` then says so on every rank.
         """
-        if self.keeper is not None and (signal := self.keeper.stop.agreed(due=due)):
+        if signal := self.checkpointing.stop.agreed(due=due):
             self.stopped = signal
             self.args.load_best_model_at_end = False  # an unfinished run has no result
         return bool(self.stopped)
 
 
 class _Flow(TrainerCallback):
-    """Resumes at the beginning, saves where that is due by the clock, and stops where the ranks agree to."""
+    """Resumes as training begins, saves where that is due by the clock, and stops where the ranks agree to."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -464,16 +443,11 @@ class _Flow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on where the checkpoint ends."""
+        """Resume where the checkpoint ends."""
         if self.trainer.is_deepspeed_enabled:
             models_sharded.hold_back(self.trainer.accelerator)
         self.trainer._resume()
-        if (pace := self._pace) is not None:
-            pace.begin()
-
-    @property
-    def _pace(self) -> Pace | None:
-        return None if self.trainer.keeper is None else self.trainer.keeper.pace
+        self.trainer.checkpointing.pace.begin()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note that this step is evaluated."""
@@ -484,30 +458,29 @@ class _Flow(TrainerCallback):
 
         A checkpoint that is due by the clock of rank 0 is written by all; at the end of an epoch, after its evaluation.
         """
-        keeper, epoch = self.trainer.keeper, self.trainer._steps_per_epoch()
+        checkpointing, epoch = self.trainer.checkpointing, self.trainer._steps_per_epoch()
         ends_epoch = epoch > 0 and state.global_step % epoch == 0
-        due = self._pace is not None and args.process_index == 0 and self._pace.is_due(ends_epoch=ends_epoch)
+        due = args.process_index == 0 and checkpointing.pace.is_due(ends_epoch=ends_epoch)
         if self.trainer.agrees_to_stop(due=due):
             control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-        elif keeper is not None and keeper.stop.is_due:
+        elif checkpointing.stop.is_due:
             control.should_save, self._saves_epoch = control.should_save or not ends_epoch, ends_epoch
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A stopped run does nothing more at the end of its epoch; another one saves its last step in any case."""
+        """Do nothing more where the run is stopped; else save the last step in any case."""
         if self.trainer.stopped:
             control.should_save = control.should_evaluate = control.should_log = False
             return
-        keeper = self.trainer.keeper
-        is_last = control.should_training_stop and keeper is not None and keeper.keeps_last
+        is_last = control.should_training_stop and self.trainer.checkpointing.pace.keeps_last
         if (is_last or self._saves_epoch) and self.trainer.last_saved != state.global_step:
             control.should_save = True
         self._saves_epoch = False
 
 
 def _kept_lines(file: Path) -> int:
-    """Lines of a journal, which are on the disk before the checkpoint that counts on them."""
+    """Count the lines of a journal, which are on the disk before the checkpoint that counts on them."""
     if not file.exists():
         return 0
     with file.open("rb") as stream:

@@ -28,8 +28,9 @@ from hf_finetune.tasks._generation import answer_together, until
 from hf_finetune.tasks.base import Questions
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Tally, Throughput
+from hf_finetune.training.callbacks import Guard
 from hf_finetune.training.job import COUNTS, Job
-from hf_finetune.training.resume import Progress, ResumableTrainer
+from hf_finetune.training.resume import Checkpointing, Progress, ResumableTrainer
 
 if TYPE_CHECKING:
     from hf_finetune.data.prepare import Prepared
@@ -45,9 +46,18 @@ class FinetuneTrainer(ResumableTrainer):
     _look: Look | None = None
 
     def __init__(
-        self, model: torch.nn.Module, args: TrainingArguments, job: Job, callbacks: list[TrainerCallback]
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        job: Job,
+        *,
+        checkpointing: Checkpointing,
+        callbacks: list[TrainerCallback],
     ) -> None:
         self.job = job
+        self.checkpointing = checkpointing
+        self.guard = Guard(job.recipe.training)
+        self.is_sharded = job.machine.is_sharded
         self.adapter = job.adapter
         self.times = StepTimes(args.device.type)
         self.throughput = Throughput(self.times)
@@ -59,7 +69,7 @@ class FinetuneTrainer(ResumableTrainer):
         """Sums of `Loss.logs` since the last log, each micro-batch's share of the mean over its global batch."""
         self._streamed: torch.Tensor | None = None
         self._is_left_out = False
-        """Whether the step that is being made is left out."""
+        """The present step is skipped."""
         super().__init__(
             model=model,
             args=args,
@@ -82,11 +92,11 @@ class FinetuneTrainer(ResumableTrainer):
         return replace(self.job, train=self._from_its_place(self.job.train)).loader(pin=self.args.device.type == "cuda")
 
     def _from_its_place(self, train: Any) -> Any:
-        """The training set; a stream from where the run goes on. The Trainer skips what comes before."""
-        keeper, done = self.keeper, self.steps_done()
-        if not isinstance(train, data_batches.StreamedBatches) or keeper is None or keeper.resume_from is None:
+        """Return the training set; a stream from where the run resumes. Of a set, the Trainer skips the beginning."""
+        start, done = self.checkpointing.resume_from, self.steps_done()
+        if not isinstance(train, data_batches.StreamedBatches) or start is None:
             return train
-        stream = Progress.read(keeper.resume_from).stream
+        stream = Progress.read(start).stream
         self._streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
         return replace(train, done=done, used=tuple(stream[: self.job.division.batch_size]))
 
@@ -206,8 +216,7 @@ class FinetuneTrainer(ResumableTrainer):
         finite, fits = bool(torch.isfinite(torch.as_tensor(loss))), bool(torch.isfinite(torch.as_tensor(norm)))
         if self.accelerator.scaler is None:
             finite = fits = finite and fits
-        if self.guard is not None and self.keeper is not None:
-            self._judge(loss, norm, finite=not self.keeper.stop.any_rank(not finite), fits=fits)
+        self._judge(loss, norm, finite=not self.checkpointing.stop.any_rank(not finite), fits=fits)
         return norm
 
     def _zero_step(self, loss: torch.Tensor | float) -> float:
@@ -217,9 +226,7 @@ class FinetuneTrainer(ResumableTrainer):
             DivergedError: The loss or the gradient is not finite, or the loss has leapt.
         """
         is_finite = bool(torch.isfinite(torch.as_tensor(loss)))
-        if self.guard is None or self.keeper is None:
-            return sharded.step(self.deepspeed)[1]
-        is_finite = not self.keeper.stop.any_rank(not is_finite)
+        is_finite = not self.checkpointing.stop.any_rank(not is_finite)
         if not is_finite and self.guard.training.on_nonfinite == "stop":
             self._judge(loss, math.nan, finite=False)
         # The gradients of a loss that is not finite are not finite either: DeepSpeed drops them and takes no step.
@@ -241,8 +248,6 @@ class FinetuneTrainer(ResumableTrainer):
             DivergedError: See `Guard`.
         """
         guard, step, scaler = self.guard, self.state.global_step + 1, self.accelerator.scaler
-        if guard is None:
-            return
         try:
             taken = guard.takes(step, finite=finite)
             if taken:
@@ -269,7 +274,7 @@ class FinetuneTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log, with the steps that were not taken so far, if any, and what fp16 multiplies the loss by."""
-        if "loss" in logs and self.guard is not None and self.guard.not_taken:
+        if "loss" in logs and self.guard.not_taken:
             logs["steps_not_taken"] = self.guard.not_taken
         if "loss" in logs and self.accelerator.scaler is not None:
             logs["loss_scale"] = self.accelerator.scaler.get_scale()
@@ -297,7 +302,7 @@ class FinetuneTrainer(ResumableTrainer):
             message = f"{name} is undefined on this validation split; choose another metric, or more varied rows"
             raise DataError(Problem(message, key="training.best_metric"))
         is_best: bool = super()._determine_best_metric(metrics, trial)
-        ends = self.control.should_training_stop and self.keeper is not None and self.keeper.keeps_last
+        ends = self.control.should_training_stop and self.checkpointing.pace.keeps_last
         self.control.should_save = self.control.should_save or is_best or ends
         return self.control.should_save
 
