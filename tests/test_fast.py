@@ -237,7 +237,7 @@ def test_a_norm_gives_the_same_output_and_gradient(dtype: torch.dtype, tolerance
     x, towards = torch.randn(3, 7, 96).to(dtype), torch.randn(3, 7, 96).to(dtype)
     found = []
     for quick in (False, True):
-        assert len(kernels.install(plain)) == 1 if quick else "forward" not in vars(plain)
+        assert len(kernels.install_norm(plain)) == 1 if quick else "forward" not in vars(plain)
         one = x.clone().requires_grad_()
         y = plain(one)
         y.backward(towards)
@@ -247,7 +247,7 @@ def test_a_norm_gives_the_same_output_and_gradient(dtype: torch.dtype, tolerance
 
 
 def test_norms_that_are_trained_or_of_another_formula_are_left_alone() -> None:
-    assert kernels.install(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
+    assert kernels.install_norm(nn.ModuleList([LlamaRMSNorm(96), Gemma2RMSNorm(96).requires_grad_(False)])) == []
 
 
 def passed(model: Any, seed: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:

@@ -215,17 +215,17 @@ class _RMSNorm(torch.autograd.Function):
         return scaled.addcmul_(wide, along).mul_(r).to(x.dtype), None, None
 
 
-def _forward(module: Any, hidden_states: Tensor) -> Tensor:
+def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
     out: Tensor = _RMSNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
-def install(model: torch.nn.Module) -> list[torch.nn.Module]:
+def install_norm(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Let a model's RMSNorms compute in this way where that gives the very same output; those that do."""
     modules = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm") and _is_equal(module)]
     for module in modules:
-        module.forward = MethodType(_forward, module)
+        module.forward = MethodType(_norm_forward, module)
     return modules
 
 
@@ -239,7 +239,7 @@ def _is_equal(module: torch.nn.Module) -> bool:
     x = torch.linspace(-2.0, 3.0, 3 * len(weight), device=weight.device).view(3, -1).to(weight.dtype)
     with torch.no_grad():
         try:
-            return bool(torch.equal(module(x), _forward(module, x)))
+            return bool(torch.equal(module(x), _norm_forward(module, x)))
         except TypeError:  # it takes more than one input
             return False
 
@@ -416,7 +416,7 @@ def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
     return a.weight, b.weight, How(frozen, layer.scaling[name], p)
 
 
-def _forward_lora_(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+def _lora_forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """In place of PEFT's forward, wherever that would do the same."""
     found = None if arguments or options else how(layer, x)
     if found is None:
@@ -443,13 +443,13 @@ def install_lora(model: torch.nn.Module) -> list[Any]:
     """Let a PEFT model's LoRA layers compute in this way where they fit; those that do."""
     layers: list[Any] = [layer for layer in model.modules() if fits(layer)]
     for layer in layers:
-        layer.forward = MethodType(_forward_lora_, layer)
+        layer.forward = MethodType(_lora_forward, layer)
     return layers
 
 
 def is_installed(layer: torch.nn.Module) -> bool:
     """Recognise a layer that computes in this way."""
-    return getattr(vars(layer).get("forward"), "__func__", None) is _forward_lora_
+    return getattr(vars(layer).get("forward"), "__func__", None) is _lora_forward
 
 
 # The gated feed-forward layer of Llama and its relatives: two tensors are kept for the backward pass, not four.
@@ -514,13 +514,13 @@ def _halves(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> tuple[
     return torch.ops.aten.silu_backward(grad * up, gate), grad * activated
 
 
-def _forward_mlp(module: Any, x: Tensor) -> Tensor:
+def _mlp_forward(module: Any, x: Tensor) -> Tensor:
     """For any `down_proj`."""
     out: Tensor = module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
     return out
 
 
-def _forward_lora(module: Any, x: Tensor) -> Tensor:
+def _mlp_with_lora_forward(module: Any, x: Tensor) -> Tensor:
     """For a `down_proj` that computes as `lora` does, unless it has hooks or is switched off."""
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     has_hooks, learns = down._forward_hooks or down._forward_pre_hooks, gate.requires_grad or up.requires_grad
@@ -543,7 +543,7 @@ def install_mlp(model: torch.nn.Module) -> list[torch.nn.Module]:
     for module in model.modules():
         if not all(hasattr(module, part) for part in PARTS):
             continue
-        forward = _forward_lora if is_installed(module.down_proj) else _forward_mlp  # type: ignore[arg-type]
+        forward = _mlp_with_lora_forward if is_installed(module.down_proj) else _mlp_forward  # type: ignore[arg-type]
         if _is_equal_mlp(module, forward):
             module.forward = MethodType(forward, module)
             found.append(module)

@@ -79,12 +79,12 @@ Tensor = torch.Tensor
 
 # Largest difference of a logit, and of a loss, relative to the largest: rounding in another order makes this much.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# Setting, the file that replaces forward functions of modules for it, and what these are called.
-MODULES: tuple[tuple[str, Any, str], ...] = (
-    ("fused_lora", kernels, "layers"),
-    ("fused_norm", kernels, "norms"),
-    ("fused_mlp", kernels, "layers"),  # looks at what `lora` did
-    ("cheap_dropout", kernels, "modules"),  # for CPUs
+# Setting, the function that replaces `forward` of modules for it, and what these are called.
+MODULES: tuple[tuple[str, Callable[[Any], list[Any]], str], ...] = (
+    ("fused_lora", kernels.install_lora, "layers"),
+    ("fused_norm", kernels.install_norm, "norms"),
+    ("fused_mlp", kernels.install_mlp, "layers"),  # after LoRA: it looks at the forward of `down_proj`
+    ("cheap_dropout", kernels.install_dropout, "modules"),
 )
 # Of the batch that is compared, at most.
 ROWS = 2
@@ -163,8 +163,10 @@ class Paths:
         base, speed, on_cpu = base_model(adapted), recipe.speed, machine.device == "cpu"
         self._tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
         if not machine.is_sharded:
-            for name, room, unit in MODULES:
-                if getattr(speed, name) and (on_cpu or room is not kernels) and (found := room.install(adapted)):
+            for name, replace_forward, unit in MODULES:
+                if not getattr(speed, name) or (name == "cheap_dropout" and not on_cpu):
+                    continue
+                if found := replace_forward(adapted):
                     self._take(name, f"{len(found)} {unit}", partial(_plain_again, found))
             if speed.plain_attention and on_cpu and (before := attention.install(base)):
                 self._take("plain_attention", f"in place of {before}", partial(base.set_attn_implementation, before))
