@@ -169,12 +169,12 @@ def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: boo
     from hf_finetune.models import memory as models_memory
     from hf_finetune.models import pretrained
     from hf_finetune.recipe import Recipe
-    from hf_finetune.tasks.base import Targets
+    from hf_finetune.tasks.base import State
 
     valid = Recipe.model_validate(recipe)
     machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded, activation_checkpointing=True)
     return models_memory.estimate(
-        valid, Targets(), pretrained.load_tokenizer(valid.model), machine, models_memory.Shapes(shape)
+        valid, State(), pretrained.load_tokenizer(valid.model), machine, models_memory.Shapes(shape)
     )
 
 

@@ -200,6 +200,15 @@ class Machine:
         """Dtype in which the base weights are kept: frozen ones in the arithmetic's own, trained ones in fp32."""
         return DTYPES[self.precision] if frozen else torch.float32
 
+    def autocast(self, device: str | None = None) -> torch.autocast:
+        """Compute in the run's precision inside, as accelerate wraps the model's forward pass.
+
+        Args:
+            device: Type of the device that computes; null is the run's.
+        """
+        dtype = DTYPES[self.precision]
+        return torch.autocast(device or self.device, dtype=dtype, enabled=dtype is not torch.float32)
+
     def reloads(self, recipe: Recipe) -> bool:
         """Load the saved weights onto a second base and compare logits; else they are compared bit by bit.
 

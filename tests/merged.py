@@ -18,10 +18,10 @@ from hf_finetune.inference.merge_options import Dtype
 from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 
-def finished(made: Recipe, targets: Targets, place: Path, precision: Precision = "fp32") -> Finished:
+def finished(made: Recipe, targets: State, place: Path, precision: Precision = "fp32") -> Finished:
     """A model of the recipe, trained for a few steps and saved, as a run that is done."""
     adapted = build(made, targets, precision)
     train(adapted, made)

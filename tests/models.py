@@ -12,10 +12,10 @@ from hf_finetune.device import Machine, Precision
 from hf_finetune.models import load, pretrained
 from hf_finetune.models.load import LoadedModel
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Batch, Targets
+from hf_finetune.tasks.base import Batch, State
 
-TWO = Targets(names=("negative", "positive"), counts=(5, 5), id_of={"negative": 0, "positive": 1})
-FOUR = Targets(names=("bad", "fine", "good", "<b>|x`"), counts=(1, 2, 3, 4))
+TWO = State(names=("negative", "positive"), counts=(5, 5), id_of={"negative": 0, "positive": 1})
+FOUR = State(names=("bad", "fine", "good", "<b>|x`"), counts=(1, 2, 3, 4))
 CLASSIFIER = {"kind": "text_classification", "text": "text", "label": "label"}
 LANGUAGE_MODEL = {"kind": "causal_lm", "text": "text"}
 
@@ -49,13 +49,13 @@ def batch(tokenizer: PreTrainedTokenizerBase, rows: int = 4) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
 
 
-def loaded(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32") -> LoadedModel:
+def loaded(made: Recipe, targets: State = TWO, precision: Precision = "fp32") -> LoadedModel:
     """The recipe's base, always with the same head."""
     set_seed(1)
     return load.load(made, targets, machine(precision), pretrained.load_tokenizer(made.model))
 
 
-def build(made: Recipe, targets: Targets = TWO, precision: Precision = "fp32", steps: int = 10) -> Any:
+def build(made: Recipe, targets: State = TWO, precision: Precision = "fp32", steps: int = 10) -> Any:
     """The recipe's adapted model."""
     base = loaded(made, targets, precision)
     tokenizer = pretrained.load_tokenizer(made.model)

@@ -19,7 +19,7 @@ from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.inference import saving
 from hf_finetune.models import load, pretrained
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 LORA = {"kind": "lora", "r": 4}
 PISSA = {"kind": "lora", "r": 4, "init": "pissa"}
@@ -227,12 +227,12 @@ def test_targets_of_a_continued_adapter_are_compared_by_module(
         build(later)
 
 
-SWAPPED = Targets(names=("positive", "negative"))
+SWAPPED = State(names=("positive", "negative"))
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("lora", SWAPPED), ("ia3", FOUR)])
 def test_an_adapter_does_not_continue_under_other_labels(
-    kind: str, labels: Targets, tiny_bert: str, tmp_path: Path
+    kind: str, labels: State, tiny_bert: str, tmp_path: Path
 ) -> None:
     made = recipe(tiny_bert, {"kind": kind})
     saving.save(build(made), made, TWO, pretrained.load_tokenizer(made.model), tmp_path / "adapter")

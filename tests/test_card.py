@@ -26,7 +26,7 @@ from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
 from hf_finetune.reports.run import Result
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 LORA = {"kind": "lora", "r": 4}
 EVIL = "x`\n---\nbase_model: evil\n---\n# Pwned\n[a](http://e.vil)<img src=x>|```python\nimport os\n```"
@@ -163,7 +163,7 @@ def test_data_of_the_hub_are_named_and_files_are_not(tiny_bert: str) -> None:
 
 def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -> None:
     names = (EVIL, "plain", "\x1b[31mred\u202e")
-    targets = Targets(names=names, counts=(1, 2, 3), id_of={name: i for i, name in enumerate(names)})
+    targets = State(names=names, counts=(1, 2, 3), id_of={name: i for i, name in enumerate(names)})
     made = recipe(tiny_bert, LORA, CLASSIFIER | {"labels": list(names)[:2]})
     text = card.plain(made, targets, loaded(made, targets).model.config, NO_TEMPLATE)
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
@@ -183,7 +183,7 @@ def test_s14_s15_labels_and_recipes_cannot_break_out_of_a_card(tiny_bert: str) -
 
 def test_s15_a_system_turn_cannot_end_the_code(tiny_llama: str) -> None:
     made = recipe(tiny_llama, LORA, {"kind": "causal_lm", "prompt": "a", "completion": "b", "system": EVIL})
-    text = card.plain(made, Targets(), loaded(made, Targets()).model.config, TEMPLATE)
+    text = card.plain(made, State(), loaded(made, State()).model.config, TEMPLATE)
     blocks = re.findall(r"```python\n(.*?)```", text.partition("## Training")[0], re.DOTALL)
     compile(blocks[1], "card", "exec")
     fence = re.findall(r"^(`{4,})yaml\n.*?^\1$", text, re.DOTALL | re.MULTILINE)
@@ -192,13 +192,13 @@ def test_s15_a_system_turn_cannot_end_the_code(tiny_llama: str) -> None:
 
 @pytest.mark.slow
 def test_the_code_of_a_card_uses_the_model(tiny_bert: str, tiny_llama: str, tmp_path: Path) -> None:
-    cases: dict[str, tuple[str, dict[str, Any], Targets, str]] = {
+    cases: dict[str, tuple[str, dict[str, Any], State, str]] = {
         "single": (tiny_bert, CLASSIFIER, FOUR, "|".join(re.escape(name) for name in FOUR.names)),
         "pair": (tiny_bert, CLASSIFIER | {"text": ["a", "b"]}, TWO, "negative|positive"),
         "multi": (tiny_bert, CLASSIFIER | {"problem": "multi_label", "threshold": 0.01}, FOUR, r"\['bad', .*\]"),
-        "number": (tiny_bert, CLASSIFIER | {"problem": "regression"}, Targets(names=("label",)), r"-?\d+\.\d+"),
-        "text": (tiny_llama, LANGUAGE_MODEL, Targets(), "(?s).*"),
-        "chat": (tiny_llama, {"kind": "causal_lm", "prompt": "a", "completion": "b"}, Targets(), "(?s).*"),
+        "number": (tiny_bert, CLASSIFIER | {"problem": "regression"}, State(names=("label",)), r"-?\d+\.\d+"),
+        "text": (tiny_llama, LANGUAGE_MODEL, State(), "(?s).*"),
+        "chat": (tiny_llama, {"kind": "causal_lm", "prompt": "a", "completion": "b"}, State(), "(?s).*"),
     }
     for name, (base, task, targets, _) in cases.items():
         made = recipe(base, LORA, task)

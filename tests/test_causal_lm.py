@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hf_finetune.errors import DataError, ModelError
 from hf_finetune.tasks._generation import Generation
-from hf_finetune.tasks.base import IGNORE, Features, Targets
+from hf_finetune.tasks.base import IGNORE, Features, State
 from hf_finetune.tasks.causal_lm import CausalLM
 
 ROWS: dict[str, list[Any]] = {
@@ -35,7 +35,7 @@ def tokenizer(tiny_llama: str) -> Any:
 
 
 def encode(task: CausalLM, tokenizer: Any, max_length: int = 100, rows: Any = ROWS) -> list[Features]:
-    return task.features(rows, tokenizer, Targets(), max_length)
+    return task.features(rows, tokenizer, State(), max_length)
 
 
 def labels_of(row: Any) -> list[int]:
@@ -169,10 +169,10 @@ def sums(rows: list[list[float]]) -> dict[str, Any]:
 
 
 def test_metrics_are_over_tokens_not_rows() -> None:
-    found = PAIR.metrics(sums([[2.0, 1.0, 0.0], [4.0, 3.0, 3.0]]), Targets())
+    found = PAIR.metrics(sums([[2.0, 1.0, 0.0], [4.0, 3.0, 3.0]]), State())
     assert found == pytest.approx({"loss": 1.5, "perplexity": math.exp(1.5), "token_accuracy": 0.75})
-    assert PAIR.metrics(sums([[1e6, 1.0, 0.0]]), Targets())["perplexity"] == math.inf
-    assert PAIR.metrics(sums([[0.0] * 3] * 2), Targets()) == {}
+    assert PAIR.metrics(sums([[1e6, 1.0, 0.0]]), State())["perplexity"] == math.inf
+    assert PAIR.metrics(sums([[0.0] * 3] * 2), State()) == {}
 
 
 def test_smoothing_is_in_the_training_loss_only() -> None:
@@ -184,10 +184,10 @@ def test_smoothing_is_in_the_training_loss_only() -> None:
     def model() -> Any:
         return SimpleNamespace(logits=logits)
 
-    plain = CausalLM(text="t").loss(model, batch, Targets()).sum
-    assert task.loss(model, batch, Targets()).sum.item() != pytest.approx(plain.item(), rel=1e-3)
-    assert task.predict(model, batch, Targets())["nats"].sum().item() == pytest.approx(plain.item(), rel=1e-5)
-    assert task.count(batch, Targets()) == 6
+    plain = CausalLM(text="t").loss(model, batch, State()).sum
+    assert task.loss(model, batch, State()).sum.item() != pytest.approx(plain.item(), rel=1e-3)
+    assert task.predict(model, batch, State())["nats"].sum().item() == pytest.approx(plain.item(), rel=1e-5)
+    assert task.count(batch, State()) == 6
 
 
 def test_answer_metrics_use_the_pattern() -> None:

@@ -20,7 +20,7 @@ from hf_finetune.data import prepare as data_prepare
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, PeerError, StorageError
 from hf_finetune.run import folder
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 SECOND = Machine("cpu", 1, 1, 2, 2, 1, "fp32", "sdpa")
 
@@ -68,7 +68,7 @@ def test_labels_survive_the_cache(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", mixed(8))
     weighted = {**CLASSES, "class_weights": "balanced"}
     assert prepare(llama, weighted).targets == prepare(llama, weighted).targets
-    stored = folder.to_json(Targets(names=("a", "b"), id_of={3: 0, "3": 1}))
+    stored = folder.to_json(State(names=("a", "b"), id_of={3: 0, "3": 1}))
     assert folder.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
 
 
@@ -196,7 +196,7 @@ def test_real_processes_race_wait_and_fail_together(tiny_llama: str) -> None:
 
 def test_the_loser_of_a_race_takes_the_winners_entry(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"input_ids": [[1]], "size": [1]})
-    content = cache.Content({"train": rows}, {}, Targets(), {})
+    content = cache.Content({"train": rows}, {}, State(), {})
     winner, loser = cache.Entry(tmp_path, "key"), cache.Entry(tmp_path, "key")
     built: list[int] = []
 
@@ -225,7 +225,7 @@ def test_a_bug_of_the_first_rank_is_told_to_the_others_once(tmp_path: Path) -> N
     with pytest.raises(PeerError, match=r"failed to prepare the data: ZeroDivisionError\('a bug'\)"):
         entry.get(fail, builds=False)
     rows = datasets.Dataset.from_dict({"size": [1]})
-    entry.get(lambda _: cache.Content({"train": rows}, {}, Targets(), {}), builds=True)
+    entry.get(lambda _: cache.Content({"train": rows}, {}, State(), {}), builds=True)
     assert entry.get(fail, builds=False).encoded["train"]["size"][:] == [1]
 
 

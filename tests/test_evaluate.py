@@ -18,7 +18,7 @@ from hf_finetune.inference import document as inference_document
 from hf_finetune.inference import evaluate as inference_evaluate
 from hf_finetune.inference.evaluate import Options, Scored, compare
 from hf_finetune.reports import intervals
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.text_classification import TextClassification
 
@@ -170,7 +170,7 @@ def test_only_answers_to_the_same_rows_are_compared() -> None:
         def scored(count: int, pattern: str) -> Any:
             answers = {"exact_match": np.ones(count)} if count else {}
             task: Any = SimpleNamespace(answer_pattern=pattern)
-            return Scored(task, Targets(), {}, np.arange(5), np.arange(count), answers)
+            return Scored(task, State(), {}, np.arange(5), np.arange(count), answers)
 
         *both, told = inference_evaluate._same_answers(scored(5, "x"), scored(rows, pattern), "other")
         assert [len(one.answered) for one in both] == [kept, kept]
@@ -218,7 +218,7 @@ def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatte
 
 def scored(logits: Any, labels: Any, names: tuple[str, ...] = ("a", "b")) -> Scored:
     predictions = {"logits": np.asarray(logits, np.float32), "labels": np.asarray(labels)}
-    return Scored(TASK, Targets(names), predictions, np.arange(len(labels)))
+    return Scored(TASK, State(names), predictions, np.arange(len(labels)))
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_rows_that_one_has_right() -> None:
@@ -251,8 +251,8 @@ def tokens(first: int) -> dict[str, Any]:
 
 def test_losses_of_other_tokens_are_not_compared() -> None:
     task = CausalLM(kind="causal_lm", text="text")
-    this = Scored(task, Targets(), tokens(4), np.arange(2))
-    other = Scored(task, Targets(), tokens(5), np.arange(2))
+    this = Scored(task, State(), tokens(4), np.arange(2))
+    other = Scored(task, State(), tokens(5), np.arange(2))
     found = compare(this, other, "other")
     assert (found.differences, found.bounds) == ({}, {})
     assert "are not compared" in found.notes[0]

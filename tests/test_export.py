@@ -16,17 +16,17 @@ from hf_finetune.adapters.base import Setting
 from hf_finetune.errors import ModelError, StorageError
 from hf_finetune.inference import saving
 from hf_finetune.models import load, pretrained
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 LORA = {"kind": "lora", "r": 4}
-NO_LABELS = Targets()
+NO_LABELS = State()
 REGRESSION = CLASSIFIER | {"problem": "regression"}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Targets]] = {
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], State]] = {
     "two_labels": ("bert", LORA | {"init": "pissa"}, CLASSIFIER, TWO),
     "four_labels": ("bert", LORA, CLASSIFIER, FOUR),
     "llama_classifier": ("llama", LORA, CLASSIFIER, FOUR),
     "causal_lm": ("llama", LORA | {"trainable_tokens": ["film"]}, LANGUAGE_MODEL, NO_LABELS),
-    "number": ("bert", {"kind": "ia3"}, REGRESSION, Targets(names=("label",))),
+    "number": ("bert", {"kind": "ia3"}, REGRESSION, State(names=("label",))),
     "pruned": ("bert", {"kind": "adalora"}, CLASSIFIER, TWO),
     "whole": ("bert", {"kind": "full"}, CLASSIFIER, FOUR),
 }

@@ -21,7 +21,7 @@ from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
 from hf_finetune.tasks._messages import Chat
-from hf_finetune.tasks.base import IGNORE, REMARKS, Targets
+from hf_finetune.tasks.base import IGNORE, REMARKS, State
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.training import repeating
 
@@ -66,7 +66,7 @@ def turn(role: str, content: Any, **keys: Any) -> dict[str, Any]:
 def encoded(template: str, chat: list[Any], **task: Any) -> tuple[str, str, set[str]]:
     """The whole chat and what is trained of it, as text, and what was noticed."""
     tokenizer = byte_tokenizer(template)
-    row = CausalLM(messages="chat", **task).features({"chat": [chat]}, tokenizer, Targets(), 9999)[0]
+    row = CausalLM(messages="chat", **task).features({"chat": [chat]}, tokenizer, State(), 9999)[0]
     kept = [label for label in row["labels"] if label != IGNORE]
     noticed = {check for check, bit in REMARKS.items() if row["remarks"] & bit}
     return tokenizer.decode(row["input_ids"]), tokenizer.decode(kept), noticed
@@ -102,7 +102,7 @@ def test_what_is_short_is_looked_for_behind_many_other_shapes_of_chats() -> None
     chats = [[ASKED, *(turn(role, "hi") for role in roles), ASKED, ANSWERED] for roles in shapes]
     chats.append([turn("observation", "is"), ASKED, ANSWERED])
     with pytest.raises(DataError, match=r"turn 1 \(observation\): .* drops its content; name"):
-        CausalLM(messages="chat").features({"chat": chats}, byte_tokenizer(TEXT_ONLY), Targets(), 9999)
+        CausalLM(messages="chat").features({"chat": chats}, byte_tokenizer(TEXT_ONLY), State(), 9999)
 
 
 def test_reasoning_that_the_template_drops_is_counted() -> None:
@@ -242,7 +242,7 @@ def test_named_templates_without_a_default_are_one_line() -> None:
     tokenizer.chat_template = {"rag": PREFIXED, "tool_use": CALLS}
     task = CausalLM(messages="chat")
     with pytest.raises(ModelError, match="chat templates rag, tool_use, and none called default"):
-        task.features({"chat": [[ASKED, ANSWERED]]}, tokenizer, Targets(), 99)
+        task.features({"chat": [[ASKED, ANSWERED]]}, tokenizer, State(), 99)
 
 
 def test_special_tokens_in_the_text_can_be_read_as_text() -> None:
@@ -250,7 +250,7 @@ def test_special_tokens_in_the_text_can_be_read_as_text() -> None:
     tokenizer = byte_tokenizer(PREFIXED)
     for escapes, ends in ((False, 3), (True, 2)):
         task = CausalLM(messages="chat", escape_special_tokens=escapes)
-        ids: list[int] = task.features({"chat": [chat]}, tokenizer, Targets(), 999)[0]["input_ids"]
+        ids: list[int] = task.features({"chat": [chat]}, tokenizer, State(), 999)[0]["input_ids"]
         asked = task.ask({"chat": [chat]}, tokenizer)[0]
         assert ids[: len(asked)] == asked
         assert ids.count(tokenizer.eos_token_id) == ends
@@ -269,7 +269,7 @@ def test_a_prompt_with_other_tokens_than_it_has_alone_is_counted(shared: Path) -
     rows = {"p": texts[::2], "c": texts[1::2][: len(texts[::2])]}
     rows["p"] = rows["p"][: len(rows["c"])]
     task = CausalLM(prompt="p", completion="c")
-    encoded = task.features(rows, tokenizer, Targets(), 99)
+    encoded = task.features(rows, tokenizer, State(), 99)
     said = [bool(row["remarks"] & REMARKS["split_token"]) for row in encoded]
     asked = task.prompts(rows, tokenizer, len(said))
     found = [row["input_ids"][: len(ids)] != ids for row, ids in zip(encoded, asked, strict=True)]

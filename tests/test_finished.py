@@ -19,7 +19,7 @@ from hf_finetune.inference import load
 from hf_finetune.inference.load import Finished, open_run
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.lock import Input
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 from hf_finetune.tracking.records import Record, stored
 
 
@@ -92,7 +92,7 @@ def test_the_base_of_a_language_model_is_the_pretrained_one(chatter: Path, tiny_
 
 
 def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Path) -> None:
-    targets = Targets(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
+    targets = State(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
     run_folder.write(tmp_path / "targets.json", targets)
     kept = run_folder.read_targetsfile(tmp_path / "targets.json")
     assert kept is not None

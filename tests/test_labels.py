@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import _labels as labels
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 
 def column(values: list[Any], feature: Any = None) -> Dataset:
@@ -176,7 +176,7 @@ def test_columns_of_zeros_alone_are_refused() -> None:
 def test_numbers() -> None:
     cases: list[tuple[list[Any], type]] = [([1, 2], int), ([0.5, -1.0], float)]
     for values, kind in cases:
-        assert labels.read_numbers(column(values), "label") == Targets(("label",), (2,), id_of={"label": 0})
+        assert labels.read_numbers(column(values), "label") == State(("label",), (2,), id_of={"label": 0})
         assert labels.numbers(values, "label") == [float(value) for value in values]
         assert isinstance(values[0], kind)
 
@@ -188,12 +188,12 @@ def test_streamed_rows_need_names() -> None:
         labels.read_labels(stream(["a", "b"]), "label")
     feature = ClassLabel(names=["a", "b"])
     assert labels.read_labels(stream([0, 1], feature), "label").names == ("a", "b")
-    assert labels.read_labels(stream([0, 1]), "label", ["n", "p"]) == Targets(
+    assert labels.read_labels(stream([0, 1]), "label", ["n", "p"]) == State(
         ("n", "p"), id_of={"0": 0, "1": 1, "false": 0, "true": 1, "n": 0, "p": 1}
     )
     assert labels.read_labels(stream([True], Value("bool")), "label").names == ("false", "true")
     assert labels.read_lists(stream([[1]], List(feature)), "label").names == ("a", "b")
-    assert labels.read_cells(stream([1]), ["x", "y"]) == Targets(("x", "y"), id_of={"x": 0, "y": 1})
+    assert labels.read_cells(stream([1]), ["x", "y"]) == State(("x", "y"), id_of={"x": 0, "y": 1})
     assert labels.read_numbers(stream([1.0]), "label").names == ("label",)
 
 
@@ -211,7 +211,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
 
 
 def test_balanced_weights_per_label_are_the_ratio_of_scikit_learns() -> None:
-    targets = labels.weighted(Targets(("x", "y"), (2, 6)), "balanced", 8, per_label=True)
+    targets = labels.weighted(State(("x", "y"), (2, 6)), "balanced", 8, per_label=True)
     no, yes = compute_class_weight("balanced", classes=np.array([0, 1]), y=[1] * 2 + [0] * 6)
     assert targets.weights == pytest.approx((yes / no, 1 / 3))
 
@@ -223,11 +223,11 @@ def test_balanced_weights_need_counts() -> None:
         ((), None, False, "streaming has none"),
     ]:
         with pytest.raises(DataError, match=message):
-            labels.weighted(Targets(("x", "y"), counts), "balanced", rows, per_label=per_label)
+            labels.weighted(State(("x", "y"), counts), "balanced", rows, per_label=per_label)
 
 
 def test_named_weights_follow_the_ids_and_name_every_label() -> None:
-    targets = Targets(("x", "y"), (1, 2))
+    targets = State(("x", "y"), (1, 2))
     assert labels.weighted(targets, {"y": 2.0, "x": 1.0}, 3, per_label=False).weights == (1.0, 2.0)
     with pytest.raises(DataError, match="y has no weight; give one weight for each of x, y"):
         labels.weighted(targets, {"x": 1.0}, 3, per_label=False)

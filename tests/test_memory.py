@@ -15,7 +15,7 @@ from test_adapters import ADAPTERS
 from hf_finetune.models import load, memory, pretrained
 from hf_finetune.models.ledger import Ledger, fake
 from hf_finetune.models.memory import Estimate, Shapes
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 MB = 1 << 20
 GPU = replace(machine("bf16"), device="cuda")
@@ -26,7 +26,7 @@ def estimate(made: Any, rows: int = 4, tokens: int = 16, **shapes: tuple[int, in
 
 
 def on(device: Any, made: Any, shapes: Shapes) -> Estimate:
-    targets = TWO if made.task.peft_task == "SEQ_CLS" else Targets()
+    targets = TWO if made.task.peft_task == "SEQ_CLS" else State()
     return memory.estimate(made, targets, pretrained.load_tokenizer(made.model), device, shapes)
 
 
@@ -78,7 +78,7 @@ def test_every_problem_of_a_classifier_can_be_estimated(kind: str, tiny_bert: st
     made = recipe(tiny_bert, ADAPTERS["lora"], CLASSIFIER | {"problem": kind})
     names = ("score",) if kind == "regression" else ("a", "b")
     tokenizer = pretrained.load_tokenizer(made.model)
-    assert memory.estimate(made, Targets(names), tokenizer, GPU, Shapes((4, 16))).parts["activations"]
+    assert memory.estimate(made, State(names), tokenizer, GPU, Shapes((4, 16))).parts["activations"]
 
 
 def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
@@ -93,7 +93,7 @@ def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_
     shares = []
     for quantization in (None, "nf4"):
         made = recipe(tiny_llama, {"kind": "lora", "r": 4}, LANGUAGE_MODEL, quantization=quantization)
-        outline = memory.outline(made, Targets(), pretrained.load_tokenizer(made.model)).model
+        outline = memory.outline(made, State(), pretrained.load_tokenizer(made.model)).model
         share, whole = (memory.loading_state(made, outline, device)["weights"] for device in (sharded, GPU))
         shares.append(share / whole)
     assert shares[0] < 0.3
@@ -127,7 +127,7 @@ def test_nf4_takes_half_a_byte_and_scales_of_a_byte_for_64_weights() -> None:
 
 def test_quantised_weights_are_those_of_the_body_only(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL, quantization="nf4")
-    adapted = memory.outline(made, Targets(), pretrained.load_tokenizer(made.model)).model
+    adapted = memory.outline(made, State(), pretrained.load_tokenizer(made.model)).model
     assert len(memory.quantized_layers(made, adapted)) == 2 * 7
 
 

@@ -21,9 +21,9 @@ from hf_finetune.inference.merge_options import Options
 from hf_finetune.models import load, pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
-NONE = Targets()
+NONE = State()
 LORA = {"kind": "lora", "r": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -63,7 +63,7 @@ def bases(tiny_bert: str, tiny_llama: str) -> dict[str, str]:
     ids=[f"{base}-{task['kind']}-{name}" for base, task, _, name, _ in CASES],
 )
 def test_every_adapter_merges_into_a_folder_that_is_the_same_model(
-    case: tuple[str, Any, Targets, str, Any], bases: dict[str, str], tmp_path: Path
+    case: tuple[str, Any, State, str, Any], bases: dict[str, str], tmp_path: Path
 ) -> None:
     base, task, targets, _, adapter = case
     run = finished(recipe(bases[base], adapter, task), targets, tmp_path / "run")

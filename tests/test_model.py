@@ -18,7 +18,7 @@ from hf_finetune.device import Machine
 from hf_finetune.errors import Findings, ModelError, RecipeError
 from hf_finetune.models import load, pretrained
 from hf_finetune.models.pretrained import read_config
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 
 LORA = {"kind": "lora", "r": 4}
 FULL = {"kind": "full"}
@@ -362,7 +362,7 @@ def test_attention_that_is_not_installed_is_one_line(tiny_llama: str) -> None:
     with pytest.raises(ModelError, match=r"^model\.attention: flash_attention_2 can't be used: .*install flash-attn"):
         load.attention(made, replace(machine(), attention="flash_attention_2"))
     findings = Findings()
-    assert load.examine(made, Targets(), None, findings) is not None
+    assert load.examine(made, State(), None, findings) is not None
     assert [problem.key for problem in findings.errors] == ["model.attention"]
 
 

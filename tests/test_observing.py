@@ -143,17 +143,17 @@ def test_examples_are_the_most_confidently_wrong_rows_by_their_number_in_the_fil
 
 
 def test_a_wrong_number_and_wrong_cells_are_told_apart() -> None:
-    from hf_finetune.tasks.base import Targets
+    from hf_finetune.tasks.base import State
     from hf_finetune.tasks.text_classification import TextClassification
 
     numbers = TextClassification(kind="text_classification", text="t", label="l", problem="regression")
     found = {"logits": np.array([[1.0], [2], [3]], "f4"), "labels": np.array([1.5, -2, math.nan], "f4")}
-    judged = numbers.judge(found, Targets(("l",)))
+    judged = numbers.judge(found, State(("l",)))
     assert (judged.wrong.tolist(), judged.predicted, judged.truth) == ([True, True], ["1", "2"], ["1.5", "-2"])
     assert judged.confidence.tolist() == [0.5, 4.0]
     cells = TextClassification(kind="text_classification", text="t", label=["a", "b"], problem="multi_label")
     logits = np.array([[2.0, -1, 1, 1], [3, 3, 0, 0], [-4, 4, 0, 1]], "f4")
-    judged = cells.judge({"logits": logits[:, :2], "labels": logits[:, 2:]}, Targets(("a", "b")))
+    judged = cells.judge({"logits": logits[:, :2], "labels": logits[:, 2:]}, State(("a", "b")))
     assert judged.wrong.tolist() == [True, True, False]
     assert (judged.predicted, judged.truth) == (["a", "a, b", "b"], ["a, b", "", "b"])
     assert judged.confidence[:2] == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))])

@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_finetune.errors import ModelError
 from hf_finetune.tasks._tokens import PACKED_ATTENTION, check_packing, packed, padded
-from hf_finetune.tasks.base import IGNORE, Targets
+from hf_finetune.tasks.base import IGNORE, State
 from hf_finetune.tasks.causal_lm import CausalLM
 
 TASK = CausalLM(text="text")
@@ -80,7 +80,7 @@ def build(config: Any, attention: str) -> Any:
 
 def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
-    loss = TASK.loss(model, batch, Targets()).sum / TASK.count(batch, Targets())
+    loss = TASK.loss(model, batch, State()).sum / TASK.count(batch, State())
     torch.autograd.backward(loss)
     return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -163,8 +163,8 @@ def test_padding_is_masked_and_not_trained() -> None:
 
 
 def test_masked_rows_count_nothing_packed_or_not() -> None:
-    assert TASK.count(padded([TASK.masked(DOCUMENTS[0])], 0), Targets()) == 0
-    assert TASK.count(packed([TASK.masked(PACKS[0])], 0), Targets()) == 0
+    assert TASK.count(padded([TASK.masked(DOCUMENTS[0])], 0), State()) == 0
+    assert TASK.count(packed([TASK.masked(PACKS[0])], 0), State()) == 0
     assert DOCUMENTS[0]["labels"] != [IGNORE] * 9
 
 

@@ -25,7 +25,7 @@ from hf_finetune.reports.run import RunData
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks import _metrics as metrics
 from hf_finetune.tasks._sums import Sums
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.token_classification import TokenClassification
 from hf_finetune.tracking.records import Record
@@ -97,7 +97,7 @@ def test_token_metrics_of_sums_are_those_of_the_task() -> None:
     found = {name: float(values[0]) for name, values in sums.metrics(rows.sum(axis=0)[:, None]).items()}
     task = CausalLM(kind="causal_lm", text="text")
     predictions = dict(zip(("nats", "tokens", "right"), rows.T, strict=True))
-    assert found == pytest.approx(task.metrics(predictions, Targets()))
+    assert found == pytest.approx(task.metrics(predictions, State()))
 
 
 def test_an_interval_is_that_of_scipy() -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.errors import DataError
-from hf_finetune.tasks.base import Targets
+from hf_finetune.tasks.base import State
 from hf_finetune.tasks.text_classification import TextClassification
 
 TEXTS = ["the film is good .", "bad plot", "a very very good story , great cast and lovely music !", "dull"]
@@ -35,16 +35,16 @@ def make(problem: str = "single_label", **fields: Any) -> TextClassification:
     return TextClassification.model_validate({"text": "text", "label": "label", "problem": problem, **fields})
 
 
-def loss_of(task: TextClassification, logits: torch.Tensor, labels: torch.Tensor, targets: Targets) -> torch.Tensor:
+def loss_of(task: TextClassification, logits: torch.Tensor, labels: torch.Tensor, targets: State) -> torch.Tensor:
     return task.loss(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels}, targets).sum
 
 
 def predictions(task: TextClassification, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    found = task.predict(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels}, Targets())
+    found = task.predict(lambda **inputs: SimpleNamespace(logits=logits), {"labels": labels}, State())
     return {name: values.detach().numpy() for name, values in found.items()}
 
 
-def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], Targets]:
+def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], State]:
     rows = {"text": TEXTS, **RAW[task.problem]}
     targets = task.fit(Dataset.from_dict(rows))
     return [dict(row) for row in task.features(rows, tokenizer, targets, 64)], targets
@@ -85,7 +85,7 @@ def test_metrics_that_select_belong_to_the_problem() -> None:
 def test_every_metric_that_selects_exists() -> None:
     for problem in RAW:
         task = make(problem)
-        targets = Targets(("x",) if problem == "regression" else ("x", "y"))
+        targets = State(("x",) if problem == "regression" else ("x", "y"))
         logits = torch.randn(20, len(targets.names), generator=torch.Generator().manual_seed(0))
         labels = {
             "single_label": torch.arange(20) % 2,
@@ -135,9 +135,9 @@ def test_pairs_are_encoded_with_their_labels(tokenizer: PreTrainedTokenizerBase)
 
 
 def test_rows_to_predict_need_no_label(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = make().features({"text": TEXTS}, tokenizer, Targets(("a", "b")), 8)
+    rows = make().features({"text": TEXTS}, tokenizer, State(("a", "b")), 8)
     assert all("labels" not in row and row["weight"] == 0 for row in rows)
-    assert set(make().collate([dict(row) for row in rows], tokenizer, Targets())) == {"input_ids", "attention_mask"}
+    assert set(make().collate([dict(row) for row in rows], tokenizer, State())) == {"input_ids", "attention_mask"}
 
 
 def test_secret_labels_of_a_test_split_say_what_to_remove(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -152,7 +152,7 @@ def test_batches_are_padded_on_the_right(tokenizer: PreTrainedTokenizerBase) -> 
     for problem in RAW:
         task = make(problem)
         rows, _ = encoded(task, tokenizer)
-        batch = task.collate([{**row, "row": 3, "text": "x"} for row in rows], tokenizer, Targets())
+        batch = task.collate([{**row, "row": 3, "text": "x"} for row in rows], tokenizer, State())
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert batch["attention_mask"].tolist() == [[1] * n + [0] * (14 - n) for n in (7, 4, 14, 3)]
         assert batch["input_ids"][3, 3:].eq(tokenizer.pad_token_id).all()
@@ -192,7 +192,7 @@ def test_the_loss_is_the_models_own(tiny_bert: str, tokenizer: PreTrainedTokeniz
 
 
 def test_weights_and_smoothing_reach_the_loss_but_not_the_metric() -> None:
-    task, targets = make(label_smoothing=0.1), Targets(("a", "b"), weights=(1.0, 3.0))
+    task, targets = make(label_smoothing=0.1), State(("a", "b"), weights=(1.0, 3.0))
     logits, labels = torch.tensor([[1.0, 0.0], [0.5, 0.0]]), torch.tensor([0, 1])
     expected = torch.nn.functional.cross_entropy(logits, labels, torch.tensor([1.0, 3.0]), label_smoothing=0.1)
     torch.testing.assert_close(
@@ -203,7 +203,7 @@ def test_weights_and_smoothing_reach_the_loss_but_not_the_metric() -> None:
 
 
 def test_the_threshold_decides_what_is_predicted() -> None:
-    targets, logits, labels = Targets(("a", "b")), torch.zeros(2, 2), torch.eye(2)
+    targets, logits, labels = State(("a", "b")), torch.zeros(2, 2), torch.eye(2)
     rows = predictions(make("multi_label"), logits, labels)
     assert make("multi_label", threshold=0.5).metrics(rows, targets)["recall.a"] == 1.0
     assert make("multi_label", threshold=0.6).metrics(rows, targets)["recall.a"] == 0.0
@@ -211,7 +211,7 @@ def test_the_threshold_decides_what_is_predicted() -> None:
 
 def test_plots_are_drawn_from_logits_and_labels() -> None:
     found = predictions(make(), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([2, -100]))
-    plot = make().plots(found, Targets())
+    plot = make().plots(found, State())
     assert (plot.problem, plot.rows.dtype) == ("single_label", np.float32)
     assert plot.rows.tolist() == [[1, 1, 1, 2], [1, 1, 1, -100]]
 
@@ -226,7 +226,7 @@ def test_a_linear_layer_learns() -> None:
             "multi_label": ((scores > 0).float(), ("a", "b", "c")),
             "regression": (scores[:, 0], ("a",)),
         }[problem]
-        task, targets = make(problem), Targets(names, weights=() if problem == "regression" else (1.0, 2.0, 0.5))
+        task, targets = make(problem), State(names, weights=() if problem == "regression" else (1.0, 2.0, 0.5))
         layer = torch.nn.Linear(6, len(names))
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
         for _ in range(150):

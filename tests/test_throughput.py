@@ -126,14 +126,14 @@ def test_measuring_the_machine_draws_no_random_number() -> None:
 
 def test_the_loader_counts_tokens_and_squares_of_documents_packed_or_not(tmp_path: Path, tiny_llama: str) -> None:
     from hf_finetune.data.batches import Division, GlobalBatches, PackedRows, Rows, train_loader
-    from hf_finetune.tasks.base import Targets
+    from hf_finetune.tasks.base import State
     from hf_finetune.tasks.causal_lm import CausalLM
 
     task, lengths = CausalLM(kind="causal_lm", text="text"), [2, 3, 5]
     encoded = [{"input_ids": [7] * n, "labels": [7] * n, "size": n} for n in lengths]
     rows = Rows(_Columns(encoded), task)
     tokenizer = load_tokenizer(models.recipe(tiny_llama, {"kind": "full"}, models.LANGUAGE_MODEL).model)
-    collate = partial(task.collate, processor=tokenizer, state=Targets())
+    collate = partial(task.collate, processor=tokenizer, state=State())
     packed = PackedRows(rows, [[0, 1, 2]])
     for data, batches, collator in (
         (rows, GlobalBatches(lengths, Division(3, 3), 0), collate),

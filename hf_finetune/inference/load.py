@@ -242,8 +242,7 @@ class Serving:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the network runs without gradients, in the run's precision."""
-        half = self.machine.base_dtype(frozen=True)
-        with torch.no_grad(), torch.autocast(self.machine.device, dtype=half, enabled=half is not torch.float32):
+        with torch.no_grad(), self.machine.autocast():
             yield
 
     def predict(self, batch: Batch) -> dict[str, torch.Tensor]:

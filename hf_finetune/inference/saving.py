@@ -160,10 +160,9 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
     """Logits in float32, with the run's autocast."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(machine.precision)
     device = next(iter(inputs.values())).device.type
     try:
-        with torch.no_grad(), torch.autocast(device, dtype=half, enabled=half is not None):
+        with torch.no_grad(), machine.autocast(device):
             logits: torch.Tensor = network(**inputs).logits
     finally:
         for module, training in modes.items():

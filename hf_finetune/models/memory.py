@@ -200,7 +200,7 @@ class Step:
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
             batch = self._batch(shape[0], made, ledger)
-            with self._autocast():
+            with self.machine.autocast(self._device):
                 loss = self._paths.loss_sum(self._forward(), batch)
                 penalty = self.recipe.adapter.penalty(self.adapted)
             (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
@@ -217,18 +217,18 @@ class Step:
         made = self._example(shape[1])
         with self._mode, ledger, torch.no_grad():
             batch = self._batch(shape[0], made, ledger)
-            with self._autocast():
+            with self.machine.autocast(self._device):
                 self.recipe.task.predict(self._paths.forward(self._forward()), batch, self.targets)
         return self._found(ledger)
 
     def _forward(self) -> Any:
         """The forward pass as accelerate wraps it where the precision is mixed: outputs are cast to fp32."""
         forward = self.adapted.forward
-        return forward if self.machine.precision == "fp32" else convert_outputs_to_fp32(self._autocast()(forward))
-
-    def _autocast(self) -> torch.autocast:
-        precision = self.machine.precision
-        return torch.autocast(self._device, dtype=DTYPES[precision], enabled=precision != "fp32")
+        return (
+            forward
+            if self.machine.precision == "fp32"
+            else convert_outputs_to_fp32(self.machine.autocast(self._device)(forward))
+        )
 
     def _found(self, ledger: Ledger) -> dict[str, int]:
         return dict(ledger.peak) | ({"unpacked weight": self._unpacked} if self._unpacked else {})

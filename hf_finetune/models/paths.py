@@ -299,10 +299,10 @@ def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: St
 @contextmanager
 def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
     """Evaluation mode, without gradients, in the precision of the run."""
-    was_training, dtype = model.training, machine.base_dtype(frozen=True)
+    was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(machine.device, dtype=dtype, enabled=dtype is not torch.float32):
+        with torch.no_grad(), machine.autocast():
             yield
     finally:
         model.train(was_training)

@@ -99,10 +99,8 @@ class Bench:
     def outcomes(self, loss_sum: Callable[..., torch.Tensor]) -> torch.Tensor:
         """Loss and gradient norm of each batch, (batches, 2); `loss_sum` as for `seconds`."""
         made = []
-        dtype = self.machine.base_dtype(frozen=True)
         for batch in self.batches:
-            # As accelerate wraps the model's forward pass.
-            with torch.autocast(self.machine.device, dtype=dtype, enabled=dtype is not torch.float32):
+            with self.machine.autocast():
                 loss = loss_sum(self.adapted, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.adapted.parameters() if p.grad is not None])

@@ -203,7 +203,7 @@ class Renderer:
         return spans
 
     def _opening(self, text: str) -> str:
-        """What stands before the first turn of a chat that the assistant begins, with its header.
+        """The text before the first turn of a chat that the assistant begins, with its header.
 
         Many templates look into the first turn and can't render a chat without any. So the header is that of another
         chat.
@@ -237,7 +237,7 @@ class Renderer:
         return text, ([(len(head), end)] if chat.trained[-1:] == chat.answers[-1:] else [])
 
     def _asked(self, chat: Chat, head: str, text: str) -> str:
-        """What stands behind the header that asks for the last answer, where the rendered chat does not begin so."""
+        """The text behind the header that asks for the last answer, where the rendered chat does not begin so."""
         opened = THINKS.search(head)
         if opened is not None and text.startswith(head[: opened.start()]):
             answer = text[opened.start() :].lstrip()
@@ -340,7 +340,7 @@ class Renderer:
         return (start, after.end()) if after else span
 
     def _end(self, text: str, start: int) -> int:
-        """Where the turn that ends the text ends: right after its end-of-turn token.
+        """End of the turn that ends the text: right after its end-of-turn token.
 
         The model stops there and never writes what the template puts behind it: white space, in Phi-3 also EOS.
         """
@@ -355,7 +355,7 @@ class Renderer:
         return [text for text in texts if text]
 
     def header(self, text: str) -> str | None:
-        """What a text has from its last special token on; None where that is far, or there is none."""
+        """The end of a text, from its last special token on; None where that is far, or there is none."""
         tail = text[-HEADER:]
         found = list(self._specials.finditer(tail)) if self._specials is not None else []
         return tail[found[-1].start() :] if found else None
@@ -418,7 +418,7 @@ _ABSENT = object()
 
 
 def _is_silent(turn: dict[str, Any]) -> bool:
-    """Whether a turn has nothing but tool calls: its content may be null, absent or blank."""
+    """Tell whether a turn has nothing but tool calls: its content may be null, absent or blank."""
     return "tool_calls" in turn and is_blank(turn.get("content"))
 
 
@@ -466,7 +466,7 @@ def _thought(turn: dict[str, Any]) -> str:
 
 
 def _remedy(chat: Chat) -> str:
-    """What to do where a template refuses a chat."""
+    """Say what to do where a template refuses a chat."""
     # Templates for text alone add the content to a text, and Python's complaint about that helps nobody.
     if any(not isinstance(turn.get("content", ""), str) for turn in chat.messages):
         return "it may take text alone: write the content of each turn as text, or name another model"

@@ -74,7 +74,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Reader:
-    """Which columns hold what; the fields of the task `causal_lm`, which documents them.
+    """Read rows by the columns that the fields of `causal_lm` name, which document them.
 
     Every method raises a `DataError` where the row does not hold what its columns should.
     """
@@ -141,7 +141,7 @@ class Reader:
         return text
 
     def reference(self, row: Row) -> str:
-        """What the last assistant turn says."""
+        """The text of the last assistant turn."""
         chat = self.chat(row)
         answer = chat.messages[chat.answers[-1]].get("content") if chat.answers else None
         if not isinstance(answer, str):
@@ -150,7 +150,7 @@ class Reader:
 
 
 def blank(rows: Rows, reader: Reader) -> list[bool]:
-    """Which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
+    """Tell which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
     return [_is_blank(row, reader) for row in _split(rows)]
 
 
@@ -195,7 +195,7 @@ def _is_blank(row: Row, reader: Reader) -> bool:
 
 
 def _is_blank_turn(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is an empty question, or an answer that would train the model to say nothing."""
+    """Tell whether a turn is an empty question, or an answer that would train the model to say nothing."""
     role = turn.get("role")
     is_answer = role == "assistant" and turn.get("weight") != 0
     return (is_answer or role == "user") and "content" in turn and _says_nothing(turn)

@@ -1,4 +1,4 @@
-"""What of a chat its rendering holds: a template drops in silence what it does not know.
+"""Compare a chat with its rendering: a template drops in silence what it does not know.
 
 Text is looked for in the rendered text as it stands, as JSON writes it, and without regard to white space: templates
 trim what they take, and some write it as JSON. Text so short that it may stand there by chance is looked for by a
@@ -70,12 +70,12 @@ class Text:
         return _bare(self.text)
 
     def holds(self, said: str) -> bool:
-        """Whether a text stands in it."""
+        """Tell whether a text stands in it."""
         said = said.strip()
         return said in self.text or any(_bare(form) in self.bare for form in _forms(said))
 
     def count(self, said: str) -> int:
-        """How often a text stands in it."""
+        """Count how often a text stands in it."""
         said = said.strip()
         return self.text.count(said) or max(self.bare.count(_bare(form)) for form in _forms(said))
 
@@ -135,7 +135,7 @@ def _of_turn(
 
 
 def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> Iterator[Lost]:
-    """What is missing of a content that does not stand in the text as it is."""
+    """The missing part of a content that does not stand in the text as it is."""
     before, mark, after = content.rpartition("</think>")
     if mark and (not after.strip() or text.holds(after)):
         thought = before.replace("<think>", "", 1)
@@ -220,7 +220,7 @@ def probed(chat: Chat) -> tuple[Chat, dict[tuple[int, str], str]]:
 
 
 def shape(chat: Chat) -> tuple[Any, ...]:
-    """What a template can tell of a chat without reading its texts."""
+    """Everything that a template can tell of a chat without reading its texts."""
     return bool(chat.tools), *(
         (turn["role"], *turn, *_sayings(turn), *(not said.strip() for said in _sayings(turn).values()))
         for turn in chat.messages

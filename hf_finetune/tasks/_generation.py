@@ -27,7 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote after one prompt."""
+    """The answer to one prompt."""
 
     text: str
     """Without special tokens."""
@@ -110,7 +110,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What training teaches the model to end an answer with."""
+    """The token with which training teaches the model to end an answer."""
     token: Any = tokenizer.eos_token if tokenizer.chat_template is None else Renderer(tokenizer).end_of_turn
     end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return int(end) if end is not None else None

@@ -147,7 +147,7 @@ def id_of(text: str, ids_of: Mapping[str, int]) -> int | None:
 
 
 def unknown(text: str, names: Sequence[str], hint: str = "") -> str:
-    """What is wrong with the text of a label that is none of the known names."""
+    """Say what is wrong with the text of a label that is none of the known names."""
     if text in map(str, UNLABELLED):
         return f"is {text}: the row has no label{hint or _NOTHING}"
     near = likeness.like(text, names)
@@ -162,7 +162,7 @@ def unknown(text: str, names: Sequence[str], hint: str = "") -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value is null or NaN."""
+    """Tell whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -256,7 +256,7 @@ def _text(value: Any) -> str:
 
 
 def _hint(values: Sequence[Any]) -> str:
-    """What to do, where none of the rows has a label."""
+    """Say what to do, where none of the rows has a label."""
     if len(values) > 1 and all(is_missing(value) or value in UNLABELLED for value in values):
         return ", nor has any other row here; if these are the test rows, remove data.test"
     return _NOTHING
@@ -409,7 +409,7 @@ def _named_weights(names: Sequence[str], setting: Mapping[str, float]) -> tuple[
 
 
 def _declared(feature: Any, column: str, names: Sequence[str] | None) -> Declared | None:
-    """What the recipe and the column's feature tell without reading a row."""
+    """Everything that the recipe and the column's feature tell without reading a row."""
     from datasets import ClassLabel, Value
 
     if isinstance(feature, ClassLabel):
@@ -469,7 +469,7 @@ def _read(
 
 
 def _strange(text: str, declared: Declared | None) -> bool:
-    """Whether a label is none of those declared, or, where none are, negative."""
+    """Tell whether a label is none of those declared, or, where none are, negative."""
     return _is_integer(text) and text.startswith("-") if declared is None else id_of(text, declared[1]) is None
 
 
@@ -493,7 +493,7 @@ def _feature(train: Dataset | IterableDataset, column: str) -> Any:
 
 
 def _is_loaded(train: Dataset | IterableDataset) -> bool:
-    """Whether all rows can be read: streamed ones can't."""
+    """Tell whether all rows can be read: streamed ones can't."""
     from datasets import Dataset
 
     return isinstance(train, Dataset)

@@ -45,7 +45,7 @@ _LEVELLERS: dict[str, Callable[[str], str]] = {
 
 
 def level(text: str, without: str = "") -> str:
-    """What is left of a label that tells it from others.
+    """The part of a label that tells it from others.
 
     Args:
         text: The label.
@@ -70,7 +70,7 @@ def groups(counts: Mapping[str, int]) -> list[list[str]]:
 
 
 def difference(*alike: Sequence[str]) -> str:
-    """What alone tells labels of each group apart, e.g. `case and spaces`."""
+    """Name the only thing that tells labels of each group apart, e.g. `case and spaces`."""
     pairs = [pair for names in alike for pair in itertools.combinations(names, 2)]
     found = [
         what

@@ -108,7 +108,7 @@ FEW = 128
 
 
 def counted(labels: torch.Tensor) -> torch.Tensor:
-    """Which labels count, (B, T - 1) bool: the label at position 0 has nothing that predicts it."""
+    """Mask of the labels that count, (B, T - 1) bool: the label at position 0 has nothing that predicts it."""
     return labels[:, 1:] != IGNORE
 
 

@@ -100,7 +100,7 @@ def _turn(number: int, turn: Any) -> dict[str, Any]:
 
 
 def _right_name(role: str) -> str | None:
-    """How a role is written that is one of `ROLES` misspelt, or another word for it; others the template may take."""
+    """Spell a role that is one of `ROLES` misspelt, or another word for it; others the template may take."""
     if role in ROLES:
         return None
     plain = role.strip().lower()
@@ -112,7 +112,7 @@ def _right_name(role: str) -> str | None:
 
 
 def _weight(number: int, turn: dict[str, Any]) -> bool:
-    """Whether a turn is trained, by the `weight` that OpenAI's format has; the key is taken out of the turn."""
+    """Tell whether a turn is trained, by the `weight` that OpenAI's format has; the key is taken out of the turn."""
     if turn["role"] != "assistant":
         if turn.get("weight") == 0:
             del turn["weight"]  # only the assistant's turns are trained
@@ -136,7 +136,7 @@ def _joined(parts: list[Any], role: str, at: str) -> Any:
 
 
 def is_text(part: Any) -> bool:
-    """Whether a part of a content is one of text."""
+    """Tell whether a part of a content is one of text."""
     return isinstance(part, Mapping) and (part.get("type") or "text") in TEXT_PARTS
 
 

@@ -20,7 +20,7 @@ LISTED = 60
 
 @dataclass(frozen=True)
 class Sums:
-    """What metrics are made of."""
+    """Sums over rows, and the metrics that follow from them."""
 
     of_rows: Any
     """(S, N), dense or sparse."""

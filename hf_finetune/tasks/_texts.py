@@ -45,7 +45,7 @@ def _encodes(text: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What a cell holds, without the value: the same fault of many rows is told once."""
+    """Name the kind of a cell, without the value: the same fault of many rows is told once."""
     kinds = {bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
     return next((said for kind, said in kinds.items() if isinstance(value, kind)), type(value).__name__)
 

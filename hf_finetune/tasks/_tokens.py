@@ -97,7 +97,7 @@ def _splits(renderer: Renderer, rendered: Sequence[Rendered], tokens: Tokens, *,
 
 
 def _depends(text: str, start: int) -> bool:
-    """Whether tokens before a place may depend on what follows, though none lies across it."""
+    """Tell whether tokens before a place may depend on what follows, though none lies across it."""
     before, after = text[max(0, start - 2) : start], text[start : start + 1]
     return (len(before) == 2 and before.isspace()) or (before[-1:].isdigit() and after.isdigit())
 
@@ -119,7 +119,7 @@ def _is_across(ids: list[int], offsets: list[Span], spans: list[Span], special: 
 
 @lru_cache(maxsize=8)
 def _leaves_out_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether no offset covers the space between two words, be it a part of a token or of none."""
+    """Tell whether no offset covers the space between two words, be it a part of a token or of none."""
     offsets: Any = _tokenise(tokenizer, ["a a"], add_special_tokens=False)[1][0]
     return not any(start <= 1 < end for start, end in offsets)
 

@@ -90,7 +90,7 @@ class Column:
 
 @dataclass(frozen=True)
 class State:
-    """What a task learned from the training rows before training; JSON holds it, and it is saved with the model."""
+    """Everything that a task read off the training rows; JSON holds it, and it is saved with the model."""
 
     names: tuple[str, ...] = ()
     """Label names in the order of their ids; empty for tasks without labels."""
@@ -106,9 +106,6 @@ class State:
     def __post_init__(self) -> None:
         if not self.id_of:
             object.__setattr__(self, "id_of", {name: index for index, name in enumerate(self.names)})
-
-
-Targets = State
 
 
 class Loss(NamedTuple):
@@ -204,7 +201,7 @@ class Task(Plugin):
 
     @property
     def title(self) -> str:
-        """What is learned, for people: runs with the same title can be compared."""
+        """A name of the problem, for people: runs with the same title can be compared."""
         return self.kind
 
     # ---- the recipe and the data ----

@@ -203,7 +203,7 @@ class CausalLM(Task):
             raise ModelError(Problem(reason, key="model.name"))
 
     def blank(self, rows: Rows) -> list[bool]:
-        """Which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
+        """Tell which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
         return examples.blank(rows, self._reader)
 
     def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -233,7 +233,7 @@ class CausalLM(Task):
         return Renderer(tokenizer, self.date, self.escape_special_tokens)
 
     def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
-        """Which turn the template drops a part of."""
+        """Name the turn that the template drops a part of."""
         spoken = self._marked(row, self.renderer(tokenizer))[0][0]
         return next((f"{one.at}: {one.what}" for one in spoken.lost if one.check == check), "")
 
@@ -379,7 +379,7 @@ class CausalLM(Task):
         return tasks_tokens.prompt_ids(tokenizer, texts, plain=True)
 
     def references(self, rows: Rows, n: int) -> list[str]:
-        """What the data answer to the first `n` prompts.
+        """The data's answers to the first `n` prompts.
 
         Raises:
             DataError: A chat has no assistant turn with text; the message names its number within the batch.
@@ -419,7 +419,7 @@ class CausalLM(Task):
         return [renderer.guarded(text) for text in texts]
 
     def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether rows go through the chat template."""
+        """Tell whether rows go through the chat template."""
         templated = tokenizer.chat_template is not None
         if not templated and (self.messages is not None or self.system is not None):
             key = "task.messages" if self.messages is not None else "task.system"

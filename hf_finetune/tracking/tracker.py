@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_finetune.data.prepare import Prepared
@@ -61,8 +60,8 @@ class Tracker:
         if prompts is not None:
             # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
-                writes, board = self.machine.is_main, self.board
-                found.append(Samples(prompts, tokenizer, self.folder.samples, writes=writes, board=board))
+                machine, board = self.machine, self.board
+                found.append(Samples(prompts, tokenizer, self.folder.samples, machine=machine, board=board))
             elif self.machine.is_main:
                 say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
         return found
@@ -140,13 +139,13 @@ class Samples(TrainerCallback):
         prompts: What is answered, and how long answers may be.
         tokenizer: The model's tokenizer.
         file: `samples.jsonl` of the run folder.
-        writes: True on rank 0.
+        machine: Its precision; rank 0 writes.
         board: Shows the answers too.
     """
 
-    def __init__(self, prompts: Prompts, tokenizer: Any, file: Path, *, writes: bool, board: Board | None) -> None:
+    def __init__(self, prompts: Prompts, tokenizer: Any, file: Path, *, machine: Machine, board: Board | None) -> None:
         self.prompts, self.limit = prompts.prompts, prompts.max_new_tokens
-        self.tokenizer, self.writes, self.board = tokenizer, writes, board
+        self.tokenizer, self.machine, self.board = tokenizer, machine, board
         self._appender = Appender(file)
         self._step = -1
 
@@ -156,10 +155,9 @@ class Samples(TrainerCallback):
             return
         self._step = state.global_step
         model = kwargs["model"]
-        dtype = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(model.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+        with self.machine.autocast(model.device.type):
             answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=self.limit)
-        if not self.writes:
+        if not self.machine.is_main:
             return
         lines = [
             {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": answer.text, "ended": answer.ended}
