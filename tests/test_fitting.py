@@ -19,6 +19,7 @@ from test_resume import facts, stop_at
 
 from hf_finetune import device
 from hf_finetune.cli import main
+from hf_finetune.data.job import Job
 from hf_finetune.errors import Findings, RecipeError, Stopped
 from hf_finetune.models.memory import bound
 from hf_finetune.pipeline import plan
@@ -26,7 +27,6 @@ from hf_finetune.pipeline.examine import examine
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock
 from hf_finetune.run.lock import Choice
-from hf_finetune.training.job import Job
 
 if TYPE_CHECKING:
     from conftest import Run

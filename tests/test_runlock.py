@@ -58,8 +58,8 @@ def here(lock: Lock) -> Machine:
 
 def told(lock: Lock, *allowed: str, recipe: Recipe | None = None) -> list[str]:
     """What may not differ and does."""
-    found = locking.find(lock, recipe or recipe_of(lock), here(lock), allowed)
-    return [f"{problem.key}: {problem.message}" for problem in found.problems]
+    problems, _ = locking.drift(lock, recipe or recipe_of(lock), here(lock), allowed)
+    return [f"{problem.key}: {problem.message}" for problem in problems]
 
 
 # ---- what stands in it
@@ -106,7 +106,7 @@ def test_quantised_runs_lock_their_package(locked: Path) -> None:
     lock = read_lock(str(locked))
     recipe = recipe_of(lock)
     quantised = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
-    assert "bitsandbytes" in locking.packages_surroundings(quantised, here(lock))
+    assert "bitsandbytes" in locking.packages(quantised, here(lock))
 
 
 def test_the_checkout_is_told_by_commit_and_whether_it_is_dirty(
@@ -212,7 +212,7 @@ def test_packages_and_hardware_may_differ_where_it_is_allowed(locked: Path) -> N
 
         lock = edited(locked, edit)
         assert [line.split(":")[0] for line in told(lock, *allowed)] == left
-        notes = locking.find(lock, recipe_of(lock), here(lock), allowed).notes
+        notes = locking.drift(lock, recipe_of(lock), here(lock), allowed)[1]
         assert len(notes) == 3 - len(left)
         assert all("as --allow-change says: bits may differ" in note for note in notes)
 
@@ -241,7 +241,7 @@ def test_nothing_else_may_differ(locked: Path) -> None:
         with pytest.raises(
             RecipeError, match=r"only lock.packages, lock.hardware, lock.changed may; train without --locked"
         ):
-            Repeat(str(locked), lock, (key,)).drift(recipe_of(lock), here(lock))
+            Repeat(str(locked), lock, (key,)).refuse_drift(recipe_of(lock), here(lock))
 
 
 def test_a_key_of_a_lock_without_a_lock_says_what_is_missing() -> None:
@@ -311,10 +311,10 @@ def test_files_may_lie_elsewhere(locked: Path, tmp_path: Path) -> None:
 
 def test_a_new_driver_or_commit_is_only_told(locked: Path) -> None:
     lock = edited(locked, lambda content: content.update(git={"commit": "c" * 40, "dirty": True}))
-    found = locking.find(lock, recipe_of(lock), here(lock), ())
-    assert found.problems == []
-    assert (locking.checkout() is None) == (found.notes == [])
-    assert all("the working directory was at commit cccccccccccc with changes" in note for note in found.notes)
+    problems, notes = locking.drift(lock, recipe_of(lock), here(lock), ())
+    assert problems == []
+    assert (locking.checkout() is None) == (notes == [])
+    assert all("the working directory was at commit cccccccccccc with changes" in note for note in notes)
 
 
 def test_other_rows_of_equal_files_are_refused_unless_packages_may_differ(locked: Path) -> None:

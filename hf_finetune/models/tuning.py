@@ -26,6 +26,7 @@ from hf_finetune import __version__
 from hf_finetune import device as device_module
 from hf_finetune.adapters._targets import base_model
 from hf_finetune.data import cache
+from hf_finetune.data.job import Job
 from hf_finetune.device import Machine, is_out_of_memory, wait
 from hf_finetune.errors import ModelError
 from hf_finetune.models import attention
@@ -35,7 +36,6 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import write_atomically
 from hf_finetune.run.lock import Choice
 from hf_finetune.tasks.base import Batch
-from hf_finetune.training.job import Job
 
 # A run before its first step, and measurements on it: how long a step takes, here and in earlier runs.
 

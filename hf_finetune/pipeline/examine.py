@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_finetune import device, log
 from hf_finetune.data import checks, prepare, sources
+from hf_finetune.data.job import Job
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.data.stream import Look, Stream
 from hf_finetune.device import Machine
@@ -19,7 +20,6 @@ from hf_finetune.errors import DataError, Findings, ModelError, Problem, RecipeE
 from hf_finetune.models import load, pretrained, sharded
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State
-from hf_finetune.training.job import Job
 
 UNKNOWN = State(names=("first", "second"))
 """Labels of a model whose data could not be read: its body can be looked at all the same."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_finetune import device
 from hf_finetune.data.batches import lengths_of
+from hf_finetune.data.job import Job
 from hf_finetune.data.stream import Look
 from hf_finetune.errors import Findings, Problem, StorageError
 from hf_finetune.log import phase
@@ -23,7 +24,6 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.reports import run
 from hf_finetune.run.folder import nearest_existing
 from hf_finetune.run.lock import Choice, Choices
-from hf_finetune.training.job import Job
 
 MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.5, "adafactor": 0.1, "sgd": 0.0}
 """Numbers of fp32 that each optimiser keeps of a trained weight, about."""

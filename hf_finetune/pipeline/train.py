@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, set_seed
 from hf_finetune import device, log
 from hf_finetune.adapters.base import Setting
 from hf_finetune.config.reading import Reading
+from hf_finetune.data.job import Job
 from hf_finetune.device import Machine, is_out_of_memory
 from hf_finetune.errors import (
     INTERRUPTED,
@@ -58,7 +59,6 @@ from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training import arguments, continuing, locking
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import StopRequest
-from hf_finetune.training.job import Job
 from hf_finetune.training.peers import Failure, Watch
 from hf_finetune.training.repeating import Repeat
 from hf_finetune.training.resume import Checkpointing, EvaluationStopped

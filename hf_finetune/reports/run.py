@@ -33,9 +33,9 @@ from hf_finetune.tracking.figures import Chart
 from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
+    from hf_finetune.data.job import Length
     from hf_finetune.data.prepare import Prepared
     from hf_finetune.device import Machine
-    from hf_finetune.training.job import Length
 
 
 # Lines about data, model and plan while a run starts, and what it came to at its end.

@@ -7,16 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.paths import outside
-from hf_finetune.device import Machine
 from hf_finetune.errors import Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import write_atomically
+
+if TYPE_CHECKING:
+    from hf_finetune.device import Machine  # which imports torch
 
 VERSION = 2
 """Version 1 kept no recipe and no hashes of files: it serves a resume, and nothing else."""

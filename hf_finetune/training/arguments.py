@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_finetune.data.job import Job
 from hf_finetune.recipe import Recipe
-from hf_finetune.training.job import Job
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 
 from hf_finetune import device
+from hf_finetune.data.job import Job
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 from hf_finetune.log import say
@@ -25,7 +26,6 @@ from hf_finetune.run.journal import keep_lines
 from hf_finetune.run.store import Facts, Manifest, verify
 from hf_finetune.tracking import records
 from hf_finetune.training.callbacks import Pace, StopRequest
-from hf_finetune.training.job import Job
 from hf_finetune.training.resume import Checkpointing, Progress
 
 if TYPE_CHECKING:

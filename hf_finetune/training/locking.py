@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,7 +123,7 @@ GIT_SECONDS = 10
 """Time limit of git."""
 
 
-def packages_surroundings(recipe: Recipe, machine: Machine) -> dict[str, str]:
+def packages(recipe: Recipe, machine: Machine) -> dict[str, str]:
     """Return the versions of the packages that this run uses, by name."""
     used = {
         "bitsandbytes": recipe.model.quantization is not None or recipe.training.optimizer == "adamw_8bit",
@@ -235,17 +234,7 @@ FILES_TOLD = 20
 """Of one input, at most; the rest is counted."""
 
 
-@dataclass
-class Drift:
-    """Differences."""
-
-    problems: list[Problem] = field(default_factory=list)
-    """Those that refuse the repeat."""
-    notes: list[str] = field(default_factory=list)
-    """Those that are allowed, by `--allow-change` or because they decide no bit."""
-
-
-def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -> Drift:
+def drift(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -> tuple[list[Problem], list[str]]:
     """Compare everything that can be compared before data and model are loaded.
 
     Args:
@@ -253,26 +242,31 @@ def find(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -
         recipe: Of the repeat.
         machine: Of the repeat.
         allowed: Keys of `--allow-change`.
+
+    Returns:
+        Differences that refuse the repeat, and those that are allowed or decide no bit.
     """
-    drift = Drift()
+    problems, notes = list[Problem](), list[str]()
     for key, told in _changed_keys(lock.recipe.whole, recipe.dump()):
         how = "a repeat changes nothing; leave it as it was, or train without --locked"
-        drift.problems.append(Problem(f"{told}: {how}", key=key))
-    for text in lock.changed:
-        said = f"the run was changed while it went on: {text}"
-        _add(drift, "lock.changed", said, allowed)
+        problems.append(Problem(f"{told}: {how}", key=key))
+    may_differ = [("lock.changed", f"the run was changed while it went on: {text}") for text in lock.changed]
+    may_differ += _values("lock.packages", lock.packages, packages(recipe, machine))
+    may_differ += _values("lock.hardware", lock.hardware, decisive(machine))
     for key, was, now in _inputs(lock, recipe):
-        drift.problems += [Problem(text, key=key) for text in _changed(was, now)]
-    packages, hardware = packages_surroundings(recipe, machine), decisive(machine)
-    for key, text in (
-        *_values("lock.packages", lock.packages, packages),
-        *_values("lock.hardware", lock.hardware, hardware),
-    ):
-        _add(drift, key, text, allowed)
+        problems += [Problem(text, key=key) for text in _changed(was, now)]
+    for key, text in may_differ:
+        group = ".".join(key.split(".")[:2])
+        if group in allowed or key in allowed:
+            notes.append(f"{key} {text}, as --allow-change says: bits may differ")
+        else:
+            advice = f"{HINTS.get(key) or HINTS[group]}, or give --allow-change {group}"
+            problems.append(Problem(f"{text}: bits may differ; {advice}", key=key))
     here = checkout() if lock.git is not None else None
     if lock.git is not None and here is not None and here != lock.git:
-        drift.notes.append(f"the working directory was {_described(lock.git)}, is {_described(here)}")
-    return drift
+        commits = [f"{git.commit[:12]}{' with changes' if git.dirty else ''}" for git in (lock.git, here)]
+        notes.append(f"the working directory was at commit {commits[0]}, is at commit {commits[1]}")
+    return problems, notes
 
 
 def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Input | None]]:
@@ -369,21 +363,6 @@ def _values(group: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
             yield f"{group}.{name}", f"was {_plain(before)}, is {_plain(after)}"
 
 
-def _add(drift: Drift, key: str, text: str, allowed: Sequence[str]) -> None:
-    """Keep a difference that may be allowed, as a problem or as a note."""
-    group = ".".join(key.split(".")[:2])
-    if group in allowed or key in allowed:
-        drift.notes.append(f"{key} {text}, as --allow-change says: bits may differ")
-    else:
-        how = HINTS.get(key) or HINTS[group]
-        message = f"{text}: bits may differ; {how}, or give --allow-change {group}"
-        drift.problems.append(Problem(message, key=key))
-
-
-def _described(git: Git) -> str:
-    return f"at commit {git.commit[:12]}{' with changes' if git.dirty else ''}"
-
-
 def _plain(value: Any) -> str:
     return "not there" if value is None else shown(value, plain=True)
 
@@ -413,7 +392,7 @@ def lock(recipe: Recipe, machine: Machine, fingerprint: str, choices: Choices) -
         adapter=adapter,
         fingerprint=fingerprint,
         data=data,
-        packages=packages_surroundings(recipe, machine),
+        packages=packages(recipe, machine),
         hardware=decisive(machine),
         driver=driver() if machine.device == "cuda" else None,
         git=checkout(),

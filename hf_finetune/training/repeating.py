@@ -11,14 +11,13 @@ from hf_finetune import recipe as recipe_module
 from hf_finetune.config import yamlfile
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.yamlfile import OVERRIDE
-from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.lock import Choices, Lock, pinned
 
 if TYPE_CHECKING:
-    from hf_finetune.training.locking import Drift
+    from hf_finetune.device import Machine  # torch takes seconds to import
 
 KEYS = "lock."
 """Beginning of the keys of `--allow-change` that are about a lock."""
@@ -36,11 +35,12 @@ class Repeat:
     allowed: tuple[str, ...] = ()
     """Keys of `--allow-change` that begin with `lock.`."""
 
-    def drift(self, recipe: Recipe, machine: Machine) -> Drift:
-        """Return the differences, each with the lock as its file.
+    def refuse_drift(self, recipe: Recipe, machine: Machine) -> list[str]:
+        """Compare a repeat with its lock; returns a sentence for each difference that is allowed.
 
         Raises:
-            RecipeError: `--allow-change` names what may not change.
+            RecipeError: `--allow-change` names a key that may not change.
+            CheckpointError: Something else differs; it carries every difference.
         """
         from hf_finetune.training import locking
 
@@ -48,20 +48,10 @@ class Repeat:
             if not any(key == group or key.startswith(f"{group}.") for group in locking.ALLOWED):
                 message = f"may not change in a repeat, only {', '.join(locking.ALLOWED)} may; train without --locked"
                 raise RecipeError(Problem(message, key=key))
-        found = locking.find(self.lock, recipe, machine, self.allowed)
-        found.problems = [replace(problem, file=problem.file or self.file) for problem in found.problems]
-        return found
-
-    def refuse_drift(self, recipe: Recipe, machine: Machine) -> list[str]:
-        """Compare a repeat with its lock; returns a sentence for each difference that is allowed.
-
-        Raises:
-            CheckpointError: Something else differs; it carries every difference.
-        """
-        drift = self.drift(recipe, machine)
-        if drift.problems:
-            raise CheckpointError(drift.problems)
-        return drift.notes
+        problems, notes = locking.drift(self.lock, recipe, machine, self.allowed)
+        if problems:
+            raise CheckpointError(replace(problem, file=problem.file or self.file) for problem in problems)
+        return notes
 
     def choices(self) -> Choices:
         """Return the choices that were made for the locked run."""

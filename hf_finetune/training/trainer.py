@@ -20,6 +20,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune.data import batches as data_batches
+from hf_finetune.data.job import COUNTS, Job
 from hf_finetune.errors import DataError, DivergedError, Problem
 from hf_finetune.models import sharded
 from hf_finetune.models.paths import Paths
@@ -29,7 +30,6 @@ from hf_finetune.tasks.base import Questions
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Tally, Throughput
 from hf_finetune.training.callbacks import Guard
-from hf_finetune.training.job import COUNTS, Job
 from hf_finetune.training.resume import Checkpointing, Progress, ResumableTrainer
 
 if TYPE_CHECKING:

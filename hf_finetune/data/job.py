@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hf_finetune import device as device_module
+from hf_finetune import device
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data import stream as data_stream
@@ -127,7 +127,7 @@ class Job:
                 packed = data_batches.pack(lengths, recipe.data.max_length)
                 rows, lengths = data_batches.PackedRows(rows, packed), packed.sums(lengths)
         longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
-        micro_batch = device_module.micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
+        micro_batch = device.micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
         division = data_batches.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
         batches = None
         if lengths is None:
@@ -174,7 +174,7 @@ class Job:
     @cached_property
     def eval_batch(self) -> EvalBatch:
         """The most that one forward pass gets in evaluation."""
-        return device_module.eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
+        return device.eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
 
     def divided(self, micro_batch: int) -> Job:
         """Cut the same work into micro-batches of at most so many rows; the global batches and their order stay."""
@@ -248,4 +248,4 @@ def _stream_workers(recipe: Recipe, machine: Machine) -> int:
         return recipe.data.workers if recipe.data.workers > 1 else 0
     if machine.device == "cpu":
         return 0  # it trains with every core
-    return max(1, min(STREAM_WORKERS, device_module.cores() // machine.local_world_size - 1))
+    return max(1, min(STREAM_WORKERS, device.cores() // machine.local_world_size - 1))
