@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,10 +29,11 @@ from hf_finetune.data.sources import Origins
 from hf_finetune.data.splits import Split
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
-from hf_finetune.errors import DataError, Problem, RecipeError, RowsError
+from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, StorageError
 from hf_finetune.log import libraries
 from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.recipe import Recipe
+from hf_finetune.tasks._image import on_disk
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
 # Reads and encodes every split for the cache; all that is wrong with any of them is told at once.
@@ -264,7 +265,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         origins.check_unchanged(stamps)
         return content
 
-    entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions()]))
+    entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions(), *_referenced(task, origins)]))
     content = entry.get(build, builds=machine.is_node_main)
     if data.streaming:
         encoder = Encoder(task, tokenizer, content.targets, data.max_length)
@@ -283,6 +284,28 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         places=origins.places,
         fingerprint=fingerprint,
     )
+
+
+def _referenced(task: Task, origins: Origins) -> list[str]:
+    """A hash of name, size and time of every file that rows name: the cache holds their content, too.
+
+    Not part of the fingerprint, which must be the same on a machine where the same files are younger.
+    """
+    if not (columns := tuple(task.file_columns())):
+        return []
+    digest, seen = hashlib.sha256(), set[Path]()
+    for origin in origins:
+        if not origin.stamps():  # of the Hub, whose commit says it all
+            continue
+        with suppress(DataError, StorageError):  # told once the rows are read
+            for row in origin.stream(Wanted(columns, columns, files=columns)):
+                for cell in (row[column] for column in columns):
+                    path = cell.get("path") if isinstance(cell, dict) else cell
+                    if isinstance(path, str) and (place := on_disk(path)) not in seen and place.is_file():
+                        seen.add(place)
+                        state = place.stat()
+                        digest.update(f"{place} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return [digest.hexdigest()]
 
 
 def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:

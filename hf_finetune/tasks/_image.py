@@ -62,15 +62,17 @@ def opened(file: bytes) -> Image:
         raise DataError(f"holds a damaged image ({' '.join(str(error).split())[:100]}); remove it") from None
 
 
-def _read(path: str) -> bytes:
+def on_disk(path: str) -> Path:
+    """The file that a path leads to, or into: a zip file stands in it where a folder would."""
     file = Path(path)
-    if file.is_file():
+    return next((place for place in (file, *file.parents) if place.is_file()), file)
+
+
+def _read(path: str) -> bytes:
+    file, place = Path(path), on_disk(path)
+    if place == file:
         return file.read_bytes()
-    # A path may lead into a zip file: the folder in it that is a file is that.
-    archive = next((parent for parent in file.parents if parent.is_file()), None)
-    if archive is None:
-        return file.read_bytes()  # for the reason that it gives
-    return _archive(str(archive), os.getpid()).read(file.relative_to(archive).as_posix())
+    return _archive(str(place), os.getpid()).read(file.relative_to(place).as_posix())
 
 
 @lru_cache(maxsize=4)
