@@ -273,7 +273,7 @@ def test_of_many_changed_files_some_are_told_and_the_rest_counted() -> None:
     was = Input(files=[File(name=f"{n}", size=1, sha256="0") for n in range(50)])
     now = Input(files=[File(name=f"{n}", size=1, sha256="1") for n in range(50)])
     found = list(locking._changed(was, now))
-    assert len(found) == locking.FILES_TOLD + 1
+    assert len(found) == locking.FILES_SHOWN + 1
     assert found[-1] == "30 more files changed"
 
 

@@ -76,14 +76,14 @@ class CheckResult:
     def verdict(self) -> str:
         """The last line of the report."""
         counts = ((len(self.problems), "error"), (len(self.warnings), "warning"))
-        told = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+        counted = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
         if not self.ok:
-            return told
+            return counted
         looked = None if self.parts is None else self.parts.looked
         later = ""
         if looked is not None and not looked.whole:
             later = f"; training rows after the first {looked.report.rows:,} are checked as they are read"
-        return f"{told}: this recipe can run{later}"
+        return f"{counted}: this recipe can run{later}"
 
     def raise_errors(self) -> None:
         """Raise all errors at once, as `train` would.
@@ -239,17 +239,17 @@ def look(
 
 
 def advice(recipe: Recipe) -> Iterator[Problem]:
-    """Warn of what may train and yet come to nothing; nobody can be sure, so these are no errors."""
+    """Warn of settings that may train and yet come to nothing; that is not certain, so they are not errors."""
     rate, usual = recipe.training.learning_rate, recipe.adapter.usual_rates
     if usual is not None and recipe.training.optimizer in LIKE_ADAM:
         most, least = _plain(usual.most), _plain(usual.least)
         spread = most if usual.least == usual.most else f"{least} to {most}"
-        told = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({usual.source})"
+        usual_for = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({usual.source})"
         if rate > ABOVE * usual.most:
-            message = f"{_plain(rate)} is too high {told}; the loss will hardly fall, start with {most}"
+            message = f"{_plain(rate)} is too high {usual_for}; the loss will hardly fall, start with {most}"
             yield Problem(message, key="training.learning_rate")
         elif rate < usual.least / BELOW:
-            message = f"{_plain(rate)} is too low {told}; the model will hardly change, start with {most}"
+            message = f"{_plain(rate)} is too low {usual_for}; the model will hardly change, start with {most}"
             yield Problem(message, key="training.learning_rate")
     if not recipe.data.has_validation:
         message = "is not given, so nothing will show whether the model learns or only memorises; name a split, or set "

@@ -88,7 +88,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
 
 def _judge(found: Iterable[tuple[str, Problem]], findings: Findings) -> None:
     """Keep what the checks of the data found, by its level."""
-    told = list(found)
-    if errors := [problem for level, problem in told if level == "error"]:
+    found = list(found)
+    if errors := [problem for level, problem in found if level == "error"]:
         findings.add(DataError(errors))
-    findings.warn(problem for level, problem in told if level == "warn")
+    findings.warn(problem for level, problem in found if level == "warn")

@@ -473,9 +473,9 @@ class Status:
                 return
             now = datetime.now(UTC).isoformat(timespec="seconds")
             resumable = self.checkpoint is not None and self._fields["state"] != "done"
-            told = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
-            status = {**self._fields, **told}
-            # A full or read-only disk must not hide what went wrong; whoever saves says so.
+            place = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
+            status = {**self._fields, **place}
+            # A full or read-only disk must not hide what went wrong; the next checkpoint reports it.
             with suppress(OSError):
                 if self.file.parent.is_dir():
                     text = json.dumps(status, indent=2) + "\n"

@@ -114,7 +114,7 @@ class Lock(_Part):
     hardware: dict[str, str | int | bool | None]
     """Properties of the machine that decide bits."""
     driver: str | None = None
-    """Of the GPU; told, never compared."""
+    """Of the GPU; shown, never compared."""
     git: Git | None = None
     choices: Made
     changed: list[str] = []

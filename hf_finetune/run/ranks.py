@@ -122,7 +122,7 @@ def together(ranks: Ranks, action: Callable[[], T]) -> list[T]:
     try:
         result = action()
     except PeerError:
-        raise  # the others can't be told
+        raise  # the others can't be reached
     except BaseException as error:
         is_own, text = isinstance(error, FinetuneError), str(error)
         sentence = f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

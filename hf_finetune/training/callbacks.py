@@ -1,9 +1,9 @@
-"""One agreed decision to stop: a signal to any rank ends all of them at the same step, with a checkpoint.
+"""The agreed stop, the guard against divergence, and checkpoints by the clock.
 
-SIGTERM, SIGINT and SIGUSR1 only set a flag while training runs; at the end of each step, and at each step of an
-evaluation, the ranks compare their flags. A second signal does not wait, unless it is a copy of the first: a scheduler
-signals every process of a job, and the launcher, which is one of them, hands on its own. Outside of training there is
-nothing to save, and a signal ends the process at once.
+A signal to any rank ends all of them at the same step, with a checkpoint. SIGTERM, SIGINT and SIGUSR1 only set a flag
+while training runs; at the end of each step, and at each step of an evaluation, the ranks compare their flags. A second
+signal does not wait, unless it is a copy of the first: a scheduler signals every process of a job, and the launcher,
+which is one of them, forwards its own. Outside of training there is nothing to save, and a signal ends the process.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class StopRequest:
         """Tell whether any rank says so; every rank asks at the same moment."""
         if self._group is None:
             return flag
-        told = torch.tensor([int(flag)], dtype=torch.int32)
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._group)
-        return bool(told)
+        raised = torch.tensor([int(flag)], dtype=torch.int32)
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(raised)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -122,7 +122,7 @@ class StopRequest:
         if is_first:
             self._own, self._since = number, now
         if is_first and self._agreed:
-            return  # another rank was told before, and all of them are stopping already
+            return  # another rank had a signal before, and all of them are stopping already
         if not is_first or not self._deferred:
             raise Stopped.by(number, at_once=not is_first)
         log.notice(STOPPING)
@@ -253,8 +253,8 @@ class Guard:
         self._leaps += 1
         if self._leaps >= spike.patience:
             message = f"the loss {loss:.4g} at step {step} is more than {spike.factor:g} times the usual {usual:.4g}"
-            told = f"{message}, for {self._leaps} steps; {LOWER}"
-            raise DivergedError(Problem(told, key="training.loss_spike"))
+            message = f"{message}, for {self._leaps} steps; {LOWER}"
+            raise DivergedError(Problem(message, key="training.loss_spike"))
 
 
 # Checkpoints by the clock, so seldom that saving takes under 1 % of the time.

@@ -1,4 +1,4 @@
-"""The checkpoint that a run resumes from, and what both must have in common."""
+"""The checkpoint that a run resumes from, and a finished run that is made longer."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ INSTEAD = "give --restart to train anew (this run is moved aside), or name anoth
 
 
 def begin(folder: RunFolder, job: Job) -> None:
-    """Put the finished run aside and what is to go on into its place; rank 0 does it, nobody else is in the folder.
+    """Put the finished run aside and its successor into its place; rank 0 does it, and no other rank is in the folder.
 
     Args:
         folder: Held, with the finished run.

@@ -1,4 +1,4 @@
-"""The lock of a run that is about to train."""
+"""The lock of a run: made from everything that it reads and runs on, and compared with that of an earlier run."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ HINTS = {
     "lock.hardware.ranks": "start as many processes",
     "lock.hardware.ranks_a_node": "start as many processes on each node",
 }
-FILES_TOLD = 20
+FILES_SHOWN = 20
 """Of one input, at most; the rest is counted."""
 
 
@@ -247,9 +247,9 @@ def drift(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) 
         Differences that refuse the repeat, and those that are allowed or decide no bit.
     """
     problems, notes = list[Problem](), list[str]()
-    for key, told in _changed_keys(lock.recipe.whole, recipe.dump()):
+    for key, change in _changed_keys(lock.recipe.whole, recipe.dump()):
         how = "a repeat changes nothing; leave it as it was, or train without --locked"
-        problems.append(Problem(f"{told}: {how}", key=key))
+        problems.append(Problem(f"{change}: {how}", key=key))
     may_differ = [("lock.changed", f"the run was changed while it went on: {text}") for text in lock.changed]
     may_differ += _values("lock.packages", lock.packages, packages(recipe, machine))
     may_differ += _values("lock.hardware", lock.hardware, decisive(machine))
@@ -297,10 +297,10 @@ def _changed(was: Input | None, now: Input | None) -> Iterator[str]:
             if before != after:
                 yield f"{name} was {_plain(before)}, is {_plain(after)}; give the one that it was"
     else:
-        told = list(_changed_files(was.files, now.files))
-        yield from told[:FILES_TOLD]
-        if len(told) > FILES_TOLD:
-            yield f"{len(told) - FILES_TOLD} more files changed"
+        changes = list(_changed_files(was.files, now.files))
+        yield from changes[:FILES_SHOWN]
+        if len(changes) > FILES_SHOWN:
+            yield f"{len(changes) - FILES_SHOWN} more files changed"
 
 
 def _where(what: Input | None) -> str:
@@ -315,12 +315,12 @@ def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
     if [file.sha256 for file in was] == [file.sha256 for file in now]:
         return  # names don't count
     before, after = {file.name: file for file in was}, {file.name: file for file in now}
-    told = False
+    same_set = True
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         if old is not None and new is not None and old.sha256 == new.sha256:
             continue
-        told = True
+        same_set = False
         if new is None:
             yield f"the file {name} is gone ({old.size if old else 0:,} bytes); put it back"
         elif old is None:
@@ -329,7 +329,7 @@ def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
             sizes = f"{old.size:,} bytes then, {new.size:,} now"
             hashes = f"SHA-256 {old.sha256[:12]} then, {new.sha256[:12]} now"
             yield f"the file {name} changed ({sizes}, {hashes}); put it back"
-    if not told:
+    if same_set:
         yield "its files are read in another order; give them in that of the lock"
 
 
@@ -424,5 +424,5 @@ def going_on(now: Lock, file: Path) -> Lock:
     before = find_of_lock(file)
     if before is None:
         return now.model_copy(update={"changed": ["an earlier start left no lock that can be read"]})
-    told = [f"{key} {text}" for key, text in between(before, now)]
-    return now.model_copy(update={"changed": [*before.changed, *told]})
+    changes = [f"{key} {text}" for key, text in between(before, now)]
+    return now.model_copy(update={"changed": [*before.changed, *changes]})

@@ -422,7 +422,7 @@ class ResumableTrainer(Trainer):
             raise EvaluationStopped
 
     def agrees_to_stop(self, *, due: bool = False) -> bool:
-        """Tell whether any rank was told to stop; every rank asks at the same moment.
+        """Tell whether any rank received a signal; every rank asks at the same moment.
 
         Args:
             due: This rank wants a checkpoint; `checkpointing.stop.is_due` then says so on every rank.
@@ -454,7 +454,7 @@ class _Flow(TrainerCallback):
         self.trainer.last_evaluated = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if any rank was told to; an evaluation that is due waits until the run goes on.
+        """Save and stop, if any rank received a signal; an evaluation that is due waits until the run is resumed.
 
         A checkpoint that is due by the clock of rank 0 is written by all; at the end of an epoch, after its evaluation.
         """
