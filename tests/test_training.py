@@ -222,13 +222,13 @@ def test_weights_that_were_gathered_are_saved_as_those_of_a_whole_model(
     from hf_finetune.inference import saving
 
     kept: dict[str, Any] = {}
-    save = saving.save_saving
+    save = saving.save_and_compare
 
     def catch(trainer: Any, folder: Any) -> float | None:
         kept.update(model=trainer.bare_model, job=trainer.job)
         return save(trainer, folder)
 
-    monkeypatch.setattr(saving, "save_saving", catch)
+    monkeypatch.setattr(saving, "save_and_compare", catch)
     done = run(f"adapter={{kind: {adapter}}}", "model.dropout=0")
     job, model = kept["job"], kept["model"]
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -173,7 +173,7 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
 # Save what was trained: written, read back, and compared with the model in memory.
 
 
-def save_saving(trainer: FinetuneTrainer, folder: RunFolder) -> float | None:
+def save_and_compare(trainer: FinetuneTrainer, folder: RunFolder) -> float | None:
     """Write `adapter/` and `targets.json`, read the adapter back, and compare; every rank calls it.
 
     Returns:

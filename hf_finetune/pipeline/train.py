@@ -112,7 +112,7 @@ class Training:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final metrics by split."""
     difference: float | None = None
-    """Between the logits in memory and those of the saved model; see `saving.save`."""
+    """Between the logits in memory and those of the saved model; see `saving.save_and_compare`."""
 
     def say(self, text: str) -> None:
         """Say something once, whatever the number of ranks."""
@@ -508,7 +508,7 @@ def save_and_compare(run: Training) -> None:
     """Write `adapter/`, then read it back and compare it with the model in memory."""
     run.watch.progress(run.trainer.state.global_step, "saving the adapter", is_long=True)
     with phase("saving the adapter"):
-        run.difference = saving.save_saving(run.trainer, run.folder)
+        run.difference = saving.save_and_compare(run.trainer, run.folder)
 
 
 # ---- what it came to ----

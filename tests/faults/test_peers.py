@@ -83,18 +83,19 @@ def test_f13_under_the_launcher(lab: Lab) -> None:
 
 
 WORK = {
-    "export.verify": 0,
-    "runreport.write": 0,
-    "checkpoints.manifest.seal": 0,
-    "preflight.fitting.choose": 0,
-    "data.prepare": 1,
-    "model.load": 1,
+    "inference.saving.verify": 0,
+    "reports.run.write": 0,
+    "run.store.seal": 0,
+    "pipeline.plan.choose": 0,
+    "data.prepare.prepare": 1,
+    "models.load.load": 1,
 }
 """Function that one rank calls while the others wait -> a rank that calls it."""
 
 
 @pytest.mark.parametrize(
-    "function", [name if name == "export.verify" else pytest.param(name, marks=pytest.mark.faults) for name in WORK]
+    "function",
+    [name if name == "inference.saving.verify" else pytest.param(name, marks=pytest.mark.faults) for name in WORK],
 )
 def test_f41_long_work_of_one_rank_ends_nobody(lab: Lab, function: str) -> None:
     limits = {"HF_FINETUNE_PEER_TIMEOUT": "4", "HF_FINETUNE_COLLECTIVE_TIMEOUT": "4"}
@@ -107,7 +108,7 @@ def test_f41_long_work_of_one_rank_ends_nobody(lab: Lab, function: str) -> None:
 @pytest.mark.faults
 def test_f41_a_rank_that_dies_in_long_work_ends_the_others(lab: Lab) -> None:
     job = lab.job(ranks=2, **TIMEOUT)
-    children = job.fork(["work", {"function": "export.verify", "action": "die", "rank": 0}])
+    children = job.fork(["work", {"function": "inference.saving.verify", "action": "die", "rank": 0}])
     begun = time.monotonic()
     assert children[0].wait() == -signal.SIGKILL
     assert children[1].wait(60) == 10, children[1].output
