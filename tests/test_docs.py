@@ -10,7 +10,6 @@ import yaml
 from documents import ROOT
 
 from hf_finetune.adapters.base import Adapter
-from hf_finetune.config.blocks import Checks
 from hf_finetune.config.section import discover
 from hf_finetune.recipe import Recipe, reference
 from hf_finetune.tasks.base import Task
@@ -69,18 +68,18 @@ def test_every_file_that_the_readme_names_exists() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_table_of_data_checks_is_that_of_the_recipe() -> None:
-    row = r"^\| `(\w+)` \| (error|warn|off) \| `?([^|`]*)`? \| (.*) \|$"
-    rows = re.findall(row, ENGLISH.read_text(encoding="utf-8"), re.MULTILINE)
-    told = [(name, default, limit.strip(), meaning) for name, default, limit, meaning in rows]
-    checks: list[tuple[str, str, str, str]] = []
-    for name, field in Checks.model_fields.items():
-        meaning = (field.description or "").rstrip(".")
-        if name.startswith("max_"):
-            checks[-1] = (*checks[-1][:2], f"{name}: {field.default:g}", checks[-1][3])
-        else:
-            checks.append((name, field.default, "", meaning))
-    assert told == checks
+def test_the_first_recipe_of_the_readme_is_the_quickstart(tmp_path: Path) -> None:
+    block = re.search(r"^```yaml\n(.*?)^```", ENGLISH.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert block
+    (tmp_path / "recipe.yaml").write_text(block[1], encoding="utf-8")
+    assert Recipe.load(str(tmp_path / "recipe.yaml")) == Recipe.load(str(ROOT / "recipes/quickstart.yaml"))
+
+
+def test_every_test_that_the_pages_name_exists() -> None:
+    there = {path.name for path in ROOT.glob("tests/**/*.py")}
+    for page in [*DOCS, ENGLISH, CHINESE]:
+        named = re.findall(r"tests/[\w/]*\.py|\btest_\w+\.py", page.read_text(encoding="utf-8"))
+        assert [name for name in named if Path(name).name not in there or ("/" in name and not (ROOT / name).is_file())] == []
 
 
 def test_the_readmes_have_the_same_structure_and_commands() -> None:
