@@ -79,7 +79,9 @@ def test_every_test_that_the_pages_name_exists() -> None:
     there = {path.name for path in ROOT.glob("tests/**/*.py")}
     for page in [*DOCS, ENGLISH, CHINESE]:
         named = re.findall(r"tests/[\w/]*\.py|\btest_\w+\.py", page.read_text(encoding="utf-8"))
-        assert [name for name in named if Path(name).name not in there or ("/" in name and not (ROOT / name).is_file())] == []
+        assert [
+            name for name in named if Path(name).name not in there or ("/" in name and not (ROOT / name).is_file())
+        ] == []
 
 
 def test_the_readmes_have_the_same_structure_and_commands() -> None:
