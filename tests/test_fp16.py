@@ -61,8 +61,8 @@ def test_steps_that_overflow_are_counted_and_the_run_goes_on(run: Runner, scaled
     rates = [line["learning_rate"] for line in done.lines("train")]
     assert len(set(rates)) == taken, "the schedule waits for steps that are taken"
     assert done.lines("summary")[0]["steps_not_taken"] == done.outcome.not_taken == lost[-1]
-    assert f"{lost[-1]} were not taken" in (tmp_path / "run" / "report.html").read_text()
-    assert f"{lost[-1]}, as loss or gradient was not finite" in (tmp_path / "run" / "report.md").read_text()
+    for report in ("report.html", "report.md"):
+        assert f"{lost[-1]} were not taken" in (tmp_path / "run" / report).read_text()
 
 
 def test_a_run_whose_gradients_overflow_at_any_scale_diverges(

@@ -205,7 +205,9 @@ def licence_of_base(recipe: Recipe) -> dict[str, Any]:
             text: str | None = (Path(resolve(recipe.model.name)) / "README.md").read_text(encoding="utf-8")
         else:
             text = _hub_card(repo, recipe.model.revision)
-        data: Any = ModelCard(text or "", ignore_metadata_errors=True).data
+        if not text or not text.lstrip().startswith("---"):  # ModelCard prints a warning about a card without metadata
+            return {}
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
         card = data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
