@@ -29,8 +29,9 @@ from hf_finetune.errors import RecipeError, StorageError
 from hf_finetune.pipeline.check import look
 from hf_finetune.pipeline.check import read as read_recipe
 from hf_finetune.recipe import Recipe
-from hf_finetune.run.folder import RunFolder, Status
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import read
+from hf_finetune.run.status import Status
 from hf_finetune.tracking import charts, events, records, tensorboard
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.logdir import LogDir, check

@@ -23,7 +23,6 @@ from hf_finetune.run import lock as run_lock
 from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks.base import IGNORE, REMARKS, State
 from hf_finetune.tasks.causal_lm import CausalLM
-from hf_finetune.training import repeating
 
 KNOWN = "{% if m.role in ['system', 'user', 'assistant', 'tool'] %}"
 # Knows four roles, and content that is text; everything else becomes nothing.
@@ -320,9 +319,9 @@ output: {tmp_path / "run"}
     run = load.open_run(str(tmp_path / "run"))
     text = run.recipe.task.renderer(run.tokenizer).text  # type: ignore[attr-defined]
     assert text(Chat([ASKED])).startswith(f"{begun} {date.today().day} {date.today():%B}")
-    kept, reading = repeating.read(str(lock), None, [f"output={tmp_path / 'again'}"])
+    kept, reading = run_lock.read_repeat(str(lock), None, [f"output={tmp_path / 'again'}"])
     assert reading.recipe is not None
-    train(reading.recipe, locked=repeating.Repeat(str(lock), kept))
+    train(reading.recipe, locked=run_lock.Repeat(str(lock), kept))
     again = run_lock.find(tmp_path / "again" / "run.lock.json")
     assert again is not None
     assert again.fingerprint == kept.fingerprint

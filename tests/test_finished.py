@@ -93,8 +93,8 @@ def test_the_base_of_a_language_model_is_the_pretrained_one(chatter: Path, tiny_
 
 def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Path) -> None:
     targets = State(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
-    run_folder.write(tmp_path / "targets.json", targets)
-    kept = run_folder.read_targetsfile(tmp_path / "targets.json")
+    run_folder.write_targets(tmp_path / "targets.json", targets)
+    kept = run_folder.read_targets(tmp_path / "targets.json")
     assert kept is not None
     assert (kept.targets, kept.started_in) == (targets, Path.cwd())
     assert [file.name for file in tmp_path.iterdir()] == ["targets.json"]

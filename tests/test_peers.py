@@ -20,7 +20,7 @@ import pytest
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, DataError, PeerError, RecipeError
 from hf_finetune.pipeline.train import peer_failed
-from hf_finetune.run.folder import Status
+from hf_finetune.run.status import Status
 from hf_finetune.training import peers
 from hf_finetune.training.peers import Beat, Failure, Watch, is_of_a_peer
 

@@ -15,7 +15,7 @@ from hf_finetune.config import blocks
 from hf_finetune.errors import PushError
 from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
-from hf_finetune.run import continuation
+from hf_finetune.run import folder as run_folder
 
 Push = Callable[..., int]
 
@@ -230,7 +230,7 @@ def test_private_is_what_nobody_stated_and_hub_may_change_within_a_run(classifie
     assert blocks.Hub(repo=REPO).private
     changed = text.replace("hub: null", "hub: {repo: me/x, private: false, timeout: 5.0}")
     assert changed != text
-    assert continuation.refuse_changes(text, changed, []) == []
+    assert run_folder.refuse_changes(text, changed, []) == []
 
 
 def test_a_pull_request_has_no_tag_and_one_version() -> None:

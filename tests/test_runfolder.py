@@ -14,8 +14,9 @@ import pytest
 
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.run import status as run_status
-from hf_finetune.run.folder import RunFolder, Start, State, Status
+from hf_finetune.run.folder import RunFolder, Start
 from hf_finetune.run.ranks import Ranks
+from hf_finetune.run.status import State, Status
 from hf_finetune.run.store import Facts, Store
 
 
@@ -26,7 +27,7 @@ def state(folder: RunFolder) -> str:
 
 def finished(folder: RunFolder, recipe: str, ended: State, step: int = 3) -> None:
     """A run that has been in this folder."""
-    folder.claim(recipe, restart=True)
+    folder.take(recipe, restart=True)
     status = Status(folder.status)
     status.step = step
     status.finish(ended, 0 if ended == "done" else 1)
@@ -35,20 +36,20 @@ def finished(folder: RunFolder, recipe: str, ended: State, step: int = 3) -> Non
 
 def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "deep" / "run"))
-    assert folder.claim("a: 1\n", restart=False)
+    assert folder.take("a: 1\n", restart=False)
     assert folder.recipe.read_text() == "a: 1\n"
 
 
 def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "done")
-    assert folder.claim("a: 1\n", restart=False).kind == "done"
+    assert folder.take("a: 1\n", restart=False).kind == "done"
 
 
 def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "failed")
-    assert folder.claim("a: 1\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\n", restart=False) == Start("resume")
 
 
 @pytest.mark.parametrize("ended", ["failed", "done"])
@@ -57,7 +58,7 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, en
     finished(folder, "training: {learning_rate: 1.0, seed: 1}\noutput: x\n", ended)
     other = "training: {learning_rate: 2.0, seed: 2}\noutput: y\n"
     with pytest.raises(CheckpointError) as caught:
-        folder.claim(other, restart=False)
+        folder.take(other, restart=False)
     first, second = caught.value.problems
     assert first.key == "training.learning_rate"
     assert "was 1.0, is 2.0" in first.message
@@ -69,7 +70,7 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, en
 def test_an_allowed_change_goes_on_and_is_said(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "training: {steps: 3}\n", "failed")
-    start = folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    start = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
     assert start.kind == "resume"
     assert "training.steps was 3, is 9" in start.notes[0]
 
@@ -78,10 +79,10 @@ def test_a_finished_run_is_extended_from_its_last_state_or_left_alone(tmp_path: 
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "training: {steps: 3}\n", "done")
     with pytest.raises(CheckpointError, match=r"last state was not kept .*--restart .* or name another"):
-        folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+        folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
     (folder.checkpoints / "checkpoint-3").mkdir()
     (folder.checkpoints / "checkpoint-3" / "MANIFEST.json").touch()
-    start = folder.claim("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    start = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
     assert start.kind == "extend"
     assert (folder.recipe.read_text(), state(folder)) == ("training: {steps: 3}\n", "done")
 
@@ -92,15 +93,15 @@ def test_a_damaged_recipe_is_one_line_or_proven_by_a_checkpoint(tmp_path: Path, 
     finished(folder, "a: 1\nb: 2\n", "failed")
     folder.recipe.write_bytes(left)
     with pytest.raises(CheckpointError, match=r"recipe\.yaml of the earlier run is missing or damaged.*--restart"):
-        folder.claim("a: 1\nb: 2\n", restart=False)
+        folder.take("a: 1\nb: 2\n", restart=False)
     facts = Facts(recipe=hashlib.sha256(b"a: 1\nb: 2\n").hexdigest(), data="", model="")
     Store(folder.checkpoints, Ranks(), 1).write(3, lambda place: None, facts)
-    assert folder.claim("a: 1\nb: 2\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\nb: 2\n", restart=False) == Start("resume")
     assert folder.recipe.read_text() == "a: 1\nb: 2\n"
     folder.release()
     folder.recipe.write_bytes(left)
     with pytest.raises(CheckpointError, match="missing or damaged"):
-        folder.claim("a: 1\nb: 3\n", restart=False)
+        folder.take("a: 1\nb: 3\n", restart=False)
 
 
 def test_what_a_resume_needs_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_what_a_resume_needs_is_on_the_disk_before_its_name_is(tmp_path: Path, m
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     part = f".recipe.yaml.{os.getpid()}"
     assert done == [part, "-> recipe.yaml", "run", tmp_path.name]
     done.clear()
@@ -151,12 +152,12 @@ def test_a_run_has_one_of_six_conditions(tmp_path: Path) -> None:
 
 def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     folder.metrics.write_text("{}\n")
     status = Status(folder.status)
     status._write("running", exit_code=None, reason=None)
     folder.release()
-    assert folder.look("a: 1\n", restart=False) == Start("resume")
+    assert folder.inspect("a: 1\n", restart=False) == Start("resume")
 
 
 def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
@@ -165,22 +166,22 @@ def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
     monkeypatch.setattr(run_status, "LOST_SECONDS", 1.5)
     monkeypatch.setattr(run_status, "HEARTBEAT_SECONDS", 0.2)
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     folder.metrics.write_text("{}\n")
     folder.release()
     folder.lock.write_text("4711 another-host")
     status = Status(folder.status)
     status.start()
     with pytest.raises(RecipeError, match="is going on; stop it"):
-        folder.look("a: 1\n", restart=False)
+        folder.inspect("a: 1\n", restart=False)
     status._stop.set()
     status._thread.join()
-    assert folder.look("a: 1\n", restart=False) == Start("resume"), "killed a moment ago"
+    assert folder.inspect("a: 1\n", restart=False) == Start("resume"), "killed a moment ago"
 
 
 def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     folder.release()
     folder.metrics.write_text('{"step": 1}\n')
     (folder.path / "observations").mkdir()
@@ -189,32 +190,32 @@ def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path)
     kept = [folder.path / name for name in (".ranks/.1.json.6", ".gitignore", "observations/x.1")]
     for file in (*left, *kept):
         file.touch()
-    assert folder.claim("a: 1\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\n", restart=False) == Start("resume")
     assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
 
 
 def test_a_run_that_never_trained_is_in_nobodys_way(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "failed", step=0)
-    assert folder.claim("a: 2\n", restart=False)
+    assert folder.take("a: 2\n", restart=False)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first, second = RunFolder(str(tmp_path / "run")), RunFolder(str(tmp_path / "run"))
-    first.claim("a: 1\n", restart=False)
+    first.take("a: 1\n", restart=False)
     Status(first.status).finish("failed", 1)
     with pytest.raises(RecipeError, match=rf"going on \(process {os.getpid()}\)"):
-        second.claim("a: 1\n", restart=True)
+        second.take("a: 1\n", restart=True)
     first.release()
-    assert second.claim("a: 1\n", restart=True)
+    assert second.take("a: 1\n", restart=True)
 
 
 def test_a_look_leaves_no_trace(tmp_path: Path) -> None:
-    assert RunFolder(str(tmp_path / "deep" / "run")).look("a: 1\n", restart=False)
+    assert RunFolder(str(tmp_path / "deep" / "run")).inspect("a: 1\n", restart=False)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StorageError, match=r"/proc: .*; name another folder"):
-        RunFolder("/proc/none").look("a: 1\n", restart=False)
+        RunFolder("/proc/none").inspect("a: 1\n", restart=False)
 
 
 def test_restart_keeps_the_old_run_aside(tmp_path: Path) -> None:
@@ -229,19 +230,19 @@ def test_restart_keeps_the_old_run_aside(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RecipeError, match="no run of hf_finetune"):
-        RunFolder(str(tmp_path)).claim("a: 1\n", restart=True)
+        RunFolder(str(tmp_path)).take("a: 1\n", restart=True)
 
 
 def test_a_file_instead_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(StorageError, match="is a file"):
-        RunFolder(str(tmp_path / "run")).claim("a: 1\n", restart=False)
+        RunFolder(str(tmp_path / "run")).take("a: 1\n", restart=False)
 
 
 def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_status, "HEARTBEAT_SECONDS", 0.05)
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     status = Status(folder.status)
     status.start()
     status.step = 7
@@ -254,11 +255,11 @@ def test_the_heartbeat_goes_on_while_a_run_lives(tmp_path: Path, monkeypatch: py
 
 def test_a_checkpoint_is_told_at_once_and_by_the_next_run_from_its_start(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     status = Status(folder.status)
     status.start()
     (folder.checkpoints / "checkpoint-4").mkdir()
-    status.at(4, "checkpoints/checkpoint-4")
+    status.reached(4, "checkpoints/checkpoint-4")
     told = json.loads(folder.status.read_text())
     assert (told["state"], told["step"], told["resumable"]) == ("running", 4, True)
     status.finish("failed", 1, "the first word")
@@ -274,7 +275,7 @@ def test_a_checkpoint_is_told_at_once_and_by_the_next_run_from_its_start(tmp_pat
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    folder.claim("a: 1\n", restart=False)
+    folder.take("a: 1\n", restart=False)
     status = Status(folder.status)
     for _ in range(50):
         status._write("running", exit_code=None, reason=None)

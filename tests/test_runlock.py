@@ -21,12 +21,12 @@ from hf_finetune import device
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.recipe import Recipe
-from hf_finetune.run import continuation
+from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
-from hf_finetune.run.lock import Choice, File, Git, Input, Lock, Made, RecipeText
+from hf_finetune.run.lock import Choice, File, Git, Input, Lock, RecipeText, Repeat
 from hf_finetune.run.lock import read as read_lock
+from hf_finetune.run.lock import read_repeat as read
 from hf_finetune.training import locking
-from hf_finetune.training.repeating import Repeat, read
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -212,27 +212,27 @@ def test_packages_and_hardware_may_differ_where_it_is_allowed(locked: Path) -> N
 
         lock = edited(locked, edit)
         assert [line.split(":")[0] for line in told(lock, *allowed)] == left
-        notes = locking.drift(lock, recipe_of(lock), here(lock), allowed)[1]
+        _, notes = locking.drift(lock, recipe_of(lock), here(lock), allowed)
         assert len(notes) == 3 - len(left)
         assert all("as --allow-change says: bits may differ" in note for note in notes)
 
 
 def test_a_run_that_was_changed_while_it_went_on_is_not_what_its_recipe_says(locked: Path) -> None:
     first = read_lock(str(locked))
-    same = locking.going_on(first, locked)
+    same = locking.resumed(first, locked)
     assert same.changed == []
     recipe = RecipeText.of(first.recipe.whole.replace("learning_rate: 0.003", "learning_rate: 0.004"))
     other = first.model_copy(update={"recipe": recipe, "hardware": {**first.hardware, "ranks": 2}})
-    second = locking.going_on(other, locked)
+    second = locking.resumed(other, locked)
     assert second.changed == ["training.learning_rate was 0.003, is 0.004", "lock.hardware.ranks was 1, is 2"]
     second.write(locked)
-    assert locking.going_on(first, locked).changed[:2] == second.changed
+    assert locking.resumed(first, locked).changed[:2] == second.changed
     back = first.model_copy(update={"changed": second.changed[:1]})
     (line,) = told(back)
     assert line.startswith("lock.changed: the run was changed while it went on: training.learning_rate was 0.003, is")
     assert told(back, "lock.changed") == []
     locked.write_text("{}")
-    assert locking.going_on(first, locked).changed == ["an earlier start left no lock that can be read"]
+    assert locking.resumed(first, locked).changed == ["an earlier start left no lock that can be read"]
 
 
 def test_nothing_else_may_differ(locked: Path) -> None:
@@ -241,12 +241,12 @@ def test_nothing_else_may_differ(locked: Path) -> None:
         with pytest.raises(
             RecipeError, match=r"only lock.packages, lock.hardware, lock.changed may; train without --locked"
         ):
-            Repeat(str(locked), lock, (key,)).refuse_drift(recipe_of(lock), here(lock))
+            locking.refuse_drift(Repeat(str(locked), lock, (key,)), recipe_of(lock), here(lock))
 
 
 def test_a_key_of_a_lock_without_a_lock_says_what_is_missing() -> None:
     with pytest.raises(CheckpointError, match=r"lock\.packages: is about a lock; give --locked"):
-        continuation.refuse_unknown(["lock.packages"])
+        run_folder.refuse_unknown(["lock.packages"])
 
 
 def test_files_are_compared_by_content_and_told_by_name() -> None:
@@ -265,26 +265,26 @@ def test_files_are_compared_by_content_and_told_by_name() -> None:
 
         if says and "b1 a2" in now:
             says = []  # the same contents in the same order: names don't count
-        found = list(locking._changed(files(was), files(now)))
+        found = list(run_lock.changed_input(files(was), files(now)))
         assert [line[: len(start)] for line, start in zip(found, says, strict=True)] == says
 
 
 def test_of_many_changed_files_some_are_told_and_the_rest_counted() -> None:
     was = Input(files=[File(name=f"{n}", size=1, sha256="0") for n in range(50)])
     now = Input(files=[File(name=f"{n}", size=1, sha256="1") for n in range(50)])
-    found = list(locking._changed(was, now))
-    assert len(found) == locking.FILES_SHOWN + 1
+    found = list(run_lock.changed_input(was, now))
+    assert len(found) == run_lock.FILES_LISTED + 1
     assert found[-1] == "30 more files changed"
 
 
 def test_a_commit_on_the_hub_is_compared_and_so_is_where_it_comes_from() -> None:
     was = Input(source="owner/name", split="train", asked="main", commit="a" * 40)
-    assert list(locking._changed(was, replace_input(was, asked="a" * 40))) == []
-    assert "commit was a" in next(locking._changed(was, replace_input(was, commit="b" * 40)))
-    assert "commit was a" in next(locking._changed(was, replace_input(was, commit=None)))
-    assert "split was train, is test" in next(locking._changed(was, replace_input(was, split="test")))
-    assert "was owner/name on the Hub, is 0 local files" in next(locking._changed(was, Input()))
-    assert "was not given, is 0 local files" in next(locking._changed(None, Input()))
+    assert list(run_lock.changed_input(was, replace_input(was, asked="a" * 40))) == []
+    assert "commit was a" in next(run_lock.changed_input(was, replace_input(was, commit="b" * 40)))
+    assert "commit was a" in next(run_lock.changed_input(was, replace_input(was, commit=None)))
+    assert "split was train, is test" in next(run_lock.changed_input(was, replace_input(was, split="test")))
+    assert "was owner/name on the Hub, is 0 local files" in next(run_lock.changed_input(was, Input()))
+    assert "was not given, is 0 local files" in next(run_lock.changed_input(None, Input()))
 
 
 def replace_input(one: Input, **changes: Any) -> Input:
@@ -348,14 +348,13 @@ def test_a_repeat_takes_the_attention_that_was_chosen_before_anything_is_compare
 def test_a_repeat_that_can_not_do_what_was_chosen_is_refused(locked: Path) -> None:
     lock = read_lock(str(locked))
     repeat = Repeat("lock", lock)
-    repeat.refuse_other(repeat.choices())
-    other = repeat.choices().plus("compiled", Choice(True, "asked for"))
+    repeat.refuse_other(lock.choices)
+    other = lock.choices.plus("compiled", Choice(True, "asked for"))
     with pytest.raises(CheckpointError) as refusal:
         repeat.refuse_other(other)
     assert [str(problem.key) for problem in refusal.value.problems] == ["lock.choices.compiled"]
     Repeat("lock", lock, ("lock.hardware",)).refuse_other(other)
-    made = Made.model_validate(other.dump())
-    (told,) = locking.going_on(lock.model_copy(update={"choices": made}), locked).changed
+    (told,) = locking.resumed(lock.model_copy(update={"choices": other}), locked).changed
     assert told.startswith("lock.choices.compiled was ")
 
 

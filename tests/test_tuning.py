@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from test_resume import facts, interrupted, stop_at
 
 from hf_finetune.errors import Stopped
@@ -168,7 +169,7 @@ def test_a_lost_lock_is_told(
 
 def test_choices_survive_the_lock() -> None:
     choices = Choices("cpu").plus("attention", Choice("eager", "asked for")).plus("compiled", Choice(True, "measured"))
-    assert Choices.read(json.loads(json.dumps(choices.dump()))) == choices
+    assert TypeAdapter(Choices).validate_json(TypeAdapter(Choices).dump_json(choices)) == choices
     assert choices.describe() == "attention eager (asked for), compiled yes (measured)"
 
 

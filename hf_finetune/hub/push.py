@@ -29,7 +29,8 @@ from hf_finetune.log.lines import Message
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run import status as run_status
-from hf_finetune.run.folder import RunFolder, write_atomically
+from hf_finetune.run.files import write_atomically
+from hf_finetune.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from hf_finetune.reports.run import Outcome  # loads torch, and `hf-finetune push` does without

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune.errors import StorageError
 from hf_finetune.log import text
 from hf_finetune.log.lines import jsonable, printable
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 
 if TYPE_CHECKING:
     from hf_finetune.inference.evaluate import Scored, Versus

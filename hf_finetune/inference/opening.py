@@ -95,7 +95,7 @@ def read(place: str, overrides: Sequence[str] = ()) -> Opened:
     folder = RunFolder(place)
     _refuse_unfinished(folder)
     _refuse_foreign(overrides)
-    kept = run_folder.read_targetsfile(folder.targets)
+    kept = run_folder.read_targets(folder.targets)
     return Opened(folder, kept, _recipe(folder, None if kept is None else kept.started_in, overrides))
 
 

@@ -190,7 +190,7 @@ def save_and_compare(trainer: FinetuneTrainer, folder: RunFolder) -> float | Non
         state = gathered(trainer) if machine.is_sharded or machine.zero_stage else None
         if not machine.is_main:
             return None
-        run_folder.write(folder.targets, job.targets)
+        run_folder.write_targets(folder.targets, job.targets)
         save(trained, recipe, job.targets, job.tokenizer, folder.adapter, state=state)
         if not machine.reloads(recipe):
             compare(trained, recipe, folder.adapter, state)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from hf_finetune.errors import DataError, Problem, RecipeError, StorageError
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import OutputKind
 
 

@@ -33,7 +33,7 @@ from hf_finetune.models import attention
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.paths import Paths
 from hf_finetune.recipe import Recipe
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 from hf_finetune.run.lock import Choice
 from hf_finetune.tasks.base import Batch
 

@@ -19,10 +19,10 @@ from hf_finetune.data import find
 from hf_finetune.errors import DataError, Findings, Problem, RecipeError
 from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
+from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder
+from hf_finetune.run.lock import Repeat
 from hf_finetune.tracking import logdir
-from hf_finetune.training import repeating
-from hf_finetune.training.repeating import Repeat
 
 if TYPE_CHECKING:
     from hf_finetune.pipeline.examine import Parts
@@ -140,13 +140,14 @@ def check(
         from hf_finetune.pipeline import plan as pipeline_plan
         from hf_finetune.pipeline.examine import examine
         from hf_finetune.pipeline.plan import plan
+        from hf_finetune.training import locking
 
         with libraries.quietly():
             machine = device.alone(reading.recipe)
             if repeat is not None:
                 machine = repeat.as_locked(machine, reading.recipe)
                 with findings.collect():
-                    result.notes += repeat.refuse_drift(reading.recipe, machine)
+                    result.notes += locking.refuse_drift(repeat, reading.recipe, machine)
             parts = result.parts = examine(reading.recipe, machine, findings)
             if repeat is not None and parts.prepared is not None and not findings.exit_code:
                 with findings.collect():
@@ -178,8 +179,8 @@ def read(
     """
     if isinstance(locked, str | os.PathLike):
         path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else ""
-        lock, reading = repeating.read(os.fspath(locked), path or None, overrides)
-        allowed = tuple(key for key in allow_change if key.startswith(repeating.KEYS))
+        lock, reading = run_lock.read_repeat(os.fspath(locked), path or None, overrides)
+        allowed = tuple(key for key in allow_change if key.startswith(run_lock.KEYS))
         return reading, Repeat(os.fspath(locked), lock, allowed)
     if isinstance(recipe, Reading):
         return recipe, locked
@@ -234,7 +235,7 @@ def look(
     if folder and output is not None and not named.blame("output"):
         with findings.collect():
             dump = reading.recipe.dump() if reading.recipe else ""
-            RunFolder(output).look(dump, restart=restart, allowed=allowed)
+            RunFolder(output).inspect(dump, restart=restart, allowed=allowed)
     return findings
 
 

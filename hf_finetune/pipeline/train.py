@@ -49,10 +49,11 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
 from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import Outcome
-from hf_finetune.run import continuation
+from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
-from hf_finetune.run.folder import RunFolder, Start, State, Status
-from hf_finetune.run.lock import Choice, Choices
+from hf_finetune.run.folder import RunFolder, Start
+from hf_finetune.run.lock import Choice, Choices, Repeat
+from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.tracking.tracker import Tracker
@@ -60,7 +61,6 @@ from hf_finetune.training import arguments, continuing, locking
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import StopRequest
 from hf_finetune.training.peers import Failure, Watch
-from hf_finetune.training.repeating import Repeat
 from hf_finetune.training.resume import Checkpointing, EvaluationStopped
 from hf_finetune.training.trainer import FinetuneTrainer
 
@@ -244,12 +244,12 @@ def _claimed(run: Training, *, resume: bool, restart: bool, allow_change: Sequen
         FinetuneError: It belongs to something else, or a repeat differs from its lock.
     """
     allowed = [key for key in allow_change if run.repeat is None or not key.startswith("lock.")]
-    continuation.refuse_unknown(allowed)
-    notes = [] if run.repeat is None else run.repeat.refuse_drift(run.recipe, run.machine)
+    run_folder.refuse_unknown(allowed)
+    notes = [] if run.repeat is None else locking.refuse_drift(run.repeat, run.recipe, run.machine)
     if not resume and not restart and run.folder.previous() is not None:
         message = f"{run.folder.path} holds a run already; restart moves it aside, or name another folder"
         raise RecipeError(Problem(message, key="output"))
-    start = run.folder.claim(run.recipe.dump(), restart=restart, allowed=allowed)
+    start = run.folder.take(run.recipe.dump(), restart=restart, allowed=allowed)
     if start.kind == "done":
         how = "or give --restart to run it anew"
         say(f"{run.folder.path} already holds this run, finished; see {run.folder.report}, {how}")
@@ -266,7 +266,7 @@ def go_on_as_it_began(run: Training) -> None:
         if kept[0] is not None and not same_memory:
             kept = [kept[0].without("micro_batch", "activation_checkpointing")]
     broadcast_object_list(kept)
-    choices: Choices | None = kept[0] if run.repeat is None else run.repeat.choices()
+    choices: Choices | None = kept[0] if run.repeat is None else run.repeat.lock.choices
     if choices is not None and choices.device == machine.device:
         run.machine, run.before = choices.onto(machine, run.recipe), choices
     elif run.repeat is not None or (is_resumed and folder.has_checkpoints):
@@ -470,7 +470,9 @@ def write_lock(run: Training) -> None:
     """Write run.lock.json; all ranks leave here together."""
     if run.machine.is_main:
         lock = locking.lock(run.recipe, run.machine, run.job.prepared.fingerprint, run.choices)
-        locking.write(lock, run.folder.run_lock, goes_on=run.checkpointing.resume_from is not None)
+        if run.checkpointing.resume_from is not None:
+            lock = locking.resumed(lock, run.folder.run_lock)
+        lock.write(run.folder.run_lock)
         run.tracker.show_lock()
     # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
     run.checkpointing.store.ranks.barrier()

@@ -36,7 +36,7 @@ from hf_finetune.reports.intervals import CONFIDENCE
 from hf_finetune.reports.run import MISHAPS, Result, RunData, tables_of
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State, literal
 
 # Names that a card may use: ids of the Hub as they are, and nothing of the machine that trained.
@@ -328,7 +328,7 @@ def complete(run: RunData) -> None:
     """
     folder = run.folder.adapter
     try:
-        kept = run_folder.read_targetsfile(run.folder.targets)
+        kept = run_folder.read_targets(run.folder.targets)
         # Later blocks are quoted from the recipe.
         parts = (folder / FILE).read_text(encoding="utf-8").split("```python\n")[1:3]
         code = [part.partition("```")[0] for part in parts]

@@ -23,7 +23,7 @@ from hf_finetune.log.text import exact, shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import html as reports_html
 from hf_finetune.reports.run import recipe_lines
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import IGNORE, tokenizer_of
 from hf_finetune.tracking import charts, figures
 

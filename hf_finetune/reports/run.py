@@ -24,7 +24,8 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
 from hf_finetune.run import journal
-from hf_finetune.run.folder import RunFolder, write_atomically
+from hf_finetune.run.files import write_atomically
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tracking import charts as tracking_charts

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -57,6 +58,31 @@ def as_umask_says(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
             path.chmod(mode)
+
+
+TEMPORARY = re.compile(r"\..+\.\d+")
+"""Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
+
+
+def write_atomically(file: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a whole file or nothing: a reader never sees half of it. Text is written as UTF-8.
+
+    Args:
+        file: Replaced where it is there.
+        content: All of it.
+        durable: Return only when a power failure can't take it back: for everything that a resume needs.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync_file(temporary)
+        temporary.replace(file)
+        if durable:
+            sync_folder(file.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def put_in_place(staging: Path, final: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: its paths, its lock, and `status.json`, which is always true."""
+"""The run folder: its paths, who may write into it, and how a run begins there."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from hf_finetune.config import yamlfile
+from hf_finetune.config.problems import shown
+from hf_finetune.config.section import key_of
 from hf_finetune.errors import CheckpointError, FinetuneError, Problem, PushError, RecipeError, Stopped, StorageError
 from hf_finetune.log import say
-from hf_finetune.run import continuation, invocation
+from hf_finetune.recipe import Recipe
+from hf_finetune.run import invocation
+from hf_finetune.run import lock as run_lock
 from hf_finetune.run import status as run_status
-from hf_finetune.run.files import discard, sync_file, sync_folder
+from hf_finetune.run.files import TEMPORARY, discard, sync_folder, write_atomically
+from hf_finetune.run.status import Status
 from hf_finetune.run.store import MANIFEST, Manifest
-from hf_finetune.tasks.base import State as State_of_base
+from hf_finetune.tasks.base import State
 
-State = Literal["running", "done", "failed", "preempted", "interrupted"]
-"""Of `status.json`."""
+RANKS = ".ranks"
+"""Folder in a run folder in which ranks watch each other, from before the run takes it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Start:
     """The way a run begins in its folder."""
 
     kind: Literal["new", "resume", "extend", "done"]
-    """`extend`: the folder holds results, and a changed recipe is to go on from the state behind them."""
+    """`extend`: the folder holds results, and a changed recipe is to train on from the state behind them."""
     notes: tuple[str, ...] = ()
     """Changes since the run began that are allowed."""
 
@@ -59,10 +62,10 @@ class RunFolder:
         self.targets = self.path / "targets.json"
         self.run_lock = self.path / "run.lock.json"
         self.lock = self.path / ".lock"
+        # `path` may be a link: what is renamed is the folder itself.
         self.real = Path(os.path.realpath(path))
-        """The folder itself, where `path` is a link to it."""
         self.successor = self.real.with_name(f".{self.real.name}.extended")
-        """Takes the folder's place when a run is extended; see `extending`."""
+        """Takes the folder's place when a run is extended; see `training.resume.extend`."""
         self._held: list[IO[str]] = []
 
     @property
@@ -71,7 +74,7 @@ class RunFolder:
         return any(self.checkpoints.glob("checkpoint-*"))
 
     def previous(self) -> dict[str, Any] | None:
-        """`status.json` of the run that this folder holds, or None for a new or empty folder.
+        """Return `status.json` of the run that this folder holds, or None for a new or empty folder.
 
         Raises:
             RecipeError: The folder holds something that is no run.
@@ -92,7 +95,7 @@ class RunFolder:
         """Return the state of the run in this folder, and a reason or nothing.
 
         The state is that of `status.json`, except `lost` for one that says `running` and isn't (its process let go of
-        the lock, or its heart stopped), and `unknown` where nothing can be read.
+        the lock, or its heartbeat stopped), and `unknown` where nothing can be read.
         """
         status = run_status.read(self.status)
         if status.get("state") == "running" and (_holder(self.lock)[1] or not run_status.is_alive(status)):
@@ -100,7 +103,7 @@ class RunFolder:
             return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {last}"
         return status.get("state", "unknown"), str(status.get("reason") or "")
 
-    def look(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+    def inspect(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
         """Find out how a run would begin here, without leaving a trace.
 
         Args:
@@ -113,7 +116,11 @@ class RunFolder:
             RecipeError: The folder is in use, or holds something that is no run.
             StorageError: The folder can't be written.
         """
-        self._finish_extension()
+        # A run that was killed between the two renames of an extension: the second one is still to be done.
+        status = self.successor / self.status.name
+        if status.is_file() and not self.real.exists() and _user(self.successor / self.lock.name, status) is None:
+            self.successor.rename(self.real)
+            sync_folder(self.real.parent)
         previous = self.previous()
         if previous is not None and (who := _user(self.lock, self.status)) is not None:
             message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
@@ -131,26 +138,28 @@ class RunFolder:
             refuse_unwritable(self.path, "output")
         return start
 
-    def claim(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
-        """Take the folder for a run, lock it, and write the resolved recipe; arguments, result and errors like `look`.
+    def take(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+        """Take the folder for a run: lock it, and write the resolved recipe. Arguments and result as of `inspect`.
 
         Raises:
-            RecipeError: See `look`; another run may also have been faster.
+            RecipeError: See `inspect`; another run may also have been faster.
             StorageError: The folder can't be written.
         """
-        start = self.look(recipe_yaml, restart=restart, allowed=allowed)
+        start = self.inspect(recipe_yaml, restart=restart, allowed=allowed)
         try:
             previous = self.previous()
             if start.kind == "done":
-                if not continuation.is_whole(self._stored_recipe()):
+                if not _is_whole(self._stored_recipe()):
                     write_atomically(self.recipe, recipe_yaml, durable=True)
                 return start
             if previous is not None and start.kind == "new" and not self._never_trained(previous):
                 self.real.rename(self.free_name())
-                self.real.mkdir()  # `path` may be a link to it
+                self.real.mkdir()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.hold(self.path)
-            self._sweep()
+            for path in self.path.rglob(".*"):  # left by a run that was killed while it wrote
+                if TEMPORARY.fullmatch(path.name) and path.parent.name != RANKS:
+                    path.unlink(missing_ok=True)
             discard(self.successor)
             if start.kind != "extend":  # a finished run stays as it is until nothing can be wrong any more
                 write_atomically(self.recipe, recipe_yaml, durable=True)
@@ -162,7 +171,6 @@ class RunFolder:
         return start
 
     def _stored_recipe(self) -> str:
-        """`recipe.yaml` of the run that the folder holds; nothing where it can't be read."""
         try:
             return self.recipe.read_text(encoding="utf-8")
         except (OSError, ValueError):
@@ -174,35 +182,28 @@ class RunFolder:
         Raises:
             CheckpointError: Something else changed, or nothing says what the run was.
         """
-        from hf_finetune.run import lock as run_lock  # it imports this file
-
-        stored, lock = self._stored_recipe(), None
-        if not continuation.is_whole(stored):
-            lock = run_lock.find(self.run_lock)
-            if lock is None and self._was_made_from(recipe_yaml):
-                return []
-            if lock is None:
-                message = (
-                    f"{self.recipe} of the earlier run is missing or damaged, and neither {self.run_lock.name} nor a "
-                    f"checkpoint shows that it was this recipe; bring the file back, or give --restart to start anew"
-                )
-                raise CheckpointError(Problem(message, key="output"))
-        return continuation.refuse_changes(stored if lock is None else lock.recipe.whole, recipe_yaml, allowed)
-
-    def _was_made_from(self, recipe_yaml: str) -> bool:
-        """Tell whether a checkpoint says that it was made from this very recipe."""
+        stored = self._stored_recipe()
+        if _is_whole(stored):
+            return refuse_changes(stored, recipe_yaml, allowed)
+        if (lock := run_lock.find(self.run_lock)) is not None:
+            return refuse_changes(lock.recipe.whole, recipe_yaml, allowed)
+        # The last proof: a checkpoint that was made from this very recipe.
         wanted = hashlib.sha256(recipe_yaml.encode()).hexdigest()
         for file in self.checkpoints.glob(f"checkpoint-*/{MANIFEST}"):
             with suppress(CheckpointError, OSError):
                 if Manifest.parse(file.read_bytes()).facts.recipe == wanted:
-                    return True
-        return False
+                    return []
+        message = (
+            f"{self.recipe} of the earlier run is missing or damaged, and neither {self.run_lock.name} nor a "
+            f"checkpoint shows that it was this recipe; bring the file back, or give --restart to start anew"
+        )
+        raise CheckpointError(Problem(message, key="output"))
 
     def last_state(self, previous: dict[str, Any]) -> Path:
-        """The checkpoint behind the results in this folder.
+        """Return the checkpoint behind the results in this folder.
 
         Args:
-            previous: What `previous` returned.
+            previous: The result of `previous`.
 
         Raises:
             CheckpointError: It was not kept.
@@ -213,7 +214,7 @@ class RunFolder:
         if not (last / MANIFEST).is_file():
             message = (
                 f"{self.path} holds the results of a run whose last state was not kept ({last.name} is not there), so "
-                f"that it can't go on; give --restart to train anew (this run is moved aside), or name another folder"
+                f"it can't be extended; give --restart to train anew (this run is moved aside), or name another folder"
             )
             raise CheckpointError(Problem(message, key="output"))
         return last
@@ -222,7 +223,7 @@ class RunFolder:
         """Hold the folder until this process ends, however it ends.
 
         Args:
-            place: Where it is now: `path`, or `successor`, besides, before that takes its place.
+            place: Its present place: `path`, or `successor`, too, before that takes its place.
 
         Raises:
             RecipeError: Another run was faster.
@@ -239,11 +240,10 @@ class RunFolder:
         stream.flush()
         self._held.append(stream)
 
-    def _sweep(self) -> None:
-        """Remove what a run left that was killed inside of `write_atomically`; `peers` sweeps the marks of ranks."""
-        for path in self.path.rglob(".*"):
-            if TEMPORARY.fullmatch(path.name) and path.parent.name != RANKS:
-                path.unlink(missing_ok=True)
+    def release(self) -> None:
+        """Let go of the folder."""
+        while self._held:
+            self._held.pop().close()
 
     @contextmanager
     def status_kept(self, status: Status) -> Iterator[None]:
@@ -271,7 +271,7 @@ class RunFolder:
             self.release()
 
     def _how_to_resume(self, status: Status) -> str:
-        """Say what there is to resume from, and the command that does it."""
+        """Name the checkpoint to resume from, and the command that does it."""
         command = invocation.resume_command()
         how = "run it again without restart" if command is None else f"run: {command}"
         if status.is_silent:
@@ -281,11 +281,6 @@ class RunFolder:
         lost = status.step - int(status.checkpoint.rpartition("-")[2])
         unsaved = f" (the last {lost} steps are not in it)" if lost > 0 else ""
         return f"to resume from {self.path / status.checkpoint}{unsaved}, {how}"
-
-    def release(self) -> None:
-        """Let go of the folder."""
-        while self._held:
-            self._held.pop().close()
 
     def _never_trained(self, previous: dict[str, Any]) -> bool:
         """Tell whether an earlier run ended before its first step, most likely at a mistake that is corrected now."""
@@ -299,13 +294,6 @@ class RunFolder:
             number += 1
         return target
 
-    def _finish_extension(self) -> None:
-        """Do what a process was killed before: see `extending`."""
-        status = self.successor / self.status.name
-        if status.is_file() and not self.real.exists() and _user(self.successor / self.lock.name, status) is None:
-            self.successor.rename(self.real)
-            sync_folder(self.real.parent)
-
 
 def _user(lock: Path, status: Path) -> str | None:
     """Name the user of a run folder at this moment, for a message; None where there is none."""
@@ -314,7 +302,7 @@ def _user(lock: Path, status: Path) -> str | None:
         return f" (process {holder})"
     # A lock that is free on the host that took it proves that its run ended. Locks of some shared file systems hold on
     # one host only: elsewhere the heartbeat decides. One that is young may be the last of a run that was killed a
-    # moment ago, e.g. of a pod that this one replaces: a run that goes on writes the next one while this one waits.
+    # moment ago, e.g. of a pod that this one replaces: a living run writes the next one while this one waits.
     seen = run_status.read(status)
     end = time.monotonic() + run_status.LOST_SECONDS
     while not is_free_here and run_status.is_alive(latest := run_status.read(status)) and time.monotonic() < end:
@@ -357,149 +345,81 @@ def refuse_unwritable(folder: Path, key: str) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """Return the path itself, or the nearest folder above it that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-RANKS = ".ranks"
-"""Folder in a run folder with the ranks' signs of life, which they write before anybody has claimed it."""
-TEMPORARY = re.compile(r"\..+\.\d+")
-"""Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
+# A recipe, compared with that of the run that it is to resume. `Key.resume` of a field says if its key may change.
 
 
-def write_atomically(file: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a whole file or nothing: a reader never sees half of it. Text is written as UTF-8.
+def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
+    """Compare a recipe with that of the run that it is to resume.
 
     Args:
-        file: Replaced where it is there.
-        content: All of it.
-        durable: Return only when a power failure can't take it back: for everything that a resume needs.
+        before: `recipe.yaml` of the run folder.
+        now: The resolved recipe, as YAML.
+        allowed: Keys given by `--allow-change`.
+
+    Returns:
+        A sentence for each change that is allowed and was made.
+
+    Raises:
+        CheckpointError: Something else changed; it carries one problem a key.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        if durable:
-            sync_file(temporary)
-        temporary.replace(file)
-        if durable:
-            sync_folder(file.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    problems, notes = [], []
+    for key, (old, new) in run_lock.differences(before, now).items():
+        may = key_of(Recipe, key).resume
+        change = f"was {shown(old, plain=True)}, is {shown(new, plain=True)}"
+        if may == "ask" and key in allowed:
+            notes.append(f"{key} {change}, as --allow-change says: from here on this is another training")
+        elif may != "free":
+            can = f"give --allow-change {key} to resume with it, " if may == "ask" else ""
+            message = f"{change} in the run that this folder holds; change it back, {can}or --restart to start anew"
+            problems.append(Problem(message, key=key))
+    if problems:
+        raise CheckpointError(problems)
+    return notes
 
 
-def _write_somehow(file: Path, text: str, *, durable: bool) -> None:
-    """Write atomically; on a full disk into the file's own block, in one call."""
-    try:
-        write_atomically(file, text, durable=durable)
-    except OSError:
-        with file.open("r+", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.truncate()
+def refuse_unknown(allowed: Iterable[str]) -> None:
+    """Check the keys of `--allow-change`.
 
-
-class Status:
-    """Keeps `status.json` true: a heartbeat while the run lives, the outcome when it ends. Rank 0 only.
-
-    Args:
-        file: `status.json` of the run folder.
-        is_silent: Leave what it says until `start`: a finished run stays finished until its extension begins.
+    Raises:
+        CheckpointError: One may never change within a run.
     """
-
-    def __init__(self, file: Path, *, is_silent: bool = False) -> None:
-        self.file = file
-        self.is_silent = is_silent
-        self.step = 0
-        self.checkpoint: str | None = None
-        """The newest checkpoint that counts, as a path inside the run folder."""
-        self._fields: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
-
-    def start(self) -> None:
-        """Say `running` and start the heartbeat; what an earlier run left here to go on from, still counts."""
-        self.is_silent = False
-        earlier = run_status.read(self.file)
-        name = str(earlier.get("checkpoint") or "")
-        if name and (self.file.parent / name).is_dir():
-            with suppress(KeyError, TypeError, ValueError):
-                self.checkpoint, self.step = name, int(earlier["step"])
-        self._write("running", exit_code=None, reason=None)
-        self._thread.start()
-
-    def at(self, step: int, checkpoint: str | None) -> None:
-        """Say at once where the run is, and what it could go on from."""
-        self.step, self.checkpoint = step, checkpoint
-        self._write(durable=True)
-
-    def finish(self, state: State, exit_code: int, reason: str | None = None) -> None:
-        """Stop the heartbeat and say how the run ended; the first word on that is the last."""
-        if self._stop.is_set():
-            return
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._write(state, exit_code=exit_code, reason=reason)
-
-    def note(self, step: int, checkpoint: str) -> None:
-        """Say `running` once, for a run that is about to go on from a checkpoint."""
-        self.step, self.checkpoint = step, checkpoint
-        self._write("running", exit_code=None, reason=None)
-
-    def says_running(self) -> bool:
-        """Tell whether the file is there and says that the run goes on."""
-        return run_status.read(self.file).get("state") == "running"
-
-    def _beat(self) -> None:
-        while not self._stop.wait(run_status.HEARTBEAT_SECONDS):
-            self._write()
-
-    def _write(
-        self,
-        state: State | None = None,
-        *,
-        exit_code: int | None = None,
-        reason: str | None = None,
-        durable: bool = False,
-    ) -> None:
-        """Write the file anew; without a state, with the one that was said last. A new state is durable."""
-        if self.is_silent:
-            return
-        with self._lock:
-            if state is not None:
-                self._fields = {"state": state, "exit_code": exit_code, "reason": reason}
-            if not self._fields:
-                return
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            resumable = self.checkpoint is not None and self._fields["state"] != "done"
-            place = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
-            status = {**self._fields, **place}
-            # A full or read-only disk must not hide what went wrong; the next checkpoint reports it.
-            with suppress(OSError):
-                if self.file.parent.is_dir():
-                    text = json.dumps(status, indent=2) + "\n"
-                    _write_somehow(self.file, text, durable=durable or state is not None)
+    wrong = [key for key in allowed if key_of(Recipe, key).resume == "never"]
+    of_locks = [key for key in wrong if key.startswith("lock.")]
+    message = "may not change within a run; start anew with --restart, or in another output folder"
+    if of_locks:
+        message = "is about a lock; give --locked RUN/run.lock.json too"
+    if wrong:
+        raise CheckpointError(Problem(message, key=key) for key in of_locks or wrong)
 
 
-# `targets.json` in a run folder: what the training data said about the labels, and where the run was started.
-#
-# With it a finished run is used without its training data: `adapter/` names the labels, this also has the values that
-# stand for them in the data.
+def _is_whole(text: str) -> bool:
+    """Tell a whole `recipe.yaml` from the remains of one after a power failure: nothing, zeros, or a part."""
+    try:
+        return text.endswith("\n") and isinstance(yamlfile.parse(text, "recipe.yaml").value, dict)
+    except RecipeError:
+        return False
+
+
+# `targets.json`: the labels in the training data, and the place where the run was started. With it a finished run is
+# used without its training data: `adapter/` names the labels, this also has the values that stand for them in the data.
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The content of the file."""
+    """The content of `targets.json`."""
 
-    targets: State_of_base
+    targets: State
     started_in: Path
     """The working directory of the run, to which relative paths of its recipe belong."""
 
 
-def to_json(targets: State_of_base) -> dict[str, Any]:
+def to_json(targets: State) -> dict[str, Any]:
     """Write the targets in a form that JSON keeps."""
     plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
     if not targets.more:
@@ -508,7 +428,7 @@ def to_json(targets: State_of_base) -> dict[str, Any]:
     return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
 
 
-def from_json(stored: dict[str, Any]) -> State_of_base:
+def from_json(stored: dict[str, Any]) -> State:
     """Read the result of `to_json`.
 
     Raises:
@@ -517,11 +437,11 @@ def from_json(stored: dict[str, Any]) -> State_of_base:
         KeyError: Something is missing.
     """
     plain = {name: tuple(value) for name, value in stored.items() if name not in ("id_of", "more")}
-    return State_of_base(**plain, id_of=dict(stored["id_of"]), more=stored.get("more", {}))
+    return State(**plain, id_of=dict(stored["id_of"]), more=stored.get("more", {}))
 
 
-def write(file: Path, targets: State_of_base) -> None:
-    """Write the file, whole or not at all.
+def write_targets(file: Path, targets: State) -> None:
+    """Write `targets.json`, whole or not at all.
 
     Raises:
         StorageError: The disk does not take it.
@@ -533,8 +453,8 @@ def write(file: Path, targets: State_of_base) -> None:
         raise StorageError(f"{file} can't be written: {error.strerror or error}") from error
 
 
-def read_targetsfile(file: Path) -> Kept | None:
-    """Read the file; None where there is none.
+def read_targets(file: Path) -> Kept | None:
+    """Read `targets.json`; None where there is none.
 
     Raises:
         CheckpointError: The file is damaged, or of a later version.

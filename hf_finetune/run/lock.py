@@ -1,28 +1,116 @@
-"""`run.lock.json`: everything that a run was made from and on, so that it can be repeated or refused."""
+"""`run.lock.json`: everything that a run was made from and on, and how a second start compares with it.
+
+It serves a resume, a repeat (`--locked LOCK`), and all that use the finished run. `training/locking.py` fills it in.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from hf_finetune import recipe as recipe_module
 from hf_finetune.config import yamlfile
 from hf_finetune.config.paths import outside
-from hf_finetune.errors import Problem, RecipeError, StorageError
+from hf_finetune.config.problems import shown
+from hf_finetune.config.reading import Reading
+from hf_finetune.config.section import key_of
+from hf_finetune.config.yamlfile import OVERRIDE
+from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 
 if TYPE_CHECKING:
-    from hf_finetune.device import Machine  # which imports torch
+    from hf_finetune.device import Machine  # it loads torch, and a lock is also read where nothing is trained
 
 VERSION = 2
 """Version 1 kept no recipe and no hashes of files: it serves a resume, and nothing else."""
 MAX_BYTES = 64 << 20
+FILES_LISTED = 20
+"""Changed files of one input that are named; the rest is counted."""
+KEYS = "lock."
+"""Beginning of the keys of `--allow-change` that are about a lock."""
+SUFFIX = "-repeat"
+"""Added to the name of the locked run's folder, where a repeat is given no other."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that the recipe left open, and the reason for its value."""
+
+    value: Any
+    why: str
+    """`asked for`, `by rule ...`, `measured ...`; for people."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Tell whether something was timed for it, now or earlier."""
+        return self.why.startswith("measured")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The settings that decide bits, that the recipe left open, and that were chosen for this machine."""
+
+    device: str
+    """Kind of device that they were made on."""
+    made: Mapping[str, Choice] = field(default_factory=dict)
+    """precision, micro_batch, activation_checkpointing, attention, compiled, fast_paths."""
+
+    def value(self, name: str) -> Any:
+        """Return the value of a choice; None where none was made."""
+        choice = self.made.get(name)
+        return None if choice is None else choice.value
+
+    def describe(self) -> str:
+        """Write them in one line, for people."""
+        plain = {True: "yes", False: "no"}
+        values = {
+            name: plain[one.value] if isinstance(one.value, bool) else one.value for name, one in self.made.items()
+        }
+        return ", ".join(f"{name.replace('_', ' ')} {values[name]} ({made.why})" for name, made in self.made.items())
+
+    def plus(self, name: str, choice: Choice) -> Choices:
+        """Add one."""
+        return replace(self, made={**self.made, name: choice})
+
+    def without(self, *names: str) -> Choices:
+        """Leave some out."""
+        return replace(self, made={name: made for name, made in self.made.items() if name not in names})
+
+    def onto(self, machine: Machine, recipe: Recipe) -> Machine:
+        """Give a machine the precision and attention that were chosen, where the recipe leaves them open.
+
+        Args:
+            machine: Of this kind of device.
+            recipe: May name them.
+        """
+        if recipe.training.precision == "auto":
+            machine = replace(machine, precision=self.value("precision") or machine.precision)
+        if recipe.model.attention == "auto":
+            machine = replace(machine, attention=self.value("attention") or machine.attention)
+        return machine
+
+    @classmethod
+    def ruled(cls, recipe: Recipe, machine: Machine, before: Choices | None) -> Choices:
+        """Make the first choice, before anything is measured: the precision.
+
+        Args:
+            recipe: May name it.
+            machine: Has it.
+            before: The choices of the run's beginning, if it is resumed or repeated.
+        """
+        asked, has = recipe.training.precision, machine.precision
+        if before is not None and asked == "auto" and before.value("precision") == has:
+            return cls(machine.device, {"precision": before.made["precision"]})
+        reasons = {"bf16": "multiplies bf16 natively", "fp16": "has no bf16", "fp32": "has no units for bf16"}
+        why = "asked for" if asked == has else f"by rule: this {machine.device} {reasons[has]}"
+        return cls(machine.device, {"precision": Choice(has, why)})
 
 
 class _Part(BaseModel):
@@ -64,12 +152,12 @@ class RecipeText(_Part):
 
     @classmethod
     def of(cls, text: str) -> RecipeText:
-        """Of a resolved recipe."""
+        """Keep a resolved recipe, as YAML."""
         return cls(sha256=_sha256(text), text=text.splitlines())
 
     @property
     def whole(self) -> str:
-        """The YAML in one piece."""
+        """Return the YAML in one piece."""
         return "".join(f"{line}\n" for line in self.text)
 
 
@@ -81,22 +169,8 @@ class Git(_Part):
     """Tracked files differ from it; None where git did not answer in time."""
 
 
-class Chosen(_Part):
-    """One thing that was chosen; see `tuning.Choice`."""
-
-    value: Any
-    why: str
-
-
-class Made(_Part):
-    """All that was chosen; see `tuning.Choices`."""
-
-    device: str
-    made: dict[str, Chosen]
-
-
 class Lock(_Part):
-    """Everything."""
+    """The content of `run.lock.json`."""
 
     version: int = VERSION
     recipe: RecipeText
@@ -114,9 +188,9 @@ class Lock(_Part):
     hardware: dict[str, str | int | bool | None]
     """Properties of the machine that decide bits."""
     driver: str | None = None
-    """Of the GPU; shown, never compared."""
+    """Of the GPU; for the record, never compared."""
     git: Git | None = None
-    choices: Made
+    choices: Choices
     changed: list[str] = []
     """Differences from its beginning when the run was resumed: a repeat would do without them."""
 
@@ -149,7 +223,7 @@ def read(file: str) -> Lock:
         how = "install the hf_finetune that wrote it"
         raise _refused(file, f"is of version {version}, and this hf_finetune reads version {VERSION}; {how}")
     try:
-        lock = Lock.model_validate(content)
+        lock = Lock.model_validate_json(json.dumps(content))  # strict, and yet dataclasses from dicts
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -173,16 +247,15 @@ def find(file: Path) -> Lock | None:
 
 
 def choices(file: Path) -> Choices | None:
-    """Read the choices that a run began with; None where its lock is missing or damaged."""
+    """Return the choices of a run's beginning; None where its lock is missing or damaged. Reads every version."""
     try:
-        lock: Any = json.loads(file.read_text(encoding="utf-8"))
-        return Choices.read(lock["choices"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return TypeAdapter(Choices).validate_python(json.loads(file.read_text(encoding="utf-8"))["choices"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _document(file: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Read the JSON object in a file.
 
     Raises:
         RecipeError: It holds none.
@@ -214,7 +287,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# A recipe with everything that its run fixed: the commits of revisions, the date that a chat template prints.
+# A recipe leaves some things open, and its run has fixed them: the commits of revisions, the date that a chat prints.
 
 
 def pinned(recipe: Recipe, lock: Lock) -> Recipe:
@@ -258,7 +331,7 @@ def _date(lock: Lock) -> str | None:
 
 
 def as_trained(recipe: Recipe, file: Path) -> Recipe:
-    """Put the commits of the run that left a lock into a recipe; without a lock it stays as it is.
+    """Give a recipe the commits of the run that left a lock; it stays as it is where none can be read.
 
     Args:
         recipe: Of the run.
@@ -268,93 +341,205 @@ def as_trained(recipe: Recipe, file: Path) -> Recipe:
     return recipe if lock is None else pinned(recipe, lock)
 
 
-# The choices of a run, and why they were made.
+# What differs between two locks, as sentences. A recipe is compared key by key, as `Key.lock` of its field says.
+
+
+def differences(before: str, now: str) -> dict[str, tuple[Any, Any]]:
+    """Find the dotted keys that two resolved recipes, as YAML, have different values for: the old one, the new one."""
+
+    def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            nested = isinstance(inner, dict) and inner
+            found |= flat(inner, f"{prefix}{key}.") if nested else {f"{prefix}{key}": inner}
+        return found
+
+    def resolved(text: str) -> dict[str, Any]:
+        tree = yamlfile.parse(text, "recipe.yaml").value or {}
+        try:
+            # A file of an earlier version has no defaults of keys that are younger.
+            return Recipe.model_validate(tree, by_alias=True, by_name=False).model_dump(mode="json")
+        except ValidationError:
+            return dict(tree)
+
+    old, new = flat(resolved(before)), flat(resolved(now))
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
+    """Give key and sentence of every difference between two starts of one run that may decide bits."""
+    yield from changed_keys(was.recipe.whole, now.recipe.whole)
+    for key in sorted(was.data.keys() | now.data.keys()):
+        yield from ((key, text) for text in changed_input(was.data.get(key), now.data.get(key)))
+    yield from changed_values("lock.packages", was.packages, now.packages)
+    yield from changed_values("lock.hardware", was.hardware, now.hardware)
+    yield from changed_choices(was.choices, now.choices)
+
+
+def changed_keys(was: str, now: str) -> Iterator[tuple[str, str]]:
+    """Compare two resolved recipes, as YAML, without the keys that a repeat may change."""
+    for key, (old, new) in differences(was, now).items():
+        if key_of(Recipe, key).lock == "value":
+            yield key, _change(old, new)
+
+
+def changed_choices(was: Choices, now: Choices) -> Iterator[tuple[str, str]]:
+    """Compare choices; one that an older version did not make is no difference."""
+    both = [name for name in was.made if name in now.made]
+    yield from changed_values("lock.choices", *({name: side.made[name].value for name in both} for side in (was, now)))
+
+
+def changed_values(group: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Compare values by name; keys are `GROUP.NAME`."""
+    for name in dict.fromkeys([*was, *now]):
+        if was.get(name) != now.get(name):
+            yield f"{group}.{name}", _change(was.get(name), now.get(name))
+
+
+def changed_input(was: Input | None, now: Input | None) -> Iterator[str]:
+    """Compare two inputs; None is one that the recipe does not name."""
+
+    def where(what: Input | None) -> str:
+        if what is None:
+            return "not given"
+        many = "" if len(what.files) == 1 else "s"
+        return f"{what.source} on the Hub" if what.source else f"{len(what.files)} local file{many}"
+
+    if was is None and now is None:
+        return
+    if was is None or now is None or bool(was.source) != bool(now.source):
+        yield f"was {where(was)}, is {where(now)}; put back what it was"
+    elif was.source:
+        for name in ("source", "subset", "split", "commit"):
+            before, after = getattr(was, name), getattr(now, name)
+            if before != after:
+                yield f"{name} {_change(before, after)}; give the one that it was"
+    else:
+        found = list(_changed_files(was.files, now.files))
+        yield from found[:FILES_LISTED]
+        if len(found) > FILES_LISTED:
+            yield f"{len(found) - FILES_LISTED} more files changed"
+
+
+def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
+    if [file.sha256 for file in was] == [file.sha256 for file in now]:
+        return  # files may be renamed and moved
+    before, after = {file.name: file for file in was}, {file.name: file for file in now}
+    is_named = False
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is not None and new is not None and old.sha256 == new.sha256:
+            continue
+        is_named = True
+        if new is None:
+            yield f"the file {name} is gone ({old.size if old else 0:,} bytes); put it back"
+        elif old is None:
+            yield f"the file {name} is new ({new.size:,} bytes); take it away"
+        else:
+            sizes = f"{old.size:,} bytes then, {new.size:,} now"
+            hashes = f"SHA-256 {old.sha256[:12]} then, {new.sha256[:12]} now"
+            yield f"the file {name} changed ({sizes}, {hashes}); put it back"
+    if not is_named:
+        yield "its files are read in another order; give them in that of the lock"
+
+
+def _change(was: Any, now: Any) -> str:
+    before, after = ("not there" if value is None else shown(value, plain=True) for value in (was, now))
+    return f"was {before}, is {after}"
+
+
+# `--locked LOCK`: a run that is done once more, bit for bit.
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One choice."""
+class Repeat:
+    """A locked run that is to be done once more; `training.locking.refuse_drift` compares it with its lock."""
 
-    value: Any
-    why: str
-    """`asked for`, `by rule ...`, `measured ...`; for people."""
+    file: str
+    """The lock."""
+    lock: Lock
+    allowed: tuple[str, ...] = ()
+    """Keys of `--allow-change` that begin with `lock.`."""
 
-    @property
-    def is_measured(self) -> bool:
-        """Something was timed for it, now or earlier."""
-        return self.why.startswith("measured")
+    def as_locked(self, machine: Machine, recipe: Recipe) -> Machine:
+        """Set up the machine as the locked run had it, where that decides bits and the recipe leaves it open.
 
-
-@dataclass(frozen=True)
-class Choices:
-    """All that this run's arithmetic depends on and a recipe leaves open."""
-
-    device: str
-    """Kind of device that they were made on."""
-    made: Mapping[str, Choice] = field(default_factory=dict)
-    """precision, micro_batch, activation_checkpointing, attention, compiled."""
-
-    def value(self, name: str) -> Any:
-        """The value of a choice; None where none was made."""
-        choice = self.made.get(name)
-        return None if choice is None else choice.value
-
-    def describe(self) -> str:
-        """One line for people."""
-        shown = {
-            name: {True: "yes", False: "no"}[made.value] if isinstance(made.value, bool) else made.value
-            for name, made in self.made.items()
-        }
-        return ", ".join(f"{name.replace('_', ' ')} {shown[name]} ({made.why})" for name, made in self.made.items())
-
-    def plus(self, name: str, choice: Choice) -> Choices:
-        """With one more."""
-        return replace(self, made={**self.made, name: choice})
-
-    def without(self, *names: str) -> Choices:
-        """Without some of them."""
-        return replace(self, made={name: made for name, made in self.made.items() if name not in names})
-
-    def onto(self, machine: Machine, recipe: Recipe) -> Machine:
-        """The machine with this precision and attention, where the recipe leaves them open.
-
-        Args:
-            machine: Of this kind of device.
-            recipe: May name them.
+        That is the number of threads, where it has the cores, and the precision and attention that were chosen.
         """
-        if recipe.training.precision == "auto":
-            machine = replace(machine, precision=self.value("precision") or machine.precision)
-        if recipe.model.attention == "auto":
-            machine = replace(machine, attention=self.value("attention") or machine.attention)
+        import torch
+
+        if self.lock.choices.device == machine.device:
+            machine = self.lock.choices.onto(machine, recipe)
+        threads = self.lock.hardware.get("threads")
+        if isinstance(threads, int) and 0 < threads < machine.threads and machine.device == "cpu":
+            torch.set_num_threads(threads)
+            return replace(machine, threads=threads)
         return machine
 
-    def dump(self) -> dict[str, Any]:
-        """As JSON keeps it."""
-        return asdict(self)
-
-    @classmethod
-    def ruled(cls, recipe: Recipe, machine: Machine, before: Choices | None) -> Choices:
-        """Before anything is measured: the precision.
-
-        Args:
-            recipe: May name it.
-            machine: Has it.
-            before: The choices of the run's beginning, if it is to go on.
-        """
-        asked, has = recipe.training.precision, machine.precision
-        if before is not None and asked == "auto" and before.value("precision") == has:
-            return cls(machine.device, {"precision": before.made["precision"]})
-        reasons = {"bf16": "multiplies bf16 natively", "fp16": "has no bf16", "fp32": "has no units for bf16"}
-        why = "asked for" if asked == has else f"by rule: this {machine.device} {reasons[has]}"
-        return cls(machine.device, {"precision": Choice(has, why)})
-
-    @classmethod
-    def read(cls, kept: Mapping[str, Any]) -> Choices:
-        """From what `dump` made.
+    def refuse_other(self, choices: Choices) -> None:
+        """Compare the choices of this repeat with those of the locked run.
 
         Raises:
-            KeyError: Something is missing.
-            TypeError: It is something else.
-            AttributeError: It is something else.
+            CheckpointError: They differ, because the machine can't do what was chosen.
         """
-        return cls(str(kept["device"]), {name: Choice(**choice) for name, choice in kept["made"].items()})
+        if any(key.startswith(("lock.hardware", "lock.packages")) for key in self.allowed):
+            return
+        how = "bits would differ; repeat it where it is the same, or give --allow-change lock.hardware"
+        found = changed_choices(self.lock.choices, choices)
+        problems = [Problem(f"{text}: {how}", key=key, file=self.file) for key, text in found]
+        if problems:
+            raise CheckpointError(problems)
+
+    def notes_on_rows(self, fingerprint: str) -> list[str]:
+        """Compare the prepared rows with those of the locked run.
+
+        Args:
+            fingerprint: Of the data that were prepared.
+
+        Returns:
+            A note where they differ because other packages are allowed.
+
+        Raises:
+            CheckpointError: They differ, though nothing else did.
+        """
+        if fingerprint == self.lock.fingerprint:
+            return []
+        if any(key.startswith("lock.packages") for key in self.allowed):
+            return ["the rows may not be those of the lock: other packages read, describe or tokenise them"]
+        message = "the rows are not those of the lock, though all files are: tokenizer or task say something else"
+        raise CheckpointError(Problem(f"{message}; train without --locked", key="data", file=self.file))
+
+
+def read_repeat(file: str, path: str | None, overrides: Sequence[str]) -> tuple[Lock, Reading[Recipe]]:
+    """Read a lock, and the recipe of the repeat: that of the lock, with every revision as the commit that it meant.
+
+    Args:
+        file: The lock.
+        path: A recipe that must resolve to that of the lock; None takes the lock's own.
+        overrides: Each `key.path=value`.
+
+    Raises:
+        RecipeError: The lock can't be used, or the repeat would write into the locked run.
+    """
+    lock = read(file)
+    reading = (
+        recipe_module.read(path, overrides) if path else recipe_module.read_text(lock.recipe.whole, file, overrides)
+    )
+    if reading.recipe is None:
+        return lock, reading
+    recipe = pinned(reading.recipe, lock)
+    first, output = str(yamlfile.parse(lock.recipe.whole, file).value["output"]), recipe.output
+    is_given = any(override.partition("=")[0] == "output" for override in overrides)
+    if not is_given and output == first:
+        output = f"{output.rstrip('/')}{SUFFIX}"
+    taken = [Path(file).parent, *([Path(first)] if Path(first).exists() else [])]
+    if any(Path(output).resolve() == folder.resolve() for folder in taken):
+        message = f"{output} holds the locked run, which a repeat leaves alone; give output=ANOTHER_FOLDER"
+        raise RecipeError(Problem(message, key="output", file=OVERRIDE if is_given else file))
+    changes: dict[str, Any] = {"output": output}
+    if not any(override.startswith(("hub=", "hub.")) for override in overrides):
+        changes["hub"] = None  # the locked run's repository holds the locked run
+    recipe = recipe.model_copy(update=changes)
+    return lock, replace(reading, recipe=recipe, partial=recipe)

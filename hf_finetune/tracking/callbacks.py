@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainerState
 from hf_finetune import log
 from hf_finetune.log.lines import Message, Phase, clock
 from hf_finetune.run import journal
-from hf_finetune.run.folder import Status
 from hf_finetune.run.journal import Entry
+from hf_finetune.run.status import Status
 
 
 class MetricsCallback(TrainerCallback):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_finetune.run.folder import write_atomically
+from hf_finetune.run.files import write_atomically
 
 Array = np.ndarray[Any, Any]
 _FACTS = "facts.json"

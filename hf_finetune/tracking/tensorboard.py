@@ -477,7 +477,7 @@ def rebuild(folder: RunFolder) -> int:
     """
     if not folder.recipe.is_file() or folder.previous() is None:
         raise RecipeError(Problem(f"{folder.path} is not a run folder; name one"))
-    folder.look("", restart=True)  # refuses a run that is going on
+    folder.inspect("", restart=True)  # refuses a run that is going on
     recipe = Recipe.load(str(folder.recipe))
     logdir = LogDir.of(recipe, folder)
     check(logdir.folder)

@@ -12,8 +12,9 @@ from hf_finetune.device import Machine
 from hf_finetune.log import say, warn
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
-from hf_finetune.run.folder import RunFolder, Status
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Appender
+from hf_finetune.run.status import Status
 from hf_finetune.tasks._generation import answer_together
 from hf_finetune.tasks.base import Prompts
 from hf_finetune.tracking import records

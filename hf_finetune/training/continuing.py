@@ -20,9 +20,10 @@ from hf_finetune.log import say
 from hf_finetune.models import pretrained, sharded
 from hf_finetune.run import ranks as run_ranks
 from hf_finetune.run import store as run_store
-from hf_finetune.run.files import discard, sync_file, sync_folder
-from hf_finetune.run.folder import RANKS, RunFolder, Status, write_atomically
+from hf_finetune.run.files import discard, sync_file, sync_folder, write_atomically
+from hf_finetune.run.folder import RANKS, RunFolder
 from hf_finetune.run.journal import keep_lines
+from hf_finetune.run.status import Status
 from hf_finetune.run.store import Facts, Manifest, verify
 from hf_finetune.tracking import records
 from hf_finetune.training.callbacks import Pace, StopRequest
@@ -84,12 +85,12 @@ def resume(checkpointing: Checkpointing, tracker: Tracker, status: Status, tell:
     """
 
     def committed(step: int) -> None:
-        status.at(step, f"{checkpointing.store.folder.name}/{checkpointing.store.path(step).name}")
+        status.reached(step, f"{checkpointing.store.folder.name}/{checkpointing.store.path(step).name}")
 
     checkpointing.committed = committed
     if checkpointing.resume_from is None:
         if tracker.folder.metrics.exists():
-            status.at(0, None)
+            status.reached(0, None)
             tell("no checkpoint was written before the earlier run ended: starting again at step 0")
         PartialState().wait_for_everyone()  # until every rank has looked
         tracker.start({}, 0)
@@ -210,7 +211,7 @@ def _fill(folder: RunFolder, last: Path, recipe_yaml: str) -> None:
     for journal in (folder.metrics, folder.samples):
         keep_lines(new / journal.name, progress.lines.get(journal.name, 0))
     write_atomically(new / folder.recipe.name, recipe_yaml)
-    Status(new / folder.status.name).note(progress.step, f"{folder.checkpoints.name}/{last.name}")
+    Status(new / folder.status.name).write_resumable(progress.step, f"{folder.checkpoints.name}/{last.name}")
     for path in [*new.rglob("*"), new]:
         if path.is_dir():
             sync_folder(path)

@@ -1,4 +1,4 @@
-"""The lock of a run: made from everything that it reads and runs on, and compared with that of an earlier run."""
+"""The lock of a run that is about to train, and the differences between a locked run and its repeat."""
 
 from __future__ import annotations
 
@@ -7,33 +7,29 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hf_finetune import __version__, device
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.config.paths import is_commit, resolve
-from hf_finetune.config.problems import shown
-from hf_finetune.config.section import key_of
 from hf_finetune.data import cache, sources
 from hf_finetune.data.sources import HubSplit, Origin
 from hf_finetune.device import Machine
-from hf_finetune.errors import DataError, ModelError, Problem, RecipeError
+from hf_finetune.errors import CheckpointError, DataError, ModelError, Problem, RecipeError
 from hf_finetune.log import phase
 from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
-from hf_finetune.run import continuation
 from hf_finetune.run import files as run_files
 from hf_finetune.run import lock as run_lock
-from hf_finetune.run.lock import Choices, File, Git, Input, Lock, Made, RecipeText
-from hf_finetune.run.lock import find as find_of_lock
+from hf_finetune.run.lock import Choices, File, Git, Input, Lock, RecipeText, Repeat
 
 # Everything that a run reads, identified by a commit on the Hub, or by hashes of local files.
 
@@ -139,18 +135,27 @@ def packages(recipe: Recipe, machine: Machine) -> dict[str, str]:
     return found
 
 
-def decisive(machine: Machine) -> dict[str, str | int | bool | None]:
+def hardware(machine: Machine) -> dict[str, str | int | bool | None]:
     """Return the properties of a machine that decide bits.
 
     Another processor has other kernels; other threads and ranks add in another order, and each rank draws random
     numbers of its own.
     """
+    is_cpu, stepping, bf16 = machine.device == "cpu", None, False
+    if is_cpu:
+        bf16 = device.cpu_has_bf16()
+        with suppress(OSError):  # tells this processor from others of its name, on x86
+            first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+            found = dict(re.findall(r"^(cpu family|model|stepping)\s*: (\w+)$", first, re.MULTILINE))
+            stepping = ", ".join(f"{name} {value}" for name, value in found.items()) or None
+    elif machine.device == "cuda":
+        bf16 = bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return {
         "device": machine.device,
         "processor": device.processor(machine.device),
-        "stepping": _stepping() if machine.device == "cpu" else None,
+        "stepping": stepping,
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "bf16": _has_bf16(machine),
+        "bf16": bf16,
         "ranks": machine.world_size,
         "ranks_a_node": machine.local_world_size,
         "threads": machine.threads,
@@ -168,7 +173,7 @@ def is_same_memory(file: Path, machine: Machine) -> bool:
     was = run_lock.find(file)
     if was is None:
         return True
-    now = decisive(machine)
+    now = hardware(machine)
     return all(was.hardware.get(name) == now[name] for name in ("processor", "ranks", "ranks_a_node", "sharded"))
 
 
@@ -183,43 +188,25 @@ def driver() -> str | None:
 
 def checkout() -> Git | None:
     """Return the commit of the working directory, and whether tracked files differ; None outside a checkout."""
-    commit = _git("rev-parse", "--verify", "HEAD")
+    program = shutil.which("git")
+
+    def git(*words: str) -> str | None:
+        # A checkout may name a program as its file system monitor.
+        command = [program or "", "-c", "core.fsmonitor=false", *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)  # noqa: S603
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = None if program is None else git("rev-parse", "--verify", "HEAD")
     if commit is None or not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         return None
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = git("status", "--porcelain", "--untracked-files=no")
     return Git(commit=commit, dirty=None if changes is None else bool(changes))
 
 
-def _git(*words: str) -> str | None:
-    """Run git; None where it fails, hangs or is not installed."""
-    program = shutil.which("git")
-    if program is None:
-        return None
-    # A checkout may name a program as its file system monitor.
-    command = [program, "-c", "core.fsmonitor=false", *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _stepping() -> str | None:
-    """Tell this processor from others of its name, as Linux does on x86."""
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-        found = dict(re.findall(r"^(cpu family|model|stepping)\s*: (\w+)$", first, re.MULTILINE))
-        return ", ".join(f"{name} {value}" for name, value in found.items()) or None
-    return None
-
-
-def _has_bf16(machine: Machine) -> bool:
-    if machine.device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return machine.device == "cpu" and device.cpu_has_bf16()
-
-
-# Differences between a lock and the present run: all of them, in groups, each with advice.
+# Differences between a lock and the recipe and machine of a repeat, each with advice.
 
 ALLOWED = ("lock.packages", "lock.hardware", "lock.changed")
 """Groups that `--allow-change` may name, also with one member: `lock.packages.numpy`."""
@@ -230,47 +217,68 @@ HINTS = {
     "lock.hardware.ranks": "start as many processes",
     "lock.hardware.ranks_a_node": "start as many processes on each node",
 }
-FILES_SHOWN = 20
-"""Of one input, at most; the rest is counted."""
+
+
+def refuse_drift(repeat: Repeat, recipe: Recipe, machine: Machine) -> list[str]:
+    """Compare a repeat with its lock, before data and model are loaded.
+
+    Args:
+        repeat: The lock, and the keys of `--allow-change` that are for it.
+        recipe: Of the repeat.
+        machine: This one.
+
+    Returns:
+        A sentence for each difference that is allowed, or that decides no bit.
+
+    Raises:
+        RecipeError: `--allow-change` names something that may not change.
+        CheckpointError: Something else differs; it carries every difference.
+    """
+    for key in repeat.allowed:
+        if not any(key == group or key.startswith(f"{group}.") for group in ALLOWED):
+            message = f"may not change in a repeat, only {', '.join(ALLOWED)} may; train without --locked"
+            raise RecipeError(Problem(message, key=key))
+    problems, notes = drift(repeat.lock, recipe, machine, repeat.allowed)
+    if problems:
+        raise CheckpointError(replace(problem, file=problem.file or repeat.file) for problem in problems)
+    return notes
 
 
 def drift(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) -> tuple[list[Problem], list[str]]:
-    """Compare everything that can be compared before data and model are loaded.
+    """Find every difference: problems for those that refuse a repeat, sentences for the others; see `refuse_drift`."""
+    problems: list[Problem] = []
+    notes: list[str] = []
 
-    Args:
-        lock: Of the run that is repeated.
-        recipe: Of the repeat.
-        machine: Of the repeat.
-        allowed: Keys of `--allow-change`.
-
-    Returns:
-        Differences that refuse the repeat, and those that are allowed or decide no bit.
-    """
-    problems, notes = list[Problem](), list[str]()
-    for key, change in _changed_keys(lock.recipe.whole, recipe.dump()):
-        how = "a repeat changes nothing; leave it as it was, or train without --locked"
-        problems.append(Problem(f"{change}: {how}", key=key))
-    may_differ = [("lock.changed", f"the run was changed while it went on: {text}") for text in lock.changed]
-    may_differ += _values("lock.packages", lock.packages, packages(recipe, machine))
-    may_differ += _values("lock.hardware", lock.hardware, decisive(machine))
-    for key, was, now in _inputs(lock, recipe):
-        problems += [Problem(text, key=key) for text in _changed(was, now)]
-    for key, text in may_differ:
+    def judge(key: str, text: str) -> None:
         group = ".".join(key.split(".")[:2])
         if group in allowed or key in allowed:
             notes.append(f"{key} {text}, as --allow-change says: bits may differ")
         else:
-            advice = f"{HINTS.get(key) or HINTS[group]}, or give --allow-change {group}"
-            problems.append(Problem(f"{text}: bits may differ; {advice}", key=key))
-    here = checkout() if lock.git is not None else None
+            how = HINTS.get(key) or HINTS[group]
+            problems.append(Problem(f"{text}: bits may differ; {how}, or give --allow-change {group}", key=key))
+
+    for key, text in run_lock.changed_keys(lock.recipe.whole, recipe.dump()):
+        how = "a repeat changes nothing; leave it as it was, or train without --locked"
+        problems.append(Problem(f"{text}: {how}", key=key))
+    for text in lock.changed:
+        judge("lock.changed", f"the run was changed while it went on: {text}")
+    for key, was, now in _inputs(lock, recipe):
+        problems += [Problem(text, key=key) for text in run_lock.changed_input(was, now)]
+    for group, before, after in (
+        ("lock.packages", lock.packages, packages(recipe, machine)),
+        ("lock.hardware", lock.hardware, hardware(machine)),
+    ):
+        for key, text in run_lock.changed_values(group, before, after):
+            judge(key, text)
+    here = None if lock.git is None else checkout()
     if lock.git is not None and here is not None and here != lock.git:
-        commits = [f"{git.commit[:12]}{' with changes' if git.dirty else ''}" for git in (lock.git, here)]
-        notes.append(f"the working directory was at commit {commits[0]}, is at commit {commits[1]}")
+        told = [f"at commit {git.commit[:12]}{' with changes' if git.dirty else ''}" for git in (lock.git, here)]
+        notes.append(f"the working directory was {told[0]}, is {told[1]}")
     return problems, notes
 
 
 def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Input | None]]:
-    """Yield recipe key, input then, input now; nothing for a missing input, which is an error elsewhere."""
+    """Give recipe key, locked input and present one; nothing for a missing one, which another check reports."""
     try:
         data = of_data(recipe)
     except (DataError, RecipeError):
@@ -285,96 +293,14 @@ def _inputs(lock: Lock, recipe: Recipe) -> Iterator[tuple[str, Input | None, Inp
         return
 
 
-def _changed(was: Input | None, now: Input | None) -> Iterator[str]:
-    """Yield a sentence for each way in which an input is another one."""
-    if was is None and now is None:
-        return
-    if was is None or now is None or bool(was.source) != bool(now.source):
-        yield f"was {_where(was)}, is {_where(now)}; put back what it was"
-    elif was.source:
-        for name in ("source", "subset", "split", "commit"):
-            before, after = getattr(was, name), getattr(now, name)
-            if before != after:
-                yield f"{name} was {_plain(before)}, is {_plain(after)}; give the one that it was"
-    else:
-        changes = list(_changed_files(was.files, now.files))
-        yield from changes[:FILES_SHOWN]
-        if len(changes) > FILES_SHOWN:
-            yield f"{len(changes) - FILES_SHOWN} more files changed"
-
-
-def _where(what: Input | None) -> str:
-    if what is None:
-        return "not given"
-    if what.source:
-        return f"{what.source} on the Hub"
-    return f"{len(what.files)} local file{'' if len(what.files) == 1 else 's'}"
-
-
-def _changed_files(was: Sequence[File], now: Sequence[File]) -> Iterator[str]:
-    if [file.sha256 for file in was] == [file.sha256 for file in now]:
-        return  # names don't count
-    before, after = {file.name: file for file in was}, {file.name: file for file in now}
-    same_set = True
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if old is not None and new is not None and old.sha256 == new.sha256:
-            continue
-        same_set = False
-        if new is None:
-            yield f"the file {name} is gone ({old.size if old else 0:,} bytes); put it back"
-        elif old is None:
-            yield f"the file {name} is new ({new.size:,} bytes); take it away"
-        else:
-            sizes = f"{old.size:,} bytes then, {new.size:,} now"
-            hashes = f"SHA-256 {old.sha256[:12]} then, {new.sha256[:12]} now"
-            yield f"the file {name} changed ({sizes}, {hashes}); put it back"
-    if same_set:
-        yield "its files are read in another order; give them in that of the lock"
-
-
-def between(was: Lock, now: Lock) -> Iterator[tuple[str, str]]:
-    """Yield key and sentence for all that differs between two starts of one run and may decide bits."""
-    yield from _changed_keys(was.recipe.whole, now.recipe.whole)
-    for key in sorted(was.data.keys() | now.data.keys()):
-        yield from ((key, text) for text in _changed(was.data.get(key), now.data.get(key)))
-    yield from _values("lock.packages", was.packages, now.packages)
-    yield from _values("lock.hardware", was.hardware, now.hardware)
-    yield from other_choices(was.choices, now.choices)
-
-
-def _changed_keys(was: str, now: str) -> Iterator[tuple[str, str]]:
-    for key, (old, new) in continuation.differences(was, now).items():
-        if key_of(Recipe, key).lock == "value":
-            yield key, f"was {_plain(old)}, is {_plain(new)}"
-
-
-def other_choices(was: Made, now: Made) -> Iterator[tuple[str, str]]:
-    """Yield key and sentence for each choice that came out otherwise; those of only one version are no difference."""
-    both = [name for name in was.made if name in now.made]
-    before, after = ({name: made.made[name].value for name in both} for made in (was, now))
-    yield from _values("lock.choices", before, after)
-
-
-def _values(group: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in [*was, *(name for name in now if name not in was)]:
-        before, after = was.get(name), now.get(name)
-        if before != after:
-            yield f"{group}.{name}", f"was {_plain(before)}, is {_plain(after)}"
-
-
-def _plain(value: Any) -> str:
-    return "not there" if value is None else shown(value, plain=True)
-
-
 def lock(recipe: Recipe, machine: Machine, fingerprint: str, choices: Choices) -> Lock:
-    """Everything that a repeat needs to be the same, or to be refused.
+    """Make the lock of a run that is about to train.
 
     Args:
         recipe: All local files that it names are read, unless the data are streamed.
-        machine: With what was chosen for it.
+        machine: With the choices that were made for it.
         fingerprint: Of the prepared data.
-        choices: What this run's arithmetic depends on besides.
+        choices: Kept in the lock.
 
     Raises:
         DataError: A file that was read is gone.
@@ -393,36 +319,22 @@ def lock(recipe: Recipe, machine: Machine, fingerprint: str, choices: Choices) -
         fingerprint=fingerprint,
         data=data,
         packages=packages(recipe, machine),
-        hardware=decisive(machine),
+        hardware=hardware(machine),
         driver=driver() if machine.device == "cuda" else None,
         git=checkout(),
-        choices=Made.model_validate(choices.dump()),
+        choices=choices,
     )
 
 
-def write(lock: Lock, file: Path, *, goes_on: bool) -> None:
-    """Write a lock in the place of that of the start before, if there is one.
-
-    Args:
-        lock: Of this start.
-        file: `run.lock.json` of the run folder.
-        goes_on: Whether the run goes on from a checkpoint.
-
-    Raises:
-        StorageError: It can't be written.
-    """
-    (going_on(lock, file) if goes_on else lock).write(file)
-
-
-def going_on(now: Lock, file: Path) -> Lock:
-    """The lock of a run that goes on from a checkpoint: with all that differs from its beginning, and from each start.
+def resumed(now: Lock, file: Path) -> Lock:
+    """Make the lock of a run that is resumed: with everything that changed since its beginning, at each start.
 
     Args:
         now: Of this start.
         file: The lock of the start before.
     """
-    before = find_of_lock(file)
+    before = run_lock.find(file)
     if before is None:
         return now.model_copy(update={"changed": ["an earlier start left no lock that can be read"]})
-    changes = [f"{key} {text}" for key, text in between(before, now)]
+    changes = [f"{key} {text}" for key, text in run_lock.between(before, now)]
     return now.model_copy(update={"changed": [*before.changed, *changes]})
