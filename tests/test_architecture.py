@@ -70,7 +70,6 @@ def imported(module: str, *, at_once: bool = False) -> set[str]:
     return (found & MODULES.keys()) - {module, "hf_finetune"}
 
 
-@moved
 def test_a_room_imports_only_those_before_it() -> None:
     """Imports for types and inside functions count: a reader follows them, too."""
     assert {room(module) for module in MODULES} - {"", *ROOMS} == set(), "a module is in no room"
