@@ -142,7 +142,7 @@ class FastHead:
         return logits
 
     def each(self, forward: Callable[[], Tensor], labels: Tensor) -> Tensor:
-        """The result of `token_loss.each`, without ever holding the logits of the whole batch.
+        """The result of `tasks._losses.each`, without ever holding the logits of the whole batch.
 
         `forward` runs the model on the batch, without gradients, and returns its logits.
         """
@@ -181,7 +181,7 @@ class FastHead:
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
-    """The result of `token_loss.each` for all positions, from a chunk of logits at a time."""
+    """The result of `tasks._losses.each` for all positions, from a chunk of logits at a time."""
     logits = head(kept[:FEW])  # few: only now is it known how many one position has
     size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
     del logits

@@ -230,7 +230,7 @@ class Paths:
 
 @dataclass(frozen=True)
 class Forward:
-    """A model's forward pass, by the fast paths that are installed; see `tasks._token_loss.next_token_loss`."""
+    """A model's forward pass, by the fast paths that are installed; see `tasks._losses.next_token_loss`."""
 
     model: Callable[..., Any]
     paths: Paths

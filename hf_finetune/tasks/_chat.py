@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _fidelity as fidelity
-from hf_finetune.tasks import _texts as tasks_texts
+from hf_finetune.tasks import _texts
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._messages import REASONING, Chat, arguments
 from hf_finetune.tasks.base import is_blank
@@ -303,7 +303,7 @@ class Renderer:
 
     def _lost(self, chat: Chat, text: str) -> tuple[Lost, ...]:
         return fidelity.lost(
-            chat, text.replace(tasks_texts.GUARD, "") if self.escapes else text, self._template(chat), self._probe
+            chat, text.replace(_texts.GUARD, "") if self.escapes else text, self._template(chat), self._probe
         )
 
     def _probe(self, chat: Chat) -> frozenset[tuple[int, str]]:
@@ -362,11 +362,11 @@ class Renderer:
 
     def guarded(self, text: Any) -> Any:
         """A text of the data, or a dict or list of them, as it is tokenised: with special tokens as text if asked."""
-        return tasks_texts.guarded(text, self._specials) if self.escapes and self._specials is not None else text
+        return _texts.guarded(text, self._specials) if self.escapes and self._specials is not None else text
 
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
-        return tasks_texts.pattern(self.tokenizer)
+        return _texts.pattern(self.tokenizer)
 
     def _template(self, chat: Chat) -> str:
         """Its source.
@@ -396,7 +396,7 @@ class Renderer:
         render: Any = chat_template_utils.render_jinja_template  # its annotations are wrong
         template, messages = self._template(chat), chat.messages
         if self.date is not None:
-            template = tasks_texts.pinned(template, self.date)
+            template = _texts.pinned(template, self.date)
         if self.escapes:
             messages = [{**self.guarded(turn), "role": turn["role"]} for turn in messages]
         try:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import Key
-from hf_finetune.tasks import _labels as tasks_labels
+from hf_finetune.tasks import _labels
 from hf_finetune.tasks.base import IGNORE, Batch, Column, Judged, Loss, OutputKind, Plot, Predictions, Rows, State, Task
 
 if TYPE_CHECKING:
@@ -111,39 +111,39 @@ class Classifier(Task):
             DataError: A label is missing or unfit, there is only one, or streaming leaves the names unknown.
         """
         if self.problem == "regression":
-            return tasks_labels.read_numbers(rows, str(self.label))
+            return _labels.read_numbers(rows, str(self.label))
         if isinstance(self.label, list):
-            state = tasks_labels.read_cells(rows, self.label)
+            state = _labels.read_cells(rows, self.label)
         elif self.problem == "multi_label":
-            state = tasks_labels.read_lists(rows, self.label, self.labels)
+            state = _labels.read_lists(rows, self.label, self.labels)
         else:
-            state = tasks_labels.read_labels(rows, self.label, self.labels)
+            state = _labels.read_labels(rows, self.label, self.labels)
         if self.class_weights is None:
             return state
         count = None if not state.counts else len(rows)
-        return tasks_labels.weighted(state, self.class_weights, count, per_label=self.problem == "multi_label")
+        return _labels.weighted(state, self.class_weights, count, per_label=self.problem == "multi_label")
 
     def refit(self, state: State, counts: tuple[int, ...], rows: int) -> State:
         """The state with these counts, and class weights that are balanced by them; see `Task.refit`."""
         state = super().refit(state, counts, rows)
         if self.class_weights != "balanced":
             return state
-        return tasks_labels.weighted(state, self.class_weights, rows, per_label=self.problem == "multi_label")
+        return _labels.weighted(state, self.class_weights, rows, per_label=self.problem == "multi_label")
 
     def model_options(self, state: State) -> dict[str, Any]:
         """`num_labels`, `id2label`, `label2id` and `problem_type` for `from_pretrained`."""
         suffix = "" if self.problem == "regression" else "_classification"
-        return {**tasks_labels.model_options(state), "problem_type": self.problem + suffix}
+        return {**_labels.model_options(state), "problem_type": self.problem + suffix}
 
     def labels_of(self, rows: Rows, state: State) -> Iterable[int | float | list[float]]:
         """Labels of a batch; where no name is known, as training rows could not be read, ids and cells say nothing."""
         if self.problem == "regression":
-            return tasks_labels.numbers(rows[str(self.label)], str(self.label))
+            return _labels.numbers(rows[str(self.label)], str(self.label))
         if isinstance(self.label, list):
-            return tasks_labels.cells({column: rows[column] for column in self.label})
+            return _labels.cells({column: rows[column] for column in self.label})
         if self.problem == "multi_label":
-            return tasks_labels.multi_hot(rows[self.label], self.label, state)
-        return tasks_labels.ids(rows[self.label], self.label, state)
+            return _labels.multi_hot(rows[self.label], self.label, state)
+        return _labels.ids(rows[self.label], self.label, state)
 
     def label_batch(self, features: list[Any]) -> Batch:
         """The `labels` of a batch, (B,) or (B, C), where its rows have them."""
@@ -165,31 +165,31 @@ class Classifier(Task):
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Sum of the rows' class weights, or number of cells, or of rows: the divisor of torch's mean losses."""
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
         labels = batch["labels"]
         match self.problem:
             case "single_label":
-                return losses.cross_entropy_items(labels, state.weights)
+                return _losses.cross_entropy_items(labels, state.weights)
             case "multi_label":
-                return losses.binary_cross_entropy_items(labels)
+                return _losses.binary_cross_entropy_items(labels)
             case "regression":
-                return losses.squared_error_items(labels)
+                return _losses.squared_error_items(labels)
             case _:
                 assert_never(self.problem)
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Cross-entropy, binary cross-entropy or squared error, summed."""
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
         logits, labels = model(**self.inputs(batch)).logits, batch["labels"]
         match self.problem:
             case "single_label":
-                return Loss(losses.cross_entropy_sum(logits, labels, state.weights, self.label_smoothing))
+                return Loss(_losses.cross_entropy_sum(logits, labels, state.weights, self.label_smoothing))
             case "multi_label":
-                return Loss(losses.binary_cross_entropy_sum(logits, labels, state.weights))
+                return Loss(_losses.binary_cross_entropy_sum(logits, labels, state.weights))
             case "regression":
-                return Loss(losses.squared_error_sum(logits, labels))
+                return Loss(_losses.squared_error_sum(logits, labels))
             case _:
                 assert_never(self.problem)
 
@@ -202,31 +202,31 @@ class Classifier(Task):
 
     def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
         """Metrics of a split; `loss` has neither class weights nor smoothing, so that recipes can be compared."""
-        from hf_finetune.tasks import _metrics as tasks_metrics
+        from hf_finetune.tasks import _metrics
 
         logits, labels = predictions["logits"], predictions["labels"]
         match self.problem:
             case "single_label":
-                return tasks_metrics.single_label(logits, labels, state.names)
+                return _metrics.single_label(logits, labels, state.names)
             case "multi_label":
-                return tasks_metrics.multi_label(logits, labels, state.names, self.threshold)
+                return _metrics.multi_label(logits, labels, state.names, self.threshold)
             case "regression":
-                return tasks_metrics.regression(logits[:, 0], labels)
+                return _metrics.regression(logits[:, 0], labels)
             case _:
                 assert_never(self.problem)
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
         """Sums of which loss, accuracy, F1 and the errors of a regression are made."""
-        from hf_finetune.tasks import _sums as tasks_sums
+        from hf_finetune.tasks import _sums
 
         logits, labels = predictions["logits"], predictions["labels"]
         match self.problem:
             case "single_label":
-                return tasks_sums.of_labels(logits, labels, state.names)
+                return _sums.of_labels(logits, labels, state.names)
             case "multi_label":
-                return tasks_sums.of_cells(logits, labels, state.names, self.threshold)
+                return _sums.of_cells(logits, labels, state.names, self.threshold)
             case "regression":
-                return tasks_sums.of_numbers(logits[:, 0], labels)
+                return _sums.of_numbers(logits[:, 0], labels)
             case _:
                 assert_never(self.problem)
 
@@ -234,7 +234,7 @@ class Classifier(Task):
         """Predicted beside true labels; of several labels, how sure the model was of the one most surely wrong."""
         import numpy as np
 
-        from hf_finetune.tasks import _metrics as tasks_metrics
+        from hf_finetune.tasks import _metrics
 
         logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
         known = ~np.isnan(labels) & (labels != IGNORE)
@@ -244,13 +244,13 @@ class Classifier(Task):
             error = np.abs(logits[:, 0] - labels)
             return Judged(places, _numbers(labels), _numbers(logits[:, 0]), error, error > 0)
         names = state.names
-        probabilities, chosen = tasks_metrics.decide(self.problem, logits, self.threshold)
+        probabilities, chosen = _metrics.decide(self.problem, logits, self.threshold)
         if self.problem == "multi_label":
             truth = labels > 0.5
             sure = np.where(chosen, probabilities, 1 - probabilities)
             wrong = chosen != truth
             confidence = np.where(wrong, sure, 0.0).max(axis=1, initial=0.0)
-            right, found = ([", ".join(tasks_metrics.named(row, names)) for row in cells] for cells in (truth, chosen))
+            right, found = ([", ".join(_metrics.named(row, names)) for row in cells] for cells in (truth, chosen))
             return Judged(places, right, found, confidence, wrong.any(axis=1), "accuracy")
         ids = labels.astype(int)
         right, found = ([names[index] for index in column] for column in (ids, chosen))
@@ -277,7 +277,7 @@ class Classifier(Task):
         import numpy as np
 
         from hf_finetune.errors import DivergedError
-        from hf_finetune.tasks import _metrics as tasks_metrics
+        from hf_finetune.tasks import _metrics
 
         logits = predictions["logits"].astype(np.float64)
         if not np.isfinite(logits).all():
@@ -285,11 +285,9 @@ class Classifier(Task):
         if self.problem == "regression":
             return [{"value": _short(value)} for value in logits[:, 0].tolist()]
         outputs, names = [], state.names
-        for row, shares, decision in zip(
-            logits, *tasks_metrics.decide(self.problem, logits, self.threshold), strict=True
-        ):
+        for row, shares, decision in zip(logits, *_metrics.decide(self.problem, logits, self.threshold), strict=True):
             best = int(row.argmax())
-            label: Any = names[decision] if self.problem == "single_label" else tasks_metrics.named(decision, names)
+            label: Any = names[decision] if self.problem == "single_label" else _metrics.named(decision, names)
             each = {f"probability.{name}": _short(p) for name, p in zip(names, shares.tolist(), strict=True)}
             outputs.append({"label": label, "score": _short(float(shares[best])), **each})
         return outputs

@@ -1,7 +1,9 @@
-"""Losses summed over the items of a micro-batch, each with the divisor that makes it torch's mean-reduced loss.
+"""Losses summed over the items of a micro-batch: of classes, cells and numbers, and of next tokens.
 
-Shapes: B rows, C classes. Logits of any float type; all arithmetic is float32. A masked item (label `IGNORE`, or NaN
-for regression) adds nothing to sum, divisor or gradient. No function waits for the device.
+Those of classes, cells and numbers come with the divisor that makes them torch's mean-reduced losses. Logits may be of
+any float type; all arithmetic is float32, without a float32 copy of all logits of tokens. A masked item (label
+`IGNORE`, or NaN for regression) adds nothing to sum, divisor or gradient. Shapes: B rows, C classes, T tokens,
+V vocabulary, N counted positions; the logits at position t predict the label at t + 1.
 """
 
 from __future__ import annotations
@@ -96,10 +98,6 @@ def squared_error_items(labels: torch.Tensor) -> torch.Tensor:
     """Rows of (B,) that are not masked, a float32 scalar."""
     return (~labels.isnan()).sum().float()
 
-
-# Cross entropy of the next token, summed, in float32, without holding a float32 copy of all logits.
-#
-# Shapes: B rows, T tokens, V vocabulary, N counted positions. The logits at position t predict the label at t + 1.
 
 CHUNK = 1024
 """Positions that are cast to float32 together."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_finetune.errors import BadRows, ModelError, Problem
-from hf_finetune.tasks import _texts as tasks_texts
+from hf_finetune.tasks import _texts
 from hf_finetune.tasks._chat import Rendered, Renderer, Span
 from hf_finetune.tasks.base import IGNORE, Batch
 
@@ -141,8 +141,8 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_speci
     )
     ids, offsets = batch["input_ids"], batch["offset_mapping"]
     for row, text in enumerate(texts):
-        if tasks_texts.GUARD in text:
-            ids[row], offsets[row] = tasks_texts.plain(tokenizer, text, add_special_tokens=add_special_tokens)
+        if _texts.GUARD in text:
+            ids[row], offsets[row] = _texts.plain(tokenizer, text, add_special_tokens=add_special_tokens)
     return ids, offsets
 
 

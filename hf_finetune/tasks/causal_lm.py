@@ -15,8 +15,7 @@ from hf_finetune.config.blocks import changed
 from hf_finetune.config.section import ASK, SEEN, Key
 from hf_finetune.errors import ModelError, Problem
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _texts as tasks_texts
-from hf_finetune.tasks import _tokens as tasks_tokens
+from hf_finetune.tasks import _texts, _tokens
 from hf_finetune.tasks._chat import Renderer, Spoken
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks.base import (
@@ -173,7 +172,7 @@ class CausalLM(Task):
 
     def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The task with the date that its chat template prints, where it prints one and the recipe names none."""
-        prints = self.date is None and self.text is None and tasks_texts.reads_clock(tokenizer)
+        prints = self.date is None and self.text is None and _texts.reads_clock(tokenizer)
         return self.model_copy(update={"date": day}) if prints else self
 
     def columns(self) -> dict[str, Column]:
@@ -237,33 +236,31 @@ class CausalLM(Task):
         spoken = self._marked(row, self.renderer(tokenizer))[0][0]
         return next((f"{one.at}: {one.what}" for one in spoken.lost if one.check == check), "")
 
-    def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[Spoken], list[tasks_tokens.Marked]]:
+    def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[Spoken], list[_tokens.Marked]]:
         """Rows as text, and as tokens."""
         reader, train_on = self._reader, self.train_on
         if self._is_chat(renderer.tokenizer):
             spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on=train_on))
-            return spoken, tasks_tokens.mark(renderer, [said.rendered for said in spoken])
+            return spoken, _tokens.mark(renderer, [said.rendered for said in spoken])
         spoken = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
-        return spoken, tasks_tokens.mark_plain(renderer, [said.rendered for said in spoken])
+        return spoken, _tokens.mark_plain(renderer, [said.rendered for said in spoken])
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad rows on the right; lists of documents are joined, each list to one row."""
         pad = next((token for token in (processor.pad_token_id, processor.eos_token_id) if token is not None), 0)
-        return (
-            tasks_tokens.packed(features, pad) if isinstance(features[0], list) else tasks_tokens.padded(features, pad)
-        )
+        return _tokens.packed(features, pad) if isinstance(features[0], list) else _tokens.padded(features, pad)
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Counted tokens of the labels, a scalar."""
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
-        return losses.counted(batch["labels"]).sum()
+        return _losses.counted(batch["labels"]).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Cross entropy summed over the counted tokens."""
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
-        return Loss(losses.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
+        return Loss(_losses.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
 
     def predict(
         self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
@@ -272,12 +269,12 @@ class CausalLM(Task):
 
         Adds nats and counted tokens at each position to the total `positions` (2, T).
         """
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
-        found = losses.each_next_token(model, self.inputs(batch), batch["labels"])
+        found = _losses.each_next_token(model, self.inputs(batch), batch["labels"])
         if totals is not None:
-            losses.add_positions(totals, found, batch["labels"])
-        return dict(zip(("nats", "tokens", "right"), losses.row_sums(found, batch["labels"]).unbind(1), strict=True))
+            _losses.add_positions(totals, found, batch["labels"])
+        return dict(zip(("nats", "tokens", "right"), _losses.row_sums(found, batch["labels"]).unbind(1), strict=True))
 
     def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
         """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""
@@ -290,9 +287,9 @@ class CausalLM(Task):
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
         """Sums of nats, tokens and right tokens."""
-        from hf_finetune.tasks import _sums as tasks_sums
+        from hf_finetune.tasks import _sums
 
-        return tasks_sums.of_tokens(*_stacked(predictions).T)
+        return _sums.of_tokens(*_stacked(predictions).T)
 
     def plots(self, predictions: Predictions, state: State) -> Plot:
         """Nats, tokens and right tokens of each row."""
@@ -332,7 +329,7 @@ class CausalLM(Task):
 
     def check_packing(self, model: torch.nn.Module) -> None:
         """Make sure that the model keeps packed documents apart; see `packing.check_packing`."""
-        tasks_tokens.check_packing(model)
+        _tokens.check_packing(model)
 
     def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
         """Fixed prompts, or those of the first validation rows; none without validation rows."""
@@ -344,10 +341,10 @@ class CausalLM(Task):
         if isinstance(self.sample_prompts, int):
             return self.prompts(rows[: self.sample_prompts], tokenizer, self.sample_prompts)
         if not self._is_chat(tokenizer):
-            return tasks_tokens.prompt_ids(tokenizer, self._guarded(self.sample_prompts, tokenizer), plain=True)
+            return _tokens.prompt_ids(tokenizer, self._guarded(self.sample_prompts, tokenizer), plain=True)
         renderer = self.renderer(tokenizer)
         texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
-        return tasks_tokens.prompt_ids(tokenizer, texts, plain=False)
+        return _tokens.prompt_ids(tokenizer, texts, plain=False)
 
     def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
         """Token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
@@ -358,10 +355,10 @@ class CausalLM(Task):
         if self._is_chat(tokenizer):
             renderer, reader = self.renderer(tokenizer), self._reader
             texts = examples.each(rows, lambda row: reader.question(row, renderer), n)
-            return tasks_tokens.prompt_ids(tokenizer, texts, plain=False)
+            return _tokens.prompt_ids(tokenizer, texts, plain=False)
         pairs = examples.each(rows, self._reader.pair, n)
         texts = self._guarded([prompt or text for prompt, text in pairs], tokenizer)
-        ids = tasks_tokens.prompt_ids(tokenizer, texts, plain=True)
+        ids = _tokens.prompt_ids(tokenizer, texts, plain=True)
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
 
     def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -374,9 +371,9 @@ class CausalLM(Task):
         if self._is_chat(tokenizer):
             renderer = self.renderer(tokenizer)
             texts = examples.each(rows, lambda row: renderer.text(reader.open_chat(row), ask=True))
-            return tasks_tokens.prompt_ids(tokenizer, texts, plain=False)
+            return _tokens.prompt_ids(tokenizer, texts, plain=False)
         texts = self._guarded(examples.each(rows, reader.open_text), tokenizer)
-        return tasks_tokens.prompt_ids(tokenizer, texts, plain=True)
+        return _tokens.prompt_ids(tokenizer, texts, plain=True)
 
     def references(self, rows: Rows, n: int) -> list[str]:
         """The data's answers to the first `n` prompts.

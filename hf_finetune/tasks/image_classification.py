@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.errors import BadRows, DataError
-from hf_finetune.tasks import _image as tasks_image
+from hf_finetune.tasks import _image
 from hf_finetune.tasks._classifier import Classifier
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
 
@@ -57,8 +57,8 @@ class ImageClassification(Classifier):
         files: list[bytes] = []
         for index, cell in enumerate(rows[self.image]):
             try:
-                files.append(tasks_image.content(cell))
-                tasks_image.opened(files[-1])
+                files.append(_image.content(cell))
+                _image.opened(files[-1])
             except DataError as error:
                 bad.add(index, f"column {self.image!r} {error}")
         if labelled:
@@ -111,4 +111,4 @@ class ImageClassification(Classifier):
 
     @staticmethod
     def _pixels(files: list[bytes], processor: Any) -> Batch:
-        return dict(processor(images=[tasks_image.opened(file) for file in files], return_tensors="pt"))
+        return dict(processor(images=[_image.opened(file) for file in files], return_tensors="pt"))

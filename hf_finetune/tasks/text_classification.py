@@ -41,7 +41,7 @@ class TextClassification(Classifier):
             RowsError: A text or a label is missing or unfit; every row of the batch of which that is so.
             RecipeError: `limit` leaves no room for text.
         """
-        from hf_finetune.tasks import _texts as tasks_texts
+        from hf_finetune.tasks import _texts
 
         columns: list[list[str]] = []
         labels: Any = ()
@@ -49,12 +49,12 @@ class TextClassification(Classifier):
         bad = BadRows()
         for column in self._texts():
             with bad.collect():
-                columns.append(tasks_texts.checked(rows[column], column))
+                columns.append(_texts.checked(rows[column], column))
         if labelled:
             with bad.collect():
                 labels = self.labels_of(rows, state)
         bad.raise_any()
-        encoded = tasks_texts.tokenize(columns, processor, limit)
+        encoded = _texts.tokenize(columns, processor, limit)
         if labelled:
             special = processor.num_special_tokens_to_add(pair=len(columns) == 2)
             for row, label in zip(encoded, labels, strict=True):
@@ -64,9 +64,9 @@ class TextClassification(Classifier):
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad to the longest row of the batch, on the right."""
-        from hf_finetune.tasks import _texts as tasks_texts
+        from hf_finetune.tasks import _texts
 
-        return tasks_texts.padded(features, processor) | self.label_batch(features)
+        return _texts.padded(features, processor) | self.label_batch(features)
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Words, as many as the tokens that are wanted."""

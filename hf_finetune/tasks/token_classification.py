@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import Key
 from hf_finetune.errors import BadRows
-from hf_finetune.tasks import _labels as tasks_labels
+from hf_finetune.tasks import _labels
 from hf_finetune.tasks.base import (
     IGNORE,
     Batch,
@@ -96,11 +96,11 @@ class TokenClassification(Task):
         Raises:
             DataError: A tag is missing or unfit, there is only one, or streaming leaves the names unknown.
         """
-        return tasks_labels.read_lists(rows, self.tags, self.labels, repeated=True)
+        return _labels.read_lists(rows, self.tags, self.labels, repeated=True)
 
     def model_options(self, state: State) -> dict[str, Any]:
         """`num_labels`, `id2label` and `label2id`."""
-        return tasks_labels.model_options(state)
+        return _labels.model_options(state)
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
         """Tokenise words; `starts` tells which word begins at a token, from 1, else 0.
@@ -113,7 +113,7 @@ class TokenClassification(Task):
         tags: list[list[int]] | None = None
         if self.tags in rows:
             with bad.collect():
-                tags = tasks_labels.id_lists(rows[self.tags], self.tags, state)
+                tags = _labels.id_lists(rows[self.tags], self.tags, state)
             for index, (some, others) in enumerate(zip(words, rows[self.tags], strict=True)):
                 if isinstance(others, list) and some and len(some) != len(others):
                     bad.add(
@@ -167,10 +167,12 @@ class TokenClassification(Task):
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Cross-entropy of the tokens with a label, summed."""
-        from hf_finetune.tasks import _losses as losses
+        from hf_finetune.tasks import _losses
 
         logits = model(**self.inputs(batch)).logits
-        return Loss(losses.cross_entropy_sum(logits.flatten(0, 1), batch["labels"].flatten(), (), self.label_smoothing))
+        return Loss(
+            _losses.cross_entropy_sum(logits.flatten(0, 1), batch["labels"].flatten(), (), self.label_smoothing)
+        )
 
     def predict(
         self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
