@@ -17,6 +17,7 @@ from forked import Server
 
 from hf_finetune.cli import main as cli_main
 from hf_finetune.cli.main import main
+from hf_finetune.cli.verbs import VERBS
 
 Done = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def test_help_takes_a_moment_and_imports_next_to_nothing() -> None:
         "except SystemExit: print(time.process_time(), *{name.partition('.')[0] for name in sys.modules})"
     )
     seconds = []
-    for words in [[], *([verb.name] for verb in cli_main.VERBS)]:
+    for words in [[], *([verb.name] for verb in VERBS)]:
         lines = hf_finetune(*words, launcher=("-c", code)).stdout.splitlines()
         assert lines[0].startswith(" ".join(["usage: hf-finetune", *words]))
         took, *modules = lines[-1].split()
@@ -207,7 +208,7 @@ def _asks_for_too_much(_arguments: argparse.Namespace) -> None:
 
 
 def test_no_memory_ends_any_verb_with_7(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (compare,) = (verb for verb in cli_main.VERBS if verb.name == "compare")
+    (compare,) = (verb for verb in VERBS if verb.name == "compare")
     monkeypatch.setattr(cli_main, "VERBS", [compare._replace(run=_asks_for_too_much)])
     with pytest.raises(SystemExit) as end:
         main(["compare", "a", "b"])
