@@ -93,7 +93,7 @@ def test_the_readmes_have_the_same_structure_and_commands() -> None:
 def code(page: Path) -> str:
     """All that is indented or fenced, without comments and what stands in the run folder's list behind the names."""
     text = page.read_text(encoding="utf-8")
-    fenced = [re.sub(r"\s+#.*", "", block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)]
+    fenced = [re.sub(r"\s+#.*", "", block) for block in re.findall(r"^```\w+\n(.*?)^```", text, re.M | re.S)]
     indented = re.findall(r"(?<=\n\n)((?:    .*\n)+)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     commands = [re.sub(r"^( +\S+) {2,}\S.*$", r"\1", re.sub(r"\s+#.*", "", part), flags=re.M) for part in indented]
     return "\n".join([*fenced, *commands])

@@ -55,12 +55,12 @@ def test_importing_the_package_is_instant_and_names_load_when_they_are_used() ->
 
 
 def test_the_documented_examples_run(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/python.md"))
     blocks = re.findall(r"(<!-- needs: \w+ -->\n)?```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     for needs, block in blocks:
         if not needs:
-            exec(compile(block, "docs/python.md", "exec"), names)
+            exec(compile(block, "README.md, docs/python.md", "exec"), names)
     assert [needs.strip() for needs, _ in blocks if needs] == ["<!-- needs: hub -->"]
     out = capsys.readouterr().out
     assert "this recipe can run" in out
