@@ -1,4 +1,4 @@
-"""The machine of a run: ranks, threads, precision, attention, micro-batch."""
+"""The machine of a run: ranks, threads, precision, attention, free memory, and how long ranks wait for each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import math
 import os
 import platform
 import re
-import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,97 +25,6 @@ from torch.nn import functional
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.recipe import Recipe
 
-# Time limits for ranks that wait for others, in seconds, as the environment says.
-
-# After so long a rank that shows no sign of life, or hangs while others wait for it, is given up.
-PEER, PEER_S = "HF_FINETUNE_PEER_TIMEOUT", 600.0
-# After so long a rank gives up a collective that the others do not take part in: what a cut network is noticed by. It
-# must be longer than the slowest rank is late at any step.
-COLLECTIVE, COLLECTIVE_S = "HF_FINETUNE_COLLECTIVE_TIMEOUT", 600.0
-# For so long ranks wait for one that prepares data, loads weights, saves, or checks what was saved: work that keeps one
-# of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same.
-WAIT, WAIT_S = "HF_FINETUNE_WAIT_TIMEOUT", 6 * 3600.0
-
-# The last node may start at least so much later than the first one.
-MEETING = timedelta(minutes=10)
-
-
-def peer() -> float:
-    """The limit of silence."""
-    return _seconds(PEER, PEER_S)
-
-
-def collective() -> timedelta:
-    """The limit of a collective."""
-    return timedelta(seconds=_seconds(COLLECTIVE, COLLECTIVE_S))
-
-
-def wait_patience() -> timedelta:
-    """The limit of waiting for a rank that does long work on its own."""
-    return timedelta(seconds=_seconds(WAIT, WAIT_S))
-
-
-def _seconds(name: str, default: float) -> float:
-    """The value of a variable, or its default.
-
-    Raises:
-        RecipeError: The variable is no positive number.
-    """
-    text = os.environ.get(name, str(default))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise RecipeError(f"the environment variable {name} is {text!r}; give seconds, e.g. {default:.0f}")
-    return seconds
-
-
-# The same bits on a GPU: deterministic kernels wherever there are any.
-
-# Workspaces with which cuBLAS is deterministic (https://docs.nvidia.com/cuda/cublas, "Results reproducibility").
-CUBLAS = (":4096:8", ":16:8")
-_plain: Any = functional.scaled_dot_product_attention
-
-
-def enforce() -> None:
-    """Choose deterministic CUDA kernels; an operation that has none warns."""
-    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS[0]
-    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
-    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
-    _demand(errors=False)
-    torch.backends.cudnn.deterministic = True
-    # On by default with the above, and slow: fills every new tensor.
-    settings: Any = torch.utils.deterministic
-    settings.fill_uninitialized_memory = False
-    functional.scaled_dot_product_attention = _attend
-
-
-def _attend(*arguments: Any, **options: Any) -> Any:
-    """`scaled_dot_product_attention` in kernels that give the same bits.
-
-    torch 2.13 has flash and memory-efficient kernels that do, and takes them only where operations without any are
-    errors, not warnings (`aten/src/ATen/native/transformers/cuda/attention_backward.cu`). Here they are for just the
-    call and its backward pass.
-    """
-    if torch.compiler.is_compiling():
-        return _plain(*arguments, **options)
-    _demand(errors=True)
-    try:
-        out = _plain(*arguments, **options)
-    finally:
-        _demand(errors=False)
-    if out.grad_fn is not None:
-        out.grad_fn.register_prehook(lambda gradients: _demand(errors=True))
-        out.grad_fn.register_hook(lambda made, gradients: _demand(errors=False))
-    return out
-
-
-def _demand(*, errors: bool) -> None:
-    torch.use_deterministic_algorithms(mode=True, warn_only=not errors)
-
-
 Device = Literal["cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -130,35 +37,27 @@ DEEPSPEED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 # none that could be measured.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "16"}
 
-# Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is.
-AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
+# Seconds, unless the environment names others.
+# After so long a rank that shows no sign of life, or hangs while others wait for it, is given up.
+PEER, PEER_S = "HF_FINETUNE_PEER_TIMEOUT", 600.0
+# After so long a rank gives up a collective that the others do not take part in: what a cut network is noticed by. It
+# must be longer than the slowest rank is late at any step.
+COLLECTIVE, COLLECTIVE_S = "HF_FINETUNE_COLLECTIVE_TIMEOUT", 600.0
+# For so long ranks wait for one that prepares data, loads weights, saves, or checks what was saved: work that keeps one
+# of them busy and leaves the others with nothing to do. A rank that dies meanwhile is noticed all the same.
+WAIT, WAIT_S = "HF_FINETUNE_WAIT_TIMEOUT", 6 * 3600.0
+# The last node may start at least so much later than the first one.
+MEETING = timedelta(minutes=10)
 
-# Most logits of a language model's micro-batch that `auto` allows: tokens x vocabulary.
-AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
+# Most free memory that a rank reckons with, e.g. `8GB`, where several share a device.
+MEMORY = "HF_FINETUNE_MEMORY"
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
-
-# Rows of an evaluation batch that `auto` allows at most, where they are short: times those of `data.max_length`.
-EVALUATION_ROWS = 4
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """The most that one forward pass of one rank gets in evaluation."""
-
-    rows: int
-    tokens: int | None = None
-    """Rows times the longest of them; None where the recipe names the rows."""
-    tokens_of_logits: int | None = None
-    """The same where the logits of all of them are held at once."""
-
-    def budget(self, *, all_logits: bool) -> int | None:
-        """Most tokens of a batch, padding included; fewer where the logits of all of them are held at once."""
-        return self.tokens_of_logits if all_logits else self.tokens
-
-    def rows_of(self, longest: int, *, all_logits: bool) -> int:
-        """Rows of a batch whose longest has so many tokens."""
-        tokens = self.budget(all_logits=all_logits)
-        return self.rows if tokens is None else max(1, min(self.rows, tokens // max(1, longest)))
+# Workspaces with which cuBLAS is deterministic (https://docs.nvidia.com/cuda/cublas, "Results reproducibility").
+CUBLAS = (":4096:8", ":16:8")
+_plain: Any = functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -239,7 +138,7 @@ def survey(recipe: Recipe) -> Machine:
     state = _join(device)
     machine = alone(recipe)
     if device == "cuda" and recipe.training.deterministic:
-        enforce()
+        enforce_determinism()
     if device == "cpu":
         for name, kernels in KERNEL_CACHES.items():
             os.environ.setdefault(name, kernels)  # read at the first operation
@@ -254,6 +153,10 @@ def alone(recipe: Recipe) -> Machine:
     device = find_device()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     precision = _precision(recipe.training.precision, device)
+    attention = recipe.model.attention
+    if attention == "auto":
+        # torch's fused attention is up to 14 times slower than the plain one in the backward pass of bf16 on a CPU.
+        attention = "eager" if device == "cpu" and precision == "bf16" else "sdpa"
     return Machine(
         device=device,
         rank=0,
@@ -262,7 +165,7 @@ def alone(recipe: Recipe) -> Machine:
         local_world_size=local_world_size,
         threads=max(1, cores() // local_world_size),
         precision=precision,
-        attention=_attention(recipe.model.attention, device, precision),
+        attention=attention,
         is_sharded=uses_fsdp() or zero_stage() == 3,
         zero_stage=zero_stage(),
         activation_checkpointing=recipe.training.activation_checkpointing is True,
@@ -351,61 +254,24 @@ def cores() -> int:
     return available
 
 
-def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
-    """Rows of one forward pass on one device, before anyone asks whether they fit its memory.
-
-    `auto` takes the share of the global batch that falls to this device, up to `AUTO_TOKENS` and `AUTO_LOGITS`.
-
-    Args:
-        recipe: Global batch, `training.micro_batch`.
-        machine: Its ranks.
-        vocabulary: Logits of a token; 0 for a classifier.
-        longest: Tokens of the longest training row, or sequence where rows are packed.
-    """
-    if recipe.training.micro_batch != "auto":
-        return recipe.training.micro_batch
-    share = -(-recipe.training.batch_size // machine.world_size)
-    tokens = _within_logits(AUTO_TOKENS[machine.device], machine, vocabulary)
-    return min(share, max(1, tokens // longest))
-
-
-def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
-    """The most that one forward pass gets in evaluation: for a classifier, which keeps nothing, four times the tokens.
-
-    Args:
-        recipe: `training.eval_batch`, `data.max_length`.
-        machine: Its device.
-        vocabulary: Logits of a token; 0 for a classifier.
-    """
-    if recipe.training.eval_batch != "auto":
-        return EvalBatch(recipe.training.eval_batch)
-    tokens = AUTO_TOKENS[machine.device] * (1 if vocabulary else 4)
-    of_logits = _within_logits(tokens, machine, vocabulary)
-    return EvalBatch(EVALUATION_ROWS * max(1, tokens // recipe.data.max_length), tokens, of_logits)
-
-
 def cpu_has_bf16() -> bool:
-    """Find out if this CPU multiplies bf16 natively; elsewhere it is emulated, and slower than fp32."""
+    """Find out if this CPU multiplies bf16 natively."""
+    # Elsewhere bf16 is emulated, and slower than fp32.
     # torch 2.11 and 2.12 may lack the function; without it fp32 is the safe choice.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
-
-
-def _within_logits(tokens: int, machine: Machine, vocabulary: int) -> int:
-    """So many tokens, or fewer where their logits would be more than `AUTO_LOGITS`; a classifier has next to none."""
-    return min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1))
 
 
 def _join(device: Device) -> PartialState:
     """Start torch.distributed with our own timeout; TrainingArguments would pass none on a CPU (transformers 5.23)."""
     # A second run in one process may choose another precision; the process group stays.
     AcceleratorState._reset_state()
-    state = PartialState(cpu=device == "cpu", timeout=max(collective(), MEETING))
+    state = PartialState(cpu=device == "cpu", timeout=max(collective_timeout(), MEETING))
     if state.distributed_type == DistributedType.MULTI_CPU and uses_fsdp():
         # accelerate 1.15 looks at FSDP only where the ranks have accelerators: on CPUs it would run plain DDP and say
         # nothing. Nothing else depends on the type: the device is the CPU, the backend gloo.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    limit_collectives(wait_patience())
+    limit_collectives(wait_timeout())
     return state
 
 
@@ -413,8 +279,8 @@ def limit_collectives(limit: timedelta) -> None:
     """Set how long this rank waits for the others in a collective from now on; all ranks do it at the same moment.
 
     Args:
-        limit: That of steps (`patience.collective`) while all of them train; else that of long work
-            (`patience.wait`), which one rank or node may do while the others wait.
+        limit: `collective_timeout` while all of them train; else `wait_timeout`, for long work that one rank or node
+            may do while the others wait.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed_c10d._set_pg_timeout(limit)
@@ -430,27 +296,11 @@ def _precision(asked: str, device: Device) -> Precision:
     return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
 
 
-def _attention(asked: str, device: Device, precision: Precision) -> str:
-    if asked != "auto":
-        return asked
-    # torch's fused attention is up to 14 times slower than the plain one in the backward pass of bf16 on a CPU.
-    return "eager" if device == "cpu" and precision == "bf16" else "sdpa"
-
-
 def wait(device: str) -> None:
     """Wait until a device has done its work: clocks would not see it."""
     backend: Any = {"cuda": torch.cuda, "mps": torch.mps}.get(device)
     if backend is not None:
         backend.synchronize()
-
-
-# Free memory, and the name of the processor.
-
-# Most free memory that a rank reckons with, e.g. `8GB`, where several share a device.
-VARIABLE = "HF_FINETUNE_MEMORY"
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-CGROUP = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def memory_available(machine: Machine) -> int | None:
@@ -463,25 +313,20 @@ def memory_available(machine: Machine) -> int | None:
         RecipeError: It says no amount of memory.
     """
     known = []
-    if text := os.environ.get(VARIABLE, "").strip():
+    if text := os.environ.get(MEMORY, "").strip():
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
         if found is None:
-            raise RecipeError(f"{VARIABLE}={text} is no amount of memory; write e.g. 8GB, or the bytes")
+            raise RecipeError(f"{MEMORY}={text} is not an amount of memory; write e.g. 8GB, or the bytes")
         known.append(int(float(found[1]) * UNITS[found[2]]))
     if machine.device == "cuda":
         known.append(int(torch.cuda.mem_get_info()[0]))
     else:
-        known += [free // machine.local_world_size for free in (_free(), _left_by_cgroups()) if free is not None]
+        free = [_left_by_cgroups()]
+        with suppress(OSError):
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        known += [left // machine.local_world_size for left in free if left is not None]
     return min(known, default=None)
-
-
-def _free() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found) * 1024
 
 
 def _left_by_cgroups() -> int | None:
@@ -518,97 +363,70 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-# The speed of matrix products on this machine, measured in the arithmetic of the run: nobody knows it beforehand.
-
-# Rows and columns: large enough that nothing but the product counts.
-SIZES = {"cpu": 1024, "mps": 2048, "cuda": 4096}
-# Seconds; at least two products are timed all the same.
-LONGEST = 0.2
+def peer_timeout() -> float:
+    """Seconds of silence after which a rank is given up."""
+    return _seconds(PEER, PEER_S)
 
 
-def peak(machine: Machine) -> float:
-    """FLOP/s of the fastest of several square products on this rank's device.
+def collective_timeout() -> timedelta:
+    """Limit of a collective while all ranks train."""
+    return timedelta(seconds=_seconds(COLLECTIVE, COLLECTIVE_S))
 
-    Draws from a generator of its own, so that training's random numbers stay what they were.
 
-    Args:
-        machine: Device and precision.
+def wait_timeout() -> timedelta:
+    """Limit of waiting for a rank that does long work on its own."""
+    return timedelta(seconds=_seconds(WAIT, WAIT_S))
+
+
+def _seconds(name: str, default: float) -> float:
+    """The value of a variable, or its default.
+
+    Raises:
+        RecipeError: The variable is no positive number.
     """
-    device, size = torch.device(machine.device), SIZES[machine.device]
-    generator = torch.Generator(device).manual_seed(0)
-    one = torch.randn(size, size, generator=generator, device=device).to(DTYPES[machine.precision])
-    out, seconds, began = torch.empty_like(one), list[float](), time.perf_counter()
-    # The first product chooses a kernel and wakes the clocks.
-    while len(seconds) < 3 or time.perf_counter() - began < LONGEST:
-        wait(machine.device)
-        start = time.perf_counter()
-        torch.mm(one, one, out=out)
-        wait(machine.device)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / min(seconds[1:])
+    text = os.environ.get(name, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RecipeError(f"the environment variable {name} is {text!r}; give seconds, e.g. {default:.0f}")
+    return seconds
 
 
-# The nodes and processes of a job, as torchrun's own variables say them.
-
-PORT = 29_500
-
-
-@dataclass(frozen=True)
-class Node:
-    """This node and its place among the others."""
-
-    processes: int
-    """Of this node; each has as many."""
-    nodes: int = 1
-    rank: int = 0
-    """Of this node, from 0."""
-    address: str = ""
-    """Of the first node; empty where there is no other."""
-    port: int = PORT
-
-    @property
-    def all_processes(self) -> int:
-        """Of all nodes."""
-        return self.processes * self.nodes
-
-    @classmethod
-    def of(cls, variables: Mapping[str, str], processes: str | None = None) -> Node:
-        """Read the variables that `hf_finetune.launch` names.
-
-        Args:
-            variables: Of the environment.
-            processes: Given with `--processes`, which counts more than `PET_NPROC_PER_NODE`.
-
-        Raises:
-            RecipeError: One is no number, or does not fit the others; exit code 2.
-        """
-
-        def number(name: str, default: int) -> int:
-            text = variables.get(name, "").strip() or str(default)
-            if not text.isdecimal():
-                raise RecipeError(Problem(f"{text!r} is no whole number", key=name))
-            return int(text)
-
-        if processes is not None:
-            variables = {**variables, "PET_NPROC_PER_NODE": processes}
-        # torchrun knows these words too, and Kubeflow's Trainer sets them.
-        is_auto = variables.get("PET_NPROC_PER_NODE", "") in ("", "auto", "gpu", "cpu")
-        count = visible_devices() if is_auto else number("PET_NPROC_PER_NODE", 0)
-        nodes, rank = number("PET_NNODES", 1), number("PET_NODE_RANK", 0)
-        address, port = variables.get("PET_MASTER_ADDR", ""), number("PET_MASTER_PORT", PORT)
-        if count < 1 or nodes < 1:
-            raise RecipeError("PET_NPROC_PER_NODE and PET_NNODES are 1 at least; `auto` counts the visible GPUs")
-        if rank >= nodes:
-            raise RecipeError(f"PET_NODE_RANK is {rank}, but of {nodes} nodes; it counts from 0")
-        if nodes > 1 and not address:
-            raise RecipeError("PET_MASTER_ADDR is not set; it names the first node, as every other one reaches it")
-        return cls(count, nodes, rank, address if nodes > 1 else "", port)
+def enforce_determinism() -> None:
+    """Choose deterministic CUDA kernels, which give the same bits; an operation that has none warns."""
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS[0]
+    # Read by transformers before each call of flash_attention_2, whose backward pass adds up in any order without it.
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    # On by default with the above, and slow: fills every new tensor.
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False
+    functional.scaled_dot_product_attention = _attend
 
 
-def visible_devices() -> int:
-    """Count the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` or the container shows them; 1 on a CPU."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
-        return 1
-    import torch
+def _attend(*arguments: Any, **options: Any) -> Any:
+    """`scaled_dot_product_attention` in kernels that give the same bits.
 
-    return max(1, torch.cuda.device_count())
+    torch 2.13 has flash and memory-efficient kernels that do, and takes them only where operations without any are
+    errors, not warnings (`aten/src/ATen/native/transformers/cuda/attention_backward.cu`). Here they are for just the
+    call and its backward pass.
+    """
+    if torch.compiler.is_compiling():
+        return _plain(*arguments, **options)
+    _demand(errors=True)
+    try:
+        out = _plain(*arguments, **options)
+    finally:
+        _demand(errors=False)
+    if out.grad_fn is not None:
+        out.grad_fn.register_prehook(lambda gradients: _demand(errors=True))
+        out.grad_fn.register_hook(lambda made, gradients: _demand(errors=False))
+    return out
+
+
+def _demand(*, errors: bool) -> None:
+    torch.use_deterministic_algorithms(mode=True, warn_only=not errors)

@@ -20,10 +20,10 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 SURVEY = """
 import sys
 from accelerate import PartialState
-from hf_finetune import hardware
+from hf_finetune import device
 from hf_finetune.recipe import Recipe
 
-machine = hardware.survey(Recipe.load(sys.argv[1]))
+machine = device.survey(Recipe.load(sys.argv[1]))
 state = PartialState()
 print(f"{machine.rank}/{machine.world_size} {machine.device} {state.backend} {machine.threads}\\n", end="")
 state.destroy_process_group()

@@ -343,7 +343,7 @@ def test_adalora_refuses_a_run_without_room_for_its_phases(tiny_bert: str) -> No
 def test_targets_are_checked_without_weights(tiny_bert: str) -> None:
     bare = load.skeleton(recipe(tiny_bert, LORA), TWO)
     assert next(bare.parameters()).is_meta
-    found = targets.matched(bare, "all-linear", load.find(bare), "key")
+    found = targets.matched(bare, "all-linear", load.find_heads(bare), "key")
     assert len(found) == 13
     assert not any("classifier" in path for path in found)
 

@@ -88,7 +88,7 @@ def test_of_the_ranks_of_a_node_one_reads(file: Path, tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from hf_finetune import digests
+from hf_finetune.run import files as digests
 read = digests._read
 def slow(file):
     print("read", flush=True)

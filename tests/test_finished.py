@@ -14,6 +14,7 @@ import torch
 from conftest import RECIPE, finished
 
 from hf_finetune.data import batches
+from hf_finetune.data.job import eval_batch
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.inference import load
 from hf_finetune.inference.load import Finished, open_run
@@ -30,12 +31,11 @@ def last_predictions(run: Path) -> Record:
 
 def evaluated(run: Finished, network: Any) -> np.ndarray[Any, Any]:
     """The rows of the validation split, evaluated as the training does it."""
-    from hf_finetune import device
     from hf_finetune.data import prepare
 
     prepared = prepare.prepare(run.recipe, run.tokenizer, run.machine)
     encoded: Any = prepared.validation
-    most = device.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
+    most = eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
     rows = batches.Rows(encoded, run.recipe.task)
     served = run.serve(network)
     collate = partial(run.recipe.task.collate, processor=run.tokenizer, state=run.targets)

@@ -135,7 +135,7 @@ def test_a_rank_reckons_with_no_more_than_it_is_told(monkeypatch: pytest.MonkeyP
 def test_what_is_no_amount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in ["much", "-1", "1 TB of it", "1e9"]:
         monkeypatch.setenv("HF_FINETUNE_MEMORY", said)
-        with pytest.raises(RecipeError, match=f"HF_FINETUNE_MEMORY={said} is no amount of memory; write e.g. 8GB"):
+        with pytest.raises(RecipeError, match=f"HF_FINETUNE_MEMORY={said} is not an amount of memory; write e.g. 8GB"):
             device.memory_available(machine())
 
 
@@ -230,7 +230,7 @@ def test_the_plan_says_what_would_be_chosen_and_what_is_too_much(
     with pytest.raises(SystemExit) as end:
         main.main(["check", str(tmp_path / "recipe.yaml")])
     assert end.value.code == 2
-    assert "error: HF_FINETUNE_MEMORY=much is no amount of memory" in capsys.readouterr().err
+    assert "error: HF_FINETUNE_MEMORY=much is not an amount of memory" in capsys.readouterr().err
 
 
 def test_a_run_that_may_not_fit_is_warned_of(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

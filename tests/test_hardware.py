@@ -114,7 +114,7 @@ def test_attention_takes_deterministic_kernels_and_nothing_else_is_an_error(monk
     query = torch.randn(1, 2, 8, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(plain(query, query, query, is_causal=True).sum(), query)
     try:
-        device.enforce()
+        device.enforce_determinism()
         assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         out = functional.scaled_dot_product_attention(query, query, query, is_causal=True)

@@ -187,7 +187,7 @@ def test_the_peak_of_this_process_is_no_less_than_what_it_holds() -> None:
 @pytest.mark.slow
 def test_the_peak_is_not_the_parents() -> None:
     block = torch.ones(100 * MB)
-    code = "from hf_finetune import memory; print(memory.peak('cpu'))"
+    code = "from hf_finetune.models import memory; print(memory.peak('cpu'))"
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(child.stdout) < (memory.peak("cpu") or 0)
     assert block.numel()

@@ -28,8 +28,8 @@ RANK = """
 import os, sys, threading, time
 from pathlib import Path
 from hf_finetune.errors import DataError, Problem
-from hf_finetune import peers
-from hf_finetune.peers import Watch
+from hf_finetune.training import peers
+from hf_finetune.training.peers import Watch
 
 peers._agreed_name = lambda: "launch"
 

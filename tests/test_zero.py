@@ -28,19 +28,21 @@ ENTRY = """
 import os, sys, torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from hf_finetune import hardware, sharding, trainer
+from hf_finetune import device as machine_module
+from hf_finetune.models import sharded
+from hf_finetune.training import trainer
 
 # accelerate takes DeepSpeed for GPUs alone: on CPUs it would start plain DDP.
 PartialState._prepare_backend = lambda *unused, **options: ("gloo", DistributedType.MULTI_GPU)
-join = hardware._join
+join = machine_module._join
 
 def join_without_a_cpu(device):
     os.environ.pop("ACCELERATE_USE_CPU", None)
     return join("a device that is not named")
 
-hardware._join = join_without_a_cpu
-kept = sharding.check_launch
-sharding.check_launch = lambda recipe, machine: kept(recipe, hardware.replace(machine, device="cuda"))
+machine_module._join = join_without_a_cpu
+kept = sharded.check_launch
+sharded.check_launch = lambda recipe, machine: kept(recipe, machine_module.replace(machine, device="cuda"))
 
 class Spoilt(torch.autograd.Function):
     @staticmethod
@@ -65,7 +67,7 @@ def spoil(self, model, *arguments, **options):
     return loss * float("nan") if fault == "loss" else Spoilt.apply(loss)
 
 trainer.FinetuneTrainer._loss = spoil
-from hf_finetune.cli import main
+from hf_finetune.cli.main import main
 sys.exit(main())
 """
 """The command line under DeepSpeed on CPUs, with a fault: `FAULT=die:3`, `loss:3` or `gradient:3`."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Names of the outputs of a trained classifier, for programs.
+LABELS = "labels.json"
 _log = logging.getLogger(__name__)
 
 
@@ -236,12 +238,7 @@ def stored_config(folder: str) -> Any:
             raise ModelError(f"{folder}: {CONFIG} can't be read: {one_line(error)}") from error
 
 
-# `labels.json` in the folder of a trained classifier: what its outputs stand for, for programs.
-
-FILE = "labels.json"
-
-
-def write_labelfile(folder: str | Path, options: Mapping[str, Any]) -> None:
+def write_labels(folder: str | Path, options: Mapping[str, Any]) -> None:
     """Write `id2label` and `problem_type`, as a transformers config spells them; nothing for a model without labels.
 
     Args:
@@ -251,52 +248,43 @@ def write_labelfile(folder: str | Path, options: Mapping[str, Any]) -> None:
     if "id2label" in options:
         names = {str(index): name for index, name in options["id2label"].items()}
         stored = {"id2label": names, "problem_type": options.get("problem_type")}
-        (Path(folder) / FILE).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (Path(folder) / LABELS).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_labelfile(folder: str | Path) -> tuple[str, ...] | None:
+def read_labels(folder: str | Path) -> tuple[str, ...] | None:
     """Label names in the order of their ids; None where the folder has no such file.
 
     Raises:
         ModelError: The file is damaged.
     """
-    file = Path(folder) / FILE
-    try:
-        names: dict[str, str] = json.loads(file.read_text("utf-8"))["id2label"]
-        return tuple(str(names[str(index)]) for index in range(len(names)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
+    options = label_options(folder)
+    return tuple(options["id2label"].values()) if options else None
 
 
-def problem_type(folder: str | Path) -> str | None:
-    """The problem as transformers names it, e.g. `regression`; None where the folder does not say."""
-    try:
-        found = json.loads((Path(folder) / FILE).read_text("utf-8")).get("problem_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return None if found is None else str(found)
-
-
-def options(folder: str | Path) -> dict[str, Any]:
+def label_options(folder: str | Path) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
 
     Raises:
         ModelError: The file is damaged.
     """
-    names = read_labelfile(folder)
-    if names is None:
+    file = Path(folder) / LABELS
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+        names = [str(stored["id2label"][str(index)]) for index in range(len(stored["id2label"]))]
+        kind = stored.get("problem_type")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": problem_type(folder),
+        "problem_type": None if kind is None else str(kind),
     }
 
 
-def check(folder: str | Path, names: Sequence[str]) -> None:
+def check_labels(folder: str | Path, names: Sequence[str]) -> None:
     """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
 
     Args:
@@ -306,7 +294,7 @@ def check(folder: str | Path, names: Sequence[str]) -> None:
     Raises:
         RecipeError: Names, order or number differ. The single name of a regression is only a column's.
     """
-    stored = read_labelfile(folder)
+    stored = read_labels(folder)
     if stored is None or not names or stored == tuple(names) or len(stored) == len(names) == 1:
         return
     both = f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}"

@@ -142,42 +142,31 @@ class AdaLora(Adapter):
         return self.orthogonal_weight * torch.stack(terms).mean()
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Prune ranks after each optimiser step, while the gradients are still there."""
+        """Update importance scores and prune ranks after each optimiser step, while the gradients are still there.
+
+        Raises:
+            DivergedError: (The callback.) No step before the last pruning was taken.
+        """
         from transformers import TrainerCallback
 
         class Prune(TrainerCallback):
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 model = kwargs["model"]
+                tuner = _tuner(getattr(model, "module", model))
+                config = tuner.peft_config[tuner.trainable_adapter_name]
+                step = state.global_step + 1  # it still counts the steps before this one
+                last = config.total_step - config.tfinal
+                if step == last and not tuner.rankallocator.exp_avg_ipt:
+                    reason = f"the optimiser took none of the first {step - 1} steps, so there is nothing to prune by"
+                    raise DivergedError(Problem(f"{reason}; lower training.learning_rate, or train in bf16 or fp32"))
+                # A step that was not taken has no gradient, or one that is not finite, which would stay in the running
+                # means for ever. Only the last pruning can't wait for another step, and takes the scores as they are.
                 is_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)  # accelerate's optimisers
-                # `global_step` still counts the steps before this one.
-                _move_budget(_tuner(getattr(model, "module", model)), state.global_step + 1, is_taken=not is_skipped)
+                if step == last or not is_skipped:
+                    tuner.update_and_allocate(step)
 
         return [Prune()]
 
 
 def _tuner(adapted: Any) -> Any:
     return adapted.base_model
-
-
-def _move_budget(tuner: Any, step: int, *, is_taken: bool) -> None:
-    """Update the importance scores and prune, as PEFT does after each step.
-
-    A step that was not taken has no gradient, or one that is not finite, which would stay in the running means for
-    ever: it tells nothing of importance. Only the last pruning can't wait for another step, and takes the scores as
-    they are.
-
-    Args:
-        tuner: PEFT's AdaLoRA model.
-        step: Number of the step that was just made, from 1.
-        is_taken: Whether the optimiser took it.
-
-    Raises:
-        DivergedError: No step before the last pruning was taken.
-    """
-    config = tuner.peft_config[tuner.trainable_adapter_name]
-    last = config.total_step - config.tfinal
-    if step == last and not tuner.rankallocator.exp_avg_ipt:
-        message = f"the optimiser took none of the first {step - 1} steps, so there is nothing to prune ranks by"
-        raise DivergedError(Problem(f"{message}; lower training.learning_rate, or train in bf16 or fp32"))
-    if is_taken or step == last:
-        tuner.update_and_allocate(step)

@@ -67,7 +67,7 @@ class IA3(Adapter):
         self.check_targets(model, setting.head_modules)
         if self.continue_from is not None:
             folder = peft.find(self.continue_from, "adapter.from")
-            peft.check(folder, setting.labels)
+            peft.check_labels(folder, setting.labels)
             return peft.resume(model, folder, "IA3", reads=reads)
         chosen, feedforward = self._choice(model)
         config = IA3Config(

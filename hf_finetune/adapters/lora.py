@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,12 +19,20 @@ from hf_finetune.errors import Problem, RecipeError
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from torch import nn
     from transformers import PreTrainedModel
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(gt=0.0, le=1e6)]
 DEFAULT_RANK = 8
+
+# Initialisations that take the first product of the matrices out of the base weights.
+MUTATING = ("pissa", "olora")
+# Initialisations for linear layers only.
+FACTORISING = (*MUTATING, "eva")
+# Batches after which EVA gives up.
+EVA_PASSES = 400
+# Rows that are kept of layers which see one vector a row.
+EVA_ROWS = 4_096
 
 
 class Lora(Adapter):
@@ -68,7 +79,7 @@ class Lora(Adapter):
 
     def why_not_quantized(self) -> str | None:
         """PiSSA and OLoRA move part of the base weights into the adapter."""
-        if self.init not in targets.MUTATING:
+        if self.init not in MUTATING:
             return None
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
 
@@ -77,7 +88,7 @@ class Lora(Adapter):
         """EVA moves ranks between layers."""
         return self.init == "eva"
 
-    def check_targets(self, model: nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:
             peft.find(self.continue_from, "adapter.from")
@@ -89,10 +100,10 @@ class Lora(Adapter):
         for path, module in found.items():
             key = "adapter.r" if ranks[path] == rank else "adapter.rank_pattern"
             targets.check_rank(path, module, int(ranks[path]), key)
-        if self.init in targets.FACTORISING:
-            targets.check_layers(found, self.init)
+        if self.init in FACTORISING:
+            check_layers(found, self.init)
 
-    def apply(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
+    def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """Add the matrices, initialise them, and freeze the base."""
         self.check_targets(model, setting.head_modules)
         if self.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
@@ -104,29 +115,29 @@ class Lora(Adapter):
             return self._resume(model, setting, reads=True)
         with peft.quiet():
             config = self._config(model, setting)
-        if self.init in targets.MUTATING:
-            return targets.factorise_base(model, config)
+        if self.init in MUTATING:
+            return factorise_base(model, config)
         adapted = peft.wrap(model, config)
         if self.init == "eva":
-            targets.eva(adapted, setting.batches)
+            initialise_with_eva(adapted, setting.batches)
         return adapted
 
-    def outline(self, model: PreTrainedModel, setting: Setting) -> nn.Module:
+    def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """The matrices without their first values, which weights or data decide; a stored adapter by its config."""
         if self.continue_from is not None:
             self.check_targets(model, setting.head_modules)
             return self._resume(model, setting, reads=False)
         return self.model_copy(update={"init": "default"}).apply(model, setting)
 
-    def save(self, adapted: nn.Module, folder: str, state: State | None = None) -> None:
+    def save(self, adapted: torch.nn.Module, folder: str, state: State | None = None) -> None:
         """Write plain LoRA for the unmodified base, whatever the initialisation was."""
-        peft.write(folder, *targets.for_unmodified_base(adapted, state))
+        peft.write(folder, *for_unmodified_base(adapted, state))
 
-    def tensors(self, adapted: nn.Module, state: State | None = None) -> State:
+    def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
         """Those of plain LoRA for the unmodified base."""
-        return targets.for_unmodified_base(adapted, state)[1]
+        return for_unmodified_base(adapted, state)[1]
 
-    def optimizer(self, adapted: nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
+    def optimizer(self, adapted: torch.nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
         """PEFT's LoRA+ groups where `loraplus_ratio` is set."""
         if self.loraplus_ratio is None:
             return None
@@ -178,16 +189,21 @@ class Lora(Adapter):
         return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}
 
     def _resume(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> PeftModel:
-        """The stored adapter, which contradicts nothing."""
+        """Go on with the stored adapter.
+
+        Raises:
+            RecipeError: It contradicts settings of the recipe.
+        """
         folder = peft.find(str(self.continue_from), "adapter.from")
-        peft.check(folder, setting.labels)
+        peft.check_labels(folder, setting.labels)
         stored = peft.stored_config(folder)
         if stored.peft_type.value == "LORA":
-            self._check_against(folder, stored, model, setting)
+            self._check_against(stored, folder, model, setting)
         return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
 
-    def _check_against(self, folder: str, stored: Any, model: PreTrainedModel, setting: Setting) -> None:
-        """Refuse settings that the stored adapter contradicts; a default contradicts nothing."""
+    def _check_against(self, stored: Any, folder: str, model: PreTrainedModel, setting: Setting) -> None:
+        """Refuse settings that the stored adapter contradicts."""
+        # A default contradicts nothing.
         asked = {
             "r": (self.r, stored.r),
             "alpha": (self.alpha, stored.lora_alpha),
@@ -218,3 +234,150 @@ class Lora(Adapter):
                 problems.append(Problem(f"{reason}: {'; '.join(more)}; remove it", key="adapter.target_modules"))
         if problems:
             raise RecipeError(problems)
+
+
+def check_layers(modules: dict[str, torch.nn.Module], init: str) -> None:
+    """Refuse layers that an initialisation does not know.
+
+    Raises:
+        RecipeError: A layer is not linear, or for OLoRA a transposed one (PEFT factorises it the wrong way round).
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    allowed = torch.nn.Linear if init == "olora" else torch.nn.Linear | Conv1D
+    for path, module in modules.items():
+        if not isinstance(module, allowed):
+            reason = f"{init} does not work on {path!r}, a {type(module).__name__}; use another init or other targets"
+            raise RecipeError(Problem(reason, key="adapter.init"))
+
+
+def factorise_base(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wrap with PiSSA or OLoRA and remember the first matrices.
+
+    The residual is computed again in fp32 from the weights as they were: PEFT rounds the matrices to the dtype of the
+    base *after* it took their unrounded product out of it.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    originals = {path: module.weight for path, module in model.named_modules() if hasattr(module, "weight")}
+    originals = {path: weight.detach().clone() for path, weight in originals.items() if weight.ndim == 2}
+    adapted: Any = peft.wrap(model, config)
+    with torch.no_grad():
+        for path, layer in adapted.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                linear: Any = layer
+                residual = originals[path].float() - linear.get_delta_weight(peft.ADAPTER).float()
+                linear.get_base_layer().weight.copy_(residual)
+    first = {name: value.detach().clone() for name, value in peft.weights(adapted).items() if ".lora_" in name}
+    adapted.first_matrices = {name: value for name, value in first.items() if "magnitude" not in name}
+    result: PeftModel = adapted
+    return result
+
+
+def changed_base(adapted: torch.nn.Module) -> bool:
+    """Tell a model of which part of the base weights was moved into its adapter."""
+    return hasattr(adapted, "first_matrices")
+
+
+def initialise_with_eva(adapted: PeftModel, batches: Callable[[], Iterable[dict[str, Any]]]) -> None:
+    """Set the A matrices to the principal directions of the layers' inputs (https://arxiv.org/abs/2410.07170).
+
+    Ranks move between layers; the configuration keeps where they went.
+
+    Raises:
+        RecipeError: There are no batches, or the directions do not settle.
+    """
+    from peft import initialize_lora_eva_weights
+
+    inputs = _Inputs(list(batches()))
+    with peft.quiet():
+        initialize_lora_eva_weights(
+            adapted,
+            inputs,
+            prepare_model_inputs_fn=_mask,
+            prepare_layer_inputs_fn=_Tokens(),
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
+    peft.train_in_fp32(adapted)
+
+
+def for_unmodified_base(
+    adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of this adapter as plain LoRA on the base as it was before `apply`.
+
+    With first matrices A0, B0 the base holds W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B | -B0] [A ; A0].
+    PEFT's own conversion (`subtract_mutated_init`) drops all but these matrices from the file: DoRA's magnitudes, fully
+    trained modules and trained tokens; and it refuses rsLoRA with patterns.
+
+    Args:
+        adapted: The trained model.
+        state: As for `Adapter.save`.
+    """
+    import torch
+
+    config = copy.deepcopy(peft.adapter_config(adapted))
+    config.init_lora_weights = True
+    config.eva_config = None
+    tensors = peft.weights(adapted, state)
+    first: dict[str, torch.Tensor] = getattr(adapted, "first_matrices", {})
+    for name, before in first.items():
+        sign, dim = (1, 0) if ".lora_A" in name else (-1, 1)
+        tensors[name] = torch.cat([tensors[name], sign * before.to(tensors[name])], dim=dim)
+    if first:
+        # Twice the rank under the same scale: alpha / r, or alpha / sqrt(r).
+        factor = math.sqrt(2) if config.use_rslora else 2
+        config.r *= 2
+        config.lora_alpha *= factor
+        config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+    return config, tensors
+
+
+def _mask(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:
+    """Row and position of every token that is no padding, (N, 2); PEFT's own also reads `labels` as token labels."""
+    mask = inputs.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else mask.nonzero()
+
+
+class _Tokens:
+    """Inputs of a layer as (tokens, features), without padding.
+
+    PEFT's own fails on layers that see one vector a row (BERT's pooler). Of those, earlier batches are kept: one alone
+    has fewer rows than EVA needs.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def __call__(self, layer_input: Any, mask: torch.Tensor | None, name: str) -> torch.Tensor:
+        import torch
+
+        values: torch.Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+        if values.ndim == 2:
+            self.kept[name] = torch.cat([self.kept.get(name, values[:0]), values])[-EVA_ROWS:]
+            return self.kept[name]
+        if mask is not None and values.ndim == 3:
+            return values[mask.T.unbind()]
+        return values.reshape(-1, values.shape[-1])
+
+
+class _Inputs:
+    """The batches over and over, without labels; ends in an error instead of never."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        if not batches:
+            raise RecipeError(Problem("eva needs training batches, and there are none", key="adapter.init"))
+        self.batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(EVA_PASSES):
+            yield self.batches[step % len(self.batches)]
+        reason = f"eva did not settle in {EVA_PASSES} batches; use larger batches or a smaller r"
+        raise RecipeError(Problem(reason, key="adapter.init"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hf_finetune import log
 from hf_finetune.cli import arguments as cli_arguments
 from hf_finetune.cli.arguments import add_run, count
+from hf_finetune.cli.node import Node
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.log import say, show, tell
 from hf_finetune.log.lines import Level, Message, printable
@@ -185,8 +186,6 @@ def _start_several(arguments: argparse.Namespace) -> None:
     Raises:
         RecipeError: A variable of the environment does not fit; see `Node`.
     """
-    from hf_finetune.device import Node
-
     place = Node.of(os.environ, arguments.processes)
     if place.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
         return

@@ -173,7 +173,7 @@ class Entry:
 
     def _wait(self) -> Content:
         # By polling, not by a collective: tokenising may take longer than a collective's timeout.
-        limit = device.wait_patience().total_seconds()
+        limit = device.wait_timeout().total_seconds()
         deadline = time.monotonic() + limit
         while (content := self.read()) is None:
             with suppress(FileNotFoundError, NotADirectoryError):

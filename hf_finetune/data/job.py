@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hf_finetune import device
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data import stream as data_stream
-from hf_finetune.device import EvalBatch, Machine
+from hf_finetune.device import Machine, cores
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Questions, State, Task
@@ -33,6 +32,59 @@ STREAM_WORKERS = 4
 """Most processes of a rank that encode streamed rows, where the recipe names no number: each of them reads all rows."""
 BATCHES_LOOKED_AT = 2_000
 """Global batches of the first epoch from which padding and the largest micro-batch are read."""
+
+# Most tokens of a micro-batch that `micro_batch: auto` allows: rows x the longest row that there is.
+AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 32_768}
+# Most logits of a language model's micro-batch that `auto` allows: tokens x vocabulary.
+AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
+# Rows of an evaluation batch that `auto` allows at most, where they are short: times those of `data.max_length`.
+EVALUATION_ROWS = 4
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """The most that one forward pass of one rank gets in evaluation."""
+
+    rows: int
+    tokens: int | None = None
+    """Rows times the longest of them; None where the recipe names the rows."""
+    tokens_of_logits: int | None = None
+    """The same where the logits of all of them are held at once."""
+
+    def budget(self, *, all_logits: bool) -> int | None:
+        """Most tokens of a batch, padding included."""
+        return self.tokens_of_logits if all_logits else self.tokens
+
+    def rows_of(self, longest: int, *, all_logits: bool) -> int:
+        """Rows of a batch whose longest has so many tokens."""
+        tokens = self.budget(all_logits=all_logits)
+        return self.rows if tokens is None else max(1, min(self.rows, tokens // max(1, longest)))
+
+
+def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
+    """Rows of one forward pass on one device, before its memory is asked.
+
+    Args:
+        recipe: Global batch, `training.micro_batch`.
+        machine: Its ranks.
+        vocabulary: Logits of a token; 0 for a classifier.
+        longest: Tokens of the longest training row, or sequence where rows are packed.
+    """
+    if recipe.training.micro_batch != "auto":
+        return recipe.training.micro_batch
+    share = -(-recipe.training.batch_size // machine.world_size)
+    tokens = min(AUTO_TOKENS[machine.device], AUTO_LOGITS[machine.device] // max(vocabulary, 1))
+    return min(share, max(1, tokens // longest))
+
+
+def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
+    """The most that one forward pass gets in evaluation; `vocabulary` as for `micro_batch`."""
+    if recipe.training.eval_batch != "auto":
+        return EvalBatch(recipe.training.eval_batch)
+    # A classifier keeps nothing for a backward pass and has next to no logits.
+    tokens = AUTO_TOKENS[machine.device] * (1 if vocabulary else 4)
+    of_logits = min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1))
+    return EvalBatch(EVALUATION_ROWS * max(1, tokens // recipe.data.max_length), tokens, of_logits)
 
 
 @dataclass(frozen=True)
@@ -127,8 +179,8 @@ class Job:
                 packed = data_batches.pack(lengths, recipe.data.max_length)
                 rows, lengths = data_batches.PackedRows(rows, packed), packed.sums(lengths)
         longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
-        micro_batch = device.micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
-        division = data_batches.Division(recipe.training.batch_size, micro_batch, machine.rank, machine.world_size)
+        rows_of_a_pass = micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
+        division = data_batches.Division(recipe.training.batch_size, rows_of_a_pass, machine.rank, machine.world_size)
         batches = None
         if lengths is None:
             workers = _stream_workers(recipe, machine)
@@ -174,7 +226,7 @@ class Job:
     @cached_property
     def eval_batch(self) -> EvalBatch:
         """The most that one forward pass gets in evaluation."""
-        return device.eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
+        return eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
 
     def divided(self, micro_batch: int) -> Job:
         """Cut the same work into micro-batches of at most so many rows; the global batches and their order stay."""
@@ -248,4 +300,4 @@ def _stream_workers(recipe: Recipe, machine: Machine) -> int:
         return recipe.data.workers if recipe.data.workers > 1 else 0
     if machine.device == "cpu":
         return 0  # it trains with every core
-    return max(1, min(STREAM_WORKERS, device.cores() // machine.local_world_size - 1))
+    return max(1, min(STREAM_WORKERS, cores() // machine.local_world_size - 1))

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hf_finetune import device, log
+from hf_finetune import log
 from hf_finetune.config.paths import refuse_outside
 from hf_finetune.data import batches, prepare
+from hf_finetune.data.job import EvalBatch, eval_batch
 from hf_finetune.data.prepare import OneSplit, Wish
-from hf_finetune.device import EvalBatch, is_out_of_memory
+from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, DivergedError, OutOfMemoryError, Problem, RecipeError
 from hf_finetune.inference import document as inference_document
 from hf_finetune.inference.document import Evaluation, Slice
@@ -101,7 +102,7 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
         OutOfMemoryError: A batch does not fit.
     """
     encoded: Any = one.encoding.rows()
-    most = device.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
+    most = eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
     with memory(most, run.recipe.data.max_length, all_logits=served.paths.makes_all_logits):
         predictions = _predictions(run, served, encoded, most)
         answered, answers = _answers(run, served, one)

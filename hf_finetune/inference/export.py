@@ -206,7 +206,7 @@ def _kept(source: Path, run: Finished) -> list[str]:
     """Modules that are not quantised."""
     outline = _outline(source, run)
     output = output_embedding(outline)
-    return [*load.find(outline), *(name for name, module in outline.named_modules() if module is output)]
+    return [*load.find_heads(outline), *(name for name, module in outline.named_modules() if module is output)]
 
 
 def _linear(outline: Any) -> list[tuple[str, Any]]:

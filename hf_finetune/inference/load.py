@@ -99,10 +99,10 @@ def _label_options(recipe: Recipe, folder: str) -> dict[str, Any]:
     Raises:
         ModelError: The folder does not say.
     """
-    found = peft.options(folder)
+    found = peft.label_options(folder)
     if recipe.task.has_labels and not found:
         message = f"is not there, and {recipe.task.kind} needs it; train the run anew with --restart"
-        raise ModelError(Problem(message, file=str(Path(folder) / peft.FILE)))
+        raise ModelError(Problem(message, file=str(Path(folder) / peft.LABELS)))
     return found
 
 

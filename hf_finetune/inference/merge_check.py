@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from hf_finetune import device as device_module
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data import prepare
+from hf_finetune.data.job import eval_batch
 from hf_finetune.data.prepare import Wish
 from hf_finetune.errors import DataError, ModelError
 from hf_finetune.inference.merge_options import Options
@@ -47,7 +47,7 @@ class Rows:
     def batches(self) -> Iterator[Batch]:
         """All rows, of like length together."""
         recipe, machine = self.run.recipe, self.run.machine
-        most = device_module.eval_batch(recipe, machine, self._vocabulary)
+        most = eval_batch(recipe, machine, self._vocabulary)
         division = data_batches.Division(most.rows, most.rows)
         rows = data_batches.Rows(self.encoded, recipe.task)
         tokens = most.budget(all_logits=True)

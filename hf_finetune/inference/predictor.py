@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from hf_finetune import device
 from hf_finetune.data import batches as data_batches
+from hf_finetune.data.job import EvalBatch, eval_batch
 from hf_finetune.data.readers import Row
-from hf_finetune.device import EvalBatch
 from hf_finetune.errors import RecipeError, RowsError
 from hf_finetune.inference.rows import LINE
 from hf_finetune.tasks.base import OutputKind, Task
@@ -134,7 +133,7 @@ class Labels(Predictor):
 
     def __init__(self, run: Finished, served: Serving) -> None:
         super().__init__(run, served)
-        self.most: EvalBatch = device.eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
+        self.most: EvalBatch = eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
 
     @property
     def kinds(self) -> Mapping[str, OutputKind]:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_finetune.adapters import _peft as peft
-from hf_finetune.adapters._targets import base_model, changed_base
+from hf_finetune.adapters._targets import base_model
+from hf_finetune.adapters.lora import changed_base
 from hf_finetune.device import Machine, is_out_of_memory
 from hf_finetune.errors import DivergedError, ModelError, Problem, StorageError
 from hf_finetune.log import say
@@ -64,7 +65,7 @@ def save(
         staging.mkdir(parents=True)
         recipe.adapter.save(adapted, str(staging), state)
         processor.save_pretrained(staging)
-        peft.write_labelfile(staging, recipe.task.model_options(targets))
+        peft.write_labels(staging, recipe.task.model_options(targets))
         text = card.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / card.FILE).write_text(text, encoding="utf-8")
         put_in_place(staging, final)
@@ -101,7 +102,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
             # The fresh base would not fit next to a model that fills half of the device.
             adapted.to("cpu")
             torch.get_device_module(device).empty_cache()
-        base = load.fresh_base(recipe, peft.options(folder), machine)
+        base = load.fresh_base(recipe, peft.label_options(folder), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
         base.config.pad_token_id = getattr(base_model(adapted).config, "pad_token_id", None)
         actual = _logits(restored, inputs, machine).cpu()

@@ -112,7 +112,7 @@ def write(network: PreTrainedModel, run: Finished, dtype: Dtype, shard_size: str
 def add_tokenizer(run: Finished, folder: Path) -> None:
     """Write what is not weights: tokenizer, chat template, and the names of labels for programs."""
     run.tokenizer.save_pretrained(folder)
-    peft.write_labelfile(folder, run.recipe.task.model_options(run.targets))
+    peft.write_labels(folder, run.recipe.task.model_options(run.targets))
 
 
 def _cast(network: PreTrainedModel, dtype: Dtype) -> None:

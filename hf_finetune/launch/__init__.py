@@ -9,13 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from hf_finetune.cli.node import Node
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.run import status as run_status
-
-if TYPE_CHECKING:  # not at run time: `launch.health`, which is in this package, is asked every half minute
-    from hf_finetune.device import Node
 
 CONFIG = Path(__file__).with_name("ddp.yaml")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_finetune import launch, log
 from hf_finetune.cli.main import complete, open_terminal, parse
-from hf_finetune.device import Node
+from hf_finetune.cli.node import Node
 from hf_finetune.errors import FinetuneError
 from hf_finetune.launch import health
 

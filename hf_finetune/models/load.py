@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_finetune.adapters import _targets as adapters_targets
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.adapters.base import Setting
 from hf_finetune.config.paths import resolve
@@ -24,14 +23,15 @@ from hf_finetune.models.pretrained import commit, load_processor, read_config, r
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 
-# The part of a model that its checkpoint does not hold: which modules, and how their weights are drawn.
+# Parts of the names of dropout probabilities, wherever an architecture keeps them.
+DROPOUTS = ("dropout", "pdrop", "drop_rate", "drop_path")
 
 
-def find(model: PreTrainedModel) -> tuple[str, ...]:
+def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
     """Children outside the pretrained body that have weights, but not the output embedding of a language model."""
     if model.base_model is model:
         return ()
-    if adapters_targets.output_embedding(model) is not None:
+    if output_embedding(model) is not None:
         return ()
     return tuple(
         name
@@ -47,7 +47,7 @@ def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tu
         ModelError: The checkpoint lacks anything else.
     """
     paths = [path for path, _ in model.named_modules() if any(key.rpartition(".")[0] == path for key in missing)]
-    head_modules = find(model)
+    head_modules = find_heads(model)
     for path in paths:
         if path.partition(".")[0] not in head_modules and "pooler" not in path:
             reason = f"{recipe.model.name} holds no fitting weights for {path} ({len(missing)} are missing)"
@@ -55,8 +55,9 @@ def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tu
     return tuple(paths)
 
 
-def draw(model: PreTrainedModel, missing: set[str]) -> None:
-    """Draw missing weights again in fp32 on the CPU: drawn in the base's dtype, they would be other numbers."""
+def draw_missing(model: PreTrainedModel, missing: set[str]) -> None:
+    """Draw missing weights again in fp32 on the CPU."""
+    # Drawn in the base's dtype or on a GPU, they would be other numbers.
     initialise: Any = model._init_weights
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -72,12 +73,6 @@ def draw(model: PreTrainedModel, missing: set[str]) -> None:
         initialise(module)
         for name, (dtype, device) in places.items():
             own[name].data = own[name].data.to(device=device, dtype=dtype)
-
-
-# Sets every dropout of a model, wherever its architecture keeps it.
-
-# Parts of the names of dropout probabilities.
-MARKS = ("dropout", "pdrop", "drop_rate", "drop_path")
 
 
 def set_in_config(config: PreTrainedConfig, p: float) -> None:
@@ -107,14 +102,11 @@ def set_in_modules(model: nn.Module, p: float) -> None:
 
 def _is_probability(name: str, value: Any) -> bool:
     number = isinstance(value, float | int) and not isinstance(value, bool)
-    return number and any(mark in name for mark in MARKS)
+    return number and any(mark in name for mark in DROPOUTS)
 
 
-# Checks that a model fits the task, the length of the rows and the tokenizer, by its config alone.
-
-
-def length(recipe: Recipe, model: PreTrainedModel) -> None:
-    """No row may be longer than the model has positions.
+def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse rows that are longer than the model has positions.
 
     Raises:
         ModelError: `data.max_length` is more.
@@ -129,8 +121,8 @@ def length(recipe: Recipe, model: PreTrainedModel) -> None:
         raise ModelError(Problem(reason, key="data.max_length"))
 
 
-def attention_checks(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """The attention implementation that the recipe names must be installed and known to the model.
+def check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse an attention implementation that is not installed, or that the model does not know.
 
     Raises:
         ModelError: It is not.
@@ -150,8 +142,8 @@ def attention_checks(recipe: Recipe, config: PreTrainedConfig) -> None:
         raise ModelError(Problem(reason, key="model.attention")) from error
 
 
-def packages(recipe: Recipe) -> None:
-    """Quantisation and the 8-bit optimiser are another package's.
+def check_packages(recipe: Recipe) -> None:
+    """Refuse quantisation and the 8-bit optimiser without bitsandbytes.
 
     Raises:
         RecipeError: It is not installed.
@@ -168,8 +160,8 @@ def packages(recipe: Recipe) -> None:
         raise RecipeError(problems)
 
 
-def targets_checks(recipe: Recipe, model: PreTrainedModel) -> None:
-    """The adapter's targets must exist, and the adapter must be able to train the base.
+def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse targets that do not exist, and an adapter that can't train the base.
 
     Raises:
         ModelError: A target matches no module.
@@ -178,7 +170,7 @@ def targets_checks(recipe: Recipe, model: PreTrainedModel) -> None:
     refusal = recipe.adapter.why_not_quantized()
     if recipe.model.quantization is not None and refusal is not None:
         raise RecipeError(Problem(refusal, key="model.quantization"))
-    recipe.adapter.check_targets(model, find(model))
+    recipe.adapter.check_targets(model, find_heads(model))
 
 
 def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
@@ -191,8 +183,8 @@ def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
     return [Problem(f"{what}: `merge` can't make full weights of this adapter; {how}", key="adapter.target_modules")]
 
 
-def vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token must have an embedding.
+def check_vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that have no embedding.
 
     Raises:
         ModelError: The tokenizer has a token beyond the embedding.
@@ -247,7 +239,7 @@ def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) 
     """
     config = model = None
     with findings.collect():
-        packages(recipe)
+        check_packages(recipe)
     with findings.collect():
         config = _config(recipe, targets)
     if config is None:
@@ -255,21 +247,21 @@ def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) 
     with findings.collect():
         recipe.task.check_config(recipe.model.name, config)
     with findings.collect():
-        attention_checks(recipe, config)
+        check_attention(recipe, config)
     with findings.collect():
         pretrained.check(recipe.model)
     with findings.collect():
         model = _outline(recipe, config)
     if model is None:
         return None
-    for fits in (length, targets_checks):
+    for fits in (check_length, check_targets):
         with findings.collect():
             fits(recipe, model)
     if not findings.blame("adapter"):
         findings.warn(unmergeable(recipe, model))
     if (words := tokenizer_of(tokenizer)) is not None:
         with findings.collect():
-            vocabulary(recipe, model, words)
+            check_vocabulary(recipe, model, words)
     return model
 
 
@@ -310,10 +302,10 @@ def load(
     outline = outline or skeleton(recipe, targets, tokenizer)
     state = torch.random.get_rng_state()
     model, missing = _weights(recipe, _config(recipe, targets), machine)
-    head_modules = find(outline)
+    head_modules = find_heads(outline)
     fresh = fresh_heads(recipe, model, missing)
     torch.random.set_rng_state(state)
-    draw(model, missing)
+    draw_missing(model, missing)
     if recipe.model.dropout is not None:
         set_in_modules(model, recipe.model.dropout)
     model.config.use_cache = False
@@ -344,10 +336,8 @@ def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass.
-
-    The reentrant kind gives adapters no gradient unless the inputs require one (peft issue #137); this is the other.
-    """
+    """Recompute activations in the backward pass."""
+    # The reentrant kind gives adapters no gradient unless the inputs require one (peft issue #137).
     options = {"use_reentrant": False}
     # transformers 5.23 renamed it; 5.17 has only the old name.
     if hasattr(model, "activation_checkpointing_enable"):
@@ -376,7 +366,7 @@ def attention(recipe: Recipe, machine: Machine) -> str:
     """
     config = read_config(recipe.model)
     with silence():
-        attention_checks(recipe, config)
+        check_attention(recipe, config)
     mapping = getattr(transformers, recipe.task.auto_model)._model_mapping
     if machine.attention != "sdpa" or type(config) not in mapping or mapping[type(config)]._supports_sdpa:
         return machine.attention
@@ -427,7 +417,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
             # FSDP2 shards floating point numbers only; accelerate would leave bytes whole on every rank.
             bnb_4bit_quant_storage=dtype if machine.is_sharded else torch.uint8,
             llm_int8_skip_modules=[
-                *find(outline),
+                *find_heads(outline),
                 *(name for name, module in outline.named_modules() if module is output),
             ],
         )

@@ -87,7 +87,7 @@ def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
         return []
     body = base_model(adapted)
     output = output_embedding(body)
-    skip = load.find(body)
+    skip = load.find_heads(body)
     return [
         module
         for path, module in body.named_modules()
@@ -328,7 +328,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
         peft_type=recipe.task.peft_task,
         tokenizer=tokenizer,
         total_steps=STEPS,
-        head_modules=(*load.find(base), *_absent_poolers(recipe, base)),
+        head_modules=(*load.find_heads(base), *_absent_poolers(recipe, base)),
         labels=targets.names,
     )
     with torch.device("meta"):
@@ -353,7 +353,7 @@ def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
     return [
         path
         for path in poolers
-        if path.partition(".")[0] not in load.find(base)
+        if path.partition(".")[0] not in load.find_heads(base)
         and not any(name.startswith(f"{path.removeprefix(prefix)}.") for name in held)
     ]
 

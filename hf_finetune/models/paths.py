@@ -1,12 +1,7 @@
-"""Faster ways to the same numbers: each is a file, is checked against the plain way, and can be switched off.
+"""Faster ways to the same numbers that a model takes: installed where they fit, and removed where they differ.
 
-    lora       a frozen linear layer with LoRA as one autograd function
-    head       the loss of a language model without its logits
-    attention  plain attention for a CPU
-    dropout    dropout from fewer random bits, on a CPU
-    paths      which of them a model takes
-
-They change how a model computes, never what it holds: saving, merging and loading see PEFT's and transformers' modules.
+The kernels are in `kernels` and `attention`. They change how a model computes, never what it holds: saving, merging and
+loading see PEFT's and transformers' modules.
 """
 
 from __future__ import annotations
@@ -30,50 +25,6 @@ from hf_finetune.models import attention, kernels
 from hf_finetune.models.kernels import FastHead
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, State, Task
-
-# The layers of a model, compiled by torch where they train: one graph, made once, for all layers of a kind.
-
-
-def fits(base: Any) -> bool:
-    """Make sure that compiled layers of a pretrained model, with its adapter's inside, would learn the same."""
-    # Dropout would break the graph into pieces, and draw other random numbers.
-    layers = _layers(base)
-    drops = any(module.p for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Dropout))
-    config = base.config.get_text_config()
-    names = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "resid_pdrop")
-    return bool(layers) and not drops and not any(getattr(config, name, 0.0) for name in names)
-
-
-def has_compiler() -> bool:
-    """Look for a C++ compiler, which torch needs to compile for a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
-
-
-def install(base: Any) -> list[torch.nn.Module]:
-    """Let the layers of a pretrained model be compiled at their next training step; those that are.
-
-    Evaluation and generation take the plain way: they would each need graphs of their own.
-    """
-
-    def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
-        trains = layer.training and torch.is_grad_enabled()
-        return (compiled if trains else plain)(*arguments, **options)
-
-    layers = _layers(base)
-    for layer in layers:
-        plain = layer.forward
-        layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
-    return layers
-
-
-def _layers(base: Any) -> list[torch.nn.Module]:
-    """The modules that transformers never splits among devices: the repeated layers."""
-    kinds = set(base._no_split_modules or ())
-    found = [module for module in base.modules() if type(module).__name__ in kinds]
-    return found if len(found) > 1 else []
-
-
-# The fast paths that a model takes: installed where they fit, checked on a batch, removed where they differ.
 
 Tensor = torch.Tensor
 
@@ -140,7 +91,7 @@ class Paths:
     def compile(self, base: Any) -> None:
         """Compile the layers of the pretrained model inside, over whatever else is installed."""
         if not self._compiled:
-            self._compiled = install(base)
+            self._compiled = compile_layers(base)
 
     def plain_layers(self) -> None:
         """Undo `compile`."""
@@ -311,3 +262,43 @@ def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
 def _plain_again(modules: list[Any]) -> None:
     for module in modules:
         del module.forward
+
+
+def can_compile(base: Any) -> bool:
+    """Tell that compiled layers of a pretrained model, with its adapter's inside, would learn the same."""
+    # Dropout would break the graph into pieces, and draw other random numbers.
+    layers = _repeated_layers(base)
+    drops = any(module.p for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Dropout))
+    config = base.config.get_text_config()
+    names = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "resid_pdrop")
+    return bool(layers) and not drops and not any(getattr(config, name, 0.0) for name in names)
+
+
+def has_compiler() -> bool:
+    """Look for a C++ compiler, which torch needs to compile for a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+
+
+def compile_layers(base: Any) -> list[torch.nn.Module]:
+    """Have torch compile the layers of a pretrained model at their next training step; returns them.
+
+    One graph serves all layers of a kind.
+    """
+
+    # Evaluation and generation take the plain way: they would each need graphs of their own.
+    def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
+        trains = layer.training and torch.is_grad_enabled()
+        return (compiled if trains else plain)(*arguments, **options)
+
+    layers = _repeated_layers(base)
+    for layer in layers:
+        plain = layer.forward
+        layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
+    return layers
+
+
+def _repeated_layers(base: Any) -> list[torch.nn.Module]:
+    """The modules that transformers never splits among devices: the repeated layers."""
+    kinds = set(base._no_split_modules or ())
+    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    return found if len(found) > 1 else []

@@ -1,7 +1,11 @@
-"""FSDP2: the way of the weights onto the ranks, the units that are sharded together, and the precision of sums.
+"""Weights and optimiser state that ranks share out: PyTorch's FSDP2, and DeepSpeed's ZeRO.
 
-Rank 0 alone reads the weights, where nothing is against it; the others hold the same modules around memory that was not
-written to, which the system does not provide before. accelerate hands out the shards.
+With FSDP2, rank 0 alone reads the weights where nothing is against it. The others hold the same modules around memory
+that was not written to, which the system does not provide before; accelerate hands out the shards.
+
+DeepSpeed's engine takes the optimiser's step inside accelerate's `backward`, clips, and divides the state among the
+ranks. Here the step is held back until the loss has been looked at; DeepSpeed itself looks at the gradients before it
+changes a weight. Checkpoints are its own: each rank writes its part of the optimiser.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch import distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune import device
-from hf_finetune.adapters import _targets as adapters_targets
+from hf_finetune.adapters._targets import base_model, output_embedding
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 from hf_finetune.models import load as models_load
@@ -31,11 +35,26 @@ from hf_finetune.models.load import LoadedModel
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State
 
-# DeepSpeed's ZeRO: the launcher's choice, recipes that it can't train, its steps and its weights.
-#
-# DeepSpeed's engine takes the optimiser's step inside accelerate's `backward`, clips, and divides the state among the
-# ranks. Here the step is held back until the loss has been looked at; DeepSpeed itself looks at the gradients before it
-# changes a weight. Checkpoints are its own: each rank writes its part of the optimiser.
+# Key -> values that FSDP2 can't train, and why.
+NOT_WITH_FSDP = {
+    "training.optimizer": {
+        # bitsandbytes 0.50 has no sharding strategy for its update.
+        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
+        # transformers 5.23 mixes its plain row and column means with sharded gradients.
+        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
+    },
+    # bitsandbytes 0.50: Int8Params can't be made from a shard.
+    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
+    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
+    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
+}
+
+T = TypeVar("T")
+# accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well.
+READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+# For reading the weights; a rank that dies meanwhile is noticed by `peers`.
+LONGEST = timedelta(days=1)
+POLL_S = 0.05
 
 
 def check_zero(recipe: Recipe, machine: Machine) -> list[Problem]:
@@ -92,10 +111,8 @@ def check_checkpoint(checkpoint: Path, ranks: int, machine: Machine) -> None:
 
 
 def read_no_code() -> None:
-    """Have torch refuse what is neither a number nor a record of DeepSpeed in a checkpoint.
-
-    DeepSpeed reads its files with `weights_only=False`, which would run any code that somebody has put there.
-    """
+    """Have torch refuse what is neither a number nor a record of DeepSpeed in a checkpoint."""
+    # DeepSpeed reads its files with `weights_only=False`, which would run any code that somebody has put there.
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -127,7 +144,7 @@ def step(engine: Any) -> tuple[bool, float]:
     """Clip and take the optimiser's step, unless a gradient is not finite.
 
     Returns:
-        Whether the step was taken, and the norm of the gradient before clipping; not a number where DeepSpeed was
+        True if the step was taken, and the norm of the gradient before clipping; not a number where DeepSpeed was
         told to compute none.
 
     Raises:
@@ -163,29 +180,6 @@ def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
                 found[name] = whole.detach().to("cpu", copy=True).view(getattr(parameter, "ds_shape", parameter.shape))
     stored = model.state_dict().keys()
     return found | {name: value.cpu() for name, value in model.named_buffers() if name in stored}
-
-
-# Key -> values that FSDP2 can't train, and why.
-NOT_WITH_FSDP = {
-    "training.optimizer": {
-        # bitsandbytes 0.50 has no sharding strategy for its update.
-        "adamw_8bit": "adamw_8bit does not update sharded weights; write adamw, whose state is sharded too",
-        # transformers 5.23 mixes its plain row and column means with sharded gradients.
-        "adafactor": "adafactor does not update sharded weights; write adamw, whose state is sharded too",
-    },
-    # bitsandbytes 0.50: Int8Params can't be made from a shard.
-    "model.quantization": {"int8": "int8 weights can't be sharded; write nf4 or remove it"},
-    # PEFT 0.21 scores and prunes whole matrices, and a sharded checkpoint would lack its scores.
-    "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
-}
-
-
-T = TypeVar("T")
-# accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well.
-READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-# For reading the weights; a rank that dies meanwhile is noticed by `peers`.
-LONGEST = timedelta(days=1)
-POLL_S = 0.05
 
 
 def load(
@@ -253,7 +247,7 @@ def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
     Raises:
         RecipeError: Single tokens of tied embeddings are to be trained: PEFT shares their rows between two layers.
     """
-    output = adapters_targets.output_embedding(outline)
+    output = output_embedding(outline)
     is_tied = output is not None and output.weight is outline.get_input_embeddings().weight
     if not (uses_fsdp(machine) and is_tied):
         return
@@ -314,7 +308,7 @@ def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     untie(adapted)
-    base = adapters_targets.base_model(adapted)
+    base = base_model(adapted)
     if plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         plugin.transformer_cls_names_to_wrap = units(base, plugin.transformer_cls_names_to_wrap)
     if machine.precision != "fp32":
@@ -331,8 +325,8 @@ def untie(adapted: nn.Module) -> None:
     accelerate 1.15 ties weights again after it has sharded them, as the config says and by names that an adapter's
     layers have changed: that fails, or trains something else. Each rank calls it.
     """
-    base = adapters_targets.base_model(adapted)
-    embeddings = (base.get_input_embeddings(), adapters_targets.output_embedding(base))
+    base = base_model(adapted)
+    embeddings = (base.get_input_embeddings(), output_embedding(base))
     is_adapted = any(type(layer).__module__.startswith("peft.") for layer in embeddings)
     seen: set[nn.Parameter] = set()
     is_tied = False
@@ -365,10 +359,8 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
 
 
 def _allocate(base: nn.Module) -> None:
-    """Give parameters of the meta device memory of the CPU, which is only addresses until it is written to.
-
-    On the meta device they would all have the address 0, by which accelerate tells them apart for the optimiser.
-    """
+    """Give parameters of the meta device memory of the CPU, which is only addresses until it is written to."""
+    # On the meta device all have the address 0, by which accelerate tells them apart for the optimiser.
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module, name, parameter in _places(base):
         if parameter not in made:

@@ -23,15 +23,13 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from hf_finetune import __version__
-from hf_finetune import device as device_module
 from hf_finetune.adapters._targets import base_model
 from hf_finetune.data import cache
 from hf_finetune.data.job import Job
-from hf_finetune.device import Machine, is_out_of_memory, wait
+from hf_finetune.device import Machine, is_out_of_memory, processor, wait
 from hf_finetune.errors import ModelError
 from hf_finetune.models import attention
-from hf_finetune.models import paths as models_paths
-from hf_finetune.models.paths import Paths
+from hf_finetune.models.paths import Paths, can_compile, has_compiler
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.files import write_atomically
 from hf_finetune.run.lock import Choice
@@ -141,7 +139,7 @@ class Bench:
         shapes = [next(iter(batch.values())).shape[:2] for batch in self.batches]
         facts = {
             "question": question,
-            "processor": device_module.processor(self.machine.device),
+            "processor": processor(self.machine.device),
             "threads": self.machine.threads,
             "ranks": self.machine.local_world_size,
             "precision": self.machine.precision,
@@ -288,9 +286,9 @@ def hindrance(bench: Bench) -> str:
     """The reason why layers can't be compiled; empty where they can."""
     if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"
-    if not models_paths.fits(bench.base):
+    if not can_compile(bench.base):
         return "by rule: the model has dropout in its layers, or no layers that repeat"
-    if bench.machine.device == "cpu" and not models_paths.has_compiler():
+    if bench.machine.device == "cpu" and not has_compiler():
         return "by rule: there is no C++ compiler"
     return ""
 

@@ -39,7 +39,7 @@ from hf_finetune.log import libraries, phase, say
 from hf_finetune.log.lines import Message
 from hf_finetune.models import load, memory, sharded, tuning
 from hf_finetune.models import paths as models_paths
-from hf_finetune.models.ledger import Flops
+from hf_finetune.models.flops import Flops, matmul_peak
 from hf_finetune.models.tuning import Bench
 from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.check import Source, look, read
@@ -423,7 +423,7 @@ def make_trainer(run: Training) -> None:
     )
     sharded.suit(trainer.accelerator, run.adapted, machine)
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
-    peak = device.peak(machine) * machine.world_size
+    peak = matmul_peak(machine) * machine.world_size
     trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
     observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.tracker.record)
     observing.watch(trainer, run.say)
@@ -476,7 +476,7 @@ def write_lock(run: Training) -> None:
         run.tracker.show_lock()
     # Steps have the short limit, and begin when the slowest node has loaded and the first rank has hashed.
     run.checkpointing.store.ranks.barrier()
-    device.limit_collectives(device.collective())
+    device.limit_collectives(device.collective_timeout())
 
 
 # ---- training, evaluation, saving ----
@@ -503,7 +503,7 @@ def train_and_evaluate(run: Training) -> None:
             run.scores = training_trainer.final(trainer, run.job.prepared)
     if trainer.stopped:
         raise Stopped.by(trainer.stopped)
-    device.limit_collectives(device.wait_patience())
+    device.limit_collectives(device.wait_timeout())
 
 
 def save_and_compare(run: Training) -> None:

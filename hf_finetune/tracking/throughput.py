@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState
 
 from hf_finetune.data.batches import COUNTED
 from hf_finetune.models import memory
-from hf_finetune.models.ledger import Flops
+from hf_finetune.models.flops import Flops
 
 DATA, FORWARD, BACKWARD, OPTIMIZER = "data", "forward", "backward", "optimizer"
 PARTS = (DATA, FORWARD, BACKWARD, OPTIMIZER)

@@ -55,7 +55,7 @@ class StopRequest:
         self._process = os.getpid()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Flags live on the host; a GPU's group would have to copy them.
-            self._group = distributed.new_group(backend="gloo", timeout=device.collective())
+            self._group = distributed.new_group(backend="gloo", timeout=device.collective_timeout())
 
     @contextmanager
     def listening(self) -> Iterator[None]:

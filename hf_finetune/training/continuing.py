@@ -52,7 +52,7 @@ def checkpointing(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable
             other sharding, or of more steps than this recipe has.
         StorageError: The folder can't be written.
     """
-    ranks = run_ranks.join(job.machine.local_rank, device.wait_patience())
+    ranks = run_ranks.join(job.machine.local_rank, device.wait_timeout())
     store = run_store.Store(folder.checkpoints, ranks, job.recipe.saving.keep)
     made_from, found = facts(job), store.resume_point()
     for name, reason in found.skipped:

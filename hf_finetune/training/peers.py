@@ -143,10 +143,10 @@ class Watch:
         timeout: float | None = None,
     ) -> None:
         self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
-        self.timeout = device.peer() if timeout is None else timeout
+        self.timeout = device.peer_timeout() if timeout is None else timeout
         self.every = min(max(BEAT_S, world_size / FEW), self.timeout / 4)
         self._on_failure = on_failure
-        self._mark = self._seen = (0, "starting", device.wait_patience().total_seconds())
+        self._mark = self._seen = (0, "starting", device.wait_timeout().total_seconds())
         self._own = Beat(rank, socket.gethostname(), _machine(), os.getpid(), _process(os.getpid())[1])
         self._is_first_of_node = os.environ.get("LOCAL_RANK", str(rank)) == "0"
         self._peers: dict[int, Beat] = {}
@@ -163,10 +163,10 @@ class Watch:
         Args:
             step: Last finished optimiser step.
             phase: What goes on now, to follow "while": `training`, `evaluating`, `saving`.
-            is_long: It may take hours on this rank while the others wait (`patience.wait`); they then give it up only
-                if its process ends or falls silent.
+            is_long: It may take hours on this rank (`device.wait_timeout`) while the others wait; they then give it up
+                only if its process ends or falls silent.
         """
-        self._mark = (step, phase, device.wait_patience().total_seconds() if is_long else 0.0)
+        self._mark = (step, phase, device.wait_timeout().total_seconds() if is_long else 0.0)
 
     def __enter__(self) -> Watch:
         """Show the first beat and begin to watch; all ranks do it together.
