@@ -110,7 +110,7 @@ def test_measuring_leaves_no_trace(run: Runner, monkeypatch: pytest.MonkeyPatch)
     bench = bench_of(run, monkeypatch, "model.dropout=0.1")
     model, random = bench.adapted.eval(), torch.get_rng_state()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    choice = tuning._choose(replace(bench, micro_batches=10_000))
+    choice = tuning._choose_attention(replace(bench, micro_batches=10_000))
     assert choice.is_measured
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
@@ -124,7 +124,7 @@ def test_packed_rows_are_measured_and_checked_too(
 ) -> None:
     bench = bench_of(run, monkeypatch, CHAT, f"model.name={tiny_llama}", "data.packing=true", "data.max_length=64")
     assert all("position_ids" in batch for batch in bench.batches)
-    assert tuning._choose(replace(bench, micro_batches=10_000)).is_measured
+    assert tuning._choose_attention(replace(bench, micro_batches=10_000)).is_measured
 
 
 def test_shapes_go_from_short_to_long_and_are_those_of_the_run(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""Plain attention for a CPU: transformers' `eager` as one autograd function, shared keys and values without copies.
+"""Attention for a CPU as one autograd function, and attention within packed documents.
 
-Autograd keeps the weights twice, in float32 and rounded, and makes several tensors of their size in each pass. Here
-only the rounded ones are kept, and what can be done in place is.
+`attend` is transformers' `eager`, with shared keys and values that are not copied. Autograd keeps the weights twice, in
+float32 and rounded, and makes several tensors of their size in each pass. Here only the rounded ones are kept, and what
+can be done in place is.
 
 Shapes: B rows, H heads, K heads of keys and values (H = K G), T queries, S keys, D size of a head.
 """

@@ -1,11 +1,6 @@
-"""The loss of a language model straight from its hidden states: logits of a chunk at a time, of counted tokens only.
+"""Kernels that give the numbers of plain modules faster: a language model's loss, RMSNorm, dropout, LoRA, gated MLPs.
 
-The head and the loss take the logits of every position, padding and prompts included, in float32, and their gradient
-again. Here only positions whose next token counts meet the head, a chunk at a time, and each chunk leaves its gradient
-with respect to the hidden states behind (as in Hsu et al. 2024, Liger Kernel, section 3.2). In evaluation each chunk
-leaves what is counted of it.
-
-Shapes: B rows, T tokens, H hidden size, V vocabulary, N counted positions.
+Each is an autograd function, with a function that installs it where it gives the same output.
 """
 
 from __future__ import annotations
@@ -24,6 +19,15 @@ from transformers.activations import SiLUActivation
 from hf_finetune.tasks._losses import counted, each, loss_sum_of
 
 Tensor = torch.Tensor
+
+# The loss of a language model straight from its hidden states: logits of a chunk at a time, of counted tokens only.
+#
+# The head and the loss take the logits of every position, padding and prompts included, in float32, and their gradient
+# again. Here only positions whose next token counts meet the head, a chunk at a time, and each chunk leaves its
+# gradient with respect to the hidden states behind (as in Hsu et al. 2024, Liger Kernel, section 3.2). In evaluation
+# each chunk leaves what is counted of it.
+#
+# Shapes: B rows, T tokens, H hidden size, V vocabulary, N counted positions.
 
 # Of the float32 logits that exist at a time: some of a CPU's cache; on a GPU enough for `MANY` positions.
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
@@ -222,7 +226,7 @@ def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def install_norm(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Let a model's RMSNorms compute in this way where that gives the very same output; those that do."""
+    """Let a model's RMSNorms compute in this way where that gives the very same output; returns them."""
     modules = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm") and _is_equal(module)]
     for module in modules:
         module.forward = MethodType(_norm_forward, module)
@@ -284,7 +288,7 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
 
 
 def install_dropout(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Let a model's dropout modules draw in this way; those that do."""
+    """Let a model's dropout modules draw in this way; returns them."""
     modules = [module for module in model.modules() if type(module) is torch.nn.Dropout and 0 < module.p < 1]
 
     def forward(module: torch.nn.Dropout, x: Tensor) -> Tensor:
@@ -293,9 +297,6 @@ def install_dropout(model: torch.nn.Module) -> list[torch.nn.Module]:
     for module in modules:
         module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     return list(modules)
-
-
-# The type that products are computed in.
 
 
 def dtype_of(like: torch.Tensor) -> torch.dtype:
@@ -440,7 +441,7 @@ def fits(layer: torch.nn.Module) -> bool:
 
 
 def install_lora(model: torch.nn.Module) -> list[Any]:
-    """Let a PEFT model's LoRA layers compute in this way where they fit; those that do."""
+    """Let a PEFT model's LoRA layers compute in this way where they fit; returns them."""
     layers: list[Any] = [layer for layer in model.modules() if fits(layer)]
     for layer in layers:
         layer.forward = MethodType(_lora_forward, layer)
@@ -534,7 +535,7 @@ def _mlp_with_lora_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def install_mlp(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Let a model's gated layers compute in this way where that gives the very same output; those that do.
+    """Let a model's gated layers compute in this way where that gives the very same output; returns them.
 
     Args:
         model: With LoRA's own fast path, if that is wanted, already in it.

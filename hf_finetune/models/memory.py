@@ -31,8 +31,6 @@ from hf_finetune.models.paths import Paths
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, State, pad_token_of
 
-# Memory that lives as long as the run does: the process, weights, gradients, the optimiser's state, and copies.
-
 # Bytes of optimiser state for a trained weight: two fp32 moments; in 8 bits, with an fp32 scale for each block of 256
 # (https://arxiv.org/abs/2110.02861); none without momentum.
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256, "sgd": 0.0}
@@ -150,8 +148,6 @@ def size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-# One training step and one evaluation step on fake tensors, and what they need at most.
-
 DATA, ACTIVATIONS, GRADIENTS = "batch", "activations", "gradients"
 
 
@@ -161,13 +157,8 @@ class Step:
     def __init__(
         self, recipe: Recipe, targets: State, processor: Any, machine: Machine, *, adapted: nn.Module, attention: str
     ) -> None:
-        self.recipe, self.targets, self.processor, self.machine, self.adapted = (
-            recipe,
-            targets,
-            processor,
-            machine,
-            adapted,
-        )
+        self.recipe, self.targets, self.processor = recipe, targets, processor
+        self.machine, self.adapted = machine, adapted
         base = base_model(adapted)
         base.set_attn_implementation(attention)
         if machine.activation_checkpointing:
@@ -270,15 +261,6 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """The adapted model on the meta device, and its parameters: trained, and all with the adapter's."""
-
-    model: nn.Module
-    trained: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The most memory of one device."""
 
@@ -302,7 +284,7 @@ class Estimate:
         return self.total - self.parts.get(PROCESS, 0)
 
 
-def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Outline:
+def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The adapted model on the meta device, with the parameter counts of the real one.
 
     The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
@@ -315,7 +297,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
         dtype: In which the base weights are kept.
 
     Raises:
-        ModelError: The model or the adapter's targets do not fit; see `model.skeleton`.
+        ModelError: The model or the adapter's targets do not fit; see `load.skeleton`.
         RecipeError: A setting contradicts the adapter that is continued.
     """
     base = load.skeleton(recipe, targets, tokenizer)
@@ -332,8 +314,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
         labels=targets.names,
     )
     with torch.device("meta"):
-        adapted = recipe.adapter.outline(base, setting)
-    return Outline(adapted, *load.parameter_counts(adapted))
+        return recipe.adapter.outline(base, setting)
 
 
 def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
@@ -369,12 +350,12 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
         shapes: The largest batches.
 
     Raises:
-        ModelError: See `model.skeleton`.
-        RecipeError: See `model.skeleton`.
+        ModelError: See `load.skeleton`.
+        RecipeError: See `load.skeleton`.
     """
     attention = load.attention(recipe, machine)
-    outlined = outline(recipe, targets, tokenizer, machine.base_dtype(frozen=recipe.adapter.freezes_base))
-    adapted = outlined.model
+    adapted = outline(recipe, targets, tokenizer, machine.base_dtype(frozen=recipe.adapter.freezes_base))
+    parameters = load.parameter_counts(adapted)
     lasting, loading = lasting_state(recipe, adapted, machine), loading_state(recipe, adapted, machine)
     tensors = [*adapted.parameters(), *adapted.buffers()]
     copies = sum(map(size, tensors)) * (1 if recipe.adapter.freezes_base else 2)
@@ -392,7 +373,6 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
         phases["saving"] = lasting | {"second copy to compare": copies, FILES: loading[FILES]}
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = process(machine) | phases[phase]
-    parameters = (outlined.trained, outlined.total)
     return Estimate(
         {name: size for name, size in parts.items() if size}, phase, parameters, sum(phases["training"].values())
     )
@@ -413,8 +393,6 @@ def give_back() -> None:
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
-
-# More memory than a training step can need, found in a moment: often there is no need to simulate one.
 
 # Bytes of a trained weight: itself, its gradient, two moments, its place in the buckets that ranks exchange.
 TRAINED = 4 + 4 + 8 + 4

@@ -35,14 +35,20 @@ from hf_finetune.run.files import write_atomically
 from hf_finetune.run.lock import Choice
 from hf_finetune.tasks.base import Batch
 
-# A run before its first step, and measurements on it: how long a step takes, here and in earlier runs.
-
 # Micro-batches that are timed: of short, middling and long rows.
 SHAPES = 3
 # Timings of each; the fastest counts.
 ROUNDS = 2
 # Tokens of a row that count as the same shape.
 STEP = 32
+# Micro-batches of a run from which on it earns the measuring back: that takes about 15.
+WORTH = 400
+# Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth.
+WORTH_SECONDS = 900.0
+# Share of the plain time below which compiled layers are kept.
+GAIN = 0.97
+# Largest relative difference of a batch's loss or gradient norm: bf16 rounds in another order.
+TOLERANCE = 2e-2
 # Keys that change how long a step takes, or what it may be made of.
 RECIPE: Any = {
     "adapter": True,
@@ -154,25 +160,19 @@ class Bench:
         return cache.root(None) / "tuning" / f"{question}-{key[:32]}.json"
 
 
-# The attention implementation that is fastest here, forward and backward, on this run's own shapes.
-
-# Micro-batches of a run from which on it earns the measuring back: that takes about 15.
-WORTH = 400
-
-
 def choose_attention(bench: Bench) -> Choice:
-    """Measure, or say why not; leaves the model with what was chosen.
+    """Choose the attention that is fastest here, forward and backward, on this run's shapes; the model then has it.
 
-    The rule of `hardware` stands where the recipe names one, the run is short, the weights are sharded, or the model
+    The rule of `device` stands where the recipe names one, the run is short, the weights are sharded, or the model
     knows only one.
     """
-    choice = bench.agreed(_choose(bench))
+    choice = bench.agreed(_choose_attention(bench))
     if choice.value != bench.machine.attention:
         bench.base.set_attn_implementation(choice.value)
     return choice
 
 
-def _choose(bench: Bench) -> Choice:
+def _choose_attention(bench: Bench) -> Choice:
     ruled, names = bench.machine.attention, _candidates(bench)
     if bench.recipe.model.attention != "auto":
         return Choice(ruled, "asked for")
@@ -232,23 +232,8 @@ def _once(bench: Bench, name: str, paths: Paths) -> float:
         raise
 
 
-# Compile the layers where that pays within this run.
-
-# Length of a run from which on compiling is tried: it takes about a minute, and saves a tenth to a fifth.
-WORTH_SECONDS = 900.0
-# Share of the plain time below which compiled layers are kept.
-GAIN = 0.97
-# Largest relative difference of a batch's loss or gradient norm: bf16 rounds in another order.
-TOLERANCE = 2e-2
-
-
 def choose_compilation(bench: Bench, paths: Paths) -> Choice:
-    """Measure, or say why not; leaves the model with what was chosen.
-
-    Args:
-        bench: The run.
-        paths: Its fast paths, installed.
-    """
+    """Compile the layers where that pays within this run; `paths` are its fast paths, installed."""
     with bench.trial():
         choice = bench.agreed(_choose_compilation(bench, paths))
     if choice.value:
@@ -260,7 +245,7 @@ def choose_compilation(bench: Bench, paths: Paths) -> Choice:
 
 def _choose_compilation(bench: Bench, paths: Paths) -> Choice:
     asked = bench.recipe.speed.compile
-    if reason := "asked for" if asked is False else hindrance(bench):
+    if reason := "asked for" if asked is False else why_not_compiled(bench):
         return Choice(value=False, why=reason)
     if asked is True:
         return Choice(value=True, why="asked for")
@@ -282,7 +267,7 @@ def _choose_compilation(bench: Bench, paths: Paths) -> Choice:
     return Choice(value=pays, why=f"{how}: {ratio:.2f} x the time of a step, {known['cost']:.0f} s to compile")
 
 
-def hindrance(bench: Bench) -> str:
+def why_not_compiled(bench: Bench) -> str:
     """The reason why layers can't be compiled; empty where they can."""
     if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"

@@ -450,7 +450,7 @@ def take_fast_paths(run: Training) -> None:
     if known is None:
         with phase("choosing whether to compile"):
             known = tuning.choose_compilation(run.bench, paths)
-    elif known.value and (why := tuning.hindrance(run.bench)):
+    elif known.value and (why := tuning.why_not_compiled(run.bench)):
         run.say(f"note: layers were compiled when the run began, not now ({why}): the next steps may differ in bits")
         known = Choice(value=False, why=why)
     elif known.value:
