@@ -22,7 +22,7 @@ from hf_finetune.errors import CheckpointError, DataError, PeerError, RecipeErro
 from hf_finetune.pipeline.train import peer_failed
 from hf_finetune.run.status import Status
 from hf_finetune.training import peers
-from hf_finetune.training.peers import Beat, Failure, Watch, is_of_a_peer
+from hf_finetune.training.peers import Failure, Heartbeat, Watch, is_of_a_peer
 
 RANK = """
 import os, sys, threading, time
@@ -306,7 +306,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 def beat(this: Watch, **changes: Any) -> None:
     """Rank 1 of another machine writes its file."""
-    told = replace(Beat(1, "elsewhere", "another machine", 4711, "1"), **changes)
+    told = replace(Heartbeat(1, "elsewhere", "another machine", 4711, "1"), **changes)
     (this.folder / "1.json").write_text(json.dumps(asdict(told)))
 
 
@@ -349,9 +349,9 @@ def test_an_idle_rank_is_to_blame_where_this_one_waits_and_it_does_not(alone: Wa
 def test_a_stop_that_was_not_agreed_on_ends_a_rank_that_waits_in_vain(alone: Watch) -> None:
     left = Failure(1, "rank 1: stopped by SIGTERM", 143, is_stop=True)
     assert alone._record(left)
-    assert alone._told(60) is None
+    assert alone._recorded(60) is None
     alone._own = replace(alone._own, waits=True, idle=31.0)
-    assert alone._told(1) == left
+    assert alone._recorded(1) == left
 
 
 def test_an_error_is_traced_to_the_rank_behind_it(alone: Watch) -> None:

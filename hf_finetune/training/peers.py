@@ -31,7 +31,7 @@ from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.run.folder import RANKS
 from hf_finetune.run.invocation import same_command
 
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 # Ranks up to which each writes and reads once a second; more of them do so less often, to spare the shared folder.
 FEW = 50
 # Silence or idleness that makes a rank suspect once a collective has failed.
@@ -70,12 +70,12 @@ class Failure:
     """An error that the rank reported itself."""
     is_stop: bool = False
     """The rank was stopped by a signal."""
-    said_on: str = ""
-    """Machine on which it is printed already."""
+    printed_on: str = ""
+    """Machine on which it was printed already."""
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The contents of a rank's file."""
 
     rank: int
@@ -83,7 +83,7 @@ class Beat:
     machine: str
     """Boot and process namespace: where this is equal, process numbers mean the same."""
     pid: int
-    born: str
+    started: str
     """As the kernel counts: process numbers are used again."""
     count: int = 0
     step: int = 0
@@ -99,15 +99,15 @@ class Beat:
 
     def is_gone(self) -> bool:
         """Look at the process; only on its machine."""
-        state, born = _process(self.pid)
-        return bool(self.born) and (state in ("", "Z", "X") or born != self.born)
+        state, started = _process(self.pid)
+        return bool(self.started) and (state in ("", "Z", "X") or started != self.started)
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
 
     @property
     def when(self) -> str:
-        """The point of the run that it has reached."""
+        """The point of the run that the rank has reached."""
         return f"after step {self.step}, while {self.phase}"
 
 
@@ -144,21 +144,21 @@ class Watch:
     ) -> None:
         self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
         self.timeout = device.peer_timeout() if timeout is None else timeout
-        self.every = min(max(BEAT_S, world_size / FEW), self.timeout / 4)
+        self.every = min(max(HEARTBEAT_S, world_size / FEW), self.timeout / 4)
         self._on_failure = on_failure
         self._mark = self._seen = (0, "starting", device.wait_timeout().total_seconds())
-        self._own = Beat(rank, socket.gethostname(), _machine(), os.getpid(), _process(os.getpid())[1])
+        self._own = Heartbeat(rank, socket.gethostname(), _machine(), os.getpid(), _process(os.getpid())[1])
         self._is_first_of_node = os.environ.get("LOCAL_RANK", str(rank)) == "0"
-        self._peers: dict[int, Beat] = {}
+        self._peers: dict[int, Heartbeat] = {}
         self._silent: dict[int, float] = {}
-        self._told_for = 0.0
+        self._known_for = 0.0
         """Seconds since another rank's failure was first seen."""
         self._lock, self._stop = threading.Lock(), threading.Event()
         if world_size == 1:
             self._stop.set()
 
     def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
-        """Note that the main thread has come on; costs nothing. The others learn it with the next beat.
+        """Note that the main thread has come on; costs nothing. The others learn it with the next heartbeat.
 
         Args:
             step: Last finished optimiser step.
@@ -169,7 +169,7 @@ class Watch:
         self._mark = (step, phase, device.wait_timeout().total_seconds() if is_long else 0.0)
 
     def __enter__(self) -> Watch:
-        """Show the first beat and begin to watch; all ranks do it together.
+        """Show the first heartbeat and begin to watch; all ranks do it together.
 
         Raises:
             StorageError: The run folder can't be written.
@@ -206,7 +206,7 @@ class Watch:
                     self._end(failure)
                 own = _own_failure(self.rank, error)
                 if own is not None:
-                    self._record(replace(own, said_on=self._own.machine if self._is_first_of_node else ""))
+                    self._record(replace(own, printed_on=self._own.machine if self._is_first_of_node else ""))
                 self._go(keep=own is not None and own.is_own)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -223,7 +223,7 @@ class Watch:
                 # Where this rank can't write, the others can't either, and their files will not change.
                 passed = passed if self._show(passed) else 0.0
                 is_waiting = self._own.waits and self._own.idle >= self.timeout
-                failure = self._told(passed) or self._look(passed, self.timeout, is_waiting=is_waiting)
+                failure = self._recorded(passed) or self._look(passed, self.timeout, is_waiting=is_waiting)
                 if failure is not None:
                     self._end(failure)
 
@@ -232,7 +232,7 @@ class Watch:
         mark, own = self._mark, self._own
         idle = own.idle + passed if mark is self._seen else 0.0
         self._seen, (step, phase, allowed) = mark, mark
-        waits, place = _look_at_main_thread() if idle >= 2 * BEAT_S else (False, "")
+        waits, place = _look_at_main_thread() if idle >= 2 * HEARTBEAT_S else (False, "")
         own = replace(own, count=own.count + 1, step=step, phase=phase, allowed=allowed, idle=idle)
         self._own = replace(own, waits=waits, place=place)
         file = self._file(self.rank)
@@ -248,16 +248,16 @@ class Watch:
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
 
-    def _told(self, passed: float) -> Failure | None:
+    def _recorded(self, passed: float) -> Failure | None:
         """A failure that another rank has recorded, once this one had time to find out by itself."""
-        told: Failure | None = _read(self.folder / FAILURE, Failure)
-        if told is None:
+        found: Failure | None = _read(self.folder / FAILURE, Failure)
+        if found is None:
             return None
-        self._told_for += passed
-        if told.is_stop:
+        self._known_for += passed
+        if found.is_stop:
             # An agreed stop ends all ranks, one after the other; one that waits in vain was left behind.
-            return told if self._own.waits and min(self._told_for, self._own.idle) >= STOP_GRACE_S else None
-        return told if not told.is_own or self._told_for >= ERROR_GRACE_S else None
+            return found if self._own.waits and min(self._known_for, self._own.idle) >= STOP_GRACE_S else None
+        return found if not found.is_own or self._known_for >= ERROR_GRACE_S else None
 
     def _look(self, passed: float, timeout: float, *, is_waiting: bool) -> Failure | None:
         """Look at the next rank, and at the next one of this node, which has the same disk.
@@ -270,19 +270,19 @@ class Watch:
         place, size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         near = self.rank - place + (place + 1) % (size or 1)
         for rank in {(self.rank + 1) % self.world_size, near} - {self.rank}:
-            beat, known = _read(self._file(rank), Beat), self._peers.get(rank)
-            if beat is None and not self._file(rank).exists():
+            heartbeat, known = _read(self._file(rank), Heartbeat), self._peers.get(rank)
+            if heartbeat is None and not self._file(rank).exists():
                 self._peers.pop(rank, None)  # it has not begun, or has left
                 continue
-            if beat is not None and (known is None or beat.count != known.count):
-                self._peers[rank], self._silent[rank] = beat, 0.0
+            if heartbeat is not None and (known is None or heartbeat.count != known.count):
+                self._peers[rank], self._silent[rank] = heartbeat, 0.0
             elif known is not None:  # nothing new, or a file that is being written
                 self._silent[rank] += passed
             if rank in self._peers and (reason := self._judge(self._peers[rank], timeout, is_waiting=is_waiting)):
                 return Failure(rank, f"{reason}; resume with {same_command()}", PeerError.exit_code)
         return None
 
-    def _judge(self, peer: Beat, timeout: float, *, is_waiting: bool) -> str | None:
+    def _judge(self, peer: Heartbeat, timeout: float, *, is_waiting: bool) -> str | None:
         is_here, silent = peer.machine == self._own.machine, self._silent[peer.rank]
         if is_here and peer.is_gone():
             # A rank that leaves takes its file away before it ends, and one that fails says why before.
@@ -307,9 +307,9 @@ class Watch:
         # process as gone, and a node that lost its power is known by its silence alone.
         longest, waited = pause if is_signal else lost + self.every if is_lost else 3 * self.every, 0.0
         while True:
-            told = _read(self.folder / FAILURE, Failure)
-            if told is not None and not (is_signal and told.is_stop):
-                return told  # type: ignore[no-any-return]
+            found = _read(self.folder / FAILURE, Failure)
+            if found is not None and not (is_signal and found.is_stop):
+                return found  # type: ignore[no-any-return]
             if failure := self._look(pause, lost if is_lost else self.timeout, is_waiting=is_lost):
                 return failure
             if waited >= longest:
@@ -328,8 +328,8 @@ class Watch:
         """The last step of each rank, ranks of the same step together."""
         reached: dict[int, list[int]] = defaultdict(list)
         for file in self.folder.glob("[0-9]*.json"):
-            if (beat := _read(file, Beat)) is not None:
-                reached[beat.step].append(beat.rank)
+            if (heartbeat := _read(file, Heartbeat)) is not None:
+                reached[heartbeat.step].append(heartbeat.rank)
         steps = (f"{step} (rank {', '.join(map(str, sorted(ranks)))})" for step, ranks in sorted(reached.items()))
         return f"last step of each: {', '.join(steps)}"
 
@@ -342,14 +342,14 @@ class Watch:
                 sys.stdout.flush()  # which `os._exit` leaves out, and a thread that hangs may hold up
 
         try:
-            is_new = self._record(replace(failure, said_on=failure.said_on or self._own.machine))
-            if is_new or (self._is_first_of_node and failure.said_on != self._own.machine):
+            is_new = self._record(replace(failure, printed_on=failure.printed_on or self._own.machine))
+            if is_new or (self._is_first_of_node and failure.printed_on != self._own.machine):
                 log.last_words(failure.reason.splitlines(), failure.exit_code)
             callback = threading.Thread(target=report, daemon=True)
             callback.start()
             callback.join(CALLBACK_S)
             # A launcher ends all ranks when it sees one end: one that failed by itself shall have printed its error.
-            culprit, until = _read(self._file(failure.rank), Beat), time.monotonic() + EXIT_S
+            culprit, until = _read(self._file(failure.rank), Heartbeat), time.monotonic() + EXIT_S
             while failure.is_own and culprit and not culprit.is_gone() and time.monotonic() < until:
                 time.sleep(LOOK_S / 10)
             self._go()
@@ -383,7 +383,7 @@ def is_of_a_peer(error: BaseException) -> bool:
 
 
 def _own_failure(rank: int, error: BaseException | None) -> Failure | None:
-    """The failure that the others are told of; None for a normal end."""
+    """The failure that the others shall read; None for a normal end."""
     if isinstance(error, KeyboardInterrupt):
         return Failure(rank, f"rank {rank}: interrupted from the keyboard", INTERRUPTED, is_stop=True)
     if isinstance(error, SystemExit) and error.code:
@@ -433,7 +433,7 @@ def _process(pid: int) -> tuple[str, str]:
 
 
 def _look_at_main_thread() -> tuple[bool, str]:
-    """`Beat.waits` and `Beat.place`."""
+    """`Heartbeat.waits` and `Heartbeat.place`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return False, ""
