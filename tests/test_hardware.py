@@ -52,10 +52,12 @@ def test_a_rank_without_a_row_is_an_error() -> None:
         device.check(recipe("any", {"kind": "lora"}), machine)
 
 
-def test_bf16_on_a_cpu_avoids_the_slow_fused_attention() -> None:
-    assert device._attention("auto", "cpu", "bf16") == "eager"
-    assert device._attention("auto", "cpu", "fp32") == "sdpa"
-    assert device._attention("sdpa", "cpu", "bf16") == "sdpa"
+def test_bf16_on_a_cpu_avoids_the_slow_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    for asked, precision, chosen in [("auto", "bf16", "eager"), ("auto", "fp32", "sdpa"), ("sdpa", "bf16", "sdpa")]:
+        made = recipe("any", {"kind": "lora"}, attention=asked)
+        training = made.training.model_copy(update={"precision": precision})
+        assert device.alone(made.model_copy(update={"training": training})).attention == chosen
 
 
 def test_frozen_weights_are_kept_in_the_dtype_of_the_arithmetic() -> None:

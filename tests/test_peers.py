@@ -325,9 +325,9 @@ def test_a_rank_of_another_machine_is_given_up_when_its_file_no_longer_changes(a
 
 
 def test_a_process_number_that_is_used_again_is_a_death(alone: Watch) -> None:
-    beat(alone, machine=alone._own.machine, pid=alone._own.pid, born=alone._own.born)
+    beat(alone, machine=alone._own.machine, pid=alone._own.pid, started=alone._own.started)
     assert alone._look(1, 5, is_waiting=False) is None
-    beat(alone, machine=alone._own.machine, pid=alone._own.pid, born="1", count=1)
+    beat(alone, machine=alone._own.machine, pid=alone._own.pid, started="1", count=1)
     failure = alone._look(1, 5, is_waiting=False)
     assert failure is not None
     assert "died after step 0" in failure.reason
