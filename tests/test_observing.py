@@ -404,7 +404,7 @@ def test_a_stopped_run_has_the_records_of_one_that_was_not(
     start: Start, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_finetune.errors import Stopped
-    from hf_finetune.training.resume import ResumableTrainer
+    from hf_finetune.training.loop import ResumableTrainer
 
     blocks: dict[str, Any] = {"task": CLASSIFIER, "data": data}
     every = ("tracking.images=2", "tracking.histograms=2", "training.eval_every=2", "training.steps=8")

@@ -57,11 +57,13 @@ from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Arithmetic
 from hf_finetune.tracking.tracker import Tracker
-from hf_finetune.training import arguments, continuing, locking
+from hf_finetune.training import arguments, locking
+from hf_finetune.training import resume as training_resume
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import StopRequest
+from hf_finetune.training.loop import EvaluationStopped
 from hf_finetune.training.peers import Failure, Watch
-from hf_finetune.training.resume import Checkpointing, EvaluationStopped
+from hf_finetune.training.resume import Checkpointing
 from hf_finetune.training.trainer import FinetuneTrainer
 
 PATHS = (
@@ -340,7 +342,7 @@ def _extend(run: Training, job: Job) -> None:
     failed: list[FinetuneError | None] = [None]
     if run.machine.is_main:
         try:
-            continuing.begin(run.folder, job)
+            training_resume.extend(run.folder, job)
             run.status.start()
         except FinetuneError as error:
             failed = [error]
@@ -356,7 +358,7 @@ def find_checkpoint(run: Training) -> None:
     Raises:
         CheckpointError: No checkpoint is whole, or they are of other data, another model or other sharding.
     """
-    run.checkpointing = continuing.checkpointing(run.job, run.folder, run.stop, run.say)
+    run.checkpointing = training_resume.open_checkpoints(run.job, run.folder, run.stop, run.say)
 
 
 # ---- model, adapter, and the fastest way to train them here ----
@@ -402,7 +404,7 @@ def observed(run: Training) -> Iterator[None]:
     """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
     run.tracker = Tracker(run.recipe, run.folder, run.status, run.machine)
     try:
-        continuing.resume(run.checkpointing, run.tracker, run.status, run.say)
+        training_resume.resume(run.checkpointing, run.tracker, run.status, run.say)
         yield
     except Stopped:
         run.tracker.close(is_stopped=True)

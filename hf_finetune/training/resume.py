@@ -1,37 +1,45 @@
-"""transformers' Trainer with checkpoints that commit, resume that is bit-exact, and an agreed stop.
-
-The Trainer's own checkpoints are neither atomic nor checked (transformers 5.23: a kill inside a save makes the next
-resume crash or, without optimizer.pt, silently start the optimiser and the schedule anew). Its loop is used as it is:
-only what is written, what is read back, and when it stops are ours.
-"""
+"""Bit-exact resume: the content of a checkpoint, the one to resume from, and a finished run that is extended."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
-import time
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import IntervalStrategy
-from transformers.training_args import TrainingArguments
 
+from hf_finetune import device
 from hf_finetune.adapters.base import Adapter
-from hf_finetune.errors import CheckpointError, Problem
-from hf_finetune.log import phase
-from hf_finetune.models import sharded as models_sharded
-from hf_finetune.run.store import Facts, Store
-from hf_finetune.training.callbacks import Guard, Pace, StopRequest
+from hf_finetune.data.job import Job
+from hf_finetune.device import Machine
+from hf_finetune.errors import CheckpointError, Problem, StorageError
+from hf_finetune.log import say
+from hf_finetune.models import pretrained, sharded
+from hf_finetune.run import ranks as run_ranks
+from hf_finetune.run.files import discard, sync_file, sync_folder, write_atomically
+from hf_finetune.run.folder import RANKS, RunFolder
+from hf_finetune.run.journal import keep_lines
+from hf_finetune.run.status import Status
+from hf_finetune.run.store import Facts, Manifest, Store, verify
+from hf_finetune.tracking import records
+from hf_finetune.tracking.tracker import Tracker
+from hf_finetune.training.callbacks import Pace, StopRequest
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+"""Another version of these may change the bits of the next step."""
+INSTEAD = "give --restart to train anew (this run is moved aside), or name another output"
 
 # The content of a checkpoint: everything that the next step depends on, bit for bit as the last step left it.
 #
@@ -168,8 +176,17 @@ def _rng(rank: int) -> str:
     return f"rng_state_{rank}.pt"
 
 
-class EvaluationStopped(Exception):  # noqa: N818 - it is not an error
-    """The ranks agreed to stop in the middle of an evaluation."""
+def durable_lines(file: Path) -> int:
+    """Count the lines of a journal, which are on the disk before the checkpoint that counts on them."""
+    if not file.exists():
+        return 0
+    with file.open("rb") as stream:
+        with suppress(OSError):  # a journal that can't be written costs a warning, never a checkpoint
+            os.fsync(stream.fileno())
+        return sum(1 for _ in stream)
+
+
+# The checkpoint that a run resumes from, and what both must have in common.
 
 
 @dataclass
@@ -187,303 +204,181 @@ class Checkpointing:
     """Called with the step of each checkpoint."""
 
 
-class ResumableTrainer(Trainer):
-    """A Trainer that can be killed anywhere. The subclass sets `checkpointing`, `guard` and `adapter`."""
+def open_checkpoints(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Checkpointing:
+    """Open the folder of checkpoints, and find the one to resume from.
 
-    checkpointing: Checkpointing
-    guard: Guard
-    adapter: Adapter
-    optimizer: Any
-    lr_scheduler: Any
-    stopped: int = 0
-    """The signal that the ranks agreed to stop for."""
-    last_evaluated: int = -1
-    """Step of the last evaluation of the watched split that was completed."""
-    is_sharded: bool = False
-    last_saved: int = -1
-    """Step of the last checkpoint."""
-    _ends_at_once: bool = False
-    _has_saved: bool = False
+    Args:
+        job: The run.
+        folder: Its folder.
+        stop: How the ranks agree to stop.
+        tell: Says something on rank 0.
 
-    def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
-        """Show the other ranks that this one makes progress; see `peers.Watch.progress`."""
+    Raises:
+        CheckpointError: There are checkpoints, but none is whole, or they are of other data, another model or
+            other sharding, or of more steps than this recipe has.
+        StorageError: The folder can't be written.
+    """
+    ranks = run_ranks.join(job.machine.local_rank, device.wait_timeout())
+    store = Store(folder.checkpoints, ranks, job.recipe.saving.keep)
+    made_from, found = facts(job), store.resume_point()
+    for name, reason in found.skipped:
+        tell(f"warning: {name} is not used: {reason}")
+    if found.manifest is not None and found.path is not None:
+        check(found.path, found.manifest, made_from, job.machine, tell)
+        done, total, training = found.manifest.step, job.length.total_steps, job.recipe.training
+        if done > total:
+            how = "give more, or --restart to start anew"
+            message = f"{done} steps are trained already, and this recipe has {total}; {how}"
+            raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
+    return Checkpointing(
+        store=store,
+        facts=made_from,
+        stop=stop,
+        journals=(folder.metrics, folder.samples),
+        resume_from=found.path,
+        pace=Pace(job.recipe.saving, tell),
+    )
 
-    def train_on(self) -> None:
-        """Train from the beginning, or from where the checkpoint ends."""
-        self.add_callback(_Flow(self))
-        start = self.checkpointing.resume_from
-        self.train(resume_from_checkpoint=None if start is None else str(start))
 
-    def steps_done(self) -> int:
-        """Return the step of the checkpoint that this run resumes from; 0 for a new run."""
-        start = self.checkpointing.resume_from
-        return 0 if start is None else Progress.read(start).step
+def resume(checkpointing: Checkpointing, tracker: Tracker, status: Status, tell: Callable[[str], None]) -> None:
+    """Cut the journals where the checkpoint ends, and say where that is.
 
-    # ---- writing ----
+    Args:
+        checkpointing: Knows the checkpoint.
+        tracker: Writes the journals.
+        status: Learns of the checkpoint, and of each later one.
+        tell: Says something on rank 0.
+    """
 
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Commit the state after the present step; every rank calls this."""
-        self.store_flos()
-        self.progress(self.state.global_step, "saving", is_long=True)
-        step, best, store = self.state.global_step, self.state.best_global_step, self.checkpointing.store
-        self.state.best_model_checkpoint = str(store.path(best)) if best else None
-        protect = [best] if best and self.args.load_best_model_at_end else []
-        began = time.perf_counter()
-        with phase("saving a checkpoint"):
-            store.write(step, self._write_state, self.checkpointing.facts, protect)
-        self.last_saved = step
-        self.checkpointing.committed(step)
-        self._has_saved = True
-        self.checkpointing.pace.saved(time.perf_counter() - began)
+    def committed(step: int) -> None:
+        status.reached(step, f"{checkpointing.store.folder.name}/{checkpointing.store.path(step).name}")
 
-    def _write_state(self, folder: Path) -> None:
-        """Write the files of this rank."""
-        is_writer = self.checkpointing.store.is_writer
-        save_rank(folder, self.args.process_index, float(self._tr_loss))
-        if self.is_deepspeed_enabled:
-            self._save_optimizer_and_scheduler(str(folder))  # and the trained weights, each rank its part
-        elif self.is_sharded:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            if is_writer and not self.is_deepspeed_enabled:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        elif is_writer:
-            save_trained(self.accelerator.unwrap_model(self.model), self.adapter, folder)
-            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        if is_writer:
-            # The Trainer writes the scaler, and a sharded run's schedule, on rank 0 alone; each disk needs them.
-            if (scaler := self.accelerator.scaler) is not None:
-                torch.save(scaler.state_dict(), folder / SCALER)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            self._progress().write(folder)
+    checkpointing.committed = committed
+    if checkpointing.resume_from is None:
+        if tracker.folder.metrics.exists():
+            status.reached(0, None)
+            tell("no checkpoint was written before the earlier run ended: starting again at step 0")
+        PartialState().wait_for_everyone()  # until every rank has looked
+        tracker.start({}, 0)
+        return
+    progress = Progress.read(checkpointing.resume_from)
+    committed(progress.step)
+    tracker.start(progress.lines, progress.step)
+    tell(f"resuming from {checkpointing.resume_from} at step {progress.step}")
 
-    def _progress(self) -> Progress:
-        patience = [c.early_stopping_patience_counter for c in self._stoppers()]
-        return Progress(
-            step=self.state.global_step,
-            world_size=self.args.world_size,
-            total_loss=float(self._total_loss_scalar),
-            last_logged=self._globalstep_last_logged,
-            last_evaluated=self.last_evaluated,
-            patience_used=patience[0] if patience else 0,
-            skipped=self.guard.skipped,
-            overflowed=self.guard.overflowed,
-            overflows_in_a_row=self.guard.overflows_in_a_row,
-            lines={file.name: _kept_lines(file) for file in self.checkpointing.journals},
-            throughput=self.throughput_so_far(),
-            stream=self.stream_so_far(),
+
+def facts(job: Job) -> Facts:
+    """Describe the sources of this run's checkpoints."""
+    return Facts(
+        recipe=hashlib.sha256(job.recipe.dump().encode()).hexdigest(),
+        data=job.prepared.fingerprint,
+        model=pretrained.identity(job.recipe.model, pretrained.commit(job.recipe.model)),
+        versions={name: version(name) for name in PACKAGES},
+    )
+
+
+def check(path: Path, manifest: Manifest, wanted: Facts, machine: Machine, tell: Callable[[str], None]) -> None:
+    """Refuse a checkpoint that is of other data, another model, or weights that were spread otherwise.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    sharded.check_checkpoint(path, manifest.world_size, machine)
+    how = "changed since the run began; put back what it was, or give --restart to start anew"
+    problems = []
+    if wanted.data != manifest.facts.data:
+        problems.append(Problem(f"the data {how}", key="data.train"))
+    if wanted.model != manifest.facts.model:
+        problems.append(Problem(f"the weights of the model {how}", key="model.name"))
+    if problems:
+        raise CheckpointError(problems)
+    if manifest.world_size != machine.world_size:
+        now = f"now {machine.world_size}: the same rows in the same order, other random numbers"
+        tell(f"note: the run was on {manifest.world_size} ranks, {now}")
+    for name, now in wanted.versions.items():
+        if (before := manifest.facts.versions.get(name)) != now:
+            tell(f"note: {name} is {now}, the checkpoint was written with {before}: the next steps may differ in bits")
+    sharded.refuse_other_format(path, machine)
+
+
+# A finished run made longer: it is kept aside, whole, and a run that resumes from its last state takes its folder.
+#
+#     runs/x              the finished run; nothing in it changes
+#     runs/.x.extended    the recipe, the checkpoints, and the journals up to the last one: an unfinished run
+#     runs/x.old-1        first rename: the finished run
+#     runs/x              second rename: the unfinished one
+#
+# So a folder always holds what belongs to one run. A kill before the first rename leaves the finished run; one between
+# the two is completed by the next start; after the second there is a run that was killed at its checkpoint.
+
+
+def extend(folder: RunFolder, job: Job) -> None:
+    """Put the finished run aside and its successor into its place; rank 0 does it, and no other rank is in the folder.
+
+    Args:
+        folder: Held, with the finished run.
+        job: The longer run.
+
+    Raises:
+        CheckpointError: The last state is damaged or of other data, or there is nothing left to train.
+        StorageError: The disk does not take it.
+    """
+    last = folder.last_state(folder.previous() or {"state": "failed"})
+    try:
+        manifest = verify(last)
+    except CheckpointError as error:
+        message = f"{last} is damaged ({error}), so that the run can't be extended; {INSTEAD}"
+        raise CheckpointError(Problem(message, key="output")) from error
+    check(last, manifest, facts(job), job.machine, lambda text: None)
+    total = job.length.total_steps
+    if total <= manifest.step:
+        key = "training.epochs" if job.recipe.training.epochs else "training.steps"
+        message = (
+            f"{folder.path} holds the results of {manifest.step} steps, and this recipe has {total}: nothing is left "
+            f"to train; give more epochs or steps, undo the change, or {INSTEAD}"
         )
+        raise CheckpointError(Problem(message, key=key))
+    try:
+        _fill(folder, last, job.recipe.dump())
+        aside = folder.free_name()
+        folder.real.rename(aside)
+        folder.successor.rename(folder.real)
+        sync_folder(folder.real.parent)
+    except OSError as error:
+        message = f"{folder.path} can't be moved aside to be extended: {error.strerror or error}; name another output"
+        raise StorageError(Problem(message, key="output")) from error
+    kept = folder.path.with_name(aside.name)
+    say(f"the finished run is kept in {kept}; {folder.path} goes on from step {manifest.step}")
 
-    def throughput_so_far(self) -> dict[str, float]:
-        """Return rows, tokens, slots and seconds of the run until now."""
-        return {}
 
-    def resume_throughput(self, so_far: dict[str, float]) -> None:
-        """Continue counting from there."""
+def _fill(folder: RunFolder, last: Path, recipe_yaml: str) -> None:
+    """Make the successor: as if the run had been killed right after its last checkpoint."""
 
-    def stream_so_far(self) -> list[int]:
-        """Return the rows of a stream that are used up; empty where rows are not streamed."""
-        return []
-
-    # ---- reading ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load the trained weights."""
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        target = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_trained(target, self.adapter, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimiser and the schedule."""
-        if checkpoint is None:
-            return
-        sharded: Any = super()
-
-        def load() -> None:
-            if self.is_sharded or self.is_deepspeed_enabled:
-                sharded._load_optimizer_and_scheduler(checkpoint)
-                return
-            folder = Path(checkpoint)
-            # To the CPU first: torch knows no device "cpu:0", which accelerate names with several CPU ranks.
-            self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
-            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
-
-        load_optimizer(self.optimizer, self.lr_scheduler, load)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore the random numbers; with another number of ranks each draws its own, by seed, rank and step."""
-        if checkpoint is None:
-            return
-        if self._same_ranks(Path(checkpoint)):
-            load_rng(Path(checkpoint), self.args.process_index)
-        else:
-            set_seed((self.args.seed + self.args.process_index + 7919 * self.state.global_step) % 2**32)
-
-    def _same_ranks(self, folder: Path) -> bool:
-        return bool(Progress.read(folder).world_size == self.args.world_size)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint's weights."""
-        best = self.state.best_model_checkpoint
-        if best is None or self.is_sharded or self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        load_trained(self.accelerator.unwrap_model(self.model), self.adapter, Path(best))
-
-    def _resume(self) -> None:
-        """Restore from the checkpoint whatever the Trainer has just reset."""
-        start = self.checkpointing.resume_from
-        if start is None:
-            return
-        progress = Progress.read(start)
-        self._total_loss_scalar = progress.total_loss
-        if self._same_ranks(start):
-            self._tr_loss.fill_(unlogged_loss(start, self.args.process_index))
-            self._globalstep_last_logged = progress.last_logged
-        self.last_evaluated = progress.last_evaluated
-        self.guard.skipped = progress.skipped
-        self.guard.overflowed = progress.overflowed
-        self.guard.overflows_in_a_row = progress.overflows_in_a_row
-        for stopper in self._stoppers():
-            stopper.early_stopping_patience_counter = progress.patience_used
-        # The recipe may log, evaluate and save at other steps now.
-        state: Any = self.state
-        state.compute_steps(self.args, self.state.max_steps)
-        best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(self.checkpointing.store.path(best)) if best else None
-        self.args.eval_on_start = False
-        self.resume_throughput(progress.throughput)
-        self._ends_at_once = self.state.global_step >= self.state.max_steps
-        # An evaluation may have been due at the checkpoint's step, where the run was stopped before it.
-        step = self.state.global_step
-        if not self.evaluates_at(step) or step in (0, self.last_evaluated):
-            return
-        # The best model so far is saved at once, with these; the Trainer brings them back only later.
-        self._load_rng_state(str(start))
-        self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
-        self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch, None, 0.0)
-        self.control.should_evaluate = self.control.should_save = False
-        self._ends_at_once = self._ends_at_once or bool(self.control.should_training_stop)
-
-    def evaluates_at(self, step: int) -> bool:
-        """Tell whether the watched split is evaluated after so many steps."""
-        strategy = IntervalStrategy(self.args.eval_strategy).value
-        every = self._steps_per_epoch() if strategy == "epoch" else int(self.state.eval_steps or 0)
-        return strategy != "no" and (step >= self.state.max_steps or (every > 0 and step % every == 0))
-
-    @property
-    def keeps_best(self) -> bool:
-        """Tell whether the best checkpoint is loaded after training."""
-        return bool(self.args.load_best_model_at_end)
-
-    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """Train for one epoch, unless the evaluation that was made up for ends training."""
-        trainer: Any = super()
-        if not self._ends_at_once:
-            trainer._run_epoch(*arguments, **options)
-
-    def _steps_per_epoch(self) -> int:
-        raise NotImplementedError
-
-    def _stoppers(self) -> list[EarlyStoppingCallback]:
-        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-
-    # ---- stopping ----
-
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Log, evaluate, save; an evaluation that is stopped is made up for after the resume."""
+    def link(source: str, target: str) -> None:
         try:
-            self._has_saved = False
-            super()._maybe_log_save_evaluate(*arguments, **options)
-            if self._has_saved:
-                # Rank 0 may have copied the model for an upload, which takes longer than a step's collective may wait.
-                self.checkpointing.store.ranks.barrier()
-            if self._globalstep_last_logged == self.state.global_step:
-                self._tr_loss.zero_()  # the Trainer subtracts the loss from itself, and NaN stays NaN
-        except EvaluationStopped:
-            self.control.should_evaluate = False
-            self.control.should_training_stop = True
-            self._save_checkpoint(self.model)
+            os.link(source, target)  # a second name: these files never change
+        except OSError:
+            shutil.copyfile(source, target)
 
-    def is_asked_to_stop(self) -> bool:
-        """Tell whether this rank received a signal; the others may not know yet."""
-        return self.checkpointing.stop.is_asked
-
-    def stop_evaluation_if_asked(self) -> None:
-        """Leave an evaluation where the ranks agree on a stop; every rank calls it at the same moments.
-
-        Raises:
-            EvaluationStopped: They do.
-        """
-        if self.agrees_to_stop():
-            raise EvaluationStopped
-
-    def agrees_to_stop(self, *, due: bool = False) -> bool:
-        """Tell whether any rank received a signal; every rank asks at the same moment.
-
-        Args:
-            due: This rank wants a checkpoint; `checkpointing.stop.is_due` then says so on every rank.
-        """
-        if signal := self.checkpointing.stop.agreed(due=due):
-            self.stopped = signal
-            self.args.load_best_model_at_end = False  # an unfinished run has no result
-        return bool(self.stopped)
-
-
-class _Flow(TrainerCallback):
-    """Resumes as training begins, saves where that is due by the clock, and stops where the ranks agree to."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer = trainer
-        self._saves_epoch = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Resume where the checkpoint ends."""
-        if self.trainer.is_deepspeed_enabled:
-            models_sharded.hold_back(self.trainer.accelerator)
-        self.trainer._resume()
-        self.trainer.checkpointing.pace.begin()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note that this step is evaluated."""
-        self.trainer.last_evaluated = state.global_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if any rank received a signal; an evaluation that is due waits until the run is resumed.
-
-        A checkpoint that is due by the clock of rank 0 is written by all; at the end of an epoch, after its evaluation.
-        """
-        checkpointing, epoch = self.trainer.checkpointing, self.trainer._steps_per_epoch()
-        ends_epoch = epoch > 0 and state.global_step % epoch == 0
-        due = args.process_index == 0 and checkpointing.pace.is_due(ends_epoch=ends_epoch)
-        if self.trainer.agrees_to_stop(due=due):
-            control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
-        elif checkpointing.stop.is_due:
-            control.should_save, self._saves_epoch = control.should_save or not ends_epoch, ends_epoch
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Do nothing more where the run is stopped; else save the last step in any case."""
-        if self.trainer.stopped:
-            control.should_save = control.should_evaluate = control.should_log = False
-            return
-        is_last = control.should_training_stop and self.trainer.checkpointing.pace.keeps_last
-        if (is_last or self._saves_epoch) and self.trainer.last_saved != state.global_step:
-            control.should_save = True
-        self._saves_epoch = False
-
-
-def _kept_lines(file: Path) -> int:
-    """Count the lines of a journal, which are on the disk before the checkpoint that counts on them."""
-    if not file.exists():
-        return 0
-    with file.open("rb") as stream:
-        with suppress(OSError):  # a journal that can't be written costs a warning, never a checkpoint
-            os.fsync(stream.fileno())
-        return sum(1 for _ in stream)
+    new, progress = folder.successor, Progress.read(last)
+    discard(new)
+    new.mkdir()
+    folder.hold(new)
+    # The ranks of this very launch watch each other in RANKS, so that it has to be there, too.
+    for name, copy in ((folder.checkpoints.name, link), (folder.observations.name, link), (RANKS, shutil.copyfile)):
+        if (folder.real / name).is_dir():
+            ignored = shutil.ignore_patterns(".*")
+            shutil.copytree(folder.real / name, new / name, ignore=ignored, copy_function=copy)
+    records.forget_after(new / folder.observations.name, progress.step)
+    for journal in (folder.metrics, folder.samples, folder.run_lock):
+        if journal.is_file():
+            shutil.copyfile(journal, new / journal.name)
+    for journal in (folder.metrics, folder.samples):
+        keep_lines(new / journal.name, progress.lines.get(journal.name, 0))
+    write_atomically(new / folder.recipe.name, recipe_yaml)
+    Status(new / folder.status.name).write_resumable(progress.step, f"{folder.checkpoints.name}/{last.name}")
+    for path in [*new.rglob("*"), new]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
