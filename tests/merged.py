@@ -13,8 +13,8 @@ from models import batch, build, machine, train
 from hf_finetune.device import Precision
 from hf_finetune.inference import saving, weights
 from hf_finetune.inference.load import Finished
+from hf_finetune.inference.merge import Dtype
 from hf_finetune.inference.merge_check import Rows
-from hf_finetune.inference.merge_options import Dtype
 from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder

@@ -15,9 +15,9 @@ from forked import Server
 
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.inference import chat
-from hf_finetune.inference.chat import Manner, Options, Speaker, Writer
+from hf_finetune.inference.chat import Classifier, LanguageModel
 from hf_finetune.inference.load import Finished, open_run
-from hf_finetune.inference.predictor import Labels
+from hf_finetune.inference.predict import Labels
 from hf_finetune.tasks._generation import generate
 
 ROOT = Path(__file__).parent.parent
@@ -30,33 +30,33 @@ def chatting(chatter: Path) -> Finished:
 
 
 @pytest.fixture
-def writer(chatting: Finished) -> Writer:
-    return Writer(chatting, Speaker(chatting.serve(chatting.model()), chatting.tokenizer, Manner(6)))
+def writer(chatting: Finished) -> LanguageModel:
+    return LanguageModel(chatting, chatting.serve(chatting.model()), 6)
 
 
-def test_an_answer_in_pieces_is_the_answer_of_evaluation(chatting: Finished, writer: Writer) -> None:
+def test_an_answer_in_pieces_is_the_answer_of_evaluation(chatting: Finished, writer: LanguageModel) -> None:
     task: Any = chatting.recipe.task
     prompts = task.ask({"question": [ASKED]}, chatting.tokenizer)
     whole = generate(chatting.model(), chatting.tokenizer, prompts, max_new_tokens=6, batch_size=1)[0]
     assert "".join(writer.answer(ASKED)).strip() == whole.text.strip()
 
 
-def test_the_chat_is_remembered_until_reset_and_the_system_turn_stays(writer: Writer) -> None:
+def test_the_chat_is_remembered_until_reset_and_the_system_turn_stays(writer: LanguageModel) -> None:
     first = list(writer.answer(ASKED))
     assert writer.turns == [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "".join(first)}]
-    alone = writer._prompt("no .")
+    alone = writer.prompt("no .")
     writer.instruct("the film")
     assert writer.turns == []
-    assert len(writer._prompt("no .")) < len(alone)
-    assert "the film" in writer.tokenizer.decode(writer._prompt("no ."))
+    assert len(writer.prompt("no .")) < len(alone)
+    assert "the film" in writer.tokenizer.decode(writer.prompt("no ."))
     list(writer.answer(ASKED))
     writer.reset()
-    assert "the film" in writer.tokenizer.decode(writer._prompt("no ."))
-    assert ASKED not in writer.tokenizer.decode(writer._prompt("no ."))
+    assert "the film" in writer.tokenizer.decode(writer.prompt("no ."))
+    assert ASKED not in writer.tokenizer.decode(writer.prompt("no ."))
 
 
-def test_an_answer_that_nobody_wants_any_more_is_stopped_and_kept_as_far_as_it_came(writer: Writer) -> None:
-    writer.speaker.manner = Manner(100)
+def test_an_answer_that_nobody_wants_any_more_is_stopped_and_kept_as_far_as_it_came(writer: LanguageModel) -> None:
+    writer.max_new_tokens = 100
     pieces: Any = writer.answer(ASKED)
     first = next(pieces)
     began = time.monotonic()
@@ -65,19 +65,19 @@ def test_an_answer_that_nobody_wants_any_more_is_stopped_and_kept_as_far_as_it_c
     assert writer.turns[1]["content"].startswith(first)
 
 
-def test_a_chat_that_is_too_long_says_so(writer: Writer) -> None:
+def test_a_chat_that_is_too_long_says_so(writer: LanguageModel) -> None:
     with pytest.raises(DataError, match=r"tokens, and the model has room for 128; write less"):
         list(writer.answer("the film " * 100))
 
 
-def test_temperature_draws(writer: Writer) -> None:
-    writer.speaker.manner = Manner(20, temperature=5.0)
-    assert len({"".join(writer.speaker.answer(writer._prompt(ASKED))) for _ in range(5)}) > 1
+def test_temperature_draws(writer: LanguageModel) -> None:
+    writer.max_new_tokens, writer.temperature = 20, 5.0
+    assert len({"".join(writer.stream(writer.prompt(ASKED))) for _ in range(5)}) > 1
 
 
 def test_a_classifier_has_no_language_models_options(classifier: Path) -> None:
     with pytest.raises(RecipeError, match="--temperature is for language models"):
-        chat.run(Options(str(classifier), temperature=1.0))
+        chat.run(str(classifier), temperature=1.0)
 
 
 def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_commands(
@@ -89,9 +89,7 @@ def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_comman
     assert (done.returncode, len(lines), done.stderr) == (0, 5, "")
     run = open_run(str(classifier))
     labels = Labels(run, run.serve(run.model()))
-    from hf_finetune.inference.chat import Labeller
-
-    assert lines[0] == "".join(Labeller(labels).answer("the film is good ."))
+    assert lines[0] == "".join(Classifier(labels).answer("the film is good ."))
     assert lines[0].startswith(("positive  (positive 0.", "negative  (negative 0."))
 
 

@@ -446,12 +446,12 @@ def test_predict_counts_lines_that_an_open_mark_would_swallow(server: Server, cl
 
 def test_each_plain_line_is_what_the_user_says_to_a_model_of_chats(llama: PreTrainedTokenizerBase) -> None:
     task: Any = recipe(CHATS, train="any").task
-    from hf_finetune.inference.predictor import Answers
+    from hf_finetune.inference.predict import Answers
 
     served: Any = None
     made = Answers(SimpleNamespace(recipe=SimpleNamespace(task=task)), served, 1)  # type: ignore[arg-type]
     row = Row(1, {inference_rows.LINE: "what is one plus two ?"})
-    columns = made._columns([row], lines=True)
+    columns = made.columns([row], lines=True)
     assert str(llama.decode(task.ask(columns, llama)[0])).startswith(
         "<|im_start|> user \n what is one plus two ? <|im_end|>"
     )

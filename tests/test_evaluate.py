@@ -16,7 +16,7 @@ from scipy import stats
 from hf_finetune.errors import CheckpointError, DataError, RecipeError
 from hf_finetune.inference import document as inference_document
 from hf_finetune.inference import evaluate as inference_evaluate
-from hf_finetune.inference.evaluate import Options, Scored, compare
+from hf_finetune.inference.evaluate import Scored, compare, mcnemar
 from hf_finetune.reports import intervals
 from hf_finetune.tasks.base import State
 from hf_finetune.tasks.causal_lm import CausalLM
@@ -29,7 +29,7 @@ TASK = TextClassification(kind="text_classification", text="text", label="label"
 def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """Evaluates, and returns the document that was printed."""
     capsys.readouterr()
-    inference_evaluate.run(Options(str(run), overrides, form="json", **options))
+    inference_evaluate.run(str(run), overrides, form="json", **options)
     found: dict[str, Any] = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
     return found
 
@@ -186,13 +186,13 @@ def test_bad_rows_are_named(classifier: Path, tmp_path: Path) -> None:
     ]:
         (tmp_path / "data.csv").write_text(rows)
         with pytest.raises(DataError, match=says):
-            inference_evaluate.run(Options(str(classifier), files=(str(tmp_path / "data.csv"),)))
+            inference_evaluate.run(str(classifier), files=(str(tmp_path / "data.csv"),))
 
 
 def test_rows_that_are_cut_are_counted(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.csv").write_text(f"text,label\n{'the film ' * 40},positive\na film,negative\n,negative\n")
     kept = ("data.checks.empty_text=warn",)
-    inference_evaluate.run(Options(str(classifier), kept, files=(str(tmp_path / "data.csv"),)))
+    inference_evaluate.run(str(classifier), kept, files=(str(tmp_path / "data.csv"),))
     told = capsys.readouterr()
     assert "2 of 3 rows (1 cut, 1 without text)" in told.out
     assert "are cut to 32 tokens" in told.err or "is cut to 32 tokens" in told.err
@@ -204,16 +204,16 @@ def test_mistakes_of_the_command_line(classifier: Path) -> None:
         ({"split": "train", "files": ("x.csv",)}, "exclude each other"),
         ({"by": ("sauce",)}, r"has no column 'sauce'"),
         ({"files": ("nothing.csv",)}, r"--data: no file matches 'nothing\.csv'"),
-        ({"against": ("nowhere",)}, "nowhere: is not there"),
+        ({"against": ("nowhere",)}, "nowhere: does not exist"),
     ]
     for options, says in cases:
         with pytest.raises((RecipeError, DataError, CheckpointError), match=says):
-            inference_evaluate.run(Options(str(classifier), **options))
+            inference_evaluate.run(str(classifier), **options)
 
 
 def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatter: Path) -> None:
     with pytest.raises((RecipeError, DataError), match=r"column|does causal_lm"):
-        inference_evaluate.run(Options(str(tested), against=(str(chatter),)))
+        inference_evaluate.run(str(tested), against=(str(chatter),))
 
 
 def scored(logits: Any, labels: Any, names: tuple[str, ...] = ("a", "b")) -> Scored:
@@ -225,10 +225,10 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_rows_that_one_has_right() -> 
     labels = np.zeros(20)
     this, other = np.tile([1.0, 0.0], (20, 1)), np.tile([1.0, 0.0], (20, 1))
     this[:2], other[2:11] = [0.0, 1.0], [0.0, 1.0]
-    test = compare(scored(this, labels), scored(other, labels), "other").mcnemar
+    test = mcnemar(scored(this, labels), scored(other, labels))
     assert test is not None
-    assert (test.only_this, test.only_other) == (9, 2)
-    assert test.p_value == pytest.approx(stats.binomtest(2, 11).pvalue)
+    assert (test["only_this"], test["only_other"]) == (9, 2)
+    assert test["p_value"] == pytest.approx(stats.binomtest(2, 11).pvalue)
 
 
 def test_paired_intervals_are_narrower_than_those_of_each() -> None:
@@ -268,7 +268,7 @@ def test_other_labels_and_rows_that_only_one_has_are_told() -> None:
 
 def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    inference_evaluate.run(Options(str(tested), form="markdown", by=("source",), against=("base",)))
+    inference_evaluate.run(str(tested), form="markdown", by=("source",), against=("base",))
     told = capsys.readouterr().out
     assert re.search(r"^\| accuracy \| 0\.\d{4} \| 0\.\d{4} \.\. [01]\.\d{4} \|$", told, re.MULTILINE)
     assert "**by source**" in told
@@ -282,7 +282,7 @@ def test_without_lm_eval_the_extra_is_named(chatter: Path, monkeypatch: pytest.M
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RecipeError, match=r"pip install 'hf-finetune\[harness\]'"):
-        lm_eval.run(str(chatter), (), lm_eval.Wish(("arc_easy",)), "text")
+        lm_eval.run(str(chatter), (), ("arc_easy",))
 
 
 LOCAL_TASK = """\
@@ -303,11 +303,10 @@ def test_lm_eval_runs_a_task_of_a_folder(chatter: Path, tmp_path: Path, capsys: 
     from hf_finetune.inference import lm_eval
 
     (tmp_path / "sums.yaml").write_text(LOCAL_TASK.format(file=chatter.parent / "sums.jsonl"))
-    wish = lm_eval.Wish(("sums",), str(tmp_path), 5)
-    lm_eval.run(str(chatter), (), wish, "json")
+    lm_eval.run(str(chatter), (), ("sums",), folder=str(tmp_path), limit=5, form="json")
     told = capsys.readouterr().out
     found = json.JSONDecoder().raw_decode(told[told.index("{") :])[0]
     assert 0 <= found["results"]["sums"]["acc,none"] <= 1
     assert list((chatter / "evaluations").glob("lm-eval-sums-*.json"))
     with pytest.raises(RecipeError, match="knows no task 'nonsense'"):
-        lm_eval.run(str(chatter), (), lm_eval.Wish(("nonsense",)), "text")
+        lm_eval.run(str(chatter), (), ("nonsense",))

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import pytest
 import torch
 from conftest import RECIPE, finished
 
-from hf_finetune.data import batches
-from hf_finetune.data.job import eval_batch
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.inference import load
 from hf_finetune.inference.load import Finished, open_run
@@ -35,13 +32,9 @@ def evaluated(run: Finished, network: Any) -> np.ndarray[Any, Any]:
 
     prepared = prepare.prepare(run.recipe, run.tokenizer, run.machine)
     encoded: Any = prepared.validation
-    most = eval_batch(run.recipe, run.machine, run.recipe.task.vocabulary(run.tokenizer))
-    rows = batches.Rows(encoded, run.recipe.task)
     served = run.serve(network)
-    collate = partial(run.recipe.task.collate, processor=run.tokenizer, state=run.targets)
-    tokens = most.budget(all_logits=served.paths.makes_all_logits)
-    loader = batches.eval_loader(rows, encoded["size"], batches.Division(most.rows, most.rows), collate, tokens)
-    plot = run.recipe.task.plots(batches.predicted(loader, served.predict), run.targets)
+    found = run.predictions(encoded, served.predict, all_logits=served.paths.makes_all_logits)
+    plot = run.recipe.task.plots(found, run.targets)
     assert plot is not None
     return plot.rows
 
@@ -103,7 +96,7 @@ def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Pa
 def test_a_folder_without_a_run_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"holds no run.*`output` of the recipe"):
         open_run(str(tmp_path))
-    with pytest.raises(RecipeError, match="is not there"):
+    with pytest.raises(RecipeError, match="does not exist"):
         open_run(str(tmp_path / "none"))
 
 
@@ -117,7 +110,7 @@ def test_a_run_that_is_not_finished_says_how_to_go_on(copied: Path) -> None:
     status = {"state": "preempted", "reason": "stopped by SIGTERM"}
     (copied / "status.json").write_text(json.dumps(status))
     with pytest.raises(
-        CheckpointError, match=r"not finished \(preempted: stopped by SIGTERM\).*given again, resumes it"
+        CheckpointError, match=r"not finished \(preempted: stopped by SIGTERM\).*run the training command again"
     ):
         open_run(str(copied))
     beating = {"state": "running", "heartbeat": datetime.now(UTC).isoformat()}
@@ -137,7 +130,7 @@ def test_a_missing_adapter_and_missing_or_damaged_labels_are_named(copied: Path)
     with pytest.raises(CheckpointError, match="an earlier version made this run"):
         open_run(str(copied))
     shutil.rmtree(copied / "adapter")
-    with pytest.raises(CheckpointError, match="the adapter is not there"):
+    with pytest.raises(CheckpointError, match="the adapter is missing"):
         open_run(str(copied))
 
 
@@ -184,7 +177,7 @@ def test_a_base_that_is_another_one_is_refused(
     (copied / "run.lock.json").write_text("{")
     capsys.readouterr()
     open_run(str(copied), [f"model.name={moved}"])
-    assert "the base is still the same could not be compared" in capsys.readouterr().err
+    assert "could not be compared with that of the training" in capsys.readouterr().err
 
 
 def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
@@ -194,7 +187,7 @@ def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
         ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
     ]
     for now, says in cases:
-        found = load._on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
+        found = load._changed_on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
         assert found is None if says is None else says in str(found)
 
 

@@ -15,9 +15,9 @@ from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, machine, recip
 
 from hf_finetune.cli.main import main
 from hf_finetune.errors import DataError, Findings, ModelError, RecipeError, StorageError
-from hf_finetune.inference import merge, merge_options, weights
+from hf_finetune.inference import merge, weights
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge_options import Options
+from hf_finetune.inference.merge import Options
 from hf_finetune.models import load, pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder
@@ -285,7 +285,7 @@ def test_a_merge_that_changes_the_model_is_refused(chatter: Path, tmp_path: Path
 
     monkeypatch.setattr(weights, "_unloaded", spoil)
     with pytest.raises(ModelError, match="the merged weights are not the adapter's model"):
-        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")))
+        merge.merge(str(chatter), Options(to=str(tmp_path / "m")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -297,15 +297,15 @@ def test_a_folder_that_is_there_is_replaced_only_on_request_and_only_if_merge_wr
     (others / "thesis.tex").write_text("three years")
     for place, overwrite in ((others, False), (others, True)):
         with pytest.raises(RecipeError, match="holds files that `merge` did not write"):
-            merge_options.merge(str(chatter), Options(to=str(place), overwrite=overwrite))
+            merge.merge(str(chatter), Options(to=str(place), overwrite=overwrite))
     leftover = tmp_path / ".mine.partial"
     leftover.mkdir()
     (leftover / "half.safetensors").write_text("of a process that was killed")
-    merge_options.merge(str(chatter), Options(to=str(mine)))
+    merge.merge(str(chatter), Options(to=str(mine)))
     with pytest.raises(RecipeError, match="give --overwrite"):
-        merge_options.merge(str(chatter), Options(to=str(mine)))
+        merge.merge(str(chatter), Options(to=str(mine)))
     (mine / "old").touch()
-    merge_options.merge(str(chatter), Options(to=str(mine), overwrite=True))
+    merge.merge(str(chatter), Options(to=str(mine), overwrite=True))
     assert not (mine / "old").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "others"]
 
@@ -348,10 +348,10 @@ def test_the_folder_one_is_in_is_no_place_for_a_model(tmp_path: Path, monkeypatc
 def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path, tmp_path: Path) -> None:
     overrides = [f"data.train={tmp_path / 'gone.jsonl'}"]
     with pytest.raises(DataError, match="rows to compare on can also be given with --data FILE"):
-        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")), overrides)
+        merge.merge(str(chatter), Options(to=str(tmp_path / "m")), overrides)
     given = tmp_path / "given.jsonl"
     given.write_text('{"question": "what is one plus two ?", "answer": "one equals two ."}\n' * 3)
-    merge_options.merge(str(chatter), Options(to=str(tmp_path / "m"), data=(str(given),), rows=2), overrides)
+    merge.merge(str(chatter), Options(to=str(tmp_path / "m"), data=(str(given),), rows=2), overrides)
     assert {key: report(tmp_path / "m")["rows"][key] for key in ("split", "used", "of")} == {
         "split": "data",
         "used": 2,
@@ -362,7 +362,7 @@ def test_without_its_data_a_run_is_compared_on_rows_that_are_given(chatter: Path
 def test_a_full_disk_is_told_before_anything_is_written(chatter: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(weights, "free_bytes", lambda place: 10)
     with pytest.raises(StorageError, match="bytes, 10 are free"):
-        merge_options.merge(str(chatter), Options(to=str(tmp_path / "m")))
+        merge.merge(str(chatter), Options(to=str(tmp_path / "m")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -374,7 +374,7 @@ def test_the_dtype_is_the_checkpoints_own_unless_asked_otherwise(
     half.save_pretrained(tmp_path / "base")
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     run = finished(recipe(str(tmp_path / "base"), LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
-    assert merge._stored_dtype(run) == "bf16"
+    assert weights.stored_dtype(run) == "bf16"
 
 
 def test_json_lines_have_the_figures(classifier: Path, tmp_path: Path, capsys: Any) -> None:

@@ -13,8 +13,8 @@ import transformers
 
 from hf_finetune.cli.main import main
 from hf_finetune.errors import ModelError
-from hf_finetune.inference import export, merge_options
-from hf_finetune.inference.merge_options import Options
+from hf_finetune.inference import export, merge
+from hf_finetune.inference.merge import Options
 
 AUTO = {"classifier": "AutoModelForSequenceClassification", "chatter": "AutoModelForCausalLM"}
 
@@ -85,7 +85,7 @@ def test_a_file_that_gives_other_logits_is_refused(classifier: Path, tmp_path: P
 
     monkeypatch.setattr(export, "session", other)
     with pytest.raises(ModelError, match="the ONNX file is not the merged model"):
-        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
+        merge.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,5 +97,5 @@ def test_a_model_that_torch_cannot_export_is_told_in_one_line(
 
     monkeypatch.setattr(export._Positional, "forward", fails)
     with pytest.raises(ModelError, match=r"torch\.onnx can't export this model: .*leave --onnx out"):
-        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
+        merge.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from hf_finetune.inference import opening
 
 ALL_AT_ONCE = """\
 import json, sys
-from hf_finetune.cli import main
+from hf_finetune.cli.main import main
 for words in json.loads(sys.argv[1]):
     try:
         main(words)
@@ -41,35 +41,35 @@ def test_no_library_is_imported_to_say_that_a_path_is_wrong(classifier: Path, tm
             4,
             "no such folder, and it is not in the Hub's cache",
         ),
-        (["train", "recipe.yaml", "adapter.from=none"], 2, "adapter.from: 'none' is not there"),
+        (["train", "recipe.yaml", "adapter.from=none"], 2, "adapter.from: 'none' does not exist"),
         (["train", "recipe.yaml", "output=/proc/run"], 5, "output: /proc/run can't be written"),
-        (["evaluate", "none", "--against", "nothing"], 2, "none: is not there"),
+        (["evaluate", "none", "--against", "nothing"], 2, "none: does not exist"),
         (["evaluate", run, "--data", "none.csv"], 3, "--data: no file matches 'none.csv'"),
         (["evaluate", run, "--data", "train.csv", "--by", "lable"], 3, "has no column 'lable'; did you mean 'label'?"),
         (["evaluate", run, "model.name=./none"], 4, "there is no folder './none'"),
-        (["predict", run, "--input", "none.csv"], 3, "none.csv: is not there"),
+        (["predict", run, "--input", "none.csv"], 3, "none.csv: does not exist"),
         (["predict", run, "--input", "train.csv", "--output", "none/a.csv"], 5, "there is no folder 'none'"),
-        (["chat", "none"], 2, "none: is not there"),
+        (["chat", "none"], 2, "none: does not exist"),
         (["merge", run, "--to", ".", "--overwrite"], 2, "is the folder you are in"),
         (["merge", run, "--to", "m", "--data", "none.csv"], 3, "no file matches 'none.csv'"),
-        (["push", "none", "--repo", "a/b"], 2, "none is no run folder"),
+        (["push", "none", "--repo", "a/b"], 2, "none is not a run folder"),
         (["compare", "none"], 2, "none: there is no such folder"),
-        (["tensorboard", "none", "--rebuild"], 2, "none is no run folder"),
+        (["tensorboard", "none", "--rebuild"], 2, "none is not a run folder"),
     ]
     command = [sys.executable, "-c", ALL_AT_ONCE, json.dumps([words for words, _, _ in wanted])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     *codes, imported = [line for line in done.stdout.splitlines() if line.isdecimal() or line.startswith("[")]
     assert [int(code) for code in codes] == [code for _, code, _ in wanted], done.stderr
     assert [words for words, _, said in wanted if said not in done.stderr] == [], done.stderr
-    assert "nothing: is not there" in done.stderr, "all wrong paths of a command line are told"
+    assert "nothing: does not exist" in done.stderr, "all wrong paths of a command line are told"
     assert imported == "[]"
 
 
 def test_a_run_and_its_data_are_looked_at_before_they_are_opened(classifier: Path, tmp_path: Path) -> None:
-    opening.look(str(classifier), rows=opening.Rows())
+    opening.look(str(classifier), split=opening.HELD_OUT)
     opening.look(str(classifier), ["task.text=other"])
     with pytest.raises(DataError, match="has no column 'other'"):
-        opening.look(str(classifier), ["task.text=other"], rows=opening.Rows(split="train"))
+        opening.look(str(classifier), ["task.text=other"], split="train")
     with pytest.raises(RecipeError, match="epochs: can't change once a model is trained"):
         opening.look(str(classifier), ["training.epochs=3"])
     with pytest.raises(ModelError, match="has no config"):

@@ -179,7 +179,7 @@ def test_parquet_holds_categories_as_what_they_name(tmp_path: Path) -> None:
 
 def test_a_finished_output_is_not_replaced_unless_asked(predict: Predict) -> None:
     first = predict("text\na film\n")
-    with pytest.raises(RecipeError, match="is there already"):
+    with pytest.raises(RecipeError, match="exists already"):
         predict("text\na film\n")
     assert predict("text\na film\n", restart=True) == first
 
@@ -265,8 +265,8 @@ def test_a_language_model_answers_rows_that_hold_no_answer(chatter: Path, tmp_pa
 
 def test_mistakes_of_the_command_line(classifier: Path) -> None:
     cases: list[tuple[dict[str, Any], Any, str]] = [
-        ({"input": "none.csv"}, DataError, "is not there"),
-        ({"input": "README"}, DataError, "is not there"),
+        ({"input": "none.csv"}, DataError, "does not exist"),
+        ({"input": "README"}, DataError, "does not exist"),
         ({"input_format": "parquet"}, RecipeError, "can't be read from a pipe"),
         ({"form": "parquet"}, RecipeError, "can't be written to a pipe"),
         ({"max_new_tokens": 3}, RecipeError, "for language models"),
@@ -284,9 +284,9 @@ def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytes
     with pytest.raises(RecipeError, match=r"--input /etc/hosts: lies outside[^$]*--output /x: lies outside"):
         inference_predict.run(Options(str(classifier), input="/etc/hosts", output="/x"))
     with pytest.raises(RecipeError, match="--data /x: lies outside"):
-        evaluate.run(evaluate.Options(str(classifier), files=("/x",)))
+        evaluate.run(str(classifier), files=("/x",))
     with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
-        lm_eval.run(str(classifier), (), lm_eval.Wish(("a",), "/x"), "text")
+        lm_eval.run(str(classifier), (), ("a",), folder="/x")
     with pytest.raises(RecipeError, match="lies outside"):
         open_run(str(classifier.parent))
 

@@ -12,9 +12,9 @@ import transformers
 
 from hf_finetune.cli.main import main
 from hf_finetune.errors import RecipeError
-from hf_finetune.inference import export, merge_check, merge_options
+from hf_finetune.inference import export, merge, merge_check
 from hf_finetune.inference.load import open_run
-from hf_finetune.inference.merge_options import Options
+from hf_finetune.inference.merge import Options
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,11 @@ def test_the_int8_folder_is_loaded_by_transformers_and_its_metric_is_what_was_re
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "int8").eval()
     told = json.loads((folder / "export.json").read_text())
     run = open_run(str(classifier))
-    with merge_check.opened(run, Options(to="unused")) as rows, torch.no_grad():
+    with merge_check.opened(run, (), 1000) as rows, torch.no_grad():
         right = total = 0
-        for batch in rows.batches():
+        for batch in run.batches(rows.encoded):
             labels = batch.pop("labels")
+            batch.pop("row_ids")
             right += int((network(**batch).logits.argmax(-1) == labels).sum())
             total += len(labels)
     assert told["metrics"]["int8"]["accuracy"] == pytest.approx(right / total)
@@ -58,13 +59,13 @@ def test_linear_layers_are_int8_and_heads_are_not(folder: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_int4_is_refused_without_a_gpu_before_anything_loads(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--quantize int4: .* CUDA only, and this machine has cpu; .* write int8"):
-        merge_options.merge(str(classifier), Options(to=str(tmp_path / "m"), quantize="int4"))
+        merge.merge(str(classifier), Options(to=str(tmp_path / "m"), quantize="int4"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_torchao_still_has_no_int4_weights_on_a_cpu() -> None:
-    # When this fails, `quantised.check` may let int4 through.
+    # When this fails, `export.check_kernels` may let int4 through.
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     for packing in ("plain", "plain_int32", "tile_packed_to_4d"):
@@ -76,4 +77,4 @@ def test_torchao_still_has_no_int4_weights_on_a_cpu() -> None:
 
 def test_the_size_of_int4_groups_fits_every_row(classifier: Path, folder: Path) -> None:
     run = open_run(str(classifier))
-    assert export._config(folder, run, "int4").group_size == 32
+    assert export._config(export._outline(folder, run), "int4").group_size == 32

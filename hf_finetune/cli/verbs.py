@@ -241,29 +241,41 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
     overrides = tuple(arguments.overrides)
     others = [run for run in arguments.against if run != "base"]
-    rows = opening.Rows(tuple(arguments.data), arguments.split, tuple(arguments.by))
+    # Given lm-eval alone, no rows of the run are read.
     is_read = not arguments.lm_eval or arguments.data or arguments.split is not None
-    opening.look(arguments.run_folder, overrides, others=others, rows=rows if is_read else None)
+    opening.look(
+        arguments.run_folder,
+        overrides,
+        others=others,
+        files=arguments.data,
+        split=(arguments.split or opening.HELD_OUT) if is_read else None,
+        columns=arguments.by,
+    )
     if arguments.lm_eval:
         from hf_finetune.inference import lm_eval
 
-        wish = lm_eval.Wish(tuple(arguments.lm_eval.split(",")), arguments.lm_eval_tasks, arguments.lm_eval_limit)
-        lm_eval.run(arguments.run_folder, overrides, wish, arguments.format)
-        if not arguments.data and arguments.split is None:
+        lm_eval.run(
+            arguments.run_folder,
+            overrides,
+            arguments.lm_eval.split(","),
+            folder=arguments.lm_eval_tasks,
+            limit=arguments.lm_eval_limit,
+            form=arguments.format,
+        )
+        if not is_read:
             return
     from hf_finetune.inference import evaluate
 
-    options = evaluate.Options(
-        run=arguments.run_folder,
-        overrides=overrides,
-        files=tuple(arguments.data),
+    evaluate.run(
+        arguments.run_folder,
+        overrides,
+        files=arguments.data,
         split=arguments.split,
-        by=tuple(arguments.by),
-        against=tuple(arguments.against),
+        by=arguments.by,
+        against=arguments.against,
         form=arguments.format,
         everything=arguments.all,
     )
-    evaluate.run(options)
 
 
 # hf-finetune predict
@@ -351,14 +363,13 @@ def run_chat(arguments: argparse.Namespace) -> None:
     opening.look(arguments.run_folder, arguments.overrides)
     from hf_finetune.inference import chat
 
-    options = chat.Options(
+    chat.run(
         arguments.run_folder,
-        tuple(arguments.overrides),
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.system,
+        arguments.overrides,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        system=arguments.system,
     )
-    chat.run(options)
 
 
 def _temperature(word: str) -> float:
@@ -402,12 +413,10 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(arguments: argparse.Namespace) -> None:
     """Merge."""
-    from hf_finetune.inference import merge_options, opening
+    from hf_finetune.inference import merge, opening
 
-    rows = opening.Rows(tuple(arguments.data)) if arguments.data else None
-    opening.look(arguments.run_folder, arguments.overrides, rows=rows)
-
-    options = merge_options.Options(
+    opening.look(arguments.run_folder, arguments.overrides, files=arguments.data)
+    options = merge.Options(
         to=arguments.to,
         dtype=arguments.dtype,
         shard_size=arguments.shard_size,
@@ -418,8 +427,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
         quantize=arguments.quantize,
         onnx=arguments.onnx,
     )
-    options.check(arguments.run_folder)
-    merge_options.merge(arguments.run_folder, options, arguments.overrides)
+    merge.merge(arguments.run_folder, options, arguments.overrides)
 
 
 def _share(word: str) -> float:

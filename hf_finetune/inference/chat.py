@@ -1,30 +1,26 @@
-"""`hf-finetune chat`: a prompt on a terminal; elsewhere each line is answered, with nothing around it."""
+"""`hf-finetune chat`: talk to a model on a terminal; input from a pipe is answered line by line.
+
+A language model remembers the chat, a classifier labels each line by itself.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from hf_finetune import log
 from hf_finetune.data.readers import Row
 from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, OutOfMemoryError, RecipeError
 from hf_finetune.inference.load import Finished, Serving, open_run
-from hf_finetune.inference.predictor import Labels
+from hf_finetune.inference.predict import Labels
 from hf_finetune.inference.rows import LINE
 from hf_finetune.log.lines import Message
 from hf_finetune.tasks import _examples as examples
@@ -32,14 +28,16 @@ from hf_finetune.tasks import _tokens as tokens
 from hf_finetune.tasks._generation import end_tokens
 from hf_finetune.tasks._messages import Chat
 
-# Who answers: a language model that remembers the chat, or a classifier that labels each line by itself.
-
+# The likeliest labels are shown with their probabilities.
 SHOWN = 5
-"""Labels that are shown with their probabilities: the likeliest."""
+END = "/exit or Ctrl-D ends"
+PROMPT = "> "
 
 
-class Partner(ABC):
-    """Answers what is typed."""
+class Model(ABC):
+    """Answers the text that is typed."""
+
+    help = END
 
     @abstractmethod
     def answer(self, text: str) -> Iterator[str]:
@@ -50,45 +48,77 @@ class Partner(ABC):
         """
 
     def reset(self) -> None:
-        """Forget what was said.
-
-        Raises:
-            DataError: This model remembers nothing.
-        """
-        raise DataError("this model remembers nothing of what was said")
+        """Forget the chat."""
+        raise DataError("this model remembers nothing of the chat")
 
     def instruct(self, text: str) -> None:
-        """Set the system turn, and forget what was said.
-
-        Raises:
-            DataError: This model has none.
-        """
+        """Set the system turn, and forget the chat."""
         raise DataError("this model takes no system turn")
 
 
-class Writer(Partner):
-    """A language model. With a chat template it remembers the turns; without, it continues each text by itself."""
+class Classifier(Model):
+    """A model whose answer is a label, labels, tags or a number."""
 
-    def __init__(self, run: Finished, speaker: Speaker) -> None:
-        self.tokenizer, self.speaker = run.tokenizer, speaker
-        self.task = cast("Any", run.recipe.task)
-        self.remembers = run.tokenizer.chat_template is not None and self.task.text is None
-        self.system, self.turns = self.task.system, list[dict[str, Any]]()
+    def __init__(self, labels: Labels) -> None:
+        if len(labels.needed) != 1:
+            names = " and ".join(labels.needed)
+            raise RecipeError(f"this run reads {names} together; use `hf-finetune predict` with csv or jsonl")
+        self.labels = labels
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer as it is written; a chat remembers it, as far as it came."""
-        prompt, said = self._prompt(text), list[str]()
-        if len(prompt) >= self.speaker.limit:
-            full = f"{len(prompt):,} tokens, and the model has room for {self.speaker.limit:,}"
+        """The answer, with its score or the probabilities of the likeliest labels."""
+        predicted = self.labels.predict([Row(1, {LINE: text})], lines=True)
+        outputs = predicted.outputs[0]
+        if outputs is None:
+            raise DataError(predicted.faults[0])
+        # The first column of a task's outputs is the answer.
+        found = next(iter(outputs.values()))
+        if isinstance(found, float):
+            yield f"{found:.6g}"
+            return
+        each = {name.partition(".")[2]: p for name, p in outputs.items() if name.startswith("probability.")}
+        each = each or {name: p for name, p in outputs.items() if isinstance(p, float)}
+        ranked = sorted(each.items(), key=lambda pair: -pair[1])[:SHOWN]
+        shown = ", ".join(found) or "(none)" if isinstance(found, list) else found
+        yield f"{shown}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})"
+
+
+class LanguageModel(Model):
+    """A language model. With a chat template it remembers the turns; without, it continues each text by itself.
+
+    Args:
+        run: Its tokenizer and task.
+        served: The model.
+        max_new_tokens: Most tokens of an answer.
+        temperature: Tokens are drawn with it; 0 takes the likeliest one.
+    """
+
+    help = f"/reset forgets the chat, /system TEXT sets the system turn, {END}, Ctrl-C stops an answer"
+
+    def __init__(self, run: Finished, served: Serving, max_new_tokens: int, temperature: float = 0.0) -> None:
+        self.served, self.tokenizer = served, run.tokenizer
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        task: Any = run.recipe.task
+        self.task, self.system, self.turns = task, task.system, list[dict[str, Any]]()
+        self.remembers = run.tokenizer.chat_template is not None and task.text is None
+        config = served.network.config.get_text_config()
+        # Tokens of prompt and answer together.
+        self.limit: int = getattr(config, "max_position_embeddings", None) or 2**31
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer as it is written; the chat remembers it, as far as it came."""
+        prompt, pieces = self.prompt(text), list[str]()
+        if len(prompt) >= self.limit:
+            full = f"{len(prompt):,} tokens, and the model has room for {self.limit:,}"
             raise DataError(f"that makes {full}; {'/reset begins anew' if self.turns else 'write less'}")
         try:
-            for piece in self.speaker.answer(prompt):
-                said.append(piece)
+            for piece in self.stream(prompt):
+                pieces.append(piece)
                 yield piece
         finally:
             if self.remembers:
-                self.turns += [{"role": "user", "content": self._asked(text)}]
-                self.turns += [{"role": "assistant", "content": "".join(said)}]
+                self.turns += [{"role": "user", "content": self._templated(text)}]
+                self.turns += [{"role": "assistant", "content": "".join(pieces)}]
 
     def reset(self) -> None:
         """Forget the turns; the system turn stays."""
@@ -101,105 +131,35 @@ class Writer(Partner):
         self.system = text or None
         self.turns.clear()
 
-    def _prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of the chat so far and of the text."""
+        text, renderer = self._templated(text), self.task.renderer(self.tokenizer)
         if not self.remembers:
-            guarded = self.task.renderer(self.tokenizer).guarded(self._asked(text))
-            return tokens.prompt_ids(self.tokenizer, [guarded], plain=True)[0]
+            return tokens.prompt_ids(self.tokenizer, [renderer.guarded(text)], plain=True)[0]
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        chat = Chat([*system, *self.turns, {"role": "user", "content": self._asked(text)}])
-        rendered = self.task.renderer(self.tokenizer).text(chat, ask=True)
-        return tokens.prompt_ids(self.tokenizer, [rendered], plain=False)[0]
+        chat = Chat([*system, *self.turns, {"role": "user", "content": text}])
+        return tokens.prompt_ids(self.tokenizer, [renderer.text(chat, ask=True)], plain=False)[0]
 
-    def _asked(self, text: str) -> str:
-        """What was typed, in the words around it that the model was trained with, where they take one text."""
+    def _templated(self, text: str) -> str:
+        """Put the words around a text that the model was trained with, where they take one text."""
         template = self.task.prompt
         columns = [] if template is None else examples.columns(template)
         if template is None or len(columns) != 1:
             return text
         return examples.fill(examples.parse(template), {columns[0]: text})
 
-
-class Labeller(Partner):
-    """A classifier or a regression."""
-
-    def __init__(self, labels: Labels) -> None:
-        if len(labels.needed) != 1:
-            names = " and ".join(labels.needed)
-            raise RecipeError(f"this run reads {names} together; use `hf-finetune predict` with csv or jsonl")
-        self.labels = labels
-
-    def answer(self, text: str) -> Iterator[str]:
-        """The label, and the probabilities of the likeliest ones; or the number."""
-        predicted = self.labels.predict([Row(1, {LINE: text})], lines=True)
-        outputs = predicted.outputs[0]
-        if outputs is None:
-            raise DataError(predicted.faults[0])
-        if "value" in outputs:
-            yield f"{outputs['value']:.6g}"
-            return
-        label = outputs["label"]
-        each = {name.partition(".")[2]: p for name, p in outputs.items() if name.startswith("probability.")}
-        ranked = sorted(each.items(), key=lambda pair: -pair[1])[:SHOWN]
-        shown = ", ".join(label) or "(none)" if isinstance(label, list) else label
-        yield f"{shown}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})"
-
-
-# One answer of a language model, piece by piece while it is written; it can be stopped at any token.
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How answers are drawn."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-
-
-class _Stop(StoppingCriteria):
-    """Ends generation once the event is set."""
-
-    def __init__(self, asked: threading.Event) -> None:
-        self.asked = asked
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-class Speaker:
-    """Writes answers.
-
-    Args:
-        served: The model.
-        tokenizer: Its tokenizer.
-        manner: How.
-    """
-
-    def __init__(self, served: Serving, tokenizer: PreTrainedTokenizerBase, manner: Manner) -> None:
-        self.served, self.tokenizer, self.manner = served, tokenizer, manner
-        network = served.network
-        self.limit: int = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        """Tokens of prompt and answer together."""
-
-    def answer(self, prompt: list[int]) -> Iterator[str]:
-        """Pieces of the answer; whoever closes the iterator stops the model.
-
-        Args:
-            prompt: Token ids, fewer than `limit`.
-
-        Raises:
-            OutOfMemoryError: The device has no room for the answer.
-        """
-        asked, failed = threading.Event(), list[BaseException]()
+    def stream(self, prompt: list[int]) -> Iterator[str]:
+        """Pieces of the answer to a prompt of fewer tokens than `limit`; closing the iterator stops the model."""
+        stopped, failed = threading.Event(), list[BaseException]()
         streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
         def write() -> None:
             try:
-                self._generate(prompt, streamer, asked)
+                self._generate(prompt, streamer, stopped)
             except (RuntimeError, ValueError, MemoryError) as error:  # raised where the pieces are read
                 failed.append(error)
             finally:
-                streamer.end()  # whatever happened, nobody must wait for more
+                streamer.end()  # the reader must not wait for more, whatever happened
 
         # No daemon: torch aborts the process where the interpreter ends under a thread that computes.
         thread = threading.Thread(target=write, name="answer")
@@ -207,24 +167,24 @@ class Speaker:
             thread.start()
             yield from (piece for piece in streamer if piece)
         finally:
-            asked.set()
+            stopped.set()
             if thread.ident is not None:
                 thread.join()
         for error in failed:
             if is_out_of_memory(error):
-                raise OutOfMemoryError(f"out of memory with a prompt of {len(prompt):,} tokens; chat less") from error
+                message = f"out of memory with a prompt of {len(prompt):,} tokens; write less, or /reset the chat"
+                raise OutOfMemoryError(message) from error
             raise error
 
-    def _generate(self, prompt: list[int], streamer: Any, asked: threading.Event) -> None:
-        network, manner = self.served.network, self.manner
-        ends = end_tokens(network, self.tokenizer)
-        pad: Any = self.tokenizer.pad_token_id
-        draws = {"do_sample": True, "temperature": manner.temperature} if manner.temperature else {"do_sample": False}
+    def _generate(self, prompt: list[int], streamer: Any, stopped: threading.Event) -> None:
+        network = self.served.network
+        ends, pad = end_tokens(network, self.tokenizer), self.tokenizer.pad_token_id
+        draws = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             **draws,
             num_beams=1,
             use_cache=True,
-            max_new_tokens=min(manner.max_new_tokens, self.limit - len(prompt)),
+            max_new_tokens=min(self.max_new_tokens, self.limit - len(prompt)),
             eos_token_id=ends or None,
             pad_token_id=pad if pad is not None else (ends[0] if ends else 0),
         )
@@ -235,70 +195,55 @@ class Speaker:
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Stop(asked)]),
+                stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
             )
 
 
-END = "/exit or Ctrl-D ends"
-HELP = f"/reset forgets the chat, /system TEXT sets the system turn, {END}, Ctrl-C stops an answer"
-PROMPT = "> "
+class _Stop(StoppingCriteria):
+    """Ends generation once the event is set."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    run: str
-    overrides: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    system: str | None = None
-
-
-def run(options: Options) -> None:
-    """Answer until the input ends.
-
-    Raises:
-        RecipeError: There is no such run, or an option does not fit it.
-        ModelError: The model can't be loaded.
-    """
-    partner = _partner(options)
+def run(
+    place: str,
+    overrides: Sequence[str] = (),
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    system: str | None = None,
+) -> None:
+    """Answer until the input ends."""
+    opened = open_run(place, overrides)
+    task: Any = opened.recipe.task
+    model: Model
+    if task.generates:
+        served = opened.serve(opened.model())
+        model = LanguageModel(opened, served, max_new_tokens or task.max_new_tokens, temperature or 0.0)
+        if system is not None:
+            try:
+                model.instruct(system)
+            except DataError as error:
+                raise RecipeError(f"--system: {error}") from None
+    else:
+        given = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--system": system}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise RecipeError(f"{wrong[0]} is for language models; leave it out")
+        model = Classifier(Labels(opened, opened.serve(opened.model())))
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        log.say(_help(partner))
+        log.say(model.help)
     for text in _typed() if is_terminal else _piped():
         if not text.strip():
             continue
-        if is_terminal and text.startswith("/"):
-            if not _commanded(text, partner):
-                return
-        else:
-            _answer(text, partner, is_stoppable=is_terminal)
-
-
-def _partner(options: Options) -> Partner:
-    opened = open_run(options.run, options.overrides)
-    task: Any = opened.recipe.task
-    if not task.generates:
-        given = {"--max-new-tokens": options.max_new_tokens, "--temperature": options.temperature}
-        strange = [name for name, value in {**given, "--system": options.system}.items() if value is not None]
-        if strange:
-            raise RecipeError(f"{strange[0]} is for language models; leave it out")
-        return Labeller(Labels(opened, opened.serve(opened.model())))
-    manner = Manner(options.max_new_tokens or task.max_new_tokens, options.temperature or 0.0)
-    speaker = Speaker(opened.serve(opened.model()), opened.tokenizer, manner)
-    writer = Writer(opened, speaker)
-    if options.system is not None:
-        try:
-            writer.instruct(options.system)
-        except DataError as error:
-            raise RecipeError(f"--system: {error}") from None
-    return writer
-
-
-def _help(partner: Partner) -> str:
-    """What may be typed besides a text; a classifier knows no chat."""
-    return HELP if isinstance(partner, Writer) else END
+        if not (is_terminal and text.startswith("/")):
+            _answer(text, model, is_stoppable=is_terminal)
+        elif not _command(text, model):
+            return
 
 
 def _typed() -> Iterator[str]:
@@ -317,7 +262,7 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines from elsewhere; bytes that are no UTF-8 are shown as what they are not."""
+    """Lines from a pipe; bytes that are not UTF-8 become replacement characters."""
     stdin: Any = sys.stdin
     if stdin is None:
         return
@@ -326,35 +271,35 @@ def _piped() -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def _commanded(text: str, partner: Partner) -> bool:
-    """Do what a line that begins with a slash says; False ends."""
+def _command(text: str, model: Model) -> bool:
+    """Obey a line that begins with a slash; False ends the chat."""
     word, _, rest = text.strip().partition(" ")
-    known: dict[str, Callable[[], None]] = {
-        "/reset": partner.reset,
-        "/system": lambda: partner.instruct(rest.strip()),
-        "/help": lambda: log.say(_help(partner)),
+    commands: dict[str, Callable[[], None]] = {
+        "/reset": model.reset,
+        "/system": lambda: model.instruct(rest.strip()),
+        "/help": lambda: log.say(model.help),
     }
     if word in ("/exit", "/quit"):
         return False
-    if word not in known:
-        log.warn(f"there is no {word}; {_help(partner)}")
+    if word not in commands:
+        log.warn(f"there is no {word}; {model.help}")
         return True
     try:
-        known[word]()
+        commands[word]()
     except DataError as error:
         log.warn(str(error))
     return True
 
 
-def _answer(text: str, partner: Partner, *, is_stoppable: bool) -> None:
+def _answer(text: str, model: Model, *, is_stoppable: bool) -> None:
     """Show an answer as it comes; on a terminal Ctrl-C stops it, and it alone."""
-    said: list[str] = []
+    shown: list[str] = []
     is_stopped = False
-    pieces: Any = partner.answer(text)
+    pieces: Any = model.answer(text)
     try:
         with closing(pieces):
             for piece in pieces:
-                said.append(piece)
+                shown.append(piece)
                 log.write(piece)
     except KeyboardInterrupt:
         if not is_stoppable:
@@ -364,5 +309,5 @@ def _answer(text: str, partner: Partner, *, is_stoppable: bool) -> None:
         log.warn(str(error))
         return
     log.write("\n")
-    fields = {"prompt": text, "answer": "".join(said), "stopped": is_stopped}
-    log.finish(Message("".join(said), "answer", fields=fields, is_asked_for=True))
+    fields = {"prompt": text, "answer": "".join(shown), "stopped": is_stopped}
+    log.finish(Message("".join(shown), "answer", fields=fields, is_asked_for=True))

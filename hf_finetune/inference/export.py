@@ -1,7 +1,7 @@
-"""The merged model as one ONNX file with fp32 weights, made by torch.onnx, and run by onnxruntime.
+"""More forms of a merged model: int8 or int4 weights by torchao, and one ONNX file by torch.onnx.
 
-Inputs are what the run's batches have: `input_ids`, `attention_mask`, perhaps `token_type_ids`, each (batch, sequence)
-of any size; the output is `logits`, of a language model without a cache.
+Only weights are quantised, activations are not. Inputs of the ONNX file are those of the run's batches, each (batch,
+sequence) of any size; its output is `logits`, of a language model without a cache.
 """
 
 from __future__ import annotations
@@ -17,57 +17,104 @@ import transformers
 from torch import nn
 
 from hf_finetune.adapters._targets import output_embedding
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.inference import merge_check, weights
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge_check import Logits, Predict
-from hf_finetune.inference.merge_options import Bits, refusal
+from hf_finetune.inference.merge import Bits
+from hf_finetune.inference.merge_check import Logits
 from hf_finetune.models import load
 from hf_finetune.models.pretrained import silence
 from hf_finetune.tasks.base import Batch
 
-FILE = "onnx/model.onnx"
-"""Where ONNX files of a model folder are looked for."""
+# The place in a model folder where programs look for it.
+ONNX_FILE = "onnx/model.onnx"
 AXES = ("batch", "sequence")
+# More bytes of weights lie in a file of their own: a protobuf holds 2 GiB.
 ONE_FILE = 1_500_000_000
-"""Bytes of weights from which they lie in a file of their own: a protobuf holds 2 GiB."""
-TOLERANCE = 1e-3
-"""Largest difference of logits between torch and onnxruntime in fp32, as a share of the largest: sums run in other
-orders, and some functions are other approximations."""
+# Largest difference of logits between torch and onnxruntime in fp32, as a share of the largest: sums run in other
+# orders, and some functions are other approximations.
+ONNX_TOLERANCE = 1e-3
+# Weights that share one scale in int4: the first that divides every row.
+GROUPS = (128, 64, 32)
 
 
-def write(source: Path, run: Finished, probes: Sequence[Batch], file: Path) -> float:
+def check_kernels(bits: Bits, device: str) -> None:
+    """Refuse weights that torchao can't run on this machine."""
+    if bits == "int4" and device != "cuda":
+        # torchao 0.18: each packing of Int4WeightOnlyConfig needs CUDA or XPU, and what packs 4 bits on a CPU
+        # (IntxWeightOnlyConfig) stores them in 8.
+        reason = f"torchao has kernels for int4 weights on CUDA only, and this machine has {device}"
+        raise RecipeError(f"--quantize int4: {reason}; run this on a GPU, or write int8")
+
+
+def quantise(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
+    """Quantise the model in a folder and write it to another, with its tokenizer.
+
+    Args:
+        source: The merged model.
+        run: Names its class.
+        bits: Of a weight.
+        folder: The folder to make.
+    """
+    outline = _outline(source, run)
+    output = output_embedding(outline)
+    # Heads and the output layer stay as they are: they are few weights, and much of an answer hangs on them.
+    kept = [*load.find(outline), *(name for name, module in outline.named_modules() if module is output)]
+    settings = transformers.TorchAoConfig(_config(outline, bits), modules_to_not_convert=kept)
+    options = {"dtype": torch.bfloat16} if bits == "int4" else {}
+    network = weights.load(source, run, quantization_config=settings, **options)
+    if not any("torchao" in type(parameter.data).__module__ for parameter in network.parameters()):
+        raise ModelError(f"--quantize {bits}: torchao found no linear layer in this model to quantise")
+    with weights.reported(folder), silence():
+        network.save_pretrained(folder)
+        weights.add_tokenizer(run, folder)
+
+
+def _config(outline: Any, bits: Bits) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if bits == "int8":
+        return Int8WeightOnlyConfig()
+    widths = [module.in_features for module in outline.modules() if isinstance(module, nn.Linear)]
+    group = next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
+    if group is None:
+        raise ModelError(f"--quantize int4: rows of {min(widths)} weights can't be divided into groups of {GROUPS[-1]}")
+    return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+
+
+def _outline(source: Path, run: Finished) -> Any:
+    """The model without weights."""
+    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    with torch.device("meta"), silence():
+        return getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)
+
+
+def write_onnx(source: Path, run: Finished, probes: Sequence[Batch], file: Path) -> float:
     """Export the model in a folder, run the file, and compare logits with torch's.
 
     Args:
         source: The merged model.
-        run: Says which class.
+        run: Names its class.
         probes: Batches without labels; the first has the names of the inputs.
-        file: Where to.
+        file: The file to make.
 
     Returns:
         The largest difference of logits, as a share of the largest.
-
-    Raises:
-        ModelError: torch.onnx can't export it, or onnxruntime gives other logits.
-        StorageError: The disk does not take it.
     """
     # Eager attention is made of operations that every version of ONNX has.
-    network = merge_check.load(source, run, dtype=torch.float32, attn_implementation="eager").to("cpu")
+    network = weights.load(source, run, dtype=torch.float32, attn_implementation="eager").to("cpu")
     expected = merge_check.logits(merge_check.logits_of(network), probes)
     _export(network, list(probes[0]), file)
     del network
     apart = merge_check.difference(expected, merge_check.logits(session(file), probes))
-    merge_check.refuse(apart, TOLERANCE, "the ONNX file is not the merged model", "leave --onnx out, and report it")
+    merge_check.refuse(
+        apart, ONNX_TOLERANCE, "the ONNX file is not the merged model", "leave --onnx out, and report it"
+    )
     return apart
 
 
 def session(file: Path) -> Logits:
-    """How onnxruntime gives logits from a file, on the CPU.
-
-    Raises:
-        ModelError: onnxruntime does not take it.
-    """
+    """Make logits with onnxruntime from a file, on the CPU."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
@@ -83,11 +130,6 @@ def session(file: Path) -> Logits:
         return torch.from_numpy(made.run(None, {name: batch[name].cpu().numpy() for name in names})[0])
 
     return run
-
-
-def predictor(file: Path, run: Finished) -> Predict:
-    """Predictions by the file."""
-    return merge_check.predictor(session(file), run)
 
 
 class _Positional(nn.Module):
@@ -126,95 +168,14 @@ def _export(network: Any, names: list[str], file: Path) -> None:
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise ModelError(f"torch.onnx can't export this model: {reason}; leave --onnx out") from error
-    _name_axes(program)
-    with weights.reported(file):
-        file.parent.mkdir(parents=True)
-        program.save(str(file), external_data=size > ONE_FILE)
-
-
-def _name_axes(program: Any) -> None:
-    """Call the free axes `batch` and `sequence`: torch names them by numbers of its own."""
-    graph = program.model.graph
-    known: dict[str, str] = {}
+    # torch names the free axes by numbers of its own.
+    graph, known = program.model.graph, dict[str, str]()
     for value in graph.inputs:
         known |= {str(axis): name for axis, name in zip(value.shape, AXES, strict=True)}
     for value in (*graph.inputs, *graph.outputs):
         for place, axis in enumerate(value.shape):
             if str(axis) in known:
                 value.shape[place] = known[str(axis)]
-
-
-# The merged model with int8 or int4 weights, by torchao: a folder that transformers loads where torchao is installed.
-#
-# Only weights are quantised, activations are not. Heads and the output layer stay as they are: they are few weights,
-# and what a classifier says hangs on them.
-
-GROUPS = (128, 64, 32)
-"""Weights that share one scale in int4: the first that divides every row."""
-LIBRARY = "torchao"
-
-
-def check(bits: Bits, device: str) -> None:
-    """Refuse what this machine can't run.
-
-    Raises:
-        RecipeError: torchao has no kernel for it here.
-    """
-    if bits == "int4" and device != "cuda":
-        # torchao 0.18: each packing of Int4WeightOnlyConfig needs CUDA or XPU, and what packs 4 bits on a CPU
-        # (IntxWeightOnlyConfig) stores them in 8.
-        reason = f"torchao has kernels for int4 weights on CUDA only, and this machine has {device}"
-        raise refusal(f"--quantize int4: {reason}; run this on a GPU, or write int8")
-
-
-def write_quantised(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
-    """Quantise the model in a folder and write it to another, with its tokenizer.
-
-    Args:
-        source: The merged model.
-        run: Says which class.
-        bits: Of the weights.
-        folder: Where to.
-
-    Raises:
-        ModelError: torchao does not take this model.
-        StorageError: The disk does not take it.
-    """
-    settings = transformers.TorchAoConfig(_config(source, run, bits), modules_to_not_convert=_kept(source, run))
-    options = {"dtype": torch.bfloat16} if bits == "int4" else {}
-    network = merge_check.load(source, run, quantization_config=settings, **options)
-    if not any(LIBRARY in type(parameter.data).__module__ for parameter in network.parameters()):
-        raise ModelError(f"--quantize {bits}: torchao found no linear layer in this model to quantise")
-    with weights.reported(folder), silence():
-        network.save_pretrained(folder)
-        weights.add_tokenizer(run, folder)
-
-
-def _config(source: Path, run: Finished, bits: Bits) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-    if bits == "int8":
-        return Int8WeightOnlyConfig()
-    widths = [module.in_features for _, module in _linear(_outline(source, run))]
-    group = next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
-    if group is None:
-        raise ModelError(f"--quantize int4: rows of {min(widths)} weights can't be divided into groups of {GROUPS[-1]}")
-    return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
-
-
-def _kept(source: Path, run: Finished) -> list[str]:
-    """Modules that are not quantised."""
-    outline = _outline(source, run)
-    output = output_embedding(outline)
-    return [*load.find_heads(outline), *(name for name, module in outline.named_modules() if module is output)]
-
-
-def _linear(outline: Any) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def _outline(source: Path, run: Finished) -> Any:
-    """The model without weights."""
-    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    with torch.device("meta"), silence():
-        return getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)
+    with weights.reported(file):
+        file.parent.mkdir(parents=True)
+        program.save(str(file), external_data=size > ONE_FILE)

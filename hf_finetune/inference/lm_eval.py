@@ -1,10 +1,9 @@
-"""lm-eval (EleutherAI's Language Model Evaluation Harness) on a finished run: a thin adapter."""
+"""Run lm-eval, EleutherAI's Language Model Evaluation Harness, on a finished run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,32 +15,27 @@ from hf_finetune.inference.load import open_run
 from hf_finetune.log import text
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked of the harness."""
-
-    tasks: tuple[str, ...]
-    folder: str | None = None
-    """With tasks that it does not ship."""
-    limit: int | None = None
-    """Rows of each task."""
-
-
-def run(place: str, overrides: Sequence[str], wish: Wish, form: str) -> None:
+def run(
+    place: str,
+    overrides: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    folder: str | None = None,
+    limit: int | None = None,
+    form: str = "text",
+) -> None:
     """Evaluate, print, and keep the results in `RUN/evaluations/`.
 
     Args:
         place: The run folder.
         overrides: Each `key.path=value`.
-        wish: Tasks.
+        tasks: Names of the harness's tasks.
+        folder: Holds tasks that the harness does not ship.
+        limit: Rows of each task.
         form: `text`, `json` or `markdown`.
-
-    Raises:
-        RecipeError: lm-eval is not installed, knows no such task, or the run is no language model.
-        FinetuneError: The run can't be opened.
     """
-    if wish.folder is not None:
-        refuse_outside([("--lm-eval-tasks", wish.folder)])
+    if folder is not None:
+        refuse_outside([("--lm-eval-tasks", folder)])
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -51,8 +45,8 @@ def run(place: str, overrides: Sequence[str], wish: Wish, form: str) -> None:
     opened = open_run(place, overrides)
     if not opened.recipe.task.predicts_next_token:
         raise RecipeError(f"--lm-eval is for language models, and this run does {opened.recipe.task.kind}")
-    manager: Any = TaskManager(include_path=wish.folder)
-    unknown = [task for task in wish.tasks if not manager.match_tasks([task])]
+    manager: Any = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise RecipeError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
     network: Any = opened.model()
@@ -61,18 +55,18 @@ def run(place: str, overrides: Sequence[str], wish: Wish, form: str) -> None:
     model: Any = HFLM(pretrained=network, tokenizer=opened.tokenizer, batch_size=8 if rows == "auto" else rows)
     with log.phase("lm-eval"), served.running():
         found: Any = lm_eval.simple_evaluate(
-            model=model, tasks=list(wish.tasks), task_manager=manager, limit=wish.limit, log_samples=False
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
         )
     kept = {
         "version": document.VERSION,
         "run": str(opened.folder.path),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "lm_eval": {"version": lm_eval.__version__, "tasks": list(wish.tasks), "limit": wish.limit},
+        "lm_eval": {"version": lm_eval.__version__, "tasks": list(tasks), "limit": limit},
         "results": json.loads(json.dumps(found["results"], default=str)),
     }
     log.show(_rendered(kept, form))
-    key = [*wish.tasks, str(wish.limit), *overrides]
-    file = document.write(opened.folder.path, f"lm-eval-{'-'.join(wish.tasks)}", kept, key)
+    key = [*tasks, str(limit), *overrides]
+    file = document.write(opened.folder.path, f"lm-eval-{'-'.join(tasks)}", kept, key)
     log.say(f"kept in {file}")
 
 

@@ -1,35 +1,108 @@
-"""`hf-finetune merge` in order: merge, write, load back, compare, make what else is asked for, report."""
+"""`hf-finetune merge`: a finished run becomes a model folder that needs neither PEFT nor this project.
+
+The folder is loaded back, compared with the run on real rows, and refused where it says something else. `export.json`
+in it says what was made and compared. Wrong options are reported before torch is imported.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from hf_finetune import __version__, device
-from hf_finetune.config.paths import resolve
-from hf_finetune.inference import export, merge_check, saving, weights
-from hf_finetune.inference.load import Finished, open_run
-from hf_finetune.inference.merge_check import Rows
-from hf_finetune.inference.merge_options import REPORT, Dtype, Options
+from hf_finetune import __version__
+from hf_finetune.config.paths import outside, resolve
+from hf_finetune.errors import Findings, RecipeError
 from hf_finetune.log import phase, tell
 from hf_finetune.log.lines import Message
-from hf_finetune.models.pretrained import read_config
-from hf_finetune.tasks import _texts as texts
 
-# `export.json` in the folder, and what is said of it on the terminal: what was made, what was checked, how it does.
+if TYPE_CHECKING:
+    from hf_finetune.inference.load import Finished
+    from hf_finetune.inference.merge_check import Rows
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+Bits = Literal["int8", "int4"]
+
+# Marks a folder that `merge` wrote, and may replace.
+REPORT = "export.json"
+SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)", re.IGNORECASE)
+# Option -> the packages that it needs, and the extra that installs them.
+NEEDS = {
+    "--quantize": (("torchao",), "torchao"),
+    "--onnx": (("onnx", "onnxruntime", "onnxscript"), "onnx"),
+}
+# Packages whose versions the report names.
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
+# Metrics of the model as the run evaluates it: in its precision, on its quantised base.
 RUN = "run"
-"""What the metrics of the model are called as the run evaluates it: in its precision, on its quantised base."""
+# The same model in fp32, before merging: the others are compared with it, so that a change is not one of arithmetic.
 ADAPTER = "adapter"
-"""The same model in fp32, before merging: what the others are compared with, so that a change is not one of
-arithmetic."""
+# bitsandbytes multiplies int8 weights by activations that are rounded to int8 too; the merged model does not.
+INT8_BASE = 5e-2
+HINT = "--tolerance allows more"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    to: str
+    """The folder to make."""
+    dtype: Dtype | None = None
+    """Of the weights; None is that of the base's checkpoint."""
+    shard_size: str = "5GB"
+    """Most bytes of one weight file."""
+    tolerance: float | None = None
+    """Largest difference of logits between run and folder, as a share of the largest; None goes by the dtype."""
+    overwrite: bool = False
+    """Replace a folder that `merge` wrote."""
+    data: tuple[str, ...] = ()
+    """Files with rows to compare on, in place of the run's own."""
+    rows: int = 1000
+    """Rows of which metrics are computed, at most."""
+    quantize: Bits | None = None
+    onnx: bool = False
+
+    def check(self, run: str) -> None:
+        """Refuse everything that can't work, in one report.
+
+        Args:
+            run: The run folder.
+        """
+        refusals = [self._folder(Path(run))]
+        if not SIZE.fullmatch(self.shard_size):
+            refusals.append(f"--shard-size {self.shard_size}: write a number and KB, MB, GB or TB, e.g. 5GB")
+        for option, is_asked in (("--quantize", self.quantize is not None), ("--onnx", self.onnx)):
+            packages, extra = NEEDS[option]
+            missing = [name for name in packages if importlib.util.find_spec(name) is None] if is_asked else []
+            if missing:
+                refusals.append(f"{option}: needs {', '.join(missing)}; pip install 'hf-finetune[{extra}]'")
+        named = [("--to", self.to), *(("--data", file) for file in self.data)]
+        refusals += [f"{option} {path}: {why}" for option, path in named if (why := outside(path)) is not None]
+        findings = Findings()
+        for refusal in filter(None, refusals):
+            findings.add(RecipeError(refusal))
+        findings.raise_errors()
+
+    def _folder(self, run: Path) -> str | None:
+        folder, source, why = Path(self.to).resolve(), run.resolve(), None
+        if Path.cwd().is_relative_to(folder):
+            why = "is the folder you are in, or holds it; name another folder"
+        elif folder == source or source.is_relative_to(folder) or folder.is_relative_to(source / "adapter"):
+            why = "would replace the run, or a part of it; name another folder"
+        elif folder.exists() and not folder.is_dir():
+            why = "is a file; name a folder"
+        elif folder.exists() and any(folder.iterdir()):
+            if not (folder / REPORT).is_file():
+                why = "holds files that `merge` did not write; name another folder"
+            elif not self.overwrite:
+                why = "exists already; give --overwrite to replace it"
+        return None if why is None else f"--to {self.to}: {why}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +117,7 @@ class Check:
 
 @dataclass
 class Report:
-    """What is known so far."""
+    """Everything that was made and compared."""
 
     run: Finished
     rows: Rows
@@ -56,49 +129,17 @@ class Report:
     packages: list[str] = field(default_factory=list)
     """Further ones that were used."""
 
-    def write(self, folder: Path) -> None:
-        """Write the file, after all others."""
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
-        files = {name: size for name, size in sorted(sizes.items()) if (folder / name).is_file()}
-        text = json.dumps(self._facts() | {"files": files}, indent=2, ensure_ascii=False, default=str)
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-
-    def say(self, place: str) -> None:
-        """Tell it."""
-        lines = ["", f"  merged into         {self.into}, written in {self.dtype}"]
-        for check in self.checks:
-            lines.append(f"  {check.what:<19} logits differ by {check.difference:.1e} (allowed {check.tolerance:g})")
-        for name, found in self.metrics.items():
-            change = "" if name in (RUN, ADAPTER) else f"   ({self._told_change(name)})"
-            told = f"{name} in fp32" if name == ADAPTER else name
-            lines.append(f"  {told:<19} {self._told(found)}{change}")
-        lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
-        lines.append(f"  folder              {place}")
-        if texts.reads_clock(self.run.tokenizer):
-            trained = getattr(self.run.recipe.task, "date", None)
-            lines.append(f"  date                trained with {trained}; a server's chat template prints its own day")
-        fields = {key: value for key, value in self._facts().items() if key != "made_by"}
-        tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
-
-    def change(self, name: str) -> dict[str, float]:
-        """Metrics of something that was made, less those of the adapter in fp32."""
-        before = self.metrics[ADAPTER]
-        return {key: value - before[key] for key, value in self.metrics[name].items() if key in before}
-
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """The content of `export.json`, but for the files."""
         recipe, rows = self.run.recipe, self.rows
         place = resolve(recipe.model.name)
-        base = Path(place).name if Path(place).is_absolute() else place  # no path of this machine
+        name = Path(place).name if Path(place).is_absolute() else place  # no path of this machine
         return {
             "made_by": f"hf_finetune {__version__}",
             "run": self.run.folder.path.resolve().name,
             "task": recipe.task.kind,
             "adapter": recipe.adapter.kind,
-            "base": {
-                "name": base,
-                "revision": recipe.model.revision,
-                "quantization": recipe.model.quantization,
-            },
+            "base": {"name": name, "revision": recipe.model.revision, "quantization": recipe.model.quantization},
             "merged_into": self.into,
             "dtype": self.dtype,
             "checks": [vars(check) for check in self.checks],
@@ -108,20 +149,40 @@ class Report:
             "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *self.packages]},
         }
 
-    def _shown(self, found: dict[str, float]) -> list[str]:
-        return [name for name in self.run.recipe.task.headline if name in found]
+    def change(self, name: str) -> dict[str, float]:
+        """Metrics of something that was made, less those of the adapter in fp32."""
+        before = self.metrics[ADAPTER]
+        return {key: value - before[key] for key, value in self.metrics[name].items() if key in before}
 
-    def _told(self, found: dict[str, float]) -> str:
-        return "  ".join(f"{name} {found[name]:.4f}" for name in self._shown(found))
+    def write(self, folder: Path) -> None:
+        """Write the file, after all others."""
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
+        files = {name: size for name, size in sorted(sizes.items()) if (folder / name).is_file()}
+        text = json.dumps(self.facts() | {"files": files}, indent=2, ensure_ascii=False, default=str)
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
-    def _told_change(self, name: str) -> str:
-        change = self.change(name)
-        return ", ".join(f"{key} {change[key]:+.4f}" for key in self._shown(change))
+    def say(self, place: str) -> None:
+        """Print it."""
+        from hf_finetune.tasks import _texts as texts
 
-
-INT8_BASE = 5e-2
-"""bitsandbytes multiplies int8 weights by activations that are rounded to int8 too; the merged model does not."""
-HINT = "--tolerance allows more"
+        lines = ["", f"  merged into         {self.into}, written in {self.dtype}"]
+        for check in self.checks:
+            lines.append(f"  {check.what:<19} logits differ by {check.difference:.1e} (allowed {check.tolerance:g})")
+        headline = self.run.recipe.task.headline
+        for name, found in self.metrics.items():
+            label = f"{name} in fp32" if name == ADAPTER else name
+            line = f"  {label:<19} " + "  ".join(f"{key} {found[key]:.4f}" for key in headline if key in found)
+            if name not in (RUN, ADAPTER):
+                change = self.change(name)
+                line += f"   ({', '.join(f'{key} {change[key]:+.4f}' for key in headline if key in change)})"
+            lines.append(line)
+        lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
+        lines.append(f"  folder              {place}")
+        if texts.reads_clock(self.run.tokenizer):
+            trained = getattr(self.run.recipe.task, "date", None)
+            lines.append(f"  date                trained with {trained}; a server's chat template prints its own day")
+        fields = {key: value for key, value in self.facts().items() if key != "made_by"}
+        tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
 
 
 def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report:
@@ -129,11 +190,8 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
 
     Args:
         place: The run folder.
-        options: What is asked for.
+        options: What to make, and how.
         overrides: `key.path=value` for its recipe, e.g. where the base or the data are now.
-
-    Returns:
-        What was made, and how it compares.
 
     Raises:
         RecipeError: There is no run, or an option is wrong.
@@ -143,15 +201,31 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
         StorageError: The disk does not take it.
     """
     options.check(place)
+    # These load torch and transformers, which takes seconds.
+    from hf_finetune import device
+    from hf_finetune.inference import export, merge_check, weights
+    from hf_finetune.inference.load import open_run
+
     if options.quantize is not None:
-        export.check(options.quantize, device.find_device())
+        export.check_kernels(options.quantize, device.find_device())
     run = open_run(place, overrides)
-    with merge_check.opened(run, options) as rows, weights.staged(options.to) as staging:
+    with merge_check.opened(run, options.data, options.rows) as rows, weights.staged(options.to) as staging:
         report = _merged(run, rows, options, staging)
-        if options.quantize is not None:
-            _quantised(report, options, staging)
+        if (bits := options.quantize) is not None:
+            with phase(f"quantising to {bits}"):
+                export.quantise(staging, run, bits, staging / bits)
+            network = weights.load(staging / bits, run)
+            report.metrics[bits] = merge_check.metrics(f"the {bits} model", rows, merge_check.plain(network, run))
+            report.packages.append("torchao")
+            del network
         if options.onnx:
-            _onnx(report, staging)
+            file = staging / export.ONNX_FILE
+            with phase("exporting to ONNX"):
+                apart = export.write_onnx(staging, run, rows.probes(), file)
+            report.checks.append(Check("onnx", apart, export.ONNX_TOLERANCE))
+            predict = merge_check.predictor(export.session(file), run)
+            report.metrics["onnx"] = merge_check.metrics("the ONNX file", rows, predict)
+            report.packages += ["onnx", "onnxruntime", "onnxscript"]
         with weights.reported(staging):
             report.write(staging)
     report.say(options.to)
@@ -159,8 +233,11 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
 
 
 def _merged(run: Finished, rows: Rows, options: Options, staging: Path) -> Report:
-    """Merge, write, load back, and compare with the run."""
-    dtype = options.dtype or _stored_dtype(run)
+    """Merge, write, load back, and compare with the run; one model is in memory at a time."""
+    from hf_finetune.inference import merge_check, weights
+    from hf_finetune.inference.saving import TOLERANCES
+
+    dtype = options.dtype or weights.stored_dtype(run)
     merged = weights.merged(rows)
     weights.check_space(Path(options.to), merged.network, dtype)
     with phase("writing the model"):
@@ -168,57 +245,28 @@ def _merged(run: Finished, rows: Rows, options: Options, staging: Path) -> Repor
     report = Report(run, rows, dtype, merged.into)
     report.checks.append(Check("merging", merged.difference, weights.TOLERANCE))
     expected, in_fp32 = merged.before, merged.metrics
-    del merged  # one model at a time
-    _compare_run(report, options, expected)
-    report.metrics[ADAPTER] = in_fp32
-    network = merge_check.load(staging, run)
-    apart = merge_check.difference(expected, merge_check.logits(merge_check.logits_of(network), rows.probes()))
-    tolerance = saving.TOLERANCES[dtype] if options.tolerance is None else options.tolerance
-    merge_check.refuse(apart, tolerance, "what was written is not the adapter's model", HINT)
-    report.checks.append(Check("folder", apart, tolerance))
-    report.metrics["merged"] = merge_check.metrics("the merged model", rows, merge_check.predictor_plain(network, run))
-    return report
+    del merged
 
-
-def _compare_run(report: Report, options: Options, expected: list[torch.Tensor]) -> None:
-    """The model as the run evaluates it must be what was merged, also where its base is quantised."""
-    run, rows = report.run, report.rows
+    # The model as the run evaluates it must be what was merged, also where its base is quantised.
     served = run.serve(run.model())
-    plainly = merge_check.logits_of(served.network)
     with served.running():
-        apart = merge_check.difference(expected, merge_check.logits(plainly, rows.probes()))
-    tolerance = saving.TOLERANCES[run.machine.precision]
+        apart = merge_check.difference(
+            expected, merge_check.logits(merge_check.logits_of(served.network), rows.probes())
+        )
+    tolerance = TOLERANCES[run.machine.precision]
     if run.recipe.model.quantization == "int8":
         tolerance = max(tolerance, INT8_BASE)
     tolerance = tolerance if options.tolerance is None else options.tolerance
     merge_check.refuse(apart, tolerance, "what was merged is not the model of the run", HINT)
     report.checks.append(Check("run", apart, tolerance))
     report.metrics[RUN] = merge_check.metrics("the run's model", rows, served.predict)
+    report.metrics[ADAPTER] = in_fp32
+    del served
 
-
-def _quantised(report: Report, options: Options, staging: Path) -> None:
-    bits = options.quantize
-    if bits is None:
-        return
-    with phase(f"quantising to {bits}"):
-        export.write_quantised(staging, report.run, bits, staging / bits)
-    network = merge_check.load(staging / bits, report.run)
-    report.metrics[bits] = merge_check.metrics(
-        f"the {bits} model", report.rows, merge_check.predictor_plain(network, report.run)
-    )
-    report.packages.append("torchao")
-
-
-def _onnx(report: Report, staging: Path) -> None:
-    file = staging / export.FILE
-    with phase("exporting to ONNX"):
-        apart = export.write(staging, report.run, report.rows.probes(), file)
-    report.checks.append(Check("onnx", apart, export.TOLERANCE))
-    report.metrics["onnx"] = merge_check.metrics("the ONNX file", report.rows, export.predictor(file, report.run))
-    report.packages += ["onnx", "onnxruntime", "onnxscript"]
-
-
-def _stored_dtype(run: Finished) -> Dtype:
-    """What the base's checkpoint is in; fp32 where it does not say, or says something else."""
-    stored = getattr(read_config(run.recipe.model), "dtype", None)
-    return next((name for name in get_args(Dtype) if device.DTYPES[name] is stored), "fp32")
+    network = weights.load(staging, run)
+    apart = merge_check.difference(expected, merge_check.logits(merge_check.logits_of(network), rows.probes()))
+    tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
+    merge_check.refuse(apart, tolerance, "what was written is not the adapter's model", HINT)
+    report.checks.append(Check("folder", apart, tolerance))
+    report.metrics["merged"] = merge_check.metrics("the merged model", rows, merge_check.plain(network, run))
+    return report

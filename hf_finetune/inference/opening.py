@@ -1,7 +1,6 @@
-"""What can be said of a finished run without torch: whether it can be used, its recipe, the files that it names.
+"""Read a finished run without torch: can it be used, what is its recipe, where are the files that it names?
 
-A recipe is read anew: its relative paths belong to the working directory of the run. `look` is what each verb that
-takes a run begins with, so that a wrong path is answered in a moment.
+`look` is what each verb that takes a run begins with, so that a wrong path is answered in a moment.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.folder import Kept, RunFolder
 
+# Stands for the split that `evaluate` takes by itself.
+HELD_OUT = "held-out"
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -31,51 +33,57 @@ class Opened:
 
     folder: RunFolder
     kept: Kept | None
-    """What `targets.json` holds; None in runs of a version that wrote none."""
+    """The content of `targets.json`; None in runs of a version that wrote none."""
     recipe: Recipe
-    """As resolved, with the overrides of whoever opened it."""
+    """As resolved, with the overrides that it was opened with."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Labelled rows that a verb is to read."""
-
-    files: tuple[str, ...] = ()
-    """Given with `--data`."""
-    split: str | None = None
-    """A split of the recipe, where no files are given; None takes what is held out."""
-    columns: tuple[str, ...] = ()
-    """Needed besides those of the task."""
-
-
-def look(place: str, overrides: Sequence[str] = (), *, others: Iterable[str] = (), rows: Rows | None = None) -> None:
-    """Find what is wrong with the paths of a command line, all of it at once; takes a moment.
+def look(
+    place: str,
+    overrides: Sequence[str] = (),
+    *,
+    others: Iterable[str] = (),
+    files: Sequence[str] = (),
+    split: str | None = None,
+    columns: Sequence[str] = (),
+) -> None:
+    """Find everything that is wrong with the paths of a command line; takes a moment.
 
     Args:
         place: The run folder.
         overrides: See `read`.
         others: Run folders that it is compared with.
-        rows: What is read besides.
+        files: Labelled rows, given with `--data`.
+        split: Split of the recipe to look at where no files are given, perhaps `HELD_OUT`; None looks at none.
+        columns: Columns that the rows need besides those of the task.
 
     Raises:
         FinetuneError: A run, its base, or a file can't be used; see `read`.
     """
     findings = Findings()
-    if rows is not None:
-        with findings.collect():
-            refuse_outside(("--data", file) for file in rows.files)
-    opened = None
     with findings.collect():
-        opened = read(place, overrides)
-        base = opened.recipe.model
-        paths.refuse_uncached(paths.resolve(base.name), base.revision)
+        refuse_outside(("--data", file) for file in files)
+    recipe = None
+    with findings.collect():
+        recipe = read(place, overrides).recipe
+        paths.refuse_uncached(paths.resolve(recipe.model.name), recipe.model.revision)
     for other in others:
         with findings.collect():
             read(other)
-    if rows is not None and findings.exit_code != RecipeError.exit_code:
-        unreadable = _unreadable(rows, None if opened is None else opened.recipe)
-        if unreadable:
-            findings.add(DataError(unreadable))
+    # A path that is refused is not looked at; without a recipe the columns of files are not known.
+    if (files or (split and recipe)) and findings.exit_code != RecipeError.exit_code:
+        task = None
+        if recipe is not None:
+            needed = [*recipe.task.columns(), *columns]
+            task = SimpleNamespace(columns=lambda: needed, optional_columns=recipe.task.optional_columns)
+        if files or recipe is None:
+            data = SimpleNamespace(source=None, test=list(files))
+        else:
+            name = ("test" if recipe.data.test is not None else "validation") if split == HELD_OUT else str(split)
+            data = SimpleNamespace(source=recipe.data.source, **{name: getattr(recipe.data, name)})
+        found = find.problems(SimpleNamespace(task=task, data=data))
+        if found:
+            findings.add(DataError([replace(problem, key="--data") for problem in found] if files else found))
     findings.raise_errors()
 
 
@@ -84,7 +92,7 @@ def read(place: str, overrides: Sequence[str] = ()) -> Opened:
 
     Args:
         place: The run folder.
-        overrides: Each `key.path=value`; keys of which the trained model depends are refused.
+        overrides: Each `key.path=value`; keys that the trained model depends on are refused.
 
     Raises:
         RecipeError: There is no run, it lies outside `HF_FINETUNE_ROOT`, or an override is wrong.
@@ -94,76 +102,49 @@ def read(place: str, overrides: Sequence[str] = ()) -> Opened:
         raise RecipeError(Problem(why, file=place))
     folder = RunFolder(place)
     _refuse_unfinished(folder)
-    _refuse_foreign(overrides)
-    kept = run_folder.read_targets(folder.targets)
-    return Opened(folder, kept, _recipe(folder, None if kept is None else kept.started_in, overrides))
-
-
-def _unreadable(rows: Rows, recipe: Recipe | None) -> list[Problem]:
-    """What the heads of the files tell; files alone where the recipe could not be read."""
-    task: Any = None
-    if recipe is not None:
-        needed = [*recipe.task.columns(), *rows.columns]
-        task = SimpleNamespace(columns=lambda: needed, optional_columns=recipe.task.optional_columns)
-    if rows.files:
-        data = SimpleNamespace(source=None, test=list(rows.files))
-        found = find.problems(SimpleNamespace(task=task, data=data))
-        return [replace(problem, key="--data") for problem in found]
-    if recipe is None:
-        return []
-    split = rows.split or ("test" if recipe.data.test is not None else "validation")
-    data = SimpleNamespace(source=recipe.data.source, **{split: getattr(recipe.data, split)})
-    return find.problems(SimpleNamespace(task=task, data=data))
-
-
-def _refuse_unfinished(folder: RunFolder) -> None:
-    if not folder.path.is_dir() or not folder.recipe.is_file():
-        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "is not there"
-        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
-    state, reason = folder.condition()
-    if state == "running":
-        raise CheckpointError(Problem("the run is not finished (running); wait for it", file=str(folder.path)))
-    if state != "done":
-        why = reason.partition("\n")[0]
-        told = f"{state}: {why}" if why else state
-        message = f"the run is not finished ({told}); the training command, given again, resumes it"
-        raise CheckpointError(Problem(message, file=str(folder.path)))
-    if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
-        message = "the adapter is not there, though the run is finished; bring it back, or train anew with --restart"
-        raise CheckpointError(Problem(message, file=str(folder.adapter)))
-
-
-def _refuse_foreign(overrides: Sequence[str]) -> None:
     for word in overrides:
         key, _, value = word.partition("=")
         may = key_of(Recipe, key).finished
         if may == "never" or key in Recipe.model_fields or (may == "name" and value.startswith("[")):
             reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"
             raise RecipeError(Problem(reason, file="command line", key=key))
+    kept = run_folder.read_targets(folder.targets)
+    # Relative paths of the stored recipe belong to the working directory of the run, those of overrides to this one.
+    moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept.started_in)
+    words = [f"{key}={json.dumps(value)}" for key, value in moved]
+    return Opened(folder, kept, Recipe.load(str(folder.recipe), [*words, *overrides]))
 
 
-def _recipe(folder: RunFolder, started_in: Path | None, overrides: Sequence[str]) -> Recipe:
-    """The resolved recipe of a run, with overrides.
-
-    Args:
-        folder: The run.
-        started_in: Its working directory; None where nobody knows.
-        overrides: Each `key.path=value`; their relative paths belong to this process's working directory.
-
-    Raises:
-        RecipeError: The file or an override is wrong.
-    """
-    stored = Recipe.load(str(folder.recipe))
-    moved = [f"{key}={json.dumps(value)}" for key, value in _moved(stored, folder, started_in)]
-    return Recipe.load(str(folder.recipe), [*moved, *overrides])
+def _refuse_unfinished(folder: RunFolder) -> None:
+    if not folder.path.is_dir() or not folder.recipe.is_file():
+        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "does not exist"
+        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
+    state, reason = folder.condition()
+    if state == "running":
+        raise CheckpointError(Problem("the run is not finished (running); wait for it", file=str(folder.path)))
+    if state != "done":
+        reason = reason.partition("\n")[0]
+        message = f"the run is not finished ({f'{state}: {reason}' if reason else state})"
+        raise CheckpointError(Problem(f"{message}; run the training command again to resume it", file=str(folder.path)))
+    if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
+        message = "the adapter is missing, though the run is finished; restore it, or train anew with --restart"
+        raise CheckpointError(Problem(message, file=str(folder.adapter)))
 
 
 def _moved(recipe: Recipe, folder: RunFolder, started_in: Path | None) -> Iterator[tuple[str, str | list[str]]]:
-    """Keys with relative paths that lead to something, from where the run was started."""
-    if (place := _model(recipe.model.name, folder, started_in)) is not None:
+    """Keys with relative paths, and where these lead from the working directory of the run (None: not known)."""
+    if (place := _base(recipe.model.name, folder, started_in)) is not None:
         yield "model.name", place
     if started_in is None or started_in == Path.cwd():
         return
+
+    def moved(name: str) -> str:
+        if not _is_relative(name):
+            return name
+        exact = started_in / name
+        # Brackets in the folder's own name are no pattern.
+        return str(exact) if exact.is_file() else str(Path(glob.escape(str(started_in)), name))
+
     blocks: list[tuple[str, Data | Source, tuple[str, ...]]] = [("data", recipe.data, ("train", "validation", "test"))]
     blocks += [(f"data.mix.{number}", part, ("train",)) for number, part in enumerate(recipe.data.mix or ())]
     for key, block, splits in blocks:
@@ -172,13 +153,13 @@ def _moved(recipe: Recipe, folder: RunFolder, started_in: Path | None) -> Iterat
                 yield f"{key}.source", str(started_in / block.source)
             continue
         for split in splits:
-            names = getattr(block, split, None)
+            names: Any = getattr(block, split, None)
             if names is not None:
-                yield f"{key}.{split}", _files(names, started_in)
+                yield f"{key}.{split}", [moved(name) for name in names] if isinstance(names, list) else moved(names)
 
 
-def _model(name: str, folder: RunFolder, started_in: Path | None) -> str | None:
-    """A local base that is not where its name says: from where the run was started, else where PEFT would look."""
+def _base(name: str, folder: RunFolder, started_in: Path | None) -> str | None:
+    """The folder of a local base that is not where its name says: where the run was started, else where PEFT looks."""
     if name.startswith("package:") or not _is_relative(name):
         return None
     if started_in is not None and (started_in / name).is_dir():
@@ -191,20 +172,6 @@ def _model(name: str, folder: RunFolder, started_in: Path | None) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(place) if place.is_absolute() and place.is_dir() else None
-
-
-def _files(names: str | list[str], started_in: Path) -> str | list[str]:
-    if isinstance(names, list):
-        return [_file(name, started_in) for name in names]
-    return _file(names, started_in)
-
-
-def _file(name: str, started_in: Path) -> str:
-    """A name or a glob from where the run was started; brackets of the folder's own name are no pattern."""
-    if not _is_relative(name):
-        return name
-    exact = started_in / name
-    return str(exact) if exact.is_file() else str(Path(glob.escape(str(started_in)), name))
 
 
 def _is_relative(name: str) -> bool:

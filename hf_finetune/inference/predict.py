@@ -1,41 +1,200 @@
-"""`hf-finetune predict`, step by step."""
+"""`hf-finetune predict`: labels, numbers or generated text for every row of a file or a pipe, in bounded memory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hf_finetune import log
 from hf_finetune.config.paths import refuse_outside
 from hf_finetune.data import cache
 from hf_finetune.data.readers import Row
-from hf_finetune.errors import SHOWN, DataError, Problem, RecipeError, numbers
-from hf_finetune.inference import load, predictor, rows, sinks
-from hf_finetune.inference.load import Finished, open_run
-from hf_finetune.inference.predictor import CHARACTERS, Predicted, Predictor
-from hf_finetune.inference.rows import Input
+from hf_finetune.errors import SHOWN, DataError, Problem, RecipeError, RowsError, numbers
+from hf_finetune.inference import load, rows, sinks
+from hf_finetune.inference.load import Finished, Serving, open_run
+from hf_finetune.inference.rows import LINE, STDIN, Input
 from hf_finetune.inference.sinks import Cells, Output, Sink
 from hf_finetune.run import files
+from hf_finetune.tasks._generation import BATCH, generate
+from hf_finetune.tasks.base import OutputKind
 
+# Exit code of a process that SIGPIPE ends: 128 + 13.
 BROKEN_PIPE = 141
-"""Exit code of a process that SIGPIPE ends: 128 + 13."""
+# Kinds of faults that are remembered.
 MOST_FAULTS = 20
-"""Kinds of faults that are remembered."""
+# Rows of a window where a row takes one forward pass, and where its answer is generated. So much is lost by a kill.
+LABELLED, GENERATED = 1024, 128
+# A window of longer texts ends sooner.
+CHARACTERS = 1 << 23
+
+Outputs = dict[str, Any]
+"""Output columns of a row, by their plain names."""
+
+
+class Predicted(NamedTuple):
+    """The results of a window; lists have one entry a row."""
+
+    outputs: list[Outputs | None]
+    """None where a row has a fault."""
+    faults: list[str]
+    """Empty text where there is none."""
+    cut: int
+    """Rows that were over-long and cut, or left no room for an answer."""
+
+
+class Predictor(ABC):
+    """Predicts windows of rows; faults of rows are returned, not raised."""
+
+    window: int
+    """Rows of a window."""
+    cut_means: str
+    """Ends a sentence about the rows that `Predicted.cut` counts."""
+
+    def __init__(self, run: Finished, served: Serving) -> None:
+        self.run, self.served, self.task = run, served, run.recipe.task
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns that a row must have."""
+        return self.task.asked_columns()
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Mapping[str, OutputKind]:
+        """Output columns by their plain names."""
+
+    @abstractmethod
+    def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
+        """Prepare rows for the model.
+
+        Raises:
+            RowsError: Rows can't be used; all of them, by their number.
+        """
+
+    @abstractmethod
+    def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        """Outputs in order, and how many rows were cut."""
+
+    def column_of_lines(self) -> str:
+        """The column that a plain line stands for."""
+        if len(self.needed) != 1:
+            names = ", ".join(self.needed)
+            raise RecipeError(f"a plain line is one text, and this model reads {names}; give csv, jsonl or parquet")
+        return self.needed[0]
+
+    def columns(self, given: Sequence[Row], *, lines: bool) -> dict[str, list[Any]]:
+        """Cells by column, of rows as they were read; plain lines become the only column that the model reads."""
+        optional = self.task.optional_columns()
+        if not lines:
+            return {name: [row.cells.get(name) for row in given] for name in (*self.needed, *optional)}
+        name = self.column_of_lines()
+        cells: list[Any] = [row.cells[LINE] for row in given]
+        kind = self.task.columns()[name].kind
+        if kind == "chat":  # the line is what the user says
+            cells = [[{"role": "user", "content": text}] for text in cells]
+        elif kind == "words":
+            cells = [text.split() for text in cells]
+        return {name: cells} | {other: [None] * len(given) for other in optional}
+
+    def predict(self, given: Sequence[Row], *, lines: bool) -> Predicted:
+        """Predict a window of rows, or of plain lines."""
+        faults = [row.fault for row in given]
+        fit = [number for number, fault in enumerate(faults) if not fault]
+        encoded: list[Any] = []
+        while fit:
+            try:
+                encoded = self.encode(self.columns([given[number] for number in fit], lines=lines))
+                break
+            except RowsError as error:
+                for fault, struck in error.found.items():
+                    for place in struck:
+                        faults[fit[place]] = faults[fit[place]] or fault
+                fit = [number for number in fit if not faults[number]]
+        answers, cut = self.answer(encoded) if fit else ([], 0)
+        outputs = dict(zip(fit, answers, strict=True))
+        return Predicted([outputs.get(number) for number in range(len(given))], faults, cut)
+
+
+class Labels(Predictor):
+    """Answers that follow from one forward pass a row: labels, numbers, tags."""
+
+    window = LABELLED
+    cut_means = "cut to data.max_length"
+
+    @property
+    def kinds(self) -> Mapping[str, OutputKind]:
+        """As the task names them."""
+        return self.task.outputs(self.run.targets)
+
+    def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
+        """Encode rows as in training."""
+        data = self.run.recipe.data
+        encoded = self.task.features(columns, self.run.tokenizer, self.run.targets, data.max_length)
+        over = [number for number, row in enumerate(encoded) if row["whole"] > data.max_length]
+        if over and data.overlong == "error":
+            raise RowsError({f"has more than {data.max_length} tokens; give data.overlong=truncate": over})
+        return encoded
+
+    def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        """Run the model, and let the task read its predictions."""
+        found = self.run.predictions(encoded, self.served.predict)
+        cut = sum(row["whole"] > self.run.recipe.data.max_length for row in encoded)
+        return self.task.decode(found, self.run.targets), cut
+
+
+class Answers(Predictor):
+    """Answers that are generated token by token."""
+
+    window = GENERATED
+    cut_means = "whose prompt leaves the model no room for an answer"
+
+    def __init__(self, run: Finished, served: Serving, max_new_tokens: int | None) -> None:
+        super().__init__(run, served)
+        task: Any = self.task
+        self.max_new_tokens: int = max_new_tokens or task.max_new_tokens
+
+    @property
+    def kinds(self) -> Mapping[str, OutputKind]:
+        """`ended` says whether the model ended the answer itself."""
+        return {"generated": "text", "ended": "truth"}
+
+    def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
+        """Prompts as token ids."""
+        return self.task.ask(columns, self.run.tokenizer)
+
+    def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
+        """Generate."""
+        rows = self.run.recipe.training.eval_batch
+        options = {"max_new_tokens": self.max_new_tokens, "batch_size": BATCH if rows == "auto" else rows}
+        with self.served.running():
+            found = generate(self.served.network, self.run.tokenizer, encoded, **options)
+        outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]
+        return outputs, sum(answer.tokens == 0 for answer in found)
+
+
+def make(run: Finished, max_new_tokens: int | None) -> Predictor:
+    """Load the model of a run, and make the predictor for its task."""
+    if run.recipe.task.generates:
+        return Answers(run, run.serve(run.model()), max_new_tokens)
+    if max_new_tokens is not None:
+        raise RecipeError("--max-new-tokens is for language models; leave it out")
+    return Labels(run, run.serve(run.model()))
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The command line."""
 
     run: str
     overrides: tuple[str, ...] = ()
-    input: str = "-"
+    input: str = STDIN
     output: str = "-"
     input_format: str | None = None
     form: str | None = None
@@ -44,9 +203,19 @@ class Options:
     prefix: str | None = None
     restart: bool = False
 
+    def out_format(self, source: Input) -> sinks.OutFormat:
+        """The format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
+        suffix: Any = None if self.output == "-" else rows.SUFFIXES.get(Path(self.output).suffix.lower())
+        form: Any = self.form or suffix or source.form
+        form = "jsonl" if form in ("lines", "json") else form
+        if form == "parquet" and self.output == "-":
+            raise RecipeError("parquet can't be written to a pipe; give --output FILE, or --format jsonl")
+        found: sinks.OutFormat = form
+        return found
+
 
 def run(options: Options) -> None:
-    """Predict every row; ends quietly, with 141, where nobody reads the output any more.
+    """Predict every row; ends quietly, with 141, where the reader of a pipe has left.
 
     Raises:
         RecipeError: The run, a format or an option is wrong, or the output belongs to something else.
@@ -55,52 +224,32 @@ def run(options: Options) -> None:
     named = (("--input", options.input), ("--output", options.output))
     refuse_outside((option, path) for option, path in named if path != "-")
     source = rows.find(options.input, options.input_format)
-    form = _out_format(options, source)
+    form = options.out_format(source)
     opened = open_run(options.run, options.overrides)
-    if options.input_format is None and source.name == rows.STDIN:
-        source = _recognised(source, opened)
-        form = _out_format(options, source)
+    if options.input_format is None and source.name == STDIN:
+        # The first line of standard input tells its format: a header or JSON is no text to predict.
+        source, guessed = source.recognised(opened.recipe.task.asked_columns()), source.form
+        if source.form != guessed:
+            begins = "JSON" if source.form == "jsonl" else "a header"
+            otherwise = "give --input-format lines if it is text"
+            log.warn(f"standard input begins with {begins} and is read as {source.form}; {otherwise}")
+        form = options.out_format(source)
     key = _key(options, opened, source, form)
     target = None if options.output == "-" else options.output
-    with sinks.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as taken:
-        made = predictor.make(opened, options.max_new_tokens)
-        _refuse_tsv(form, made)
+    with sinks.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as output:
+        predictor = make(opened, options.max_new_tokens)
+        if form == "tsv" and isinstance(predictor, Answers):
+            raise RecipeError("generated text may hold line ends, which tsv can't; give --format csv or jsonl")
         try:
-            _Predicting(options, source, made, taken).go(form)
+            _Predicting(options, source, predictor, output).go(form)
         except BrokenPipeError:
             # Python would complain once more when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(BROKEN_PIPE)
 
 
-def _recognised(source: Input, opened: Finished) -> Input:
-    """Standard input by its first line: a header or JSON is no text to predict."""
-    found = source.recognised(predictor.needed_columns(opened.recipe.task))
-    if found.form != source.form:
-        begins = "JSON" if found.form == "jsonl" else "a header"
-        otherwise = "give --input-format lines if it is text"
-        log.warn(f"standard input begins with {begins} and is read as {found.form}; {otherwise}")
-    return found
-
-
-def _out_format(options: Options, source: Input) -> sinks.OutFormat:
-    """The format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
-    suffix: Any = None if options.output == "-" else rows.SUFFIXES.get(Path(options.output).suffix.lower())
-    form: Any = options.form or suffix or source.form
-    form = "jsonl" if form in ("lines", "json") else form
-    if form == "parquet" and options.output == "-":
-        raise RecipeError("parquet can't be written to a pipe; give --output FILE, or --format jsonl")
-    found: sinks.OutFormat = form
-    return found
-
-
-def _refuse_tsv(form: str, made: Predictor) -> None:
-    if form == "tsv" and isinstance(made, predictor.Answers):
-        raise RecipeError("generated text may hold line ends, which tsv can't; give --format csv or jsonl")
-
-
 def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[str, Any]:
-    """What must be the same for a killed call to be gone on with."""
+    """Everything that must be the same for a killed call to be continued."""
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
         digest.update(files.sha256(file, cache.root(opened.recipe.data.cache)))
@@ -118,127 +267,108 @@ class _Predicting:
 
     options: Options
     source: Input
-    made: Predictor
-    taken: Output
+    predictor: Predictor
+    output: Output
 
     def go(self, form: sinks.OutFormat) -> None:
-        """Predict and write everything, and say what became of the rows."""
-        progress, lines = self.taken.progress, self.source.form == "lines"
+        """Predict and write everything, and report bad rows and cut ones."""
+        predictor, progress, lines = self.predictor, self.output.progress, self.source.form == "lines"
         if lines:
-            self.made.column_of_lines()
+            predictor.column_of_lines()
         done = progress.rows
         if done:
-            log.say(f"goes on after {done:,} rows")
-        incoming = self.source.rows(() if lines else self.made.needed)
+            log.say(f"continuing after {done:,} rows")
+        incoming = self.source.rows(() if lines else predictor.needed)
         for _ in islice(incoming, done):
             pass
         sink: Sink | None = None
         with log.phase("predicting", self.source.count(), "rows") as shown:
             shown.done = shown.first = done
-            for window in _windows(incoming, self.made.window):
+            for window in _windows(incoming, predictor.window):
                 sink = sink or self._sink(form, window)
-                predicted = self.made.predict(self._unclashing(window, sink), lines=lines)
-                kept = self._judged(window, predicted, sink)
+                predicted = predictor.predict(_unclashing(window, sink), lines=lines)
+                kept = self._kept(window, predicted, sink)
                 head = sink.head() if not progress.rows else b""
                 data = head + sink.body(kept, self.source.place)
                 progress.rows += len(window)
                 progress.cut += predicted.cut
                 progress.schema = sink.state()
-                self.taken.write(data)
+                self.output.write(data)
                 shown.done = progress.rows
         sink = sink or self._sink(form, [])
         if not progress.rows:
-            self.taken.write(sink.head())
-        self.taken.finish(sink)
-        self._tell()
+            self.output.write(sink.head())
+        self.output.finish(sink)
+        if progress.faulty:
+            fate = "left out" if self.options.on_bad_row == "skip" else "written without a prediction"
+            log.warn(f"{self.source.place}: {progress.faulty:,} of {progress.rows:,} rows are bad, and {fate}")
+            for fault, struck in progress.faults.items():
+                log.warn(f"{self.source.place}:{struck[0]}: {fault} (line {', '.join(map(str, struck))})")
+        if progress.cut:
+            log.warn(f"{progress.cut:,} of {progress.rows:,} rows are {predictor.cut_means}")
+        if self.options.output != "-":
+            log.say(f"{progress.rows:,} rows predicted, in {self.options.output}")
 
     def _sink(self, form: sinks.OutFormat, window: Sequence[Row]) -> Sink:
-        """The sink, with output columns that clash with no input column."""
-        progress = self.taken.progress
+        """Make the sink, with output columns that clash with no input column."""
+        progress, kinds = self.output.progress, self.predictor.kinds
         schema = self.source.schema()
         if not progress.columns:
             columns = dict.fromkeys(name for row in window for name in row.cells)
             progress.columns = list(columns) if schema is None else list(schema.names)
-            asked = self.options.prefix
-            found = sinks.prefix_for(progress.columns, list(self.made.kinds))
-            progress.prefix = found if asked is None else asked
-            self._refuse_clash(progress.columns)
-        kinds = {progress.prefix + name: kind for name, kind in self.made.kinds.items()}
-        sink = Sink(form, progress.columns, kinds, schema)
+            found = sinks.prefix_for(progress.columns, list(kinds))
+            progress.prefix = found if self.options.prefix is None else self.options.prefix
+            if clash := [progress.prefix + name for name in kinds if progress.prefix + name in progress.columns]:
+                raise RecipeError(f"--prefix: the input has a column {clash[0]!r} already; give another prefix")
+        sink = Sink(form, progress.columns, {progress.prefix + name: kind for name, kind in kinds.items()}, schema)
         sink.resume(progress.schema)
         return sink
 
-    def _refuse_clash(self, columns: Sequence[str]) -> None:
-        clash = [name for name in self.made.kinds if self.taken.progress.prefix + name in columns]
-        if clash:
-            name = self.taken.progress.prefix + clash[0]
-            raise RecipeError(f"--prefix: the input has a column {name!r} already; give another prefix")
-
-    def _unclashing(self, window: Sequence[Row], sink: Sink) -> list[Row]:
-        """The rows; one with a key that the output needs for itself has a fault."""
-        found = []
-        for row in window:
-            clash = next((name for name in row.cells if name in sink.kinds), None)
-            fault = row.fault or (f"has the key {clash!r}, a name of the output; give --prefix" if clash else "")
-            found.append(row if fault == row.fault else Row(row.number, row.cells, fault))
-        return found
-
-    def _judged(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
-        """Rows as they are written, by number; faulty ones raise, are left out, or have no outputs.
-
-        Raises:
-            DataError: There are faulty rows, and they must not be.
-        """
-        self._note(window, predicted)
-        kept = {}
-        for row, outputs in zip(window, predicted.outputs, strict=True):
-            if outputs is None and self.options.on_bad_row == "skip":
-                continue
-            cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
-            named = {sink_name: None if outputs is None else outputs[name] for sink_name, name in self._names(sink)}
-            kept[row.number] = cells | named
-        return kept
-
-    def _names(self, sink: Sink) -> Iterator[tuple[str, str]]:
-        return zip(sink.kinds, self.made.kinds, strict=True)
-
-    def _note(self, window: Sequence[Row], predicted: Predicted) -> None:
-        """Count the faults of a window, or raise them."""
+    def _kept(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
+        """Rows as they are written, by number; faulty ones are counted, and left out or have no outputs."""
+        progress, on_bad_row = self.output.progress, self.options.on_bad_row
         found: dict[str, list[int]] = {}
         for row, fault in zip(window, predicted.faults, strict=True):
             if fault:
                 found.setdefault(fault, []).append(row.number)
-        if found and self.options.on_bad_row == "error":
-            raise DataError(self._problem(*fault) for fault in list(found.items())[:MOST_FAULTS])
-        progress = self.taken.progress
-        for what, struck in found.items():
+        if found and on_bad_row == "error":
+            raise DataError(
+                Problem(
+                    fault
+                    + (f" (line {numbers(struck)})" if len(struck) > 1 else "")
+                    + "; or give --on-bad-row skip or null",
+                    file=self.source.place,
+                    line=struck[0],
+                )
+                for fault, struck in list(found.items())[:MOST_FAULTS]
+            )
+        for fault, struck in found.items():
             progress.faulty += len(struck)
-            if what in progress.faults or len(progress.faults) < MOST_FAULTS:
-                known = progress.faults.setdefault(what, [])
+            if fault in progress.faults or len(progress.faults) < MOST_FAULTS:
+                known = progress.faults.setdefault(fault, [])
                 known += struck[: SHOWN - len(known)]
+        kept = {}
+        for row, outputs in zip(window, predicted.outputs, strict=True):
+            if outputs is None and on_bad_row == "skip":
+                continue
+            cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
+            names = zip(sink.kinds, self.predictor.kinds, strict=True)
+            kept[row.number] = cells | {name: None if outputs is None else outputs[plain] for name, plain in names}
+        return kept
 
-    def _problem(self, what: str, struck: list[int]) -> Problem:
-        remedy = "; or give --on-bad-row skip or null"
-        if len(struck) == 1:
-            return Problem(what + remedy, file=self.source.place, line=struck[0])
-        return Problem(f"{what} (line {numbers(struck)}){remedy}", file=self.source.place, line=struck[0])
 
-    def _tell(self) -> None:
-        """What became of the rows."""
-        progress = self.taken.progress
-        if progress.faulty:
-            fate = "left out" if self.options.on_bad_row == "skip" else "written without a prediction"
-            log.warn(f"{self.source.place}: {progress.faulty:,} of {progress.rows:,} rows are bad, and {fate}")
-            for what, struck in progress.faults.items():
-                log.warn(f"{self.source.place}:{struck[0]}: {what} (line {', '.join(map(str, struck))})")
-        if progress.cut:
-            log.warn(f"{progress.cut:,} of {progress.rows:,} rows are {self.made.cut_means}")
-        if self.options.output != "-":
-            log.say(f"{progress.rows:,} rows predicted, in {self.options.output}")
+def _unclashing(window: Sequence[Row], sink: Sink) -> list[Row]:
+    """Give rows with a key that the output needs for itself a fault."""
+    found = []
+    for row in window:
+        clash = next((name for name in row.cells if name in sink.kinds), None)
+        fault = row.fault or (f"has the key {clash!r}, a name of the output; give --prefix" if clash else "")
+        found.append(row._replace(fault=fault))
+    return found
 
 
 def _windows(incoming: Iterator[Row], most: int) -> Iterator[list[Row]]:
-    """Stretches of rows, bounded in number and in characters; where they begin follows from the rows alone."""
+    """Cut rows into windows, bounded in number and in characters; where they begin follows from the rows alone."""
     window: list[Row] = []
     characters = 0
     for row in incoming:

@@ -1,4 +1,4 @@
-"""Reads rows one by one, from a file or a pipe, as training reads them: csv, tsv, json, parquet, or plain lines."""
+"""Read rows one by one, from a file or a pipe, as training reads them: csv, tsv, json, parquet, or plain lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from hf_finetune.data.readers import Row, missing_columns
 from hf_finetune.errors import DataError, Problem, RecipeError
 
 Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "lines"]
-FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "json", "parquet", "lines")
 SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -30,11 +29,10 @@ SUFFIXES: dict[str, Format] = {
     ".txt": "lines",
 }
 STDIN = "-"
+# Column of a plain line.
 LINE = "text"
-"""Column of a plain line."""
-CHUNK = 1 << 20
-PARQUET_ROWS = 1024
-"""Rows of a parquet file that are read together."""
+# Bytes that are read at once to count lines, and rows of a parquet file that are read at once.
+CHUNK, PARQUET_ROWS = 1 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,11 @@ class Input:
 
     @property
     def is_pipe(self) -> bool:
-        """True of standard input and of pipes that have a name, which can be read once only."""
+        """Standard input and named pipes can be read once only."""
         return self.name == STDIN or not Path(self.name).is_file()
 
     def identity(self) -> dict[str, Any]:
-        """A hash that tells whether this is the same input as before; nothing of a pipe.
-
-        Raises:
-            DataError: The file can't be read.
-        """
+        """Hash the file, to recognise the same input again; nothing is known of a pipe."""
         if self.is_pipe:
             return {}
         try:
@@ -70,20 +64,28 @@ class Input:
             raise _unreadable(self.name, error) from error
 
     def recognised(self, needed: Sequence[str]) -> Input:
-        """The same with the format that its first line tells; nothing is consumed.
+        """Take the format of standard input from its first line; nothing is consumed.
 
-        Args:
-            needed: Columns without which no row is of use.
+        JSON, or a header that names every needed column, is recognised; anything else is plain lines.
         """
         if self.name != STDIN or sys.stdin is None or sys.stdin.closed or not needed:
             return self
         peek = getattr(sys.stdin.buffer, "peek", None)
         head = b"" if peek is None else peek(1)
         line = head.decode("utf-8-sig", errors="ignore").partition("\n")[0].rstrip("\r")
-        return replace(self, form=_head_format(line, needed))
+        if line.startswith("{"):
+            try:
+                is_object = isinstance(json.loads(line), dict)
+            except ValueError:
+                is_object = False
+            if is_object:
+                return replace(self, form="jsonl")
+        if "\t" in line and set(needed) <= set(line.split("\t")):
+            return replace(self, form="tsv")
+        return replace(self, form="csv" if set(needed) <= set(next(csv.reader([line]), [])) else "lines")
 
     def count(self) -> int | None:
-        """Number of rows, for a progress bar; None where counting would take a second reading."""
+        """Count the rows, for a progress bar; None where that takes more than counting line ends."""
         if self.is_pipe:
             return None
         if self.form == "parquet":
@@ -93,16 +95,13 @@ class Input:
         lines = 0
         with Path(self.name).open("rb") as stream:
             while chunk := stream.read(CHUNK):
-                if self.form == "csv" and b'"' in chunk:
-                    return None  # a field may hold line ends
+                if self.form == "csv" and b'"' in chunk:  # a field may hold line ends
+                    return None
                 lines += chunk.count(b"\n")
         return max(lines - (self.form in ("csv", "tsv")), 0) or None
 
     def rows(self, needed: Sequence[str]) -> Iterator[Row]:
-        """Every row.
-
-        Args:
-            needed: Columns without which no row is of use.
+        """Every row; one that lacks a needed column has a fault.
 
         Raises:
             DataError: The file can't be read, is not UTF-8, or lacks a column.
@@ -128,8 +127,10 @@ class Input:
                     yield Row(row.number, row.cells, row.fault or ("" if absent is None else f"has no key {absent!r}"))
             except UnicodeDecodeError as error:
                 message = f"is not UTF-8 ({error.reason} at byte {error.start} of what was read last); save it as UTF-8"
-                told = Problem(message, file=self.place) if self.is_pipe else readers.not_utf8(self.name)
-                raise DataError(told) from None
+                # A pipe can't be read again to find the line.
+                raise DataError(
+                    Problem(message, file=self.place) if self.is_pipe else readers.not_utf8(self.name)
+                ) from None
 
     @contextmanager
     def _opened(self) -> Iterator[IO[str]]:
@@ -155,7 +156,7 @@ class Input:
         return data_cells.opened(self.name)
 
     def schema(self) -> Any:
-        """Arrow schema of a parquet file; None of any other."""
+        """The Arrow schema of a parquet file; None for any other."""
         return self._parquet().schema_arrow if self.form == "parquet" else None
 
 
@@ -164,15 +165,11 @@ def _unreadable(name: str, error: OSError) -> DataError:
 
 
 def find(name: str, form: str | None) -> Input:
-    """The input that a name means.
+    """Make the input of a name.
 
     Args:
         name: A file, or `-` for standard input.
-        form: Its format; None follows its suffix, and takes standard input for plain lines.
-
-    Raises:
-        DataError: There is no such file.
-        RecipeError: The format is not known.
+        form: Its format; None goes by the suffix, and takes standard input for plain lines.
     """
     if name == STDIN:
         found: Any = form or "lines"
@@ -181,24 +178,11 @@ def find(name: str, form: str | None) -> Input:
         return Input(name, found)
     file = Path(name)
     if not file.exists():
-        raise DataError(Problem("is not there", file=name))
+        raise DataError(Problem("does not exist", file=name))
     if file.is_dir():
         raise DataError(Problem("is a folder; give one file", file=name))
     chosen: Any = form or SUFFIXES.get(file.suffix.lower())
     if chosen is None:
         known = ", ".join(SUFFIXES)
-        raise RecipeError(f"{name}: its suffix tells no format ({known}); give --input-format")
+        raise RecipeError(f"{name}: unknown suffix (known: {known}); give --input-format")
     return Input(name, chosen)
-
-
-def _head_format(line: str, needed: Sequence[str]) -> Format:
-    """The format by the first line: JSON, or a header that names every column that is needed."""
-    if line.startswith("{"):
-        try:
-            if isinstance(json.loads(line), dict):
-                return "jsonl"
-        except ValueError:
-            return "lines"
-    if "\t" in line and set(needed) <= set(line.split("\t")):
-        return "tsv"
-    return "csv" if set(needed) <= set(next(csv.reader([line]), [])) else "lines"

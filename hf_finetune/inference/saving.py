@@ -1,4 +1,4 @@
-"""Writes the final adapter folder, and loads it again to see that it is the model in memory."""
+"""Save what was trained: written, read back, and compared with the model in memory."""
 
 from __future__ import annotations
 
@@ -45,18 +45,15 @@ def save(
 ) -> None:
     """Write weights (safetensors), tokenizer, chat template, labels and the model card without metrics.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all; an earlier one is replaced.
 
     Args:
         adapted: The trained model, not wrapped by DDP.
-        recipe: What was run.
+        recipe: Its recipe.
         targets: Label names, for `labels.json` and the card.
-        processor: What prepared the rows: a tokenizer or the like.
-        folder: Where to; an earlier one is replaced.
+        processor: Prepared the rows: a tokenizer or the like.
+        folder: The folder to make.
         state: The trained weights in one piece where the model holds parts of them; see `Adapter.save`.
-
-    Raises:
-        StorageError: The disk does not take it.
     """
     final = Path(folder)
     staging = final.with_name(f".{final.name}.partial")
@@ -85,8 +82,8 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
         adapted: The model in memory.
         recipe: Names the base.
         machine: Its precision decides the tolerance.
-        batch: One collated batch on the model's device.
-        folder: What `save` wrote.
+        batch: On the model's device.
+        folder: Made by `save`.
 
     Returns:
         The largest difference of two logits, as a share of the largest logit.
@@ -121,15 +118,6 @@ def compare(
     """Read the weights in the folder and compare them with those in memory: names, shapes, dtypes and every bit.
 
     It takes no second base, which would not fit beside a quantised or a divided one.
-
-    Args:
-        adapted: The model in memory.
-        recipe: Names the adapter.
-        folder: What `save` wrote.
-        state: See `save`.
-
-    Raises:
-        ModelError: What is on disk is not what was trained.
     """
     expected, seen, lost = recipe.adapter.tensors(adapted, state), set[str](), list[str]()
     try:
@@ -158,7 +146,7 @@ def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
-    """Logits in float32, with the run's autocast."""
+    """Logits in float32, in eval mode and the run's precision; modes are put back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     device = next(iter(inputs.values())).device.type
@@ -171,11 +159,8 @@ def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machin
     return logits.float()
 
 
-# Save what was trained: written, read back, and compared with the model in memory.
-
-
 def save_and_compare(trainer: FinetuneTrainer, folder: RunFolder) -> float | None:
-    """Write `adapter/` and `targets.json`, read the adapter back, and compare; every rank calls it.
+    """Save a run: write `adapter/` and `targets.json`, read the adapter back, and compare; every rank calls it.
 
     Returns:
         The largest difference of logits, as a share of the largest; None where every bit was compared instead.
@@ -209,11 +194,7 @@ def save_and_compare(trainer: FinetuneTrainer, folder: RunFolder) -> float | Non
 
 
 def gathered(trainer: FinetuneTrainer) -> dict[str, torch.Tensor]:
-    """Collect the trained weights in one piece, on the CPU of the first rank; every rank takes part.
-
-    Raises:
-        ModelError: One was not given back.
-    """
+    """Collect the trained weights in one piece, on the CPU of the first rank; every rank takes part."""
     trained = trainer.bare_model
     if trainer.is_deepspeed_enabled:
         return sharded.trained(trained, keeps=trainer.args.process_index == 0)

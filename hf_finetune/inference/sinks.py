@@ -1,7 +1,7 @@
-"""Where predictions go: a pipe, or a file that is whole or not there, and that a killed process can be gone on with.
+"""Write predictions to a pipe, or to a file that appears whole and can be continued by another process.
 
 Until the end a file is `OUTPUT.partial`; `OUTPUT.partial.json` says after each window how many of its bytes count, and
-how many rows they came of. A process that goes on cuts off what is behind them, half a line too.
+how many rows they came of. A process that continues it cuts off everything behind them, half a line too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import fcntl
 import io
 import json
 import os
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,19 +23,23 @@ from hf_finetune.errors import DataError, Problem, RecipeError, StorageError
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import OutputKind
 
+OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
+PREFIX = "predicted_"
+Cells = dict[str, Any]
+
 
 @dataclass
 class Progress:
-    """How far it is."""
+    """How far a file is."""
 
     rows: int = 0
     """Rows that were read and are done with."""
     bytes: int = 0
-    """Of the partial file, that belong to them."""
+    """Bytes of the partial file that belong to them."""
     cut: int = 0
     faulty: int = 0
     faults: dict[str, list[int]] = field(default_factory=dict)
-    """What was wrong with the rows that were skipped or left empty -> the first few."""
+    """Faults of rows that were skipped or left empty -> the first few such rows."""
     schema: str | None = None
     """See `Sink.state`."""
     columns: list[str] = field(default_factory=list)
@@ -44,32 +47,14 @@ class Progress:
     prefix: str = ""
 
 
-class Output(ABC):
-    """Takes windows of bytes."""
-
-    progress: Progress
-
-    @abstractmethod
-    def write(self, data: bytes) -> None:
-        """Take the bytes of a window and commit them, and what `progress` says by now."""
-
-    @abstractmethod
-    def finish(self, sink: Sink) -> None:
-        """Everything is written."""
-
-
-class Pipe(Output):
+class Pipe:
     """Standard output."""
 
     def __init__(self) -> None:
         self.progress = Progress()
 
     def write(self, data: bytes) -> None:
-        """Write at once.
-
-        Raises:
-            BrokenPipeError: Nobody reads any more.
-        """
+        """Write a window at once."""
         view = memoryview(data)
         while view:
             view = view[os.write(1, view) :]
@@ -78,128 +63,106 @@ class Pipe(Output):
         """Nothing is left to do."""
 
 
-class File(Output):
-    """A file; see the module."""
+class File:
+    """A file in the making; see the module.
 
-    def __init__(self, final: Path, stream: IO[bytes], progress: Progress, key: Mapping[str, Any]) -> None:
-        self.final, self.stream, self.progress, self.key = final, stream, progress, key
+    Args:
+        final: Its name in the end.
+        key: Everything that must be the same for another process to continue.
+    """
+
+    def __init__(self, final: Path, key: Mapping[str, Any]) -> None:
+        self.final, self.key, self.progress = final, dict(key), Progress()
+        self.partial = final.with_name(f"{final.name}.partial")
+        self.state = final.with_name(f"{final.name}.partial.json")
+        self.stream: IO[bytes] = self.partial.open("r+b" if self.partial.exists() else "x+b")
+
+    def resume(self) -> None:
+        """Take up the progress of an earlier process, where its files can be used."""
+        try:
+            state = json.loads(self.state.read_text(encoding="utf-8"))
+            progress = Progress(**state["progress"])
+            before: dict[str, Any] = state["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if self.partial.stat().st_size < progress.bytes:
+            return
+        if changed := [name for name in {**before, **self.key} if before.get(name) != self.key.get(name)]:
+            message = f"was begun with another {', '.join(changed)}; change it back, or give --restart to begin anew"
+            raise RecipeError(Problem(message, file=str(self.partial)))
+        self.progress = progress
 
     def write(self, data: bytes) -> None:
-        """Append, then commit.
-
-        Raises:
-            StorageError: The disk does not take it.
-        """
-        try:
+        """Append a window, then commit it with what `progress` says by now."""
+        with self._reported():
             self.stream.write(data)
             self.stream.flush()
             os.fsync(self.stream.fileno())
             self.progress.bytes += len(data)
-            state = {"key": dict(self.key), "progress": asdict(self.progress)}
-            write_atomically(_state_of(self.final), json.dumps(state))
-        except OSError as error:
-            raise StorageError(f"{self.final} can't be written: {error.strerror}; the same command goes on") from error
+            write_atomically(self.state, json.dumps({"key": self.key, "progress": asdict(self.progress)}))
 
     def finish(self, sink: Sink) -> None:
-        """Give the file its name.
+        """Give the file its name."""
+        with self._reported():
+            sink.finish(self.partial, self.final)
+            self.state.unlink(missing_ok=True)
 
-        Raises:
-            StorageError: The disk does not take it.
-        """
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
         try:
-            sink.finish(_partial_of(self.final), self.final)
-            _state_of(self.final).unlink(missing_ok=True)
+            yield
         except OSError as error:
-            raise StorageError(f"{self.final} can't be written: {error.strerror}; the same command goes on") from error
+            reason = f"{self.final} can't be written: {error.strerror}"
+            raise StorageError(f"{reason}; make room, and give the same command to continue") from error
+
+
+Output = Pipe | File
 
 
 @contextmanager
 def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable: bool) -> Iterator[Output]:
-    """The output; inside, it is this process's alone.
+    """Open the output; inside, it is this process's alone.
 
     Args:
         name: A file; None is standard output.
-        key: What must be the same for another process to go on.
+        key: Everything that must be the same for another process to continue.
         restart: Begin anew, and replace a finished file.
-        resumable: Whether the input can be read again.
+        resumable: The input can be read again.
 
     Raises:
-        RecipeError: The file is there already, another process writes it, or what began it was something else.
+        RecipeError: The file exists, another process writes it, or what began it was something else.
         StorageError: It can't be written.
     """
     if name is None:
         yield Pipe()
         return
     refuse(name, restart=restart)
-    final = Path(name)
     try:
-        stream = _partial_of(final).open("r+b" if _partial_of(final).exists() else "x+b")
+        file = File(Path(name), key)
     except OSError as error:
         raise StorageError(f"{name} can't be written: {error.strerror}") from error
-    with stream:
+    with file.stream as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecipeError(Problem("is being written by another process; wait for it", file=name)) from None
-        progress = _stored(final, key) if resumable and not restart else Progress()
-        stream.truncate(progress.bytes)
-        stream.seek(progress.bytes)
-        yield File(final, stream, progress, key)
+        if resumable and not restart:
+            file.resume()
+        stream.truncate(file.progress.bytes)
+        stream.seek(file.progress.bytes)
+        yield file
 
 
 def refuse(name: str, *, restart: bool) -> None:
-    """Refuse an output that can't be made, before anything is loaded.
-
-    Raises:
-        RecipeError: It is there already, and not to be replaced.
-        StorageError: Its folder is not there.
-    """
+    """Refuse an output that can't be made, before anything is loaded."""
     if Path(name).exists() and not restart:
-        raise RecipeError(Problem("is there already; name another file, or give --restart to replace it", file=name))
+        raise RecipeError(Problem("exists already; name another file, or give --restart to replace it", file=name))
     if not Path(name).parent.is_dir():
         raise StorageError(Problem(f"there is no folder {str(Path(name).parent)!r}; make it first", file=name))
 
 
-def _stored(final: Path, key: Mapping[str, Any]) -> Progress:
-    """How far an earlier process came.
-
-    Raises:
-        RecipeError: It did something else.
-    """
-    try:
-        state = json.loads(_state_of(final).read_text(encoding="utf-8"))
-        progress = Progress(**state["progress"])
-        before: dict[str, Any] = state["key"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return Progress()
-    if _partial_of(final).stat().st_size < progress.bytes:
-        return Progress()
-    changed = [name for name in {**before, **key} if before.get(name) != key.get(name)]
-    if changed:
-        what = ", ".join(changed)
-        message = f"was begun with another {what}; give back what changed, or --restart to begin anew"
-        raise RecipeError(Problem(message, file=str(_partial_of(final))))
-    return progress
-
-
-def _partial_of(final: Path) -> Path:
-    return final.with_name(f"{final.name}.partial")
-
-
-def _state_of(final: Path) -> Path:
-    return final.with_name(f"{final.name}.partial.json")
-
-
-# Rows with their outputs as bytes, a window at a time: csv, tsv, jsonl, parquet.
-
-OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
-OUT_FORMATS: tuple[OutFormat, ...] = ("csv", "tsv", "jsonl", "parquet")
-PREFIX = "predicted_"
-Cells = dict[str, Any]
-
-
 def prefix_for(inputs: Sequence[str], outputs: Sequence[str]) -> str:
-    """What is put before every output column, so that none has the name of an input column: mostly nothing."""
+    """Find a prefix with which no output column has the name of an input column: mostly none is needed."""
     prefix, number = "", 1
     while any(f"{prefix}{name}" in inputs for name in outputs):
         prefix = PREFIX if number == 1 else f"{PREFIX}{number}_"
@@ -209,7 +172,7 @@ def prefix_for(inputs: Sequence[str], outputs: Sequence[str]) -> str:
 
 @dataclass
 class Sink:
-    """Makes bytes of rows.
+    """Makes bytes of rows, a window at a time.
 
     Args:
         form: The format.
@@ -225,7 +188,7 @@ class Sink:
     _parquet: Any = field(default=None, init=False)
 
     def head(self) -> bytes:
-        """What stands before the first row."""
+        """The bytes before the first row."""
         if self.form in ("csv", "tsv"):
             return self._table([dict(zip(self.columns, self.columns, strict=True))])
         return b""
@@ -236,14 +199,11 @@ class Sink:
         return [*self.inputs, *self.kinds]
 
     def body(self, rows: Mapping[int, Cells], place: str) -> bytes:
-        """A window of rows.
+        """Format a window.
 
         Args:
             rows: Input and output cells, by the row's number.
-            place: What messages call the input.
-
-        Raises:
-            DataError: The format can't hold a row.
+            place: Name of the input in messages.
         """
         if not rows:
             return b""
@@ -271,14 +231,14 @@ class Sink:
         writer.writerows([_cell(row.get(name)) for name in self.columns] for row in rows)
         return text.getvalue().encode("utf-8", "surrogatepass")
 
-    # ---- parquet: until the end, record batches behind their lengths; a file of it is made of them then ----
+    # Parquet can't be appended to: until the end, the file holds record batches behind their lengths.
 
     def state(self) -> str | None:
-        """What the next process must know to go on."""
+        """Everything that another process must know to continue: the schema."""
         return None if self._parquet is None else base64.b64encode(self._parquet.serialize()).decode()
 
     def resume(self, state: str | None) -> None:
-        """What `state` told."""
+        """Take what `state` gave."""
         if state is not None:
             import pyarrow as pa
 
@@ -303,7 +263,7 @@ class Sink:
         return len(frame).to_bytes(8) + frame
 
     def _culprit(self, rows: Mapping[int, Cells]) -> tuple[int | None, str]:
-        """Number and column of the cell that no Arrow array takes beside those before it."""
+        """Find the number and column of the cell that no Arrow array takes beside those before it."""
         import pyarrow as pa
 
         def is_refused(cells: Sequence[Any], kind: Any) -> bool:
@@ -335,7 +295,8 @@ class Sink:
         types = {"text": pa.string(), "texts": pa.list_(pa.string()), "number": pa.float64(), "truth": pa.bool_()}
         for name, kind in self.kinds.items():
             schema = schema.append(pa.field(name, types[kind]))
-        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # raises now what it would raise after all rows
+        # Raise now what would be raised after all rows.
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
         return schema
 
     def finish(self, partial: Path, final: Path) -> None:
@@ -357,14 +318,14 @@ class Sink:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What pyarrow raises where a value is of no type, or not of the one that it should be."""
+    """Errors that pyarrow raises where a value has no type, or another one than it should."""
     import pyarrow as pa
 
     return pa.ArrowException, OverflowError, ValueError, TypeError
 
 
 def _plain(kind: Any) -> Any:
-    """An Arrow type without dictionaries: batches that stand alone can't share one."""
+    """Replace dictionaries in an Arrow type: batches that stand alone can't share one."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -402,7 +363,7 @@ def _json(row: Cells) -> bytes:
 
 
 def _cell(value: Any) -> str:
-    """A cell of a table: lists and objects as JSON, as they can't be anything else."""
+    """Format a cell of a table; lists and objects become JSON."""
     if value is None:
         return ""
     if isinstance(value, bool | list | dict):

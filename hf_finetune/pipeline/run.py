@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.inference import merge as inference_merge
 from hf_finetune.inference import opening
+from hf_finetune.inference.merge import Report
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
 
 if TYPE_CHECKING:
-    from hf_finetune.inference.merge import Report
-    from hf_finetune.inference.predictor import Predictor
+    from hf_finetune.inference.predict import Predictor
     from hf_finetune.reports.run import Outcome
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -106,19 +107,13 @@ class Run:
         """
         files = _words(data)
         others = [os.fspath(other) for other in against if other != "base"]
-        opening.look(str(self.folder), self.overrides, others=others, rows=opening.Rows(tuple(files), split, tuple(by)))
-        from hf_finetune.inference import evaluate as inference_evaluate
+        look_at = split or opening.HELD_OUT
+        opening.look(str(self.folder), self.overrides, others=others, files=files, split=look_at, columns=by)
+        from hf_finetune.inference.evaluate import evaluate
 
-        options = inference_evaluate.Options(
-            run=str(self.folder),
-            overrides=self.overrides,
-            files=tuple(files),
-            split=split,
-            by=tuple(by),
-            against=tuple(os.fspath(other) for other in against),
-        )
+        names = [os.fspath(other) for other in against]
         with _quietly():
-            return inference_evaluate.evaluate(options)[0]
+            return evaluate(str(self.folder), self.overrides, files=files, split=split, by=by, against=names)[0]
 
     def predict(self, rows: Rows, *, max_new_tokens: int | None = None) -> list[dict[str, Any]]:
         """Predict rows: label, score and probabilities, a number, or generated text, in their order.
@@ -133,7 +128,7 @@ class Run:
         """
         given = list(rows)
         lines = bool(given) and all(isinstance(row, str) for row in given)
-        from hf_finetune.inference import predictor
+        from hf_finetune.inference import predict
         from hf_finetune.inference.load import open_run
         from hf_finetune.inference.rows import LINE
 
@@ -142,7 +137,7 @@ class Run:
             if max_new_tokens not in self._predictors:
                 opening.look(str(self.folder), self.overrides)
                 opened = open_run(str(self.folder), self.overrides)
-                self._predictors[max_new_tokens] = predictor.make(opened, max_new_tokens)
+                self._predictors[max_new_tokens] = predict.make(opened, max_new_tokens)
             made = self._predictors[max_new_tokens]
             for start in range(0, len(given), made.window):
                 window = [
@@ -173,14 +168,11 @@ class Run:
         Raises:
             FinetuneError: Something does not load, or is not the run's model.
         """
-        from hf_finetune.inference import merge_options
-
         files = _words(data)
-        rows = opening.Rows(tuple(files)) if files else None
-        opening.look(str(self.folder), self.overrides, rows=rows)
-        asked = merge_options.Options(to=os.fspath(to), data=tuple(files), **options)
+        opening.look(str(self.folder), self.overrides, files=files)
+        asked = inference_merge.Options(to=os.fspath(to), data=tuple(files), **options)
         with _quietly():
-            return merge_options.merge(str(self.folder), asked, self.overrides)
+            return inference_merge.merge(str(self.folder), asked, self.overrides)
 
     def push(self, repo: str | None = None, **options: Any) -> None:
         """Upload `adapter/` to the Hub; the same content twice makes no second commit.
