@@ -13,9 +13,9 @@ import torch
 from conftest import RECIPE, finished
 
 from hf_finetune.errors import CheckpointError, RecipeError
-from hf_finetune.inference import load
 from hf_finetune.inference.load import Finished, open_run
 from hf_finetune.run import folder as run_folder
+from hf_finetune.run import lock as run_lock
 from hf_finetune.run.lock import Input
 from hf_finetune.tasks.base import State
 from hf_finetune.tracking.records import Record, stored
@@ -172,7 +172,7 @@ def test_a_base_that_is_another_one_is_refused(
     with (moved / "model.safetensors").open("r+b") as weights:
         weights.seek(-1, 2)
         weights.write(b"\x01")
-    with pytest.raises(CheckpointError, match=r"model\.name: .*model\.safetensors changed; put it back, or give"):
+    with pytest.raises(CheckpointError, match=r"model\.name: .*model\.safetensors changed .*; put it back, or give"):
         open_run(str(classifier), [f"model.name={moved}"])
     (copied / "run.lock.json").write_text("{")
     capsys.readouterr()
@@ -183,12 +183,12 @@ def test_a_base_that_is_another_one_is_refused(
 def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({"source": "a/b", "commit": "1" * 40}, None),
-        ({"source": "a/c", "commit": "1" * 40}, "it was a/b, is a/c"),
-        ({"source": "a/b", "commit": "2" * 40}, "its commit was 111111111111, is 222222222222"),
+        ({"source": "a/c", "commit": "1" * 40}, "source was a/b, is a/c"),
+        ({"source": "a/b", "commit": "2" * 40}, "commit was 1111"),
     ]
     for now, says in cases:
-        found = load._changed_on_hub(Input(source="a/b", commit="1" * 40), Input(**now))
-        assert found is None if says is None else says in str(found)
+        found = list(run_lock.changed_input(Input(source="a/b", commit="1" * 40), Input(**now)))
+        assert found == [] if says is None else says in found[0]
 
 
 def test_a_run_is_used_by_one_process(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

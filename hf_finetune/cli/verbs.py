@@ -312,7 +312,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
         log.open_for(arguments.log_format, quiet=True)
     from hf_finetune.config.paths import refuse_outside
-    from hf_finetune.inference import opening, sinks
+    from hf_finetune.inference import opening
     from hf_finetune.inference import rows as inference_rows
 
     named = (("--input", arguments.input), ("--output", arguments.output))
@@ -320,7 +320,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     opening.look(arguments.run_folder, arguments.overrides)
     inference_rows.find(arguments.input, arguments.input_format)
     if arguments.output != "-":
-        sinks.refuse(arguments.output, restart=arguments.restart)
+        opening.refuse_output(arguments.output, restart=arguments.restart)
     from hf_finetune.inference import predict
 
     options = predict.Options(

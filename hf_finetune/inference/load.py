@@ -41,8 +41,6 @@ Predict = Callable[[Batch], dict[str, torch.Tensor]]
 PREFIX = "base_model.model."
 # Sizes of two rows on which the model is compared with itself, with and without fast paths.
 PROBE = (6, 16)
-# Names of changed files in a message, at most.
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -213,14 +211,11 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
 def _as_in_training(folder: RunFolder, recipe: Recipe, machine: Machine) -> Machine:
     """Take the choices of the run's own machine, so that the same rows give the same numbers."""
     choices = run_lock.choices(folder.run_lock)
-    if choices is None or choices.device != machine.device:
+    if choices is not None and choices.device == machine.device:
+        machine = choices.onto(machine, recipe)
+    else:
         reason = f"the run was made on a {choices.device}" if choices else "run.lock.json is missing or damaged"
         warn(f"{reason}: precision and attention are those of this machine, numbers may differ in the last digits")
-        return replace(machine, attention=load.attention(recipe, machine))
-    if recipe.training.precision == "auto":
-        machine = replace(machine, precision=choices.value("precision") or machine.precision)
-    if recipe.model.attention == "auto":
-        machine = replace(machine, attention=choices.value("attention") or machine.attention)
     return replace(machine, attention=load.attention(recipe, machine))
 
 
@@ -277,27 +272,14 @@ def check_base(recipe: Recipe, folder: RunFolder) -> None:
         warn(f"the run was trained on {kinds[0]}, and this is {kinds[1]}: they could not be compared")
     elif was.source and was.commit and now.source == was.source and not now.commit:
         warn(f"the commit of {now.source} is not known: it could not be compared with the run's {was.commit[:12]}")
-    elif (what := _changed_on_hub(was, now) if was.source else _changed_files(was, now)) is not None:
-        raise CheckpointError(Problem(f"the base is not the one that the run was trained on: {what}", key="model.name"))
-
-
-def _changed_on_hub(was: Input, now: Input) -> str | None:
-    if was.source != now.source:
-        return f"it was {was.source}, is {now.source}; leave model.name out"
-    if was.commit and was.commit != now.commit:
-        return f"its commit was {was.commit[:12]}, is {str(now.commit)[:12]}; leave model.revision out"
-    return None
-
-
-def _changed_files(was: Input, now: Input) -> str | None:
-    # Files may have other names, as long as there are the same contents.
-    if sorted(file.sha256 for file in was.files) == sorted(file.sha256 for file in now.files):
-        return None
-    before, after = ({file.name: file.sha256 for file in one.files} for one in (was, now))
-    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    shown = [
-        f"{name} {'is gone' if name not in after else 'is new' if name not in before else 'changed'}"
-        for name in differing[:SHOWN]
-    ]
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    return f"{', '.join(shown)}{more}; put it back, or give model.name= the folder with the same files"
+    else:
+        # Local files count by their contents, wherever they lie and whatever they are called.
+        same = sorted(file.sha256 for file in was.files) == sorted(file.sha256 for file in now.files)
+        known = was if was.commit else was.model_copy(update={"commit": now.commit})
+        changes = [] if was.files and same else list(run_lock.changed_input(known, now))
+        if changes:
+            hint = (
+                "leave model.name and model.revision out" if was.source else "or give model.name= the folder as it was"
+            )
+            reason = f"the base is not the one that the run was trained on: {'; '.join(changes)}, {hint}"
+            raise CheckpointError(Problem(reason, key="model.name"))

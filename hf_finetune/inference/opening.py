@@ -18,7 +18,7 @@ from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.paths import outside, refuse_outside
 from hf_finetune.config.section import key_of
 from hf_finetune.data import find
-from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError
+from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.folder import Kept, RunFolder
@@ -85,6 +85,14 @@ def look(
         if found:
             findings.add(DataError([replace(problem, key="--data") for problem in found] if files else found))
     findings.raise_errors()
+
+
+def refuse_output(name: str, *, restart: bool) -> None:
+    """Refuse an output of `predict` that exists, or whose folder does not."""
+    if Path(name).exists() and not restart:
+        raise RecipeError(Problem("exists already; name another file, or give --restart to replace it", file=name))
+    if not Path(name).parent.is_dir():
+        raise StorageError(Problem(f"there is no folder {str(Path(name).parent)!r}; make it first", file=name))
 
 
 def read(place: str, overrides: Sequence[str] = ()) -> Opened:

@@ -19,12 +19,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from hf_finetune.errors import DataError, Problem, RecipeError, StorageError
+from hf_finetune.inference.opening import refuse_output
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import OutputKind
 
 OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 PREFIX = "predicted_"
+# Raised by pyarrow where a value has no type, or another one than it should.
+REFUSALS = (pa.ArrowException, OverflowError, ValueError, TypeError)
 Cells = dict[str, Any]
 
 
@@ -136,7 +142,7 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
     if name is None:
         yield Pipe()
         return
-    refuse(name, restart=restart)
+    refuse_output(name, restart=restart)
     try:
         file = File(Path(name), key)
     except OSError as error:
@@ -151,14 +157,6 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
         stream.truncate(file.progress.bytes)
         stream.seek(file.progress.bytes)
         yield file
-
-
-def refuse(name: str, *, restart: bool) -> None:
-    """Refuse an output that can't be made, before anything is loaded."""
-    if Path(name).exists() and not restart:
-        raise RecipeError(Problem("exists already; name another file, or give --restart to replace it", file=name))
-    if not Path(name).parent.is_dir():
-        raise StorageError(Problem(f"there is no folder {str(Path(name).parent)!r}; make it first", file=name))
 
 
 def prefix_for(inputs: Sequence[str], outputs: Sequence[str]) -> str:
@@ -240,18 +238,14 @@ class Sink:
     def resume(self, state: str | None) -> None:
         """Take what `state` gave."""
         if state is not None:
-            import pyarrow as pa
-
             self._parquet = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(state)))
 
     def _frame(self, rows: Mapping[int, Cells], place: str) -> bytes:
-        import pyarrow as pa
-
         values = list(rows.values())
         try:
             self._parquet = self._parquet if self._parquet is not None else self._found(values)
             batch = pa.RecordBatch.from_pylist(values, schema=self._parquet)
-        except _refusals() as error:
+        except REFUSALS as error:
             number, column = self._culprit(rows)
             reason = str(error).partition("\n")[0]
             message = f"column {column!r} holds what its parquet type, that of the first rows, can't ({reason})"
@@ -264,12 +258,11 @@ class Sink:
 
     def _culprit(self, rows: Mapping[int, Cells]) -> tuple[int | None, str]:
         """Find the number and column of the cell that no Arrow array takes beside those before it."""
-        import pyarrow as pa
 
         def is_refused(cells: Sequence[Any], kind: Any) -> bool:
             try:
                 pa.array(cells, kind)
-            except _refusals():
+            except REFUSALS:
                 return True
             return False
 
@@ -283,9 +276,6 @@ class Sink:
         return None, ", ".join(self.inputs)
 
     def _found(self, rows: Sequence[Cells]) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         schema = self.schema
         if schema is None:
             inner = [{name: row.get(name) for name in self.inputs} for row in rows]
@@ -304,9 +294,6 @@ class Sink:
         if self.form != "parquet":
             partial.replace(final)
             return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         schema = self._parquet if self._parquet is not None else self._found([])
         made = final.with_name(f".{final.name}.making")
         with partial.open("rb") as frames, pq.ParquetWriter(str(made), schema) as writer:
@@ -317,17 +304,8 @@ class Sink:
         partial.unlink()
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Errors that pyarrow raises where a value has no type, or another one than it should."""
-    import pyarrow as pa
-
-    return pa.ArrowException, OverflowError, ValueError, TypeError
-
-
 def _plain(kind: Any) -> Any:
     """Replace dictionaries in an Arrow type: batches that stand alone can't share one."""
-    import pyarrow as pa
-
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     if pa.types.is_struct(kind):
@@ -339,8 +317,6 @@ def _plain(kind: Any) -> Any:
 
 def _lost(value: Any, column: Any) -> Iterator[str]:
     """Paths of keys inside a cell that its Arrow type has no place for, and would drop."""
-    import pyarrow as pa
-
     kind = column.type
     if pa.types.is_struct(kind) and isinstance(value, dict):
         inner = {f.name: f for f in kind}
