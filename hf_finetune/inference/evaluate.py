@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_finetune import device as device_module
 from hf_finetune import log
 from hf_finetune.config.paths import refuse_outside
 from hf_finetune.data import prepare
+from hf_finetune.data.job import eval_batch
 from hf_finetune.data.prepare import OneSplit, Wish
+from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, DivergedError, OutOfMemoryError, RecipeError
 from hf_finetune.inference import document as inference_document
 from hf_finetune.inference.load import Finished, Serving, open_run
@@ -245,9 +246,9 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
             options = {"max_new_tokens": questions.max_new_tokens, "batch_size": BATCH}
             answers = generate(served.network, run.tokenizer, questions.prompts, **options)
     except (MemoryError, RuntimeError) as error:
-        if not device_module.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        most = device_module.eval_batch(run.recipe, run.machine, task.vocabulary(run.tokenizer))
+        most = eval_batch(run.recipe, run.machine, task.vocabulary(run.tokenizer))
         longest = run.recipe.data.max_length
         rows = most.rows_of(longest, all_logits=all_logits)
         message = f"out of memory with {rows} rows of {longest} tokens; give training.eval_batch={max(1, rows // 2)}"

@@ -59,7 +59,7 @@ def quantise(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
     outline = _outline(source, run)
     output = output_embedding(outline)
     # Heads and the output layer stay as they are: they are few weights, and much of an answer hangs on them.
-    kept = [*load.find(outline), *(name for name, module in outline.named_modules() if module is output)]
+    kept = [*load.find_heads(outline), *(name for name, module in outline.named_modules() if module is output)]
     settings = transformers.TorchAoConfig(_config(outline, bits), modules_to_not_convert=kept)
     options = {"dtype": torch.bfloat16} if bits == "int4" else {}
     network = weights.load(source, run, quantization_config=settings, **options)

@@ -20,6 +20,7 @@ from torch import nn
 from hf_finetune import device as device_module
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.data import batches, sources
+from hf_finetune.data.job import eval_batch
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 from hf_finetune.inference import opening
@@ -126,7 +127,7 @@ class Finished:
             all_logits: The logits of whole batches are held at once.
         """
         task = self.recipe.task
-        most = device_module.eval_batch(self.recipe, self.machine, task.vocabulary(self.tokenizer))
+        most = eval_batch(self.recipe, self.machine, task.vocabulary(self.tokenizer))
         if isinstance(encoded, list):
             sizes: Any = [row["size"] for row in encoded]
         else:
@@ -154,10 +155,10 @@ class Finished:
 
     def _options(self) -> dict[str, Any]:
         """Read how the task had the base loaded: names and kind of the labels."""
-        found = peft.options(self.folder.adapter)
+        found = peft.label_options(self.folder.adapter)
         if self.recipe.task.has_labels and not found:
             message = f"is missing, and {self.recipe.task.kind} needs it; train the run anew with --restart"
-            raise ModelError(Problem(message, file=str(self.folder.adapter / peft.FILE)))
+            raise ModelError(Problem(message, file=str(self.folder.adapter / peft.LABELS)))
         return found
 
     def _settled(self, network: nn.Module) -> nn.Module:
