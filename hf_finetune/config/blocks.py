@@ -22,11 +22,11 @@ class Checks(Section):
     """Checks of the data: each is `error`, `warn` or `off`; its limit stands behind it."""
 
     empty_text: Level = "error"
-    """Rows whose text, prompt, completion or a chat's turn is blank; with `warn` and `off` they are dropped."""
+    """Rows with a blank text, prompt, completion or turn of a chat; with `warn` and `off` they are dropped."""
     no_trained_token: Level = "error"  # noqa: S105 (no password)
-    """Rows of which nothing is trained, also because it was cut off; with `warn` and `off` they are dropped."""
+    """Rows without a trained token, also because it was cut off; with `warn` and `off` they are dropped."""
     unseen_label: Level = "error"
-    """A label of `task.labels` that validation or test rows have, but no training row."""
+    """A label of `task.labels` that occurs in validation or test rows, but in no training row."""
     single_class: Level = "error"
     """All training rows have one label, though `task.labels` or the column names more."""
     leakage: Level = "error"
@@ -42,9 +42,9 @@ class Checks(Section):
     similar_labels: Level = "warn"
     """Labels that differ only by case, spaces, invisible characters, Unicode form or the way a number is written."""
     imbalance: Level = "warn"
-    """The commonest label has over `max_imbalance` times the training rows of the rarest, and none has a weight."""
+    """The most common label has over `max_imbalance` times the rows of the rarest one, and no label has a weight."""
     max_imbalance: Annotated[float, Field(ge=1.0, le=1e9)] = 20.0
-    """Commonest / rarest."""
+    """Rows of the most common label / rows of the rarest one."""
     cut: Level = "warn"
     """More than `max_cut` of a split's rows are over-long and cut."""
     max_cut: Limit = 0.05
@@ -52,23 +52,23 @@ class Checks(Section):
     doubled_bos: Level = "warn"
     """Rows that begin with the BOS token twice."""
     untrained_end: Level = "warn"
-    """Rows that are not cut, yet train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
+    """Rows that are not cut, but train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
     split_token: Level = "warn"  # noqa: S105 (no password)
-    """Rows whose prompt has other tokens with its answer than without: a model that is asked gets those (causal_lm)."""
+    """Rows whose prompt has other tokens alone, as at inference, than before its answer (causal_lm)."""
     dropped_reasoning: Level = "warn"
     """Chats with reasoning that the chat template drops (causal_lm)."""
     dropped_keys: Level = "warn"
     """Chats with text beside tool calls, or keys such as `name`, that the chat template drops (causal_lm)."""
     special_tokens: Level = "warn"
-    """Rows whose text holds special tokens of the tokenizer, which are read as such."""
+    """Rows whose text contains special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"
     """More than `max_unknown` of a split's tokens are the unknown token."""
     max_unknown: Limit = 0.01
     """Share of a split's tokens."""
     nul_characters: Level = "error"
-    """Rows whose text holds the character NUL, a sign of a broken export."""
+    """Rows whose text contains the character NUL, a sign of a broken export."""
     control_characters: Level = "warn"
-    """Rows whose text holds control characters, or such as turn the direction of writing."""
+    """Rows whose text contains control characters, or characters that reverse the direction of writing."""
     missing_words: Level = "warn"
     """csv and tsv cells that are exactly NA, N/A, null, None or nan: they are read as text."""
     few_rows: Level = "warn"
@@ -101,9 +101,9 @@ class Model(Section):
     name: Annotated[Name, Key(lock="content", owns=("revision",))]
     """Hub id (`owner/name`), local folder, or `package:NAME/PATH`, a folder inside an installed Python package."""
     revision: Annotated[Name | None, CONTENT] = None
-    """Commit, tag or branch on the Hub; only a commit is the same model tomorrow."""
+    """Commit, tag or branch on the Hub; only a commit always names the same model."""
     dropout: Annotated[Share | None, ASK] = None
-    """Sets every dropout of the model; null keeps what its config says."""
+    """Dropout of all layers of the model; null keeps that of its config."""
     attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], ASK] = "auto"
     """Attention implementation."""
     quantization: Annotated[Literal["nf4", "int8"] | None, Key(finished="never")] = None
@@ -122,7 +122,7 @@ class Source(Section):
     revision: Name | None = None
     """Commit, tag or branch of the Hub data set."""
     weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
-    """Chance of a row of this source to be drawn, relative to the others."""
+    """Chance of drawing a row of this source, relative to the others."""
 
     @model_validator(mode="after")
     def _subset_has_source(self) -> Self:
@@ -141,7 +141,7 @@ class Data(Section):
     train: Annotated[Files | None, Key(lock="content", replaces=("mix",))] = None
     """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
     validation: Annotated[Files | None, Key(resume="ask", lock="content", replaces=("validation_share",))] = None
-    """Like `train`; what is evaluated during training."""
+    """Like `train`; evaluated during training."""
     test: Annotated[Files | None, Key(resume="ask", lock="content")] = None
     """Like `train`; evaluated once, after training."""
     source: Annotated[Name | None, Key(lock="content", owns=("subset", "revision"))] = None
@@ -151,7 +151,7 @@ class Data(Section):
     revision: Annotated[Name | None, CONTENT] = None
     """Commit, tag or branch of the Hub data set."""
     mix: Annotated[Annotated[list[Source], Field(min_length=2)] | None, Key(replaces=("train",))] = None
-    """Several training sets instead of `train`, drawn by weight until the first is used up."""
+    """Several training sets instead of `train`, drawn by weight until one is used up."""
     validation_share: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)] | None, Key(replaces=("validation",))] = None
     """Share of the training rows that is cut off for validation, by `training.seed`, where there is no `validation`."""
     max_length: Annotated[Annotated[int, Field(ge=2, le=1_048_576)], STUDY] = 512
@@ -169,9 +169,9 @@ class Data(Section):
     cache: Annotated[Name | None, OUTSIDE] = None
     """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
     workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE] = None
-    """Processes that tokenise; null is one a core."""
+    """Processes that tokenise; null is one for each core."""
     checks: Annotated[Checks, Key(resume="free", lock="ignored")] = Checks()
-    """Checks of the data, and how bad each finding is."""
+    """Checks of the data, and how serious each finding is."""
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
@@ -214,16 +214,16 @@ class EarlyStopping(Section):
     """Stop when validation no longer gets better."""
 
     patience: Count = 3
-    """Evaluations without improvement that are waited for."""
+    """Evaluations without improvement before the run stops."""
     min_delta: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     """Least change that counts as an improvement."""
 
 
 class LossSpike(Section):
-    """Stop when the loss leaps and stays there."""
+    """Stop when the loss jumps and stays high."""
 
     factor: Annotated[float, Field(gt=1.0, le=1e6)] = 3.0
-    """Multiple of the median of the last 50 steps that counts as a leap."""
+    """Multiple of the median of the last 50 steps that counts as a jump."""
     patience: Count = 3
     """Steps in a row that must be above it."""
 
@@ -266,7 +266,7 @@ class Training(Section):
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Key(resume="ask", finished="free")] = "auto"
     """Arithmetic of the forward and backward pass; trained weights and the optimiser stay in fp32."""
     activation_checkpointing: Annotated[bool | Literal["auto"], FREE] = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto` does where an eighth of
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto` does so if an eighth of
     the usual micro-batch, by the estimate, needs more memory than is free."""
     early_stopping: Annotated[EarlyStopping | None, ASK] = None
     """Stop when `best_metric` no longer improves."""
@@ -275,7 +275,7 @@ class Training(Section):
     group_by_length: bool = True
     """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""
     log_every: Annotated[Count, Key(resume="free", study=False)] = 10
-    """Steps between two logged training metrics."""
+    """Steps between two lines of training metrics."""
     eval_every: Annotated[Every | None, SEEN] = "epoch"
     """Steps between two evaluations, or `epoch`; null evaluates only at the end."""
     eval_at_start: Annotated[bool, SEEN] = False
@@ -286,9 +286,9 @@ class Training(Section):
     """A loss or gradient that is NaN or infinite ends the run before the optimiser takes the step, or the step is left
     out."""
     max_skipped: Annotated[Count, FREE] = 10
-    """Most steps that `on_nonfinite: skip` leaves out."""
+    """Most steps that `on_nonfinite: skip` may skip."""
     loss_spike: Annotated[LossSpike | None, FREE] = None
-    """Stop when the loss leaps and stays there; null does not look."""
+    """Stop when the loss jumps and stays high; null turns this off."""
     seed: Seed = 42
     """Seeds initialisation, dropout, order and splits: one seed makes two runs bit-identical."""
     deterministic: Annotated[bool, Key(resume="ask", study=False, finished="free")] = True
@@ -340,7 +340,7 @@ class Checkpoints(Section):
     """Steps between two checkpoints, or `epoch`: these are written whatever they cost. `auto` writes one at the end of
     each epoch, except where that would take over 1 % of the time; null writes none by steps."""
     keep: Count = 2
-    """Number that is kept, also of a run that is done: from the last one it can be extended. The best is kept too."""
+    """Number of checkpoints to keep, also after the run: the last one lets it be extended. The best is kept too."""
 
     @property
     def is_off(self) -> bool:
@@ -393,11 +393,11 @@ class Hub(Section):
     """Upload of the finished adapter. The token comes from HF_TOKEN or `hf auth login`, never from a recipe."""
 
     repo: RepoId
-    """Repository on the Hub, OWNER/NAME; it is made where it is not there."""
+    """Repository on the Hub, OWNER/NAME; it is created if it does not exist."""
     private: bool = True
     """Keep the repository private. `false` is needed to upload into one that is public."""
     as_pr: bool = False
-    """Open a pull request instead of a commit: for a repository that one can't write to."""
+    """Open a pull request instead of a commit, for a repository that you can't write to."""
     tag: Tag | None = None
     """Tag of the version that is uploaded; null is `run-` and the id of the run."""
     every: Literal["best"] | None = None
