@@ -197,12 +197,8 @@ class Lora(Adapter):
         folder = peft.find(str(self.continue_from), "adapter.from")
         peft.check_labels(folder, setting.labels)
         stored = peft.stored_config(folder)
-        if stored.peft_type.value == "LORA":
-            self._check_against(stored, folder, model, setting)
-        return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
-
-    def _check_against(self, stored: Any, folder: str, model: PreTrainedModel, setting: Setting) -> None:
-        """Refuse settings that the stored adapter contradicts."""
+        if stored.peft_type.value != "LORA":
+            return peft.resume(model, folder, "LORA", reads=reads)  # which refuses it
         # A default contradicts nothing.
         asked = {
             "r": (self.r, stored.r),
@@ -234,6 +230,7 @@ class Lora(Adapter):
                 problems.append(Problem(f"{reason}: {'; '.join(more)}; remove it", key="adapter.target_modules"))
         if problems:
             raise RecipeError(problems)
+        return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
 
 
 def check_layers(modules: dict[str, torch.nn.Module], init: str) -> None:

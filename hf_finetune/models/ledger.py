@@ -56,9 +56,22 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
         else:
             made = func(*_all_true(func, args), **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, torch.Tensor):
-                self._book(leaf)
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._entries:
+                continue
+            # A vector of as many entries is a row of the embedding's gradient or the like.
+            is_logits = self._logits and tensor.ndim > 1 and tensor.shape[-1] == self._logits
+            account = "logits and loss" if is_logits else self.account
+            self._entries[key] = (account, size)
+            self._live[account] += size
+            self._total += size
+            weakref.finalize(storage, self._strike, key).atexit = False
+            if self._total > self._highest:
+                self._highest, self.peak = self._total, +self._live
         return made
 
     def ignore(self, tensors: Any) -> None:
@@ -73,21 +86,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[before] -= size
         self._live[account] += size
         self._entries[key] = (account, size)
-
-    def _book(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._entries:
-            return
-        # A vector of as many entries is a row of the embedding's gradient or the like.
-        is_logits = self._logits and tensor.ndim > 1 and tensor.shape[-1] == self._logits
-        account = "logits and loss" if is_logits else self.account
-        self._entries[key] = (account, size)
-        self._live[account] += size
-        self._total += size
-        weakref.finalize(storage, self._strike, key).atexit = False
-        if self._total > self._highest:
-            self._highest, self.peak = self._total, +self._live
 
     def _strike(self, key: int) -> None:
         account, size = self._entries.pop(key)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -230,12 +229,17 @@ def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: St
         paths.install(adapted, recipe, machine)
         return paths
     batch = recipe.task.telling({name: value[:ROWS] for name, value in batch.items()})
-    with _quiet(adapted, machine):
-        before = paths.outputs(adapted, batch)
-        paths.install(adapted, recipe, machine)
-        if not paths.taken:
-            return paths
-        after = paths.outputs(adapted, batch)
+    was_training = adapted.training
+    adapted.eval()
+    try:
+        with torch.no_grad(), machine.autocast():
+            before = paths.outputs(adapted, batch)
+            paths.install(adapted, recipe, machine)
+            after = paths.outputs(adapted, batch) if paths.taken else before
+    finally:
+        adapted.train(was_training)
+    if not paths.taken:
+        return paths
     difference = max(
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True)
     )
@@ -245,18 +249,6 @@ def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: St
         paths.taken = {"none": f"they would change this model's output by {difference:.1e} (allowed {tolerance:.0e})"}
     paths.seconds = time.perf_counter() - began
     return paths
-
-
-@contextmanager
-def _quiet(model: torch.nn.Module, machine: Machine) -> Iterator[None]:
-    """Evaluation mode, without gradients, in the precision of the run."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), machine.autocast():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _plain_again(modules: list[Any]) -> None:

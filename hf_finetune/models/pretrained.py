@@ -1,4 +1,4 @@
-"""A pretrained model without its weights: where it is, its config and its tokenizer."""
+"""A pretrained model before its weights are read: its config, its tokenizer, and its files, present and whole."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ KERNELS: dict[str, set[str | None]] = {
     "attn_implementation": {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"},
     "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
 }
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+# Bytes at each end of a file that are read to tell it from others.
+ENDS = 1 << 20
+# Bytes at the start of a safetensors file that tell the length of its JSON header
+# (https://huggingface.co/docs/safetensors).
+HEADER = 8
 
 
 def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -161,19 +170,6 @@ def _place(model: Model) -> str:
     return place
 
 
-# A model's weight files: there, as safetensors, and whole; none of the weights is read.
-
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-# Bytes at each end of a file that are read to tell it from others.
-ENDS = 1 << 20
-# Bytes at the start of a safetensors file that tell the length of its JSON header
-# (https://huggingface.co/docs/safetensors).
-HEADER = 8
-
-
 def check(model: Model) -> None:
     """Look for the weights in a folder, in the Hub's list of files, or in the cache where the Hub can't be reached.
 
@@ -239,20 +235,15 @@ def _damaged(folder: Path, files: list[str]) -> str | None:
         absent = [shard for shard in shards if shard not in files]
         if absent:
             return f"lacks {len(absent)} of {len(shards)} weight files, e.g. {absent[0]}; copy it again"
-    cut = next((shard for shard in shards if not _is_whole(folder / shard)), None)
-    return f"has a truncated or damaged {cut}; copy it again" if cut is not None else None
-
-
-def _is_whole(file: Path) -> bool:
-    """Compare the length of a safetensors file with its header."""
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        length = int.from_bytes(content.read(HEADER), "little")
-        if length > size - HEADER:
-            return False
-        try:
-            header = json.loads(content.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return False
-    return size == HEADER + length + max(ends, default=0)
+    for shard in shards:
+        size = (folder / shard).stat().st_size
+        with (folder / shard).open("rb") as content:
+            length = int.from_bytes(content.read(HEADER), "little")
+            try:
+                header: Any = json.loads(content.read(length)) if length <= size - HEADER else None
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+                return f"has a truncated or damaged {shard}; copy it again"
+        if size != HEADER + length + max(ends, default=0):
+            return f"has a truncated or damaged {shard}; copy it again"
+    return None

@@ -14,11 +14,11 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +49,6 @@ NOT_WITH_FSDP = {
     "adapter.kind": {"adalora": "adalora needs whole matrices to prune them, and these are sharded; write lora"},
 }
 
-T = TypeVar("T")
 # accelerate's variable for `fsdp_cpu_ram_efficient_loading`; transformers and accelerate read it as well.
 READS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # For reading the weights; a rank that dies meanwhile is noticed by `peers`.
@@ -199,19 +198,28 @@ def load(
 
     if not reads_once(recipe, machine, outline):
         return read()
-    whole: list[LoadedModel] = []
-
-    def shell() -> LoadedModel:
-        whole.append(read())
-        base = whole[0].model
+    group = distributed.new_group(backend="gloo", timeout=LONGEST)
+    sent: list[Any] = [None]
+    if machine.rank == 0:
+        loaded = read()
         # Parameters on the meta device, each under the names that it has; buffers are copied.
-        kept = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in base.parameters()}
-        return replace(whole[0], model=copy.deepcopy(base, kept), is_shell=True)
-
-    received = _from_rank_0(shell, machine.rank)
-    if whole:
-        return whole[0]
-    _allocate(received.model)
+        kept = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in loaded.model.parameters()}
+        sent = [replace(loaded, model=copy.deepcopy(loaded.model, kept), is_shell=True)]
+    is_read: Any = distributed.broadcast(torch.zeros(1), src=0, group=group, async_op=True)
+    # The others look again and again: in a collective, they would count as ranks that wait for one that hangs.
+    while not is_read.is_completed():
+        time.sleep(POLL_S)
+    distributed.broadcast_object_list(sent, src=0, group=group)
+    if machine.rank == 0:
+        return loaded
+    received: LoadedModel = sent[0]
+    # Memory of the CPU, which is only addresses until it is written to. On the meta device all parameters have the
+    # address 0, by which accelerate tells them apart for the optimiser.
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module, name, parameter in _places(received.model):
+        if parameter not in made:
+            made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        module._parameters[name] = made[parameter]
     return received
 
 
@@ -358,32 +366,9 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
     return sorted(found - {type(module).__name__ for module in base.modules() if embedding in set(module.modules())})
 
 
-def _allocate(base: nn.Module) -> None:
-    """Give parameters of the meta device memory of the CPU, which is only addresses until it is written to."""
-    # On the meta device all have the address 0, by which accelerate tells them apart for the optimiser.
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module, name, parameter in _places(base):
-        if parameter not in made:
-            made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-        module._parameters[name] = made[parameter]
-
-
 def _places(base: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every module with its own parameters, tied ones as often as they are used."""
     for module in base.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 yield module, name, parameter
-
-
-def _from_rank_0(make: Callable[[], T], rank: int) -> T:
-    """Make something on rank 0, and return it on every rank, however long that takes."""
-    group = distributed.new_group(backend="gloo", timeout=LONGEST)
-    made: list[Any] = [make() if rank == 0 else None]
-    is_made: Any = distributed.broadcast(torch.zeros(1), src=0, group=group, async_op=True)
-    # The others look again and again: in a collective, they would count as ranks that wait for one that hangs.
-    while not is_made.is_completed():
-        time.sleep(POLL_S)
-    distributed.broadcast_object_list(made, src=0, group=group)
-    result: T = made[0]
-    return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -173,9 +174,17 @@ def choose_attention(bench: Bench) -> Choice:
 
 
 def _choose_attention(bench: Bench) -> Choice:
-    ruled, names = bench.machine.attention, _candidates(bench)
+    ruled, device, base = bench.machine.attention, bench.machine.device, bench.base
     if bench.recipe.model.attention != "auto":
         return Choice(ruled, "asked for")
+    names = ["eager", "sdpa"] if device == "cpu" else ["sdpa"]
+    is_half = bench.machine.precision != "fp32"
+    if device == "cuda" and not bench.recipe.data.packing and is_half and is_flash_attn_2_available():
+        names.append("flash_attention_2")
+    supports = {"sdpa": base._supports_sdpa, "flash_attention_2": base._supports_flash_attn}
+    names = [name for name in names if supports.get(name, True)]
+    if bench.machine.is_sharded or device == "mps" or not base._can_set_attn_implementation():
+        names = []
     if len(names) < 2:
         return Choice(ruled, "by rule: no other fits")
     if bench.micro_batches < WORTH:
@@ -189,47 +198,30 @@ def _choose_attention(bench: Bench) -> Choice:
     return Choice(best, ", ".join([how, *ratios]))
 
 
-def _candidates(bench: Bench) -> list[str]:
-    base, device = bench.base, bench.machine.device
-    if bench.machine.is_sharded or device == "mps" or not base._can_set_attn_implementation():
-        return []
-    names = ["eager", "sdpa"] if device == "cpu" else ["sdpa"]
-    is_half = bench.machine.precision != "fp32"
-    if device == "cuda" and not bench.recipe.data.packing and is_half and is_flash_attn_2_available():
-        names.append("flash_attention_2")
-    supports = {"sdpa": base._supports_sdpa, "flash_attention_2": base._supports_flash_attn}
-    return [name for name in names if supports.get(name, True)]
-
-
 def _measure(bench: Bench, names: list[str]) -> dict[str, float]:
     """Seconds of a pass by name, in turns; without those that fail on this model."""
     paths, before = Paths(bench.job.task, bench.job.targets), bench.machine.attention
-    seconds = dict.fromkeys(names, float("inf"))
+    seconds: dict[str, float] = {}
     with bench.trial():
         paths.install(bench.adapted, bench.recipe, bench.machine)
         try:
-            for _ in range(ROUNDS):
-                seconds = {name: min(best, _once(bench, name, paths)) for name, best in seconds.items()}
+            for name in names * ROUNDS:
+                bench.base.set_attn_implementation(name)
+                try:
+                    if bench.recipe.data.packing:
+                        bench.job.task.check_packing(bench.base)
+                    if name == "eager" and bench.machine.device == "cpu" and bench.recipe.speed.plain_attention:
+                        attention.install(bench.base)
+                    seconds[name] = min(seconds.get(name, math.inf), bench.seconds(paths.loss_sum))
+                except ModelError:  # it can't keep packed documents apart
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
         finally:
             paths.remove()
             bench.base.set_attn_implementation(before)
-    return {name: took for name, took in seconds.items() if took != float("inf")}
-
-
-def _once(bench: Bench, name: str, paths: Paths) -> float:
-    bench.base.set_attn_implementation(name)
-    try:
-        if bench.recipe.data.packing:
-            bench.job.task.check_packing(bench.base)
-        if name == "eager" and bench.machine.device == "cpu" and bench.recipe.speed.plain_attention:
-            attention.install(bench.base)
-        return bench.seconds(paths.loss_sum)
-    except ModelError:
-        return float("inf")
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return float("inf")
-        raise
+    return seconds
 
 
 def choose_compilation(bench: Bench, paths: Paths) -> Choice:
@@ -289,6 +281,6 @@ def _compile(bench: Bench, paths: Paths) -> dict[str, float]:
         cost = time.perf_counter() - began
         seconds = min(bench.seconds(paths.loss_sum) for _ in range(ROUNDS))
     except RuntimeError:  # of torch's compilers, too
-        return {"compiled": float("inf"), "cost": time.perf_counter() - began}
+        return {"compiled": math.inf, "cost": time.perf_counter() - began}
     is_same = torch.allclose(after, before, rtol=TOLERANCE, atol=0.0)
-    return {"compiled": seconds if is_same else float("inf"), "cost": cost}
+    return {"compiled": seconds if is_same else math.inf, "cost": cost}

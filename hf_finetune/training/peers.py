@@ -232,7 +232,12 @@ class Watch:
         mark, own = self._mark, self._own
         idle = own.idle + passed if mark is self._seen else 0.0
         self._seen, (step, phase, allowed) = mark, mark
-        waits, place = _look_at_main_thread() if idle >= 2 * HEARTBEAT_S else (False, "")
+        waits, place = False, ""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        if idle >= 2 * HEARTBEAT_S and frame is not None:
+            code = frame.f_code
+            waits = code.co_filename.endswith(_COLLECTIVES) or code.co_name in _WAITING
+            place = f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
         own = replace(own, count=own.count + 1, step=step, phase=phase, allowed=allowed, idle=idle)
         self._own = replace(own, waits=waits, place=place)
         file = self._file(self.rank)
@@ -430,16 +435,6 @@ def _process(pid: int) -> tuple[str, str]:
         return "", ""
     fields = text.rpartition(")")[2].split()  # a name may hold spaces and brackets
     return fields[0], fields[19]
-
-
-def _look_at_main_thread() -> tuple[bool, str]:
-    """`Heartbeat.waits` and `Heartbeat.place`."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
-        return False, ""
-    code = frame.f_code
-    waits = code.co_filename.endswith(_COLLECTIVES) or code.co_name in _WAITING
-    return waits, f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
 
 
 def _first_line(error: BaseException) -> str:
