@@ -109,10 +109,8 @@ class Machine:
         return torch.autocast(device or self.device, dtype=dtype, enabled=dtype is not torch.float32)
 
     def reloads(self, recipe: Recipe) -> bool:
-        """Load the saved weights onto a second base and compare logits; else they are compared bit by bit.
-
-        Weights that are quantised fill the device, and those that are divided fit no single one.
-        """
+        """Load the saved weights onto a second base and compare logits; else they are compared bit by bit."""
+        # Weights that are quantised fill the device, and those that are divided fit no single one.
         return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
 
     def describe(self) -> str:
@@ -297,7 +295,7 @@ def _precision(asked: str, device: Device) -> Precision:
 
 
 def wait(device: str) -> None:
-    """Wait until a device has done its work: clocks would not see it."""
+    """Wait until a device has done its work, which clocks would not see."""
     backend: Any = {"cuda": torch.cuda, "mps": torch.mps}.get(device)
     if backend is not None:
         backend.synchronize()
@@ -409,14 +407,12 @@ def enforce_determinism() -> None:
 
 
 def _attend(*arguments: Any, **options: Any) -> Any:
-    """`scaled_dot_product_attention` in kernels that give the same bits.
-
-    torch 2.13 has flash and memory-efficient kernels that do, and takes them only where operations without any are
-    errors, not warnings (`aten/src/ATen/native/transformers/cuda/attention_backward.cu`). Here they are for just the
-    call and its backward pass.
-    """
+    """`scaled_dot_product_attention` in kernels that give the same bits."""
     if torch.compiler.is_compiling():
         return _plain(*arguments, **options)
+    # torch 2.13 has flash and memory-efficient kernels that do, and takes them only where operations without any are
+    # errors, not warnings (`aten/src/ATen/native/transformers/cuda/attention_backward.cu`): for just this call and its
+    # backward pass they are.
     _demand(errors=True)
     try:
         out = _plain(*arguments, **options)

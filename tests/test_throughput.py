@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def test_each_part_of_a_step_gets_its_time() -> None:
-    times = StepTimes("cpu")
+    times, began = StepTimes("cpu"), time.perf_counter()
     for _ in range(2):
         with times.part(DATA):
             time.sleep(0.01)
@@ -34,10 +34,12 @@ def test_each_part_of_a_step_gets_its_time() -> None:
                 time.sleep(0.03)
         time.sleep(0.04)
         times.optimizer_stepped()
-    found = times.means(2)
+    took, found = time.perf_counter() - began, times.means(2)
     wanted = {"seconds_data": 0.01, "seconds_forward": 0.04, "seconds_backward": 0.06, "seconds_optimizer": 0.04}
-    assert found == pytest.approx(wanted, rel=0.5)
+    # On a busy machine a sleep may last longer, but never less: no part has the time of another.
+    assert found.keys() == wanted.keys()
     assert all(found[name] >= least for name, least in wanted.items())
+    assert 0.9 * took <= 2 * sum(found.values()) <= took
     assert times.means(1) == dict.fromkeys(wanted, 0.0)
 
 

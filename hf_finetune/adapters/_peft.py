@@ -129,10 +129,8 @@ def quiet() -> Iterator[None]:
 
 
 def train_in_fp32(adapted: PeftModel) -> None:
-    """Cast what is trained to fp32.
-
-    `autocast_adapter_dtype` of PEFT casts its own layers, not the copies behind `modules_to_save`.
-    """
+    """Cast what is trained to fp32."""
+    # `autocast_adapter_dtype` of PEFT casts its own layers, not the copies behind `modules_to_save`.
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -151,14 +149,12 @@ def heads_in_fp32(adapted: nn.Module) -> None:
 
 
 def bridge(trained: nn.Module, outer: torch.dtype) -> None:
-    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast.
-
-    It takes what it then is of: FSDP2 and DeepSpeed cast the weights themselves for each pass, and autocast nothing.
-    """
+    """Let an fp32 module take and give the dtype of the model around it, so that it also runs without autocast."""
     import torch
 
     if outer == torch.float32:
         return
+    # The dtype is looked up at each call: FSDP2 and DeepSpeed cast the weights for a pass, and autocast nothing.
     trained.register_forward_pre_hook(lambda module, args: _cast(args, next(module.parameters()).dtype))
     trained.register_forward_hook(lambda _, args, output: _cast(output, outer))
 
@@ -285,17 +281,19 @@ def label_options(folder: str | Path) -> dict[str, Any]:
 
 
 def check_labels(folder: str | Path, names: Sequence[str]) -> None:
-    """Refuse to go on training a head under other labels: the same rows of its weights would mean something else.
+    """Refuse to go on training a head under other labels.
 
     Args:
         folder: Of the adapter; one without the file, of an earlier version, is not checked.
         names: This run's labels in the order of their ids; empty for a task without.
 
     Raises:
-        RecipeError: Names, order or number differ. The single name of a regression is only a column's.
+        RecipeError: Names, order or number differ.
     """
     stored = read_labels(folder)
+    # The single name of a regression is only a column's.
     if stored is None or not names or stored == tuple(names) or len(stored) == len(names) == 1:
         return
+    # The same rows of its weights would mean something else.
     both = f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}"
     raise RecipeError(Problem(f"{both}; give both the same, in one order (task.labels)", key="adapter.from"))

@@ -37,8 +37,6 @@ Spec = Pattern | Names
 def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: str) -> dict[str, nn.Module]:
     """The modules that a target specification stands for, by their path.
 
-    PEFT is content when one name of a list matches; here each name must.
-
     Args:
         model: The model, heads included.
         spec: `all-linear`, a pattern, or names.
@@ -64,6 +62,7 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
     leaves = Counter(path.rpartition(".")[2] for path in linear)
     found: dict[str, nn.Module] = {}
     problems = []
+    # PEFT is content when one name of a list matches; here each name must.
     for name in [spec] if isinstance(spec, str) else spec:
         hits = {path: module for path, module in outside.items() if _matches(path, name, isinstance(spec, str))}
         wrong = [
@@ -115,11 +114,10 @@ def tied(model: Any, spec: str | Iterable[str], full: Iterable[str]) -> list[str
 def in_full(model: nn.Module, head_modules: Iterable[str], names: Iterable[str] | None) -> list[str]:
     """Full paths of the modules that are trained in full: the heads, and those of `modules_to_save`.
 
-    PEFT compares `modules_to_save` by `str.endswith`, so that `norm` also takes `layernorm`: full paths avoid that.
-
     Raises:
         ModelError: A name matches no module with weights.
     """
+    # PEFT compares `modules_to_save` by `str.endswith`, so that `norm` also takes `layernorm`: full paths avoid that.
     own = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
     found, problems = list(head_modules), []
     for name in names or ():

@@ -101,7 +101,8 @@ class AdaLora(Adapter):
         return peft.wrap(model, config)
 
     def finish(self, adapted: torch.nn.Module) -> None:
-        """Set pruned ranks to 0: they drift off between two prunings, and PEFT leaves them out of the file."""
+        """Set pruned ranks to 0."""
+        # They drift off between two prunings, and PEFT leaves them out of the file.
         config, tuner = peft.adapter_config(adapted), _tuner(adapted)
         if config.rank_pattern:
             tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
@@ -126,10 +127,8 @@ class AdaLora(Adapter):
             setattr(_tuner(adapted).rankallocator, kind, scores)
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
-        """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper).
-
-        `AdaLoraModel.forward` of PEFT adds it only where the model itself computed a loss.
-        """
+        """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper)."""
+        # `AdaLoraModel.forward` of PEFT adds it only where the model itself computed a loss.
         import torch
 
         if not self.orthogonal_weight:

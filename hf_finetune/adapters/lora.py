@@ -250,17 +250,15 @@ def check_layers(modules: dict[str, torch.nn.Module], init: str) -> None:
 
 
 def factorise_base(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Wrap with PiSSA or OLoRA and remember the first matrices.
-
-    The residual is computed again in fp32 from the weights as they were: PEFT rounds the matrices to the dtype of the
-    base *after* it took their unrounded product out of it.
-    """
+    """Wrap with PiSSA or OLoRA and remember the first matrices."""
     import torch
     from peft.tuners.lora import LoraLayer
 
     originals = {path: module.weight for path, module in model.named_modules() if hasattr(module, "weight")}
     originals = {path: weight.detach().clone() for path, weight in originals.items() if weight.ndim == 2}
     adapted: Any = peft.wrap(model, config)
+    # The residual is computed again in fp32 from the weights as they were: PEFT rounds the matrices to the dtype of the
+    # base *after* it took their unrounded product out of it.
     with torch.no_grad():
         for path, layer in adapted.base_model.model.named_modules():
             if isinstance(layer, LoraLayer):
@@ -307,8 +305,6 @@ def for_unmodified_base(
     """Configuration and tensors of this adapter as plain LoRA on the base as it was before `apply`.
 
     With first matrices A0, B0 the base holds W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B | -B0] [A ; A0].
-    PEFT's own conversion (`subtract_mutated_init`) drops all but these matrices from the file: DoRA's magnitudes, fully
-    trained modules and trained tokens; and it refuses rsLoRA with patterns.
 
     Args:
         adapted: The trained model.
@@ -316,6 +312,8 @@ def for_unmodified_base(
     """
     import torch
 
+    # PEFT's own conversion (`subtract_mutated_init`) drops all but these matrices: DoRA's magnitudes, fully trained
+    # modules and trained tokens. And it refuses rsLoRA with patterns.
     config = copy.deepcopy(peft.adapter_config(adapted))
     config.init_lora_weights = True
     config.eva_config = None
@@ -335,17 +333,14 @@ def for_unmodified_base(
 
 
 def _mask(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:
-    """Row and position of every token that is no padding, (N, 2); PEFT's own also reads `labels` as token labels."""
+    """Row and position of every token that is no padding, (N, 2)."""
+    # PEFT's own function would also read `labels` as token labels.
     mask = inputs.get("attention_mask")
     return None if mask is None or mask.ndim != 2 else mask.nonzero()
 
 
 class _Tokens:
-    """Inputs of a layer as (tokens, features), without padding.
-
-    PEFT's own fails on layers that see one vector a row (BERT's pooler). Of those, earlier batches are kept: one alone
-    has fewer rows than EVA needs.
-    """
+    """Inputs of a layer as (tokens, features), without padding."""
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
@@ -354,6 +349,8 @@ class _Tokens:
         import torch
 
         values: torch.Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+        # PEFT's own function fails on layers that see one vector a row (BERT's pooler). Of those, earlier batches are
+        # kept: one alone has fewer rows than EVA needs.
         if values.ndim == 2:
             self.kept[name] = torch.cat([self.kept.get(name, values[:0]), values])[-EVA_ROWS:]
             return self.kept[name]
