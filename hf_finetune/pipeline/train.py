@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_finetune import device, log
 from hf_finetune.adapters.base import Setting
+from hf_finetune.config.blocks import Speed
 from hf_finetune.config.reading import Reading
 from hf_finetune.data.job import Job
 from hf_finetune.device import Machine, is_out_of_memory
@@ -66,17 +67,8 @@ from hf_finetune.training.peers import Failure, Watch
 from hf_finetune.training.resume import Checkpointing
 from hf_finetune.training.trainer import FinetuneTrainer
 
-PATHS = (
-    "fused_lora",
-    "fused_norm",
-    "fused_mlp",
-    "cheap_dropout",
-    "plain_attention",
-    "fused_loss",
-    "skip_padding_mask",
-    "document_attention",
-)
-"""Settings of `speed` whose outcome is kept in the lock."""
+# Settings of `speed` whose outcome is kept in the lock, each by its own name.
+PATHS = tuple(name for name in Speed.model_fields if name != "compile")
 
 
 @dataclass
