@@ -109,7 +109,7 @@ def test_fused_lora_is_pefts_lora() -> None:
 
 def test_fused_lora_gives_its_input_the_same_gradient() -> None:
     model = llama()
-    layer = next(module for module in model.modules() if kernels.fits(module))
+    layer = next(module for module in model.modules() if kernels.is_plain_lora(module))
     grads = []
     for is_fused in (False, True):
         if is_fused:
@@ -196,7 +196,7 @@ def test_dropout_draws_from_torchs_generator() -> None:
 
 def test_lora_dropout_drops_the_branch_alone() -> None:
     model = llama(lora_dropout=0.5)
-    layer = next(module for module in model.modules() if kernels.fits(module))
+    layer = next(module for module in model.modules() if kernels.is_plain_lora(module))
     kernels.install_lora(model)
     layer.train()
     x = torch.ones(50_000, 64)

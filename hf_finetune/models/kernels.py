@@ -315,7 +315,7 @@ def dtype_of(like: torch.Tensor) -> torch.dtype:
 # Shapes: N rows (batch x tokens), I inputs, O outputs, r rank.
 
 
-class How(NamedTuple):
+class Branch(NamedTuple):
     """A layer without the tensors that learn; p is the dropout of the branch."""
 
     frozen: torch.nn.Linear
@@ -323,7 +323,7 @@ class How(NamedTuple):
     p: float
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     """Tensors for the backward pass besides the input, all in the type of the arithmetic."""
 
     keep: Tensor | None
@@ -339,11 +339,11 @@ class _LoraLinear(torch.autograd.Function):
     """y = x W^T + bias + scale d(x) A^T B^T (Hu et al. 2021, section 4.1), d the dropout of the branch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, how: How) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(how.frozen.weight.dtype)
-        out, seen, kept = project(rows, a, b, how)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, branch: Branch) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(branch.frozen.weight.dtype)
+        out, seen, kept = project(rows, a, b, branch)
         ctx.save_for_backward(seen, *kept)
-        ctx.scale, ctx.like, ctx.dtypes = how.scale, (x.shape, x.dtype), (a.dtype, b.dtype)
+        ctx.scale, ctx.like, ctx.dtypes = branch.scale, (x.shape, x.dtype), (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -352,17 +352,17 @@ class _LoraLinear(torch.autograd.Function):
         seen, *kept = ctx.saved_tensors
         (shape, dtype), kinds = ctx.like, ctx.dtypes
         grad = gradients[0].reshape(-1, gradients[0].shape[-1])
-        grad_a, grad_b, grad_rows = gradients_of(grad, seen, Kept(*kept), ctx.scale, ctx.needs_input_grad[:3])
+        grad_a, grad_b, grad_rows = gradients_of(grad, seen, Saved(*kept), ctx.scale, ctx.needs_input_grad[:3])
         grad_x = None if grad_rows is None else grad_rows.view(shape).to(dtype)
         return grad_x, cast(grad_a, kinds[0]), cast(grad_b, kinds[1]), None
 
 
-def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tensor, Kept]:
+def project(rows: Tensor, a: Tensor, b: Tensor, branch: Branch) -> tuple[Tensor, Tensor, Saved]:
     """The layer's output (N, O), the branch's input (N, I), and the rest for the backward pass.
 
     `rows` are (N, I), in the type of the frozen weights; A is (r, I), B (O, r).
     """
-    frozen, scale, p = how
+    frozen, scale, p = branch
     weight = frozen.weight
     keep = None
     if p:
@@ -373,11 +373,11 @@ def project(rows: Tensor, a: Tensor, b: Tensor, how: How) -> tuple[Tensor, Tenso
     low = seen @ low_a.t()
     out = rows @ weight.t() if frozen.bias is None else torch.addmm(frozen.bias, rows, weight.t())
     out.addmm_(low, low_b.t(), alpha=scale)
-    return out, seen, Kept(keep, low, weight, low_a, low_b)
+    return out, seen, Saved(keep, low, weight, low_a, low_b)
 
 
 def gradients_of(
-    grad: Tensor, seen: Tensor, kept: Kept, scale: float, needed: Sequence[bool]
+    grad: Tensor, seen: Tensor, kept: Saved, scale: float, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of A, B and the input's rows from that of the output, (N, O); None for those that are not needed.
 
@@ -402,7 +402,7 @@ def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)
 
 
-def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
+def branch_of(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, Branch] | None:
     """A, B and the rest of the layer; None where PEFT's forward would do anything else to x."""
     active: list[str] = layer.active_adapters
     frozen: Any = layer.base_layer
@@ -414,12 +414,12 @@ def how(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, How] | None:
     p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     a: Any = layer.lora_A[name]
     b: Any = layer.lora_B[name]
-    return a.weight, b.weight, How(frozen, layer.scaling[name], p)
+    return a.weight, b.weight, Branch(frozen, layer.scaling[name], p)
 
 
 def _lora_forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """In place of PEFT's forward, wherever that would do the same."""
-    found = None if arguments or options else how(layer, x)
+    found = None if arguments or options else branch_of(layer, x)
     if found is None:
         out: Tensor = type(layer).forward(layer, x, *arguments, **options)
         return out
@@ -427,7 +427,7 @@ def _lora_forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> 
     return fused
 
 
-def fits(layer: torch.nn.Module) -> bool:
+def is_plain_lora(layer: torch.nn.Module) -> bool:
     """Recognise plain LoRA around a frozen, dense linear layer: no DoRA, no own bias, no quantisation."""
     return (
         type(layer) is Linear
@@ -442,13 +442,13 @@ def fits(layer: torch.nn.Module) -> bool:
 
 def install_lora(model: torch.nn.Module) -> list[Any]:
     """Let a PEFT model's LoRA layers compute in this way where they fit; returns them."""
-    layers: list[Any] = [layer for layer in model.modules() if fits(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if is_plain_lora(layer)]
     for layer in layers:
         layer.forward = MethodType(_lora_forward, layer)
     return layers
 
 
-def is_installed(layer: torch.nn.Module) -> bool:
+def is_fast_lora(layer: torch.nn.Module) -> bool:
     """Recognise a layer that computes in this way."""
     return getattr(vars(layer).get("forward"), "__func__", None) is _lora_forward
 
@@ -486,18 +486,18 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, *down: Any) -> Tensor:
-        a, b, how = down
+        a, b, branch = down
         product = torch.nn.functional.silu(gate) * up
-        out, _, kept = project(product.view(-1, product.shape[-1]), a, b, how)
+        out, _, kept = project(product.view(-1, product.shape[-1]), a, b, branch)
         ctx.save_for_backward(gate, up, *kept)
-        ctx.scale, ctx.dtypes = how.scale, (a.dtype, b.dtype)
+        ctx.scale, ctx.dtypes = branch.scale, (a.dtype, b.dtype)
         return out.view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, *rest = ctx.saved_tensors
-        kept = Kept(*rest)
+        kept = Saved(*rest)
         activated = torch.nn.functional.silu(gate)
         seen = (activated * up).view(-1, gate.shape[-1])
         if kept.keep is not None:
@@ -526,7 +526,7 @@ def _mlp_with_lora_forward(module: Any, x: Tensor) -> Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     has_hooks, learns = down._forward_hooks or down._forward_pre_hooks, gate.requires_grad or up.requires_grad
     # Where neither half needs a gradient, the product is less than the two.
-    found = how(down, gate) if learns and not has_hooks else None
+    found = branch_of(down, gate) if learns and not has_hooks else None
     if found is None or gate.dtype != found[2].frozen.weight.dtype:
         out: Tensor = down(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
     else:
@@ -544,7 +544,7 @@ def install_mlp(model: torch.nn.Module) -> list[torch.nn.Module]:
     for module in model.modules():
         if not all(hasattr(module, part) for part in PARTS):
             continue
-        forward = _mlp_with_lora_forward if is_installed(module.down_proj) else _mlp_forward  # type: ignore[arg-type]
+        forward = _mlp_with_lora_forward if is_fast_lora(module.down_proj) else _mlp_forward  # type: ignore[arg-type]
         if _is_equal_mlp(module, forward):
             module.forward = MethodType(forward, module)
             found.append(module)
