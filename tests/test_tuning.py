@@ -42,7 +42,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is long enough to measure."""
     monkeypatch.setattr(tuning, "WORTH", 1)
-    monkeypatch.setattr(tuning, "WORTH", 1)
 
 
 def bench_of(run: Runner, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Bench:
@@ -164,7 +163,7 @@ def test_a_lost_lock_is_told(
         run("training.steps=12")
     (tmp_path / "run" / "run.lock.json").write_text("{")
     run("training.steps=12")
-    assert "note: run.lock.json is not there, or damaged: what it kept is chosen anew" in capsys.readouterr().out
+    assert "note: run.lock.json is missing or damaged: its choices are made anew" in capsys.readouterr().out
 
 
 def test_choices_survive_the_lock() -> None:
