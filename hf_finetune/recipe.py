@@ -67,6 +67,31 @@ class Recipe(Section):
     require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
     """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Name the settings that decide about the data, for reports; those that are not used are left out."""
+        data = self.data
+        problem = getattr(self.task, "problem", "")
+        revision = f" at {self.model.revision}" if self.model.revision else ""
+
+        def listed(files: str | Sequence[str]) -> str:
+            return files if isinstance(files, str) else ", ".join(files)
+
+        rows = [
+            ("Task", f"{self.task.kind}, {problem}" if problem else self.task.kind),
+            ("Model", self.model.name + revision),
+            ("Adapter", self.adapter.kind),
+            ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
+            *((split.capitalize(), listed(getattr(data, split) or "")) for split in ("train", "validation", "test")),
+            ("Mix", ", ".join(listed(source.train) for source in data.mix or [])),
+            ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
+            ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
+            ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
+            ("Rows share sequences", "yes, packed" if data.packing else ""),
+            ("Reading", "streamed" if data.streaming else ""),
+            ("Output", self.output),
+        ]
+        return [(name, value) for name, value in rows if value]
+
     @property
     def saving(self) -> Checkpoints:
         """Give the block `checkpoints`, also where it is off."""

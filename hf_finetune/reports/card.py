@@ -292,7 +292,7 @@ def _load(recipe: Recipe, targets: State, config: PreTrainedConfig) -> str:
 
 
 def _options(recipe: Recipe, targets: State, config: PreTrainedConfig) -> dict[str, Any]:
-    """What the base's own config does not say; a whole model's config says it all."""
+    """Give the options that the base's own config lacks; the config of a whole model lacks none."""
     if not recipe.adapter.freezes_base:
         return {}
     options = dict(recipe.task.model_options(targets))

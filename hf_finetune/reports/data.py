@@ -22,7 +22,6 @@ from hf_finetune.errors import Findings, Problem, StorageError, numbers
 from hf_finetune.log.text import exact, shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import html as reports_html
-from hf_finetune.reports.run import recipe_lines
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import IGNORE, tokenizer_of
 from hf_finetune.tracking import charts, figures
@@ -263,7 +262,7 @@ def context(page: Page) -> dict[str, Any]:
     frequent = list(_frequent(facts))
     return {
         "recipe": page.recipe,
-        "summary": recipe_lines(page.recipe),
+        "summary": page.recipe.summary(),
         "findings": findings[:FINDINGS],
         "more_findings": len(findings) - FINDINGS,
         "errors": len(page.findings.errors),

@@ -87,7 +87,7 @@ def plan_line(division: Division, length: Length) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """Results of a finished run."""
 
     recipe: Recipe
     machine: Machine
@@ -419,7 +419,7 @@ def of(run: RunData) -> dict[str, Any]:
     steps = [(int(step), list(group)) for step, group in groupby(run.samples, key=lambda sample: sample["step"])]
     return {
         "recipe": run.recipe,
-        "summary": recipe_lines(run.recipe),
+        "summary": run.recipe.summary(),
         "setup": setup(run),
         "results": results(run),
         "evaluations": evaluations,
@@ -504,32 +504,6 @@ def _mean(run: RunData, name: str) -> float | None:
     values = [line[name] for line in run.of("train") if isinstance(line.get(name), int | float)]
     finite = [value for value in values if isfinite(value)]
     return sum(finite) / len(finite) if finite else None
-
-
-def recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    """Name the settings that decide about the data; those that are not used are left out."""
-    data = recipe.data
-    problem = getattr(recipe.task, "problem", "")
-    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
-
-    def listed(files: str | Sequence[str]) -> str:
-        return files if isinstance(files, str) else ", ".join(files)
-
-    rows = [
-        ("Task", f"{recipe.task.kind}, {problem}" if problem else recipe.task.kind),
-        ("Model", recipe.model.name + revision),
-        ("Adapter", recipe.adapter.kind),
-        ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),
-        *((split.capitalize(), listed(getattr(data, split) or "")) for split in ("train", "validation", "test")),
-        ("Mix", ", ".join(listed(source.train) for source in data.mix or [])),
-        ("Validation", f"{data.validation_share:.1%} of train" if data.validation_share else ""),
-        ("Limit", f"{data.limit:,} rows of each split" if data.limit else ""),
-        ("Length", f"at most {data.max_length:,} tokens, over-long rows: {data.overlong}"),
-        ("Rows share sequences", "yes, packed" if data.packing else ""),
-        ("Reading", "streamed" if data.streaming else ""),
-        ("Output", recipe.output),
-    ]
-    return [(name, value) for name, value in rows if value]
 
 
 # `report.md`.
