@@ -272,7 +272,7 @@ def fork_and_kill(folder: str, times: int) -> None:
         process = os.fork()
         if process == 0:
             write_for_ever(folder)
-        time.sleep(chance.uniform(0.01, 0.15))
+        time.sleep(chance.uniform(0.01, 0.15 if last else 1.0))  # a busy machine may take long over the first one
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         found = store(Path(folder)).newest()

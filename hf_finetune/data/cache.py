@@ -29,6 +29,7 @@ from hf_finetune import device, errors
 from hf_finetune.data.facts import Facts, SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.run import folder as run_folder
+from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State
 
 FORMAT = 6
@@ -166,10 +167,8 @@ class Entry:
             problems, kind = list(error.problems), next(name for name in names if hasattr(errors, name))
         text = json.dumps({"kind": kind, "problems": [asdict(one) for one in problems], "time": time.time()})
         with suppress(OSError):  # a cache that can't be written; the launcher ends the other ranks
-            # In one step: a waiting rank must never read half of it.
-            part = self.failure.with_suffix(f".{os.getpid()}")
-            part.write_text(text, "utf-8")
-            part.rename(self.failure)
+            # A waiting rank must never read half of it.
+            write_atomically(self.failure, text)
 
     def _wait(self) -> Content:
         # By polling, not by a collective: tokenising may take longer than a collective's timeout.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data import stream as data_stream
+from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine, cores
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Questions, State, Task
-
-if TYPE_CHECKING:
-    from hf_finetune.data.prepare import Prepared
 
 COUNTS = (*data_batches.COUNTED, data_batches.STREAMED)
 """Added to training batches by their loader; no model takes them."""

@@ -21,7 +21,7 @@ from hf_finetune.data import find
 from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
-from hf_finetune.run.folder import Kept, RunFolder
+from hf_finetune.run.folder import RunFolder, StoredTargets
 
 # Stands for the split that `evaluate` takes by itself.
 HELD_OUT = "held-out"
@@ -32,7 +32,7 @@ class Opened:
     """A finished run whose folder was read."""
 
     folder: RunFolder
-    kept: Kept | None
+    kept: StoredTargets | None
     """The content of `targets.json`; None in runs of a version that wrote none."""
     recipe: Recipe
     """As resolved, with the overrides that it was opened with."""

@@ -60,8 +60,8 @@ def as_umask_says(folder: Path) -> None:
             path.chmod(mode)
 
 
+# Names of what `write_atomically` has not renamed yet: that of the file, and the process.
 TEMPORARY = re.compile(r"\..+\.\d+")
-"""Names of what `write_atomically` has not renamed yet: that of the file, and the process."""
 
 
 def write_atomically(file: Path, content: str | bytes, *, durable: bool = False) -> None:
@@ -112,8 +112,8 @@ def discard(path: Path) -> None:
 
 # Files made durable, moved and removed; a refusal by the file system becomes a `StorageError` of one line.
 
+# Files that are hashed and synced at the same time: the disk works while the processor does.
 THREADS = 4
-"""Files that are hashed and synced at the same time: the disk works while the processor does."""
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -255,14 +255,14 @@ def _raise(error: OSError) -> None:
 #
 # What is known stands beside the cache of tokenised data, in `digests/`: one small file for each path.
 
+# Bytes below which reading is as fast as looking it up.
 SMALL = 1 << 20
-"""Bytes below which reading is as fast as looking it up."""
+# Age of the last change from which on a file is remembered: ticks of file systems are as long as two seconds.
 SETTLED_NS = 2_000_000_000
-"""Age of the last change from which on a file is remembered: ticks of file systems are as long as two seconds."""
 
 
 def sha256(file: str | Path, root: Path) -> bytes:
-    """The digest of a file; of several processes that ask at the same time one reads it, and the others wait.
+    """Return the digest of a file; of several processes that ask at once, one reads it, and the others wait.
 
     Args:
         file: Its path.

@@ -29,8 +29,8 @@ from hf_finetune.run.status import Status
 from hf_finetune.run.store import MANIFEST, Manifest
 from hf_finetune.tasks.base import State
 
+# Folder in a run folder in which ranks watch each other, from before the run takes it.
 RANKS = ".ranks"
-"""Folder in a run folder in which ranks watch each other, from before the run takes it."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredTargets:
     """The content of `targets.json`."""
 
     targets: State
@@ -453,7 +453,7 @@ def write_targets(file: Path, targets: State) -> None:
         raise StorageError(f"{file} can't be written: {error.strerror or error}") from error
 
 
-def read_targets(file: Path) -> Kept | None:
+def read_targets(file: Path) -> StoredTargets | None:
     """Read `targets.json`; None where there is none.
 
     Raises:
@@ -464,7 +464,7 @@ def read_targets(file: Path) -> Kept | None:
         if stored["version"] != VERSION:
             message = f"is of version {stored['version']}, this program knows {VERSION}; use the one that wrote it"
             raise CheckpointError(Problem(message, file=str(file)))
-        return Kept(from_json(stored["targets"]), Path(stored["started_in"]))
+        return StoredTargets(from_json(stored["targets"]), Path(stored["started_in"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESTART, PROCESSES = "--restart", "--processes"
+# Scripts and modules whose command line ends with that of the processes they start.
 LAUNCHERS = {
     "accelerate",
     "torchrun",
@@ -17,7 +18,6 @@ LAUNCHERS = {
     "torch.distributed.run",
     "hf_finetune.launch",
 }
-"""Scripts and modules whose command line ends with that of the processes they start."""
 _words: list[str] = []
 _parent: list[str] = []
 

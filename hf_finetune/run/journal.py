@@ -10,11 +10,11 @@ from typing import Any
 
 from hf_finetune.log import warn
 
+# One line: step, epoch, time (Unix seconds), phase (train | eval | final | test | summary), then the metrics.
 Entry = dict[str, Any]
-"""One line: step, epoch, time (Unix seconds), phase (train | eval | final | test | summary), then the metrics."""
 
+# Words in the names of what the clock and the machine say: all that may differ between two equal runs.
 MEASURED = ("time", "seconds", "per_second", "memory", "matmul")
-"""Words in the names of what the clock and the machine say: all that may differ between two equal runs."""
 
 _NOISE = {"epoch", "total_flos", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 _RATES = {"samples_per_second", "steps_per_second", "model_preparation_time"}

@@ -28,15 +28,15 @@ from hf_finetune.run.files import write_atomically
 if TYPE_CHECKING:
     from hf_finetune.device import Machine  # it loads torch, and a lock is also read where nothing is trained
 
+# Version 1 kept no recipe and no hashes of files: it serves a resume, and nothing else.
 VERSION = 2
-"""Version 1 kept no recipe and no hashes of files: it serves a resume, and nothing else."""
 MAX_BYTES = 64 << 20
+# Changed files of one input that are named; the rest is counted.
 FILES_LISTED = 20
-"""Changed files of one input that are named; the rest is counted."""
+# Beginning of the keys of `--allow-change` that are about a lock.
 KEYS = "lock."
-"""Beginning of the keys of `--allow-change` that are about a lock."""
+# Added to the name of the locked run's folder, where a repeat is given no other.
 SUFFIX = "-repeat"
-"""Added to the name of the locked run's folder, where a repeat is given no other."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.run import files
 
 T = TypeVar("T")
+# Beginning of the names of files by which ranks find out who shares a disk.
 MARK = ".mark-"
-"""Beginning of the names of files by which ranks find out who shares a disk."""
 
 
 class Ranks:

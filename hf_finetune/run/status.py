@@ -18,8 +18,8 @@ from hf_finetune.run.files import write_atomically
 State = Literal["running", "done", "failed", "preempted", "interrupted"]
 
 HEARTBEAT_SECONDS = 5.0
+# A run that says `running` and has not written a heartbeat for so long was killed, or its machine is gone.
 LOST_SECONDS = 12 * HEARTBEAT_SECONDS
-"""A run that says `running` and has not written a heartbeat for so long was killed, or its machine is gone."""
 
 
 def read(file: Path) -> dict[str, Any]:

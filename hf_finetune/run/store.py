@@ -187,8 +187,8 @@ def _is_inside(name: str) -> bool:
     return is_plain and name not in {".", MANIFEST} and "\\" not in name and "\0" not in name
 
 
+# A checkpoint is expected to need so many times the bytes of the one before.
 GROWTH = 1.2
-"""A checkpoint is expected to need so many times the bytes of the one before."""
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from hf_finetune.config.blocks import Checkpoints, Training
 from hf_finetune.errors import DivergedError, Problem, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Under a launcher, the same signal within so many seconds is a copy.
 ECHO_S = 5.0
-"""Under a launcher, the same signal within so many seconds is a copy."""
+# The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice.
 COPY_S = 0.5
-"""The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice."""
 STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
 _PR_SET_PDEATHSIG = 1
 
@@ -143,16 +143,16 @@ def _follow_parent() -> None:
 
 # End training that went wrong: a loss or a gradient that is not finite, or a loss that leaps and stays there.
 
+# Steps whose median loss is the usual one.
 WINDOW = 50
-"""Steps whose median loss is the usual one."""
+# Steps before a leap can be recognised.
 FIRST = 10
-"""Steps before a leap can be recognised."""
 LOWER = "lower training.learning_rate"
+# Steps in a row that overflow in fp16 before the run ends; from the scaler's first scale, 2^16, 17 come to 1.
 OVERFLOWS = 25
-"""Steps in a row that overflow in fp16 before the run ends; from the scaler's first scale, 2^16, 17 come to 1."""
 NO_FP16 = "set training.precision to bf16 or fp32"
+# A loss that is not scaled up any more, and gradients still overflow: no scale helps.
 SMALLEST_SCALE = 1.0
-"""A loss that is not scaled up any more, and gradients still overflow: no scale helps."""
 
 
 class Guard:
@@ -259,12 +259,12 @@ class Guard:
 
 # Checkpoints by the clock, so seldom that saving takes under 1 % of the time.
 
+# The part of the time between two checkpoints that the second one may take.
 SHARE = 0.01
-"""The part of the time between two checkpoints that the second one may take."""
+# The cost of a checkpoint, as it is assumed before one was measured.
 FIRST_S = 0.05
-"""The cost of a checkpoint, as it is assumed before one was measured."""
+# A pause is announced again once it is this many times longer than the last one announced.
 NEWS = 1.5
-"""A pause is announced again once it is this many times longer than the last one announced."""
 
 
 class Pace:

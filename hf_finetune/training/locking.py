@@ -34,12 +34,12 @@ from hf_finetune.run.lock import Choices, File, Git, Input, Lock, RecipeText, Re
 # Everything that a run reads, identified by a commit on the Hub, or by hashes of local files.
 
 SUFFIXES = {".safetensors", ".model", ".jinja"}
+# Files that are read of a model's or an adapter's folder, besides those with `SUFFIXES`.
 NAMES = {
     "adapter_config.json", "added_tokens.json", "config.json", "generation_config.json", "merges.txt",
     "model.safetensors.index.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "vocab.txt",
 }  # fmt: skip
-"""Files that are read of a model's or an adapter's folder, besides those with `SUFFIXES`."""
 
 
 def of_model(recipe: Recipe, commit: str | None = None) -> Input:
@@ -110,13 +110,13 @@ def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
 
 # Packages, machine and checkout of a run. No path, user or host is in it.
 
+# Those that take part in every run, besides torch and this one.
 PACKAGES = (
     "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors", "tensorboardX",
     "huggingface_hub", "scikit-learn", "scipy",
 )  # fmt: skip
-"""Those that take part in every run, besides torch and this one."""
+# Time limit of git.
 GIT_SECONDS = 10
-"""Time limit of git."""
 
 
 def packages(recipe: Recipe, machine: Machine) -> dict[str, str]:
@@ -208,8 +208,8 @@ def checkout() -> Git | None:
 
 # Differences between a lock and the recipe and machine of a repeat, each with advice.
 
+# Groups that `--allow-change` may name, also with one member: `lock.packages.numpy`.
 ALLOWED = ("lock.packages", "lock.hardware", "lock.changed")
-"""Groups that `--allow-change` may name, also with one member: `lock.packages.numpy`."""
 HINTS = {
     "lock.packages": "install what it was",
     "lock.hardware": "repeat it where it is the same",
@@ -272,8 +272,8 @@ def drift(lock: Lock, recipe: Recipe, machine: Machine, allowed: Sequence[str]) 
             judge(key, text)
     here = None if lock.git is None else checkout()
     if lock.git is not None and here is not None and here != lock.git:
-        told = [f"at commit {git.commit[:12]}{' with changes' if git.dirty else ''}" for git in (lock.git, here)]
-        notes.append(f"the working directory was {told[0]}, is {told[1]}")
+        states = [f"at commit {git.commit[:12]}{' with changes' if git.dirty else ''}" for git in (lock.git, here)]
+        notes.append(f"the working directory was {states[0]}, is {states[1]}")
     return problems, notes
 
 

@@ -37,8 +37,8 @@ from hf_finetune.tracking import records
 from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training.callbacks import Pace, StopRequest
 
+# Another version of these may change the bits of the next step.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-"""Another version of these may change the bits of the next step."""
 INSTEAD = "give --restart to train anew (this run is moved aside), or name another output"
 
 # The content of a checkpoint: everything that the next step depends on, bit for bit as the last step left it.
@@ -117,8 +117,8 @@ def load_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
     adapter.load_state(adapted, extra)
 
 
+# Settings of each group of weights, which the recipe may change; the rest is state.
 HYPERPARAMETERS = ("weight_decay", "betas", "initial_lr")
-"""Settings of each group of weights, which the recipe may change; the rest is state."""
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, load: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data.job import COUNTS, Job
+from hf_finetune.data.prepare import Prepared
 from hf_finetune.errors import DivergedError, Problem
 from hf_finetune.models.paths import Paths
 from hf_finetune.run.journal import of_phase
@@ -30,9 +31,6 @@ from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Throughput
 from hf_finetune.training.callbacks import Guard
 from hf_finetune.training.loop import AfterStep, ResumableTrainer
 from hf_finetune.training.resume import Checkpointing, Progress
-
-if TYPE_CHECKING:
-    from hf_finetune.data.prepare import Prepared
 
 
 class FinetuneTrainer(ResumableTrainer):
