@@ -29,7 +29,7 @@ TASK = TextClassification(kind="text_classification", text="text", label="label"
 def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """Evaluates, and returns the document that was printed."""
     capsys.readouterr()
-    inference_evaluate.run(str(run), overrides, form="json", **options)
+    inference_evaluate.evaluate(str(run), overrides, form="json", **options)
     found: dict[str, Any] = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
     return found
 
@@ -186,13 +186,13 @@ def test_bad_rows_are_named(classifier: Path, tmp_path: Path) -> None:
     ]:
         (tmp_path / "data.csv").write_text(rows)
         with pytest.raises(DataError, match=says):
-            inference_evaluate.run(str(classifier), files=(str(tmp_path / "data.csv"),))
+            inference_evaluate.evaluate(str(classifier), files=(str(tmp_path / "data.csv"),))
 
 
 def test_rows_that_are_cut_are_counted(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.csv").write_text(f"text,label\n{'the film ' * 40},positive\na film,negative\n,negative\n")
     kept = ("data.checks.empty_text=warn",)
-    inference_evaluate.run(str(classifier), kept, files=(str(tmp_path / "data.csv"),))
+    inference_evaluate.evaluate(str(classifier), kept, files=(str(tmp_path / "data.csv"),), form="text")
     told = capsys.readouterr()
     assert "2 of 3 rows (1 cut, 1 without text)" in told.out
     assert "are cut to 32 tokens" in told.err or "is cut to 32 tokens" in told.err
@@ -208,12 +208,12 @@ def test_mistakes_of_the_command_line(classifier: Path) -> None:
     ]
     for options, says in cases:
         with pytest.raises((RecipeError, DataError, CheckpointError), match=says):
-            inference_evaluate.run(str(classifier), **options)
+            inference_evaluate.evaluate(str(classifier), **options)
 
 
 def test_a_classifier_is_not_compared_with_a_language_model(tested: Path, chatter: Path) -> None:
     with pytest.raises((RecipeError, DataError), match=r"column|does causal_lm"):
-        inference_evaluate.run(str(tested), against=(str(chatter),))
+        inference_evaluate.evaluate(str(tested), against=(str(chatter),))
 
 
 def scored(logits: Any, labels: Any, names: tuple[str, ...] = ("a", "b")) -> Scored:
@@ -268,7 +268,7 @@ def test_other_labels_and_rows_that_only_one_has_are_told() -> None:
 
 def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    inference_evaluate.run(str(tested), form="markdown", by=("source",), against=("base",))
+    inference_evaluate.evaluate(str(tested), form="markdown", by=("source",), against=("base",))
     told = capsys.readouterr().out
     assert re.search(r"^\| accuracy \| 0\.\d{4} \| 0\.\d{4} \.\. [01]\.\d{4} \|$", told, re.MULTILINE)
     assert "**by source**" in told

@@ -284,7 +284,7 @@ def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytes
     with pytest.raises(RecipeError, match=r"--input /etc/hosts: lies outside[^$]*--output /x: lies outside"):
         inference_predict.run(Options(str(classifier), input="/etc/hosts", output="/x"))
     with pytest.raises(RecipeError, match="--data /x: lies outside"):
-        evaluate.run(str(classifier), files=("/x",))
+        evaluate.evaluate(str(classifier), files=("/x",))
     with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
         lm_eval.run(str(classifier), (), ("a",), folder="/x")
     with pytest.raises(RecipeError, match="lies outside"):

@@ -266,7 +266,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             return
     from hf_finetune.inference import evaluate
 
-    evaluate.run(
+    evaluate.evaluate(
         arguments.run_folder,
         overrides,
         files=arguments.data,

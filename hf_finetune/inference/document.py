@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_finetune.errors import StorageError
 from hf_finetune.log import text
 from hf_finetune.log.lines import printable
-from hf_finetune.run.files import write_atomically
+from hf_finetune.run.files import write_atomically, writing
 
 VERSION = 1
 FOLDER = "evaluations"
@@ -25,8 +24,7 @@ FATES = {
     "untrained": "without anything that counts",
     "empty": "without text",
 }
-Table = tuple[str, list[str], list[list[str]]]
-"""Title, heads, rows."""
+Table = tuple[str, list[str], list[list[str]]]  # title, heads, rows
 
 
 def write(run: Path, title: str, document: Mapping[str, Any], key: Sequence[str]) -> Path:
@@ -41,11 +39,9 @@ def write(run: Path, title: str, document: Mapping[str, Any], key: Sequence[str]
     digest = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", title).strip("-.")[:60] or "data"
     file = run / FOLDER / f"{name}-{digest}.json"
-    try:
+    with writing(file):
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise StorageError(f"{file} can't be written: {error.strerror or error}") from error
     return file
 
 

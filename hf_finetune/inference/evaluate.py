@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,27 +34,6 @@ MOST_SLICES = 50
 EXTRA = ("roc_auc", "r2")
 
 Array = np.ndarray[Any, Any]
-Show = Callable[[dict[str, Any], tuple[str, ...]], None]
-
-
-def run(
-    place: str,
-    overrides: Sequence[str] = (),
-    *,
-    files: Sequence[str] = (),
-    split: str | None = None,
-    by: Sequence[str] = (),
-    against: Sequence[str] = (),
-    form: str = "text",
-    everything: bool = False,
-) -> None:
-    """Evaluate, print as text, json or markdown, and keep the document in the run folder; see `evaluate`."""
-
-    def show(document: dict[str, Any], headline: tuple[str, ...]) -> None:
-        log.show(inference_document.render(document, form, headline + EXTRA, everything=everything))
-
-    _, file = evaluate(place, overrides, files=files, split=split, by=by, against=against, show=show)
-    log.say(f"kept in {file}")
 
 
 def evaluate(
@@ -66,8 +44,9 @@ def evaluate(
     split: str | None = None,
     by: Sequence[str] = (),
     against: Sequence[str] = (),
-    show: Show | None = None,
-) -> tuple[dict[str, Any], Path]:
+    form: str | None = None,
+    everything: bool = False,
+) -> dict[str, Any]:
     """Evaluate, and keep the document in the run folder.
 
     Args:
@@ -77,7 +56,8 @@ def evaluate(
         split: Of the recipe; by default the test split, else the validation split.
         by: Columns by whose values the rows are sliced.
         against: Run folders, or `base`.
-        show: Gets the document and the task's main metrics before the file is written, which may fail.
+        form: `text`, `json` or `markdown` prints the document; None does not.
+        everything: Print the metrics of each class too.
 
     Raises:
         RecipeError: There is no such run, split or slice, or an override is wrong.
@@ -121,10 +101,13 @@ def evaluate(
                 "against": [versus.as_json() for versus in compared],
             }
         )
-        if show is not None:
-            show(document, recipe.task.headline)
+        # Printed first: writing may fail.
+        if form is not None:
+            headline = recipe.task.headline + EXTRA
+            log.show(inference_document.render(document, form, headline, everything=everything))
         key = [*one.key, *overrides, *slices, *(versus.name for versus in compared)]
-        return document, inference_document.write(opened.folder.path, title, document, key)
+        log.say(f"kept in {inference_document.write(opened.folder.path, title, document, key)}")
+        return document
 
 
 def _slices(
@@ -180,14 +163,11 @@ class Scored:
 
     task: Task
     targets: State
-    predictions: Predictions
-    """(N, ...) each."""
-    numbers: Array
-    """(N,) number of each raw row, from 0."""
+    predictions: Predictions  # (N, ...) each
+    numbers: Array  # (N,) number of each raw row, from 0
     answered: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """(M,) numbers of the raw rows whose answers were generated."""
-    answers: Mapping[str, Array] = field(default_factory=dict)
-    """Values (M,) by metric."""
+    answers: Mapping[str, Array] = field(default_factory=dict)  # values (M,) by metric
 
     def only(self, numbers: Array) -> Scored:
         """Keep the part that is about some raw rows."""
@@ -265,17 +245,13 @@ class Versus:
     """Another model beside this one."""
 
     name: str
-    rows: int
-    """Rows that both evaluated."""
-    metrics: Mapping[str, float]
-    """The other's, on these rows."""
-    differences: Mapping[str, float]
-    """This model's metrics minus the other's, on these rows."""
+    rows: int  # rows that both evaluated
+    metrics: Mapping[str, float]  # the other's, on these rows
+    differences: Mapping[str, float]  # this model's metrics minus the other's, on these rows
     bounds: Mapping[str, tuple[float, float]]
     """95 % intervals of the differences, where they follow from sums over rows."""
     mcnemar: dict[str, Any] | None
-    notes: list[str]
-    """Everything that was left out."""
+    notes: list[str]  # everything that was left out
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as the document holds it."""

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import nn
 
+from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.inference import merge_check, weights
@@ -24,6 +25,7 @@ from hf_finetune.inference.merge import Bits
 from hf_finetune.inference.merge_check import Logits
 from hf_finetune.models import load
 from hf_finetune.models.pretrained import silence
+from hf_finetune.run.files import writing
 from hf_finetune.tasks.base import Batch
 
 # The place in a model folder where programs look for it.
@@ -65,7 +67,7 @@ def quantise(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
     network = weights.load(source, run, quantization_config=settings, **options)
     if not any("torchao" in type(parameter.data).__module__ for parameter in network.parameters()):
         raise ModelError(f"--quantize {bits}: torchao found no linear layer in this model to quantise")
-    with weights.reported(folder), silence():
+    with writing(folder), silence():
         network.save_pretrained(folder)
         weights.add_tokenizer(run, folder)
 
@@ -123,7 +125,7 @@ def session(file: Path) -> Logits:
     try:
         made = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except (failures.Fail, failures.InvalidGraph, failures.NotImplemented, failures.RuntimeException) as error:
-        raise ModelError(f"onnxruntime does not take the ONNX file: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"onnxruntime does not take the ONNX file: {peft.one_line(error)}") from error
     names = [one.name for one in made.get_inputs()]
 
     def run(batch: Batch) -> torch.Tensor:
@@ -166,7 +168,7 @@ def _export(network: Any, names: list[str], file: Path) -> None:
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            reason = peft.one_line(error.__cause__ or error)
             raise ModelError(f"torch.onnx can't export this model: {reason}; leave --onnx out") from error
     # torch names the free axes by numbers of its own.
     graph, known = program.model.graph, dict[str, str]()
@@ -176,6 +178,6 @@ def _export(network: Any, names: list[str], file: Path) -> None:
         for place, axis in enumerate(value.shape):
             if str(axis) in known:
                 value.shape[place] = known[str(axis)]
-    with weights.reported(file):
+    with writing(file):
         file.parent.mkdir(parents=True)
         program.save(str(file), external_data=size > ONE_FILE)

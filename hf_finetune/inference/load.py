@@ -35,8 +35,7 @@ from hf_finetune.run.lock import Input
 from hf_finetune.tasks.base import Batch, Predictions, State, pad_token_of
 from hf_finetune.training import locking
 
-Predict = Callable[[Batch], dict[str, torch.Tensor]]
-"""Predictions of a batch; see `Task.predict`."""
+Predict = Callable[[Batch], dict[str, torch.Tensor]]  # predictions of a batch; see `Task.predict`
 
 # PEFT puts this before the names of a model's parameters.
 PREFIX = "base_model.model."
@@ -70,13 +69,10 @@ class Finished:
     """A finished run."""
 
     folder: RunFolder
-    recipe: Recipe
-    """As resolved, with the overrides that it was opened with."""
-    machine: Machine
-    """This one, with the precision and the attention that the run was made with, where it has them."""
+    recipe: Recipe  # as resolved, with the overrides that it was opened with
+    machine: Machine  # this one, with the precision and the attention that the run was made with, where it has them
     targets: State
-    tokenizer: Any
-    """What prepares rows: a tokenizer, an image processor or the like."""
+    tokenizer: Any  # prepares rows: a tokenizer, an image processor or the like
 
     def model(self) -> nn.Module:
         """Load the base with the adapter, or the full model, in eval mode, on the device."""

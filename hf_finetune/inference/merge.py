@@ -20,6 +20,7 @@ from hf_finetune.config.paths import outside, resolve
 from hf_finetune.errors import Findings, RecipeError
 from hf_finetune.log import phase, tell
 from hf_finetune.log.lines import Message
+from hf_finetune.run import files
 
 if TYPE_CHECKING:
     from hf_finetune.inference.load import Finished
@@ -51,20 +52,14 @@ HINT = "--tolerance allows more"
 class Options:
     """The command line."""
 
-    to: str
-    """The folder to make."""
-    dtype: Dtype | None = None
-    """Of the weights; None is that of the base's checkpoint."""
-    shard_size: str = "5GB"
-    """Most bytes of one weight file."""
+    to: str  # the folder to make
+    dtype: Dtype | None = None  # of the weights; None is that of the base's checkpoint
+    shard_size: str = "5GB"  # most bytes of one weight file
     tolerance: float | None = None
     """Largest difference of logits between run and folder, as a share of the largest; None goes by the dtype."""
-    overwrite: bool = False
-    """Replace a folder that `merge` wrote."""
-    data: tuple[str, ...] = ()
-    """Files with rows to compare on, in place of the run's own."""
-    rows: int = 1000
-    """Rows of which metrics are computed, at most."""
+    overwrite: bool = False  # replace a folder that `merge` wrote
+    data: tuple[str, ...] = ()  # files with rows to compare on, in place of the run's own
+    rows: int = 1000  # rows of which metrics are computed, at most
     quantize: Bits | None = None
     onnx: bool = False
 
@@ -110,8 +105,7 @@ class Check:
     """Two models whose logits were compared."""
 
     what: str
-    difference: float
-    """As a share of the largest logit."""
+    difference: float  # as a share of the largest logit
     tolerance: float
 
 
@@ -126,8 +120,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `run`, `adapter`, `merged`, and what else was made."""
-    packages: list[str] = field(default_factory=list)
-    """Further ones that were used."""
+    packages: list[str] = field(default_factory=list)  # further ones that were used
 
     def facts(self) -> dict[str, Any]:
         """The content of `export.json`, but for the files."""
@@ -157,8 +150,8 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write the file, after all others."""
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")}
-        files = {name: size for name, size in sorted(sizes.items()) if (folder / name).is_file()}
-        text = json.dumps(self.facts() | {"files": files}, indent=2, ensure_ascii=False, default=str)
+        made = {name: size for name, size in sorted(sizes.items()) if (folder / name).is_file()}
+        text = json.dumps(self.facts() | {"files": made}, indent=2, ensure_ascii=False, default=str)
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
     def say(self, place: str) -> None:
@@ -209,7 +202,7 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
     if options.quantize is not None:
         export.check_kernels(options.quantize, device.find_device())
     run = open_run(place, overrides)
-    with merge_check.opened(run, options.data, options.rows) as rows, weights.staged(options.to) as staging:
+    with merge_check.opened(run, options.data, options.rows) as rows, files.staged(Path(options.to)) as staging:
         report = _merged(run, rows, options, staging)
         if (bits := options.quantize) is not None:
             with phase(f"quantising to {bits}"):
@@ -226,7 +219,7 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
             predict = merge_check.predictor(export.session(file), run)
             report.metrics["onnx"] = merge_check.metrics("the ONNX file", rows, predict)
             report.packages += ["onnx", "onnxruntime", "onnxscript"]
-        with weights.reported(staging):
+        with files.writing(Path(options.to)):
             report.write(staging)
     report.say(options.to)
     return report

@@ -25,8 +25,7 @@ PROBED = 16
 # Tokens of a row whose logits are compared: those of a whole row of a language model are gigabytes.
 POSITIONS = 64
 
-Logits = Callable[[Batch], torch.Tensor]
-"""A batch without labels -> logits (B, C) or (B, T, V)."""
+Logits = Callable[[Batch], torch.Tensor]  # a batch without labels -> logits (B, C) or (B, T, V)
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,9 @@ class Rows:
 
     run: Finished
     encoded: Any
-    split: str
-    """Of the recipe, or `data` where files were given."""
-    sources: tuple[dict[str, str], ...]
-    """Name and SHA-256 of what they were read from."""
-    whole: int
-    """How many rows there are; those above are the first of them."""
+    split: str  # of the recipe, or `data` where files were given
+    sources: tuple[dict[str, str], ...]  # name and SHA-256 of what they were read from
+    whole: int  # how many rows there are; those above are the first of them
 
     def probes(self) -> list[Batch]:
         """A few rows from short to long, without labels: padded together, but one by one where logits are large."""

@@ -32,10 +32,8 @@ class Opened:
     """A finished run whose folder was read."""
 
     folder: RunFolder
-    kept: StoredTargets | None
-    """The content of `targets.json`; None in runs of a version that wrote none."""
-    recipe: Recipe
-    """As resolved, with the overrides that it was opened with."""
+    kept: StoredTargets | None  # the content of `targets.json`; None in runs of a version that wrote none
+    recipe: Recipe  # as resolved, with the overrides that it was opened with
 
 
 def look(

@@ -34,28 +34,22 @@ LABELLED, GENERATED = 1024, 128
 # A window of longer texts ends sooner.
 CHARACTERS = 1 << 23
 
-Outputs = dict[str, Any]
-"""Output columns of a row, by their plain names."""
+Outputs = dict[str, Any]  # output columns of a row, by their plain names
 
 
 class Predicted(NamedTuple):
     """The results of a window; lists have one entry a row."""
 
-    outputs: list[Outputs | None]
-    """None where a row has a fault."""
-    faults: list[str]
-    """Empty text where there is none."""
-    cut: int
-    """Rows that were over-long and cut, or left no room for an answer."""
+    outputs: list[Outputs | None]  # None where a row has a fault
+    faults: list[str]  # empty text where there is none
+    cut: int  # rows that were over-long and cut, or left no room for an answer
 
 
 class Predictor(ABC):
     """Predicts windows of rows; faults of rows are returned, not raised."""
 
-    window: int
-    """Rows of a window."""
-    cut_means: str
-    """Ends a sentence about the rows that `Predicted.cut` counts."""
+    window: int  # rows of a window
+    cut_means: str  # ends a sentence about the rows that `Predicted.cut` counts
 
     def __init__(self, run: Finished, served: Serving) -> None:
         self.run, self.served, self.task = run, served, run.recipe.task

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -39,8 +39,7 @@ CHUNK, PARQUET_ROWS = 1 << 20, 1024
 class Input:
     """A file or pipe of rows."""
 
-    name: str
-    """A file, or `-`."""
+    name: str  # a file, or `-`
     form: Format
 
     @property
@@ -74,11 +73,8 @@ class Input:
         head = b"" if peek is None else peek(1)
         line = head.decode("utf-8-sig", errors="ignore").partition("\n")[0].rstrip("\r")
         if line.startswith("{"):
-            try:
-                is_object = isinstance(json.loads(line), dict)
-            except ValueError:
-                is_object = False
-            if is_object:
+            with suppress(ValueError):
+                json.loads(line)
                 return replace(self, form="jsonl")
         if "\t" in line and set(needed) <= set(line.split("\t")):
             return replace(self, form="tsv")

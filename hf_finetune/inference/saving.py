@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,13 @@ from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters._targets import base_model
 from hf_finetune.adapters.lora import changed_base
 from hf_finetune.device import Machine, is_out_of_memory
-from hf_finetune.errors import DivergedError, ModelError, Problem, StorageError
+from hf_finetune.errors import DivergedError, ModelError, Problem
 from hf_finetune.log import say
 from hf_finetune.models import load, memory, sharded
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
 from hf_finetune.run import folder as run_folder
-from hf_finetune.run.files import put_in_place
+from hf_finetune.run.files import staged, writing
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.tasks.base import Batch, State
 from hf_finetune.training.trainer import FinetuneTrainer
@@ -56,20 +55,12 @@ def save(
         state: The trained weights in one piece where the model holds parts of them; see `Adapter.save`.
     """
     final = Path(folder)
-    staging = final.with_name(f".{final.name}.partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with staged(final) as staging, writing(final):
         recipe.adapter.save(adapted, str(staging), state)
         processor.save_pretrained(staging)
         peft.write_labels(staging, recipe.task.model_options(targets))
         text = card.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / card.FILE).write_text(text, encoding="utf-8")
-        put_in_place(staging, final)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{final} can't be written: {error.strerror or error}") from error
 
 
 def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, folder: str | Path) -> float:

@@ -22,13 +22,14 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_finetune.errors import DataError, Problem, RecipeError, StorageError
+from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.inference.opening import refuse_output
-from hf_finetune.run.files import write_atomically
+from hf_finetune.run.files import write_atomically, writing
 from hf_finetune.tasks.base import OutputKind
 
 OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 PREFIX = "predicted_"
+CONTINUE = "; make room, and give the same command to continue"
 # Raised by pyarrow where a value has no type, or another one than it should.
 REFUSALS = (pa.ArrowException, OverflowError, ValueError, TypeError)
 Cells = dict[str, Any]
@@ -38,18 +39,14 @@ Cells = dict[str, Any]
 class Progress:
     """How far a file is."""
 
-    rows: int = 0
-    """Rows that were read and are done with."""
-    bytes: int = 0
-    """Bytes of the partial file that belong to them."""
+    rows: int = 0  # rows that were read and are done with
+    bytes: int = 0  # bytes of the partial file that belong to them
     cut: int = 0
     faulty: int = 0
     faults: dict[str, list[int]] = field(default_factory=dict)
     """Faults of rows that were skipped or left empty -> the first few such rows."""
-    schema: str | None = None
-    """See `Sink.state`."""
-    columns: list[str] = field(default_factory=list)
-    """Input columns, once they are known."""
+    schema: str | None = None  # see `Sink.state`
+    columns: list[str] = field(default_factory=list)  # input columns, once they are known
     prefix: str = ""
 
 
@@ -100,7 +97,7 @@ class File:
 
     def write(self, data: bytes) -> None:
         """Append a window, then commit it with what `progress` says by now."""
-        with self._reported():
+        with writing(self.final, CONTINUE):
             self.stream.write(data)
             self.stream.flush()
             os.fsync(self.stream.fileno())
@@ -109,17 +106,9 @@ class File:
 
     def finish(self, sink: Sink) -> None:
         """Give the file its name."""
-        with self._reported():
+        with writing(self.final, CONTINUE):
             sink.finish(self.partial, self.final)
             self.state.unlink(missing_ok=True)
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = f"{self.final} can't be written: {error.strerror}"
-            raise StorageError(f"{reason}; make room, and give the same command to continue") from error
 
 
 Output = Pipe | File
@@ -143,10 +132,8 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
         yield Pipe()
         return
     refuse_output(name, restart=restart)
-    try:
+    with writing(Path(name)):
         file = File(Path(name), key)
-    except OSError as error:
-        raise StorageError(f"{name} can't be written: {error.strerror}") from error
     with file.stream as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,9 +8,6 @@ rounding included, and the result gives the run's logits. Merged into the unquan
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +28,7 @@ from hf_finetune.inference.saving import TOLERANCES
 from hf_finetune.log import phase, say
 from hf_finetune.models import load as models_load
 from hf_finetune.models.pretrained import read_config, silence
-from hf_finetune.run.files import discard, free_bytes, put_in_place
+from hf_finetune.run.files import free_bytes, writing
 from hf_finetune.tasks import _generation as generation
 from hf_finetune.tasks.base import pad_token_of
 
@@ -47,16 +44,11 @@ MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate", "max_
 class Merged:
     """Full weights, and the model that they were made of."""
 
-    network: PreTrainedModel
-    """In fp32, in eval mode; no trace of PEFT."""
-    into: str
-    """The base that the adapter was merged into, in words."""
-    difference: float
-    """Between the logits before and after, as a share of the largest."""
-    before: list[torch.Tensor]
-    """Logits of the probes before merging, in fp32: everything is compared with them."""
-    metrics: dict[str, float]
-    """Of the adapter's model before merging, in fp32."""
+    network: PreTrainedModel  # in fp32, in eval mode; no trace of PEFT
+    into: str  # the base that the adapter was merged into, in words
+    difference: float  # between the logits before and after, as a share of the largest
+    before: list[torch.Tensor]  # logits of the probes before merging, in fp32: everything is compared with them
+    metrics: dict[str, float]  # of the adapter's model before merging, in fp32
 
 
 def merged(rows: Rows) -> Merged:
@@ -66,7 +58,16 @@ def merged(rows: Rows) -> Merged:
     if refusals := models_load.unmergeable(recipe, models_load.skeleton(recipe, run.targets, run.tokenizer)):
         raise ModelError(refusals)
     with phase("loading the model in fp32"):
-        base, into = _base(run)
+        options = recipe.task.model_options(run.targets)
+        if recipe.model.quantization is None:
+            # Weights as the checkpoint has them: a run in bf16 saw them rounded, which is no reason to keep that.
+            base = models_load.fresh_base(recipe, options, replace(run.machine, precision="fp32"))
+            into = "the base"
+        else:
+            # In the run's precision: another one would round before it quantises, and so give other weights.
+            base = _dequantised(models_load.fresh_base(recipe, options, run.machine))
+            into = f"the base, dequantised from {recipe.model.quantization}"
+        base = _placed(base, run.machine.device)
         if (pad := pad_token_of(run.tokenizer)) is not None:
             base.config.pad_token_id = pad
         adapted: Any = recipe.adapter.load(base, str(run.folder.adapter))
@@ -81,19 +82,6 @@ def merged(rows: Rows) -> Merged:
     hint = f"this combination of base and {recipe.adapter.kind} can't be merged by PEFT; report it"
     merge_check.refuse(apart, TOLERANCE, "the merged weights are not the adapter's model", hint)
     return Merged(network, into, apart, before, metrics)
-
-
-def _base(run: Finished) -> tuple[Any, str]:
-    """The base in fp32, and what it is in words."""
-    recipe = run.recipe
-    options = recipe.task.model_options(run.targets)
-    if recipe.model.quantization is None:
-        # Weights as the checkpoint has them: a run in bf16 saw them rounded, which is no reason to keep that.
-        whole = models_load.fresh_base(recipe, options, replace(run.machine, precision="fp32"))
-        return _placed(whole, run.machine.device), "the base"
-    # In the run's precision: another one would round before it quantises, and so give other weights.
-    base = _dequantised(models_load.fresh_base(recipe, options, run.machine))
-    return _placed(base, run.machine.device), f"the base, dequantised from {recipe.model.quantization}"
 
 
 def _dequantised(quantised: Any) -> Any:
@@ -123,7 +111,7 @@ def _unloaded(adapted: Any) -> PreTrainedModel:
         try:
             network = adapted.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"PEFT can't merge this adapter: {' '.join(str(error).split())[:300]}") from error
+            raise ModelError(f"PEFT can't merge this adapter: {peft.one_line(error)}") from error
     unwrapped: PreTrainedModel = network.eval().requires_grad_(False)
     return unwrapped
 
@@ -135,36 +123,6 @@ def stored_dtype(run: Finished) -> Dtype:
     """The dtype of the base's checkpoint; fp32 where it does not say, or says something else."""
     stored = getattr(read_config(run.recipe.model), "dtype", None)
     return next((name for name in get_args(Dtype) if DTYPES[name] is stored), "fp32")
-
-
-@contextmanager
-def staged(place: str) -> Iterator[Path]:
-    """A folder to write into; it takes its place when the body is through, and is gone if it raises."""
-    final = Path(place)
-    staging = final.with_name(f".{final.name}.partial")
-    try:
-        with reported(final):
-            discard(staging)
-            staging.mkdir(parents=True)
-        yield staging
-        with reported(final):
-            put_in_place(staging, final)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def reported(folder: Path) -> Iterator[None]:
-    """Turn what a file system or safetensors raises into a `StorageError` of one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-        raise StorageError(Problem(f"can't be written: {reason}", file=str(folder))) from error
 
 
 def check_space(folder: Path, network: PreTrainedModel, dtype: Dtype) -> None:
@@ -195,7 +153,7 @@ def write(network: PreTrainedModel, run: Finished, dtype: Dtype, shard_size: str
         _settle_generation(network, run.tokenizer)
     if getattr(network.config, "use_cache", None) is False:
         network.config.use_cache = True  # it was off for training
-    with reported(folder), silence():
+    with writing(folder), silence():
         network.save_pretrained(folder, max_shard_size=shard_size)
         add_tokenizer(run, folder)
 
@@ -236,9 +194,7 @@ def _without_idle_values(config: Any) -> list[str]:
             idle = [name for name in named if name not in MODES and getattr(config, name, None) is not None]
             idle = [name for name in idle if getattr(config, name) != getattr(usual, name, None)]
             if not idle:
-                raise ModelError(
-                    f"its generation_config.json is not valid: {' '.join(str(error).split())[:300]}"
-                ) from error
+                raise ModelError(f"its generation_config.json is not valid: {peft.one_line(error)}") from error
             for name in dict.fromkeys(idle):
                 setattr(config, name, getattr(usual, name, None))
                 left_out.append(name)
@@ -266,8 +222,8 @@ def load(folder: Path, run: Finished, **options: Any) -> Any:
                 **options,
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"what was written does not load in transformers: {reason}; report it") from error
+            reason = f"what was written does not load in transformers: {peft.one_line(error)}"
+            raise ModelError(f"{reason}; report it") from error
     lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lost:
         raise ModelError(f"what was written does not load whole in transformers, e.g. {lost[0]}; report it")

@@ -113,7 +113,7 @@ class Run:
 
         names = [os.fspath(other) for other in against]
         with _quietly():
-            return evaluate(str(self.folder), self.overrides, files=files, split=split, by=by, against=names)[0]
+            return evaluate(str(self.folder), self.overrides, files=files, split=split, by=by, against=names)
 
     def predict(self, rows: Rows, *, max_new_tokens: int | None = None) -> list[dict[str, Any]]:
         """Predict rows: label, score and probabilities, a number, or generated text, in their order.

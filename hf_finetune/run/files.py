@@ -226,6 +226,39 @@ def failure(folder: Path, needed: int, reason: str) -> StorageError:
     return StorageError(Problem(message, key="output"))
 
 
+@contextlib.contextmanager
+def writing(place: Path, advice: str = "") -> Iterator[None]:
+    """Turn a refusal by the file system into a `StorageError` about a file or folder; other errors pass.
+
+    Args:
+        place: The file or folder.
+        advice: Follows the reason.
+    """
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if (reason := _reason(error)) is not None:
+            raise StorageError(Problem(f"can't be written: {reason}{advice}", file=str(place))) from error
+        raise
+
+
+@contextlib.contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """Make a folder to write into, which takes its place when the body is through, and is gone if it raises."""
+    staging = final.with_name(f".{final.name}.partial")
+    try:
+        with writing(final):
+            discard(staging)
+            staging.mkdir(parents=True)
+        yield staging
+        with writing(final):
+            put_in_place(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _reason(error: BaseException) -> str | None:
     """Read off an error what a file system refused; None where it is something else."""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
