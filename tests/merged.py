@@ -13,7 +13,6 @@ from models import batch, build, machine, train
 from hf_finetune.device import Precision
 from hf_finetune.inference import saving, weights
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge import Dtype
 from hf_finetune.inference.merge_check import Rows
 from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
@@ -40,7 +39,7 @@ def rows(run: Finished) -> Rows:
     return Rows(run, encoded, "validation", (), len(ids))
 
 
-def written(run: Finished, place: Path, dtype: Dtype = "fp32", shard_size: str = "5GB") -> weights.Merged:
+def written(run: Finished, place: Path, dtype: Precision = "fp32", shard_size: str = "5GB") -> weights.Merged:
     """The run's merged folder."""
     merged = weights.merged(rows(run))
     place.mkdir(parents=True)

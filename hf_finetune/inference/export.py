@@ -21,7 +21,6 @@ from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.inference import merge_check, weights
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge import Bits
 from hf_finetune.inference.merge_check import Logits
 from hf_finetune.models import load
 from hf_finetune.models.pretrained import silence
@@ -40,7 +39,7 @@ ONNX_TOLERANCE = 1e-3
 GROUPS = (128, 64, 32)
 
 
-def check_kernels(bits: Bits, device: str) -> None:
+def check_kernels(bits: str, device: str) -> None:
     """Refuse weights that torchao can't run on this machine."""
     if bits == "int4" and device != "cuda":
         # torchao 0.18: each packing of Int4WeightOnlyConfig needs CUDA or XPU, and what packs 4 bits on a CPU
@@ -49,7 +48,7 @@ def check_kernels(bits: Bits, device: str) -> None:
         raise RecipeError(f"--quantize int4: {reason}; run this on a GPU, or write int8")
 
 
-def quantise(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
+def quantise(source: Path, run: Finished, bits: str, folder: Path) -> None:
     """Quantise the model in a folder and write it to another, with its tokenizer.
 
     Args:
@@ -72,7 +71,7 @@ def quantise(source: Path, run: Finished, bits: Bits, folder: Path) -> None:
         weights.add_tokenizer(run, folder)
 
 
-def _config(outline: Any, bits: Bits) -> Any:
+def _config(outline: Any, bits: str) -> Any:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if bits == "int8":

@@ -18,11 +18,10 @@ from accelerate.hooks import remove_hook_from_module
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_finetune.adapters import _peft as peft
-from hf_finetune.device import DTYPES
+from hf_finetune.device import DTYPES, Precision
 from hf_finetune.errors import ModelError, Problem, StorageError
 from hf_finetune.inference import merge_check
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge import Dtype
 from hf_finetune.inference.merge_check import Rows
 from hf_finetune.inference.saving import TOLERANCES
 from hf_finetune.log import phase, say
@@ -119,13 +118,13 @@ def _unloaded(adapted: Any) -> PreTrainedModel:
 # The folder that transformers, vLLM and llama.cpp read.
 
 
-def stored_dtype(run: Finished) -> Dtype:
+def stored_dtype(run: Finished) -> Precision:
     """The dtype of the base's checkpoint; fp32 where it does not say, or says something else."""
     stored = getattr(read_config(run.recipe.model), "dtype", None)
-    return next((name for name in get_args(Dtype) if DTYPES[name] is stored), "fp32")
+    return next((name for name in get_args(Precision) if DTYPES[name] is stored), "fp32")
 
 
-def check_space(folder: Path, network: PreTrainedModel, dtype: Dtype) -> None:
+def check_space(folder: Path, network: PreTrainedModel, dtype: Precision) -> None:
     """Refuse weights that will not fit, before anything is written."""
     needed = sum(parameter.numel() for parameter in network.parameters()) * DTYPES[dtype].itemsize
     free = free_bytes(folder.parent)
@@ -134,7 +133,7 @@ def check_space(folder: Path, network: PreTrainedModel, dtype: Dtype) -> None:
         raise StorageError(Problem(message, file=str(folder)))
 
 
-def write(network: PreTrainedModel, run: Finished, dtype: Dtype, shard_size: str, folder: Path) -> None:
+def write(network: PreTrainedModel, run: Finished, dtype: Precision, shard_size: str, folder: Path) -> None:
     """Write weights, config, generation config, tokenizer, chat template and labels.
 
     Args:
