@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_finetune.data.batches import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
-from hf_finetune.data.facts import SplitReport
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Lanes, Raw
 from hf_finetune.errors import DataError, Problem
 
@@ -36,7 +36,7 @@ def stack(rows: list[Any]) -> dict[str, torch.Tensor]:
 def encoded(lengths: list[int]) -> Any:
     from datasets import Dataset
 
-    rows = [{"input_ids": [index] * length, "labels": index} for index, length in enumerate(lengths)]
+    rows = [{"input_ids": [index] * length, "size": length, "labels": index} for index, length in enumerate(lengths)]
     return Dataset.from_list(rows)
 
 
@@ -125,7 +125,10 @@ class Numbers:
         def encode(rows: list[dict[str, Any]]) -> list[Any]:
             self.encoded += [row["number"] for row in rows]
             return [
-                (None if row["number"] % 3 == 2 else {"input_ids": [7], "labels": row["number"]}, SplitReport(rows=1))
+                (
+                    None if row["number"] % 3 == 2 else {"input_ids": [7], "size": 1, "labels": row["number"]},
+                    SplitReport(rows=1),
+                )
                 for row in rows
             ]
 
@@ -133,7 +136,7 @@ class Numbers:
         return Lanes(raw, encode, lambda report: DataError("nothing left"), own, used)
 
     def filler(self, seed: int) -> Any:
-        return {"input_ids": [7], "labels": -100}
+        return {"input_ids": [7], "size": 1, "labels": -100}
 
     def count(self, report: SplitReport) -> None:
         pass
@@ -144,7 +147,7 @@ def streamed(
 ) -> tuple[list[list[list[int]]], list[int], list[int]]:
     """Labels of each micro-batch of each step of a rank, what its lanes used up, and the rows that it encoded."""
     numbers = Numbers()
-    found = iter(StreamedBatches(numbers, division, 0, done=done, used=used))
+    found = iter(StreamedBatches(numbers, division, 0, done=done, used=used))  # type: ignore[arg-type]
     assert [next(found) for _ in range(done * division.accumulation)] == [None] * (done * division.accumulation)
     batches, counts = [], [0] * division.batch_size
     for _ in range(steps):
@@ -189,12 +192,12 @@ def test_a_bad_row_of_a_stream_is_the_same_error_from_another_process(workers: i
             def encode(rows: list[dict[str, Any]]) -> list[Any]:
                 if any(row["number"] == 9 for row in rows):
                     raise DataError([Problem("row 9 is bad", file="a.csv", line=9), Problem("and again")])
-                return [({"input_ids": [7], "labels": row["number"]}, SplitReport(rows=1)) for row in rows]
+                return [({"input_ids": [7], "size": 1, "labels": row["number"]}, SplitReport(rows=1)) for row in rows]
 
             raw = (Raw({"number": number}, 0) for number in itertools.count())
             return Lanes(raw, encode, lambda report: DataError("nothing left"), own, used)
 
-    batches = StreamedBatches(Broken(), Division(4, 1), 0, asked_workers=workers)
+    batches = StreamedBatches(Broken(), Division(4, 1), 0, asked_workers=workers)  # type: ignore[arg-type]
     assert batches.workers == workers
     seen = []
 

@@ -17,7 +17,7 @@ from test_data import CLASSES, MACHINE, recipe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.data import prepare, readers, sources
-from hf_finetune.data.cells import Wanted
+from hf_finetune.data.loading import Wanted
 from hf_finetune.data.readers import Row
 from hf_finetune.data.stream import Reading
 from hf_finetune.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.data import encoding, prepare, sources
-from hf_finetune.data import facts as data_facts
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.recipe import Recipe
@@ -250,17 +250,13 @@ LONG = [{"text": "film " * count} for count in (3, 20, 5, 40)]
 def test_truncated_rows_are_counted(model_texts: Prepare) -> None:
     write_json("train.jsonl", LONG)
     report = model_texts(train="train.jsonl", max_length=8).reports["train"]
-    assert report == data_facts.SplitReport(
-        rows=4, kept=4, cut=2, tokens=4 + 8 + 6 + 8, trained=3 + 7 + 5 + 7, longest=41
-    )
+    assert report == SplitReport(rows=4, kept=4, cut=2, tokens=4 + 8 + 6 + 8, trained=3 + 7 + 5 + 7, longest=41)
 
 
 def test_dropped_rows_are_counted_and_leave_the_order(model_texts: Prepare) -> None:
     write_json("train.jsonl", LONG)
     prepared = model_texts(train="train.jsonl", test="train.jsonl", max_length=8, overlong="drop")
-    assert prepared.reports["test"] == data_facts.SplitReport(
-        rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41
-    )
+    assert prepared.reports["test"] == SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
     assert prepared.test is not None
     assert prepared.test["row"][:] == [0, 2]
     assert prepared.test["size"][:] == [4, 6]

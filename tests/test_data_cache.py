@@ -15,6 +15,7 @@ from test_data import CLASSES, LONG, MACHINE, TEXTS, mixed, recipe, write, write
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune import device
+from hf_finetune.config.paths import cache_folder
 from hf_finetune.data import cache
 from hf_finetune.data import prepare as data_prepare
 from hf_finetune.device import Machine
@@ -135,12 +136,12 @@ def test_a_damaged_entry_is_built_anew(llama: PreTrainedTokenizerBase, damage: s
 
 def test_the_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache.root("mine") == Path("mine")
-    assert cache.root(None) == tmp_path / "cache"
+    assert cache_folder("mine") == Path("mine")
+    assert cache_folder(None) == tmp_path / "cache"
     monkeypatch.delenv("HF_FINETUNE_CACHE")
-    assert cache.root(None) == Path("/xdg/hf_finetune")
+    assert cache_folder(None) == Path("/xdg/hf_finetune")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.root(None) == Path.home() / ".cache/hf_finetune"
+    assert cache_folder(None) == Path.home() / ".cache/hf_finetune"
 
 
 def test_a_cache_that_can_not_be_written(llama: PreTrainedTokenizerBase) -> None:

@@ -173,8 +173,8 @@ def test_marks_of_raw_text() -> None:
         ("NA film", 0),
     ]:
         nested = [{"role": "user", "content": text}]
-        assert encoding.marks_rawtext({"text": [text], "label": ["x"]}) == [marks]
-        assert encoding.marks_rawtext({"messages": [nested]}) == [marks & ~encoding.MISSING]
+        assert encoding.marks_of({"text": [text], "label": ["x"]}) == [marks]
+        assert encoding.marks_of({"messages": [nested]}) == [marks & ~encoding.MISSING]
 
 
 def test_words_for_missing_count_in_tables_alone(facts: Any) -> None:

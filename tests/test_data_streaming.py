@@ -13,8 +13,9 @@ import pytest
 from test_data import CLASSES, LONG, MACHINE, TEXTS, bare, recipe, write_json, write_lengths
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune.data import facts, prepare
+from hf_finetune.data import prepare
 from hf_finetune.data import stream as data_stream
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.errors import DataError, FinetuneError
 
 
@@ -94,7 +95,7 @@ def test_dropped_rows_are_counted(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", LONG)
     dropping = stream(llama, train="train.jsonl", max_length=8, overlong="drop")
     assert sorted(lengths(dropping.rows(1), 4)) == [4, 4, 6, 6]
-    assert dropping.report() == facts.SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
+    assert dropping.report() == SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
 
 
 def test_refused_rows_are_shown(llama: PreTrainedTokenizerBase) -> None:
@@ -178,7 +179,7 @@ def test_looking_leaves_the_counts_of_the_training_alone(llama: PreTrainedTokeni
     write_lengths("train.jsonl", range(1, 41))
     read = stream(llama, train="train.jsonl")
     read.look()
-    assert read.report() == facts.SplitReport()
+    assert read.report() == SplitReport()
 
 
 def test_everything_in_the_first_rows_is_told_at_once(llama: PreTrainedTokenizerBase) -> None:

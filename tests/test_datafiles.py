@@ -14,7 +14,7 @@ import pytest
 from test_data import CLASSES, recipe, write, write_json
 
 from hf_finetune.data import find, readers
-from hf_finetune.data.cells import Wanted
+from hf_finetune.data.loading import Wanted
 from hf_finetune.data.sources import LocalFiles
 from hf_finetune.errors import DataError
 

@@ -285,3 +285,13 @@ def _is_folder(name: str) -> bool:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
         return False
+
+
+def cache_folder(setting: str | None) -> Path:
+    """Give the folder of what this project caches, where `data.cache` is set so."""
+    if setting is not None:
+        return Path(setting).expanduser()
+    if os.environ.get("HF_FINETUNE_CACHE"):
+        return Path(os.environ["HF_FINETUNE_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hf_finetune"

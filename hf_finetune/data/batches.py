@@ -1,4 +1,4 @@
-"""Which rows form a global batch, which of them this rank and micro-batch take, and how documents are packed.
+"""Global batches, their division among ranks and micro-batches, and the packing of documents.
 
 The global batches of an epoch follow from the seed alone. Ranks and micro-batches only divide them, so the same recipe
 is the same optimisation on any number of devices.
@@ -14,28 +14,24 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torch.utils.data._utils import worker as workers
 
-from hf_finetune.data.facts import COUNTS, NAMES, SplitReport
+from hf_finetune.data.splits import NAMES, SplitReport, counts_of
+from hf_finetune.data.stream import Stream
 from hf_finetune.errors import FinetuneError
 from hf_finetune.tasks.base import IGNORE, Batch, Features, Task
 
-if TYPE_CHECKING:
-    from hf_finetune.data.stream import Lanes
-
-    Collator = Callable[[list[Any]], Batch]
-
+Collator = Callable[[list[Any]], Batch]
 STREAMED, FAILED = "streamed", "failed"
 COUNTED = ("rows", "tokens", "slots", "squares")
 """Rows of a micro-batch, their tokens, these with padding, and the sum of each document's tokens squared."""
 _PR_SET_PDEATHSIG = 1
-Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
-"""Tokens of each row."""
+Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor  # tokens of each row
 
 BATCHES_PER_POOL = 50
 """Length grouping sorts pools of so many global batches, so that an epoch stays random at any larger scale."""
@@ -48,12 +44,10 @@ def lengths_of(encoded: Any) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Division:
-    """How a global batch is divided among ranks and micro-batches."""
+    """The division of a global batch among ranks and micro-batches."""
 
     batch_size: int
-    """Rows of a global batch."""
-    micro_batch: int
-    """Most rows of one forward pass on one rank."""
+    micro_batch: int  # most rows of one forward pass on one rank
     rank: int = 0
     world_size: int = 1
 
@@ -179,48 +173,25 @@ class GlobalBatches(Sampler[list[int]]):
         return full * self.division.accumulation + (self.division.micro_batches(rest) if rest else 0)
 
 
-class Endless(Protocol):
-    """A source of encoded rows that never ends."""
-
-    def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
-        """Its rows by their place in the global batch."""
-
-    def filler(self, seed: int) -> Features:
-        """A row that counts as nothing."""
-
-    def count(self, report: SplitReport) -> None:
-        """Hears what became of the rows in the first pass, on all ranks together."""
-
-
 @dataclass(frozen=True)
 class Streamed:
     """A micro-batch of a stream, and what was used up for it."""
 
     rows: list[Any]
-    counts: torch.Tensor
-    """Rows that each lane of the global batch has used up, then the counts of `SplitReport`; int64."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """In place of a micro-batch: why there is none. An error can't leave a process of the loader as what it is."""
-
-    error: FinetuneError
+    counts: torch.Tensor  # rows that each lane of the global batch has used up, then the counts of `SplitReport`; int64
 
 
 @dataclass(eq=False)
 class StreamedBatches(IterableDataset[Any]):
-    """This rank's micro-batches of an endless stream, encoded by this rank alone; see `data.lanes`."""
+    """This rank's micro-batches of an endless stream, encoded by this rank alone; see `Lanes`."""
 
-    stream: Endless
+    stream: Stream
     division: Division
     seed: int
-    asked_workers: int = 0
-    """Processes that may encode, besides this one."""
+    asked_workers: int = 0  # processes that may encode, besides this one
     done: int = 0
     """Global batches that were trained on before: their micro-batches are None, and nothing is encoded for them."""
-    used: tuple[int, ...] = ()
-    """How many rows each lane has used up for these; empty at the begin."""
+    used: tuple[int, ...] = ()  # rows that each lane has used up for these; empty at the beginning
 
     @property
     def workers(self) -> int:
@@ -228,7 +199,7 @@ class StreamedBatches(IterableDataset[Any]):
         accumulation = self.division.accumulation
         return max(count for count in range(self.asked_workers + 1) if count == 0 or accumulation % count == 0)
 
-    def __iter__(self) -> Iterator[Streamed | Failed | None]:
+    def __iter__(self) -> Iterator[Streamed | FinetuneError | None]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         # `datasets` would read only a share of the files here; what this process encodes is chosen by lanes.
@@ -240,7 +211,7 @@ class StreamedBatches(IterableDataset[Any]):
         except FinetuneError as error:
             if worker is None:
                 raise
-            yield Failed(error)
+            yield error  # raised here, it would reach the trainer as another error
 
     def _micro_batches(self, shares: list[list[int]]) -> Iterator[Streamed]:
         size = self.division.batch_size
@@ -255,7 +226,7 @@ class StreamedBatches(IterableDataset[Any]):
                     filler = filler or self.stream.filler(self.seed)
                     rows = [filler]
                 used = [taken.used.get(place, 0) for place in range(size)]
-                yield Streamed(rows, torch.tensor([*used, *COUNTS(taken.report)]))
+                yield Streamed(rows, torch.tensor([*used, *counts_of(taken.report)]))
 
 
 def merged(counts: torch.Tensor) -> torch.Tensor:
@@ -266,7 +237,7 @@ def merged(counts: torch.Tensor) -> torch.Tensor:
 
 
 def report(counts: torch.Tensor) -> SplitReport:
-    """What became of the rows that `counts` counts."""
+    """The report of what `counts` counts."""
     return SplitReport(*counts[-len(NAMES) :].to(torch.int64).tolist())
 
 
@@ -320,8 +291,8 @@ class _Counting:
     def __call__(self, found: Any) -> dict[str, Any]:
         if found is None:
             return {}
-        if isinstance(found, Failed):
-            return {FAILED: found.error}
+        if isinstance(found, FinetuneError):
+            return {FAILED: found}
         if isinstance(found, Streamed):
             return {**self._collated(found.rows), STREAMED: found.counts}
         return self._collated(found)
@@ -389,7 +360,8 @@ class _EvalBatches(Sampler[list[int]]):
 
     def __init__(self, lengths: Lengths, division: Division, tokens: int | None) -> None:
         self.division = division
-        self.batches = list(_by_length(lengths, division.micro_batch, tokens, division.world_size))
+        found = by_length(lengths, division.micro_batch, tokens, division.world_size)
+        self.batches = [torch.tensor(batch) for batch in found]  # lists would be 40 bytes a row
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -397,25 +369,21 @@ class _EvalBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         ranks = self.division.world_size
         for batch in self.batches:
-            indices: list[int] = batch.tolist()
+            rows = batch.tolist()
             # Every rank gets equally many rows, so that results can be gathered.
-            indices += [~indices[0]] * (-len(indices) % ranks)
-            yield indices[self.division.rank :: ranks]
+            rows += [~rows[0]] * (-len(rows) % ranks)
+            yield rows[self.division.rank :: ranks]
 
 
-def by_length(lengths: Lengths, most: int, tokens: int | None = None) -> Iterator[list[int]]:
+def by_length(lengths: Lengths, most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
     """Row numbers of batches, longest rows first.
 
     Args:
         lengths: Tokens of each row.
-        most: Most rows of a batch.
-        tokens: Most tokens of a batch, padding included, but a row is never left out; None sets no bound.
+        most: Most rows of a batch on one rank.
+        tokens: Most tokens of a batch on one rank, padding included, but a row is never left out; None sets no bound.
+        ranks: Ranks that share a batch.
     """
-    yield from (batch.tolist() for batch in _by_length(lengths, most, tokens, ranks=1))
-
-
-def _by_length(lengths: Lengths, most: int, tokens: int | None, ranks: int) -> Iterator[torch.Tensor]:
-    """The same for several ranks that share a batch; `most` and `tokens` are those of each."""
     sizes = torch.as_tensor(lengths, dtype=torch.int64)
     order = sizes.argsort(descending=True, stable=True)
     start = 0
@@ -423,7 +391,7 @@ def _by_length(lengths: Lengths, most: int, tokens: int | None, ranks: int) -> I
         size = most
         if tokens is not None:
             size = max(1, min(size, tokens // max(1, int(sizes[order[start]]))))
-        yield order[start : start + size * ranks]
+        yield order[start : start + size * ranks].tolist()
         start += size * ranks
 
 
@@ -449,13 +417,11 @@ class _NumberedCollator:
         return {**self.collator(list(rows)), "row_ids": torch.tensor(ids)}
 
 
-# Packs documents into sequences, in arrays: ten million documents need less than a gigabyte.
-
 Array = np.ndarray[Any, Any]
 
 
 class Packs(Sequence[list[int]]):
-    """The documents of each sequence, by number.
+    """The documents of each sequence, by number, in arrays: ten million documents need less than a gigabyte.
 
     Args:
         documents: Of all sequences, one after the other.

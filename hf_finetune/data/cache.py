@@ -26,18 +26,16 @@ from pathlib import Path
 import datasets
 
 from hf_finetune import device, errors
-from hf_finetune.data.facts import Facts, SplitReport
+from hf_finetune.data.facts import Facts
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State
 
-FORMAT = 6
-"""Raised whenever what an entry holds changes."""
-STARTED = time.time()
-"""Time of the import. Ranks meet before they prepare data, so a failure of this launch is later."""
-POLL_S = 0.5
-"""Seconds between two looks of a rank that waits for an entry."""
+FORMAT = 6  # raised whenever what an entry holds changes
+STARTED = time.time()  # time of the import. Ranks meet before they prepare data, so a failure of this launch is later
+POLL_S = 0.5  # seconds between two looks of a rank that waits for an entry
 
 
 @dataclass(frozen=True)
@@ -45,21 +43,10 @@ class Content:
     """The content of an entry, by split."""
 
     encoded: Mapping[str, datasets.Dataset]
-    raw: Mapping[str, datasets.Dataset]
-    """Of the splits that are evaluated."""
+    raw: Mapping[str, datasets.Dataset]  # of the splits that are evaluated
     targets: State
     reports: Mapping[str, SplitReport]
     facts: Mapping[str, Facts] = field(default_factory=dict)
-
-
-def root(setting: str | None) -> Path:
-    """The cache folder, where `data.cache` is set so."""
-    if setting is not None:
-        return Path(setting).expanduser()
-    if os.environ.get("HF_FINETUNE_CACHE"):
-        return Path(os.environ["HF_FINETUNE_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_finetune"
 
 
 def scratch(folder: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hf_finetune.data import encoding
-from hf_finetune.data.facts import Facts, SplitReport, Tally, without_unfit
+from hf_finetune.data.facts import Facts, Tally
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.errors import SHOWN, Problem, numbers
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tasks._labels import listed
 from hf_finetune.tasks.base import REMARKS
 
-Found = tuple[str, Problem]
-"""Name of a check, or its level, and what it found."""
+Found = tuple[str, Problem]  # name of a check, or its level, and what it found
 
 
 class Sentence(NamedTuple):
@@ -23,8 +23,7 @@ class Sentence(NamedTuple):
 
     what: str
     remedy: str
-    limit: str = ""
-    """Field of `data.checks` with the share of the rows that may be so; empty where none may."""
+    limit: str = ""  # field of `data.checks` with the share of the rows that may be so; empty where none may
 
 
 SENTENCES: Mapping[str, Sentence] = {
@@ -79,10 +78,9 @@ SENTENCES: Mapping[str, Sentence] = {
     ),
 }
 """By check; those of labels, lengths and unknown tokens speak for themselves below."""
-_DROPPED = ("empty_text", "no_trained_token")
-"""Checks whose rows are not used."""
+_DROPPED = ("empty_text", "no_trained_token")  # checks whose rows are not used
 _DEPENDENT = ("single_class", "imbalance", "unseen_label")
-"""Checks that may strike because unfit training rows are left out: told with their number, and not where most are."""
+"""Checks that may strike because unfit training rows are left out: reported with their number, unless most are."""
 
 
 def findings(
@@ -127,6 +125,15 @@ def findings(
                 yield level, problem
         elif unfit < counted["train"].kept and level != "off":
             yield level, without_unfit(problem, unfit)
+
+
+def without_unfit(problem: Problem, rows: int) -> Problem:
+    """A problem that may come of rows that were left out, with a note of how many they are."""
+    if not rows:
+        return problem
+    what, mark, remedy = problem.message.partition("; ")
+    noted = f"{what} ({rows:,} unfit train {'row' if rows == 1 else 'rows'} not counted)"
+    return replace(problem, message=noted + mark + remedy)
 
 
 def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Found]:
@@ -225,10 +232,10 @@ class _Split:
             where = f", row {row}" + (f" of {place}" if several else "") if row else ""
             return f"{likeness.shown(name)} ({self.facts.labels[name]:,}{where})"
 
-        told = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
+        alike = [", ".join(map(described, group[:SHOWN])) for group in groups[:SHOWN]]
         more = f"; and {len(groups) - SHOWN:,} more such groups" if len(groups) > SHOWN else ""
         differing = likeness.difference(*groups[:SHOWN])
-        message = f"{self.name} labels differ only by {differing}: {'; '.join(told)}{more}; each is a class of its own"
+        message = f"{self.name} labels differ only by {differing}: {'; '.join(alike)}{more}; each is a class of its own"
         yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 
     def unseen(self, train: Facts | None) -> Iterator[Found]:

@@ -12,25 +12,22 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
-from hf_finetune.data.facts import SplitReport, nothing_left
-from hf_finetune.data.splits import BOOKKEEPING, ROW, Split
+from hf_finetune.data.splits import BOOKKEEPING, ROW, Split, SplitReport, nothing_left
 from hf_finetune.device import cores
 from hf_finetune.errors import SHOWN, OutOfMemoryError, Problem, RowsError, numbers
 from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
-# Marks of raw text that holds NUL, control or special tokens, or words that others read as missing.
+Overlong = Literal["truncate", "drop", "error"]
+Array = np.ndarray[Any, Any]
 
-NUL = 1
-"""The character U+0000."""
+# Bits of `MARKS`, beside those of `REMARKS`.
+NUL = 1  # the character U+0000
 CONTROL = 2
 """A control character other than NUL, tab and line ends, or one that embeds or overrides the direction of writing."""
-MISSING = 4
-"""A cell that is exactly one of `MISSING_WORDS`."""
-
-SPECIAL = 8
-"""A special token of the tokenizer."""
+MISSING = 4  # a cell that is exactly one of `MISSING_WORDS`
+SPECIAL = 8  # a special token of the tokenizer
 
 MISSING_WORDS = frozenset({"NA", "N/A", "n/a", "<NA>", "null", "NULL", "None", "nan", "NaN"})
 """Those of the words that pandas reads as missing values by default which a person may have meant as text."""
@@ -40,35 +37,34 @@ MISSING_WORDS = frozenset({"NA", "N/A", "n/a", "<NA>", "null", "NULL", "None", "
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def marks_rawtext(rows: Mapping[str, list[Any]], specials: re.Pattern[str] | None = None) -> list[int]:
+def marks_of(rows: Mapping[str, list[Any]], specials: re.Pattern[str] | None = None) -> list[int]:
     """For each row of a batch, the bits of what its cells hold.
 
     Args:
         rows: Columns.
         specials: Finds special tokens.
     """
-    return [_marks(row, specials) for row in zip(*rows.values(), strict=True)]
+    marks = []
+    for cells in zip(*rows.values(), strict=True):
+        mark = 0
+        for cell in cells:
+            if isinstance(cell, str) and cell in MISSING_WORDS:
+                mark |= MISSING
+            for text in texts(cell):
+                if "\0" in text:
+                    mark |= NUL
+                # Most text is ASCII that prints, and asking that is faster than any search.
+                if not text.isprintable() and _CONTROL.search(text):
+                    mark |= CONTROL
+                if specials is not None and specials.search(text):
+                    mark |= SPECIAL
+        marks.append(mark)
+    return marks
 
 
 def special(cells: Iterable[Any], specials: re.Pattern[str]) -> str | None:
     """The first special token in the cells of a row."""
     return next((found[0] for cell in cells for text in texts(cell) if (found := specials.search(text))), None)
-
-
-def _marks(cells: tuple[Any, ...], specials: re.Pattern[str] | None) -> int:
-    found = 0
-    for cell in cells:
-        if isinstance(cell, str) and cell in MISSING_WORDS:
-            found |= MISSING
-        for text in texts(cell):
-            if "\0" in text:
-                found |= NUL
-            # Most text is ASCII that prints, and asking that is faster than any search.
-            if not text.isprintable() and _CONTROL.search(text):
-                found |= CONTROL
-            if specials is not None and specials.search(text):
-                found |= SPECIAL
-    return found
 
 
 def texts(cell: Any) -> Iterator[str]:
@@ -83,19 +79,11 @@ def texts(cell: Any) -> Iterator[str]:
             yield from texts(value)
 
 
-Overlong = Literal["truncate", "drop", "error"]
-Array = np.ndarray[Any, Any]
-
-FEW_ROWS = 5_000
-"""Up to this many rows, starting processes costs more than it saves."""
-INDEX = "row"
-"""Column: number of the raw row in the split, from 0."""
-MARKS = "marks"
-"""Column: bits of `rawtext` for what the raw text of a row holds, and of `REMARKS` for what encoding noticed."""
-FAULT = "fault"
-"""Column: the reasons why a row can't be encoded, one a line; null where it can."""
-COUNTS = ("size", "whole", "weight")
-"""Columns of numbers that every task gives."""
+FEW_ROWS = 5_000  # up to this many rows, starting processes costs more than it saves
+INDEX = "row"  # Column: number of the raw row in the split, from 0
+MARKS = "marks"  # Column: bits of what the raw text of a row holds, and of `REMARKS` for what encoding noticed
+FAULT = "fault"  # Column: the reasons why a row can't be encoded, one a line; null where it can
+COUNTS = ("size", "whole", "weight")  # columns of numbers that every task gives
 
 
 @dataclass(frozen=True)
@@ -106,10 +94,8 @@ class Encoder:
     processor: Any
     targets: State
     max_length: int
-    columns: tuple[str, ...] | None = None
-    """The task's features; None takes those of the first row that can be encoded."""
-    tally: Path | None = None
-    """File that learns of each finished batch, whatever process encodes it."""
+    columns: tuple[str, ...] | None = None  # the task's features; None takes those of the first row that can be encoded
+    tally: Path | None = None  # file that learns of each finished batch, whatever process encodes it
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
         """Encode raw rows with their `BOOKKEEPING` columns; leave out those without any text.
@@ -147,7 +133,7 @@ class Encoder:
         columns |= {name: [row[name] for row in made] for name in COUNTS}
         tokenizer = tokenizer_of(self.processor)
         texts = {column: [values[index] for index in spoken] for column, values in raw.items()}
-        marks = marks_rawtext(texts, None if tokenizer is None else tasks_texts.pattern(tokenizer))
+        marks = marks_of(texts, None if tokenizer is None else tasks_texts.pattern(tokenizer))
         columns[MARKS] = [mark | row.get("remarks", 0) for mark, row in zip(marks, made, strict=True)]
         columns[FAULT] = ["\n".join(faults[index]) if index in faults else None for index in spoken]
         columns[INDEX] = [indices[index] for index in spoken]
@@ -161,10 +147,8 @@ class Encoder:
 class Workplace:
     """Folder, workers and progress display of an encoding."""
 
-    scratch: Path
-    """Folder for files that the result is mapped from."""
-    workers: int | None = None
-    """Processes; None is one a core."""
+    scratch: Path  # folder for files that the result is mapped from
+    workers: int | None = None  # Processes; None is one a core
     phase: Phases = unseen
 
     @contextmanager
@@ -187,13 +171,10 @@ class Workplace:
 class Encoding:
     """An encoded split."""
 
-    whole: datasets.Dataset
-    """Every row that has text and can be encoded, with all columns of `Encoder`."""
-    kept: Array
-    """The rows among them that are trained on or evaluated, (rows,) bool."""
+    whole: datasets.Dataset  # every row that has text and can be encoded, with all columns of `Encoder`
+    kept: Array  # the rows among them that are trained on or evaluated, (rows,) bool
     report: SplitReport
-    faulty: Array
-    """Numbers of the raw rows that can't be encoded."""
+    faulty: Array  # numbers of the raw rows that can't be encoded
 
     def rows(self) -> datasets.Dataset:
         """Those that are kept: the task's features, `size` and `row`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,17 +13,10 @@ from typing import Any
 
 from hf_finetune.config.problems import suggestion
 from hf_finetune.data import readers
-from hf_finetune.errors import Problem
+from hf_finetune.errors import DataError, Problem
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-MOST_FILES = 100
-"""Files of a split that are looked at."""
-_ODD = {
-    stat.S_ISFIFO: "a pipe (FIFO)",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-}
+MOST_FILES = 100  # files of a split that are looked at
 
 
 def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[list[str], list[Problem]]:
@@ -34,27 +28,27 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[l
         key: Recipe key, for messages.
     """
     files: list[str] = []
-    said: list[Problem] = []
+    problems: list[Problem] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for one in _match(os.path.expanduser(str(Path(folder or "", pattern))), key):  # noqa: PTH111 (may hold any user)
-            (said if isinstance(one, Problem) else files).append(one)  # type: ignore[arg-type]
+            (problems if isinstance(one, Problem) else files).append(one)  # type: ignore[arg-type]
     for file in dict.fromkeys(file for file in files if files.count(file) > 1):
-        said.append(Problem("is matched twice; its rows would count twice", key=key, file=file))
+        problems.append(Problem("is matched twice; its rows would count twice", key=key, file=file))
     suffixes = sorted({Path(file).suffix.lower() for file in files})
     for file in files:
         suffix = Path(file).suffix
         if suffix.lower() in {".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4"}:
-            said.append(Problem(f"is compressed ({suffix}); unpack it", key=key, file=file))
+            problems.append(Problem(f"is compressed ({suffix}); unpack it", key=key, file=file))
         elif suffix.lower() not in SUFFIXES:
             what = f"unknown format {suffix or '(no suffix)'!r}; known: {', '.join(SUFFIXES)}"
-            said.append(Problem(what, key=key, file=file))
+            problems.append(Problem(what, key=key, file=file))
     if len(suffixes) > 1 and set(suffixes) <= set(SUFFIXES):
-        said.append(Problem(f"mixes {' and '.join(suffixes)} files; one split needs one format", key=key))
+        problems.append(Problem(f"mixes {' and '.join(suffixes)} files; one split needs one format", key=key))
     for file in files:
         if Path(file).stat().st_size == 0:
             split = key.rpartition(".")[2]
-            said.append(Problem(f"{split} split has 0 rows: the file is empty", key=key, file=file))
-    return files, said
+            problems.append(Problem(f"{split} split has 0 rows: the file is empty", key=key, file=file))
+    return files, problems
 
 
 def _match(pattern: str, key: str) -> Iterator[str | Problem]:
@@ -64,12 +58,12 @@ def _match(pattern: str, key: str) -> Iterator[str | Problem]:
         mode = path.stat().st_mode
     except (OSError, ValueError):
         mode = 0
-    odd = next((name for test, name in _ODD.items() if test(mode)), None)
     if stat.S_ISREG(mode):
         yield pattern
     elif stat.S_ISDIR(mode):
         yield Problem(f"is a folder; name its files, e.g. {path / '*.jsonl'}", key=key, file=pattern)
-    elif odd is not None:
+    elif mode:
+        odd = "a pipe (FIFO)" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         yield Problem(f"is {odd}, not a regular file; write the data into a file", key=key, file=pattern)
     elif path.is_symlink():
         yield Problem(f"is a symbolic link to {path.readlink()}, which does not exist", key=key, file=pattern)
@@ -105,14 +99,41 @@ def problems(recipe: Any) -> list[Problem]:
     needed = [column for column in columns if column not in optional]
     parts = getattr(data, "mix", None) or []
     blocks = [(f"data.mix.{index}", part, ["train"]) for index, part in enumerate(parts)]
-    said: list[Problem] = []
+    found: list[Problem] = []
     for prefix, block, splits in [*blocks, ("data", data, ["train", "validation", "test"])]:
         for split in splits:
             names, source = getattr(block, split, None), getattr(block, "source", "unreadable")
             if names is None or (source is not None and not Path(source).expanduser().is_dir()):
                 continue
             files, wrong = find(names, source, f"{prefix}.{split}")
-            said += wrong
+            found += wrong
             for file in [] if wrong else files[:MOST_FILES]:
-                said += [replace(problem, key=f"{prefix}.{split}") for problem in readers.look(file, needed)]
-    return list(dict.fromkeys(said))
+                found += [replace(problem, key=f"{prefix}.{split}") for problem in look(file, needed)]
+    return list(dict.fromkeys(found))
+
+
+def look(file: str, needed: Sequence[str]) -> list[Problem]:
+    """Problems that the first `readers.HEAD` bytes of a file show: compression, encoding, missing columns."""
+    form = Path(file).suffix.lower().removeprefix(".")
+    try:
+        with Path(file).open("rb") as stream:
+            head = stream.read(readers.HEAD)
+    except OSError as error:
+        return [Problem(f"can't be read: {error.strerror}", file=file)]
+    if form == "parquet":
+        return [] if head.startswith(b"PAR1") else [Problem("is no parquet file", file=file)]
+    if (broken := readers.undecodable(head, file)) is not None:
+        return [broken]
+    text = head.decode("utf-8-sig", errors="ignore")
+    whole = len(head) < readers.HEAD
+    if whole and not text.strip():
+        return [Problem("has 0 rows: the file is empty", file=file)]
+    try:
+        found, _ = readers.rows(io.StringIO(text, newline=readers.newline(form)), form, file, needed)
+        row = next(found, None)
+    except DataError as error:
+        # What is cut off in the middle of a row may be right.
+        return list(error.problems) if whole or form in readers.TABLES else []
+    if row is None or row.fault or form in readers.TABLES:
+        return []
+    return readers.missing_columns(list(row.cells), needed, file)

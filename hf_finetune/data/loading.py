@@ -1,37 +1,38 @@
-"""Reads local files, loaded or streamed: the wanted columns, typed by all rows of all files.
+"""Rows of local csv, tsv and JSON files for `datasets`: the wanted columns, typed by all rows of all files.
 
 `datasets` would take the types of the first 10 MB, 10,000 rows, or file, and force all later rows into them: dates
-become timestamps, 3 beside 5.5 becomes 3.0, and a key that comes late is an error. So the rows are read by `rowfiles`,
-written as text, and a label column becomes a column of numbers at the end, if all of it is.
+become timestamps, 3 beside 5.5 becomes 3.0, and a key that comes late is an error. So rows are written as text, and a
+label column becomes a column of numbers at the end, if all of it is.
 """
 
 from __future__ import annotations
 
 import csv
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pyarrow as pa
+from datasets.features.features import register_feature
 
 from hf_finetune.config.problems import suggestion
-from hf_finetune.data import cells as data_cells
 from hf_finetune.data import readers
-from hf_finetune.data.cells import Cell, CsvLabels, Wanted, cell_value
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.errors import SHOWN, BadRows, DataError, Problem
+from hf_finetune.tasks.base import Task
 
-ROWS, CHARACTERS = 10_000, 1 << 24
-"""Most rows and characters that are kept in memory before they are written."""
-KEYS = 50
-"""Keys that are remembered for messages."""
-MOST_PROBLEMS = 20
-"""Problems of one file that are told one by one."""
-LOOKED_AT = 20
-"""Rows of each streamed file whose types are compared before reading begins."""
+ROWS, CHARACTERS = 10_000, 1 << 24  # most rows and characters that are kept in memory before they are written
+KEYS = 50  # keys that are remembered for messages
+MOST_PROBLEMS = 20  # problems of one file that are reported one by one
+MOST_TEXTS = 1000  # texts of a label column that are remembered; one that has more holds no classes
+LOOKED_AT = 20  # rows of each streamed file whose types are compared before reading begins
 TEXT, NUMBER, TRUTH, LIST, OBJECT = "text", "a number", "true or false", "a list", "an object"
 KINDS: Mapping[type, str] = {
     str: TEXT,
@@ -44,126 +45,186 @@ KINDS: Mapping[type, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The columns that a task reads."""
+
+    columns: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # those that hold text
+    optional: tuple[str, ...] = ()  # those that a row may lack
+    declared: bool = True  # the recipe lists the labels, so that training rows need not show them
+    held_out: bool = True  # for rows that are not trained on: an optional column may be missing from all of them
+    files: tuple[str, ...] = ()  # those that hold files, by their path or as bytes
+
+    @classmethod
+    def by(cls, task: Task) -> Wanted:
+        """Those of a task."""
+        texts, optional, files = map(tuple, (task.text_columns(), task.optional_columns(), task.file_columns()))
+        return cls(tuple(task.columns()), texts, optional, task.declares_labels(), files=files)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns that hold no text."""
+        return tuple(column for column in self.columns if column not in self.texts)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that every row must have."""
+        return tuple(column for column in self.columns if column not in self.optional)
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The columns that some row must have."""
+        return self.required if self.held_out else self.columns
+
+
+@dataclass
+class Cell:
+    """A feature of `datasets` for any JSON, kept as its text.
+
+    `datasets.Json` reads its text with the ujson of pandas, which gives 0.12345678901234501 for 0.1234567890123456789,
+    and another number for an integer above 64 bits.
+    """
+
+    decode: bool = True
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "json"
+    pa_type: ClassVar[Any] = pa.string()
+    _type: str = field(default="hf_finetune.Cell", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        """The Arrow type, as `datasets` asks for it."""
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> str | None:
+        """The text of a value."""
+        return None if value is None else readers.written(value)
+
+    def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
+        """The value of a text."""
+        return None if value is None else readers.read(value)
+
+    def cast_storage(self, storage: Any) -> Any:
+        """Texts of an Arrow array of any type."""
+        if pa.types.is_string(storage.type):
+            return storage
+        return pa.array([self.encode_example(value) for value in storage.to_pylist()], pa.string())
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it calls itself experimental
+    register_feature(Cell, "hf_finetune.Cell")
+
+
 def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datasets.Dataset:
-    """All rows of files of one format; all columns that are wanted, null where a file or row lacks an optional one.
+    """All rows of csv, tsv or JSON files; null where a file or row lacks an optional column.
 
     Args:
         files: Their paths.
         form: Their format.
-        wanted: What the task reads.
+        wanted: The columns to read.
         target: The Arrow file to write, from which the rows are mapped.
 
     Raises:
         DataError: Everything that is wrong with the files.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if form == "parquet":
-        features = data_cells.types(files, wanted)
-        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
-            for batch in data_cells.batches(files, features):
-                writer.write(batch)
-    else:
-        columns = Columns(wanted, form)
-        schema = pa.schema([(column, pa.string()) for column in wanted.columns])
-        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            problems = [problem for file in files for problem in _write(columns, file, writer, schema)]
-        problems += columns.problems(files)
-        if problems:
-            raise DataError(problems)
-        features = datasets.Features({column: columns.feature(column) for column in wanted.columns})
-        if features.arrow_schema.types != schema.types:
-            part = target.with_suffix(".part")
-            # Batch by batch, for the rows may not fit in memory.
-            with (
-                pa.memory_map(str(target)) as source,
-                pa.OSFile(str(part), "wb") as sink,
-                pa.ipc.new_stream(sink, features.arrow_schema) as writer,
-            ):
-                for batch in pa.ipc.open_stream(source):
-                    writer.write_table(pa.Table.from_batches([batch]).cast(features.arrow_schema))
-            part.replace(target)
+    columns = Columns(wanted, form)
+    schema = pa.schema([(column, pa.string()) for column in wanted.columns])
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        problems = [problem for file in files for problem in _write(columns, file, writer, schema)]
+    problems += columns.problems(files)
+    if problems:
+        raise DataError(problems)
+    features = datasets.Features({column: columns.feature(column) for column in wanted.columns})
+    if features.arrow_schema.types != schema.types:
+        part = target.with_suffix(".part")
+        # Batch by batch, for the rows may not fit in memory.
+        with (
+            pa.memory_map(str(target)) as source,
+            pa.OSFile(str(part), "wb") as sink,
+            pa.ipc.new_stream(sink, features.arrow_schema) as writer,
+        ):
+            for batch in pa.ipc.open_stream(source):
+                writer.write_table(pa.Table.from_batches([batch]).cast(features.arrow_schema))
+        part.replace(target)
     return datasets.Dataset.from_file(str(target), info=datasets.DatasetInfo(features=features))
 
 
 def _write(columns: Columns, file: str, writer: Any, schema: Any) -> list[Problem]:
-    """Write the rows of a file as text; gives everything that is wrong with it."""
+    """Write the rows of a file as text, and return everything that is wrong with it."""
     reading = _File(columns, file)
-    kept: list[list[str | None]] = [[] for _ in schema]
-    characters = 0
+    kept: list[str | None] = []  # row by row in one list: a list for each would keep the garbage collector busy
+    width, characters = len(schema), 0
     problems: list[Problem] = []
+
+    def flush() -> None:
+        if kept:
+            arrays = [pa.array(kept[place::width], pa.string()) for place in range(width)]
+            writer.write(pa.record_batch(arrays, schema=schema))
+            kept.clear()
+
     try:
         for _, texts in reading.rows():
             if texts is None:
                 if reading.bad.full:
                     break
                 continue
-            for cells, text in zip(kept, texts, strict=True):
-                cells.append(text)
-                characters += len(text or "")
-            if len(kept[0]) == ROWS or characters > CHARACTERS:
-                writer.write(pa.record_batch([pa.array(cells, pa.string()) for cells in kept], schema=schema))
-                kept, characters = [[] for _ in schema], 0
+            kept += texts
+            characters += sum(map(len, filter(None, texts)))
+            if len(kept) == ROWS * width or characters > CHARACTERS:
+                flush()
+                characters = 0
     except DataError as error:
         problems = list(error.problems)
-    if kept[0]:
-        writer.write(pa.record_batch([pa.array(cells, pa.string()) for cells in kept], schema=schema))
+    flush()
     if not reading.count and not problems:
         what = "has 0 rows below its header" if columns.table else "has 0 rows: the file is empty"
         return [Problem(what, file=file)]
     return reading.problems() + problems
 
 
-def stream(files: Sequence[str], form: str, wanted: Wanted, key: str) -> datasets.IterableDataset:
-    """The same rows, read while they are needed; the first fault ends it.
+Kinds = dict[str, tuple[str, str]]  # column of JSON -> the kind of its first value, and the file that holds it
 
-    Args:
-        files: Their paths.
-        form: Their format.
-        wanted: What the task reads.
-        key: The recipe key that names the files, for messages.
+
+def first_kinds(files: Sequence[str], form: str, wanted: Wanted) -> Kinds:
+    """The kinds of the first rows of every file, since each file is streamed without knowing the others.
 
     Raises:
-        DataError: What the first rows of all files tell is wrong; everything else is raised while reading.
+        DataError: Everything that is wrong with these rows.
     """
-    features, kinds = None, {}
-    if form == "parquet":
-        features = data_cells.types(files, wanted)
-    else:
-        # Each file is streamed without knowing the others.
-        columns, problems = Columns(wanted, form), list[Problem]()
-        for file in files:
-            reading = _File(columns, file)
-            for _ in islice(reading.rows(), LOOKED_AT):
-                pass
-            problems += reading.problems()
-        if problems:
-            raise DataError(problems)
-        kinds = columns.kinds
-    settings = {"files": list(files), "form": form, "wanted": wanted, "key": key, "kinds": kinds}
-    return datasets.IterableDataset.from_generator(_streamed, features=features, gen_kwargs=settings)
+    columns, problems = Columns(wanted, form), list[Problem]()
+    for file in files:
+        reading = _File(columns, file)
+        for _ in islice(reading.rows(), LOOKED_AT):
+            pass
+        problems += reading.problems()
+    if problems:
+        raise DataError(problems)
+    return columns.kinds
 
 
-def _streamed(
-    files: list[str], form: str, wanted: Wanted, key: str, kinds: dict[str, tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
-    try:
-        if form == "parquet":
-            yield from data_cells.rows(files, data_cells.types(files, wanted))
-            return
-        columns = Columns(wanted, form)
-        columns.kinds = dict(kinds)
-        # Columns of 0 and 1 are cells; a single label stays as it is written.
-        cells_of = wanted.labels if columns.table and len(wanted.labels) > 1 else ()
-        for file in files:
-            reading = _File(columns, file)
-            for row, texts in reading.rows():
-                if reading.bad.count or reading.lacking:
-                    raise DataError(reading.problems())  # noqa: TRY301 (like those of the files as a whole)
-                found = zip(wanted.columns, texts or (), strict=True)
-                cells = {column: None if text is None else row.cells[column] for column, text in found}
-                yield cells | {column: cell_value(cells[column]) for column in cells_of}
-    except DataError as error:
-        raise DataError(replace(problem, key=key) for problem in error.problems) from None
+def rows(files: Sequence[str], form: str, wanted: Wanted, kinds: Kinds) -> Iterator[dict[str, Any]]:
+    """The rows of files one by one.
+
+    Raises:
+        DataError: The first fault; it ends the reading.
+    """
+    columns = Columns(wanted, form)
+    columns.kinds = dict(kinds)
+    # Columns of 0 and 1 are cells; a single label stays as it is written.
+    cells_of = wanted.labels if columns.table and len(wanted.labels) > 1 else ()
+    for file in files:
+        reading = _File(columns, file)
+        for row, texts in reading.rows():
+            if reading.bad.count or reading.lacking:
+                raise DataError(reading.problems())
+            found = zip(wanted.columns, texts or (), strict=True)
+            cells = {column: None if text is None else row.cells[column] for column, text in found}
+            for column in cells_of:
+                cell = cells[column] or ""
+                if (kind := _kind(cell)) in (_INTEGER, _BOOL):
+                    cells[column] = int(cell) if kind == _INTEGER else cell.lower() == "true"
+            yield cells
 
 
 class Columns:
@@ -172,16 +233,13 @@ class Columns:
     def __init__(self, wanted: Wanted, form: str) -> None:
         self.wanted, self.form = wanted, form
         self.table = form in readers.TABLES
-        self.kinds: dict[str, tuple[str, str]] = {}
-        """Column of JSON -> the kind of its first value, and the file that holds it."""
-        self.floats: set[str] = set()
-        """Columns with numbers that are no integers."""
+        self.kinds: Kinds = {}
+        self.floats: set[str] = set()  # columns with numbers that are no integers
         several = len(wanted.labels) > 1
-        self.labels = {column: CsvLabels(column, several=several) for column in wanted.labels} if self.table else {}
+        self.labels = {column: _CsvLabels(column, several=several) for column in wanted.labels} if self.table else {}
         self.swallowing: list[tuple[str, int, list[str]]] = []
         """Texts of csv that hold lines like rows: file, line, and the labels of these rows."""
-        self.found: set[str] = set()
-        """Columns that some row of some file has."""
+        self.found: set[str] = set()  # columns that some row of some file has
 
     def note(self, column: str, value: Any, number: int, reading: _File) -> None:
         """Compare the kind of a value with those before it, in whatever file."""
@@ -203,7 +261,7 @@ class Columns:
     def problems(self, files: Sequence[str]) -> list[Problem]:
         """Problems of all files together."""
         mixed = [problem for labels in self.labels.values() if (problem := labels.mixed()) is not None]
-        # Where it is known which labels are right, the others are told one by one, later.
+        # Where it is known which labels are right, the others are reported one by one, later.
         problems = [] if self.wanted.declared or self.wanted.held_out else mixed
         for file, line, inside in self.swallowing:
             known = next(iter(self.labels.values())).texts
@@ -233,12 +291,9 @@ class _File:
         self.columns, self.file = columns, file
         self.bad = BadRows()
         self.by_line = True
-        self.count = self.read = 0
-        """Rows, and those among them that could be read."""
-        self.keys: dict[str, None] = {}
-        """The first of the keys of JSON."""
-        self.lacking: dict[str, list[int]] = {}
-        """Column -> rows without that key."""
+        self.count = self.read = 0  # rows, and those among them that could be read
+        self.keys: dict[str, None] = {}  # the first of the keys of JSON
+        self.lacking: dict[str, list[int]] = {}  # column -> rows without that key
         self.hints: dict[str, str] = {}
 
     def rows(self) -> Iterator[tuple[readers.Row, list[str | None] | None]]:
@@ -271,8 +326,10 @@ class _File:
                 text = cells.get(name) or ""
                 # A quotation mark that is not closed swallows rows up to the next one.
                 if "\n" in text and len(columns.swallowing) < ROWS:
-                    inside = _rows_inside(text, list(cells), *columns.labels)
-                    columns.swallowing += [(self.file, row.number, inside)] if inside else []
+                    records = list(csv.reader(text.split("\n")[1:-1]))
+                    if records and len(cells) > 1 and all(len(record) == len(cells) for record in records):
+                        label = list(cells).index(next(iter(columns.labels)))
+                        columns.swallowing.append((self.file, row.number, [record[label] for record in records]))
         return [cells.get(column) for column in columns.wanted.columns]
 
     def _of_object(self, row: readers.Row) -> list[str | None]:
@@ -283,12 +340,21 @@ class _File:
         for column in columns.wanted.columns:
             value, text = cells.get(column), None
             if value is not None and value == value:  # noqa: PLR0124 (NaN)
-                columns.note(column, value, row.number, self)
-                text = value if isinstance(value, str) else readers.written(value)
-                if not text.isascii() and not _encodes(text):
-                    what = f"{column!r} holds half a surrogate pair, which is no character; write the text anew"
-                    self.bad.add(row.number, what)
-                    text = ""
+                if type(value) is str:
+                    text = value
+                    # Nearly all cells are text in a column of text: for these the kind needs no call.
+                    if columns.kinds.get(column, ("",))[0] is not TEXT:
+                        columns.note(column, value, row.number, self)
+                else:
+                    columns.note(column, value, row.number, self)
+                    text = readers.written(value)
+                if not text.isascii():
+                    try:
+                        text.encode()
+                    except UnicodeEncodeError:
+                        what = f"{column!r} holds half a surrogate pair, which is no character; write the text anew"
+                        self.bad.add(row.number, what)
+                        text = ""
             elif column in cells:
                 columns.found.add(column)
             elif column not in columns.wanted.optional:
@@ -307,29 +373,79 @@ class _File:
         for column, numbers in self.lacking.items():
             for number in numbers if column not in absent else ():
                 self.bad.add(number, f"has no key {column!r}{self.hints[column]}")
-        told = missing_columns(list(self.keys), absent, self.file)
+        found = missing_columns(list(self.keys), absent, self.file)
         # A list is not written a row a line: there rows are counted.
         unit = "line" if self.by_line else "row"
         for what, rows in list(self.bad.found.items())[:MOST_PROBLEMS]:
             more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
             also = f" (also {unit} {', '.join(map(str, rows[1:SHOWN]))}{more})" if len(rows) > 1 else ""
             message = what + also if self.by_line else f"row {rows[0]}: {what}{also}"
-            told.append(Problem(message, file=self.file, line=rows[0] if self.by_line else None))
+            found.append(Problem(message, file=self.file, line=rows[0] if self.by_line else None))
         left = len(self.bad.found) - MOST_PROBLEMS
-        return told + ([Problem(f"{left:,} more problems", file=self.file)] if left > 0 else [])
+        return found + ([Problem(f"{left:,} more problems", file=self.file)] if left > 0 else [])
 
 
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+_INTEGER, _DECIMAL, _CODE, _EMPTY, _WORD, _BOOL = "integers", "numbers", "codes", "empty", "text", "true or false"
 
 
-def _rows_inside(text: str, header: list[str], label: str) -> list[str]:
-    """The labels of the lines inside a text, if each of them has the fields of a row; else nothing."""
-    records = list(csv.reader(text.split("\n")[1:-1]))
-    if len(header) < 2 or any(len(record) != len(header) for record in records):
-        return []
-    return [record[header.index(label)] for record in records]
+@lru_cache(maxsize=1 << 16)
+def _kind(cell: str) -> str:
+    if not cell:
+        return _EMPTY
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", cell) and -(2**63) <= int(cell) < 2**63:
+        return _INTEGER
+    # 007 and +7 are codes: as integers they would be the same as 7.
+    if re.fullmatch(r"[-+]?[0-9]+", cell):
+        return _CODE
+    if cell.lower() in {"true", "false"}:
+        return _BOOL
+    return _DECIMAL if re.fullmatch(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?", cell) else _WORD
+
+
+class _CsvLabels:
+    """A label column of csv or tsv, judged by all cells of all files.
+
+    Args:
+        column: Its name.
+        several: Whether it is one of several columns of 0 and 1; else True is a text.
+    """
+
+    def __init__(self, column: str, *, several: bool) -> None:
+        self.column, self.several = column, several
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, list[tuple[str, int, str]]] = {}  # the first cells of each kind: file, line, text
+        self.texts: set[str] = set()
+
+    def note(self, cell: str, file: str, line: int) -> None:
+        """Take one more cell."""
+        kind = _kind(cell)
+        kind = _WORD if kind == _BOOL and not self.several else kind
+        self.counts[kind] += 1
+        if len(self.texts) < MOST_TEXTS:
+            self.texts.add(cell)
+        if self.counts[kind] <= SHOWN:
+            self.first.setdefault(kind, []).append((file, line, cell))
+
+    @property
+    def type(self) -> str:
+        """The Arrow type; text as soon as one cell could not be written back as it stands."""
+        kinds = set(self.counts)
+        if self.several and kinds == {_BOOL}:
+            return "bool"
+        if kinds == {_INTEGER}:
+            return "int64"
+        return "float64" if _DECIMAL in kinds and kinds <= {_INTEGER, _DECIMAL} else "string"
+
+    def mixed(self) -> Problem | None:
+        """Report words that stand beside integers; codes such as 007 beside them show that digits are text."""
+        if not (self.counts[_INTEGER] and self.counts[_WORD]) or self.counts[_CODE]:
+            return None
+        few, many = sorted((_INTEGER, _WORD), key=lambda kind: self.counts[kind])
+        file, line, cell = self.first[few][0]
+        others = [str(number) for name, number, _ in self.first[few][1:] if name == file]
+        also = f"; so do {self.counts[few] - 1:,} more rows" if self.counts[few] > 1 else ""
+        also += f" (line {', '.join(others)} ...)" if others else ""
+        where, number, example = self.first[many][0]
+        place = f"line {number}" if where == file else f"{where} line {number}"
+        what = f"column {self.column!r} holds {cell!r}, but {many} such as {example!r} in {place}{also}"
+        return Problem(f"{what}; correct it, or list every label in task.labels", file=file, line=line)

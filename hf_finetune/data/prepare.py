@@ -18,15 +18,16 @@ import tokenizers
 import transformers
 
 import hf_finetune
+from hf_finetune.config.paths import cache_folder
 from hf_finetune.data import cache, checks, splits
 from hf_finetune.data import sources as data_sources
 from hf_finetune.data.cache import Content
-from hf_finetune.data.cells import Wanted
-from hf_finetune.data.counting import gather
+from hf_finetune.data.checks import without_unfit
 from hf_finetune.data.encoding import FAULT, INDEX, Encoder, Encoding, Workplace, encode
-from hf_finetune.data.facts import Facts, SplitReport, without_unfit
+from hf_finetune.data.facts import Facts, gather
+from hf_finetune.data.loading import Wanted
 from hf_finetune.data.sources import Origins
-from hf_finetune.data.splits import Split
+from hf_finetune.data.splits import Split, SplitReport
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, StorageError
@@ -36,12 +37,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.tasks._image import on_disk
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
-# Reads and encodes every split for the cache; all that is wrong with any of them is told at once.
-#
-# Rows that are unfit are left out, and the others encoded and counted all the same, so that the checks can judge them.
-
-TOGETHER = 10_000
-"""Raw rows that are looked at at a time."""
+TOGETHER = 10_000  # raw rows that are looked at at a time
 
 
 class UnfitError(DataError):
@@ -71,8 +67,10 @@ class UnfitError(DataError):
         return type(self), (self.problems, self.facts, self.counted, self.places, self.left_out)
 
 
-def build_building(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) -> Content:
-    """Read and encode every split.
+def build(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) -> Content:
+    """Read and encode every split; all that is wrong with any of them is reported at once.
+
+    Unfit rows are left out, and the others encoded and counted all the same, so that the checks can judge them.
 
     Args:
         recipe: Its task and data block.
@@ -96,21 +94,21 @@ def build_building(recipe: Recipe, processor: Any, origins: Origins, place: Work
 
     unlabelled: dict[str, list[int]] = {}
     if "train" in loaded:
-        targets, unlabelled, told = _fit(task, loaded["train"])
+        targets, unlabelled, wrong = _fit(task, loaded["train"])
     else:
-        targets, told = _fit_stream(recipe, origins)
-    note(told, "train")
+        targets, wrong = _fit_stream(recipe, origins)
+    note(wrong, "train")
     encoder = Encoder(task, processor, targets or State(), data.max_length)
     kept: dict[str, Split] = {}
     encodings: dict[str, Encoding] = {}
     for name, split in loaded.items():
         labelled = split
         if name == "train" and unlabelled:
-            labelled, told = _without(split, unlabelled, replace(encoder, targets=State()))
-            note(told, name)
+            labelled, wrong = _without(split, unlabelled, replace(encoder, targets=State()))
+            note(wrong, name)
         if len(labelled.rows):
-            encoding, told = encode(labelled, encoder, data.overlong, place)
-            note(told, name)
+            encoding, wrong = encode(labelled, encoder, data.overlong, place)
+            note(wrong, name)
             if encoding is not None:
                 kept[name], encodings[name] = labelled, encoding
     with place.phase("counting what is in the data"):
@@ -203,25 +201,17 @@ class Prepared:
     Encoded rows have the task's features, and their `size`.
     """
 
-    train: datasets.Dataset | Stream
-    """Encoded rows; with `row` as below, unless they are streamed."""
+    train: datasets.Dataset | Stream  # encoded rows; with `row` as below, unless they are streamed
     validation: datasets.Dataset | None
     """Encoded rows in the order of the split; `row` is the number of the raw row in `raw_validation`, from 0."""
     test: datasets.Dataset | None
-    """Like `validation`."""
-    raw_validation: datasets.Dataset | None
-    """Raw rows, only the task's columns."""
+    raw_validation: datasets.Dataset | None  # raw rows, only the task's columns
     raw_test: datasets.Dataset | None
-    """Like `raw_validation`."""
     targets: State
-    counted: Mapping[str, SplitReport]
-    """By split, as far as it was loaded."""
-    facts: Mapping[str, Facts]
-    """By split; `checks.findings` judges them."""
-    places: Mapping[str, str]
-    """Names of the splits in messages."""
-    fingerprint: str
-    """SHA-256, as hex, over everything that determines the rows: data, tokenizer, task and settings."""
+    counted: Mapping[str, SplitReport]  # by split, as far as it was loaded
+    facts: Mapping[str, Facts]  # by split; `checks.findings` judges them
+    places: Mapping[str, str]  # names of the splits in messages
+    fingerprint: str  # SHA-256, as hex, over everything that determines the rows: data, tokenizer, task and settings
 
     @property
     def reports(self) -> dict[str, SplitReport]:
@@ -240,7 +230,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         recipe: Its task, data block and seed count.
         tokenizer: The model's.
         machine: Tells which rank this is.
-        phase: Is told how far it is.
+        phase: Shows the progress.
 
     Raises:
         DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
@@ -255,18 +245,20 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         if machine.is_node_main:
             # Nothing can come of them, but there may be more to say.
             with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-                build_building(recipe, tokenizer, origins, Workplace(Path(scratch), data.workers, phase))
+                build(recipe, tokenizer, origins, Workplace(Path(scratch), data.workers, phase))
         raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
-    def build(scratch: Path) -> cache.Content:
-        content = build_building(recipe, tokenizer, origins, Workplace(scratch, data.workers, phase))
+    def build_unchanged(scratch: Path) -> cache.Content:
+        content = build(recipe, tokenizer, origins, Workplace(scratch, data.workers, phase))
         origins.check_unchanged(stamps)
         return content
 
-    entry = cache.Entry(cache.root(data.cache), _sha256([fingerprint, _versions(), *_referenced(task, origins)]))
-    content = entry.get(build, builds=machine.is_node_main)
+    libraries_used = (hf_finetune, datasets, tokenizers, transformers)
+    versions = [str(READING), *(library.__version__ for library in libraries_used)]
+    entry = cache.Entry(cache_folder(data.cache), _sha256([fingerprint, versions, *_referenced(task, origins)]))
+    content = entry.get(build_unchanged, builds=machine.is_node_main)
     if data.streaming:
         encoder = Encoder(task, tokenizer, content.targets, data.max_length)
         train: Any = Stream(Reading.of(data, origins, Wanted.by(task), seed), encoder, data)
@@ -297,7 +289,7 @@ def _referenced(task: Task, origins: Origins) -> list[str]:
     for origin in origins:
         if not origin.stamps():  # of the Hub, whose commit says it all
             continue
-        with suppress(DataError, StorageError):  # told once the rows are read
+        with suppress(DataError, StorageError):  # reported once the rows are read
             for row in origin.stream(Wanted(columns, columns, files=columns)):
                 for cell in (row[column] for column in columns):
                     path = cell.get("path") if isinstance(cell, dict) else cell
@@ -311,6 +303,7 @@ def _referenced(task: Task, origins: Origins) -> list[str]:
 def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
     data = recipe.data
     evaluated = {"validation": origins.validation, "test": origins.test}
+    state = recipe.task.model_dump(mode="json")
     seeded = data.validation_share or data.limit or data.mix
     return _sha256(
         {
@@ -324,7 +317,8 @@ def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
             "overlong": data.overlong,
             # The order of streamed rows is the library's business, and follows from how they are read.
             "stream": [data.shuffle_buffer, datasets.__version__, READING] if data.streaming else None,
-            "task": _task_state(recipe),
+            # Without younger keys that change nothing.
+            "task": {key: value for key, value in state.items() if not (key in YOUNGER and value == YOUNGER[key])},
             "tokenizer": _tokenizer_state(tokenizer),
         }
     )
@@ -332,12 +326,6 @@ def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
 
 YOUNGER: Mapping[str, Any] = {"escape_special_tokens": False, "date": None}
 """Keys of tasks that version 0.1.0 did not have, with what it did: a run that it began can go on."""
-
-
-def _task_state(recipe: Recipe) -> dict[str, Any]:
-    """The task, without younger keys that change nothing."""
-    state = recipe.task.model_dump(mode="json")
-    return {key: value for key, value in state.items() if not (key in YOUNGER and value == YOUNGER[key])}
 
 
 def _tokenizer_state(processor: Any) -> Any:
@@ -359,38 +347,21 @@ READING = 2
 """Raised where the same files are read as other rows, so that nothing of a cache is taken that was read otherwise."""
 
 
-def _versions() -> list[str]:
-    return [
-        str(READING),
-        hf_finetune.__version__,
-        datasets.__version__,
-        tokenizers.__version__,
-        transformers.__version__,
-    ]
-
-
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# One split alone, encoded for a model whose labels are known: rows that are evaluated after training.
-
-GIVEN = "--data"
-"""The key that messages name where files are given on the command line."""
-NAME = "evaluated"
-"""What messages call the rows."""
+GIVEN = "--data"  # the key that messages name where files are given on the command line
+NAME = "evaluated"  # the name of these rows in messages
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Which rows."""
+class Selection:
+    """Rows to evaluate after training."""
 
-    split: str | None = None
-    """train, validation or test of the recipe."""
-    files: tuple[str, ...] = ()
-    """Files instead."""
-    columns: tuple[str, ...] = ()
-    """Further columns that are wanted beside the task's."""
+    split: str | None = None  # train, validation or test of the recipe
+    files: tuple[str, ...] = ()  # files instead
+    columns: tuple[str, ...] = ()  # further columns that are wanted beside the task's
 
 
 @dataclass(frozen=True)
@@ -398,14 +369,13 @@ class OneSplit:
     """Rows ready for evaluation."""
 
     origins: Origins
-    split: Split
-    """The raw rows, all of them."""
+    split: Split  # the raw rows, all of them
     encoding: Encoding
     warnings: tuple[Problem, ...]
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What the rows were read from, with what identifies it, for a record of the evaluation."""
+        """The sources of the rows, with their identity, for a record of the evaluation."""
         return [{"source": origin.place, "sha256": origin.identity(whole=True)} for origin in self.origins]
 
     @property
@@ -415,52 +385,54 @@ class OneSplit:
 
 
 @contextmanager
-def opened(recipe: Recipe, processor: Any, targets: State, wish: Wish, phase: Phases = unseen) -> Iterator[OneSplit]:
-    """Read and encode rows; inside, they can be used.
+def opened(
+    recipe: Recipe, processor: Any, targets: State, chosen: Selection, phase: Phases = unseen
+) -> Iterator[OneSplit]:
+    """Read and encode rows for a model whose labels are known; inside, they can be used.
 
     Args:
         recipe: Its task and data block.
         processor: The model's.
-        targets: What the training rows said about the labels.
-        wish: Which rows.
-        phase: Is told how far it is.
+        targets: The labels of the training rows.
+        chosen: The rows.
+        phase: Shows the progress.
 
     Raises:
         DataError: Rows are missing or unfit, or `data.checks` finds something that is an error.
         RecipeError: The recipe has no such split.
         StorageError: There is no place for temporary files.
     """
-    with cache.scratch(cache.root(recipe.data.cache), ".one-") as folder:
+    with cache.scratch(cache_folder(recipe.data.cache), ".one-") as folder:
         place = Workplace(Path(folder), recipe.data.workers, phase)
-        origins = _origins(recipe, wish)
+        origins = _origins(recipe, chosen)
         with phase("reading data"):
-            split = _load(recipe, origins, wish, str(Path(folder) / "raw"))
+            split = _load(recipe, origins, chosen, str(Path(folder) / "raw"))
         encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length)
         encoding, problems = encode(split, encoder, recipe.data.overlong, place)
         if encoding is None or problems:
             raise DataError(problems)
         facts = gather({NAME: split}, {NAME: encoding}, encoder)
         found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
-        told = [(level, replace(problem, key="")) for level, problem in found]
-        if errors := [problem for level, problem in told if level == "error"]:
+        judged = [(level, replace(problem, key="")) for level, problem in found]
+        if errors := [problem for level, problem in judged if level == "error"]:
             raise DataError(errors)
-        yield OneSplit(origins, split, encoding, tuple(problem for _, problem in told))
+        yield OneSplit(origins, split, encoding, tuple(problem for _, problem in judged))
 
 
-def _origins(recipe: Recipe, wish: Wish) -> Origins:
-    """Where the wanted rows come from, and no others."""
-    if wish.files:
-        found = data_sources.local_files(wish.files, None, GIVEN, recipe.data.cache)
+def _origins(recipe: Recipe, chosen: Selection) -> Origins:
+    """The sources of the selected rows, and no others."""
+    if chosen.files:
+        found = data_sources.local_files(chosen.files, None, GIVEN, recipe.data.cache)
         return Origins((), (1.0,), found, None)
     data, alone = recipe.data, {"train": None, "mix": None, "validation": None, "validation_share": None, "test": None}
     there = {"train": True, "validation": data.has_validation, "test": data.test is not None}
-    if not there.get(wish.split or "", False):
+    if not there.get(chosen.split or "", False):
         had = ", ".join(name for name, has in there.items() if has)
-        raise RecipeError(f"the run has no split {wish.split!r}; it has {had}, or give --data FILE")
-    if wish.split == "train" or (wish.split == "validation" and data.validation_share is not None):
+        raise RecipeError(f"the run has no split {chosen.split!r}; it has {had}, or give --data FILE")
+    if chosen.split == "train" or (chosen.split == "validation" and data.validation_share is not None):
         kept: tuple[str, ...] = ("train", "mix", "validation_share")
     else:
-        kept = (str(wish.split),)
+        kept = (str(chosen.split),)
     block = data.model_copy(update={name: value for name, value in alone.items() if name not in kept})
     origins = data_sources.locate(block)
     if origins.problems:
@@ -468,14 +440,14 @@ def _origins(recipe: Recipe, wish: Wish) -> Origins:
     return origins
 
 
-def _load(recipe: Recipe, origins: Origins, wish: Wish, folder: str) -> Split:
+def _load(recipe: Recipe, origins: Origins, chosen: Selection, folder: str) -> Split:
     wanted = Wanted.by(recipe.task)
-    more = tuple(column for column in dict.fromkeys(wish.columns) if column not in wanted.columns)
+    more = tuple(column for column in dict.fromkeys(chosen.columns) if column not in wanted.columns)
     wanted = replace(wanted, columns=wanted.columns + more, texts=wanted.texts + more, declared=True)
     # The limit draws from the recipe's splits, never from files that are given; streamed rows are read whole here.
-    changes: dict[str, Any] = {"streaming": False} | ({"limit": None, "validation_share": None} if wish.files else {})
+    changes: dict[str, Any] = {"streaming": False} | ({"limit": None, "validation_share": None} if chosen.files else {})
     block = recipe.data.model_copy(update=changes)
     loaded, problems = splits.load(block, origins, wanted, recipe.training.seed, folder)
     if problems:
         raise DataError(problems)
-    return replace(loaded[wish.split or "validation"], name=NAME)
+    return replace(loaded[chosen.split or "validation"], name=NAME)

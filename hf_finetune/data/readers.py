@@ -1,4 +1,4 @@
-"""Rows of data files as they stand, one by one: the one reader of training, evaluation, prediction and first look.
+"""Rows of csv, tsv and JSON files as they stand, one by one: the reader of training, evaluation and prediction.
 
 Nothing is guessed. A cell of csv or tsv is text; a value of JSON is what JSON says, and a number keeps its digits.
 Files are read piece by piece, and no library is needed.
@@ -7,7 +7,6 @@ Files are read piece by piece, and no library is needed.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,8 @@ from typing import IO, Any, NamedTuple
 from hf_finetune.config.problems import suggestion
 from hf_finetune.errors import DataError, Problem
 
-HEAD = 1 << 16
-"""Bytes of a file that the first look reads."""
-CHUNK = 1 << 20
-"""Characters of a JSON list that are read at once."""
+HEAD = 1 << 16  # bytes of a file that the first look reads
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
 TABLES = ("csv", "tsv")
 COLUMNS = "is one object of lists, which is read as one row; write an object a row, as a list or one a line"
 _COMPRESSED = {
@@ -38,12 +35,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class Row(NamedTuple):
     """One row."""
 
-    number: int
-    """Line of the file in which it begins, or its place in a list or table, from 1."""
-    cells: Mapping[str, Any]
-    """By column; empty where the row can't be read."""
-    fault: str = ""
-    """The reason why it can't be used; empty where it can."""
+    number: int  # line of the file in which it begins, or its place in a list or table, from 1
+    cells: Mapping[str, Any]  # by column; empty where the row can't be read
+    fault: str = ""  # the reason why it can't be used; empty where it can
 
 
 @contextmanager
@@ -54,7 +48,7 @@ def opened(file: str, form: str, needed: Sequence[str] = ()) -> Iterator[tuple[I
         DataError: Also while reading: the file is not UTF-8, or not what its format says, or its header lacks a column.
     """
     with Path(file).open("rb") as raw:
-        if (broken := _undecodable(raw.read(HEAD), file)) is not None:
+        if (broken := undecodable(raw.read(HEAD), file)) is not None:
             raise DataError(broken)
     try:
         with Path(file).open(encoding="utf-8-sig", newline=newline(form)) as stream:
@@ -92,9 +86,6 @@ def rows(stream: IO[str], form: str, place: str, needed: Sequence[str] = ()) -> 
     return _no_columns(_json_lines(stream) if by_line else _values(_Text(stream, place)), place), by_line
 
 
-# JSON
-
-
 class Number(float):
     """A number that is no integer, with its digits as they are written: 2.50 is not shown as 2.5."""
 
@@ -125,8 +116,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=Number)
-_LENIENT = json.JSONDecoder(parse_float=Number)
-"""Takes repeated keys too."""
+_LENIENT = json.JSONDecoder(parse_float=Number)  # takes repeated keys too
 
 
 def written(value: Any) -> str:
@@ -244,8 +234,7 @@ class _Text:
     def __init__(self, stream: IO[str], place: str) -> None:
         self.stream, self.place = stream, place
         self.text, self.at = "", 0
-        self.line = 1
-        """Of the beginning of `text`."""
+        self.line = 1  # of the beginning of `text`
 
     @property
     def at_line(self) -> int:
@@ -296,9 +285,6 @@ class _Text:
         return bool(piece)
 
 
-# csv and tsv
-
-
 class _Lines:
     """Lines, the last of which is remembered."""
 
@@ -344,7 +330,13 @@ def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> 
             continue
         fault = ""
         if len(record) != width:
-            fault = _width(record, width, tab=tab)
+            fields = "1 field" if len(record) == 1 else f"{len(record)} fields"
+            if len(record) > width:
+                hint = "remove the extra tabs" if tab else "put texts with commas in quotes"
+            else:
+                spread = "" if tab or "\n" not in "".join(record) else " (is a quotation mark never closed?)"
+                hint = f"fill in the missing ones{spread}"
+            fault = f"has {fields}, the header {width}; {hint}"
         elif sum(map(len, record)) <= long and [cell.strip().casefold() for cell in record] == bare:
             fault = "repeats the header; remove the line"
         yield Row(before + 1, dict(zip(header, record, strict=False)), fault)
@@ -361,16 +353,6 @@ def _malformed(error: csv.Error, last: str, count: int) -> str:
     if '\\"' in last:
         return r'escapes quotation marks as \", which csv does not know; double them ("")' + spread
     return 'has text behind a closing quotation mark; double each mark inside a quoted text ("")' + spread
-
-
-def _width(record: list[str], width: int, *, tab: bool) -> str:
-    fields = "1 field" if len(record) == 1 else f"{len(record)} fields"
-    if len(record) > width:
-        hint = "remove the extra tabs" if tab else "put texts with commas in quotes"
-    else:
-        spread = "" if tab or "\n" not in "".join(record) else " (is a quotation mark never closed?)"
-        hint = f"fill in the missing ones{spread}"
-    return f"has {fields}, the header {width}; {hint}"
 
 
 def _header_problems(header: Sequence[str], columns: Sequence[str], file: str) -> list[Problem]:
@@ -398,10 +380,7 @@ def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list
     return found
 
 
-# Encoding, and the first look
-
-
-def _undecodable(head: bytes, file: str) -> Problem | None:
+def undecodable(head: bytes, file: str) -> Problem | None:
     """The problem of a file that does not begin with UTF-8 text; None where it does."""
     for mark, name in _COMPRESSED.items():
         if head.startswith(mark):
@@ -420,7 +399,7 @@ def _undecodable(head: bytes, file: str) -> Problem | None:
 
 
 def not_utf8(file: str) -> Problem:
-    """The place of a file that is not UTF-8, as reading it told."""
+    """The problem of a file in which reading met bytes that are not UTF-8, with their place."""
     offset = 0
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -430,30 +409,3 @@ def not_utf8(file: str) -> Problem:
                 return Problem(f"is not UTF-8 at byte {offset + error.start}; save it as UTF-8", file=file, line=number)
             offset += len(line)
     return Problem("is not UTF-8; save it as UTF-8", file=file)
-
-
-def look(file: str, needed: Sequence[str]) -> list[Problem]:
-    """Problems that the first `HEAD` bytes of a file show: compression, encoding, missing columns."""
-    form = Path(file).suffix.lower().removeprefix(".")
-    try:
-        with Path(file).open("rb") as stream:
-            head = stream.read(HEAD)
-    except OSError as error:
-        return [Problem(f"can't be read: {error.strerror}", file=file)]
-    if form == "parquet":
-        return [] if head.startswith(b"PAR1") else [Problem("is no parquet file", file=file)]
-    if (broken := _undecodable(head, file)) is not None:
-        return [broken]
-    text = head.decode("utf-8-sig", errors="ignore")
-    whole = len(head) < HEAD
-    if whole and not text.strip():
-        return [Problem("has 0 rows: the file is empty", file=file)]
-    try:
-        found, _ = rows(io.StringIO(text, newline=newline(form)), form, file, needed)
-        row = next(found, None)
-    except DataError as error:
-        # What is cut off in the middle of a row may be right.
-        return list(error.problems) if whole or form in TABLES else []
-    if row is None or row.fault or form in TABLES:
-        return []
-    return missing_columns(list(row.cells), needed, file)

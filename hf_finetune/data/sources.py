@@ -19,32 +19,27 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.config.blocks import Data, Source
-from hf_finetune.config.paths import PACKAGE, is_commit
+from hf_finetune.config.paths import PACKAGE, cache_folder, is_commit
 from hf_finetune.config.problems import suggestion
-from hf_finetune.data import cache as data_cache
-from hf_finetune.data import loading
-from hf_finetune.data.cells import Wanted
+from hf_finetune.data import loading, parquet
 from hf_finetune.data.find import find
+from hf_finetune.data.loading import Wanted
 from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError, StorageError
 from hf_finetune.log import warn
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import files as run_files
 
-# Asks once a process whether the Hub can be reached; where it can't, each of many requests would wait for itself.
-
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
-SECONDS = 10.0
-"""Time that the Hub may take to answer."""
+SECONDS = 10.0  # time that the Hub may take to answer
 
-_cut_off = False
-"""This process decided to do without the Hub."""
+_cut_off = False  # this process decided to do without the Hub
 
 
 def settle(recipe: Recipe) -> None:
     """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the recipe needs the Hub and it can't be reached.
 
-    This holds for the process, until `again`.
+    It is asked once a process, since each of many requests would wait for itself; `again` forgets the answer.
     """
     parts = (recipe.data, *(recipe.data.mix or ()))
     named = [recipe.model.name, *(part.source for part in parts if part.source is not None)]
@@ -62,7 +57,7 @@ def settle(recipe: Recipe) -> None:
 
 
 def again() -> None:
-    """Forget that the Hub could not be reached, to try once more."""
+    """Forget that the Hub could not be reached."""
     if _cut_off:
         _go_offline(offline=False)
 
@@ -73,10 +68,9 @@ def _go_offline(*, offline: bool) -> None:
     huggingface_hub.close_session()
 
 
-READING_ERRORS = (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
 # pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
-SAMPLE_BYTES = 1 << 20
-"""Bytes of each end of a streamed file that go into its identity."""
+READING_ERRORS = (DatasetsError, OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
+SAMPLE_BYTES = 1 << 20  # bytes of each end of a streamed file that go into its identity
 
 
 def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
@@ -98,11 +92,9 @@ def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
 class LocalFiles:
     """The files of one split, all of one format."""
 
-    key: str
-    """The recipe key that names them, e.g. `data.train`."""
+    key: str  # the recipe key that names them, e.g. `data.train`
     files: tuple[str, ...]
-    cache: str | None = None
-    """The recipe's `data.cache`: beside it stands what is known about the content of files."""
+    cache: str | None = None  # the recipe's `data.cache`: beside it stands what is known about the content of files
 
     @property
     def suffix(self) -> str:
@@ -128,7 +120,7 @@ class LocalFiles:
         Args:
             whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
         """
-        root = data_cache.root(self.cache)
+        root = cache_folder(self.cache)
         return [_digest(*stamp, root) if whole else _sampled(*stamp) for stamp in self.stamps()]
 
     def stamps(self) -> list[tuple[str, int, int]]:
@@ -142,24 +134,44 @@ class LocalFiles:
             DataError: Everything that is wrong with the files, each fault with its line where it has one.
             StorageError: The folder can't be written.
         """
+        target = Path(folder, f"{self.key}.arrow")
         try:
-            return loading.load(self.files, self.suffix[1:], wanted, Path(folder, f"{self.key}.arrow"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if self.suffix == ".parquet":
+                return parquet.load(self.files, wanted, target)
+            return loading.load(self.files, self.suffix[1:], wanted, target)
         except READING_ERRORS as error:
             raise self.explain(error) from error
 
     def stream(self, wanted: Wanted) -> datasets.IterableDataset:
-        """The rows, read lazily, as are their faults; raises like `load`."""
+        """The rows, read lazily; the first rows of every file are checked now, like `load`."""
+        settings = {"files": list(self.files), "form": self.suffix[1:], "wanted": wanted, "key": self.key}
         try:
-            return loading.stream(self.files, self.suffix[1:], wanted, self.key)
+            features, settings["kinds"] = None, {}
+            if self.suffix == ".parquet":
+                features = parquet.types(self.files, wanted)
+            else:
+                settings["kinds"] = loading.first_kinds(self.files, self.suffix[1:], wanted)
+            return datasets.IterableDataset.from_generator(_streamed, features=features, gen_kwargs=settings)
         except READING_ERRORS as error:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> FinetuneError:
         """The error to raise for one that surfaced while the files were read."""
-        told = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
-        if not isinstance(told, DataError):
-            return told
-        return DataError(problem if problem.key else replace(problem, key=self.key) for problem in told.problems)
+        explained = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
+        if not isinstance(explained, DataError):
+            return explained
+        return DataError(problem if problem.key else replace(problem, key=self.key) for problem in explained.problems)
+
+
+def _streamed(files: list[str], form: str, wanted: Wanted, key: str, kinds: loading.Kinds) -> Iterator[dict[str, Any]]:
+    try:
+        if form == "parquet":
+            yield from parquet.rows(files, wanted)
+        else:
+            yield from loading.rows(files, form, wanted, kinds)
+    except DataError as error:
+        raise DataError(replace(problem, key=key) for problem in error.problems) from None
 
 
 @functools.cache
@@ -182,14 +194,11 @@ def _sampled(file: str, size: int, changed: int) -> bytes:
 class HubSplit:
     """A split of a data set on the Hub."""
 
-    key: str
-    """The recipe key that names it, e.g. `data.train`."""
-    source: str
-    """`owner/name`."""
+    key: str  # the recipe key that names it, e.g. `data.train`
+    source: str  # `owner/name`
     subset: str | None
     revision: str | None
-    split: str
-    """Name of the split, or several joined by `+`; slices as in `train[:10%]` where rows are not streamed."""
+    split: str  # name of the split, or several joined by `+`; slices as in `train[:10%]` where rows are not streamed
 
     @property
     def place(self) -> str:
@@ -239,8 +248,8 @@ class HubSplit:
         if known:
             what = f"unknown split {self.split!r}; known: {known[1]}"
             return DataError(Problem(what, key=self.key, file=self.source))
-        told = _reading_error(error, "a data set", self.place)
-        return type(told)(replace(told.problems[0], key=self.key))
+        explained = _reading_error(error, "a data set", self.place)
+        return type(explained)(replace(explained.problems[0], key=self.key))
 
     def _builder(self) -> Any:
         try:
@@ -281,14 +290,11 @@ Origin = LocalFiles | HubSplit
 class Origins:
     """The sources of every split."""
 
-    train: tuple[Origin, ...]
-    """One, or those that are mixed."""
-    weights: tuple[float, ...]
-    """Share of the draws from each; 1 in all."""
+    train: tuple[Origin, ...]  # one, or those that are mixed
+    weights: tuple[float, ...]  # share of the draws from each; 1 in all
     validation: Origin | None
     test: Origin | None
-    problems: tuple[Problem, ...] = ()
-    """Of the sources that could not be found."""
+    problems: tuple[Problem, ...] = ()  # of the sources that could not be found
 
     def __iter__(self) -> Iterator[Origin]:
         yield from self.train
@@ -379,7 +385,7 @@ def _origin(names: str | list[str], where: Data | Source, key: str, cache: str |
 
 
 def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
-    """The files that names and globs mean; see `rowfiles.find`.
+    """The files that names and globs mean; see `find.find`.
 
     Raises:
         DataError: Everything that is wrong with them, such as that nothing matches.

@@ -1,10 +1,11 @@
-"""Loads the raw rows of every split: columns checked, sources mixed, validation cut off, limited; all by one seed."""
+"""Raw rows of every split: columns checked, sources mixed, validation cut off, limited, all by one seed; and counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,75 @@ import datasets
 import numpy as np
 
 from hf_finetune.config.blocks import Data
-from hf_finetune.data.cells import Cell, Wanted
+from hf_finetune.data.loading import Cell, Wanted
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.data.sources import Origin, Origins
 from hf_finetune.errors import DataError, Problem, numbers
 
-ROW = "__row__"
-"""Column: number of the row in its source, from 1."""
-PART = "__part__"
-"""Column: number of the source among those that are mixed, from 0."""
+ROW = "__row__"  # Column: number of the row in its source, from 1
+PART = "__part__"  # Column: number of the source among those that are mixed, from 0
 BOOKKEEPING = (ROW, PART)
-MOST_PROBLEMS = 20
-"""Problems with rows of one split that are told one by one."""
+MOST_PROBLEMS = 20  # problems with rows of one split that are reported one by one
 WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string", "large_string": "string"}
 """Types without their width -> what they become when sources are mixed."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """Counts of a split; rows = kept + dropped + untrained + empty."""
+
+    rows: int = 0  # raw rows
+    kept: int = 0  # rows that are trained on or evaluated
+    cut: int = 0  # kept rows that were over-long and truncated
+    dropped: int = 0  # rows that were dropped because they were over-long
+    untrained: int = 0  # rows that were dropped because nothing of them counts in the loss
+    tokens: int = 0  # tokens of the kept rows, after cutting
+    trained: int = 0  # items of the kept rows that the loss counts: rows, or tokens
+    longest: int = 0  # tokens of the longest row, before cutting
+    unused: int = 0  # rows of mixed sources that are never drawn, not among `rows`; unknown for a stream, and then 0
+    empty: int = 0  # rows that were dropped because they hold no text
+
+    def __add__(self, other: SplitReport) -> SplitReport:
+        """The report of both together."""
+        return SplitReport.total([self, other])
+
+    @classmethod
+    def total(cls, reports: Iterable[SplitReport]) -> SplitReport:
+        """The report of all of them together."""
+        columns = zip(*(counts_of(report) for report in reports), strict=True)
+        found = {
+            name: max(values) if name == "longest" else sum(values)
+            for name, values in zip(NAMES, columns, strict=False)
+        }
+        return cls(**found)
+
+
+NAMES = tuple(field.name for field in fields(SplitReport))
+counts_of = attrgetter(*NAMES)  # the counts of a report, in the order of `NAMES`
+
+
+def nothing_left(report: SplitReport, name: str, where: str) -> Problem:
+    """The problem of a split of which no row can be used."""
+    fates = {
+        "are too long and dropped; raise data.max_length, or set data.overlong: truncate": report.dropped,
+        "have nothing that is trained; raise data.max_length if they are cut": report.untrained,
+        "have no text; fill it in": report.empty,
+    }
+    counted = ", ".join(f"{count:,} {fate.partition('; ')[0]}" for fate, count in fates.items() if count)
+    remedies = "; ".join(fate.partition("; ")[2] for fate, count in fates.items() if count)
+    longest = f" (longest {report.longest:,} tokens)" if report.longest else ""
+    message = f"none of the {report.rows:,} {name} rows can be used: {counted}{longest}; {remedies}"
+    return Problem(message, file=where)
 
 
 @dataclass(frozen=True)
 class Split:
     """The raw rows of a split."""
 
-    name: str
-    """`train`, `validation` or `test`."""
-    rows: datasets.Dataset
-    """The task's columns, and those of `BOOKKEEPING`."""
-    places: tuple[str, ...]
-    """Names of its sources in messages."""
-    unused: int = 0
-    """Rows of mixed sources that are never drawn, because the first of them is used up."""
+    name: str  # `train`, `validation` or `test`
+    rows: datasets.Dataset  # the task's columns, and those of `BOOKKEEPING`
+    places: tuple[str, ...]  # names of its sources in messages
+    unused: int = 0  # rows of mixed sources that are never drawn, because the first of them is used up
 
     def raw(self) -> datasets.Dataset:
         """The rows as they stand in the data."""
@@ -56,14 +98,14 @@ class Split:
             rows = self.rows.select(indices)
             for part, number in zip(rows[PART], rows[ROW], strict=True):
                 placed.setdefault((self.places[part], what), []).append(number)
-        told = [
+        listed = [
             Problem(f"row {numbers(sorted(rows))}: {what}", file=place)
             for (place, what), rows in list(placed.items())[:MOST_PROBLEMS]
         ]
         if left := list(placed.items())[MOST_PROBLEMS:]:
             count = sum(len(rows) for _, rows in left)
-            told.append(Problem(f"{len(left):,} more problems of {count:,} more rows", file=left[0][0][0]))
-        return told
+            listed.append(Problem(f"{len(left):,} more problems of {count:,} more rows", file=left[0][0][0]))
+        return listed
 
     def where(self, index: int) -> tuple[str, int]:
         """Source of a row, and its number there, from 1."""

@@ -13,48 +13,39 @@ import datasets
 import numpy as np
 
 from hf_finetune.config.blocks import Data
-from hf_finetune.data.cells import Cell, Wanted
 from hf_finetune.data.encoding import COUNTS, FAULT, INDEX, MARKS, Encoder
-from hf_finetune.data.facts import SplitReport, nothing_left
+from hf_finetune.data.loading import Cell, Wanted
 from hf_finetune.data.sources import READING_ERRORS, Origins
-from hf_finetune.data.splits import PART, ROW, check_columns, collect
+from hf_finetune.data.splits import PART, ROW, SplitReport, check_columns, collect, nothing_left
 from hf_finetune.errors import DataError, FinetuneError, Problem
 from hf_finetune.tasks.base import Features
 
-# Rows of a stream by their place in the global batch, so that a rank encodes only those of its own places.
-#
-# Each of the B places of a global batch has a lane: of every B rows of the stream it gets one, pass after pass. A row
-# that is dropped is replaced by the next one of its lane. So every global batch is full, it is the same on any number
-# of ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes
-# none of them.
-
-Fate = tuple[Features | None, SplitReport]
-"""An encoded row, None where it is dropped, and its counts."""
-VAIN_PASSES = 20
-"""Passes in which not one row of a rank's lanes may be usable before it gives up."""
+Fate = tuple[Features | None, SplitReport]  # an encoded row, None where it is dropped, and its counts
+VAIN_PASSES = 20  # passes in which not one row of a rank's lanes may be usable before it gives up
 
 
 class Raw(NamedTuple):
     """A row as it was read."""
 
     row: dict[str, Any]
-    number: int
-    """Number of the pass, from 0."""
+    number: int  # number of the pass, from 0
 
 
 class Taken(NamedTuple):
     """Rows of a micro-batch."""
 
-    rows: list[Features]
-    """One for each place that was asked for."""
-    used: dict[int, int]
-    """By place: how many rows of its lane were used up for it, dropped ones included."""
-    report: SplitReport
-    """Counts of these rows, as far as they belong to the first pass."""
+    rows: list[Features]  # one for each place that was asked for
+    used: dict[int, int]  # by place: how many rows of its lane were used up for it, dropped ones included
+    report: SplitReport  # counts of these rows, as far as they belong to the first pass
 
 
 class Lanes:
-    """Lanes of a stream.
+    """Rows of a stream by their place in the global batch, so that a rank encodes only those of its own places.
+
+    Each of the B places of a global batch has a lane: of every B rows of the stream it gets one, pass after pass. A row
+    that is dropped is replaced by the next one of its lane. So every global batch is full, it is the same on any number
+    of ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes
+    none of them.
 
     Args:
         source: Raw rows, without end.
@@ -128,10 +119,8 @@ class Lanes:
         return turn, (place + crc32(turn.to_bytes(8, "little"))) % len(self._used)
 
 
-BATCH = 100
-"""Raw rows that are encoded at once."""
-LOOKED_AT = 1_000
-"""Rows that are looked at before training."""
+BATCH = 100  # raw rows that are encoded at once
+LOOKED_AT = 1_000  # rows that are looked at before training
 
 
 @dataclass(frozen=True)
@@ -140,12 +129,9 @@ class Reading:
 
     origins: Origins
     wanted: Wanted
-    buffer: int
-    """Rows to shuffle from; the order of files is shuffled too."""
-    limit: int | None
-    """At most this many rows, the same in every pass."""
-    seed: int
-    """Fixes the rows that the limit takes, and the mix of the sources."""
+    buffer: int  # rows to shuffle from; the order of files is shuffled too
+    limit: int | None  # at most this many rows, the same in every pass
+    seed: int  # fixes the rows that the limit takes, and the mix of the sources
 
     @classmethod
     def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
@@ -226,10 +212,8 @@ class Look(NamedTuple):
     """The first rows of a stream."""
 
     report: SplitReport
-    whole: bool
-    """The stream holds no others."""
-    marks: tuple[int, ...] = ()
-    """Of each that has text: `encoding.MARKS`."""
+    whole: bool  # the stream holds no others
+    marks: tuple[int, ...] = ()  # of each that has text: `encoding.MARKS`
 
 
 class Stream:
@@ -240,7 +224,7 @@ class Stream:
 
     Every rank reads the same rows in the same order: it follows from the seed and the number of the pass. Mixed
     sources are read from their beginning in each pass, until the first is used up. A rank encodes only those that it
-    trains on; see `lanes`.
+    trains on; see `Lanes`.
     """
 
     def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hf_finetune import log
-from hf_finetune.config.paths import refuse_outside
-from hf_finetune.data import cache
+from hf_finetune.config.paths import cache_folder, refuse_outside
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import SHOWN, DataError, Problem, RecipeError, RowsError, numbers
 from hf_finetune.inference import load, rows, sinks
@@ -246,7 +245,7 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     """Everything that must be the same for a killed call to be continued."""
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
-        digest.update(files.sha256(file, cache.root(opened.recipe.data.cache)))
+        digest.update(files.sha256(file, cache_folder(opened.recipe.data.cache)))
     if (base := load.locked(opened.folder)) is not None:
         digest.update(base.model_dump_json().encode())
     machine = opened.machine

@@ -147,9 +147,9 @@ class Input:
             raise _unreadable(self.name, error) from error
 
     def _parquet(self) -> Any:
-        from hf_finetune.data import cells as data_cells
+        from hf_finetune.data import parquet
 
-        return data_cells.opened(self.name)
+        return parquet.opened(self.name)
 
     def schema(self) -> Any:
         """The Arrow schema of a parquet file; None for any other."""

@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from hf_finetune import __version__
 from hf_finetune.adapters._targets import base_model
-from hf_finetune.data import cache
+from hf_finetune.config.paths import cache_folder
 from hf_finetune.data.job import Job
 from hf_finetune.device import Machine, is_out_of_memory, processor, wait
 from hf_finetune.errors import ModelError
@@ -158,7 +158,7 @@ class Bench:
             "shapes": [(rows, -(-tokens // STEP) * STEP) for rows, tokens in shapes],
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-        return cache.root(None) / "tuning" / f"{question}-{key[:32]}.json"
+        return cache_folder(None) / "tuning" / f"{question}-{key[:32]}.json"
 
 
 def choose_attention(bench: Bench) -> Choice:

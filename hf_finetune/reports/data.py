@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 import hf_finetune
 from hf_finetune.config.blocks import Checks
 from hf_finetune.data.batches import PackedRows, Rows, lengths_of, pack
-from hf_finetune.data.facts import Facts, SplitReport
+from hf_finetune.data.facts import Facts
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Stream
 from hf_finetune.errors import Findings, Problem, StorageError, numbers
 from hf_finetune.log.text import exact, shortened

@@ -19,8 +19,8 @@ import torch
 
 from hf_finetune import __version__, device
 from hf_finetune.adapters import _peft as peft
-from hf_finetune.config.paths import is_commit, resolve
-from hf_finetune.data import cache, sources
+from hf_finetune.config.paths import cache_folder, is_commit, resolve
+from hf_finetune.data import sources
 from hf_finetune.data.sources import HubSplit, Origin
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, DataError, ModelError, Problem, RecipeError
@@ -96,7 +96,7 @@ def _of_folder(folder: Path, recipe: Recipe) -> list[File]:
     read = (file for file in folder.iterdir() if file.suffix in SUFFIXES or file.name in NAMES)
     files = sorted(str(file) for file in read if file.is_file())
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
-        found = threads.map(partial(run_files.sha256, root=cache.root(recipe.data.cache)), files)
+        found = threads.map(partial(run_files.sha256, root=cache_folder(recipe.data.cache)), files)
         return list(_hashed(files, [digest.hex() for digest in found]))
 
 
