@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_scores_are_of_whole_entities_and_sums_give_the_same() -> None:
     sums = make().sums(found, STATE)
     of_sums = sums.metrics(np.asarray(sums.of_rows).sum(axis=1, keepdims=True))
     assert {name: float(values[0]) for name, values in of_sums.items()} == pytest.approx(expected)
+
+
+def test_scores_are_those_of_seqeval() -> None:
+    # Values of seqeval 1.2.2: adjoining entities, `I-` tags without their `B-`, and an entity that is a word too long.
+    names = ("B-a", "B-b", "I-a", "I-b", "O")
+    truth = ["B-a I-a O B-b B-b I-b", "O B-a B-a I-a O O", "B-b I-b I-b O B-a"]
+    given = ["B-a I-a O B-b I-b I-b", "O B-a B-a I-a I-a O", "I-b I-b I-b O I-b"]
+    ids = [
+        np.array([[names.index(tag) for tag in row.split()] + [IGNORE] * (6 - len(row.split())) for row in rows])
+        for rows in (truth, given)
+    ]
+    found = {"truth": ids[0], "tag": ids[1], "nats": np.zeros((3, 6)), "word": ids[0]}
+    metrics = make().metrics(found, State(names))
+    expected = {"accuracy": 13 / 17, "precision": 3 / 6, "recall": 3 / 7, "f1": 6 / 13, "f1.a": 4 / 7, "f1.b": 1 / 3}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert (metrics["support.a"], metrics["support.b"]) == (4, 3)
+
+
+def test_labels_are_those_of_words_tokenised_one_by_one(tokenizer: Any) -> None:
+    words, tags = ["film", "good.bad", "plot", "film"], ["B-x", "I-x", "O", "B-x"]
+    (row,) = make().features({"w": [words], "t": [tags]}, tokenizer, STATE, 64)
+    pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    labels = [[NAMES.index(tag)] + [IGNORE] * (len(piece) - 1) for tag, piece in zip(tags, pieces, strict=True)]
+    assert row["input_ids"] == [tokenizer.cls_token_id, *itertools.chain(*pieces), tokenizer.sep_token_id]
+    assert row["labels"] == [IGNORE, *itertools.chain(*labels), IGNORE]
 
 
 @pytest.mark.parametrize(
