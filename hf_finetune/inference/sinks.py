@@ -37,7 +37,7 @@ Cells = dict[str, Any]
 
 @dataclass
 class Progress:
-    """How far a file is."""
+    """Progress of a file."""
 
     rows: int = 0  # rows that were read and are done with
     bytes: int = 0  # bytes of the partial file that belong to them
