@@ -15,7 +15,7 @@ from conftest import RECIPE, finished
 from hf_finetune.errors import CheckpointError, RecipeError
 from hf_finetune.inference.load import Finished, open_run
 from hf_finetune.run import folder as run_folder
-from hf_finetune.run import lock as run_lock
+from hf_finetune.run import lock
 from hf_finetune.run.lock import Input
 from hf_finetune.tasks.base import State
 from hf_finetune.tracking.records import Record, stored
@@ -187,7 +187,7 @@ def test_a_base_of_the_hub_is_compared_by_name_and_commit() -> None:
         ({"source": "a/b", "commit": "2" * 40}, "commit was 1111"),
     ]
     for now, says in cases:
-        found = list(run_lock.changed_input(Input(source="a/b", commit="1" * 40), Input(**now)))
+        found = list(lock.changed_input(Input(source="a/b", commit="1" * 40), Input(**now)))
         assert found == [] if says is None else says in found[0]
 
 

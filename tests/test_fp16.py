@@ -17,7 +17,7 @@ from test_resume import facts, interrupted, stop_at
 
 from hf_finetune import device as device_module
 from hf_finetune.errors import DivergedError
-from hf_finetune.pipeline import train as train_module
+from hf_finetune.pipeline import train
 from hf_finetune.training.trainer import FinetuneTrainer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(FinetuneTrainer, "create_accelerator_and_postprocess", create)
         monkeypatch.setattr(device_module, "_precision", lambda asked, device: asked)
         # A large product takes a CPU half a minute in fp16, and is made for nothing but a share in the report.
-        monkeypatch.setattr(train_module, "matmul_peak", lambda machine: 1e9)
+        monkeypatch.setattr(train, "matmul_peak", lambda machine: 1e9)
 
     return start
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_finetune import device as device_module
+from hf_finetune import device
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.data import batches, sources
 from hf_finetune.data.job import eval_batch
@@ -191,7 +191,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     folder, targets = opened.folder, State() if opened.kept is None else opened.kept.targets
     recipe = run_lock.as_trained(opened.recipe, folder.run_lock)
     sources.settle(recipe)
-    machine = _as_in_training(folder, recipe, device_module.survey(recipe))
+    machine = _as_in_training(folder, recipe, device.survey(recipe))
     if opened.kept is None and recipe.task.has_labels:
         message = "is missing: an earlier version made this run and kept no labels; train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.targets)))

@@ -41,11 +41,11 @@ class Rows:
     def probes(self) -> list[Batch]:
         """A few rows from short to long, without labels: padded together, but one by one where logits are large."""
         task = self.run.recipe.task
-        order: list[int] = data_batches.lengths_of(self.encoded).argsort(kind="stable").tolist()
+        order: list[int] = batches.lengths_of(self.encoded).argsort(kind="stable").tolist()
         count = min(PROBED, len(order))
         chosen = [order[place * (len(order) - 1) // max(1, count - 1)] for place in range(count)]
         groups = [[index] for index in chosen] if task.vocabulary(self.run.tokenizer) else [chosen]
-        rows = data_batches.Rows(self.encoded, task)
+        rows = batches.Rows(self.encoded, task)
         return [task.inputs(self.run.collate([rows[index] for index in group])) for group in groups]
 
 

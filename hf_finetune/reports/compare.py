@@ -16,8 +16,7 @@ from hf_finetune.config.section import discover
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.log import text as log_text
 from hf_finetune.log.lines import clock, jsonable, printable
-from hf_finetune.run import journal
-from hf_finetune.run import status as run_status
+from hf_finetune.run import journal, status
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
 from hf_finetune.tasks.base import Task
@@ -144,7 +143,7 @@ def _read(path: str) -> Run:
         state=state,
         reason=reason or None,
         recipe=dict(_flat(tree)),
-        step=max((line["step"] for line in lines), default=run_status.read(folder.status).get("step")),
+        step=max((line["step"] for line in lines), default=status.read(folder.status).get("step")),
         evaluated=evaluated,
         metrics=metrics,
         seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hf_finetune.data import batches as data_batches
+from hf_finetune.data import batches
 from hf_finetune.data.job import COUNTS, Job
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.errors import DivergedError, Problem
@@ -86,7 +86,7 @@ class FinetuneTrainer(ResumableTrainer):
     def _from_its_place(self, train: Any) -> Any:
         """Return the training set; a stream from where the run resumes. Of a set, the Trainer skips the beginning."""
         start, done = self.checkpointing.resume_from, self.steps_done()
-        if not isinstance(train, data_batches.StreamedBatches) or start is None:
+        if not isinstance(train, batches.StreamedBatches) or start is None:
             return train
         stream = Progress.read(start).stream
         self.streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
@@ -95,15 +95,15 @@ class FinetuneTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Load this rank's part of an encoded split."""
         encoded: Any = self.job.validation if eval_dataset is None else eval_dataset
-        division = data_batches.Division(
+        division = batches.Division(
             batch_size=self.job.eval_batch.rows * self.args.world_size,
             micro_batch=self.job.eval_batch.rows,
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
-        rows = data_batches.Rows(encoded, self.job.task)
+        rows = batches.Rows(encoded, self.job.task)
         tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
-        return data_batches.eval_loader(rows, data_batches.lengths_of(encoded), division, self.job.collate, tokens)
+        return batches.eval_loader(rows, batches.lengths_of(encoded), division, self.job.collate, tokens)
 
     # ---- loss ----
 
@@ -118,14 +118,14 @@ class FinetuneTrainer(ResumableTrainer):
         if not batch_samples:
             return None
         for batch in batch_samples:
-            if data_batches.FAILED in batch:
-                raise batch[data_batches.FAILED]
+            if batches.FAILED in batch:
+                raise batch[batches.FAILED]
         task, targets = self.job.task, self.job.targets
         items = sum(task.count(batch, targets).to(torch.float64) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
-        streamed = [batch.pop(data_batches.STREAMED) for batch in batch_samples if data_batches.STREAMED in batch]
+        streamed = [batch.pop(batches.STREAMED) for batch in batch_samples if batches.STREAMED in batch]
         if streamed:
-            counts = torch.cat([counts, data_batches.merged(torch.stack(streamed)).to(torch.float64)])
+            counts = torch.cat([counts, batches.merged(torch.stack(streamed)).to(torch.float64)])
         ranks = counts[None]
         if self.args.world_size > 1:
             ranks = self.accelerator.gather(ranks.to(device)).cpu()
@@ -138,9 +138,9 @@ class FinetuneTrainer(ResumableTrainer):
     def _count_streamed(self, ranks: torch.Tensor) -> None:
         """Note what the ranks used up of the stream for the next step; float64, a row a rank."""
         before = [] if self.streamed is None else [self.streamed[None]]
-        self.streamed = data_batches.merged(torch.cat([*before, ranks]))
+        self.streamed = batches.merged(torch.cat([*before, ranks]))
         train: Any = self.job.train
-        train.stream.count(data_batches.report(self.streamed))
+        train.stream.count(batches.report(self.streamed))
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """Time the forward pass; see `_loss`."""
