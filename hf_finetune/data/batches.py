@@ -230,7 +230,7 @@ class StreamedBatches(IterableDataset[Any]):
 
 
 def merged(counts: torch.Tensor) -> torch.Tensor:
-    """The counts of several `Streamed` together, (C,) from (N, C): sums, and of the longest row the maximum."""
+    """Add the counts of several `Streamed` together, (C,) from (N, C): sums, and of the longest row the maximum."""
     whole, column = counts.sum(0), counts.shape[1] - len(NAMES) + NAMES.index("longest")
     whole[column] = counts[:, column].max()
     return whole

@@ -141,7 +141,7 @@ def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Foun
 
     Args:
         recipe: Its levels.
-        marks: Of each row that has text: `encoding.MARKS`.
+        marks: Of each row that has text: `data.encoding.MARKS`.
         place: What messages call the stream.
     """
     for check, bit in {**REMARKS, "special_tokens": encoding.SPECIAL}.items():

@@ -234,7 +234,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
 
     Raises:
         DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
-            `data.checks` finds is not raised here, for that see `checks.findings`. On the rank that works it is an
+            `data.checks` finds is not raised here, for that see `data.checks.findings`. On the rank that works it is an
             `UnfitError`, which carries what these checks need.
         StorageError: The cache can't be written.
     """

@@ -297,7 +297,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
         dtype: In which the base weights are kept.
 
     Raises:
-        ModelError: The model or the adapter's targets do not fit; see `load.skeleton`.
+        ModelError: The model or the adapter's targets do not fit; see `models.load.skeleton`.
         RecipeError: A setting contradicts the adapter that is continued.
     """
     base = load.skeleton(recipe, targets, tokenizer)
@@ -350,8 +350,8 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
         shapes: The largest batches.
 
     Raises:
-        ModelError: See `load.skeleton`.
-        RecipeError: See `load.skeleton`.
+        ModelError: See `models.load.skeleton`.
+        RecipeError: See `models.load.skeleton`.
     """
     attention = load.attention(recipe, machine)
     adapted = outline(recipe, targets, tokenizer, machine.base_dtype(frozen=recipe.adapter.freezes_base))

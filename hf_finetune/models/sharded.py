@@ -188,7 +188,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase,
     outline: PreTrainedModel,
 ) -> LoadedModel:
-    """Load the base on every rank: see `model.load`; each rank calls it at the same moment."""
+    """Load the base on every rank: see `models.load.load`; each rank calls it at the same moment."""
 
     def read() -> LoadedModel:
         loaded = models_load.load(recipe, targets, machine, tokenizer, outline)

@@ -186,7 +186,7 @@ def _checkpoints(recipe: Recipe, trained: int) -> str:
 
 # Rows of a micro-batch, and activation checkpointing, so that a training step fits the memory that is free.
 #
-# The rule of `job.micro_batch` comes first; `memory` simulates a step only where a bound that costs nothing comes
+# The rule of `data.job.micro_batch` comes first; `memory` simulates a step only where a bound that costs nothing comes
 # near what is free. Neither choice changes what is learned: micro-batches divide the global batch, and checkpointing
 # computes the same numbers twice.
 

@@ -106,7 +106,7 @@ class Training:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Final metrics by split."""
     difference: float | None = None
-    """Between the logits in memory and those of the saved model; see `saving.save_and_compare`."""
+    """Between the logits in memory and those of the saved model; see `inference.saving.save_and_compare`."""
 
     def say(self, text: str) -> None:
         """Say something once, whatever the number of ranks."""

@@ -1,4 +1,4 @@
-"""Classifiers and regressions over rows of any kind: labels, losses, metrics and answers; see `text_classification`."""
+"""Classifiers and regressions over rows of any kind: labels, losses, metrics and answers. Each kind is a subclass."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from hf_finetune.tasks.base import is_blank
 SHORT = 16
 """Characters below which a text may be found by chance."""
 FEW = 64
-"""Shapes of chats that are all probed for one batch of rows. Probing each further one would take as long as rendering:
-only those with a kind of turn are that no probed chat had; see `kinds`."""
+"""So many shapes of chats are all probed for one batch of rows. Probing every further shape would take as long as
+rendering, so of those only chats with a kind of turn that no probed chat had are probed; see `kinds`."""
 SHOWN = 40
 """Characters of a dropped text that a message shows."""
 READ = {"role", "content", "tool_calls", *REASONING}

@@ -1,6 +1,7 @@
 """Sums over rows from which metrics follow: a thousand resamples of a split are then one product of matrices.
 
-The metrics are those of `_metrics` that are no areas and no ranks. Shapes: N rows, C classes, S sums, B resamples.
+The metrics are those of `_metrics`, all but ROC-AUC, PR-AUC, Spearman and calibration error. Shapes: N rows, C classes,
+S sums, B resamples.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
 
 
 def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Of the sums of loss, right rows, rows, and true, predicted, rightly predicted rows of each class."""
+    """Compute metrics from sums of loss, right rows, rows, and true, predicted and right rows of each class."""
     (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
     expected = (truth * predicted).sum(axis=0)
     spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
@@ -83,7 +84,7 @@ def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float
 
 
 def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Of the sums of loss, right rows, share of wrong cells, rows, and cells of each label as in `_of_classes`."""
+    """Compute metrics from the sums of loss, right rows, share of wrong cells, rows, and each label's cells."""
     (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
     whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
     return whole | _f1(truth, predicted, hits, names, every=True)

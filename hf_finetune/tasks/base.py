@@ -190,8 +190,8 @@ class Task(Plugin):
     packable: ClassVar[bool] = False
     """Several rows may share one sequence."""
     predicts_next_token: ClassVar[bool] = False
-    """The loss is that of `_losses.next_token_loss`, of a causal model and rows padded on the right: fast paths may
-    then compute it from the hidden states, and leave the padding mask out."""
+    """The loss is that of `tasks._losses.next_token_loss`, of a causal model and rows padded on the right: fast paths
+    may then compute it from the hidden states, and leave the padding mask out."""
     generates: ClassVar[bool] = False
     """Answers are generated token by token: see `ask`."""
     best_metrics: ClassVar[Mapping[str, bool]] = {"loss": False}

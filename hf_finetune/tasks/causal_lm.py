@@ -328,7 +328,7 @@ class CausalLM(Task):
         return f"asked = {given}\n{answer}\nprint(tokenizer.decode(answer[0, asked['input_ids'].shape[1]:]))\n"
 
     def check_packing(self, model: torch.nn.Module) -> None:
-        """Make sure that the model keeps packed documents apart; see `packing.check_packing`."""
+        """Make sure that the model keeps packed documents apart; see `tasks._tokens.check_packing`."""
         _tokens.check_packing(model)
 
     def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
@@ -384,7 +384,7 @@ class CausalLM(Task):
         return examples.each(rows, self._reader.reference, n)
 
     def answer_metrics(self, generations: list[Generation], references: list[str]) -> dict[str, float]:
-        """`exact_match`, `ended` and `generated_tokens` of generated answers; see `answers.compare`."""
+        """Compute `exact_match`, `ended` and `generated_tokens` of answers; see `tasks._generation.compare`."""
         from hf_finetune.tasks import _generation as generation
 
         return generation.compare(generations, references, self.answer_pattern)

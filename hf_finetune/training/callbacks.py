@@ -115,7 +115,7 @@ class StopRequest:
         if number == self._own and now - self._since < self._echo:
             return
         if self._own and os.getppid() != self._parent:
-            # The launcher died of the signal that came here too, as of Ctrl-C: see `_follow_parent`. No second wish.
+            # The launcher died of a signal that came here too, as of Ctrl-C: `_follow_parent` sent this one, no user.
             self._parent = os.getppid()
             return
         is_first = not self._own
@@ -261,10 +261,10 @@ class Guard:
 
 # The part of the time between two checkpoints that the second one may take.
 SHARE = 0.01
-# The cost of a checkpoint, as it is assumed before one was measured.
-FIRST_S = 0.05
+# A checkpoint is assumed to cost so much until one was measured.
+ASSUMED_COST_S = 0.05
 # A pause is announced again once it is this many times longer than the last one announced.
-NEWS = 1.5
+ANNOUNCE_FACTOR = 1.5
 
 
 class Pace:
@@ -284,7 +284,7 @@ class Pace:
         self._pause = None if wanted.every_minutes is None else 60 * wanted.every_minutes
         self._by_epoch = wanted.every == "auto"
         self._tell, self._clock = tell, clock
-        self._cost, self._said = FIRST_S, self._pause or 0.0
+        self._cost, self._said = ASSUMED_COST_S, self._pause or 0.0
         self._since = clock()
 
     def begin(self) -> None:
@@ -310,7 +310,7 @@ class Pace:
         """
         self._cost, self._since = seconds, self._clock()
         pause = seconds / SHARE
-        if self._pause is not None and pause > NEWS * self._said:
+        if self._pause is not None and pause > ANNOUNCE_FACTOR * self._said:
             self._said = pause
             took = f"a checkpoint took {seconds:.1f} s"
             self._tell(f"note: {took}: the next ones are {pause / 60:.3g} minutes apart, to stay under 1 % of the time")

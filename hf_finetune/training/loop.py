@@ -76,7 +76,7 @@ class ResumableTrainer(Trainer):
     _has_saved: bool = False
 
     def progress(self, step: int, phase: str, *, is_long: bool = False) -> None:
-        """Show the other ranks that this one makes progress; see `peers.Watch.progress`."""
+        """Show the other ranks that this one makes progress; see `training.peers.Watch.progress`."""
 
     def train_on(self) -> None:
         """Train from the beginning, or from where the checkpoint ends."""

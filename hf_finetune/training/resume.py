@@ -78,7 +78,7 @@ class Progress:
     throughput: dict[str, float] = field(default_factory=dict)
     """Rows, tokens, slots and seconds of the run so far."""
     stream: list[int] = field(default_factory=list)
-    """Of streamed rows: how many each lane has used up, and what became of them; see `batching.Streamed`."""
+    """Of streamed rows: how many each lane has used up, and what became of them; see `data.batches.Streamed`."""
 
     def write(self, folder: Path) -> None:
         """Write `progress.json`."""

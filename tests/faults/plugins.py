@@ -143,7 +143,7 @@ def pace(share: float = 1.0, first: float = 0.0) -> None:
     """Let checkpoints by the clock take more of the time than they may: a test has no ten minutes."""
     from hf_finetune.training import callbacks
 
-    callbacks.SHARE, callbacks.FIRST_S = share, first
+    callbacks.SHARE, callbacks.ASSUMED_COST_S = share, first
 
 
 def renaming(ends: str, when: str, action: str = "die", **options: Any) -> None:
