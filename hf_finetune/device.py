@@ -114,7 +114,7 @@ class Machine:
         return recipe.model.quantization is None and not self.is_sharded and not self.zero_stage
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         ranks = f"{self.world_size} x {self.device}"
         threads = f", {self.threads} threads each" if self.device == "cpu" else ""
         recomputed = ", activation checkpointing" if self.activation_checkpointing else ""
@@ -147,7 +147,7 @@ def survey(recipe: Recipe) -> Machine:
 
 
 def alone(recipe: Recipe) -> Machine:
-    """The machine as `survey` would find it on rank 0, without joining a process group: for a look ahead."""
+    """Return the machine as `survey` would find it on rank 0, without joining a process group: for a look ahead."""
     device = find_device()
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     precision = _precision(recipe.training.precision, device)
@@ -192,7 +192,7 @@ def check(recipe: Recipe, machine: Machine) -> None:
 
 
 def find_device() -> Device:
-    """The kind of device to train on: `ACCELERATE_USE_CPU` wins, then what is there."""
+    """Return the kind of device to train on: `ACCELERATE_USE_CPU` wins, then what is there."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
         return "cpu"
     if torch.cuda.is_available():
@@ -242,7 +242,7 @@ def deepspeed_config() -> dict[str, Any] | None:
 
 
 def cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group (cgroup v2)."""
+    """Return cores that this process may use: its affinity, and the quota of its control group (cgroup v2)."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
@@ -285,7 +285,7 @@ def limit_collectives(limit: timedelta) -> None:
 
 
 def _precision(asked: str, device: Device) -> Precision:
-    """The precision that is asked for, or the best one where the device lacks it."""
+    """Return the precision that is asked for, or the best one where the device lacks it."""
     has_bf16 = device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "fp32" or (asked == "bf16" and has_bf16) or (asked == "fp16" and device == "cuda"):
         return asked  # type: ignore[return-value]
@@ -302,7 +302,7 @@ def wait(device: str) -> None:
 
 
 def memory_available(machine: Machine) -> int | None:
-    """Bytes that one rank may take on its device; None where that can't be known.
+    """Return bytes that one rank may take on its device; None where that can't be known.
 
     On a CPU the node's free memory, or what its control groups (cgroup v2) leave, divided by the ranks of the node. No
     more than `HF_FINETUNE_MEMORY` says, where it is set.
@@ -362,22 +362,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peer_timeout() -> float:
-    """Seconds of silence after which a rank is given up."""
+    """Return the seconds of silence after which a rank is given up."""
     return _seconds(PEER, PEER_S)
 
 
 def collective_timeout() -> timedelta:
-    """Limit of a collective while all ranks train."""
+    """Return the limit of a collective while all ranks train."""
     return timedelta(seconds=_seconds(COLLECTIVE, COLLECTIVE_S))
 
 
 def wait_timeout() -> timedelta:
-    """Limit of waiting for a rank that does long work on its own."""
+    """Return the limit of waiting for a rank that does long work on its own."""
     return timedelta(seconds=_seconds(WAIT, WAIT_S))
 
 
 def _seconds(name: str, default: float) -> float:
-    """The value of a variable, or its default.
+    """Return the value of a variable, or its default.
 
     Raises:
         RecipeError: The variable is no positive number.

@@ -87,7 +87,7 @@ def write(folder: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> 
 
 
 def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by their names in its file; embeddings of the base are never among them.
+    """Return the adapter's tensors by their names in its file; embeddings of the base are never among them.
 
     Args:
         adapted: The adapted model.
@@ -103,12 +103,12 @@ def weights(adapted: nn.Module, state: dict[str, torch.Tensor] | None = None) ->
 
 
 def adapter_config(adapted: Any) -> Any:
-    """The configuration of the adapter on this model."""
+    """Return the configuration of the adapter on this model."""
     return adapted.peft_config[ADAPTER]
 
 
 def find(place: str, key: str) -> str:
-    """Folder of the adapter in a run folder, or the folder itself.
+    """Return the folder of the adapter in a run folder, or the folder itself.
 
     Raises:
         RecipeError: There is no adapter.
@@ -168,7 +168,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message as part of one line."""
+    """Return a library's message as part of one line."""
     return " ".join(str(error).split())[:500]
 
 
@@ -220,7 +220,7 @@ def adapted_modules(folder: str) -> set[str]:
 
 
 def stored_config(folder: str) -> Any:
-    """The configuration of the adapter in `folder`.
+    """Return the configuration of the adapter in `folder`.
 
     Raises:
         ModelError: It can't be read.
@@ -248,7 +248,7 @@ def write_labels(folder: str | Path, options: Mapping[str, Any]) -> None:
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...] | None:
-    """Label names in the order of their ids; None where the folder has no such file.
+    """Return label names in the order of their ids; None where the folder has no such file.
 
     Raises:
         ModelError: The file is damaged.
@@ -258,7 +258,7 @@ def read_labels(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def label_options(folder: str | Path) -> dict[str, Any]:
-    """Keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
+    """Return keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
 
     Raises:
         ModelError: The file is damaged.

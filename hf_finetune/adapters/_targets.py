@@ -35,7 +35,7 @@ Spec = Pattern | Names
 
 
 def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: str) -> dict[str, nn.Module]:
-    """The modules that a target specification stands for, by their path.
+    """Return the modules that a target specification stands for, by their path.
 
     Args:
         model: The model, heads included.
@@ -83,12 +83,12 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
 
 
 def base_model(adapted: Any) -> Any:
-    """The transformers model below PEFT's wrapping, or the model itself."""
+    """Return the transformers model below PEFT's wrapping, or the model itself."""
     return adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
 
 
 def output_embedding(model: Any) -> nn.Module | None:
-    """The layer that turns the last hidden states of a language model into logits, if there is one."""
+    """Return the layer that turns the last hidden states of a language model into logits, if there is one."""
     layer: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return layer
 
@@ -134,7 +134,7 @@ def in_full(model: nn.Module, head_modules: Iterable[str], names: Iterable[str] 
 
 
 def by_pattern(modules: dict[str, nn.Module], values: dict[str, Any], default: float, key: str) -> dict[str, float]:
-    """Each module's value: that of the first pattern which matches the end of its path, as in PEFT.
+    """Return each module's value: that of the first pattern which matches the end of its path, as in PEFT.
 
     Raises:
         ModelError: A pattern matches none of the modules.

@@ -108,7 +108,7 @@ class AdaLora(Adapter):
             tuner.rankallocator.mask_using_rank_pattern(tuner.model, config.rank_pattern)
 
     def state(self, adapted: torch.nn.Module) -> State:
-        """Importance scores, their means and uncertainties, and which ranks are left."""
+        """Return importance scores, their means and uncertainties, and which ranks are left."""
         import torch
 
         allocator, pattern = _tuner(adapted).rankallocator, peft.adapter_config(adapted).rank_pattern or {}
@@ -127,7 +127,7 @@ class AdaLora(Adapter):
             setattr(_tuner(adapted).rankallocator, kind, scores)
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
-        """Mean distance of the factors from orthogonality, weighted (equation 4 of the paper)."""
+        """Return the mean distance of the factors from orthogonality, weighted (equation 4 of the paper)."""
         # `AdaLoraModel.forward` of PEFT adds it only where the model itself computed a loss.
         import torch
 

@@ -54,7 +54,7 @@ class Adapter(Plugin):
     """`check` warns of a learning rate far from these."""
 
     def why_not_quantized(self) -> str | None:
-        """The reason why this method can't work on quantised base weights, or None where it can."""
+        """Return the reason why this method can't work on quantised base weights, or None where it can."""
         return None
 
     @property
@@ -83,18 +83,18 @@ class Adapter(Plugin):
         return self.apply(model, setting)
 
     def tied_targets(self, model: torch.nn.Module) -> list[str]:
-        """Targets that are one weight with the other embedding, so that `merge` can't write full weights."""
+        """Return targets that are one weight with the other embedding, so that `merge` can't write full weights."""
         config = self._continued() or self
         spec, full = getattr(config, "target_modules", None), getattr(config, "modules_to_save", None)
         return targets.tied(model, spec or targets.ALL_LINEAR, full or ())
 
     def token_keys(self) -> list[str]:
-        """Keys of the recipe by which single tokens are trained."""
+        """Return the keys of the recipe by which single tokens are trained."""
         keys = ["adapter.trainable_tokens"] if getattr(self, "trainable_tokens", None) else []
         return keys + (["adapter.from"] if getattr(self._continued(), "trainable_token_indices", None) else [])
 
     def _continued(self) -> Any:
-        """PEFT's configuration of the adapter that goes on training; None for a new one."""
+        """Return PEFT's configuration of the adapter that goes on training; None for a new one."""
         place = getattr(self, "continue_from", None)
         return None if place is None else peft.stored_config(peft.find(place, "adapter.from"))
 
@@ -112,7 +112,7 @@ class Adapter(Plugin):
         peft.write(folder, peft.adapter_config(adapted), self.tensors(adapted, state))
 
     def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
-        """The weights that `save` writes, by the names in its files; arguments as there."""
+        """Return the weights that `save` writes, by the names in its files; arguments as there."""
         return peft.weights(adapted, state)
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:
@@ -120,7 +120,7 @@ class Adapter(Plugin):
         return peft.read(model, folder)
 
     def optimizer(self, adapted: torch.nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
-        """An optimiser with this method's own parameter groups, or None for the trainer's."""
+        """Return an optimiser with this method's own parameter groups, or None for the trainer's."""
         return None
 
     def state(self, adapted: torch.nn.Module) -> State:
@@ -131,7 +131,7 @@ class Adapter(Plugin):
         """Bring back what `state` gave."""
 
     def penalty(self, adapted: torch.nn.Module) -> torch.Tensor | None:
-        """A regularisation term that this method adds to the loss of every step, or None."""
+        """Return a regularisation term that this method adds to the loss of every step, or None."""
         return None
 
     def finish(self, adapted: torch.nn.Module) -> None:
@@ -139,5 +139,5 @@ class Adapter(Plugin):
         return
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The method's work between steps."""
+        """Return the method's work between steps."""
         return []

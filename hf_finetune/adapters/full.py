@@ -47,7 +47,7 @@ class Full(Adapter):
             model.config.use_cache = in_training
 
     def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
-        """Every weight."""
+        """Return every weight."""
         return adapted.state_dict() if state is None else state
 
     def load(self, model: PreTrainedModel, folder: str) -> torch.nn.Module:

@@ -58,7 +58,7 @@ class IA3(Adapter):
         return self._wrap(model, setting, reads=True)
 
     def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
-        """The vectors; those of a stored adapter by its config."""
+        """Return the vectors; those of a stored adapter by its config."""
         return self._wrap(model, setting, reads=False)
 
     def _wrap(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> torch.nn.Module:

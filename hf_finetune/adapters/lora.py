@@ -134,11 +134,11 @@ class Lora(Adapter):
         peft.write(folder, *for_unmodified_base(adapted, state))
 
     def tensors(self, adapted: torch.nn.Module, state: State | None = None) -> State:
-        """Those of plain LoRA for the unmodified base."""
+        """Return those of plain LoRA for the unmodified base."""
         return for_unmodified_base(adapted, state)[1]
 
     def optimizer(self, adapted: torch.nn.Module, cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> Any:
-        """PEFT's LoRA+ groups where `loraplus_ratio` is set."""
+        """Return PEFT's LoRA+ groups where `loraplus_ratio` is set."""
         if self.loraplus_ratio is None:
             return None
         from peft.optimizers import create_loraplus_optimizer
@@ -170,7 +170,7 @@ class Lora(Adapter):
         return config
 
     def _tokens(self, model: PreTrainedModel, setting: Setting) -> dict[str, list[int]] | None:
-        """Module path -> token ids, for the input embedding and an output layer with weights of its own."""
+        """Return module path -> token ids, for the input embedding and an output layer with weights of its own."""
         if self.trainable_tokens is None:
             return None
         key, known = "adapter.trainable_tokens", setting.tokenizer.get_vocab()
@@ -302,7 +302,7 @@ def initialise_with_eva(adapted: PeftModel, batches: Callable[[], Iterable[dict[
 def for_unmodified_base(
     adapted: torch.nn.Module, state: dict[str, torch.Tensor] | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors of this adapter as plain LoRA on the base as it was before `apply`.
+    """Return the configuration and tensors of this adapter as plain LoRA on the base as it was before `apply`.
 
     With first matrices A0, B0 the base holds W - s B0 A0, so the update of W is s (B A - B0 A0) = s [B | -B0] [A ; A0].
 
@@ -333,7 +333,7 @@ def for_unmodified_base(
 
 
 def _mask(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:
-    """Row and position of every token that is no padding, (N, 2)."""
+    """Return the row and position of every token that is no padding, (N, 2)."""
     # PEFT's own function would also read `labels` as token labels.
     mask = inputs.get("attention_mask")
     return None if mask is None or mask.ndim != 2 else mask.nonzero()

@@ -431,7 +431,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 
 def _share(word: str) -> float:
-    """A number of at least 0."""
+    """Return a number of at least 0."""
     try:
         value = float(word)
     except ValueError:

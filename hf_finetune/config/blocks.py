@@ -358,7 +358,7 @@ _TAG = re.compile(r"[A-Za-z0-9][\w.+-]*(?:/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
 
 
 def repo_id(name: str) -> str:
-    """The name of a repository that can be, by the rules of `huggingface_hub.utils.validate_repo_id`.
+    """Return the name of a repository that can be, by the rules of `huggingface_hub.utils.validate_repo_id`.
 
     Raises:
         ValueError: It has no owner, or a part that the Hub does not take.
@@ -374,7 +374,7 @@ def repo_id(name: str) -> str:
 
 
 def tag(name: str) -> str:
-    """The name of a tag that git takes.
+    """Return the name of a tag that git takes.
 
     Raises:
         ValueError: It does not.

@@ -57,11 +57,11 @@ class Division:
         return self.micro_batches(self.batch_size)
 
     def micro_batches(self, rows: int) -> int:
-        """Micro-batches that each rank runs for a global batch of so many rows; equal on all ranks."""
+        """Return micro-batches that each rank runs for a global batch of so many rows; equal on all ranks."""
         return -(-rows // (self.world_size * self.micro_batch))
 
     def share(self, global_batch: Sequence[int]) -> list[list[int]]:
-        """The micro-batches of this rank; sizes differ by one row at most.
+        """Return the micro-batches of this rank; sizes differ by one row at most.
 
         A rank that would get no row gets the first one as `~row`: every rank must take part in every backward pass,
         and `Rows` masks the labels of negative indices.
@@ -130,7 +130,7 @@ class GlobalBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> Iterator[list[int]]:
-        """Row numbers of each global batch of the epoch, in order; the last may be smaller."""
+        """Yield row numbers of each global batch of the epoch, in order; the last may be smaller."""
         size = self.division.batch_size
         for by_length, order in self._pools():
             yield from (by_length[place * size : (place + 1) * size].tolist() for place in order)
@@ -253,7 +253,7 @@ class _Loader(DataLoader[Any]):
 def train_loader(
     rows: Dataset[Any], batches: GlobalBatches | None, collator: Collator, *, pin: bool
 ) -> DataLoader[Any]:
-    """Loader of collated micro-batches; already divided among ranks, so Accelerate must not divide them again.
+    """Return a loader of collated micro-batches; already divided among ranks, so Accelerate must not divide them again.
 
     Args:
         rows: `Rows` or `PackedRows` with `batches`; `StreamedBatches` without.
@@ -308,7 +308,7 @@ class _Counting:
 def eval_loader(
     rows: Rows, lengths: Lengths, division: Division, collator: Collator, tokens: int | None = None
 ) -> DataLoader[Any]:
-    """Loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
+    """Return a loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
 
     Args:
         rows: The encoded split.
@@ -327,7 +327,7 @@ def eval_loader(
 def predicted(
     batches: Iterable[dict[str, Any]], predict: Callable[[Batch], dict[str, torch.Tensor]], shown: Any = None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Predictions of a whole split, in its order.
+    """Return the predictions of a whole split, in its order.
 
     Args:
         batches: With `row_ids`, as of `eval_loader`.
@@ -441,7 +441,7 @@ class Packs(Sequence[list[int]]):
         return documents
 
     def sums(self, lengths: Array) -> Array:
-        """Tokens of each sequence, from those of each document."""
+        """Return the tokens of each sequence, from those of each document."""
         before = np.concatenate([[0], np.cumsum(lengths[self.documents], dtype=np.int64)])
         return np.diff(before[self.starts])
 

@@ -50,7 +50,7 @@ class Content:
 
 
 def scratch(folder: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder below the cache for what is not finished.
+    """Return a folder below the cache for what is not finished.
 
     Raises:
         StorageError: The cache can't be written.
@@ -83,7 +83,7 @@ class Entry:
         """Tells the other ranks of this node and launch that building failed, and why."""
 
     def read(self) -> Content | None:
-        """The content, mapped from disk; None where the entry is absent or damaged."""
+        """Return the content, mapped from disk; None where the entry is absent or damaged."""
         try:
             meta = json.loads((self.path / "meta.json").read_text("utf-8"))
             if meta["format"] != FORMAT or meta["files"] != _sizes(self.path):
@@ -99,7 +99,7 @@ class Entry:
             return None
 
     def get(self, build: Callable[[Path], Content], *, builds: bool) -> Content:
-        """The content; one rank of each node builds it where it is absent, the others wait.
+        """Return the content; one rank of each node builds it where it is absent, the others wait.
 
         Args:
             build: Makes the content; may use the folder that it is given, which is gone afterwards.
@@ -192,7 +192,7 @@ def _write(content: Content, folder: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size of each file of an entry, by its path in it; a cheap way to notice a truncated one."""
+    """Return the size of each file of an entry, by its path in it; a cheap way to notice a truncated one."""
     return {
         str(file.relative_to(folder)): file.stat().st_size
         for file in sorted(folder.rglob("*"))

@@ -47,7 +47,7 @@ class Wanted:
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
-        """Those of a task."""
+        """Return those of a task."""
         return cls(
             tuple(task.columns()),
             tuple(task.text_columns()),
@@ -87,19 +87,19 @@ class Cell:
     _type: str = field(default="hf_finetune.Cell", init=False, repr=False)
 
     def __call__(self) -> Any:
-        """The Arrow type, as `datasets` asks for it."""
+        """Return the Arrow type, as `datasets` asks for it."""
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:
-        """The text of a value."""
+        """Return the text of a value."""
         return None if value is None else readers.written(value)
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
-        """The value of a text."""
+        """Return the value of a text."""
         return None if value is None else readers.read(value)
 
     def cast_storage(self, storage: Any) -> Any:
-        """Texts of an Arrow array of any type."""
+        """Return the texts of an Arrow array of any type."""
         if pa.types.is_string(storage.type):
             return storage
         return pa.array([self.encode_example(value) for value in storage.to_pylist()], pa.string())
@@ -128,7 +128,7 @@ def _kind(cell: str) -> str:
 
 
 def cell_value(cell: str | None) -> Any:
-    """A cell of a column of 0 and 1 as what it is; other text as it stands."""
+    """Return a cell of a column of 0 and 1 as what it is; other text as it stands."""
     kind = _kind(cell or "")
     return int(cell or "") if kind == _INTEGER else (cell or "").lower() == "true" if kind == _BOOL else cell
 
@@ -197,7 +197,7 @@ Held = tuple[str, Any, Any]
 
 
 def opened(file: str) -> pq.ParquetFile:
-    """A parquet file.
+    """Return a parquet file.
 
     Raises:
         DataError: It is none, or damaged.
@@ -218,7 +218,7 @@ def opened(file: str) -> pq.ParquetFile:
 
 
 def types(files: Sequence[str], wanted: Wanted) -> datasets.Features:
-    """The types of the wanted columns that all files allow.
+    """Return the types of the wanted columns that all files allow.
 
     Raises:
         DataError: A file can't be read or lacks a column, or a column can't be used, or not with that of another file.
@@ -269,7 +269,7 @@ def batches(files: Sequence[str], features: datasets.Features) -> Iterator[Any]:
 
 
 def rows(files: Sequence[str], features: datasets.Features) -> Iterator[dict[str, Any]]:
-    """Rows of Python values; raises like `batches`."""
+    """Yield the rows of Python values; raises like `batches`."""
     names = list(features)
     for batch in batches(files, features):
         columns = features.decode_batch(batch.to_pydict())
@@ -278,7 +278,7 @@ def rows(files: Sequence[str], features: datasets.Features) -> Iterator[dict[str
 
 
 def _array(batch: Any, own: datasets.Features, features: datasets.Features, column: str, file: str) -> Any:
-    """A column as the type that it has in all files."""
+    """Return a column as the type that it has in all files."""
     type_ = features.arrow_schema.field(column).type
     if column not in own:
         return pa.nulls(len(batch), type_)
@@ -295,14 +295,14 @@ def _array(batch: Any, own: datasets.Features, features: datasets.Features, colu
 
 
 def _json(cell: Any) -> str | None:
-    """A cell as JSON text; NaN is no value."""
+    """Return a cell as JSON text; NaN is no value."""
     if cell is None or cell != cell:  # noqa: PLR0124 (NaN)
         return None
     return str(cell) if isinstance(cell, Decimal) else json.dumps(cell, ensure_ascii=False)
 
 
 def _feature(column: str, held: Sequence[Held], *, label: bool, file: bool) -> Any:
-    """The type of a column that all files allow.
+    """Return the type of a column that all files allow.
 
     Raises:
         DataError: There is none.
@@ -364,7 +364,7 @@ def _column_kind(column: str, type_: Any, file: str, *, may_be_bytes: bool) -> s
 
 
 def _features(one: pq.ParquetFile, columns: Sequence[str]) -> datasets.Features:
-    """Those of the columns that a file has, by its types and what `datasets` wrote into it."""
+    """Return those of the columns that a file has, by its types and what `datasets` wrote into it."""
     schema = one.schema_arrow
     fields = [schema.field(column) for column in columns if column in schema.names]
     return datasets.Features.from_arrow_schema(pa.schema(fields, metadata=schema.metadata))

@@ -90,7 +90,7 @@ def findings(
     places: Mapping[str, str],
     left_out: Mapping[str, int] | None = None,
 ) -> Iterator[Found]:
-    """Level, error or warn, and problem of everything that the checks find.
+    """Yield level, error or warn, and problem of everything that the checks find.
 
     Args:
         recipe: Its levels and limits, and what the splits are called.
@@ -137,7 +137,7 @@ def without_unfit(problem: Problem, rows: int) -> Problem:
 
 
 def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Found]:
-    """Level and problem of what was noticed while the first rows of a stream were encoded.
+    """Yield the level and problem of what was noticed while the first rows of a stream were encoded.
 
     Args:
         recipe: Its levels.
@@ -183,7 +183,7 @@ class _Split:
             yield check, self._problem(message + ("" if sentence.limit else self._way_out(check)), tally)
 
     def shares(self) -> Iterator[Found]:
-        """Lengths and unknown tokens."""
+        """Yield lengths and unknown tokens."""
         checks, report = self.recipe.data.checks, self.report
         if report.cut > checks.max_cut * report.kept:
             share = f"({report.cut / report.kept:.1%}, limit {checks.max_cut:.1%}; longest {report.longest:,})"
@@ -199,7 +199,7 @@ class _Split:
             yield "unknown_tokens", self._problem(f"{message}; take a model that knows this language", unknown)
 
     def train_labels(self) -> Iterator[Found]:
-        """The spread of the labels of the training rows."""
+        """Yield the spread of the labels of the training rows."""
         counts = self.facts.labels
         present = {name: count for name, count in counts.items() if count}
         if counts and len(present) < 2:
@@ -218,7 +218,7 @@ class _Split:
                 yield "imbalance", self._problem(f"{spread} (limit {limit:g} to 1); {remedy}")
 
     def similar_labels(self) -> Iterator[Found]:
-        """Labels that are alike; with the first row of each that is not the commonest of its group."""
+        """Yield labels that are alike; with the first row of each that is not the commonest of its group."""
         groups = likeness.groups(self.facts.labels)
         if not groups:
             return
@@ -239,7 +239,7 @@ class _Split:
         yield "similar_labels", self._problem(f"{message}, so write those alike that mean the same", tally)
 
     def unseen(self, train: Facts | None) -> Iterator[Found]:
-        """Labels that these rows have and the training rows do not."""
+        """Yield labels that these rows have and the training rows do not."""
         if train is None or not train.labels:
             return
         missing = [name for name, count in self.facts.labels.items() if count and not train.labels.get(name)]
@@ -250,7 +250,7 @@ class _Split:
             yield "unseen_label", self._problem(message + self._way_out("unseen_label"))
 
     def _way_out(self, check: str) -> str:
-        """The consequence of the level, and the setting that makes a warning of an error."""
+        """Return the consequence of the level, and the setting that makes a warning of an error."""
         drops = check in _DROPPED
         if getattr(self.recipe.data.checks, check) == "error":
             return f", or set data.checks.{check}: warn" + (" to drop them" if drops else "")
@@ -267,7 +267,7 @@ class _Split:
 
 
 def _escapes(recipe: Recipe) -> bool | None:
-    """The task's `escape_special_tokens`; None where it has no such key."""
+    """Return the task's `escape_special_tokens`; None where it has no such key."""
     return getattr(recipe.task, "escape_special_tokens", None)
 
 

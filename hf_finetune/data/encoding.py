@@ -63,12 +63,12 @@ def marks_of(rows: Mapping[str, list[Any]], specials: re.Pattern[str] | None = N
 
 
 def special(cells: Iterable[Any], specials: re.Pattern[str]) -> str | None:
-    """The first special token in the cells of a row."""
+    """Return the first special token in the cells of a row."""
     return next((found[0] for cell in cells for text in texts(cell) if (found := specials.search(text))), None)
 
 
 def texts(cell: Any) -> Iterator[str]:
-    """The texts of a cell, however deep in lists and dicts."""
+    """Yield the texts of a cell, however deep in lists and dicts."""
     if isinstance(cell, str):
         yield cell
     elif isinstance(cell, Mapping):
@@ -177,7 +177,7 @@ class Encoding:
     faulty: Array  # numbers of the raw rows that can't be encoded
 
     def rows(self) -> datasets.Dataset:
-        """Those that are kept: the task's features, `size` and `row`."""
+        """Return those that are kept: the task's features, `size` and `row`."""
         others = {*BOOKKEEPING, "whole", "weight", MARKS, FAULT}
         chosen = self.whole.select_columns([name for name in self.whole.column_names if name not in others])
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
@@ -268,7 +268,7 @@ def _by_reason(rows: Array, reasons: Sequence[str]) -> dict[str, list[int]]:
 
 
 def processes(rows: int, workers: int | None) -> int | None:
-    """The number of processes that encode so many rows; None for this one."""
+    """Return the number of processes that encode so many rows; None for this one."""
     if rows < FEW_ROWS:
         return None
     count = min(workers or cores(), rows // (FEW_ROWS // 2))
@@ -289,7 +289,7 @@ def _features(split: Split, encoder: Encoder) -> dict[str, Any]:
 
 
 def _feature(values: Sequence[Any]) -> Any:
-    """The type of a column: lists are long, so their numbers are narrow."""
+    """Return the type of a column: lists are long, so their numbers are narrow."""
     if isinstance(values[0], list):
         flat = [value for row in values for value in row]
         if flat and isinstance(flat[0], list | str):

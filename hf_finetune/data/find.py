@@ -52,7 +52,7 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[l
 
 
 def _match(pattern: str, key: str) -> Iterator[str | Problem]:
-    """Files, or what is wrong with a name; nothing is opened, for reading a pipe would wait for ever."""
+    """Yield files, or what is wrong with a name; nothing is opened, for reading a pipe would wait for ever."""
     path = Path(pattern)
     try:
         mode = path.stat().st_mode
@@ -83,7 +83,7 @@ def _match(pattern: str, key: str) -> Iterator[str | Problem]:
 
 
 def problems(recipe: Any) -> list[Problem]:
-    """Problems of the local files of a recipe, for a `DataError`; the beginning of each file is read.
+    """Return the problems of the local files of a recipe, for a `DataError`; the beginning of each file is read.
 
     Args:
         recipe: A `Recipe`, or one of which only some fields could be read: others raise AttributeError, and are

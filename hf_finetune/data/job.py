@@ -50,7 +50,7 @@ class EvalBatch:
     """The same where the logits of all of them are held at once."""
 
     def budget(self, *, all_logits: bool) -> int | None:
-        """Most tokens of a batch, padding included."""
+        """Return the most tokens of a batch, padding included."""
         return self.tokens_of_logits if all_logits else self.tokens
 
     def rows_of(self, longest: int, *, all_logits: bool) -> int:
@@ -60,7 +60,7 @@ class EvalBatch:
 
 
 def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
-    """Rows of one forward pass on one device, before its memory is asked.
+    """Return the rows of one forward pass on one device, before its memory is asked.
 
     Args:
         recipe: Global batch, `training.micro_batch`.
@@ -76,7 +76,7 @@ def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int)
 
 
 def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
-    """The most that one forward pass gets in evaluation; `vocabulary` as for `micro_batch`."""
+    """Return the most that one forward pass gets in evaluation; `vocabulary` as for `micro_batch`."""
     if recipe.training.eval_batch != "auto":
         return EvalBatch(recipe.training.eval_batch)
     # A classifier keeps nothing for a backward pass and has next to no logits.

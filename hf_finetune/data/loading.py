@@ -259,7 +259,7 @@ class Columns:
                     self.note(f"{column}[]", element, number, reading)
 
     def problems(self, files: Sequence[str]) -> list[Problem]:
-        """Problems of all files together."""
+        """Return the problems of all files together."""
         mixed = [problem for labels in self.labels.values() if (problem := labels.mixed()) is not None]
         # Where it is known which labels are right, the others are reported one by one, later.
         problems = [] if self.wanted.declared or self.wanted.held_out else mixed
@@ -274,7 +274,7 @@ class Columns:
         return problems
 
     def feature(self, column: str) -> Any:
-        """The type of a column."""
+        """Return the type of a column."""
         kind, _ = self.kinds.get(column, (TEXT, ""))
         if column not in self.wanted.labels:
             return datasets.Value("string") if kind == TEXT else Cell()
@@ -297,7 +297,7 @@ class _File:
         self.hints: dict[str, str] = {}
 
     def rows(self) -> Iterator[tuple[readers.Row, list[str | None] | None]]:
-        """Each row, and the text of its wanted cells; None where it has a fault, which is noted.
+        """Yield each row, and the text of its wanted cells; None where it has a fault, which is noted.
 
         Raises:
             DataError: The file as a whole can't be read.
@@ -366,7 +366,7 @@ class _File:
         return texts
 
     def problems(self) -> list[Problem]:
-        """Everything that is wrong with the rows read so far: the same fault of many rows is one problem."""
+        """Return everything that is wrong with the rows read so far: the same fault of many rows is one problem."""
         self.columns.found |= {*self.keys, *self.columns.kinds}
         # A key that no row has is a column that is missing.
         absent = [column for column, numbers in self.lacking.items() if len(numbers) == self.read]

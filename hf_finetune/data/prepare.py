@@ -155,7 +155,7 @@ def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], 
 
 
 def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Problem]]:
-    """The labels of streamed training rows, or the problems with them."""
+    """Return the labels of streamed training rows, or the problems with them."""
     data = recipe.data
     # Of a mix that lacks a source nothing can be said.
     if not data.streaming or len(origins.train) < len(data.mix or (data.train,)):
@@ -172,7 +172,7 @@ def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Pr
 
 
 def _without(train: Split, unlabelled: Mapping[str, Sequence[int]], encoder: Encoder) -> tuple[Split, list[Problem]]:
-    """The rows whose labels can be read, and those without text; and what else is wrong with the others.
+    """Return the rows whose labels can be read, and those without text; and what else is wrong with the others.
 
     Args:
         train: All rows.
@@ -279,7 +279,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
 
 
 def _referenced(task: Task, origins: Origins) -> list[str]:
-    """A hash of name, size and time of every file that rows name: the cache holds their content, too.
+    """Return a hash of name, size and time of every file that rows name: the cache holds their content, too.
 
     Not part of the fingerprint, which must be the same on a machine where the same files are younger.
     """
@@ -329,7 +329,7 @@ YOUNGER: Mapping[str, Any] = {"escape_special_tokens": False, "date": None}
 
 
 def _tokenizer_state(processor: Any) -> Any:
-    """Everything about a processor that shows in features, in a form that JSON takes."""
+    """Return everything about a processor that shows in features, in a form that JSON takes."""
     tokenizer: Any = tokenizer_of(processor)
     if tokenizer is None:
         return [type(processor).__name__, json.loads(processor.to_json_string())]

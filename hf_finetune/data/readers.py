@@ -58,13 +58,13 @@ def opened(file: str, form: str, needed: Sequence[str] = ()) -> Iterator[tuple[I
 
 
 def newline(form: str) -> str:
-    """The `newline` to open text with."""
+    """Return the `newline` to open text with."""
     # csv and tsv see line ends inside fields; for the others CR LF ends a line, and a lone CR does not.
     return "" if form in TABLES else "\n"
 
 
 def rows(stream: IO[str], form: str, place: str, needed: Sequence[str] = ()) -> tuple[Iterator[Row], bool]:
-    """Every row, and whether rows are numbered by line; else they are counted.
+    """Return every row, and whether rows are numbered by line; else they are counted.
 
     Args:
         stream: Text, opened with `newline(form)`; of `json` it is read more than once.
@@ -120,17 +120,17 @@ _LENIENT = json.JSONDecoder(parse_float=Number)  # takes repeated keys too
 
 
 def written(value: Any) -> str:
-    """A value as JSON text that `read` reads back exactly."""
+    """Return a value as JSON text that `read` reads back exactly."""
     return value.text if isinstance(value, Number) else json.dumps(value, ensure_ascii=False)
 
 
 def read(text: str) -> Any:
-    """The value of JSON text."""
+    """Return the value of JSON text."""
     return _LENIENT.decode(text)
 
 
 def _json_lines(stream: IO[str]) -> Iterator[Row]:
-    """One object a line; blank lines are left out."""
+    """Yield one object a line; blank lines are left out."""
     numbered = ((number, line) for number, line in enumerate(stream, 1) if not line.isspace())
     first = True
     for number, line in numbered:
@@ -197,7 +197,7 @@ def _no_columns(rows: Iterator[Row], place: str) -> Iterator[Row]:
 
 
 def _values(text: _Text) -> Iterator[Row]:
-    """The objects of one list, or objects that span lines; numbered from 1."""
+    """Yield the objects of one list, or objects that span lines; numbered from 1."""
 
     def refused(what: str) -> DataError:
         return DataError(Problem(what, file=text.place, line=text.at_line))
@@ -250,7 +250,7 @@ class _Text:
                 return ""
 
     def value(self, where: str) -> tuple[Any, str]:
-        """The value that begins here, and what is wrong with it.
+        """Return the value that begins here, and what is wrong with it.
 
         Raises:
             DataError: It is no JSON, so that its end is not known.
@@ -300,7 +300,7 @@ class _Lines:
 
 
 def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> Iterator[Row]:
-    """Every row below the header; blank lines are left out. In tsv a quotation mark is text."""
+    """Yield every row below the header; blank lines are left out. In tsv a quotation mark is text."""
     csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
     lines = _Lines(stream)
     # Without `strict`, the module repairs a stray quotation mark in silence, and so moves the end of a text.
@@ -343,7 +343,7 @@ def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> 
 
 
 def _malformed(error: csv.Error, last: str, count: int) -> str:
-    """The fault of quotation marks; `count` lines were read until it was noticed."""
+    """Return the fault of quotation marks; `count` lines were read until it was noticed."""
     if "end of data" in str(error):
         rest = f"; the {count} lines from here to the end would be one text" if count > 1 else ""
         return f"opens a quotation mark that is never closed{rest}; close it"
@@ -370,7 +370,7 @@ def _header_problems(header: Sequence[str], columns: Sequence[str], file: str) -
 
 
 def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list[Problem]:
-    """One line for each column that is missing, with the nearest name or all there are."""
+    """Return one line for each column that is missing, with the nearest name or all there are."""
     found = []
     for column in need:
         if column not in have:

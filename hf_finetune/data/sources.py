@@ -74,7 +74,7 @@ SAMPLE_BYTES = 1 << 20  # bytes of each end of a streamed file that go into its 
 
 
 def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
-    """A `DataError` about what made reading fail, or a `StorageError` for a full disk."""
+    """Return a `DataError` about what made reading fail, or a `StorageError` for a full disk."""
     causes = [error]
     while following := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
         causes.append(following)
@@ -108,14 +108,14 @@ class LocalFiles:
         return self.files[0] + (f" (and {more} more, rows counted through)" if more else "")
 
     def identity(self, *, whole: bool) -> str:
-        """SHA-256 of suffix and contents, wherever the files lie; see `digests`."""
+        """Return SHA-256 of suffix and contents, wherever the files lie; see `digests`."""
         digest = hashlib.sha256(self.suffix.encode())
         for one in self.digests(whole=whole):
             digest.update(one)
         return digest.hexdigest()
 
     def digests(self, *, whole: bool) -> list[bytes]:
-        """SHA-256 of each file, read once as long as it does not change.
+        """Return SHA-256 of each file, read once as long as it does not change.
 
         Args:
             whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
@@ -124,11 +124,11 @@ class LocalFiles:
         return [_digest(*stamp, root) if whole else _sampled(*stamp) for stamp in self.stamps()]
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, size in bytes and time of change in ns of each file."""
+        """Return name, size in bytes and time of change in ns of each file."""
         return [(file, (state := Path(file).stat()).st_size, state.st_mtime_ns) for file in self.files]
 
     def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
-        """All rows, with the wanted columns, mapped from an Arrow file in the folder.
+        """Return all rows, with the wanted columns, mapped from an Arrow file in the folder.
 
         Raises:
             DataError: Everything that is wrong with the files, each fault with its line where it has one.
@@ -206,7 +206,7 @@ class HubSplit:
         return " ".join(part for part in (self.source, self.subset, self.split) if part)
 
     def identity(self, *, whole: bool) -> str:
-        """Repository, subset, split and commit."""
+        """Return repository, subset, split and commit."""
         return f"{self.source} {self.subset} {self.split} {self.commit}"
 
     @property
@@ -220,7 +220,7 @@ class HubSplit:
         return []
 
     def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
-        """All rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
+        """Return all rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
 
         Raises:
             DataError: The Hub can't be reached, or lacks the data set, subset, revision or split.
@@ -233,7 +233,7 @@ class HubSplit:
             raise self.explain(error) from error
 
     def stream(self, wanted: Wanted) -> datasets.IterableDataset:
-        """The rows, read lazily; raises like `load`."""
+        """Return the rows, read lazily; raises like `load`."""
         builder = self._builder()
         try:
             return builder.as_streaming_dataset(split=self._known_split(builder))
@@ -241,7 +241,7 @@ class HubSplit:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> FinetuneError:
-        """The error to raise for one of the libraries."""
+        """Return the error to raise for one of the libraries."""
         if isinstance(error, FinetuneError):
             return error
         known = re.search(r"(?:Should be one of|Available splits:) (\[.*\])", str(error))
@@ -268,7 +268,7 @@ class HubSplit:
         return builder
 
     def _known_split(self, builder: Any) -> str:
-        """The split, if the data set has it; some tell their splits only after they were downloaded."""
+        """Return the split, if the data set has it; some tell their splits only after they were downloaded."""
         known = list(builder.info.splits or {})
         for part in self.split.split("+"):
             name = part.partition("[")[0]
@@ -308,7 +308,7 @@ class Origins:
         return {"train": train, **{name: train if origin is None else origin.place for name, origin in held.items()}}
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every local file.
+        """Return name, size and time of change of every local file.
 
         Raises:
             DataError: One is gone.
@@ -360,7 +360,7 @@ def locate(data: Data) -> Origins:
 
 
 def _origin(names: str | list[str], where: Data | Source, key: str, cache: str | None) -> Origin:
-    """The origin of one split.
+    """Return the origin of one split.
 
     Args:
         names: Files or splits.

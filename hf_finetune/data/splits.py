@@ -84,11 +84,11 @@ class Split:
     unused: int = 0  # rows of mixed sources that are never drawn, because the first of them is used up
 
     def raw(self) -> datasets.Dataset:
-        """The rows as they stand in the data."""
+        """Return the rows as they stand in the data."""
         return self.rows.remove_columns(list(BOOKKEEPING))
 
     def problems(self, found: Mapping[str, Sequence[int]]) -> list[Problem]:
-        """One problem a source and reason.
+        """Return one problem a source and reason.
 
         Args:
             found: What is wrong -> rows of the split, counted from 0.
@@ -108,7 +108,7 @@ class Split:
         return listed
 
     def where(self, index: int) -> tuple[str, int]:
-        """Source of a row, and its number there, from 1."""
+        """Return the source of a row, and its number there, from 1."""
         row = self.rows[index]
         return self.places[row[PART]], row[ROW]
 
@@ -116,7 +116,7 @@ class Split:
 def load(
     data: Data, origins: Origins, wanted: Wanted, seed: int, folder: str
 ) -> tuple[dict[str, Split], dict[Problem, None]]:
-    """Every split that the recipe has, but a streamed `train`.
+    """Return every split that the recipe has, but a streamed `train`.
 
     Args:
         data: `validation_share`, `limit` and `streaming` count.
@@ -222,7 +222,7 @@ def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Pa
 
 
 def _common_features(all_features: Sequence[datasets.Features], places: Sequence[str]) -> datasets.Features:
-    """The type of each column in the mix: equal ones, the widest number or text, or any JSON.
+    """Return the type of each column in the mix: equal ones, the widest number or text, or any JSON.
 
     Raises:
         DataError: Types differ in more than width, or label names differ.
@@ -241,7 +241,7 @@ def _common_features(all_features: Sequence[datasets.Features], places: Sequence
 
 
 def _family(kinds: Sequence[Any]) -> Any:
-    """The type that can hold all as they stand, if there is one: the widest of a family, or any JSON."""
+    """Return the type that can hold all as they stand, if there is one: the widest of a family, or any JSON."""
     if any(isinstance(kind, Cell) for kind in kinds):
         words = any(_in_words(kind) in {"text", "labels"} for kind in kinds)
         return None if words else Cell()

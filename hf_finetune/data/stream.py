@@ -74,7 +74,7 @@ class Lanes:
         """Rows since the last one that could be used, and what became of a pass of them."""
 
     def take(self, places: Sequence[int]) -> Taken:
-        """The next row of each of these places.
+        """Return the next row of each of these places.
 
         Raises:
             DataError: A row can't be read or encoded or must not be in the data, or none can be used.
@@ -110,7 +110,7 @@ class Lanes:
         return queue.popleft()
 
     def _lane_of(self, index: int) -> tuple[int, int]:
-        """The number of rows that the lane of a row of the stream got before, and the lane.
+        """Return the number of rows that the lane of a row of the stream got before, and the lane.
 
         The lanes take turns in no regular way: of rows that are alternately usable and not, none must get only the
         latter.
@@ -144,7 +144,7 @@ class Reading:
         return ", ".join(origin.place for origin in self.origins.train)
 
     def open(self) -> datasets.IterableDataset:
-        """The raw rows in the order of the sources, each beginning with its first row.
+        """Return the raw rows in the order of the sources, each beginning with its first row.
 
         Raises:
             DataError: A source is missing or empty, lacks a column, or does not fit the others.
@@ -179,7 +179,7 @@ class Reading:
             raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
 
     def batches(self, opened: datasets.IterableDataset, order: list[int] | None) -> Iterator[list[dict[str, Any]]]:
-        """One pass in `BATCH`es of raw rows.
+        """Yield one pass in `BATCH`es of raw rows.
 
         Args:
             opened: The return value of `open`.
@@ -233,7 +233,7 @@ class Stream:
         self._report = SplitReport()
 
     def report(self) -> SplitReport:
-        """The first pass: the rows that were trained on, or those that were looked at if these are more."""
+        """Return the first pass: the rows that were trained on, or those that were looked at if these are more."""
         return self._report
 
     def count(self, report: SplitReport) -> None:
@@ -242,7 +242,7 @@ class Stream:
             self._report = report
 
     def rows(self, seed: int) -> Iterator[Features]:
-        """Encoded rows: the task's features, and their `size`.
+        """Yield encoded rows: the task's features, and their `size`.
 
         Args:
             seed: With the number of the pass, fixes the order.
@@ -264,12 +264,12 @@ class Stream:
             yield from (row for row, _ in fates if row is not None)
 
     def filler(self, seed: int) -> Features:
-        """A row that counts as nothing, for a micro-batch without any."""
+        """Return a row that counts as nothing, for a micro-batch without any."""
         masked: Features = self.encoder.task.masked(dict(next(self.rows(seed))))
         return masked
 
     def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
-        """The same rows by their place in the global batch.
+        """Return the same rows by their place in the global batch.
 
         Args:
             seed: As for `rows`.
@@ -307,7 +307,7 @@ class Stream:
         return DataError(nothing_left(report, "train", self.reading.places))
 
     def _batches(self, seed: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Raw rows with the number of their pass, from 0."""
+        """Yield raw rows with the number of their pass, from 0."""
         opened = self.reading.open()
         for number in itertools.count():
             batch: list[dict[str, Any]] = []
@@ -324,7 +324,7 @@ class Stream:
         return self.encoder(columns | {ROW: [0] * len(batch), PART: [0] * len(batch)})
 
     def _judged(self, encoded: dict[str, list[Any]], batch: list[dict[str, Any]]) -> list[Fate]:
-        """Each row of a batch, if it is trained on, and its counts.
+        """Return each row of a batch, if it is trained on, and its counts.
 
         Raises:
             DataError: Rows can't be encoded, or must not be in the data.

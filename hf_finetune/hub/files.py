@@ -23,7 +23,7 @@ SHORTEST = 8  # characters; anything shorter would be found in every file
 
 
 def known() -> list[str]:
-    """The tokens of the environment and of the login store."""
+    """Return the tokens of the environment and of the login store."""
     values = [os.environ.get(name) for name in VARIABLES] + [get_token()]
     return list(dict.fromkeys(value.strip() for value in values if value and len(value.strip()) >= SHORTEST))
 

@@ -41,7 +41,7 @@ class Model(ABC):
 
     @abstractmethod
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer; the iterator may be closed before its end.
+        """Return the pieces of the answer; the iterator may be closed before its end.
 
         Raises:
             DataError: There is no answer to that; the message says why.
@@ -66,7 +66,7 @@ class Classifier(Model):
         self.labels = labels
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer, with its score or the probabilities of the likeliest labels."""
+        """Yield the answer, with its score or the probabilities of the likeliest labels."""
         predicted = self.labels.predict([Row(1, {LINE: text})], lines=True)
         outputs = predicted.outputs[0]
         if outputs is None:
@@ -106,7 +106,7 @@ class LanguageModel(Model):
         self.limit: int = getattr(config, "max_position_embeddings", None) or 2**31
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer as it is written; the chat remembers it, as far as it came."""
+        """Yield the answer as it is written; the chat remembers it, as far as it came."""
         prompt, pieces = self.prompt(text), list[str]()
         if len(prompt) >= self.limit:
             full = f"{len(prompt):,} tokens, and the model has room for {self.limit:,}"
@@ -132,7 +132,7 @@ class LanguageModel(Model):
         self.turns.clear()
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of the chat so far and of the text."""
+        """Return token ids of the chat so far and of the text."""
         text, renderer = self._templated(text), self.task.renderer(self.tokenizer)
         if not self.remembers:
             return tokens.prompt_ids(self.tokenizer, [renderer.guarded(text)], plain=True)[0]
@@ -262,7 +262,7 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines from a pipe; bytes that are not UTF-8 become replacement characters."""
+    """Yield lines from a pipe; bytes that are not UTF-8 become replacement characters."""
     stdin: Any = sys.stdin
     if stdin is None:
         return

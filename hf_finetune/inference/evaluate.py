@@ -113,7 +113,7 @@ def evaluate(
 def _slices(
     columns: Sequence[str], scored: Scored, one: OneSplit
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, int]]]:
-    """The rows by value of each column, the largest slices first, and how many slices and rows are left out."""
+    """Return the rows by value of each column, the largest slices first, and how many slices and rows are left out."""
     found: dict[str, list[dict[str, Any]]] = {}
     left: dict[str, dict[str, int]] = {}
     for column in columns:
@@ -148,7 +148,7 @@ def _against(run: Finished, name: str, other: Finished, selection: Selection, mi
 
 
 def _bounded(metrics: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """Each metric with its interval, where it has one."""
+    """Return each metric with its interval, where it has one."""
     ends = {name: dict(zip(("low", "high"), bounds[name], strict=True)) for name in metrics if name in bounds}
     return {name: {"value": value} | ends.get(name, {}) for name, value in metrics.items()}
 
@@ -189,7 +189,7 @@ class Scored:
         return found | {name: float(values.mean()) for name, values in self.answers.items()}
 
     def sums(self) -> list[Sums]:
-        """Sums over rows from which metrics follow, where they do."""
+        """Return sums over rows from which metrics follow, where they do."""
         of_rows = self.task.sums(self.predictions, self.targets)
         found = [] if of_rows is None else [of_rows]
         return [*found, of_means(self.answers)] if self.answers else found
@@ -254,7 +254,7 @@ class Versus:
     notes: list[str]  # everything that was left out
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison as the document holds it."""
+        """Return the comparison as the document holds it."""
         found = {name: getattr(self, name) for name in ("name", "rows", "metrics", "mcnemar", "notes")}
         return found | {"differences": _bounded(self.differences, self.bounds)}
 
@@ -293,7 +293,7 @@ def _rows(sums: Sums) -> int:
 
 
 def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Scored, list[str]]:
-    """Both with the generated answers that can be compared, and a note about the others."""
+    """Return both with the generated answers that can be compared, and a note about the others."""
     if not this.answers and not other.answers:
         return this, other, []
     common = np.intersect1d(this.answered, other.answered)
@@ -311,7 +311,7 @@ def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Score
 
 
 def mcnemar(this: Scored, other: Scored) -> dict[str, Any] | None:
-    """McNemar's exact test (McNemar 1947; two-sided, binomial): do both models err equally often?
+    """Return McNemar's exact test (McNemar 1947; two-sided, binomial): do both models err equally often?
 
     Returns:
         The metric (accuracy or exact_match), rows that `only_this` or `only_other` has right, and the `p_value`; None

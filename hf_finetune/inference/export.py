@@ -84,7 +84,7 @@ def _config(outline: Any, bits: str) -> Any:
 
 
 def _outline(source: Path, run: Finished) -> Any:
-    """The model without weights."""
+    """Return the model without weights."""
     config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     with torch.device("meta"), silence():
         return getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)

@@ -123,7 +123,7 @@ class Report:
     packages: list[str] = field(default_factory=list)  # further ones that were used
 
     def facts(self) -> dict[str, Any]:
-        """The content of `export.json`, but for the files."""
+        """Return the content of `export.json`, but for the files."""
         recipe, rows = self.run.recipe, self.rows
         place = resolve(recipe.model.name)
         name = Path(place).name if Path(place).is_absolute() else place  # no path of this machine
@@ -143,7 +143,7 @@ class Report:
         }
 
     def change(self, name: str) -> dict[str, float]:
-        """Metrics of something that was made, less those of the adapter in fp32."""
+        """Return the metrics of something that was made, less those of the adapter in fp32."""
         before = self.metrics[ADAPTER]
         return {key: value - before[key] for key, value in self.metrics[name].items() if key in before}
 

@@ -86,7 +86,7 @@ def logits_of(network: Any) -> Logits:
 
 
 def logits(model: Logits, probes: Sequence[Batch]) -> list[torch.Tensor]:
-    """Logits of each probe in float32 on the CPU: (B, C), or (1, `POSITIONS` at most, V)."""
+    """Return the logits of each probe in float32 on the CPU: (B, C), or (1, `POSITIONS` at most, V)."""
     found = []
     for batch in probes:
         values = model(batch).detach().cpu()

@@ -138,7 +138,7 @@ def _refuse_unfinished(folder: RunFolder) -> None:
 
 
 def _moved(recipe: Recipe, folder: RunFolder, started_in: Path | None) -> Iterator[tuple[str, str | list[str]]]:
-    """Keys with relative paths, and where these lead from the working directory of the run (None: not known)."""
+    """Yield keys with relative paths, and where these lead from the working directory of the run (None: not known)."""
     if (place := _base(recipe.model.name, folder, started_in)) is not None:
         yield "model.name", place
     if started_in is None or started_in == Path.cwd():

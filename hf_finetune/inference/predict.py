@@ -73,10 +73,10 @@ class Predictor(ABC):
 
     @abstractmethod
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
-        """Outputs in order, and how many rows were cut."""
+        """Return outputs in order, and how many rows were cut."""
 
     def column_of_lines(self) -> str:
-        """The column that a plain line stands for."""
+        """Return the column that a plain line stands for."""
         if len(self.needed) != 1:
             names = ", ".join(self.needed)
             raise RecipeError(f"a plain line is one text, and this model reads {names}; give csv, jsonl or parquet")
@@ -159,7 +159,7 @@ class Answers(Predictor):
         return {"generated": "text", "ended": "truth"}
 
     def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
-        """Prompts as token ids."""
+        """Return prompts as token ids."""
         return self.task.ask(columns, self.run.tokenizer)
 
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
@@ -197,7 +197,7 @@ class Options:
     restart: bool = False
 
     def out_format(self, source: Input) -> sinks.OutFormat:
-        """The format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
+        """Return the format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
         suffix: Any = None if self.output == "-" else rows.SUFFIXES.get(Path(self.output).suffix.lower())
         form: Any = self.form or suffix or source.form
         form = "jsonl" if form in ("lines", "json") else form
@@ -242,7 +242,7 @@ def run(options: Options) -> None:
 
 
 def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[str, Any]:
-    """Everything that must be the same for a killed call to be continued."""
+    """Return everything that must be the same for a killed call to be continued."""
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
         digest.update(files.sha256(file, cache_folder(opened.recipe.data.cache)))
@@ -318,7 +318,7 @@ class _Predicting:
         return sink
 
     def _kept(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
-        """Rows as they are written, by number; faulty ones are counted, and left out or have no outputs."""
+        """Return rows as they are written, by number; faulty ones are counted, and left out or have no outputs."""
         progress, on_bad_row = self.output.progress, self.options.on_bad_row
         found: dict[str, list[int]] = {}
         for row, fault in zip(window, predicted.faults, strict=True):

@@ -97,7 +97,7 @@ class Input:
         return max(lines - (self.form in ("csv", "tsv")), 0) or None
 
     def rows(self, needed: Sequence[str]) -> Iterator[Row]:
-        """Every row; one that lacks a needed column has a fault.
+        """Yield every row; one that lacks a needed column has a fault.
 
         Raises:
             DataError: The file can't be read, is not UTF-8, or lacks a column.
@@ -152,7 +152,7 @@ class Input:
         return parquet.opened(self.name)
 
     def schema(self) -> Any:
-        """The Arrow schema of a parquet file; None for any other."""
+        """Return the Arrow schema of a parquet file; None for any other."""
         return self._parquet().schema_arrow if self.form == "parquet" else None
 
 

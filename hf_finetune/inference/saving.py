@@ -137,7 +137,7 @@ def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
-    """Logits in float32, in eval mode and the run's precision; modes are put back."""
+    """Return logits in float32, in eval mode and the run's precision; modes are put back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     device = next(iter(inputs.values())).device.type

@@ -173,7 +173,7 @@ class Sink:
     _parquet: Any = field(default=None, init=False)
 
     def head(self) -> bytes:
-        """The bytes before the first row."""
+        """Return the bytes before the first row."""
         if self.form in ("csv", "tsv"):
             return self._table([dict(zip(self.columns, self.columns, strict=True))])
         return b""
@@ -219,7 +219,7 @@ class Sink:
     # Parquet can't be appended to: until the end, the file holds record batches behind their lengths.
 
     def state(self) -> str | None:
-        """Everything that another process must know to continue: the schema."""
+        """Return everything that another process must know to continue: the schema."""
         return None if self._parquet is None else base64.b64encode(self._parquet.serialize()).decode()
 
     def resume(self, state: str | None) -> None:
@@ -303,7 +303,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _lost(value: Any, column: Any) -> Iterator[str]:
-    """Paths of keys inside a cell that its Arrow type has no place for, and would drop."""
+    """Yield the paths of keys inside a cell that its Arrow type has no place for, and would drop."""
     kind = column.type
     if pa.types.is_struct(kind) and isinstance(value, dict):
         inner = {f.name: f for f in kind}

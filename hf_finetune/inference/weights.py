@@ -119,7 +119,7 @@ def _unloaded(adapted: Any) -> PreTrainedModel:
 
 
 def stored_dtype(run: Finished) -> Precision:
-    """The dtype of the base's checkpoint; fp32 where it does not say, or says something else."""
+    """Return the dtype of the base's checkpoint; fp32 where it does not say, or says something else."""
     stored = getattr(read_config(run.recipe.model), "dtype", None)
     return next((name for name in get_args(Precision) if DTYPES[name] is stored), "fp32")
 

@@ -19,7 +19,7 @@ SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def harmless(text: str) -> str:
-    r"""The text in one line, every character that can't be seen as an escape: `\x1b`, `\u202e`, `\U000e0001`."""
+    r"""Return the text in one line, every character that can't be seen as an escape: `\x1b`, `\u202e`, `\U000e0001`."""
     if text.isprintable():
         return text
     return "".join(_escaped(c) for c in text)

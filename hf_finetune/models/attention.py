@@ -122,7 +122,7 @@ def attend_documents(
     inner: str,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document: (B, T, H, D) from (B, H, T, D) and twice (B, K, T, D), and no weights.
+    """Return attention within each document: (B, T, H, D) from (B, H, T, D) and twice (B, K, T, D), and no weights.
 
     Args:
         module: Of the model.
@@ -177,7 +177,7 @@ def _begins(positions: Tensor) -> Tensor:
 
 
 def _mask(inner: str, positions: Tensor, dtype: torch.dtype, *, apart: bool) -> Tensor | None:
-    """The mask that `inner` wants, (B or 1, 1, T, T); with `apart`, of several documents in a row."""
+    """Return the mask that `inner` wants, (B or 1, 1, T, T); with `apart`, of several documents in a row."""
     if inner == "sdpa" and not apart:
         return None
     length = positions.shape[1]

@@ -42,7 +42,7 @@ class Flops:
     """Forward FLOPs for each pair of tokens of a sequence, of all layers together."""
 
     def training(self, tokens: float, rows: float, squares: float) -> float:
-        """FLOPs, forward and backward.
+        """Return FLOPs, forward and backward.
 
         Args:
             tokens: Without padding.

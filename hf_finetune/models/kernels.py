@@ -64,7 +64,7 @@ def _chunk(vocabulary: int, device: torch.device) -> int:
 
 
 def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
-    """The summed loss of (N, V) float32 logits, which become the gradient: softmax minus target."""
+    """Return the summed loss of (N, V) float32 logits, which become the gradient: softmax minus target."""
     index, classes = wanted[:, None], logits.shape[1]
     normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
     chosen = logits.gather(1, index)
@@ -146,7 +146,7 @@ class FastHead:
         return logits
 
     def each(self, forward: Callable[[], Tensor], labels: Tensor) -> Tensor:
-        """The result of `tasks._losses.each`, without ever holding the logits of the whole batch.
+        """Return the result of `tasks._losses.each`, without ever holding the logits of the whole batch.
 
         `forward` runs the model on the batch, without gradients, and returns its logits.
         """
@@ -185,7 +185,7 @@ class FastHead:
 
 
 def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
-    """The result of `tasks._losses.each` for all positions, from a chunk of logits at a time."""
+    """Return the result of `tasks._losses.each` for all positions, from a chunk of logits at a time."""
     logits = head(kept[:FEW])  # few: only now is it known how many one position has
     size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
     del logits
@@ -300,7 +300,7 @@ def install_dropout(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def dtype_of(like: torch.Tensor) -> torch.dtype:
-    """Autocast's type where it is on for the tensor's device, else the tensor's own."""
+    """Return autocast's type where it is on for the tensor's device, else the tensor's own."""
     device = like.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
@@ -358,7 +358,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def project(rows: Tensor, a: Tensor, b: Tensor, branch: Branch) -> tuple[Tensor, Tensor, Saved]:
-    """The layer's output (N, O), the branch's input (N, I), and the rest for the backward pass.
+    """Return the layer's output (N, O), the branch's input (N, I), and the rest for the backward pass.
 
     `rows` are (N, I), in the type of the frozen weights; A is (r, I), B (O, r).
     """
@@ -398,12 +398,12 @@ def gradients_of(
 
 
 def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A gradient in the type of what it is of."""
+    """Return a gradient in the type of what it is of."""
     return None if gradient is None else gradient.to(dtype)
 
 
 def branch_of(layer: Linear, x: Tensor) -> tuple[Tensor, Tensor, Branch] | None:
-    """A, B and the rest of the layer; None where PEFT's forward would do anything else to x."""
+    """Return A, B and the rest of the layer; None where PEFT's forward would do anything else to x."""
     active: list[str] = layer.active_adapters
     frozen: Any = layer.base_layer
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
@@ -511,7 +511,7 @@ class _GatedDown(torch.autograd.Function):
 
 
 def _halves(grad: Tensor, gate: Tensor, up: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the gate and of what it lets through, as autograd rounds them."""
+    """Return the gradients of the gate and of what it lets through, as autograd rounds them."""
     return torch.ops.aten.silu_backward(grad * up, gate), grad * activated
 
 

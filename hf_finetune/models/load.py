@@ -41,7 +41,7 @@ def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Paths of the modules with missing weights: a head, or a pooler, which few checkpoints hold.
+    """Return the paths of the modules with missing weights: a head, or a pooler, which few checkpoints hold.
 
     Raises:
         ModelError: The checkpoint lacks anything else.
@@ -174,7 +174,7 @@ def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
 
 
 def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
-    """Adapters of an embedding with tied weights, of which `merge` will not be able to make full weights."""
+    """Return the adapters of an embedding with tied weights, of which `merge` will not be able to make full weights."""
     found = recipe.adapter.tied_targets(model)
     if not found:
         return []
@@ -211,7 +211,7 @@ class LoadedModel:
 
 
 def skeleton(recipe: Recipe, targets: State, tokenizer: Any = None) -> PreTrainedModel:
-    """The model without weights (meta device), after every check that needs none; arguments as for `examine`.
+    """Return the model without weights (meta device), after every check that needs none; arguments as for `examine`.
 
     Raises:
         ModelError: The model does not fit the task, the length, the tokenizer or the adapter.
@@ -348,7 +348,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; quantised ones by the number of weights they stand for."""
+    """Return trainable and all parameters; quantised ones by the number of weights they stand for."""
     trained = total = 0
     for parameter in model.parameters():
         packed = getattr(getattr(parameter, "quant_state", None), "shape", None)
@@ -401,7 +401,7 @@ def _config(recipe: Recipe, targets: State) -> PreTrainedConfig:
 
 
 def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of its parameters that the checkpoint does not hold or holds in another shape."""
+    """Return the model, and the names of its parameters that the checkpoint does not hold or holds in another shape."""
     auto, dtype = getattr(transformers, recipe.task.auto_model), machine.base_dtype(frozen=recipe.adapter.freezes_base)
     options: dict[str, Any] = {}
     if recipe.model.quantization is not None:

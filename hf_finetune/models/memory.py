@@ -47,7 +47,7 @@ FILES, PROCESS = "weights on disk", "process and libraries"
 
 
 def lasting_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
-    """Weights and optimiser state of one device, in bytes."""
+    """Return weights and optimiser state of one device, in bytes."""
     trained, kind = [p for p in adapted.parameters() if p.requires_grad], recipe.training.optimizer
     state = 0.0
     for parameter in trained:
@@ -71,7 +71,7 @@ def lasting_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[
 
 
 def weights(recipe: Recipe, adapted: nn.Module) -> int:
-    """Bytes of parameters and buffers, quantised ones as bitsandbytes stores them."""
+    """Return the bytes of parameters and buffers, quantised ones as bitsandbytes stores them."""
     quantized = quantized_layers(recipe, adapted)
     packed = {id(layer.weight) for layer in quantized}
     tensors = [*adapted.parameters(), *adapted.buffers()]
@@ -80,7 +80,7 @@ def weights(recipe: Recipe, adapted: nn.Module) -> int:
 
 
 def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
-    """The linear layers of the base that `model.quantization` packs: all but heads and output embedding."""
+    """Return the linear layers of the base that `model.quantization` packs: all but heads and output embedding."""
     if recipe.model.quantization is None:
         return []
     body = base_model(adapted)
@@ -98,7 +98,7 @@ def quantized_layers(recipe: Recipe, adapted: nn.Module) -> list[nn.Linear]:
 
 
 def quantized_size(weight: torch.Tensor, quantization: str) -> int:
-    """Bytes of a linear layer's packed weight with its scales.
+    """Return the bytes of a linear layer's packed weight with its scales.
 
     NF4: half a byte each, an 8-bit scale for each block of 64, an fp32 scale for 256 of these, and code books. int8:
     one byte each and an fp32 scale for each output.
@@ -111,7 +111,7 @@ def quantized_size(weight: torch.Tensor, quantization: str) -> int:
 
 
 def loading_state(recipe: Recipe, adapted: nn.Module, machine: Machine) -> dict[str, int]:
-    """The weights, and on a CPU the file that they are cast from, which is mapped until all are there.
+    """Return the weights, and on a CPU the file that they are cast from, which is mapped until all are there.
 
     Sharded weights reach an accelerator one by one and are divided there; a CPU that reads them, and a device that
     quantises them, holds them whole first.
@@ -144,7 +144,7 @@ def resident(field: str) -> int | None:
 
 
 def size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -178,7 +178,7 @@ class Step:
             self._weights = fake(adapted, self._device)
 
     def training(self, shape: tuple[int, int]) -> dict[str, int]:
-        """Bytes by kind at the peak of forward, loss and backward pass, gradients included."""
+        """Return bytes by kind at the peak of forward, loss and backward pass, gradients included."""
         ledger, trained = self._ledger(), [p for p in self.adapted.parameters() if p.requires_grad]
         for parameter in trained:
             watched: Any = parameter  # torch leaves this method untyped
@@ -200,7 +200,7 @@ class Step:
         return found if sum(found.values()) > gradients else {GRADIENTS: gradients}
 
     def evaluation(self, shape: tuple[int, int]) -> dict[str, int]:
-        """Bytes by kind at the peak of an evaluation step; (0, 0) is none."""
+        """Return bytes by kind at the peak of an evaluation step; (0, 0) is none."""
         if not all(shape):
             return {}
         ledger = self._ledger()
@@ -213,7 +213,7 @@ class Step:
         return self._found(ledger)
 
     def _forward(self) -> Any:
-        """The forward pass as accelerate wraps it where the precision is mixed: outputs are cast to fp32."""
+        """Return the forward pass as accelerate wraps it where the precision is mixed: outputs are cast to fp32."""
         forward = self.adapted.forward
         return (
             forward
@@ -230,7 +230,7 @@ class Step:
         return ledger
 
     def _example(self, size: int) -> Batch:
-        """A real batch of one row of this size; made before tensors are fake."""
+        """Return a real batch of one row of this size; made before tensors are fake."""
         return self.recipe.task.probe([size], self.processor, self.targets, packed=self.recipe.data.packing)
 
     def _batch(self, rows: int, made: Batch, ledger: Ledger) -> Batch:
@@ -285,7 +285,7 @@ class Estimate:
 
 
 def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The adapted model on the meta device, with the parameter counts of the real one.
+    """Return the adapted model on the meta device, with the parameter counts of the real one.
 
     The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
     layers of different sizes.
@@ -318,7 +318,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
 
 
 def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
-    """Poolers outside the head that a local checkpoint does not hold, by the names in its headers."""
+    """Return poolers outside the head that a local checkpoint does not hold, by the names in its headers."""
     folder, prefix = Path(paths.resolve(recipe.model.name)), f"{base.base_model_prefix}."
     poolers = [
         path for path, module in base.named_modules() if "pooler" in path and [*module.parameters(recurse=False)]
@@ -379,7 +379,7 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
 
 
 def peak(device: str) -> int | None:
-    """Most bytes that this process has held so far on a device; None where nobody counts them.
+    """Return the most bytes that this process has held so far on a device; None where nobody counts them.
 
     On a CPU the high-water mark of the resident set. `ru_maxrss` would start from the parent's, which a fork hands on.
     """
@@ -409,7 +409,7 @@ LEFT = 1.6
 
 
 def bound(base: nn.Module, machine: Machine, shape: tuple[int, int]) -> int:
-    """Bytes that a training step will hardly exceed, without what the process holds before.
+    """Return bytes that a training step will hardly exceed, without what the process holds before.
 
     Every weight counts as trained and in fp32: an adapter has fewer than its base. A layer keeps of each token what it
     makes of it, `COPIES` times, and attention the scores of all pairs, as in https://arxiv.org/abs/2205.05198, section

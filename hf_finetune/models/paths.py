@@ -68,11 +68,11 @@ class Paths:
         return Forward(model, self)
 
     def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
-        """The summed loss of a batch, a float32 scalar; `model` as for `forward`."""
+        """Return the summed loss of a batch, a float32 scalar; `model` as for `forward`."""
         return self.task.loss(self.forward(model), batch, self.targets).sum
 
     def seen(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The part of a batch that the model gets."""
+        """Return the part of a batch that the model gets."""
         if not self.leaves_mask_out or self.is_unproven:
             return inputs
         return {name: value for name, value in inputs.items() if name != "attention_mask"}
@@ -186,7 +186,7 @@ class Forward:
     paths: Paths
 
     def __call__(self, **inputs: Tensor) -> Any:
-        """The model's output."""
+        """Return the model's output."""
         return self.model(**self.paths.seen(inputs))
 
     @property
@@ -290,7 +290,7 @@ def compile_layers(base: Any) -> list[torch.nn.Module]:
 
 
 def _repeated_layers(base: Any) -> list[torch.nn.Module]:
-    """The modules that transformers never splits among devices: the repeated layers."""
+    """Return the modules that transformers never splits among devices: the repeated layers."""
     kinds = set(base._no_split_modules or ())
     found = [module for module in base.modules() if type(module).__name__ in kinds]
     return found if len(found) > 1 else []

@@ -41,7 +41,7 @@ HEADER = 8
 
 
 def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """The model's config, with options of the task in it.
+    """Return the model's config, with options of the task in it.
 
     Raises:
         ModelError: It can't be had, needs code of its own, or names an attention implementation that is not known.
@@ -60,7 +60,7 @@ def read_config(model: Model, options: dict[str, Any] | None = None) -> PreTrain
 
 
 def commit(model: Model) -> str | None:
-    """The commit of the Hub that the model's config was read at, as the cache knows it; None for a local folder.
+    """Return the commit of the Hub that the model's config was read at, as the cache knows it; None for a local folder.
 
     Configs of transformers 5 no longer say it.
     """
@@ -73,7 +73,7 @@ def commit(model: Model) -> str | None:
 
 
 def load_tokenizer(model: Model, options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token.
+    """Return the model's tokenizer, with a pad token.
 
     A tokenizer without one gets a token that the vocabulary holds for padding (`PAD_TOKENS`), else its EOS token;
     padding is masked everywhere, so that this changes nothing that is learned.

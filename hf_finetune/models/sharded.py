@@ -158,7 +158,7 @@ def step(engine: Any) -> tuple[bool, float]:
 
 
 def trained(model: Any, *, keeps: bool) -> dict[str, torch.Tensor]:
-    """The trained weights whole, in fp32 and on the CPU, and what buffers are saved; all ranks gather together.
+    """Return the trained weights whole, in fp32 and on the CPU, and what buffers are saved; all ranks gather together.
 
     Args:
         model: Below the engine.
@@ -367,7 +367,7 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
 
 
 def _places(base: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every module with its own parameters, tied ones as often as they are used."""
+    """Yield every module with its own parameters, tied ones as often as they are used."""
     for module in base.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

@@ -78,7 +78,7 @@ class Bench:
         return base_model(self.adapted)
 
     def agreed(self, choice: Choice) -> Choice:
-        """The choice of rank 0; every rank comes here once for each question."""
+        """Return the choice of rank 0; every rank comes here once for each question."""
         choices = [choice]
         if self.machine.world_size > 1:
             broadcast_object_list(choices)
@@ -90,7 +90,7 @@ class Bench:
         return self.job.typical(next(self.adapted.parameters()).device, SHAPES)
 
     def seconds(self, loss_sum: Callable[..., torch.Tensor]) -> float:
-        """Mean time of a forward and backward pass, each batch once.
+        """Return the mean time of a forward and backward pass, each batch once.
 
         Args:
             loss_sum: Like `Paths.loss_sum`.
@@ -102,7 +102,7 @@ class Bench:
         return (time.perf_counter() - began) / len(self.batches)
 
     def outcomes(self, loss_sum: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Loss and gradient norm of each batch, (batches, 2); `loss_sum` as for `seconds`."""
+        """Return loss and gradient norm of each batch, (batches, 2); `loss_sum` as for `seconds`."""
         made = []
         for batch in self.batches:
             with self.machine.autocast():
@@ -142,7 +142,7 @@ class Bench:
             write_atomically(file, json.dumps(seconds) + "\n")
 
     def _memo(self, question: str) -> Path:
-        """A small file beside the cache of tokenised data."""
+        """Return a small file beside the cache of tokenised data."""
         shapes = [next(iter(batch.values())).shape[:2] for batch in self.batches]
         facts = {
             "question": question,
@@ -199,7 +199,7 @@ def _choose_attention(bench: Bench) -> Choice:
 
 
 def _measure(bench: Bench, names: list[str]) -> dict[str, float]:
-    """Seconds of a pass by name, in turns; without those that fail on this model."""
+    """Return the seconds of a pass by name, in turns; without those that fail on this model."""
     paths, before = Paths(bench.job.task, bench.job.targets), bench.machine.attention
     seconds: dict[str, float] = {}
     with bench.trial():
@@ -260,7 +260,7 @@ def _choose_compilation(bench: Bench, paths: Paths) -> Choice:
 
 
 def why_not_compiled(bench: Bench) -> str:
-    """The reason why layers can't be compiled; empty where they can."""
+    """Return the reason why layers can't be compiled; empty where they can."""
     if bench.machine.is_sharded or bench.machine.activation_checkpointing:
         return "by rule: not with sharded weights or activation checkpointing"
     if not can_compile(bench.base):

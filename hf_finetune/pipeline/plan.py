@@ -128,7 +128,7 @@ def _shapes(job: Job, largest: tuple[int, int]) -> Shapes:
 
 
 def size(count: float) -> str:
-    """Bytes for people, e.g. `1.3 GB`."""
+    """Return bytes for people, e.g. `1.3 GB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -155,7 +155,7 @@ def too_little(job: Job, needed: int, free: int) -> Problem:
 
 
 def _disk(recipe: Recipe, trained: int) -> int:
-    """Bytes of adapter, checkpoints and logs."""
+    """Return the bytes of adapter, checkpoints and logs."""
     has_best = recipe.training.best_metric is not None
     kept = 1  # of a run that is stopped
     if has_best or not recipe.saving.is_off:
@@ -164,7 +164,7 @@ def _disk(recipe: Recipe, trained: int) -> int:
 
 
 def _checkpoint_bytes(recipe: Recipe, trained: int) -> int:
-    """Bytes of one checkpoint: the trained weights and what the optimiser keeps of each, in fp32."""
+    """Return the bytes of one checkpoint: the trained weights and what the optimiser keeps of each, in fp32."""
     return int(4 * trained * (1 + MOMENTS[recipe.training.optimizer]))
 
 
@@ -300,7 +300,7 @@ class _Search:
         return Fit(made, 0 if does_fit else self.needed(rows, again=again))
 
     def needed(self, rows: int, *, again: bool) -> int:
-        """Bytes at the peak of a training step, without what the process holds now."""
+        """Return bytes at the peak of a training step, without what the process holds now."""
         if (rows, again) not in self.known:
             job = self.job
             machine = replace(job.machine, activation_checkpointing=again)
@@ -310,7 +310,7 @@ class _Search:
         return self.known[rows, again]
 
     def _ways(self) -> tuple[list[int], list[int]]:
-        """Rows to try, from many to few: without recomputing, and with."""
+        """Return rows to try, from many to few: without recomputing, and with."""
         rows = [self.job.division.micro_batch]
         while _is_open(self.job, ROWS) and rows[-1] > 1:
             rows.append(rows[-1] // 2)
@@ -321,7 +321,7 @@ class _Search:
         return ([], rows) if self.job.machine.activation_checkpointing else (rows, [])
 
     def _largest(self, ladder: list[int], *, again: bool) -> int | None:
-        """The first of the ladder that fits, as fewer rows need less; usually that is the first of all."""
+        """Return the first of the ladder that fits, as fewer rows need less; usually that is the first of all."""
 
         def fits(rows: int) -> bool:
             return self.needed(rows, again=again) <= MARGIN * self.free

@@ -247,7 +247,7 @@ PLACEHOLDER = 'base = "path/to/the/base/model"  # a local folder, which is not o
 
 
 def blocks(recipe: Recipe, targets: State, config: PreTrainedConfig, processor: Any) -> list[str]:
-    """Two pieces of code: what loads model and tokenizer from the folder, and what asks the model something.
+    """Return two pieces of code: what loads model and tokenizer from the folder, and what asks the model something.
 
     Args:
         recipe: What was run.
@@ -259,7 +259,7 @@ def blocks(recipe: Recipe, targets: State, config: PreTrainedConfig, processor: 
 
 
 def moved(card: str, repo: str) -> str:
-    """A card with code that loads from a repository instead of the folder of the card.
+    """Return a card with code that loads from a repository instead of the folder of the card.
 
     Args:
         card: Its text.

@@ -83,7 +83,7 @@ class Renderer:
         object.__setattr__(self, "special", frozenset(added | set(self.tokenizer.all_special_ids)))
 
     def text(self, chat: Chat, *, ask: bool = False) -> str:
-        """The chat as text; with `ask`, followed by the header that makes the assistant answer.
+        """Return the chat as text; with `ask`, followed by the header that makes the assistant answer.
 
         Raises:
             DataError: The template refuses the chat, or drops a part of it.
@@ -93,7 +93,7 @@ class Renderer:
         return text
 
     def spoken(self, chat: Chat, *, train_on: str) -> Spoken:
-        """The rendered chat, and what of it is trained.
+        """Return the rendered chat, and what of it is trained.
 
         Args:
             chat: The chat.
@@ -153,11 +153,11 @@ class Renderer:
         return min(found)[2]
 
     def spans(self, chat: Chat) -> Rendered:
-        """The rendered chat, and where the assistant speaks, each end-of-turn token included; see `spoken`."""
+        """Return the rendered chat, and where the assistant speaks, each end-of-turn token included; see `spoken`."""
         return self.spoken(chat, train_on="assistant").rendered
 
     def whole(self, chat: Chat) -> Rendered:
-        """The rendered chat, every character trained; see `spoken`."""
+        """Return the rendered chat, every character trained; see `spoken`."""
         return self.spoken(chat, train_on="all").rendered
 
     def _marked_spans(self, chat: Chat, rendered: Rendered, *, last: bool) -> list[Span]:
@@ -203,7 +203,7 @@ class Renderer:
         return spans
 
     def _opening(self, text: str) -> str:
-        """The text before the first turn of a chat that the assistant begins, with its header.
+        """Return the text before the first turn of a chat that the assistant begins, with its header.
 
         Many templates look into the first turn and can't render a chat without any. So the header is that of another
         chat.
@@ -216,7 +216,7 @@ class Renderer:
         return self._render(Chat([]), ask=True)[0] if header is None or start < 0 else text[: start + len(header)]
 
     def _last_span(self, chat: Chat, text: str) -> Rendered:
-        """The chat up to its last answer, which is to be trained as it is asked for.
+        """Return the chat up to its last answer, which is to be trained as it is asked for.
 
         Where the template begins the reasoning as it asks, and drops it as it renders, the reasoning of the data stands
         there, or an empty one, as of a model that answers at once. Where the template ends no turn, EOS does.
@@ -260,7 +260,7 @@ class Renderer:
     def _settled(
         self, chat: Chat, *, ask: bool = False, marked: bool = False
     ) -> tuple[Chat, Rendered, tuple[Lost, ...]]:
-        """The chat in the form that the template takes, its rendering, and what that drops.
+        """Return the chat in the form that the template takes, its rendering, and what that drops.
 
         Templates disagree on whether the arguments of tool calls are objects or text, how a turn without content is
         written, and whether a content is a text or a list of parts; that is found by trying, in a fixed order.
@@ -355,7 +355,7 @@ class Renderer:
         return [text for text in texts if text]
 
     def header(self, text: str) -> str | None:
-        """The end of a text, from its last special token on; None where that is far, or there is none."""
+        """Return the end of a text, from its last special token on; None where that is far, or there is none."""
         tail = text[-HEADER:]
         found = list(self._specials.finditer(tail)) if self._specials is not None else []
         return tail[found[-1].start() :] if found else None
@@ -369,7 +369,7 @@ class Renderer:
         return _texts.pattern(self.tokenizer)
 
     def _template(self, chat: Chat) -> str:
-        """Its source.
+        """Return its source.
 
         Raises:
             ModelError: The tokenizer has several, and none for this chat.
@@ -385,7 +385,7 @@ class Renderer:
         return template
 
     def _render(self, chat: Chat, *, ask: bool = False, marked: bool = False) -> Rendered:
-        """Text and marked characters.
+        """Return text and marked characters.
 
         Not `apply_chat_template`: that refuses an empty prefix, and gives markers as tokens, where an end that falls
         between tokens silently becomes the end of the chat.
@@ -423,7 +423,7 @@ def _is_silent(turn: dict[str, Any]) -> bool:
 
 
 def _formed(turn: dict[str, Any], content: Any, decoded: bool, parts: bool) -> dict[str, Any]:
-    """A copy of a turn in one of the forms that templates take.
+    """Return a copy of a turn in one of the forms that templates take.
 
     Args:
         turn: As the data have it.
@@ -457,7 +457,7 @@ def _formed_call(call: Any, *, decoded: bool) -> Any:
 
 
 def _thought(turn: dict[str, Any]) -> str:
-    """The reasoning of a turn."""
+    """Return the reasoning of a turn."""
     for key in REASONING:
         if isinstance(turn.get(key), str):
             return str(turn[key])

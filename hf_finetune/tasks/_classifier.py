@@ -96,7 +96,7 @@ class Classifier(Task):
         return f"{self.kind} {self.problem}"
 
     def label_columns(self) -> dict[str, Column]:
-        """The column or columns of labels."""
+        """Return the column or columns of labels."""
         names = [self.label] if isinstance(self.label, str) else self.label
         return {name: Column("label", is_target=True) for name in names}
 
@@ -124,14 +124,14 @@ class Classifier(Task):
         return _labels.weighted(state, self.class_weights, count, per_label=self.problem == "multi_label")
 
     def refit(self, state: State, counts: tuple[int, ...], rows: int) -> State:
-        """The state with these counts, and class weights that are balanced by them; see `Task.refit`."""
+        """Return the state with these counts, and class weights that are balanced by them; see `Task.refit`."""
         state = super().refit(state, counts, rows)
         if self.class_weights != "balanced":
             return state
         return _labels.weighted(state, self.class_weights, rows, per_label=self.problem == "multi_label")
 
     def model_options(self, state: State) -> dict[str, Any]:
-        """`num_labels`, `id2label`, `label2id` and `problem_type` for `from_pretrained`."""
+        """Return `num_labels`, `id2label`, `label2id` and `problem_type` for `from_pretrained`."""
         suffix = "" if self.problem == "regression" else "_classification"
         return {**_labels.model_options(state), "problem_type": self.problem + suffix}
 
@@ -146,7 +146,7 @@ class Classifier(Task):
         return _labels.ids(rows[self.label], self.label, state)
 
     def label_batch(self, features: list[Any]) -> Batch:
-        """The `labels` of a batch, (B,) or (B, C), where its rows have them."""
+        """Return the `labels` of a batch, (B,) or (B, C), where its rows have them."""
         import torch
 
         if "labels" not in features[0]:
@@ -155,7 +155,7 @@ class Classifier(Task):
         return {"labels": torch.tensor([row["labels"] for row in features], dtype=dtype)}
 
     def example_labels(self, state: State) -> dict[str, Any]:
-        """Cells of the label columns of an example."""
+        """Return the cells of the label columns of an example."""
         if self.problem == "regression":
             return {str(self.label): 0.5}
         if isinstance(self.label, list):
@@ -179,7 +179,7 @@ class Classifier(Task):
                 assert_never(self.problem)
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
-        """Cross-entropy, binary cross-entropy or squared error, summed."""
+        """Return cross-entropy, binary cross-entropy or squared error, summed."""
         from hf_finetune.tasks import _losses
 
         logits, labels = model(**self.inputs(batch)).logits, batch["labels"]
@@ -196,7 +196,7 @@ class Classifier(Task):
     def predict(
         self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """`logits` (B, C) float32, and the `labels`, if known, as they were collated."""
+        """Return `logits` (B, C) float32, and the `labels`, if known, as they were collated."""
         found = {"logits": model(**self.inputs(batch)).logits.float()}
         return {**found, "labels": batch["labels"]} if "labels" in batch else found
 
@@ -216,7 +216,7 @@ class Classifier(Task):
                 assert_never(self.problem)
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
-        """Sums of which loss, accuracy, F1 and the errors of a regression are made."""
+        """Return the sums of which loss, accuracy, F1 and the errors of a regression are made."""
         from hf_finetune.tasks import _sums
 
         logits, labels = predictions["logits"], predictions["labels"]
@@ -257,7 +257,7 @@ class Classifier(Task):
         return Judged(places, right, found, probabilities.max(axis=1, initial=0.0), chosen != ids, "accuracy")
 
     def plots(self, predictions: Predictions, state: State) -> Plot:
-        """Logits and labels side by side."""
+        """Return logits and labels side by side."""
         import numpy as np
 
         logits, labels = predictions["logits"], predictions["labels"]
@@ -265,7 +265,7 @@ class Classifier(Task):
         return Plot(self.problem, rows, self.threshold if self.problem == "multi_label" else None)
 
     def outputs(self, state: State) -> dict[str, OutputKind]:
-        """`label`, `score` and `probability.NAME` of each label; `value` for a regression."""
+        """Return `label`, `score` and `probability.NAME` of each label; `value` for a regression."""
         if self.problem == "regression":
             return {"value": "number"}
         label: OutputKind = "texts" if self.problem == "multi_label" else "text"
@@ -273,7 +273,7 @@ class Classifier(Task):
         return {"label": label, "score": "number", **probabilities}
 
     def decode(self, predictions: Predictions, state: State) -> list[dict[str, Any]]:
-        """Labels with their probabilities, or numbers."""
+        """Return labels with their probabilities, or numbers."""
         import numpy as np
 
         from hf_finetune.errors import DivergedError
@@ -293,7 +293,7 @@ class Classifier(Task):
         return outputs
 
     def answer_code(self) -> str:
-        """Python for the card that prints the answer which `logits` stand for."""
+        """Return Python for the card that prints the answer which `logits` stand for."""
         match self.problem:
             case "single_label":
                 return "print(model.config.id2label[int(logits.argmax())])"

@@ -41,7 +41,7 @@ def parse(template: str) -> list[Part]:
 
 
 def columns(template: str) -> list[str]:
-    """The columns that a template names, each once, in order."""
+    """Return the columns that a template names, each once, in order."""
     return list(dict.fromkeys(name for _, name in parse(template) if name is not None))
 
 
@@ -87,19 +87,19 @@ class Reader:
     text: str | None
 
     def asked(self, prompt: str) -> Chat:
-        """A chat that waits for the answer to a prompt."""
+        """Return a chat that waits for the answer to a prompt."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return Chat([*system, {"role": "user", "content": prompt}])
 
     def chat(self, row: Row) -> Chat:
-        """The row as a chat."""
+        """Return the row as a chat."""
         if self.messages is not None:
             return Chat.parse(_value(row, self.messages), _value(row, self.tools) if self.tools else None)
         prompt, completion = self.pair(row)
         return Chat([*self.asked(prompt).messages, {"role": "assistant", "content": completion}])
 
     def pair(self, row: Row) -> tuple[str, str]:
-        """Prompt and completion of a row, neither blank; plain text has an empty prompt."""
+        """Return the prompt and completion of a row, neither blank; plain text has an empty prompt."""
         if self.text is not None:
             return "", fill([("", self.text)], row)
         prompt, completion = (fill(parse(template), row) for template in (self.prompt, self.completion))
@@ -110,17 +110,17 @@ class Reader:
         return prompt, completion
 
     def spoken(self, row: Row, renderer: Renderer, *, train_on: str) -> Spoken:
-        """The rendered chat, and what of it is trained; see `Renderer.spoken`."""
+        """Return the rendered chat, and what of it is trained; see `Renderer.spoken`."""
         return renderer.spoken(self.chat(row), train_on=train_on)
 
     def completed(self, row: Row, renderer: Renderer, *, whole: bool) -> Spoken:
-        """Prompt + completion; the completion is to be trained, or both."""
+        """Return prompt + completion; the completion is to be trained, or both."""
         prompt, completion = (renderer.guarded(text) for text in self.pair(row))
         start, end = len(prompt), len(prompt) + len(completion)
         return Spoken(prompt + completion, [(0, start), (start, end)] if whole and start else [(start, end)])
 
     def question(self, row: Row, renderer: Renderer) -> str:
-        """The rendered chat up to the header of its last assistant turn."""
+        """Return the rendered chat up to the header of its last assistant turn."""
         chat = self.chat(row)
         return renderer.text(chat.upto(chat.answers[-1]) if chat.answers else chat, ask=True)
 
@@ -133,7 +133,7 @@ class Reader:
         return chat.upto(chat.answers[-1]) if ends else chat
 
     def open_text(self, row: Row) -> str:
-        """The prompt, or the plain text, that is to be continued; not blank."""
+        """Return the prompt, or the plain text, that is to be continued; not blank."""
         template = self.prompt if self.text is None else ""
         text = fill(parse(template) if template else [("", self.text)], row)
         if not text.strip():
@@ -141,7 +141,7 @@ class Reader:
         return text
 
     def reference(self, row: Row) -> str:
-        """The text of the last assistant turn."""
+        """Return the text of the last assistant turn."""
         chat = self.chat(row)
         answer = chat.messages[chat.answers[-1]].get("content") if chat.answers else None
         if not isinstance(answer, str):
@@ -155,7 +155,7 @@ def blank(rows: Rows, reader: Reader) -> list[bool]:
 
 
 def each(rows: Rows, make: Callable[[Row], T], most: int | None = None) -> list[T]:
-    """`make` of each of the first rows.
+    """Return `make` of each of the first rows.
 
     Raises:
         RowsError: It raised a `DataError` for some rows; they are counted from 0.

@@ -81,7 +81,7 @@ class Text:
 
 
 def lost(chat: Chat, text: str, template: str, probe: Probe) -> tuple[Lost, ...]:
-    """Everything of a chat that its rendering lacks.
+    """Return everything of a chat that its rendering lacks.
 
     Args:
         chat: As it was handed to the template.
@@ -135,7 +135,7 @@ def _of_turn(
 
 
 def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> Iterator[Lost]:
-    """The missing part of a content that does not stand in the text as it is."""
+    """Yield the missing part of a content that does not stand in the text as it is."""
     before, mark, after = content.rpartition("</think>")
     if mark and (not after.strip() or text.holds(after)):
         thought = before.replace("<think>", "", 1)
@@ -162,7 +162,7 @@ def _of_call(call: Any, at: str, text: Text) -> Iterator[Lost]:
 
 
 def _of_tools(chat: Chat, text: Text) -> Iterator[Lost]:
-    """Tools and tool calls whose name is nowhere: the template knows no tools."""
+    """Yield tools and tool calls whose name is nowhere: the template knows no tools."""
     for index, turn in enumerate(chat.messages):
         for call in turn.get("tool_calls", []):
             name = _function(call)["name"]
@@ -175,7 +175,7 @@ def _of_tools(chat: Chat, text: Text) -> Iterator[Lost]:
 
 
 def _function(entry: Any) -> dict[str, Any]:
-    """The function of a tool or a tool call.
+    """Return the function of a tool or a tool call.
 
     Raises:
         DataError: It has no name.
@@ -187,7 +187,7 @@ def _function(entry: Any) -> dict[str, Any]:
 
 
 def _repeated(chat: Chat, text: Text) -> frozenset[tuple[int, str]]:
-    """The last turns of those that say the same, where the text holds it less often."""
+    """Return the last turns of those that say the same, where the text holds it less often."""
     said = Counter(content.strip() for turn in chat.messages if isinstance(content := turn.get("content"), str))
     gone = set()
     for content, count in said.items():
@@ -199,13 +199,13 @@ def _repeated(chat: Chat, text: Text) -> frozenset[tuple[int, str]]:
 
 
 def _sayings(turn: Mapping[str, Any]) -> dict[str, str]:
-    """Content and reasoning of a turn, where they are text."""
+    """Return the content and reasoning of a turn, where they are text."""
     found = {"content": _plain(turn.get("content")), "reasoning": next((turn[k] for k in REASONING if k in turn), None)}
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def probed(chat: Chat) -> tuple[Chat, dict[tuple[int, str], str]]:
-    """A chat of the same shape that says other words, and which word stands for what."""
+    """Return a chat of the same shape that says other words, and which word stands for what."""
     words: dict[tuple[int, str], str] = {}
     turns = []
     for index, turn in enumerate(chat.messages):
@@ -220,7 +220,7 @@ def probed(chat: Chat) -> tuple[Chat, dict[tuple[int, str], str]]:
 
 
 def shape(chat: Chat) -> tuple[Any, ...]:
-    """Everything that a template can tell of a chat without reading its texts."""
+    """Return everything that a template can tell of a chat without reading its texts."""
     return bool(chat.tools), *(
         (turn["role"], *turn, *_sayings(turn), *(not said.strip() for said in _sayings(turn).values()))
         for turn in chat.messages
@@ -235,7 +235,7 @@ def kinds(chat: Chat) -> frozenset[Any]:
 
 
 def _plain(content: Any) -> Any:
-    """The text of a content, also where it was handed over as one part of text."""
+    """Return the text of a content, also where it was handed over as one part of text."""
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and "text" in content[0]:
         return content[0]["text"]
     return content
@@ -254,7 +254,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _forms(said: str) -> tuple[str, ...]:
-    """A text as it stands, and inside JSON."""
+    """Return a text as it stands, and inside JSON."""
     return said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1]
 
 

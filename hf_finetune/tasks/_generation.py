@@ -102,7 +102,7 @@ def answer_together(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
+    """Return every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     ends = {tokenizer.eos_token_id, _turn_end(tokenizer), *configured}
@@ -110,7 +110,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which training teaches the model to end an answer."""
+    """Return the token with which training teaches the model to end an answer."""
     token: Any = tokenizer.eos_token if tokenizer.chat_template is None else Renderer(tokenizer).end_of_turn
     end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return int(end) if end is not None else None
@@ -144,7 +144,7 @@ def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
-    """Indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
+    """Yield the indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     roomy = [index for index in order if lengths[index] + max_new_tokens <= limit]
@@ -178,7 +178,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int], t
 
 
 def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, float]:
-    """Shares and means over all answers, none where there are no answers.
+    """Return shares and means over all answers, none where there are no answers.
 
     Args:
         generations: What the model wrote.
@@ -198,7 +198,7 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
 
 
 def each(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, list[float]]:
-    """The values of which `compare` takes the means, one an answer; arguments and errors as there."""
+    """Return the values of which `compare` takes the means, one an answer; arguments and errors as there."""
     wanted = right_answers(references, pattern)
     given = [extract(generation.text, pattern) for generation in generations]
     return {
@@ -209,7 +209,7 @@ def each(generations: list[Generation], references: list[str], pattern: str | No
 
 
 def right_answers(references: list[str], pattern: str | None) -> list[str | None]:
-    """The answer in each reference.
+    """Return the answer in each reference.
 
     Raises:
         DataError: The pattern matches nothing in a reference, so that no answer could be right.
@@ -222,7 +222,7 @@ def right_answers(references: list[str], pattern: str | None) -> list[str | None
 
 
 def extract(text: str, pattern: str | None) -> str | None:
-    """The answer inside a text, without surrounding white space; None where the pattern matches nothing."""
+    """Return the answer inside a text, without surrounding white space; None where the pattern matches nothing."""
     if pattern is None:
         return text.strip()
     matches = list(re.finditer(pattern, text))

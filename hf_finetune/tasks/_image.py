@@ -20,7 +20,7 @@ MOST_PIXELS = 178_956_970
 
 
 def content(cell: Any) -> bytes:
-    """The encoded file of a cell.
+    """Return the encoded file of a cell.
 
     Raises:
         DataError: There is none, or it can't be read.
@@ -43,7 +43,7 @@ def content(cell: Any) -> bytes:
 
 
 def opened(file: bytes) -> Image:
-    """The image in RGB, as a camera's orientation says it is to be seen.
+    """Return the image in RGB, as a camera's orientation says it is to be seen.
 
     Raises:
         DataError: It is damaged, too large, or no image.
@@ -63,7 +63,7 @@ def opened(file: bytes) -> Image:
 
 
 def on_disk(path: str) -> Path:
-    """The file that a path leads to, or into: a zip file stands in it where a folder would."""
+    """Return the file that a path leads to, or into: a zip file stands in it where a folder would."""
     file = Path(path)
     return next((place for place in (file, *file.parents) if place.is_file()), file)
 
@@ -77,5 +77,5 @@ def _read(path: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def _archive(path: str, process: int) -> zipfile.ZipFile:
-    """A zip file that stays open; each process has its own, as they would move the place of a shared one."""
+    """Return a zip file that stays open; each process has its own, as they would move the place of a shared one."""
     return zipfile.ZipFile(path)

@@ -34,7 +34,7 @@ UNLABELLED = (-1, -100)
 
 
 def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
-    """The text by which each label is known, one label a row.
+    """Return the text by which each label is known, one label a row.
 
     Raises:
         RowsError: A label is missing, or neither integer, string nor boolean, or not of the type of the others.
@@ -48,7 +48,7 @@ def list_texts(values: Sequence[Any], column: str, start: int = 0, *, repeated: 
 
 
 def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]]:
-    """Ids of each row's list of labels, which may repeat; raises like `ids`."""
+    """Return the ids of each row's list of labels, which may repeat; raises like `ids`."""
     texts_of = _list_reader(values, repeated=True)
 
     def read(value: Any) -> list[int]:
@@ -62,7 +62,7 @@ def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]
 
 
 def ids(values: Sequence[Any], column: str, targets: State) -> list[int]:
-    """Ids of a column with one label a row.
+    """Return the ids of a column with one label a row.
 
     Raises:
         RowsError: A label is missing, unfit, or unknown where `targets` have names; without names every id is 0.
@@ -82,7 +82,7 @@ def ids(values: Sequence[Any], column: str, targets: State) -> list[int]:
 
 
 def multi_hot(values: Sequence[Any], column: str, targets: State) -> list[list[float]]:
-    """A row of C cells, 0.0 or 1.0, for each list of labels; raises like `ids`."""
+    """Return a row of C cells, 0.0 or 1.0, for each list of labels; raises like `ids`."""
     texts_of = _list_reader(values)
 
     def read(value: Any) -> list[float]:
@@ -98,7 +98,7 @@ def multi_hot(values: Sequence[Any], column: str, targets: State) -> list[list[f
 
 
 def cells(rows: Mapping[str, Sequence[Any]], start: int = 0) -> list[list[float]]:
-    """A row of C cells, 0.0 or 1.0, from C columns.
+    """Return a row of C cells, 0.0 or 1.0, from C columns.
 
     Raises:
         RowsError: A cell is neither 0, 1, true nor false.
@@ -117,7 +117,7 @@ def cells(rows: Mapping[str, Sequence[Any]], start: int = 0) -> list[list[float]
 
 
 def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
-    """The numbers of a regression's column.
+    """Return the numbers of a regression's column.
 
     Raises:
         RowsError: A value is missing, no number, or not finite.
@@ -139,7 +139,7 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
 
 
 def id_of(text: str, ids_of: Mapping[str, int]) -> int | None:
-    """The id of a label's text; `True` of a csv file is the `true` of another, if only one of them is known."""
+    """Return the id of a label's text; `True` of a csv file is the `true` of another, if only one of them is known."""
     found = ids_of.get(text)
     if found is None and (plain := text.lower()) in {"true", "false"}:
         found = next((number for name, number in ids_of.items() if name.lower() == plain), None)
@@ -167,7 +167,7 @@ def is_missing(value: object) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first `SHOWN` of them."""
+    """Return names for a message, the first `SHOWN` of them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -217,7 +217,7 @@ def _kind(value: Any) -> str:
 
 
 def _each(values: Sequence[Any], column: str, start: int, read: Callable[[Any], T]) -> list[T]:
-    """`read` of each value; what it refuses is collected."""
+    """Return `read` of each value; what it refuses is collected."""
     found, bad = [], BadRows()
     for row, value in enumerate(values, start):
         try:
@@ -267,7 +267,7 @@ Declared = tuple[tuple[str, ...], dict[str, int]]
 
 
 def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None) -> State:
-    """State of a column with one label a row.
+    """Return the state of a column with one label a row.
 
     Args:
         train: Raw training rows; streamed rows are not read, so that their counts stay empty.
@@ -296,7 +296,7 @@ def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[s
 def read_lists(
     train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None, *, repeated: bool = False
 ) -> State:
-    """State of a column with a list of labels a row; arguments and errors like `read_labels`."""
+    """Return the state of a column with a list of labels a row; arguments and errors like `read_labels`."""
     from datasets import LargeList, List
 
     def read(values: Sequence[Any], start: int) -> list[list[str]]:
@@ -312,7 +312,7 @@ def read_lists(
 
 
 def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> State:
-    """State of several columns of 0 and 1: the columns are the labels.
+    """Return the state of several columns of 0 and 1: the columns are the labels.
 
     Raises:
         DataError: A cell is missing or neither 0 nor 1, or all are 0.
@@ -335,7 +335,7 @@ def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> Stat
 
 
 def read_numbers(train: Dataset | IterableDataset, column: str) -> State:
-    """State of a column of numbers: one output, named like the column.
+    """Return the state of a column of numbers: one output, named like the column.
 
     Raises:
         DataError: A value is missing, no number, or not finite.
@@ -354,7 +354,7 @@ def read_numbers(train: Dataset | IterableDataset, column: str) -> State:
 
 
 def model_options(state: State) -> dict[str, Any]:
-    """`num_labels`, `id2label` and `label2id` for `from_pretrained`."""
+    """Return `num_labels`, `id2label` and `label2id` for `from_pretrained`."""
     return {
         "num_labels": len(state.names),
         "id2label": dict(enumerate(state.names)),
@@ -365,7 +365,7 @@ def model_options(state: State) -> dict[str, Any]:
 def weighted(
     targets: State, setting: Literal["balanced"] | Mapping[str, float], rows: int | None, *, per_label: bool
 ) -> State:
-    """The targets with class weights.
+    """Return the targets with class weights.
 
     Args:
         targets: With counts, for `balanced`.
@@ -409,7 +409,7 @@ def _named_weights(names: Sequence[str], setting: Mapping[str, float]) -> tuple[
 
 
 def _declared(feature: Any, column: str, names: Sequence[str] | None) -> Declared | None:
-    """Everything that the recipe and the column's feature tell without reading a row."""
+    """Return everything that the recipe and the column's feature tell without reading a row."""
     from datasets import ClassLabel, Value
 
     if isinstance(feature, ClassLabel):
@@ -480,7 +480,7 @@ def _negative(text: str) -> str:
 
 
 def _batches(train: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Number of the first row, and columns, of each stretch of rows."""
+    """Yield the number of the first row, and columns, of each stretch of rows."""
     start = 0
     for rows in train.select_columns(list(columns)).with_format(None).iter(batch_size=10_000):
         yield start, rows
@@ -488,7 +488,7 @@ def _batches(train: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict
 
 
 def _feature(train: Dataset | IterableDataset, column: str) -> Any:
-    """The column's feature; None where streamed rows have not told theirs."""
+    """Return the column's feature; None where streamed rows have not told theirs."""
     return None if train.features is None else train.features[column]
 
 

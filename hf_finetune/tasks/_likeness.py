@@ -45,7 +45,7 @@ _LEVELLERS: dict[str, Callable[[str], str]] = {
 
 
 def level(text: str, without: str = "") -> str:
-    """The part of a label that tells it from others.
+    """Return the part of a label that tells it from others.
 
     Args:
         text: The label.
@@ -58,7 +58,7 @@ def level(text: str, without: str = "") -> str:
 
 
 def groups(counts: Mapping[str, int]) -> list[list[str]]:
-    """Labels that are alike, the commonest of each group first; labels that are like no other are left out.
+    """Return labels that are alike, the commonest of each group first; labels that are like no other are left out.
 
     Args:
         counts: Rows of each label.
@@ -85,7 +85,7 @@ def difference(*alike: Sequence[str]) -> str:
 
 
 def like(text: str, names: Sequence[str]) -> str | None:
-    """The known label that a text, which is none of them, is like."""
+    """Return the known label that a text, which is none of them, is like."""
     return _levelled(tuple(names)).get(level(text))
 
 
@@ -100,5 +100,5 @@ def shown(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A label for a listing: as it is, or in quotation marks where a part of it would not be seen."""
+    """Return a label for a listing: as it is, or in quotation marks where a part of it would not be seen."""
     return name if name == name.strip() and name.isprintable() else shown(name)

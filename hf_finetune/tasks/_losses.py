@@ -57,7 +57,7 @@ def cross_entropy_items(labels: torch.Tensor, weights: Sequence[float] = ()) -> 
 def binary_cross_entropy_sum(
     logits: torch.Tensor, labels: torch.Tensor, positive_weights: Sequence[float] = ()
 ) -> torch.Tensor:
-    """Binary cross-entropy summed over cells, each cell one yes-or-no question.
+    """Return binary cross-entropy summed over cells, each cell one yes-or-no question.
 
     Args:
         logits: (B, C).
@@ -79,12 +79,12 @@ def binary_cross_entropy_sum(
 
 
 def binary_cross_entropy_items(labels: torch.Tensor) -> torch.Tensor:
-    """Cells of (B, C) that are not masked, a float32 scalar."""
+    """Return the cells of (B, C) that are not masked, a float32 scalar."""
     return (labels != IGNORE).sum().float()
 
 
 def squared_error_sum(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Squared error summed over rows, a float32 scalar; over `squared_error_items`, torch's `mse_loss`.
+    """Return squared error summed over rows, a float32 scalar; over `squared_error_items`, torch's `mse_loss`.
 
     Args:
         predictions: (B, 1) or (B,).
@@ -95,7 +95,7 @@ def squared_error_sum(predictions: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def squared_error_items(labels: torch.Tensor) -> torch.Tensor:
-    """Rows of (B,) that are not masked, a float32 scalar."""
+    """Return the rows of (B,) that are not masked, a float32 scalar."""
     return (~labels.isnan()).sum().float()
 
 
@@ -144,7 +144,7 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0)
 
 
 def loss_sum_of(kept: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """The same for positions that count, all of them.
+    """Return the same for positions that count, all of them.
 
     Args:
         kept: (N, V) logits.
@@ -224,6 +224,6 @@ def every_token(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _kept(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) and labels (N,) of the counted positions."""
+    """Return logits (N, V) and labels (N,) of the counted positions."""
     mask = counted(labels)
     return logits[:, :-1][mask], labels[:, 1:][mask]

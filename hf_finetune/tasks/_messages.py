@@ -49,7 +49,7 @@ class Chat:
         return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted))
 
     def upto(self, turns: int) -> Chat:
-        """The first so many turns."""
+        """Return the first so many turns."""
         return Chat(self.messages[:turns], self.tools, self.muted)
 
     @property
@@ -124,7 +124,7 @@ def _weight(number: int, turn: dict[str, Any]) -> bool:
 
 
 def _joined(parts: list[Any], role: str, at: str) -> Any:
-    """The text of a content that comes in parts, as templates for text alone take it."""
+    """Return the text of a content that comes in parts, as templates for text alone take it."""
     texts = [part if isinstance(part, str) else _text_of(part) for part in parts]
     if all(text is not None for text in texts):
         return "".join(text for text in texts if text is not None)
@@ -141,13 +141,13 @@ def is_text(part: Any) -> bool:
 
 
 def _text_of(part: Any) -> str | None:
-    """The text of one part; None if it is of another type."""
+    """Return the text of one part; None if it is of another type."""
     text = part.get("text") if is_text(part) else None
     return text if isinstance(text, str) else None
 
 
 def _call(call: Any, at: str) -> Any:
-    """A tool call as it stands, once its arguments are known to be JSON where they are text."""
+    """Return a tool call as it stands, once its arguments are known to be JSON where they are text."""
     call = _decoded(call)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
@@ -158,7 +158,7 @@ def _call(call: Any, at: str) -> Any:
 
 
 def arguments(function: Mapping[str, Any]) -> Any:
-    """The decoded arguments of a function; empty text is no arguments.
+    """Return the decoded arguments of a function; empty text is no arguments.
 
     Raises:
         DataError: They are text, but no JSON.
@@ -173,7 +173,7 @@ def arguments(function: Mapping[str, Any]) -> Any:
 
 
 def _decoded(entry: Any) -> Any:
-    """A tool or tool call, which may be JSON text inside a list; what is no JSON is refused later."""
+    """Return a tool or tool call, which may be JSON text inside a list; what is no JSON is refused later."""
     if not isinstance(entry, str):
         return entry
     try:

@@ -47,7 +47,7 @@ class Calibration:
 
 
 def calibration(rows: Array, bins: int = BINS) -> Calibration:
-    """The reliability diagram's numbers.
+    """Return the reliability diagram's numbers.
 
     Args:
         rows: (N, C + 1), logits, then the label's id; rows with a negative id are left out.
@@ -66,12 +66,12 @@ def calibration(rows: Array, bins: int = BINS) -> Calibration:
 
 
 def ece(rows: Array, bins: int = BINS) -> float:
-    """Expected calibration error of (N, C + 1) rows, logits then label id; NaN without a counted row."""
+    """Return expected calibration error of (N, C + 1) rows, logits then label id; NaN without a counted row."""
     return calibration(rows, bins).error
 
 
 def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
-    """Probabilities (N, C) of (N, C) logits, and what follows from them.
+    """Return probabilities (N, C) of (N, C) logits, and what follows from them.
 
     Returns:
         Probabilities; the likeliest class of each row, (N,) ids, for `single_label`, else cells (N, C) that are true
@@ -84,12 +84,12 @@ def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]
 
 
 def named(cells: Array, names: Sequence[str]) -> list[str]:
-    """The names of the labels whose cell is true."""
+    """Return the names of the labels whose cell is true."""
     return [name for name, is_on in zip(names, cells, strict=True) if is_on]
 
 
 def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str, float]:
-    """Metrics of rows with one label.
+    """Return the metrics of rows with one label.
 
     Args:
         logits: (N, C).
@@ -127,7 +127,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
 
 
 def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: float) -> dict[str, float]:
-    """Metrics of rows with any number of labels.
+    """Return the metrics of rows with any number of labels.
 
     Args:
         logits: (N, C).
@@ -161,7 +161,7 @@ def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: f
 
 
 def regression(predictions: Array, labels: Array) -> dict[str, float]:
-    """Metrics of a number a row.
+    """Return the metrics of a number a row.
 
     Args:
         predictions: (N,).
@@ -194,7 +194,7 @@ def regression(predictions: Array, labels: Array) -> dict[str, float]:
 
 
 def _counted(logits: Array, labels: Array, kept: Array) -> tuple[Array, Array]:
-    """The rows that are not masked, in float64."""
+    """Return the rows that are not masked, in float64."""
     logits, labels = logits[kept].astype(np.float64), labels[kept].astype(np.float64)
     wrong = np.count_nonzero(~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim))))
     if wrong:
@@ -233,5 +233,5 @@ def _per_class(truth: Array, predicted: Array, names: Sequence[str]) -> dict[str
 
 
 def _finite(found: dict[str, Any]) -> dict[str, float]:
-    """Plain floats, without those that are undefined."""
+    """Return plain floats, without those that are undefined."""
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

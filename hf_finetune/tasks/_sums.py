@@ -30,7 +30,7 @@ class Sums:
 
 
 def of_means(columns: Mapping[str, Array]) -> Sums:
-    """Sums of which the metrics are plain means over rows.
+    """Return the sums of which the metrics are plain means over rows.
 
     Args:
         columns: Values (N,) by name of the metric.
@@ -41,7 +41,7 @@ def of_means(columns: Mapping[str, Array]) -> Sums:
 
 
 def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
-    """Sums of rows with one label: (N, C) logits, and (N,) ids; negative ones are left out."""
+    """Return the sums of rows with one label: (N, C) logits, and (N,) ids; negative ones are left out."""
     from scipy import sparse
 
     kept = labels >= 0
@@ -91,7 +91,7 @@ def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
 
 
 def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, every: bool = False) -> dict[str, Array]:
-    """F1 averages and, of few classes, each one's, from (C, B) counts.
+    """Return F1 averages and, of few classes, each one's, from (C, B) counts.
 
     `every` takes classes into the macro mean that occur neither in truth nor in predictions, as scikit-learn does for
     cells.
@@ -110,7 +110,7 @@ def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, ev
 
 
 def of_numbers(predicted: Array, labels: Array) -> Sums:
-    """Sums of a regression: (N,) predictions and labels; rows with a NaN are left out."""
+    """Return the sums of a regression: (N,) predictions and labels; rows with a NaN are left out."""
     kept = np.isfinite(predicted) & np.isfinite(labels)
     predicted, labels = predicted[kept].astype(np.float64), labels[kept].astype(np.float64)
     # Centred, so that little is lost to rounding.
@@ -138,7 +138,7 @@ def _of_errors(added: Array) -> dict[str, Array]:
 
 
 def of_tokens(nats: Array, tokens: Array, right: Array) -> Sums:
-    """Sums of rows of tokens: (N,) nats, counted tokens and right tokens each."""
+    """Return the sums of rows of tokens: (N,) nats, counted tokens and right tokens each."""
     rows = np.stack([nats, tokens, right]).astype(np.float64)
     return Sums(rows[:, rows[1] > 0], _of_tokens)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def checked(values: Sequence[Any], column: str) -> list[str]:
-    """The texts of a column.
+    """Return the texts of a column.
 
     Raises:
         RowsError: Some are null, empty or no text; rows are counted from 0.
@@ -120,7 +120,7 @@ def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
 
 
 def guarded(value: Any, specials: re.Pattern[str]) -> Any:
-    """A copy of a text, or of lists and dicts of texts, with a guard inside each special token."""
+    """Return a copy of a text, or of lists and dicts of texts, with a guard inside each special token."""
     if isinstance(value, str):
         return specials.sub(lambda found: found[0][0] + GUARD + found[0][1:], value)
     if isinstance(value, dict):
@@ -193,7 +193,7 @@ def reads_clock(processor: Any) -> bool:
 
 @lru_cache
 def pinned(template: str, day: str) -> str:
-    """A template for which it is midnight of a day.
+    """Return a template for which it is midnight of a day.
 
     transformers hands `strftime_now` over as a global of Jinja that can't be replaced from outside; a macro of the
     same name comes before it. It replaces every directive in its format by what it stands for.

@@ -51,7 +51,7 @@ def mark(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
 
 
 def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]:
-    """The same for plain texts: BOS as the tokenizer adds it, but once; EOS at the end, trained.
+    """Return the same for plain texts: BOS as the tokenizer adds it, but once; EOS at the end, trained.
 
     Raises:
         ModelError: The tokenizer has no EOS token, so that the model could not learn to stop.
@@ -104,7 +104,7 @@ def _depends(text: str, start: int) -> bool:
 
 @lru_cache(maxsize=256)
 def _header_ids(tokenizer: PreTrainedTokenizerBase, header: str) -> tuple[int, ...]:
-    """Tokens of a header that begins with a special token, before which every tokenizer splits."""
+    """Return the tokens of a header that begins with a special token, before which every tokenizer splits."""
     return tuple(_tokenise(tokenizer, [header], add_special_tokens=False)[0][0])
 
 

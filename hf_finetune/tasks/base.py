@@ -66,13 +66,13 @@ def tokenizer_of(processor: Any) -> Any | None:
 
 
 def pad_token_of(processor: Any) -> int | None:
-    """Id of the pad token; None where nothing is tokenised."""
+    """Return the id of the pad token; None where nothing is tokenised."""
     token = getattr(tokenizer_of(processor), "pad_token_id", None)
     return None if token is None else int(token)
 
 
 def literal(value: Any) -> str:
-    """A Python literal that ends no block of code in Markdown."""
+    """Return a Python literal that ends no block of code in Markdown."""
     return repr(value).replace("`", "\\x60")
 
 
@@ -207,23 +207,23 @@ class Task(Plugin):
     # ---- the recipe and the data ----
 
     def ignored(self, *, validation: bool, test: bool) -> str | None:
-        """A setting that a run with these held-out splits would not use, as `key: why; what to do`, or None."""
+        """Return a setting that a run with these held-out splits would not use, as `key: why; what to do`, or None."""
         return None
 
     @abstractmethod
     def columns(self) -> dict[str, Column]:
-        """The columns that the data must have, in order."""
+        """Return the columns that the data must have, in order."""
 
     def text_columns(self) -> list[str]:
-        """Columns whose cells stay as they are written: digits of a csv file are text there."""
+        """Return columns whose cells stay as they are written: digits of a csv file are text there."""
         return [name for name, column in self.columns().items() if column.kind != "label"]
 
     def file_columns(self) -> list[str]:
-        """The columns that hold files: paths, or the bytes themselves."""
+        """Return the columns that hold files: paths, or the bytes themselves."""
         return [name for name, column in self.columns().items() if column.kind in ("image", "audio")]
 
     def optional_columns(self) -> list[str]:
-        """The columns that a row may lack."""
+        """Return the columns that a row may lack."""
         return [name for name, column in self.columns().items() if column.is_optional]
 
     @property
@@ -232,7 +232,7 @@ class Task(Plugin):
         return any(column.kind == "label" for column in self.columns().values())
 
     def asked_columns(self) -> list[str]:
-        """The columns that a row must have to be predicted."""
+        """Return the columns that a row must have to be predicted."""
         return [name for name, column in self.columns().items() if not (column.is_target or column.is_optional)]
 
     def declares_labels(self) -> bool:
@@ -257,7 +257,7 @@ class Task(Plugin):
         return State()
 
     def refit(self, state: State, counts: tuple[int, ...], rows: int) -> State:
-        """The state once rows that can't be used are dropped: their counts, and what follows from them.
+        """Return the state once rows that can't be used are dropped: their counts, and what follows from them.
 
         Args:
             state: What `fit` read off all training rows.
@@ -272,7 +272,7 @@ class Task(Plugin):
     # ---- the model and the rows it reads ----
 
     def model_options(self, state: State) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`, e.g. `num_labels`, `id2label`, `problem_type`."""
+        """Return keyword arguments for `from_pretrained`, e.g. `num_labels`, `id2label`, `problem_type`."""
         return {}
 
     def check_config(self, name: str, config: Any) -> None:
@@ -299,7 +299,7 @@ class Task(Plugin):
         """
 
     def masked(self, row: Any) -> Any:
-        """A copy of a row that counts as nothing: it fills a rank that ran out of rows."""
+        """Return a copy of a row that counts as nothing: it fills a rank that ran out of rows."""
         if isinstance(row, list):  # documents that share a sequence
             return [self.masked(document) for document in row]
         label = row["labels"]
@@ -320,14 +320,14 @@ class Task(Plugin):
         """
 
     def inputs(self, batch: Batch) -> Batch:
-        """The part of a batch that the model's forward pass takes."""
+        """Return the part of a batch that the model's forward pass takes."""
         return {name: value for name, value in batch.items() if name != "labels"}
 
     # ---- training and evaluation ----
 
     @abstractmethod
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Items of a micro-batch that its loss is summed over, weighted like the loss; a scalar.
+        """Return the items of a micro-batch that its loss is summed over, weighted like the loss; a scalar.
 
         The trainer adds the counts of the *global* batch up before the first forward pass, and divides every
         `Loss.sum` by the total: so the optimisation does not depend on how the batch is cut.
@@ -370,25 +370,25 @@ class Task(Plugin):
         """
 
     def sums(self, predictions: Predictions, state: State) -> Sums | None:
-        """Sums over rows from which metrics follow, for bootstrap intervals; None where none do."""
+        """Return sums over rows from which metrics follow, for bootstrap intervals; None where none do."""
         return None
 
     def judge(self, predictions: Predictions, state: State) -> Judged | None:
-        """Predictions beside the truth, row by row; None where a row is not right or wrong as a whole."""
+        """Return predictions beside the truth, row by row; None where a row is not right or wrong as a whole."""
         return None
 
     def plots(self, predictions: Predictions, state: State) -> Plot | None:
-        """Numbers that charts of the split are drawn from; None where there are none."""
+        """Return numbers that charts of the split are drawn from; None where there are none."""
         return None
 
     # ---- answers ----
 
     def outputs(self, state: State) -> dict[str, OutputKind]:
-        """Columns that `decode` makes, in order."""
+        """Return columns that `decode` makes, in order."""
         raise AssertionError(f"{self.kind} generates its answers")
 
     def decode(self, predictions: Predictions, state: State) -> list[dict[str, Any]]:
-        """The answer to each row, as people and files read it; the columns are those of `outputs`.
+        """Return the answer to each row, as people and files read it; the columns are those of `outputs`.
 
         Raises:
             DivergedError: A prediction is not finite.
@@ -396,7 +396,7 @@ class Task(Plugin):
         raise AssertionError(f"{self.kind} generates its answers")
 
     def ask(self, rows: Rows, processor: Any) -> list[list[int]]:
-        """Token ids of rows up to where the model is to answer; of tasks that generate.
+        """Return token ids of rows up to where the model is to answer; of tasks that generate.
 
         Raises:
             RowsError: Rows can't be used; all of them, by their number within the batch.
@@ -404,21 +404,21 @@ class Task(Plugin):
         raise AssertionError(f"{self.kind} generates nothing")
 
     def questions(self, rows: Dataset | None, processor: Any) -> Questions | None:
-        """Prompts whose answers are compared at each evaluation of a split, from its raw rows."""
+        """Return prompts whose answers are compared at each evaluation of a split, from its raw rows."""
         return None
 
     def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
-        """Prompts that are answered at each evaluation for people to read, from the raw validation rows."""
+        """Return prompts that are answered at each evaluation for people to read, from the raw validation rows."""
         return None
 
     # ---- examples, checks, and code for people ----
 
     @abstractmethod
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """A raw row with targets, of `size` tokens or more where that is for the task to choose."""
+        """Return a raw row with targets, of `size` tokens or more where that is for the task to choose."""
 
     def probe(self, sizes: Sequence[int], processor: Any, state: State, *, packed: bool = False) -> Batch:
-        """A batch of examples of these sizes, with labels: for the memory estimate, and to compare models."""
+        """Return a batch of examples of these sizes, with labels: for the memory estimate, and to compare models."""
         rows: list[Any] = []
         for size in sizes:
             columns = {name: [value] for name, value in self.example(state, size).items()}
@@ -430,7 +430,7 @@ class Task(Plugin):
         return batch
 
     def vocabulary(self, processor: Any) -> int:
-        """Numbers that the model makes of every token at its end, if a batch of them is large; else 0."""
+        """Return numbers that the model makes of every token at its end, if a batch of them is large; else 0."""
         return 0
 
     def endings(self, processor: Any) -> frozenset[int]:
@@ -442,10 +442,10 @@ class Task(Plugin):
         return ""
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """The inputs of a raw row as text: both texts of a pair, the path of an image."""
+        """Return the inputs of a raw row as text: both texts of a pair, the path of an image."""
         cells = (row[name] for name in self.asked_columns())
         return "\n".join(str(cell) for cell in cells if not isinstance(cell, bytes))
 
     @abstractmethod
     def usage(self, state: State, processor: Any) -> str:
-        """Python for the model card that asks `model` something, with `processor` loaded: plain transformers."""
+        """Return Python for the model card that asks `model` something, with `processor` loaded: plain transformers."""

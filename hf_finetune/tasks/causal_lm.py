@@ -152,7 +152,7 @@ class CausalLM(Task):
         return self
 
     def ignored(self, *, validation: bool, test: bool) -> str | None:
-        """Samples need a validation split, generated answers one that is held out."""
+        """Return samples need a validation split, generated answers one that is held out."""
         compares = bool(self.generate_rows) and (validation or test)
         if self.sample_prompts and changed(self, "sample_prompts") and not validation:
             return "sample_prompts: there is no validation split; set data.validation or remove it"
@@ -176,7 +176,7 @@ class CausalLM(Task):
         return self.model_copy(update={"date": day}) if prints else self
 
     def columns(self) -> dict[str, Column]:
-        """Columns of chats and tools, of prompt and completion, or of text."""
+        """Return the columns of chats and tools, of prompt and completion, or of text."""
         if self.messages is not None:
             tools = {} if self.tools is None else {self.tools: Column("chat", is_optional=True)}
             return {self.messages: Column("chat"), **tools}
@@ -206,7 +206,7 @@ class CausalLM(Task):
         return examples.blank(rows, self._reader)
 
     def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """EOS, and the token that ends a turn."""
+        """Return EOS, and the token that ends a turn."""
         found = {tokenizer.eos_token_id}
         if self._is_chat(tokenizer):
             with suppress(ModelError):  # a template that ends no turn, which is what this looks for
@@ -237,7 +237,7 @@ class CausalLM(Task):
         return next((f"{one.at}: {one.what}" for one in spoken.lost if one.check == check), "")
 
     def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[Spoken], list[_tokens.Marked]]:
-        """Rows as text, and as tokens."""
+        """Return rows as text, and as tokens."""
         reader, train_on = self._reader, self.train_on
         if self._is_chat(renderer.tokenizer):
             spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on=train_on))
@@ -251,13 +251,13 @@ class CausalLM(Task):
         return _tokens.packed(features, pad) if isinstance(features[0], list) else _tokens.padded(features, pad)
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Counted tokens of the labels, a scalar."""
+        """Return counted tokens of the labels, a scalar."""
         from hf_finetune.tasks import _losses
 
         return _losses.counted(batch["labels"]).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
-        """Cross entropy summed over the counted tokens."""
+        """Return cross entropy summed over the counted tokens."""
         from hf_finetune.tasks import _losses
 
         return Loss(_losses.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
@@ -286,21 +286,21 @@ class CausalLM(Task):
         return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / tokens}
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
-        """Sums of nats, tokens and right tokens."""
+        """Return the sums of nats, tokens and right tokens."""
         from hf_finetune.tasks import _sums
 
         return _sums.of_tokens(*_stacked(predictions).T)
 
     def plots(self, predictions: Predictions, state: State) -> Plot:
-        """Nats, tokens and right tokens of each row."""
+        """Return nats, tokens and right tokens of each row."""
         return Plot(None, _stacked(predictions))
 
     def vocabulary(self, processor: Any) -> int:
-        """Size of the tokenizer's vocabulary."""
+        """Return the size of the tokenizer's vocabulary."""
         return len(processor)
 
     def telling(self, batch: Batch) -> Batch:
-        """The batch with every token as a label, and the last ones as padding if any may be."""
+        """Return the batch with every token as a label, and the last ones as padding if any may be."""
         mask = batch.get("attention_mask")
         if mask is None:
             return {**batch, "labels": batch["input_ids"]}
@@ -309,7 +309,7 @@ class CausalLM(Task):
         return {**batch, "attention_mask": mask, "labels": batch["input_ids"].masked_fill(mask == 0, IGNORE)}
 
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """Words, as many as the tokens that are wanted, for whatever the columns hold."""
+        """Return words, as many as the tokens that are wanted, for whatever the columns hold."""
         words = " ".join(["the"] * size)
         if self.messages is not None:
             turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": words}]
@@ -332,7 +332,7 @@ class CausalLM(Task):
         _tokens.check_packing(model)
 
     def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
-        """Fixed prompts, or those of the first validation rows; none without validation rows."""
+        """Return fixed prompts, or those of the first validation rows; none without validation rows."""
         if rows is None or not self.sample_prompts:
             return None
         return Prompts(self._sample_ids(rows, processor), self.max_new_tokens)
@@ -347,7 +347,7 @@ class CausalLM(Task):
         return _tokens.prompt_ids(tokenizer, texts, plain=False)
 
     def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
-        """Token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
+        """Return token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
 
         Raises:
             DataError: A row can't be rendered; the message names its number within the batch.
@@ -362,7 +362,7 @@ class CausalLM(Task):
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
 
     def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of rows up to where the model is to answer, whether they hold an answer or not.
+        """Return token ids of rows up to where the model is to answer, whether they hold an answer or not.
 
         Raises:
             RowsError: Rows can't be rendered; all of them, by their number within the batch.
@@ -376,7 +376,7 @@ class CausalLM(Task):
         return _tokens.prompt_ids(tokenizer, texts, plain=True)
 
     def references(self, rows: Rows, n: int) -> list[str]:
-        """The data's answers to the first `n` prompts.
+        """Return the data's answers to the first `n` prompts.
 
         Raises:
             DataError: A chat has no assistant turn with text; the message names its number within the batch.
@@ -396,7 +396,7 @@ class CausalLM(Task):
         )
 
     def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
-        """Prompts of the first `generate_rows` rows, answers to which are generated and compared."""
+        """Return the prompts of the first `generate_rows` rows, answers to which are generated and compared."""
         from hf_finetune.tasks import _generation as generation
 
         if rows is None or not self.generate_rows:
@@ -428,7 +428,7 @@ class CausalLM(Task):
 
 
 def _remarks(lost: Iterable[Lost], *, splits: bool) -> int:
-    """Bits of `REMARKS`."""
+    """Return the bits of `REMARKS`."""
     found = {one.check for one in lost} | ({"split_token"} if splits else set())
     return sum(REMARKS[check] for check in found if check is not None)
 

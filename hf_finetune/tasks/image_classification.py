@@ -42,7 +42,7 @@ class ImageClassification(Classifier):
         return self
 
     def columns(self) -> dict[str, Column]:
-        """The image, and the columns of labels."""
+        """Return the image, and the columns of labels."""
         return {self.image: Column("image")} | self.label_columns()
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
@@ -87,7 +87,7 @@ class ImageClassification(Classifier):
         return self._pixels([row["file"] for row in features], processor) | self.label_batch(features)
 
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """A plain image; its size in the end is the processor's, so `size` chooses its shape and colour."""
+        """Return a plain image; its size in the end is the processor's, so `size` chooses its shape and colour."""
         from PIL import Image
 
         stream = io.BytesIO()
@@ -95,7 +95,7 @@ class ImageClassification(Classifier):
         return {self.image: stream.getvalue()} | self.example_labels(state)
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """The path, where there is one."""
+        """Return the path, where there is one."""
         cell = row[self.image]
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         return path if isinstance(path, str) else "an image"

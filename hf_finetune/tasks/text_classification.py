@@ -31,7 +31,7 @@ class TextClassification(Classifier):
         return self
 
     def columns(self) -> dict[str, Column]:
-        """One or two columns of text, and those of the labels."""
+        """Return one or two columns of text, and those of the labels."""
         return {name: Column("text") for name in self._texts()} | self.label_columns()
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
@@ -69,7 +69,7 @@ class TextClassification(Classifier):
         return _texts.padded(features, processor) | self.label_batch(features)
 
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """Words, as many as the tokens that are wanted."""
+        """Return words, as many as the tokens that are wanted."""
         return dict.fromkeys(self._texts(), " ".join(["the"] * size)) | self.example_labels(state)
 
     def usage(self, state: State, processor: Any) -> str:

@@ -79,7 +79,7 @@ class TokenClassification(Task):
         return self
 
     def columns(self) -> dict[str, Column]:
-        """Words and tags."""
+        """Return words and tags."""
         return {self.words: Column("words"), self.tags: Column("label", is_target=True)}
 
     def declares_labels(self) -> bool:
@@ -99,7 +99,7 @@ class TokenClassification(Task):
         return _labels.read_lists(rows, self.tags, self.labels, repeated=True)
 
     def model_options(self, state: State) -> dict[str, Any]:
-        """`num_labels`, `id2label` and `label2id`."""
+        """Return `num_labels`, `id2label` and `label2id`."""
         return _labels.model_options(state)
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
@@ -158,15 +158,15 @@ class TokenClassification(Task):
         return {**batch, "words": torch.tensor([row["words"] for row in features])}
 
     def inputs(self, batch: Batch) -> Batch:
-        """Token ids and their mask."""
+        """Return token ids and their mask."""
         return {name: value for name, value in batch.items() if name not in ("labels", "starts", "words")}
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Tokens with a label."""
+        """Return tokens with a label."""
         return (batch["labels"] != IGNORE).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
-        """Cross-entropy of the tokens with a label, summed."""
+        """Return the cross-entropy of the tokens with a label, summed."""
         from hf_finetune.tasks import _losses
 
         logits = model(**self.inputs(batch)).logits
@@ -194,7 +194,7 @@ class TokenClassification(Task):
         return {**{name: value.where(begins, IGNORE) for name, value in found.items()}, "words": batch["words"]}
 
     def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
-        """`loss` and `accuracy` of words; `precision`, `recall` and `f1` of entities, together and of each type.
+        """Return `loss` and `accuracy` of words; `precision`, `recall` and `f1` of entities, together and of each type.
 
         An entity is right where its words and its type are; see `spans`.
         """
@@ -215,7 +215,7 @@ class TokenClassification(Task):
         return found
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
-        """Sums of which the metrics of words and of all entities together are made."""
+        """Return the sums of which the metrics of words and of all entities together are made."""
         import numpy as np
 
         from hf_finetune.tasks._sums import Sums
@@ -243,7 +243,7 @@ class TokenClassification(Task):
         return Sums(rows, metrics)
 
     def judge(self, predictions: Predictions, state: State) -> Judged:
-        """Predicted beside true tags of each row, with the confidence of the surest wrong tag."""
+        """Return predicted beside true tags of each row, with the confidence of the surest wrong tag."""
         import numpy as np
 
         counted = predictions["truth"] != IGNORE
@@ -257,11 +257,11 @@ class TokenClassification(Task):
         return Judged(places, truth, given, sure[places], wrong.any(axis=1)[places])
 
     def outputs(self, state: State) -> dict[str, OutputKind]:
-        """`tags` of all words, and `score`, the lowest confidence among them."""
+        """Return `tags` of all words, and `score`, the lowest confidence among them."""
         return {"tags": "texts", "score": "number"}
 
     def decode(self, predictions: Predictions, state: State) -> list[dict[str, Any]]:
-        """A tag for each word; words that were cut off are outside of entities."""
+        """Return a tag for each word; words that were cut off are outside of entities."""
         rows = zip(*(predictions[name] for name in ("word", "tag", "confidence", "words")), strict=True)
         found = []
         for words, tags, confidence, count in rows:
@@ -273,11 +273,11 @@ class TokenClassification(Task):
         return found
 
     def example(self, state: State, size: int) -> dict[str, Any]:
-        """Words, as many as the tokens that are wanted."""
+        """Return words, as many as the tokens that are wanted."""
         return {self.words: ["the"] * size, self.tags: [next(iter(state.id_of), OUTSIDE)] * size}
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """The words as a line."""
+        """Return the words as a line."""
         words = row[self.words]
         return " ".join(words) if isinstance(words, list) else str(words)
 
@@ -293,7 +293,7 @@ class TokenClassification(Task):
 
 
 def spans(tags: Iterable[str]) -> Iterable[tuple[int, int, str]]:
-    """Entities of a row: first word, last word, type.
+    """Return the entities of a row: first word, last word, type.
 
     Tags are read as conlleval does, and seqeval by default: `B-city` begins an entity, and `I-city` does where no
     entity of its type goes on. Tags without such a prefix are types themselves, and words in a row with one
@@ -311,7 +311,7 @@ def spans(tags: Iterable[str]) -> Iterable[tuple[int, int, str]]:
 
 
 def _all_spans(predictions: Predictions, name: str, state: State) -> set[tuple[int, int, int, str]]:
-    """Entities of all rows, each with its row; words without a true tag are not there."""
+    """Return the entities of all rows, each with its row; words without a true tag are not there."""
     counted = predictions["truth"] != IGNORE
     return {
         (row, *span)
@@ -321,20 +321,20 @@ def _all_spans(predictions: Predictions, name: str, state: State) -> set[tuple[i
 
 
 def _scores(hits: int, given: int, truth: int) -> dict[str, float]:
-    """Precision, recall and F1; none of what is undefined."""
+    """Return precision, recall and F1; none of what is undefined."""
     found = {"precision": hits / given} if given else {}
     found |= {"recall": hits / truth} if truth else {}
     return {**found, "f1": 2 * hits / (given + truth)} if given + truth else found
 
 
 def _inside(name: str, state: State) -> int:
-    """Id of the tag of a word's later tokens: `I-city` for `B-city`, where there is one."""
+    """Return the id of the tag of a word's later tokens: `I-city` for `B-city`, where there is one."""
     inside = f"I-{name[2:]}" if name.startswith("B-") else name
     return state.names.index(inside if inside in state.names else name)
 
 
 def _words(value: Any, row: int, column: str, bad: BadRows) -> list[str]:
-    """The words of a cell; what is wrong with them is added to `bad`."""
+    """Return the words of a cell; what is wrong with them is added to `bad`."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

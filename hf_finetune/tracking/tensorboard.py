@@ -458,7 +458,7 @@ class Board(MetricsCallback):
             self.writer.add_summary(end)
 
     def _time(self, phase: str, step: int) -> float:
-        """Time at which something of a step was seen."""
+        """Return time at which something of a step was seen."""
         return self._times.get((phase, step)) or self._times.get(("train", step)) or time.time()
 
 

@@ -101,7 +101,7 @@ def _of_folder(folder: Path, recipe: Recipe) -> list[File]:
 
 
 def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
-    """Files by their names below the folder that holds all of them."""
+    """Return files by their names below the folder that holds all of them."""
     top = os.path.commonpath([str(Path(file).absolute().parent) for file in files]) if files else ""
     for file, sha256 in zip(files, hashes, strict=True):
         name = Path(file).absolute().relative_to(top).as_posix()

@@ -254,7 +254,7 @@ class Watch:
         return self.folder / f"{rank}.json"
 
     def _recorded(self, passed: float) -> Failure | None:
-        """A failure that another rank has recorded, once this one had time to find out by itself."""
+        """Return a failure that another rank has recorded, once this one had time to find out by itself."""
         found: Failure | None = _read(self.folder / FAILURE, Failure)
         if found is None:
             return None
@@ -302,7 +302,7 @@ class Watch:
         return None
 
     def _cause(self, error: BaseException) -> Failure | None:
-        """The failure of another rank that is behind an error of the main thread, if any."""
+        """Return the failure of another rank that is behind an error of the main thread, if any."""
         is_lost, is_signal = is_of_a_peer(error), isinstance(error, SystemExit)
         if not (is_lost or is_signal or (isinstance(error, RuntimeError) and not isinstance(error, FinetuneError))):
             return None
@@ -330,7 +330,7 @@ class Watch:
         return Failure(self.rank, f"{text}; {self._steps()}; resume with {same_command()}", PeerError.exit_code)
 
     def _steps(self) -> str:
-        """The last step of each rank, ranks of the same step together."""
+        """Return the last step of each rank, ranks of the same step together."""
         reached: dict[int, list[int]] = defaultdict(list)
         for file in self.folder.glob("[0-9]*.json"):
             if (heartbeat := _read(file, Heartbeat)) is not None:
@@ -388,7 +388,7 @@ def is_of_a_peer(error: BaseException) -> bool:
 
 
 def _own_failure(rank: int, error: BaseException | None) -> Failure | None:
-    """The failure that the others shall read; None for a normal end."""
+    """Return the failure that the others shall read; None for a normal end."""
     if isinstance(error, KeyboardInterrupt):
         return Failure(rank, f"rank {rank}: interrupted from the keyboard", INTERRUPTED, is_stop=True)
     if isinstance(error, SystemExit) and error.code:
@@ -403,7 +403,7 @@ def _own_failure(rank: int, error: BaseException | None) -> Failure | None:
 
 
 def _agreed_name() -> str:
-    """A new name, the same on every rank."""
+    """Return a new name, the same on every rank."""
     from accelerate.utils import broadcast_object_list
 
     names = [uuid.uuid4().hex[:12]]
@@ -412,7 +412,7 @@ def _agreed_name() -> str:
 
 
 def _read(file: Path, kind: type[Any]) -> Any:
-    """The dataclass in a file; None where there is none, or not all of it yet."""
+    """Return the dataclass in a file; None where there is none, or not all of it yet."""
     try:
         return kind(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -428,7 +428,7 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """State and start of a process by proc(5), `stat`; empty where there is none, or no /proc."""
+    """Return the state and start of a process by proc(5), `stat`; empty where there is none, or no /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
