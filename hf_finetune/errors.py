@@ -173,7 +173,7 @@ class Findings:
         self._found = dict.fromkeys(found)
 
     def __iter__(self) -> Iterator[Finding]:
-        """Return errors first, by kind, then the warnings; within a kind by file and line."""
+        """Yield errors first, by kind, then the warnings; within a kind by file and line."""
 
         def order(finding: Finding) -> tuple[int, bool, str, int]:
             problem = finding.problem

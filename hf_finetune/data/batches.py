@@ -237,7 +237,7 @@ def merged(counts: torch.Tensor) -> torch.Tensor:
 
 
 def report(counts: torch.Tensor) -> SplitReport:
-    """The report of what `counts` counts."""
+    """Return the report of what `counts` counts."""
     return SplitReport(*counts[-len(NAMES) :].to(torch.int64).tolist())
 
 
@@ -376,7 +376,7 @@ class _EvalBatches(Sampler[list[int]]):
 
 
 def by_length(lengths: Lengths, most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
-    """Row numbers of batches, longest rows first.
+    """Yield row numbers of batches, longest rows first.
 
     Args:
         lengths: Tokens of each row.

@@ -197,7 +197,7 @@ Held = tuple[str, Any, Any]
 
 
 def opened(file: str) -> pq.ParquetFile:
-    """Return a parquet file.
+    """Open a parquet file.
 
     Raises:
         DataError: It is none, or damaged.
@@ -269,7 +269,7 @@ def batches(files: Sequence[str], features: datasets.Features) -> Iterator[Any]:
 
 
 def rows(files: Sequence[str], features: datasets.Features) -> Iterator[dict[str, Any]]:
-    """Yield the rows of Python values; raises like `batches`."""
+    """Yield the rows of Python values; raise like `batches`."""
     names = list(features)
     for batch in batches(files, features):
         columns = features.decode_batch(batch.to_pydict())

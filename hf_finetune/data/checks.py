@@ -128,7 +128,7 @@ def findings(
 
 
 def without_unfit(problem: Problem, rows: int) -> Problem:
-    """A problem that may come of rows that were left out, with a note of how many they are."""
+    """Return a problem that may come of rows that were left out, with a note of how many they are."""
     if not rows:
         return problem
     what, mark, remedy = problem.message.partition("; ")

@@ -177,7 +177,7 @@ class Encoding:
     faulty: Array  # numbers of the raw rows that can't be encoded
 
     def rows(self) -> datasets.Dataset:
-        """Return those that are kept: the task's features, `size` and `row`."""
+        """Return the rows that are kept: the task's features, `size` and `row`."""
         others = {*BOOKKEEPING, "whole", "weight", MARKS, FAULT}
         chosen = self.whole.select_columns([name for name in self.whole.column_names if name not in others])
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))

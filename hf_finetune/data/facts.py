@@ -74,7 +74,7 @@ class Facts:
 
 
 def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], encoder: Encoder) -> dict[str, Facts]:
-    """Facts of every split.
+    """Return the facts of every split.
 
     Args:
         splits: Raw rows by name of the split.
@@ -111,12 +111,12 @@ class _Stretch:
         self.content = None if content == ids else rows[content].to_pylist()
 
     def column(self, name: str) -> Array:
-        """A column of numbers."""
+        """Return a column of numbers."""
         values: Array = self.rows[name].to_numpy()
         return values
 
     def tokens(self, rows: Array) -> Array:
-        """The tokens of some rows, which are counted from the first one here."""
+        """Return the tokens of some rows, which are counted from the first one here."""
         if len(rows) == len(self.kept):
             return self.ids
         lengths = np.diff(self.starts)[rows]
@@ -126,7 +126,7 @@ class _Stretch:
         return self.ids[offsets + np.arange(len(offsets))]
 
     def hashes(self) -> Array:
-        """One a row that is used."""
+        """Return one a row that is used."""
         parts: Any
         if self.content is not None:
             parts = (value if isinstance(value, bytes) else repr(value).encode() for value in self.content)
@@ -175,7 +175,7 @@ class _Counting:
         self.distinct = self._compare()  # hashes of the kept rows, each once, sorted
 
     def facts(self, trained: Array | None) -> Facts:
-        """The facts.
+        """Return the facts.
 
         Args:
             trained: Sorted hashes of the training rows, where this is another split and they are known.
@@ -201,12 +201,12 @@ class _Counting:
         return Facts(tallies, tuple(edges), bins, self.counts, self._frequent())
 
     def _place(self, row: int) -> tuple[str, int]:
-        """Source of an encoded row, and its number there."""
+        """Return the source of an encoded row, and its number there."""
         found = self.encoding.whole.select_columns([PART, ROW])[row]
         return self.split.places[found[PART]], found[ROW]
 
     def _detail(self, check: str, row: int) -> str:
-        """The exact finding of a check in an encoded row; empty where the check says all."""
+        """Return the exact finding of a check in an encoded row; empty where the check says all."""
         if check != "special_tokens" and check not in REMARKS:
             return ""
         index = self.encoding.whole.select_columns([INDEX])[row][INDEX]
@@ -326,7 +326,7 @@ class _Counting:
         return Tally(sum(self.counts[name] for name in alike), places)
 
     def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
-        """The most frequent tokens of each label, special ones left out."""
+        """Return the most frequent tokens of each label, special ones left out."""
         counts, tokenizer = self.frequent, self.tokenizer
         if tokenizer is None:
             return {}
@@ -348,7 +348,7 @@ class _Counting:
             yield _Stretch(start, rows, self.encoding.kept[start : start + len(rows)], ids, task.content)
 
     def _tables(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
-        """Some columns as Arrow tables, with the number of the first row of each."""
+        """Yield some columns as Arrow tables, with the number of the first row of each."""
         rows = self.encoding.whole.select_columns(columns).with_format("arrow")
         ends = np.cumsum(self.encoding.whole.data["size"].to_numpy())
         by_tokens = np.searchsorted(ends, np.arange(STRETCH_TOKENS, ends[-1], STRETCH_TOKENS)) + 1
@@ -358,7 +358,7 @@ class _Counting:
 
 
 def _flat(rows: Any, name: str) -> tuple[Array, Array]:
-    """All values of a column of lists, and where each row starts in them, with the end; (N,), (rows + 1,)."""
+    """Return all values of a column of lists, and where each row starts in them, with the end; (N,), (rows + 1,)."""
     chunks = rows[name].chunks
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
     lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]

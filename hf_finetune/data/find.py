@@ -113,7 +113,7 @@ def problems(recipe: Any) -> list[Problem]:
 
 
 def look(file: str, needed: Sequence[str]) -> list[Problem]:
-    """Problems that the first `readers.HEAD` bytes of a file show: compression, encoding, missing columns."""
+    """Return problems that the first `readers.HEAD` bytes of a file show: compression, encoding, missing columns."""
     form = Path(file).suffix.lower().removeprefix(".")
     try:
         with Path(file).open("rb") as stream:

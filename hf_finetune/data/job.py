@@ -54,7 +54,7 @@ class EvalBatch:
         return self.tokens_of_logits if all_logits else self.tokens
 
     def rows_of(self, longest: int, *, all_logits: bool) -> int:
-        """Rows of a batch whose longest has so many tokens."""
+        """Return the number of rows of a batch whose longest has so many tokens."""
         tokens = self.budget(all_logits=all_logits)
         return self.rows if tokens is None else max(1, min(self.rows, tokens // max(1, longest)))
 

@@ -58,7 +58,7 @@ class Wanted:
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
-        """Those of a task."""
+        """Return those of a task."""
         texts, optional, files = map(tuple, (task.text_columns(), task.optional_columns(), task.file_columns()))
         return cls(tuple(task.columns()), texts, optional, task.declares_labels(), files=files)
 
@@ -93,19 +93,19 @@ class Cell:
     _type: str = field(default="hf_finetune.Cell", init=False, repr=False)
 
     def __call__(self) -> Any:
-        """The Arrow type, as `datasets` asks for it."""
+        """Return the Arrow type, as `datasets` asks for it."""
         return self.pa_type
 
     def encode_example(self, value: Any) -> str | None:
-        """The text of a value."""
+        """Return the text of a value."""
         return None if value is None else readers.written(value)
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
-        """The value of a text."""
+        """Return the value of a text."""
         return None if value is None else readers.read(value)
 
     def cast_storage(self, storage: Any) -> Any:
-        """Texts of an Arrow array of any type."""
+        """Return the texts of an Arrow array of any type."""
         if pa.types.is_string(storage.type):
             return storage
         return pa.array([self.encode_example(value) for value in storage.to_pylist()], pa.string())
@@ -117,7 +117,7 @@ with warnings.catch_warnings():
 
 
 def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datasets.Dataset:
-    """All rows of csv, tsv or JSON files; null where a file or row lacks an optional column.
+    """Return all rows of csv, tsv or JSON files; null where a file or row lacks an optional column.
 
     Args:
         files: Their paths.
@@ -187,7 +187,7 @@ Kinds = dict[str, tuple[str, str]]  # column of JSON -> the kind of its first va
 
 
 def first_kinds(files: Sequence[str], form: str, wanted: Wanted) -> Kinds:
-    """The kinds of the first rows of every file, since each file is streamed without knowing the others.
+    """Return the kinds of the first rows of every file, since each file is streamed without knowing the others.
 
     Raises:
         DataError: Everything that is wrong with these rows.
@@ -204,7 +204,7 @@ def first_kinds(files: Sequence[str], form: str, wanted: Wanted) -> Kinds:
 
 
 def rows(files: Sequence[str], form: str, wanted: Wanted, kinds: Kinds) -> Iterator[dict[str, Any]]:
-    """The rows of files one by one.
+    """Yield the rows of files one by one.
 
     Raises:
         DataError: The first fault; it ends the reading.

@@ -26,7 +26,7 @@ _LABELS = {INTEGERS: "int64", NUMBERS: "float64", TRUTH: "bool", TEXT: "string",
 
 
 def opened(file: str) -> pq.ParquetFile:
-    """A parquet file.
+    """Return a parquet file.
 
     Raises:
         DataError: It is none, or damaged.
@@ -52,7 +52,7 @@ def _unreadable(file: str, error: Exception) -> DataError:
 
 
 def load(files: Sequence[str], wanted: Wanted, target: Path) -> datasets.Dataset:
-    """All rows, mapped from the Arrow file `target`, which is written; raises like `types` and `batches`."""
+    """Return all rows, mapped from the Arrow file `target`, which is written; raises like `types` and `batches`."""
     features = types(files, wanted)
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
         for batch in batches(files, features):
@@ -61,7 +61,7 @@ def load(files: Sequence[str], wanted: Wanted, target: Path) -> datasets.Dataset
 
 
 def types(files: Sequence[str], wanted: Wanted) -> datasets.Features:
-    """The types of the wanted columns that all files allow.
+    """Return the types of the wanted columns that all files allow.
 
     Raises:
         DataError: A file can't be read or lacks a column, or a column can't be used, or not with that of another file.
@@ -94,14 +94,14 @@ def types(files: Sequence[str], wanted: Wanted) -> datasets.Features:
 
 
 def _features(one: pq.ParquetFile, columns: Sequence[str]) -> datasets.Features:
-    """Those of the columns that a file has, by its types and what `datasets` wrote into it."""
+    """Return those of the columns that a file has, by its types and what `datasets` wrote into it."""
     schema = one.schema_arrow
     fields = [schema.field(column) for column in columns if column in schema.names]
     return datasets.Features.from_arrow_schema(pa.schema(fields, metadata=schema.metadata))
 
 
 def _feature(column: str, held: Sequence[tuple[str, Any, Any]], *, label: bool, file: bool) -> Any:
-    """The type of a column that all files allow.
+    """Return the type of a column that all files allow.
 
     Args:
         column: Its name.
@@ -143,7 +143,7 @@ def _feature(column: str, held: Sequence[tuple[str, Any, Any]], *, label: bool, 
 
 
 def _kind(column: str, type_: Any, file: str, *, may_be_bytes: bool) -> str:
-    """The kind of a column.
+    """Return the kind of a column.
 
     Raises:
         DataError: Something that is neither text nor a number nor made of them.
@@ -186,7 +186,7 @@ def batches(files: Sequence[str], features: datasets.Features) -> Iterator[Any]:
 
 
 def rows(files: Sequence[str], wanted: Wanted) -> Iterator[dict[str, Any]]:
-    """Rows of Python values; raises like `types` and `batches`."""
+    """Yield the rows of Python values; raises like `types` and `batches`."""
     features = types(files, wanted)
     for batch in batches(files, features):
         columns = features.decode_batch(batch.to_pydict())
@@ -195,7 +195,7 @@ def rows(files: Sequence[str], wanted: Wanted) -> Iterator[dict[str, Any]]:
 
 
 def _array(batch: Any, own: datasets.Features, features: datasets.Features, column: str, file: str) -> Any:
-    """A column as the type that it has in all files."""
+    """Return a column as the type that it has in all files."""
     type_ = features.arrow_schema.field(column).type
     if column not in own:
         return pa.nulls(len(batch), type_)

@@ -420,7 +420,7 @@ def opened(
 
 
 def _origins(recipe: Recipe, chosen: Selection) -> Origins:
-    """The sources of the selected rows, and no others."""
+    """Return the sources of the selected rows, and no others."""
     if chosen.files:
         found = data_sources.local_files(chosen.files, None, GIVEN, recipe.data.cache)
         return Origins((), (1.0,), found, None)

@@ -381,7 +381,7 @@ def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list
 
 
 def undecodable(head: bytes, file: str) -> Problem | None:
-    """The problem of a file that does not begin with UTF-8 text; None where it does."""
+    """Return the problem of a file that does not begin with UTF-8 text; None where it does."""
     for mark, name in _COMPRESSED.items():
         if head.startswith(mark):
             return Problem(f"is compressed ({name}); unpack it", file=file)
@@ -399,7 +399,7 @@ def undecodable(head: bytes, file: str) -> Problem | None:
 
 
 def not_utf8(file: str) -> Problem:
-    """The problem of a file in which reading met bytes that are not UTF-8, with their place."""
+    """Return the problem of a file in which reading met bytes that are not UTF-8, with their place."""
     offset = 0
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, 1):

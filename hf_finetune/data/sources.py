@@ -144,7 +144,7 @@ class LocalFiles:
             raise self.explain(error) from error
 
     def stream(self, wanted: Wanted) -> datasets.IterableDataset:
-        """The rows, read lazily; the first rows of every file are checked now, like `load`."""
+        """Return the rows, read lazily; the first rows of every file are checked now, like `load`."""
         settings = {"files": list(self.files), "form": self.suffix[1:], "wanted": wanted, "key": self.key}
         try:
             features, settings["kinds"] = None, {}
@@ -157,7 +157,7 @@ class LocalFiles:
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> FinetuneError:
-        """The error to raise for one that surfaced while the files were read."""
+        """Return the error to raise for one that surfaced while the files were read."""
         explained = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
         if not isinstance(explained, DataError):
             return explained
@@ -233,7 +233,7 @@ class HubSplit:
             raise self.explain(error) from error
 
     def stream(self, wanted: Wanted) -> datasets.IterableDataset:
-        """Return the rows, read lazily; raises like `load`."""
+        """Return the rows, read lazily; raise like `load`."""
         builder = self._builder()
         try:
             return builder.as_streaming_dataset(split=self._known_split(builder))
@@ -385,7 +385,7 @@ def _origin(names: str | list[str], where: Data | Source, key: str, cache: str |
 
 
 def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
-    """The files that names and globs mean; see `find.find`.
+    """Return the files that names and globs mean; see `find.find`.
 
     Raises:
         DataError: Everything that is wrong with them, such as that nothing matches.

@@ -42,12 +42,12 @@ class SplitReport:
     empty: int = 0  # rows that were dropped because they hold no text
 
     def __add__(self, other: SplitReport) -> SplitReport:
-        """The report of both together."""
+        """Return the report of both together."""
         return SplitReport.total([self, other])
 
     @classmethod
     def total(cls, reports: Iterable[SplitReport]) -> SplitReport:
-        """The report of all of them together."""
+        """Return the report of all of them together."""
         columns = zip(*(counts_of(report) for report in reports), strict=True)
         found = {
             name: max(values) if name == "longest" else sum(values)
@@ -61,7 +61,7 @@ counts_of = attrgetter(*NAMES)  # the counts of a report, in the order of `NAMES
 
 
 def nothing_left(report: SplitReport, name: str, where: str) -> Problem:
-    """The problem of a split of which no row can be used."""
+    """Return the problem of a split of which no row can be used."""
     fates = {
         "are too long and dropped; raise data.max_length, or set data.overlong: truncate": report.dropped,
         "have nothing that is trained; raise data.max_length if they are cut": report.untrained,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hf_finetune.data import batches as data_batches
 from hf_finetune.data import prepare
 from hf_finetune.data.prepare import Selection
 from hf_finetune.errors import DataError, ModelError

@@ -369,7 +369,7 @@ class Renderer:
         return _texts.pattern(self.tokenizer)
 
     def _template(self, chat: Chat) -> str:
-        """Return its source.
+        """Return the source of the template.
 
         Raises:
             ModelError: The tokenizer has several, and none for this chat.

@@ -43,12 +43,12 @@ def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
 
 
 def list_texts(values: Sequence[Any], column: str, start: int = 0, *, repeated: bool = False) -> list[list[str]]:
-    """The texts of each row's list of labels; raises like `texts`, and for one that comes twice unless `repeated`."""
+    """The texts of each row's list of labels; raise like `texts`, and for one that comes twice unless `repeated`."""
     return _each(values, column, start, _list_reader(values, repeated=repeated))
 
 
 def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]]:
-    """Return the ids of each row's list of labels, which may repeat; raises like `ids`."""
+    """Return the ids of each row's list of labels, which may repeat; raise like `ids`."""
     texts_of = _list_reader(values, repeated=True)
 
     def read(value: Any) -> list[int]:
@@ -82,7 +82,7 @@ def ids(values: Sequence[Any], column: str, targets: State) -> list[int]:
 
 
 def multi_hot(values: Sequence[Any], column: str, targets: State) -> list[list[float]]:
-    """Return a row of C cells, 0.0 or 1.0, for each list of labels; raises like `ids`."""
+    """Return a row of C cells, 0.0 or 1.0, for each list of labels; raise like `ids`."""
     texts_of = _list_reader(values)
 
     def read(value: Any) -> list[float]:

@@ -79,7 +79,7 @@ def binary_cross_entropy_sum(
 
 
 def binary_cross_entropy_items(labels: torch.Tensor) -> torch.Tensor:
-    """Return the cells of (B, C) that are not masked, a float32 scalar."""
+    """Return the number of cells of (B, C) that are not masked, a float32 scalar."""
     return (labels != IGNORE).sum().float()
 
 
@@ -95,7 +95,7 @@ def squared_error_sum(predictions: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def squared_error_items(labels: torch.Tensor) -> torch.Tensor:
-    """Return the rows of (B,) that are not masked, a float32 scalar."""
+    """Return the number of rows of (B,) that are not masked, a float32 scalar."""
     return (~labels.isnan()).sum().float()
 
 

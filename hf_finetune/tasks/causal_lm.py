@@ -152,7 +152,7 @@ class CausalLM(Task):
         return self
 
     def ignored(self, *, validation: bool, test: bool) -> str | None:
-        """Return samples need a validation split, generated answers one that is held out."""
+        """Name samples without a validation split, and generated answers without one that is held out."""
         compares = bool(self.generate_rows) and (validation or test)
         if self.sample_prompts and changed(self, "sample_prompts") and not validation:
             return "sample_prompts: there is no validation split; set data.validation or remove it"
@@ -251,7 +251,7 @@ class CausalLM(Task):
         return _tokens.packed(features, pad) if isinstance(features[0], list) else _tokens.padded(features, pad)
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Return counted tokens of the labels, a scalar."""
+        """Return the number of counted tokens of the labels, a scalar."""
         from hf_finetune.tasks import _losses
 
         return _losses.counted(batch["labels"]).sum()

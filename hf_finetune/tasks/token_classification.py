@@ -162,7 +162,7 @@ class TokenClassification(Task):
         return {name: value for name, value in batch.items() if name not in ("labels", "starts", "words")}
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Return tokens with a label."""
+        """Return the number of tokens with a label."""
         return (batch["labels"] != IGNORE).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:

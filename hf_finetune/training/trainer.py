@@ -143,7 +143,7 @@ class FinetuneTrainer(ResumableTrainer):
         train.stream.count(batches.report(self.streamed))
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        """Return time the forward pass; see `_loss`."""
+        """Time the forward pass; see `_loss`."""
         with self.times.part(FORWARD):
             return self._loss(*arguments, **options)
 
