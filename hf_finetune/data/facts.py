@@ -126,7 +126,7 @@ class _Stretch:
         return self.ids[offsets + np.arange(len(offsets))]
 
     def hashes(self) -> Array:
-        """Return one a row that is used."""
+        """Return a hash for each row that is used."""
         parts: Any
         if self.content is not None:
             parts = (value if isinstance(value, bytes) else repr(value).encode() for value in self.content)

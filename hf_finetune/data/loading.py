@@ -58,7 +58,7 @@ class Wanted:
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
-        """Return those of a task."""
+        """Return the columns of a task."""
         texts, optional, files = map(tuple, (task.text_columns(), task.optional_columns(), task.file_columns()))
         return cls(tuple(task.columns()), texts, optional, task.declares_labels(), files=files)
 

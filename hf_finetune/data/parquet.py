@@ -26,7 +26,7 @@ _LABELS = {INTEGERS: "int64", NUMBERS: "float64", TRUTH: "bool", TEXT: "string",
 
 
 def opened(file: str) -> pq.ParquetFile:
-    """Return a parquet file.
+    """Open a parquet file.
 
     Raises:
         DataError: It is none, or damaged.
@@ -52,7 +52,7 @@ def _unreadable(file: str, error: Exception) -> DataError:
 
 
 def load(files: Sequence[str], wanted: Wanted, target: Path) -> datasets.Dataset:
-    """Return all rows, mapped from the Arrow file `target`, which is written; raises like `types` and `batches`."""
+    """Return all rows, mapped from the Arrow file `target`, which is written; raise like `types` and `batches`."""
     features = types(files, wanted)
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
         for batch in batches(files, features):
@@ -186,7 +186,7 @@ def batches(files: Sequence[str], features: datasets.Features) -> Iterator[Any]:
 
 
 def rows(files: Sequence[str], wanted: Wanted) -> Iterator[dict[str, Any]]:
-    """Yield the rows of Python values; raises like `types` and `batches`."""
+    """Yield the rows of Python values; raise like `types` and `batches`."""
     features = types(files, wanted)
     for batch in batches(files, features):
         columns = features.decode_batch(batch.to_pydict())

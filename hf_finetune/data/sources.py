@@ -385,7 +385,7 @@ def _origin(names: str | list[str], where: Data | Source, key: str, cache: str |
 
 
 def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
-    """Return the files that names and globs mean; see `find.find`.
+    """Return the files that names and globs mean; see `data.find.find`.
 
     Raises:
         DataError: Everything that is wrong with them, such as that nothing matches.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_finetune.data import prepare
+from hf_finetune.data import batches, prepare
 from hf_finetune.data.prepare import Selection
 from hf_finetune.errors import DataError, ModelError
 from hf_finetune.inference.load import Finished, Predict
