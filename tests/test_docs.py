@@ -84,6 +84,17 @@ def test_every_test_that_the_pages_name_exists() -> None:
         ] == []
 
 
+def test_modules_that_comments_and_docstrings_point_at_exist() -> None:
+    """Those written as `room/file.py`, and as "see `room.file.name`"."""
+    package = ROOT / "hf_finetune"
+    rooms = "|".join(sorted(path.name for path in package.iterdir() if (path / "__init__.py").exists()))
+    for page in [ROOT / "CONTRIBUTING.md", *package.rglob("*.py")]:
+        text = page.read_text(encoding="utf-8")
+        assert [name for name in re.findall(rf"`((?:{rooms})/\w+\.py)`", text) if not (package / name).exists()] == []
+        for room, module, name in re.findall(rf"[Ss]ee `({rooms})\.(\w+)\.(\w+)", text):
+            assert name in (package / room / f"{module}.py").read_text(encoding="utf-8"), f"{page}: {room}.{module}"
+
+
 def test_the_readmes_have_the_same_structure_and_commands() -> None:
     assert [level for level, _ in documents.headings(CHINESE)] == [level for level, _ in documents.headings(ENGLISH)]
     english, chinese = (re.sub(r"\s+#.*", "", code(page)) for page in (ENGLISH, CHINESE))
