@@ -234,10 +234,9 @@ def test_a_licence_that_breaks_off_on_its_way_is_left_out(tmp_path: Path) -> Non
         hub.repos["owner/name"] = Repo(private=False)
         hub.repos["owner/name"].commit({"README.md": BASE_CARD.encode()}, "initial commit", "main")
         tree = recipe("owner/name", LORA).model_dump(mode="json")
-        script = (
-            f"from hf_finetune.recipe import Recipe; from hf_finetune.reports.card import header; tree = {tree!r}\n"
-        )
-        script += "print(header.licence_of_base(Recipe.model_validate(tree)))"
+        script = "from hf_finetune.recipe import Recipe; from hf_finetune.reports.card import licence_of_base\n"
+        script += f"tree = {tree!r}\n"
+        script += "print(licence_of_base(Recipe.model_validate(tree)))"
         env = environment(hub.url, tmp_path / "home", None)
         hub.faults = [Fault("GET .*/README.md", "reset", times=99)]
         asked = [subprocess.check_output([sys.executable, "-c", script], env=env, text=True)]

@@ -175,7 +175,7 @@ def test_a_tokenizer_stays_in_its_folder(changes: dict[str, object], folder: Pat
 
 def test_tensorboard_is_started_by_its_verb_alone_and_not_for_others() -> None:
     starting = [path.name for path in PACKAGE if re.search(r"tensorboard\.(main|program)", path.read_text("utf-8"))]
-    assert starting == ["command.py"]
+    assert starting == ["verbs.py"]
     assert not [path for path in PACKAGE if re.search(r"bind_all|--host", path.read_text(encoding="utf-8"))]
 
 
