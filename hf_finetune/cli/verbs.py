@@ -494,7 +494,6 @@ def declare_compare(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> None:
     """Print the comparison."""
-    from hf_finetune.log import show
     from hf_finetune.reports import compare
 
     compared = compare.compare(arguments.runs, everything=arguments.all)
@@ -562,7 +561,6 @@ def declare_schema(parser: argparse.ArgumentParser) -> None:
 
 def run_schema(arguments: argparse.Namespace) -> None:
     """Print it."""
-    from hf_finetune.log import show
     from hf_finetune.recipe import json_schema, reference
 
     show(reference() if arguments.format == "markdown" else json.dumps(json_schema(), indent=2))

@@ -44,10 +44,12 @@ def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
     """Return the sums of rows with one label: (N, C) logits, and (N,) ids; negative ones are left out."""
     from scipy import sparse
 
+    from hf_finetune.tasks._metrics import decide  # here, as a start would load scikit-learn for nothing
+
     kept = labels >= 0
     logits, labels = logits[kept].astype(np.float64), labels[kept].astype(int)
     classes, at = len(names), np.arange(len(labels))
-    predicted = logits.argmax(axis=1)
+    predicted = decide("single_label", logits, 0.0)[1]
     loss = -special.log_softmax(logits, axis=1)[at, labels]
     right = (labels == predicted).astype(np.float64)
 
@@ -72,9 +74,11 @@ def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
 
 def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float) -> Sums:
     """Sums of rows with any number of labels: (N, C) logits and cells; rows with a negative cell are left out."""
+    from hf_finetune.tasks._metrics import decide
+
     kept = (cells >= 0).all(axis=1)
     logits, truth = logits[kept].astype(np.float64), cells[kept].astype(np.float64)
-    predicted = (special.expit(logits) >= threshold).astype(np.float64)
+    predicted = decide("multi_label", logits, threshold)[1].astype(np.float64)
     loss = (np.logaddexp(0.0, logits) - logits * truth).mean(axis=1)
     wrong = (predicted != truth).mean(axis=1)
     head = np.stack([loss, (wrong == 0).astype(np.float64), wrong, np.ones(len(truth))])

@@ -75,8 +75,6 @@ def environment(machine: Machine, step: int) -> Record:
         machine: This run's.
         step: Where the process begins.
     """
-    import torch
-
     devices = platform.processor() or platform.machine()
     if machine.device == "cuda":
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
