@@ -237,25 +237,29 @@ def run(
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         log.say(model.help)
-    for text in _typed() if is_terminal else _piped():
-        if not text.strip():
-            continue
-        if not (is_terminal and text.startswith("/")):
-            _answer(text, model, is_stoppable=is_terminal)
-        elif not _command(text, model):
-            return
+        _talk(model)
+        return
+    for text in _piped():
+        if text.strip():
+            _answer(text, model, is_stoppable=False)
 
 
-def _typed() -> Iterator[str]:
-    """Lines from a terminal, with the editing and the history of readline; Ctrl-C on an empty line says how to end."""
+def _talk(model: Model) -> None:
+    """Answer on a terminal, with readline's editing and history; Ctrl-C outside an answer says how to end."""
     with suppress(ImportError):  # not everywhere
         import readline  # noqa: F401 - input() uses it once it is there
-    while True:
+    goes_on = True
+    while goes_on:
+        # One net under the whole turn: Ctrl-C may also come between the line and its answer.
         try:
-            yield input(PROMPT)
+            text = input(PROMPT)
+            if text.startswith("/"):
+                goes_on = _command(text, model)
+            elif text.strip():
+                _answer(text, model, is_stoppable=True)
         except EOFError:
             log.write("\n")
-            return
+            goes_on = False
         except KeyboardInterrupt:
             log.write("\n")
             log.say(END)

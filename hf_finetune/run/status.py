@@ -124,7 +124,7 @@ class Status:
             if not self._fields:
                 return
             resumable = self.checkpoint is not None and self._fields["state"] != "done"
-            now = datetime.now(UTC).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
             place = {"step": self.step, "resumable": resumable, "checkpoint": self.checkpoint, "heartbeat": now}
             text = json.dumps({**self._fields, **place}, indent=2) + "\n"
             # A full or read-only disk must not hide what went wrong; saving a checkpoint reports it.
