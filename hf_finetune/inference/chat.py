@@ -5,6 +5,7 @@ A language model remembers the chat, a classifier labels each line by itself.
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -296,22 +297,30 @@ def _command(text: str, model: Model) -> bool:
 
 
 def _answer(text: str, model: Model, *, is_stoppable: bool) -> None:
-    """Show an answer as it comes; on a terminal Ctrl-C stops it, and it alone."""
-    shown: list[str] = []
-    is_stopped = False
+    """Show an answer as it comes; on a terminal Ctrl-C stops it after the piece at work, a second one at once."""
+    shown, stops = list[str](), list[int]()
+
+    def stop(number: int, frame: Any) -> None:
+        # No exception: raised inside threading's own code, it leaves a lock broken that the answer waits on.
+        if stops:
+            signal.default_int_handler(number, frame)
+        stops.append(number)
+
     pieces: Any = model.answer(text)
+    earlier = signal.signal(signal.SIGINT, stop) if is_stoppable else None
     try:
         with closing(pieces):
             for piece in pieces:
+                if stops:
+                    break
                 shown.append(piece)
                 log.write(piece)
-    except KeyboardInterrupt:
-        if not is_stoppable:
-            raise
-        is_stopped = True
     except DataError as error:
         log.warn(str(error))
         return
+    finally:
+        if is_stoppable:
+            signal.signal(signal.SIGINT, earlier)
     log.write("\n")
-    fields = {"prompt": text, "answer": "".join(shown), "stopped": is_stopped}
+    fields = {"prompt": text, "answer": "".join(shown), "stopped": bool(stops)}
     log.finish(Message("".join(shown), "answer", fields=fields, is_asked_for=True))
