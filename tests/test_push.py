@@ -13,7 +13,7 @@ from pushing import REPO, TOKEN, command
 
 from hf_finetune.config import blocks
 from hf_finetune.errors import PushError
-from hf_finetune.hub import files
+from hf_finetune.hub.push import gather
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 
@@ -267,4 +267,4 @@ def test_a_damaged_card_or_configuration_is_named(name: str, content: bytes, tmp
     (folder / "adapter_model.safetensors").touch()
     (folder / name).write_bytes(content)
     with pytest.raises(PushError, match=rf"{name}: is damaged"):
-        files.gather(folder, REPO, staging)
+        gather(folder, REPO, staging)

@@ -13,7 +13,7 @@ import pytest
 from hubserver import Fault, Hub, Repo, refused
 from pushing import REPO, TOKEN, advised, command, environment, start
 
-from hf_finetune.hub import files
+from hf_finetune.config import credentials
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_f33_a_token_that_is_not_valid(hub: Hub, run: Path, capsys: pytest.Captu
     assert command("push", str(run), "--repo", REPO) == 8
     errors = capsys.readouterr().err
     assert "not valid any more; set HF_TOKEN, or run hf auth login" in errors
-    assert not any(form in errors for form in files.forms(TOKEN))
+    assert not any(form in errors for form in credentials.forms(TOKEN))
 
 
 LASTING = {

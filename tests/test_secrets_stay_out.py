@@ -16,8 +16,8 @@ from conftest import RECIPE
 from hubserver import Fault, Hub, serving
 from pushing import REPO, TOKEN, environment, start
 
-from hf_finetune.hub import files as hub_files
-from hf_finetune.hub.files import ALLOWED
+from hf_finetune.config import credentials
+from hf_finetune.hub.push import ALLOWED
 
 HOST, USER = socket.gethostname(), getpass.getuser()
 LOUD = {
@@ -89,7 +89,7 @@ def test_s9_the_token_is_in_no_file_log_traceback_argument_and_upload(traces: Tr
     assert {"metrics.jsonl", "README.md", "optimizer.pt", "out.txt", "run.lock.json"} <= {file.name for file in files}
     places = {str(file.relative_to(traces.folder)): file.read_bytes() for file in files}
     places |= {f"upload {n}": body for n, body in enumerate(traces.hub.bodies)} | {"arguments": traces.arguments}
-    forms = [form.encode() for form in hub_files.forms(TOKEN)]
+    forms = [form.encode() for form in credentials.forms(TOKEN)]
     assert len(forms) == 4
     assert [name for name, content in places.items() if any(form in content for form in forms)] == []
 
@@ -123,11 +123,11 @@ def test_a_token_is_found_in_base64_wherever_it_stands() -> None:
 
             odd = "hf_a+b/c=d" * 3
             text = base64.b64encode(b"x" * before + odd.encode() + b"y" * after).decode()
-            assert any(form in text for form in hub_files.forms(odd))
-            assert quote(odd, safe="") in list(hub_files.forms(odd))
+            assert any(form in text for form in credentials.forms(odd))
+            assert quote(odd, safe="") in list(credentials.forms(odd))
 
 
 def test_what_is_said_hides_tokens_and_signed_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-kind")
     text = "PUT https://host/x?X-Amz-Signature=abc failed\nwith a-token-of-another-kind and hf_" + "a1" * 12
-    assert hub_files.hide(text) == "PUT https://host/x?... failed with <hidden> and <hidden>"
+    assert credentials.hide(text) == "PUT https://host/x?... failed with <hidden> and <hidden>"

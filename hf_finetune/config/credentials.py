@@ -1,13 +1,17 @@
 """Credentials and references to the environment don't belong in a recipe: both are refused, no credential is echoed.
 
-A recipe is copied into run folders, reports and repositories, so a token in it is a token given away.
+A recipe is copied into run folders, reports and repositories, so a token in it is a token given away. Any other text
+that leaves this machine is searched for the tokens that this process knows.
 """
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 from hf_finetune.config.yamlfile import KeyPath
 
@@ -93,3 +97,37 @@ def _complaints(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
             name = reference.group().strip("${}")
             how = REFUSAL if is_secret_name(name) else "write the value out, or override it on the command line"
             yield path, f"{reference.group()} is not replaced by an environment variable; {how}"
+
+
+# Tokens that this process could give away, and texts without them.
+
+VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+SHORTEST = 8  # characters; anything shorter would be found in every file
+
+
+def known() -> list[str]:
+    """Return the tokens of the environment and of the login store."""
+    from huggingface_hub import get_token  # reading a recipe does without
+
+    values = [os.environ.get(name) for name in VARIABLES] + [get_token()]
+    return list(dict.fromkeys(value.strip() for value in values if value and len(value.strip()) >= SHORTEST))
+
+
+def forms(secret: str) -> Iterator[str]:
+    """Spell a secret as it may stand in a file: plain, URL-encoded, and in base64 at any offset in a longer text."""
+    yield secret
+    if (quoted := quote(secret, safe="")) != secret:
+        yield quoted
+    for offset, start in enumerate((0, 2, 3)):
+        text = b"\0" * offset + secret.encode()
+        encoded = base64.b64encode(text).decode().rstrip("=")
+        # The characters at both ends also carry bits of the neighbouring text, so they can't be searched for.
+        yield encoded[start : -1 if len(text) % 3 else None]
+
+
+def hide(text: str) -> str:
+    """Put a text on one line, without tokens, signed parts of URLs, or anything else that looks like a credential."""
+    for secret in known():
+        for form in forms(secret):
+            text = text.replace(form, HIDDEN)
+    return " ".join(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?...", redacted(text)).split())

@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_finetune import log
 from hf_finetune.errors import FinetuneError, Problem
-from hf_finetune.hub import files as hub_files
 from hf_finetune.hub import push
 from hf_finetune.hub.worker import Order
 from hf_finetune.inference import saving
@@ -113,7 +112,7 @@ class BestUploads(TrainerCallback):
             return
         (order, copy), self.waiting = self.waiting, None
         self.begun += 1
-        refusal = hub_files.why_not()
+        refusal = push.why_not()
         if refusal is not None:
             self.failed(refusal)
         else:
@@ -136,5 +135,5 @@ class BestUploads(TrainerCallback):
         edited.mkdir(parents=True)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         saving.save(model, job.recipe, job.targets, job.tokenizer, copy / "adapter")
-        files, _ = hub_files.gather(copy / "adapter", self.hub.repo, edited)
+        files, _ = push.gather(copy / "adapter", self.hub.repo, edited)
         return push.make_order(self.hub, files, f"Run {push.run_id(self.folder)}, best checkpoint so far, step {step}")

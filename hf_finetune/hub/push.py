@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from huggingface_hub import get_token
 from pydantic import ValidationError
 
 from hf_finetune import log
 from hf_finetune.config.blocks import Hub
+from hf_finetune.config.credentials import forms, hide, known
 from hf_finetune.config.section import key_of
 from hf_finetune.errors import Problem, PushError, RecipeError
-from hf_finetune.hub import files as hub_files
 from hf_finetune.hub.worker import Order, Result
 from hf_finetune.log import phase, say, tell
 from hf_finetune.log.lines import Message
@@ -31,9 +34,6 @@ from hf_finetune.run import lock as run_lock
 from hf_finetune.run import status as run_status
 from hf_finetune.run.files import write_atomically
 from hf_finetune.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from hf_finetune.reports.run import Outcome  # loads torch, and `hf-finetune push` does without
 
 GRACE = 15.0  # seconds for starting and ending, beyond what the order allows
 
@@ -50,10 +50,12 @@ class Upload:
 
     def __init__(self, order: Order) -> None:
         self.order = order
+        # The worker ends by itself at the order's own limit; this one is for a worker that can't.
         self._deadline = time.monotonic() + order.timeout + GRACE
         self._seen = 0
         # Files and not pipes, so that neither side ever waits for the other.
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        # The worker finds this package also where it is not installed, and the program was started from its folder.
         search = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         settings = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": search}
         self._process = subprocess.Popen(
@@ -86,7 +88,7 @@ class Upload:
         if has_ended:
             self._errors.seek(0)
             last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            reason = hub_files.hide(last[0])[:400] if last else f"with exit code {self._process.returncode}"
+            reason = hide(last[0])[:400] if last else f"with exit code {self._process.returncode}"
             return Result(failure=f"the uploading process ended: {reason}")
         if time.monotonic() > self._deadline:
             return Result(failure=f"not done within {self.order.timeout:g} s")
@@ -147,15 +149,14 @@ def run(place: str, given: Mapping[str, Any]) -> None:
     _clear_failure(folder)
 
 
-def after_training(outcome: Outcome) -> None:
+def after_training(folder: RunFolder, recipe: Recipe) -> None:
     """Upload a run that has just ended, where its recipe says so.
 
     Raises:
         PushError: It was not uploaded, also because of a signal.
     """
-    hub = outcome.recipe.hub
-    if hub is not None and outcome.machine.is_main:
-        push(outcome.folder, hub, command=_command(outcome.folder, {}))
+    if recipe.hub is not None:
+        push(folder, recipe.hub, command=_command(folder, {}))
 
 
 def once_more(folder: RunFolder, recipe: Recipe) -> None:
@@ -183,15 +184,13 @@ def push(folder: RunFolder, hub: Hub, *, command: str) -> None:
     identity = run_id(folder)
     try:
         with tempfile.TemporaryDirectory(prefix="hf_finetune-") as staging, phase(f"uploading to {hub.repo}"):
-            files, left_out = hub_files.gather(folder.adapter, hub.repo, Path(staging))
+            files, left_out = gather(folder.adapter, hub.repo, Path(staging))
             for name in left_out:
                 say(f"note: {folder.adapter / name} is not uploaded: it does not belong to an adapter")
             tag = None if hub.as_pr else hub.tag or f"run-{identity}"
             order = make_order(hub, files, f"Run {identity}", tag=tag)
-            refusal = hub_files.why_not()
+            refusal = why_not()
             result = Result(failure=refusal) if refusal else Upload(order).wait()
-    except PushError:
-        raise
     except OSError as error:
         result = Result(failure=str(error.strerror or error))
     except SystemExit as stopped:  # `errors.Stopped`: training is over, so a signal is a failed upload
@@ -244,3 +243,92 @@ def _clear_failure(folder: RunFolder) -> None:
         text = json.dumps({**status, "exit_code": 0, "reason": None}, indent=2) + "\n"
         with suppress(OSError):
             write_atomically(folder.status, text, durable=True)
+
+
+def why_not() -> str | None:
+    """Say why nothing can be uploaded, as far as the environment tells; None where nothing speaks against it."""
+    # Read from the environment, not from huggingface_hub's constants: the uploading process reads it anew.
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "HF_HUB_OFFLINE is set; unset it to upload"
+    return None if get_token() else "there is no token; set HF_TOKEN, or run hf auth login"
+
+
+# An allowlist, because anything may lie in the folder: no optimiser, random state, pickle or event file matches it.
+ALLOWED = re.compile(
+    r"README\.md|labels\.json|adapter_config\.json|adapter_model\.safetensors"
+    r"|config\.json|generation_config\.json|model(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|processor_config\.json"
+    r"|vocab\.(?:json|txt)|merges\.txt|(?:tokenizer|spiece|sentencepiece\.bpe)\.model"
+    r"|chat_template\.(?:jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
+    r"|images/[\w.-]+\.png",
+    re.ASCII,
+)
+WEIGHTS = re.compile(r"adapter_model\.safetensors|model(?:-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+# Programs write folder names into these; a vocabulary may hold any text.
+NAMING_FOLDERS = ("README.md", "adapter_config.json", "config.json", "tokenizer_config.json", "generation_config.json")
+
+
+def gather(folder: Path, repo: str, staging: Path) -> tuple[dict[str, Path], list[str]]:
+    """Select the files of an adapter folder as they may leave.
+
+    Args:
+        folder: `adapter/` of a run; nothing in it is changed.
+        repo: OWNER/NAME, which the card's code is made to load from.
+        staging: An empty folder for edited copies.
+
+    Returns:
+        Name in the repository -> file to read, and the names that stay here.
+
+    Raises:
+        PushError: There are no weights, or a file holds a token or a path of this machine.
+    """
+    from hf_finetune.reports.card import moved  # loads numpy and more, which `check` does without
+
+    found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if not file.is_dir()}
+    # Regular files only: a link may lead anywhere.
+    files = {
+        name: file for name, file in found.items() if ALLOWED.fullmatch(name) and stat.S_ISREG(file.lstat().st_mode)
+    }
+    if not any(WEIGHTS.fullmatch(name) for name in files):
+        raise PushError(Problem(f"{folder} holds no weights; there is nothing to upload"))
+    for name in {"README.md", "adapter_config.json", "config.json"} & files.keys():
+        try:
+            text = files[name].read_text(encoding="utf-8")
+            edited = moved(text, repo) if name == "README.md" else _without_local_names(text)
+        except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no object in it
+            message = f"is damaged ({error}); restore it, or train again with --restart"
+            raise PushError(Problem(message, file=str(files[name]))) from error
+        if edited != text:
+            files[name] = staging / name
+            files[name].write_text(edited, encoding="utf-8")
+    problems = [problem for name, file in files.items() for problem in _leaks(name, file, folder)]
+    if problems:
+        raise PushError(problems)
+    return files, [name for name in found if name not in files]
+
+
+def _without_local_names(text: str) -> str:
+    """Edit a configuration so that it doesn't name the folder of its base; other text stays as it is."""
+    config = json.loads(text)
+    if Path(str(config.get("base_model_name_or_path") or "")).is_absolute():
+        # Null and not the last part: a name without a slash would be looked up on the Hub, where it is somebody else's.
+        return json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True)
+    if config.pop("_name_or_path", None) is not None:
+        return json.dumps(config, indent=2) + "\n"
+    return text
+
+
+def _leaks(name: str, file: Path, folder: Path) -> Iterator[Problem]:
+    """Find tokens and paths of this machine in a file that is about to leave."""
+    if not name.endswith((".md", ".json", ".txt", ".jinja")):
+        return
+    content = file.read_bytes()
+    if any(form.encode() in content for secret in known() for form in forms(secret)):
+        yield Problem("holds a token; remove it", file=str(folder / name))
+    if name in NAMING_FOLDERS:
+        places = {str(place) for place in (Path.home(), Path.cwd(), folder.absolute().parent, folder.resolve().parent)}
+        places.discard("/")
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+            if any(place in line for place in places):
+                yield Problem("holds a path of this machine; remove it", file=str(folder / name), line=number)

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
-from hf_finetune.hub.files import hide
+from hf_finetune.config.credentials import hide
 
 # The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

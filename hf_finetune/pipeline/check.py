@@ -17,7 +17,6 @@ from hf_finetune.config.reading import Reading
 from hf_finetune.config.yamlfile import Origin
 from hf_finetune.data import find
 from hf_finetune.errors import DataError, Findings, Problem, RecipeError
-from hf_finetune.hub import files
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder
@@ -221,8 +220,11 @@ def look(
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():
             logdir.check(board)
-    if _given(recipe, "hub", "repo") is not None and (refusal := files.why_not()) is not None:
-        findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
+    if _given(recipe, "hub", "repo") is not None:
+        from hf_finetune.hub.push import why_not  # loads the client of the Hub, which most recipes do without
+
+        if (refusal := why_not()) is not None:
+            findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
     if (start := _given(recipe, "adapter", "continue_from")) is not None and not named.blame("adapter"):
         with findings.collect():
             peft.find(start, "adapter.from")

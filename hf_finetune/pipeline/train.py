@@ -200,7 +200,8 @@ def _train(
                     train_and_evaluate(run)
                     save_and_compare(run)
                 outcome = report(run, uploads.problems)
-            push.after_training(outcome)
+            if machine.is_main:
+                push.after_training(run.folder, recipe)
     return Run(run.folder.path, recipe, outcome)
 
 
