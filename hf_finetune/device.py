@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -292,6 +293,20 @@ def _precision(asked: str, device: Device) -> Precision:
     if device == "cuda":
         return "bf16" if has_bf16 else "fp16"
     return "bf16" if device == "cpu" and cpu_has_bf16() else "fp32"
+
+
+@contextmanager
+def process_left_as_it_was() -> Iterator[None]:
+    """Give back threads and environment, so that what this process does next is not changed by a run."""
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        # accelerate and the Trainer leave variables by which the next run would take itself for one of a launcher.
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
 
 
 def wait(device: str) -> None:

@@ -44,6 +44,7 @@ class Problem:
 class FinetuneError(Exception):
     """Base of every error that is raised on purpose. `problems` has its findings, one or more."""
 
+    # Never changed once it is released: schedulers and scripts decide by it (README).
     exit_code = 1
 
     def __init__(self, problem: str | Problem | Iterable[Problem]) -> None:
@@ -54,6 +55,7 @@ class FinetuneError(Exception):
 
     def __reduce__(self) -> tuple[type[FinetuneError], tuple[tuple[Problem, ...]]]:
         """Stay picklable: worker processes hand errors to their parent."""
+        # By default the text would be passed, and come back as one problem without key and line.
         return type(self), (self.problems,)
 
 
@@ -124,6 +126,7 @@ class Stopped(SystemExit):
     """
 
     def __init__(self, number: int, *, at_once: bool = False) -> None:
+        # SIGINT comes from a person, who knows; SIGTERM and SIGUSR1 from a scheduler, which starts the run again.
         self.state: Literal["interrupted", "preempted"] = "interrupted" if number == signal.SIGINT else "preempted"
         name = signal.Signals(number).name
         self.reason = f"stopped at once by a second signal, {name}," if at_once else f"stopped by {name}"
@@ -170,6 +173,7 @@ class Findings:
     """Collects problems instead of stopping at the first."""
 
     def __init__(self, found: Iterable[Finding] = ()) -> None:
+        # A dict as an ordered set: several checks may find the same.
         self._found = dict.fromkeys(found)
 
     def __iter__(self) -> Iterator[Finding]:
@@ -177,6 +181,7 @@ class Findings:
 
         def order(finding: Finding) -> tuple[int, bool, str, int]:
             problem = finding.problem
+            # 100: a warning, after every error.
             return finding.exit_code or 100, problem.line is None, problem.file, problem.line or 0
 
         return iter(sorted(self._found, key=order))
@@ -191,6 +196,7 @@ class Findings:
 
     def add(self, error: FinetuneError) -> None:
         """Keep every problem of an error."""
+        # The class of `KINDS`, not one derived from it: findings of one exit code stand together.
         kind = next(kind for kind in KINDS if isinstance(error, kind))
         self._found |= dict.fromkeys(Finding(problem, kind) for problem in error.problems)
 
@@ -208,6 +214,7 @@ class Findings:
 
     def blame(self, key: str, kind: type[FinetuneError] | None = None) -> bool:
         """Tell whether an error, of a kind if one is given, names this key or one inside it."""
+        # With the dot, so that `data.train` does not blame `data.training`.
         return any(
             f"{finding.problem.key}.".startswith(f"{key}.")
             for finding in self._found

@@ -10,7 +10,6 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.config import problems, reading, yamlfile
-from hf_finetune.config import reference as config_reference
 from hf_finetune.config.blocks import (
     NO_CHECKPOINTS,
     Checkpoints,
@@ -26,10 +25,12 @@ from hf_finetune.config.blocks import (
 )
 from hf_finetune.config.paths import NO_COMMIT, is_commit
 from hf_finetune.config.reading import Reading
+from hf_finetune.config.reference import markdown, schema
 from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, union
 from hf_finetune.tasks._tokens import PACKED_ATTENTION
 from hf_finetune.tasks.base import Task
 
+# mypy can't see a union that is made of the files of a folder.
 if TYPE_CHECKING:
     AnyTask = Task
     AnyAdapter = Adapter
@@ -70,6 +71,7 @@ class Recipe(Section):
     def summary(self) -> list[tuple[str, str]]:
         """Name the settings that decide about the data, for reports; those that are not used are left out."""
         data = self.data
+        # Tasks with variants name theirs, e.g. regression or multi_label.
         problem = getattr(self.task, "problem", "")
         revision = f" at {self.model.revision}" if self.model.revision else ""
 
@@ -125,6 +127,8 @@ class Recipe(Section):
     def dump(self) -> str:
         """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
         return yamlfile.document(self.model_dump(mode="json"))
+
+    # Rules between blocks. One a method, because each runs alone where the fields of another can't be read.
 
     @model_validator(mode="after")
     def _packing_fits_task(self) -> Self:
@@ -219,6 +223,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> Self:
+        # best_metric keeps checkpoints of its own.
         nothing = self.saving.is_off and self.training.best_metric is None
         if nothing and changed(self.saving, "keep"):
             raise ValueError("checkpoints.keep: no checkpoints are written; set checkpoints.every_minutes or remove it")
@@ -232,7 +237,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
 
 def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
     """Read a recipe that stands inside another file, `file`; like `read`."""
-    return reading.read_text(Recipe, text, file, overrides)
+    return reading.read(Recipe, file, overrides, text)
 
 
 def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading[Recipe]:
@@ -243,9 +248,9 @@ def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading
 
 def json_schema() -> dict[str, Any]:
     """Make the JSON Schema (2020-12) of a recipe file; where `extends` is given, nothing else is required."""
-    return config_reference.schema(Recipe.model_json_schema())
+    return schema(Recipe.model_json_schema())
 
 
 def reference() -> str:
     """Write `docs/recipe.md`: every key of a recipe, for people."""
-    return config_reference.markdown(Recipe)
+    return markdown(Recipe)

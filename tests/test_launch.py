@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from hf_finetune import launch
-from hf_finetune.cli.node import Node
+from hf_finetune.cli.arguments import Node
 from hf_finetune.errors import RecipeError
 
 

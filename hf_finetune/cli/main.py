@@ -64,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse intermixed; that calls this method again."""
+        # argparse can't parse intermixed where there are verbs; their own parsers do.
         if self._is_nested or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         self._is_nested = True
@@ -101,6 +102,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     _add_common(parser)
+    # A verb's own default would replace what was given before the verb.
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     _add_common(common)
     verbs: Any = parser.add_subparsers(required=True, metavar="VERB", title="verbs", parser_class=Parser)
@@ -122,6 +124,7 @@ def _add_common(parser: Parser) -> None:
 
 def complete(words: list[str]) -> list[str]:
     """Add the verb: a first argument that is a recipe file means `train`."""
+    # The word after these two flags is their value, and no recipe.
     plain = [word for before, word in zip(["", *words], words, strict=False) if before not in (_FORMAT, _PROCESSES)]
     first = next((word for word in plain if not word.startswith("-")), "")
     return ["train", *words] if first.endswith((".yaml", ".yml")) else words
@@ -147,15 +150,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code; `argv` is the command line without the program's name."""
     given = list(sys.argv[1:] if argv is None else argv)
     words = complete(given)
-    invocation.note(given)
+    invocation.note(given)  # for the run's records
     open_terminal(words)
     try:
         _run(words, debug="--debug" in words)
     except SystemExit as end:
-        if end.code and _is_accelerates() and _local_rank() == 0:
+        # Started by accelerate's own launcher, which then has the last word, and not by ours.
+        is_accelerates = "ACCELERATE_MIXED_PRECISION" in os.environ and "HF_FINETUNE_LAUNCH" not in os.environ
+        if end.code and is_accelerates and _local_rank() == 0:
             log.tell(Message(TRACEBACK_NOTE, stream="stderr", line=f"hf_finetune: note: {TRACEBACK_NOTE}"))
         raise
     except Exception as error:
+        # A bug. Python's own traceback is best for people; JSON lines hold it in one object.
         if log.crash(error):
             sys.exit(1)
         raise
@@ -195,11 +201,6 @@ def _run(words: list[str], *, debug: bool) -> None:
         if _local_rank() == 0:
             log.tell(Message("interrupted", "interrupted", "error", "stderr", {"code": 130}, line=line))
         sys.exit(130)
-
-
-def _is_accelerates() -> bool:
-    """Tell that `accelerate launch` started this process, and will have the last word."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and "HF_FINETUNE_LAUNCH" not in os.environ
 
 
 def _local_rank() -> int:

@@ -6,16 +6,13 @@ import argparse
 import importlib.util
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from hf_finetune import log
-from hf_finetune.cli import arguments as cli_arguments
-from hf_finetune.cli.arguments import add_run, count
-from hf_finetune.cli.node import Node
+from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, number, processes
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.log import say, show, tell
 from hf_finetune.log.lines import Level, Message, printable
@@ -29,7 +26,7 @@ DESCRIPTION_CHECK = f"{HELP_CHECK[0].upper()}{HELP_CHECK[1:]}."
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    cli_arguments.add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--explain", action="store_true", help="say where each value came from")
     text = "N training rows as the model sees them"
     parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=text)
@@ -44,7 +41,7 @@ def run_check(arguments: argparse.Namespace) -> None:
         return  # one look is enough, and one report
     from hf_finetune.pipeline.check import check, read
 
-    recipe, overrides = cli_arguments.given(arguments)
+    recipe, overrides = given(arguments)
     reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
     is_json = arguments.format == "json"
     if is_json:  # what it does meanwhile is no part of the document
@@ -62,7 +59,19 @@ def run_check(arguments: argparse.Namespace) -> None:
     if arguments.report is not None:
         with result.findings.collect():
             _write_report(result, arguments.report)
-    _print_json(result, origins, rows) if is_json else _print(result, origins, rows)
+    if is_json:
+        document = {
+            "exit_code": result.exit_code,
+            "findings": [finding.as_json() for finding in result.findings],
+            "notes": result.notes,
+            "plan": result.plan,
+            "numbers": result.numbers,
+            "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
+            "rows": rows,
+        }
+        show(json.dumps(document, indent=2))
+    else:
+        _print(result, origins, rows)
     if result.exit_code:
         sys.exit(result.exit_code)
 
@@ -75,12 +84,14 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
         tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
     for note in result.notes:
         say(f"note: {note}")
+    # Names in a column of their own, as wide as the longest.
     width = max(map(len, result.plan), default=0)
     for name, text in result.plan.items():
         tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
     counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
     tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
     keys = max((len(key) for key, _, _ in origins), default=0)
+    # Few values are longer than that; their origins just begin further right.
     values = min(24, max((len(value) for _, value, _ in origins), default=0))
     for key, value, origin in origins:
         line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
@@ -88,19 +99,6 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
         tell(Message(f"{key}: {value}", "origin", fields=fields, line=line, is_asked_for=True))
     for row in rows:
         tell(Message(row, "row", line=row, is_asked_for=True))
-
-
-def _print_json(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
-    document = {
-        "exit_code": result.exit_code,
-        "findings": [finding.as_json() for finding in result.findings],
-        "notes": result.notes,
-        "plan": result.plan,
-        "numbers": result.numbers,
-        "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
-        "rows": rows,
-    }
-    show(json.dumps(document, indent=2))
 
 
 def _rows(result: CheckResult, count: int, *, colour: bool) -> list[str]:
@@ -149,16 +147,16 @@ With --locked a run is repeated bit for bit, or refused with all that differs.
 
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    cli_arguments.add_recipe(parser)
+    add_recipe(parser)
     text = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
-    parser.add_argument("--processes", metavar="N|auto", type=_processes, help=text)
+    parser.add_argument("--processes", metavar="N|auto", type=processes, help=text)
 
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Train."""
     from hf_finetune.pipeline.check import look, read
 
-    recipe, overrides = cli_arguments.given(arguments)
+    recipe, overrides = given(arguments)
     reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
     # Another process may have taken the run folder already.
     is_late = reading.recipe is not None and _is_worker()
@@ -168,7 +166,12 @@ def run_train(arguments: argparse.Namespace) -> None:
     if reading.recipe is None:
         raise AssertionError("a recipe that can't be read has a problem")
     if arguments.processes is not None and not _is_worker():
-        _start_several(arguments)
+        node = Node.of(os.environ, arguments.processes)
+        # A launcher configuration may ask for more than processes, so it is followed for a single one, too.
+        if node.all_processes > 1 or os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+            log.close()  # the live display belongs to the processes
+            command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
+            os.execv(sys.executable, command)  # noqa: S606, no shell is the point
     for note in reading.notes:
         log.say(f"note: {note}")
     if repeat is not None:
@@ -180,29 +183,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     train(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
 
 
-def _start_several(arguments: argparse.Namespace) -> None:
-    """Let `hf_finetune.launch` take the place of this process where there is more than one to start.
-
-    Raises:
-        RecipeError: A variable of the environment does not fit; see `Node`.
-    """
-    place = Node.of(os.environ, arguments.processes)
-    if place.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
-        return
-    log.close()  # the live display belongs to the processes
-    command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
-    os.execv(sys.executable, command)  # noqa: S606, no shell is the point
-
-
 def _is_worker() -> bool:
     """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
     return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
-
-
-def _processes(word: str) -> str:
-    if word != "auto" and not (word.isdecimal() and int(word) > 0):
-        raise argparse.ArgumentTypeError(f"must be a number of processes or auto, not {word!r}")
-    return word
 
 
 # hf-finetune evaluate
@@ -312,13 +295,12 @@ def run_predict(arguments: argparse.Namespace) -> None:
     if arguments.output == "-":  # what it does meanwhile is no part of the rows
         log.open_for(arguments.log_format, quiet=True)
     from hf_finetune.config.paths import refuse_outside
-    from hf_finetune.inference import opening
-    from hf_finetune.inference import rows as inference_rows
+    from hf_finetune.inference import opening, rows
 
     named = (("--input", arguments.input), ("--output", arguments.output))
     refuse_outside((option, path) for option, path in named if path != "-")  # before it is said whether it is there
     opening.look(arguments.run_folder, arguments.overrides)
-    inference_rows.find(arguments.input, arguments.input_format)
+    rows.find(arguments.input, arguments.input_format)
     if arguments.output != "-":
         opening.refuse_output(arguments.output, restart=arguments.restart)
     from hf_finetune.inference import predict
@@ -352,7 +334,7 @@ def declare_chat(parser: argparse.ArgumentParser) -> None:
     add_run(parser, "training.precision=fp32")
     parser.add_argument("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of an answer")
     text = "draw tokens; by default the likeliest is taken"
-    parser.add_argument("--temperature", metavar="T", type=_temperature, help=text)
+    parser.add_argument("--temperature", metavar="T", type=number("from 0 to 100", 100), help=text)
     parser.add_argument("--system", metavar="TEXT", help="system turn; by default that of the recipe")
 
 
@@ -370,16 +352,6 @@ def run_chat(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         system=arguments.system,
     )
-
-
-def _temperature(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 100, not {word!r}")
-    return value
 
 
 # hf-finetune merge
@@ -401,7 +373,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16", "fp16"), help=text)
     add("--shard-size", metavar="SIZE", default="5GB", help="most bytes of a weight file (5GB)")
     text = "most that logits may differ from the run's, as a share of the largest; by dtype if not given"
-    add("--tolerance", metavar="X", type=_share, help=text)
+    add("--tolerance", metavar="X", type=number("of at least 0"), help=text)
     add("--overwrite", action="store_true", help="replace a folder that `merge` wrote")
     text = "compare on the rows of this file, not on the run's own; may be given several times"
     add("--data", metavar="FILE", action="append", default=[], help=text)
@@ -428,17 +400,6 @@ def run_merge(arguments: argparse.Namespace) -> None:
         onnx=arguments.onnx,
     )
     merge.merge(arguments.run_folder, options, arguments.overrides)
-
-
-def _share(word: str) -> float:
-    """Return a number of at least 0."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {word!r}")
-    return value
 
 
 # hf-finetune push

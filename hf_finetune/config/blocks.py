@@ -75,6 +75,7 @@ class Checks(Section):
     """Fewer training rows than one global batch."""
 
 
+# Bounds of millions and more only keep numbers finite, for machines; no message shows them.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -124,6 +125,7 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
     """Chance of drawing a row of this source, relative to the others."""
 
+    # Two rules, so that one report blames both keys.
     @model_validator(mode="after")
     def _subset_has_source(self) -> Self:
         _needs_source(self.source, subset=self.subset)
@@ -243,6 +245,7 @@ class Training(Section):
     micro_batch: Annotated[Count | Literal["auto"], FREE] = "auto"
     """Rows of one forward pass on one device; accumulation follows from it. `auto` takes as many as a device is kept
     busy with, and halves them until the estimated memory fits what is free."""
+    # No default: what is right for LoRA ruins a model that is trained whole.
     learning_rate: Annotated[Annotated[float, Field(gt=0.0, le=10.0)], ASK]
     """Peak learning rate."""
     schedule: Annotated[Literal["linear", "cosine", "constant"], ASK] = "linear"
@@ -296,7 +299,7 @@ class Training(Section):
     A CPU run always is."""
 
     @model_validator(mode="after")
-    def _lengths(self) -> Self:
+    def _lengths_fit(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         if self.warmup_steps is not None and self.warmup_ratio:
@@ -352,19 +355,24 @@ NO_CHECKPOINTS = Checkpoints(every=None, every_minutes=None)
 """The meaning of `checkpoints: off`."""
 
 
-LONGEST = 96
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+LONGEST = 96  # characters, which the Hub sets
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][\w.+-]*(?:/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
 
 
+def is_hub_id(name: str) -> bool:
+    """Recognise NAME and OWNER/NAME, by the rules of `huggingface_hub.utils.validate_repo_id`."""
+    fits = _HUB_ID.fullmatch(name) is not None and len(name) <= LONGEST
+    return fits and "--" not in name and ".." not in name and not name.endswith(("-", ".", ".git"))
+
+
 def repo_id(name: str) -> str:
-    """Return the name of a repository that can be, by the rules of `huggingface_hub.utils.validate_repo_id`.
+    """Return the name of a repository that can be.
 
     Raises:
         ValueError: It has no owner, or a part that the Hub does not take.
     """
-    fits = _REPO.fullmatch(name) is not None and len(name) <= LONGEST
-    if not fits or any(bad in name for bad in ("--", "..")) or name[-1] in "-." or name.endswith(".git"):
+    if "/" not in name or not is_hub_id(name):
         reason = (
             f"{shown(name)} is no repository; write OWNER/NAME of letters, digits, '-', '_' and '.', with no '--', no "
             f"'..', starting with a letter or digit, {LONGEST} characters at most"

@@ -27,16 +27,23 @@ _NAME = re.compile(
 )
 _VALUE = re.compile(
     r"(?<![A-Za-z0-9])(?:"
+    # Hugging Face
     r"(?:hf|api_org)_[A-Za-z0-9]{20,}"
+    # OpenAI, Anthropic and others
     r"|sk-(?:(?:proj|ant|svcacct|admin|or)-[\w-]{16,}|[A-Za-z0-9]{20,})"
+    # AWS
     r"|A[KS]IA[0-9A-Z]{16}"
+    # GitHub, GitLab, Slack, Google
     r"|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abeprs]-[\w-]{10,}|AIza[\w-]{35}"
+    # JSON web tokens, and what stands in the header of a request
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"
     r"|[Bb]earer\s+(?=\S*[0-9])[\w.~+/=-]{20,}"
+    # addresses with a password in them
     r"|[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@]*:[^\s/@]+@\S*"
     r")|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*",
     re.ASCII,
 )
+# Braces, or an underscore as in `$WANDB_DIR`: no other text looks like that.
 _REFERENCE = re.compile(r"\$\{[A-Z][A-Z0-9_]*\}|^\$[A-Z][A-Z0-9]*_[A-Z0-9_]*(?=/|$)", re.ASCII)
 # E.g. `$SCRATCH/runs`. Not in a task or an adapter: a label or a token may be called `$USD`.
 _PLAIN_REFERENCE = re.compile(r"^\$[A-Z][A-Z0-9_]*(?=/|$)", re.ASCII)
@@ -65,7 +72,7 @@ def scrub(tree: dict[str, Any]) -> list[tuple[KeyPath, str]]:
 
 
 def _scrub(tree: dict[str, Any], path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    for key, value in list(tree.items()):
+    for key, value in list(tree.items()):  # a copy, as keys are deleted
         here = (*path, key)
         if redacted(key) != key:
             del tree[key]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_finetune.config.blocks import Data, Source
+from hf_finetune.config.blocks import Data, Source, is_hub_id
 from hf_finetune.config.problems import shown
 from hf_finetune.errors import ModelError, Problem, RecipeError
 
@@ -60,6 +61,7 @@ def resolve(name: str) -> str:
     """
     folder = _inside_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
     if not folder.is_dir():
+        # A Hub id has one slash at most; what looks like a path was meant as one.
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
         return name
@@ -81,6 +83,7 @@ def refuse_uncached(name: str, revision: str | None) -> None:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
+    # Where the Hub may be asked, it is, and its answer says more.
     if Path(name).is_absolute() or not constants.HF_HUB_OFFLINE:
         return
     if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
@@ -93,6 +96,7 @@ def _inside_package(name: str) -> Path:
     package, _, path = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier() or ".." in Path(path).parts:
         raise ModelError(Problem(f"{name!r}: write package:NAME/PATH, a folder inside an installed package", key=KEY))
+    # Found, not imported: a package of models need not be importable here.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         how = EXTRAS.get(package, f"pip install {package.replace('_', '-')}")
@@ -109,7 +113,6 @@ LONGEST_PART = 255
 """Bytes of a file name on every common file system."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
-_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _PACKAGE = re.compile(r"package:[A-Za-z_]\w*(?:/[^/\0]+)*/?", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.ASCII | re.DOTALL)
 _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+).*", re.ASCII)
@@ -157,15 +160,15 @@ def _model_name(name: str) -> str | None:
     if name.startswith(PACKAGE):
         fits = _PACKAGE.fullmatch(name) and ".." not in name.split("/")
         return None if fits else f"{shown(name)} is no package path; write package:NAME/PATH, a folder inside a package"
-    # The rules of `huggingface_hub.utils.validate_repo_id`.
-    is_id = _HUB_ID.fullmatch(name) is not None and len(name) <= 96 and not name.endswith(("-", ".", ".git"))
-    if is_local(name) or (is_id and "--" not in name and ".." not in name):
+    if is_local(name) or is_hub_id(name):
         return None
     if (refusal := _address(name)) is not None:
         return refusal
-    why = "and it is no Hub id: a Hub id has letters, digits, '-', '_' and '.', no '--', no '..', and starts with a "
-    why = f", {why}letter or digit"
-    if ".." in name.split("/"):
+    why = (
+        ", and it is no Hub id: a Hub id has letters, digits, '-', '_' and '.', no '--', no '..', and starts with a "
+        "letter or digit"
+    )
+    if ".." in name.split("/"):  # nobody takes that for a Hub id
         why = ""
     elif name.count("/") > 1:
         why = ", and a Hub id has just one slash"
@@ -182,6 +185,7 @@ def _address(name: str) -> str | None:
 
 def _folders(recipe: Any) -> Iterator[Problem]:
     for block, field, key in (("adapter", "continue_from", "adapter.from"), ("data", "cache", "data.cache")):
+        # Not every adapter can be continued, and of a recipe with mistakes a block may be missing.
         folder = getattr(getattr(recipe, block, None), field, None)
         if folder is not None:
             yield from _inside(folder, key)
@@ -234,8 +238,9 @@ def _files(names: str | list[str] | None, where: Data | Source, key: str) -> Ite
             matches = glob.glob(str(path), recursive=True) or [str(path)]  # noqa: PTH207 - a pattern may be absolute
         except RuntimeError:  # no such user
             matches = [str(path)]
-        refused = [f"{shown(file)} {why}" for file in matches if (why := outside(file)) is not None]
-        yield from (Problem(why, key=key) for why in refused[:1])
+        # One is enough: a glob may match thousands.
+        refusals = (f"{shown(file)} {why}" for file in matches if (why := outside(file)) is not None)
+        yield from (Problem(refusal, key=key) for refusal in itertools.islice(refusals, 1))
 
 
 def _output(recipe: Any) -> Iterator[Problem]:
@@ -250,7 +255,7 @@ def _output(recipe: Any) -> Iterator[Problem]:
 def _no_run_folder(path: str) -> str | None:
     if not path.strip():
         return "is blank; name the folder of this run, e.g. runs/my_run"
-    if path.startswith("~"):
+    if path.startswith("~"):  # a folder of that very name would be made
         return f"{shown(path)}: ~ is not expanded; write the path out"
     if _URL.match(path):
         return f"{shown(path)} is an address; a run folder is local, e.g. runs/my_run"

@@ -23,8 +23,9 @@ from hf_finetune.config.credentials import redacted
 from hf_finetune.config.yamlfile import KeyPath, Origin, resolve_scalar
 from hf_finetune.errors import Problem
 
+# Names that pydantic and `annotated-types` give to bounds.
 _LIMITS = ("ge", "gt", "le", "lt", "min_length", "max_length")
-_LONGEST = 60
+_LONGEST = 60  # characters of a value that a message shows
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def shown(value: Any, *, plain: bool = False) -> str:
         return "a block of keys"
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+    # A second net: the tree holds no credential by now, but not every value comes from there.
     if isinstance(value, str):
         value = redacted(value)
     text = str(value) if plain and str(value).isprintable() else repr(value)
@@ -279,16 +281,23 @@ class Examination:
 
     def problems(self) -> list[Problem]:
         """List what is wrong, each once: values, keys, and rules between fields."""
-        for blamed, needed, message in self._missing:
+        for path, needed, message in self._missing:
             if self._complete and not any(given[: len(needed)] == needed for given in self._unread):
-                self._found.append((blamed, message))
+                self._found.append((path, message))
         for path, block in self._blocks:
             for decorator in type(block).__pydantic_decorators__.model_validators.values():
                 if decorator.info.mode == "after":
                     try:
                         getattr(block, decorator.cls_var_name)()
                     except ValueError as error:
-                        self._found.append(_blamed(path, type(block), str(error)))
+                        # The message begins with the key to blame: `steps: ...` or `steps is ...`.
+                        message = str(error)
+                        blamed = message.split(" ", 1)[0].rstrip(":,")
+                        if blamed.split(".")[0] in keys(type(block)):
+                            message = message.removeprefix(f"{blamed}: ")
+                            self._found.append(((*path, *blamed.split(".")), message))
+                        else:
+                            self._found.append((path, message))
                     except AttributeError:
                         continue  # the rule needs a field that could not be read, which is a problem of its own
         return [
@@ -300,6 +309,7 @@ class Examination:
         self, cls: type[BaseModel], tree: Mapping[str, Any], path: KeyPath, variants: Sequence[Option] = ()
     ) -> BaseModel:
         """Read a block; `variants` are all that the plugin may be, for keys that belong to another kind."""
+        # Without validation: fields are put in one by one as they turn out to be right.
         block = cls.model_construct()
         for name, info in cls.model_fields.items():
             key = info.alias or name
@@ -319,6 +329,7 @@ class Examination:
             else:
                 value = UNREAD
                 self._missing.append((here, here, f"is missing; add {describe(options(info))}"))
+            # Past pydantic, whose blocks are frozen. A rule that reads a field that is gone gets an AttributeError.
             block.__dict__.pop(name, None)
             if value is not UNREAD:
                 block.__dict__[name] = value
@@ -338,22 +349,20 @@ class Examination:
             return self._block(blocks[0], value, path)
         lists = [option for option in expected if get_origin(option.type) is list and _entry(option).block]
         if lists and isinstance(value, list) and len(value) >= lists[0].bounds.get("min_length", 0):
-            return self._list(_entry(lists[0]), value, path)
+            entry, items = _entry(lists[0]), list[Any]()
+            for index, item in enumerate(value):
+                here = (*path, index)
+                if entry.block is not None and isinstance(item, Mapping):
+                    items.append(self._block(entry.block, item, here))
+                else:
+                    self._found.append((here, _wrong_type([entry], item, self._origin.written.get(here))))
+            return items if len(items) == len(value) else UNREAD
+        # Nothing with keys of its own: pydantic alone decides.
         try:
             return _adapter(info).validate_python(value)
         except ValidationError as error:
             self._found += _wrong(expected, value, path, error, self._origin.written)
             return UNREAD
-
-    def _list(self, entry: Option, value: list[Any], path: KeyPath) -> Any:
-        items: list[Any] = []
-        for index, item in enumerate(value):
-            here = (*path, index)
-            if entry.block is not None and isinstance(item, Mapping):
-                items.append(self._block(entry.block, item, here))
-            else:
-                self._found.append((here, _wrong_type([entry], item, self._origin.written.get(here))))
-        return items if len(items) == len(value) else UNREAD
 
     def _plugin(self, variants: Sequence[Option], value: Any, path: KeyPath) -> Any:
         """Read a block with a kind; below an unknown kind, read on as the one that was probably meant."""
@@ -366,6 +375,7 @@ class Examination:
         words = [key for key in value if isinstance(key, str)]
         misnamed = None
         if "kind" not in value:
+            # Another key has the name of a kind (`type: lora`), or is `kind` misspelt.
             misnamed = next((key for key in words if value[key] in list(kinds)), None) or nearest("kind", words)
         written = value.get(misnamed or "kind")
         if misnamed is not None:
@@ -395,33 +405,29 @@ class Examination:
 
     def _unknown(self, key: str, path: KeyPath, cls: type[BaseModel], variants: Sequence[Option]) -> str:
         """Say what another tool's key is called here, else the same key elsewhere, else the nearest one."""
-        known = list(keys(cls))
-        near = nearest(key, known)
-        hint = HINTS.get(key) or (f"write {KEYS[key]}" if key in KEYS else None)
-        if hint is not None:
-            meant = KEYS.get(key)
-            if meant is not None:
-                self._unread.add(tuple(meant.split(".")))
-            return f"; {hint}"
-        others = self._elsewhere(path)
+        if key in KEYS:
+            # The value is given, only under another name: the key that was meant is not reported as missing, too.
+            self._unread.add(tuple(KEYS[key].split(".")))
+        if key in HINTS or key in KEYS:
+            return f"; {HINTS.get(key) or f'write {KEYS[key]}'}"
+        # Keys at the top, and of all other blocks than this one, by their dotted names.
+        others = {name: name for name in keys(self._root)} if path else {}
+        for name, info in keys(self._root).items():
+            if path[:1] != (name,):
+                blocks = [option.block for option in options(info) if option.block is not None]
+                others |= {inner: f"{name}.{inner}" for block in blocks for inner in keys(block) if inner not in others}
         if key in others:
             return f"; did you mean {others[key]!r}?"
+        known = list(keys(cls))
+        near = nearest(key, known)
         if near is not None:
             self._unread.add((*path, near))
         if kinds := [str(option.tag) for option in variants if option.block and key in keys(option.block)]:
             return f"; it is for kind {alternatives(kinds)}"
+        # Among so many keys something is always a little like the word: only what is much like it is meant.
         if near is None and (far := nearest(key, others, 0.8)) is not None:
             return f"; did you mean {others[far]!r}?"
         return suggestion(key, known)
-
-    def _elsewhere(self, path: KeyPath) -> dict[str, str]:
-        """Map the keys at the top and of all other blocks than that at `path` to their dotted names."""
-        dotted = {name: name for name in keys(self._root)} if path else {}
-        for name, info in keys(self._root).items():
-            if path[:1] != (name,):
-                blocks = [option.block for option in options(info) if option.block is not None]
-                dotted |= {key: f"{name}.{key}" for block in blocks for key in keys(block) if key not in dotted}
-        return dotted
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -437,33 +443,18 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
 
 
-def in_order(found: Iterable[Problem], files: Sequence[str] = ()) -> list[Problem]:
-    """Sort problems by file and line, each once; those without a line come last."""
-    rank = {file: index for index, file in enumerate(files)}
-    return sorted(
-        dict.fromkeys(found), key=lambda p: (p.line is None, rank.get(p.file, len(rank)) if p.line else 0, p.line or 0)
-    )
-
-
 def _entry(option: Option) -> Option:
     """Give what a list is to hold."""
     return options(get_args(option.type)[0])[0]
 
 
+# Cached, because pydantic compiles a validator for each.
 @functools.cache
 def _adapter(info: FieldInfo) -> TypeAdapter[Any]:
     # pydantic refuses a config for the type of a block, which has its own.
     declared: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
     is_block = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
     return TypeAdapter(declared, config=None if is_block else {"strict": True, "allow_inf_nan": False})
-
-
-def _blamed(path: KeyPath, block: type[BaseModel], message: str) -> tuple[KeyPath, str]:
-    """Read the key to blame off a rule's message, which begins with it: `steps: ...` or `steps is ...`."""
-    key = message.split(" ", 1)[0].rstrip(":,")
-    if key.split(".")[0] not in keys(block):
-        return path, message
-    return (*path, *key.split(".")), message.removeprefix(f"{key}: ")
 
 
 def _wrong(
@@ -490,7 +481,7 @@ def _wrong(
                 here = (*here, part)
         kind = detail["type"]
         is_type = kind == "literal_error" or kind.endswith("_type")
-        if is_type and not location:
+        if is_type and not location:  # about the whole value, whose type the last line tells of
             continue
         if is_type:
             message = _wrong_type(inner, detail["input"], written.get(here))
@@ -522,6 +513,7 @@ def _wrong_type(expected: Sequence[Option], value: Any, written: str | None) -> 
     message = f"must be {describe(expected)}, not {actual}"
     if isinstance(value, str):
         choices = [choice for option in expected for choice in option.choices if isinstance(choice, str)]
+        # `bf16-mixed` means bf16, and `cosine_with_restarts` cosine: the longest choice that the word begins with.
         begins = sorted((choice for choice in choices if value.lower().startswith(choice)), key=len)
         near = begins[-1:] or difflib.get_close_matches(value, choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else _hint(value, {option.type for option in expected})
@@ -539,10 +531,12 @@ def _hint(text: str, types: set[Any]) -> str:
         return f"write {_TRUTH.get(text.lower(), 'true or false')}"
     if not types & {int, float}:
         return ""
+    # Spellings of other tools and other countries.
     if percent := _PERCENT.fullmatch(text):
         return f"write {float(percent[1]) / 100:g}"
     if _TIME.fullmatch(text):
         return "a number with colons is a time; write it as one number"
+    # `1,5` and `0,001` are decimals, `1,000` is a thousand.
     if _DECIMAL_COMMA.fullmatch(text) and not re.fullmatch(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}", text, re.ASCII):
         return f"decimals take a point; write {text.replace(',', '.')}"
     return f"write {text.replace('_', '').replace(',', '')}" if _GROUPED.fullmatch(text) else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,10 +16,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hf_finetune.config import credentials, yamlfile
-from hf_finetune.config import problems as config_problems
 from hf_finetune.config.credentials import redacted
 from hf_finetune.config.paths import outside
-from hf_finetune.config.problems import keys, options
+from hf_finetune.config.problems import Examination, keys, options
 from hf_finetune.config.section import key_of
 from hf_finetune.config.yamlfile import OVERRIDE, Document, KeyPath, Origin, Place, indexed
 from hf_finetune.errors import Problem, RecipeError
@@ -30,23 +29,26 @@ MAX_BASES = 10
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|hf:", re.ASCII)
 
 
-@dataclass
 class Layer:
-    """All that the files and the command line say together."""
+    """All that the files and the command line say together.
 
-    root: type[BaseModel]
-    """Class of the recipe, which tells which keys exclude each other."""
-    origin: Origin
-    tree: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    unread: set[KeyPath] = field(default_factory=set)
-    """Keys that are given, but with nothing that can be used."""
-    files: list[str] = field(default_factory=list)
-    """The recipe first, then the files that it extends."""
-    complete: bool = True
-    """False where a file of the chain can't be read, so that an absent key may be given there."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """Keys that an override made meaningless, each with the key that was overridden."""
+    Args:
+        root: Class of the recipe, which tells which keys exclude each other.
+        file: The recipe.
+    """
+
+    def __init__(self, root: type[BaseModel], file: str) -> None:
+        self.root, self.origin = root, Origin(file)
+        self.tree: dict[str, Any] = {}
+        self.problems: list[Problem] = []
+        self.unread: set[KeyPath] = set()
+        """Keys that are given, but with nothing that can be used."""
+        self.files: list[str] = []
+        """The recipe first, then the files that it extends."""
+        self.complete = True
+        """False where a file of the chain can't be read, so that an absent key may be given there."""
+        self.dropped: dict[str, str] = {}
+        """Keys that an override made meaningless, each with the key that was overridden."""
 
     def add(self, document: Document, file: str) -> None:
         """Take over the problems of a file, and take its secrets out of it."""
@@ -57,6 +59,7 @@ class Layer:
             above = (where[:end] for end in range(len(where), 0, -1))
             line = next((document.lines[path] for path in above if path in document.lines), 1)
             self.problems.append(Problem(message, key=".".join(map(str, where)), file=file, line=line))
+            # A list that holds one is gone as a whole.
             while where and not isinstance(where[-1], str):
                 where = where[:-1]
             self.unread.add(where)
@@ -68,6 +71,7 @@ class Layer:
             below = below[part]
         kind = above.get("kind")
         if self._is_variant(path) and isinstance(kind, str) and below.get("kind", kind) != kind:
+            # Another task or adapter: what the base says of the first one would only be unknown keys of this one.
             below.clear()
             self.origin.forget(path)
         given = {".".join((*path, key)) for key in above}
@@ -128,7 +132,7 @@ def load(path: str, root: type[BaseModel]) -> Layer:
     Raises:
         RecipeError: The file itself can't be read. Mistakes in other files are problems of the layer.
     """
-    layer = Layer(root, Origin(path))
+    layer = Layer(root, path)
     documents: list[Document] = []
     seen = {os.path.realpath(path)}
     file: str | None = path
@@ -151,6 +155,7 @@ def load(path: str, root: type[BaseModel]) -> Layer:
                 layer.problems += (Problem(p.message, EXTENDS, layer.files[-1], line) for p in error.problems)
             layer.complete = False
             break
+    # From the outermost base up, so that the recipe itself has the last word.
     for document, name in zip(reversed(documents), reversed(layer.files), strict=True):
         document.value.pop(EXTENDS, None)
         layer.merge(document.value)
@@ -173,7 +178,9 @@ def of_text(text: str, file: str, root: type[BaseModel]) -> Layer:
     document = yamlfile.parse(text, file)
     if not isinstance(document.value, dict):
         raise RecipeError(Problem("holds no recipe: a mapping of keys to values", file=file))
-    layer = Layer(root, Origin(file, dict.fromkeys(document.lines, Place(file)), document.written))
+    layer = Layer(root, file)
+    layer.origin.places = dict.fromkeys(document.lines, Place(file))
+    layer.origin.written = document.written
     layer.add(document, file)
     layer.tree = document.value
     return layer
@@ -184,12 +191,13 @@ def override(given: Sequence[str], layer: Layer) -> None:
 
     Overrides that can't be set become problems of the layer.
     """
+    # All of them at once: `steps` and `epochs` given together are a mistake, whichever comes last.
     keys_given = {one.partition("=")[0] for one in given}
     for one in given:
         key, separator, text = one.partition("=")
         if not separator or not all(key.split(".")):
             message = f"{one!r} is no override; write key.path=value"
-            layer.problems.append(Problem(credentials.redacted(message), file=OVERRIDE))
+            layer.problems.append(Problem(redacted(message), file=OVERRIDE))
             continue
         try:
             _override(key, text, keys_given, layer)
@@ -202,6 +210,7 @@ def _override(key: str, text: str, given: Container[str], layer: Layer) -> None:
     if path[0] == EXTENDS:
         raise RecipeError("is for recipe files, it can't be overridden; write a file that extends the other")
     document = yamlfile.parse(text, OVERRIDE)
+    # In a tree of its own, as what a credential is depends on the keys above it.
     alone: dict[str, Any] = {path[-1]: document.value}
     for part in reversed(path[:-1]):
         alone = {part: alone}
@@ -220,7 +229,12 @@ def _override(key: str, text: str, given: Container[str], layer: Layer) -> None:
     node = layer.tree
     here: KeyPath = ()
     for part in path:
-        index = _index(node, part)
+        if isinstance(node, dict):
+            index: str | int = part
+        elif part.isdecimal() and len(part) < 10 and int(part) < len(node):
+            index = int(part)
+        else:
+            raise RecipeError(f"the list has {len(node)} entries, counted from 0; there is no entry {part!r}")
         here = (*here, index)
         if len(here) < len(path):
             child = node.get(index) if isinstance(node, dict) else node[index]
@@ -235,14 +249,6 @@ def _override(key: str, text: str, given: Container[str], layer: Layer) -> None:
     layer.origin.written |= {(*here, *inner): written for inner, written in document.written.items()}
 
 
-def _index(node: dict[str, Any] | list[Any], part: str) -> str | int:
-    if isinstance(node, dict):
-        return part
-    if part.isdecimal() and len(part) < 10 and int(part) < len(node):
-        return int(part)
-    raise RecipeError(f"the list has {len(node)} entries, counted from 0; there is no entry {part!r}")
-
-
 def _base(document: Document, file: str, seen: set[str], depth: int) -> str | None:
     """Give the path of the file that a document extends, once it is known to be one that may be read.
 
@@ -255,7 +261,7 @@ def _base(document: Document, file: str, seen: set[str], depth: int) -> str | No
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise RecipeError("must be the path of one recipe file, relative to this one")
     if _REMOTE.match(name):
-        raise RecipeError(f"{credentials.redacted(name)!r} is an address; nothing is fetched, give a local file")
+        raise RecipeError(f"{redacted(name)!r} is an address; nothing is fetched, give a local file")
     if name.startswith("~"):
         raise RecipeError(f"{name!r}: ~ is not expanded; write the path out, relative to this file")
     base = str(Path(file).parent / name)
@@ -300,7 +306,10 @@ class Reading(Generic[Block]):
 
     def locate(self, problem: Problem) -> Problem:
         """Add the file and line of the key that a problem names; one that has a file or no key stays as it is."""
-        return self.origin.locate(problem)
+        if problem.file or not problem.key:
+            return problem
+        file, line = self.origin.place(tuple(problem.key.split(".")))
+        return replace(problem, file=file, line=line)
 
     def checked(self) -> Block:
         """Give the recipe.
@@ -333,31 +342,24 @@ class Reading(Generic[Block]):
         return list(leaves(self.checked().model_dump(mode="json"), ()))
 
 
-def read(model: type[Block], path: str, given: Sequence[str]) -> Reading[Block]:
+def read(model: type[Block], path: str, given: Sequence[str], text: str | None = None) -> Reading[Block]:
     """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result.
 
     Args:
         model: Class of the recipe.
         path: The YAML file.
         given: Each `key.path=value`, the value in YAML.
+        text: The recipe itself, where it stands inside the file and is not all of it.
     """
-    return _read(model, lambda: load(path, model), path, given)
 
-
-def read_text(model: type[Block], text: str, file: str, given: Sequence[str]) -> Reading[Block]:
-    """Read a recipe that stands inside another file, `file`; like `read`."""
-    return _read(model, lambda: of_text(text, file, model), file, given)
-
-
-def _read(model: type[Block], load: Callable[[], Layer], file: str, given: Sequence[str]) -> Reading[Block]:
     def hidden(problem: Problem) -> Problem:
         # YAML's own messages may quote the text, with whatever secret stands in it.
         return replace(problem, message=redacted(problem.message), key=redacted(problem.key))
 
     try:
-        layer = load()
+        layer = load(path, model) if text is None else of_text(text, path, model)
     except RecipeError as error:
-        return Reading(None, list(map(hidden, error.problems)), None, Origin(file))
+        return Reading(None, list(map(hidden, error.problems)), None, Origin(path))
     override(given, layer)
     recipe: Block | None = None
     try:
@@ -368,13 +370,16 @@ def _read(model: type[Block], load: Callable[[], Layer], file: str, given: Seque
         mistakes = []
     partial: Any = recipe
     if recipe is None or layer.unread or not layer.complete:
-        examined = config_problems.Examination(
-            model, layer.tree, layer.origin, unread=layer.unread, complete=layer.complete
-        )
+        examined = Examination(model, layer.tree, layer.origin, unread=layer.unread, complete=layer.complete)
         partial = examined.partial
         layer.problems += examined.problems()
         if not layer.problems:
             # pydantic sees more than the examination does; better in its words than not at all.
             layer.problems += mistakes
-    problems = config_problems.in_order(map(hidden, layer.problems), layer.files)
+    # In the order in which a reader meets them: the recipe before what it extends, and at last what has no line.
+    rank = {file: index for index, file in enumerate(layer.files)}
+    problems = sorted(
+        dict.fromkeys(map(hidden, layer.problems)),
+        key=lambda p: (p.line is None, rank.get(p.file, len(rank)) if p.line else 0, p.line or 0),
+    )
     return Reading(None if problems else recipe, problems, partial, layer.origin, layer.dropped)

@@ -50,6 +50,7 @@ def _relaxed(node: Any) -> Any:
     relaxed: dict[str, Any] = {}
     for key, value in node.items():
         if key == "$ref":
+            # The relaxed copy of the same block: `schema` defines one beside each.
             relaxed[key] = f"{value}{_PART}"
         elif key == "properties":
             relaxed[key] = {name: _relaxed(field) for name, field in value.items()}
@@ -105,6 +106,7 @@ def _block(root: type[BaseModel], title: str, block: Node, schema: Node, prefix:
         elif "default" in field and not isinstance(field["default"], dict):
             default = f"`{_yaml(field['default'])}`"
         resume = _RESUME[key_of(root, f"{prefix}{name}").resume]
+        # Descriptions are docstrings, broken for the editor; a row of a table is one line.
         cells = (_type(field, schema), default, resume, " ".join(field.get("description", "").split()))
         row = " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
         yield f"| `{name}` | {row} |"
@@ -136,23 +138,25 @@ def _resolve(node: Node, schema: Node) -> Node:
 
 def _type(field: Node, schema: Node) -> str:
     """Say in words what a value may be."""
-    alternatives = [_one(_resolve(choice, schema), schema) for choice in _choices(field)]
+    alternatives = []
+    for choice in _choices(field):
+        node = _resolve(choice, schema)
+        if "const" in node:
+            text = f"`{_yaml(node['const'])}`"
+        elif "enum" in node:
+            text = ", ".join(f"`{_yaml(value)}`" for value in node["enum"])
+        elif "properties" in node:
+            text = "block"
+        elif node.get("type") == "array":
+            text = f"list of {_type(node.get('items', {}), schema)}"
+        elif node.get("type") == "object":
+            text = f"names with {_type(node.get('additionalProperties') or {}, schema)} each"
+        else:
+            bounds = [bound.format(f"{node[key]:,}") for key, bound in _BOUNDS.items() if key in node]
+            text = " ".join([_NAMES.get(node.get("type", ""), "value"), ", ".join(bounds)]).strip()
+        alternatives.append(text)
+    # Several kinds of block, or lists of them, read the same.
     return ", or ".join(dict.fromkeys(alternatives))
-
-
-def _one(node: Node, schema: Node) -> str:
-    if "const" in node:
-        return f"`{_yaml(node['const'])}`"
-    if "enum" in node:
-        return ", ".join(f"`{_yaml(value)}`" for value in node["enum"])
-    if "properties" in node:
-        return "block"
-    if node.get("type") == "array":
-        return f"list of {_type(node.get('items', {}), schema)}"
-    if node.get("type") == "object":
-        return f"names with {_type(node.get('additionalProperties') or {}, schema)} each"
-    bounds = [text.format(f"{node[key]:,}") for key, text in _BOUNDS.items() if key in node]
-    return " ".join([_NAMES.get(node.get("type", ""), "value"), ", ".join(bounds)]).strip()
 
 
 def _yaml(value: Any) -> str:

@@ -60,6 +60,7 @@ class Section(BaseModel):
     some fields could be read, so that one report has every problem.
     """
 
+    # Strict: `"5"` is no number, and 1 is not true. YAML has types, so what differs from them is a mistake.
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -86,6 +87,7 @@ class Plugin(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_kind(cls, value: Any) -> Any:
+        # For blocks that are made in Python: whoever writes `Lora(r=8)` has named the class already.
         return {"kind": cls.name(), **value} if isinstance(value, Mapping) else value
 
     @field_validator("kind")
@@ -99,6 +101,7 @@ class Plugin(Section):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Say `kind: const` in the JSON Schema, so that editors complete the right keys."""
         json_schema = handler.resolve_ref_schema(handler(schema))
+        # Every kind is text of its own file, so a default, which is empty, would be wrong.
         kind = {key: text for key, text in json_schema["properties"]["kind"].items() if key != "default"}
         json_schema["properties"]["kind"] = {**kind, "const": cls.name()}
         json_schema["required"] = ["kind", *json_schema.get("required", [])]
@@ -154,9 +157,11 @@ def key_of(root: type[BaseModel], dotted: str) -> Key:
         root: Class of the outermost block.
         dotted: E.g. `training.early_stopping.patience`, `data.mix.0.source`.
     """
+    # What the outermost block says of every key.
     found = Key("never", "value", card=True, study=False, finished="never")
     blocks: list[type[BaseModel]] = [root]
     for part in dotted.split("."):
+        # Several, where a block may be one of several tasks or adapters: they are all asked.
         infos = [keys(block)[part] for block in blocks if part in keys(block)]
         if infos:
             types = [option.type for info in infos for option in options(info)]

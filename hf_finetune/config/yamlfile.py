@@ -7,7 +7,6 @@ YAML 1.2 core schema hold (https://yaml.org/spec/1.2.2/#103-core-schema).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,20 +28,6 @@ _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 _SPECIAL = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 # One number for YAML 1.1 (octal) and another one for YAML 1.2.
 _AMBIGUOUS = re.compile(r"[-+]?0[0-9]+", re.ASCII)
-
-
-@dataclass
-class Document:
-    """A YAML document that could be parsed; keys that can't be used are problems and not part of `value`."""
-
-    value: Any = None
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    """Line (from 1) of every key and list item."""
-    problems: list[Problem] = field(default_factory=list)
-    written: dict[KeyPath, str] = field(default_factory=dict)
-    """Spelling in the file of everything that is not text, e.g. `1e5` for 100000.0."""
-    unread: set[KeyPath] = field(default_factory=set)
-    """Keys that are given, but left out of `value` because their values can't be used."""
 
 
 def read(path: str) -> Document:
@@ -102,10 +87,7 @@ def parse(text: str, file: str) -> Document:
         raise RecipeError(Problem(f"is not valid YAML: {what}; {hint}", file=file, line=line)) from None
     if loader.refused:
         raise RecipeError(dict.fromkeys(loader.refused))
-    document = Document()
-    if node is not None:
-        document.value = _value(node, (), document, file)
-    return document
+    return Document(node, file)
 
 
 def resolve_scalar(text: str) -> str | int | float | bool | None:
@@ -116,7 +98,7 @@ def resolve_scalar(text: str) -> str | int | float | bool | None:
         return text.lower() == "true"
     if _INT.fullmatch(text):
         return int(text)
-    if _FLOAT.fullmatch(text):
+    if _FLOAT.fullmatch(text):  # after the integers, which it matches too
         return float(text)
     return float(text.lower().replace(".", "")) if _SPECIAL.fullmatch(text) else text
 
@@ -151,42 +133,56 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _value(node: yaml.Node, path: KeyPath, document: Document, file: str) -> Any:
-    """Turn a node into plain values; note the line of each key, and what is wrong with it."""
+class Document:
+    """A YAML document that could be parsed; keys that can't be used are problems and not part of `value`."""
 
-    def complain(at: yaml.Node, where: KeyPath, message: str) -> None:
+    def __init__(self, node: yaml.Node | None, file: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        """Line (from 1) of every key and list item."""
+        self.problems: list[Problem] = []
+        self.written: dict[KeyPath, str] = {}
+        """Spelling in the file of everything that is not text, e.g. `1e5` for 100000.0."""
+        self.unread: set[KeyPath] = set()
+        """Keys that are given, but left out of `value` because their values can't be used."""
+        self._file = file
+        self.value: Any = None if node is None else self._plain(node, ())
+
+    def _plain(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Turn a node into plain values; note the line of each key, and what is wrong with it."""
+        if isinstance(node, yaml.MappingNode):
+            found: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = _scalar(key_node)
+                here = (*path, key)
+                if not isinstance(key, str):
+                    self._complain(key_node, path, "holds a key that is no text; put the key in quotes")
+                elif here in self.lines:
+                    # YAML forbids it, PyYAML takes the last one and says nothing.
+                    self._complain(key_node, here, f"is given twice, first in line {self.lines[here]}; keep one")
+                else:
+                    self.lines[here] = key_node.start_mark.line + 1
+                    value = self._plain(value_node, here)
+                    if here not in self.unread:
+                        found[key] = value
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.lines[(*path, index)] = item.start_mark.line + 1
+                items.append(self._plain(item, (*path, index)))
+            return items
+        value = _scalar(node)
+        if not getattr(node, "style", None) and _AMBIGUOUS.fullmatch(node.value):
+            two = f"{node.value} is one number in YAML 1.2 and another one (octal) in YAML 1.1"
+            self._complain(node, path, f"{two}; write {value} without the zero, or put it in quotes if it is text")
+            self.unread.add(path)
+        elif not isinstance(value, str):
+            self.written[path] = node.value
+        return value
+
+    def _complain(self, at: yaml.Node, where: KeyPath, message: str) -> None:
         key = ".".join(map(str, where))
-        document.problems.append(Problem(message, key=key, file=file, line=at.start_mark.line + 1))
-
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = _scalar(key_node)
-            here = (*path, key)
-            if not isinstance(key, str):
-                complain(key_node, path, "holds a key that is no text; put the key in quotes")
-            elif here in document.lines:
-                complain(key_node, here, f"is given twice, first in line {document.lines[here]}; keep one")
-            else:
-                document.lines[here] = key_node.start_mark.line + 1
-                value = _value(value_node, here, document, file)
-                if here not in document.unread:
-                    found[key] = value
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        items = []
-        for index, item in enumerate(node.value):
-            document.lines[(*path, index)] = item.start_mark.line + 1
-            items.append(_value(item, (*path, index), document, file))
-        return items
-    value = _scalar(node)
-    if not getattr(node, "style", None) and _AMBIGUOUS.fullmatch(node.value):
-        two = f"{node.value} is one number in YAML 1.2 and another one (octal) in YAML 1.1"
-        complain(node, path, f"{two}; write {value} without the zero, or put it in quotes if it is text")
-        document.unread.add(path)
-    elif not isinstance(value, str):
-        document.written[path] = node.value
-    return value
+        self.problems.append(Problem(message, key=key, file=self._file, line=at.start_mark.line + 1))
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -207,6 +203,7 @@ def inline(value: Any) -> str:
 
 
 def _dump(value: Any, *, flow: bool) -> str:
+    # So wide that no long text is folded: a recipe stays one line a key.
     text: str = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20, default_flow_style=flow
     )
@@ -217,6 +214,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that `parse` would read as something else."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
+        # PyYAML quotes what YAML 1.1 reads as something else, which leaves out `1e5` and the like.
         quoted = not isinstance(resolve_scalar(text), str)
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
 
@@ -237,19 +235,23 @@ class Place(NamedTuple):
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
-@dataclass
 class Origin:
-    """Remembers where each key and list item of a recipe is given."""
+    """Remembers where each key and list item of a recipe is given.
 
-    file: str
-    """The recipe itself; blamed where no key is."""
-    places: dict[KeyPath, Place] = field(default_factory=dict)
-    written: dict[KeyPath, str] = field(default_factory=dict)
-    """Spelling of everything that is not text."""
+    Args:
+        file: The recipe itself; blamed where no key is.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.places: dict[KeyPath, Place] = {}
+        self.written: dict[KeyPath, str] = {}
+        """Spelling of everything that is not text."""
 
     def place(self, path: KeyPath) -> Place:
         """Give file and line of a key, or of the nearest key above it that is given anywhere."""
         for end in range(len(path), 0, -1):
+            # A dotted name has the indices of lists as text; but a mapping may have such a key, too.
             for part in (path[:end], indexed(path[:end])):
                 if part in self.places:
                     return self.places[part]
@@ -265,13 +267,6 @@ class Origin:
         for known in (self.places, self.written):
             for key in [key for key in known if key[: len(path)] == path]:
                 known.pop(key)
-
-    def locate(self, problem: Problem) -> Problem:
-        """Add the file and line of the key that a problem names; one that has a file or no key stays as it is."""
-        if problem.file or not problem.key:
-            return problem
-        file, line = self.place(tuple(problem.key.split(".")))
-        return replace(problem, file=file, line=line)
 
 
 def indexed(path: KeyPath) -> KeyPath:

@@ -31,7 +31,7 @@ from hf_finetune.data.splits import Split, SplitReport
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, StorageError
-from hf_finetune.log import libraries
+from hf_finetune.log import hush
 from hf_finetune.log.lines import Phases, unseen
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks._image import on_disk
@@ -238,7 +238,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
             `UnfitError`, which carries what these checks need.
         StorageError: The cache can't be written.
     """
-    libraries.hush()
+    hush()
     data, task, seed = recipe.data, recipe.task, recipe.training.seed
     origins = data_sources.locate(data)
     if origins.problems:

@@ -24,7 +24,7 @@ from hf_finetune.data.job import eval_batch
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 from hf_finetune.inference import opening
-from hf_finetune.log import libraries, phase, warn
+from hf_finetune.log import hush, phase, warn
 from hf_finetune.models import load, pretrained
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.paths import Paths
@@ -184,7 +184,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
             base has changed.
         ModelError: The tokenizer can't be had.
     """
-    libraries.hush()
+    hush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
     opened = opening.read(place, overrides)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from hf_finetune import launch, log
+from hf_finetune.cli.arguments import Node, given
 from hf_finetune.cli.main import complete, open_terminal, parse
-from hf_finetune.cli.node import Node
 from hf_finetune.errors import FinetuneError
 from hf_finetune.launch import health
 
@@ -17,7 +17,7 @@ from hf_finetune.launch import health
 def main() -> None:
     """Start the processes, and exit with the code of the run."""
     words = complete(sys.argv[1:])
-    if words[:1] != ["train"]:
+    if words[:1] != ["train"]:  # nothing else has several processes
         launch.replace(words)
     try:
         code = _train(words)
@@ -34,13 +34,13 @@ def main() -> None:
 
 def _train(words: list[str]) -> int:
     """Train, and give the exit code of several processes; a single one takes the place of this one."""
-    from hf_finetune.cli import arguments as cli_arguments
     from hf_finetune.pipeline.check import read
 
     arguments = parse(words)
-    reading, _ = read(*cli_arguments.given(arguments), arguments.locked)
+    reading, _ = read(*given(arguments), arguments.locked)
     if reading.recipe is None:
         launch.replace(words)  # one process prints the mistakes, and ends with the right code
+    # Before anything starts, so that a probe finds the run from the beginning.
     output = Path(reading.recipe.output)
     health.point_to(output)
     node = Node.of(os.environ, arguments.processes)

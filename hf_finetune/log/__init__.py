@@ -5,7 +5,8 @@
     with phase("tokenising train", total=rows, unit="rows") as it:
         it.done = ...
 
-Only rank 0 prints; the others print errors. `logging.getLogger("hf_finetune")` takes further handlers and levels.
+Only rank 0 prints; the others print errors. `logging.getLogger("hf_finetune")` takes further handlers and levels. The
+chatter of the libraries, which hides what a user must read, is turned off by `hush` and `quietly`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
 from hf_finetune.errors import Problem
 from hf_finetune.log.jsonlines import JsonLines
-from hf_finetune.log.lines import Lines, Message, Phase
+from hf_finetune.log.lines import Lines, Message, Phase, printable
 
 _logger = logging.getLogger("hf_finetune")
 _logger.propagate = False  # handlers of the root logger would print every line once more
@@ -45,12 +48,13 @@ def close() -> None:
     """Leave the terminal as it was, and print plain lines."""
     before = _handler
     _use(Lines())
-    before.close()
+    before.close()  # now that nothing goes to it any more
 
 
 @contextmanager
 def notebook() -> Iterator[None]:
     """Show phases below the cell while the body runs, if this is a notebook; a manner that was opened stays."""
+    # IPython is asked only if something has loaded it; a kernel is what tells a notebook from a shell.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if not hasattr(shell, "kernel") or type(_handler) is not Lines:
         yield
@@ -90,7 +94,11 @@ def tell(message: Message) -> None:
 
 def say(line: str) -> None:
     """Print one line; `note: ` and `warning: ` at its beginning are its event."""
-    tell(Message.of_line(line))
+    kind, separator, text = line.partition(": ")
+    if separator and kind in ("note", "warning"):
+        tell(Message(text, kind, "warning" if kind == "warning" else "info", line=printable(line)))
+    else:
+        tell(Message(line))
 
 
 def show(document: str) -> None:
@@ -116,7 +124,8 @@ def warn(text: str) -> None:
 def report(problems: Iterable[Problem], code: int) -> None:
     """Print the reasons why this process ends with an exit code."""
     for problem in problems:
-        tell(Message.of_problem(problem, code, rank()))
+        text = f"rank {rank()}: {problem}" if rank() else str(problem)
+        tell(Message(text, "error", "error", "stderr", {"code": code, "rank": rank(), **asdict(problem)}))
 
 
 def crash(error: BaseException) -> bool:
@@ -163,3 +172,47 @@ def rank() -> int:
     """Read this process's rank off the launcher's variables."""
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
+
+
+LOGGERS = ("accelerate", "torch.distributed", "httpx", "fsspec")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence the libraries inside, and leave them as they were."""
+    import datasets  # takes seconds; what follows needs both
+    import transformers
+
+    chatter: Any = transformers.utils.logging
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    verbosities = chatter.get_verbosity(), datasets.utils.logging.get_verbosity()
+    bars = chatter.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        hush()
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            chatter.set_verbosity(verbosities[0])
+            datasets.utils.logging.set_verbosity(verbosities[1])
+            if bars[0]:
+                chatter.enable_progress_bar()
+            if bars[1]:
+                datasets.enable_progress_bars()
+
+
+def hush() -> None:
+    """Turn off progress bars and everything below an error of transformers, datasets and accelerate."""
+    import datasets
+    import transformers
+
+    chatter: Any = transformers.utils.logging
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # torch warns about pinned memory and DDP's unused options that the Trainer sets.
+    warnings.filterwarnings("ignore", module=r"torch\.(utils\.data|nn\.parallel|optim)")

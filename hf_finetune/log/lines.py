@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
-
-from hf_finetune.errors import Problem
 
 Level = Literal["info", "warning", "error"]
 Stream = Literal["stdout", "stderr"]
@@ -45,20 +43,6 @@ class Message:
     """The command was given to print this, so `--quiet` does not suppress it."""
 
     @classmethod
-    def of_line(cls, line: str) -> Message:
-        """Make a message of a line; `note: ` or `warning: ` at its beginning is its event."""
-        kind, separator, text = line.partition(": ")
-        if not separator or kind not in ("note", "warning"):
-            return cls(line)
-        return cls(text, event=kind, level="warning" if kind == "warning" else "info", line=printable(line))
-
-    @classmethod
-    def of_problem(cls, problem: Problem, code: int, rank: int) -> Message:
-        """Make a message of an error that ends the process with this exit code."""
-        text = str(problem) if rank == 0 else f"rank {rank}: {problem}"
-        return cls(text, "error", "error", "stderr", fields={"code": code, "rank": rank, **asdict(problem)})
-
-    @classmethod
     def of_record(cls, record: logging.LogRecord) -> Message:
         """Unwrap the message of a log record, or make one of a plain record."""
         message = getattr(record, "structured", None)
@@ -79,6 +63,7 @@ class Message:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head = {"time": now, "level": self.level, "event": self.event, "message": self.text}
         rest = {name: jsonable(value) for name, value in self.fields.items() if name not in head}
+        # `default`: a field that nobody thought of is better told as text than a reason to crash.
         return json.dumps(head | rest, allow_nan=False, default=str)
 
 
@@ -261,7 +246,7 @@ class Lines(logging.Handler):
         if phase.is_told and self.level <= logging.INFO:
             timer = threading.Timer(LONG_S, lambda: self._report(phase, f"{phase.share()} ..."))
             self._timers[phase] = timer
-            timer.daemon = True
+            timer.daemon = True  # a process that ends must not wait for it
             timer.start()
 
     def end(self, phase: Phase) -> None:
@@ -269,6 +254,7 @@ class Lines(logging.Handler):
         timer = self._timers.pop(phase, None)
         if timer is not None:
             timer.cancel()
+            # Its beginning was reported then, so its end is, too.
             if phase.seconds >= LONG_S:
                 done = phase.share() if phase.total is None else f"{phase.total:,} {phase.unit}"
                 self._report(phase, f"{done} in {clock(phase.seconds)}")

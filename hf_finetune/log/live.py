@@ -54,10 +54,22 @@ class Display(Lines):
         """Show a phase."""
         with self._lock:
             self._phases.append(phase)
-            if self._live is None:
-                self._start()
-            else:
+            if self._live is not None:
                 self._live.refresh()  # at once: what it does next may leave the thread that paints no time
+                return
+            self._screen = _Screen(sys.stdout)
+            # The terminal is asked for its size. An exported COLUMNS stays as it was when the window is made narrower.
+            variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+            file: Any = self._screen
+            console = _Console(file=file, force_terminal=True, highlight=False, emoji=False, _environ=variables)
+            self._live = live.Live(
+                console=console,
+                refresh_per_second=PER_SECOND,
+                transient=True,
+                redirect_stderr=self._has_stderr,
+                get_renderable=self._draw,
+            )
+            self._live.start(refresh=True)
 
     def end(self, phase: Phase) -> None:
         """Take it away; without any, the terminal is as it was."""
@@ -80,21 +92,6 @@ class Display(Lines):
             self._screen.is_closed = True
             self.raw("\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._height - 1), descriptor=1)
         super().last_words(messages)
-
-    def _start(self) -> None:
-        self._screen = _Screen(sys.stdout)
-        # The terminal is asked for its size. An exported COLUMNS stays as it was when the window is made narrower.
-        variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        file: Any = self._screen
-        console = _Console(file=file, force_terminal=True, highlight=False, emoji=False, _environ=variables)
-        self._live = live.Live(
-            console=console,
-            refresh_per_second=PER_SECOND,
-            transient=True,
-            redirect_stderr=self._has_stderr,
-            get_renderable=self._draw,
-        )
-        self._live.start(refresh=True)
 
     def _stop(self) -> None:
         if self._live is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune import log
 from hf_finetune import recipe as recipe_module
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.config import paths
@@ -135,13 +136,12 @@ def check(
     # from its lock, which only they can tell.
     if reading.recipe is not None and (repeat is not None or not findings.exit_code):
         from hf_finetune import device
-        from hf_finetune.log import libraries
         from hf_finetune.pipeline import plan as pipeline_plan
         from hf_finetune.pipeline.examine import examine
         from hf_finetune.pipeline.plan import plan
         from hf_finetune.training import locking
 
-        with libraries.quietly():
+        with log.quietly():
             machine = device.alone(reading.recipe)
             if repeat is not None:
                 machine = repeat.as_locked(machine, reading.recipe)

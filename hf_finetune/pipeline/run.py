@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_finetune import log
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.inference import merge as inference_merge
@@ -112,7 +112,7 @@ class Run:
         from hf_finetune.inference.evaluate import evaluate
 
         names = [os.fspath(other) for other in against]
-        with _quietly():
+        with log.quietly():
             return evaluate(str(self.folder), self.overrides, files=files, split=split, by=by, against=names)
 
     def predict(self, rows: Rows, *, max_new_tokens: int | None = None) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ class Run:
         from hf_finetune.inference.rows import LINE
 
         found: list[dict[str, Any]] = []
-        with _quietly():
+        with log.quietly():
             if max_new_tokens not in self._predictors:
                 opening.look(str(self.folder), self.overrides)
                 opened = open_run(str(self.folder), self.overrides)
@@ -171,7 +171,7 @@ class Run:
         files = _words(data)
         opening.look(str(self.folder), self.overrides, files=files)
         asked = inference_merge.Options(to=os.fspath(to), data=tuple(files), **options)
-        with _quietly():
+        with log.quietly():
             return inference_merge.merge(str(self.folder), asked, self.overrides)
 
     def push(self, repo: str | None = None, **options: Any) -> None:
@@ -235,9 +235,3 @@ def _words(data: Data | None) -> list[str]:
     if data is None:
         return []
     return [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(file) for file in data]
-
-
-def _quietly() -> AbstractContextManager[None]:
-    from hf_finetune.log import libraries
-
-    return libraries.quietly()

@@ -36,7 +36,7 @@ from hf_finetune.errors import (
 )
 from hf_finetune.hub import best, push
 from hf_finetune.inference import saving
-from hf_finetune.log import libraries, phase, say
+from hf_finetune.log import phase, say
 from hf_finetune.log.lines import Message
 from hf_finetune.models import load, memory, sharded, tuning
 from hf_finetune.models import paths as models_paths
@@ -157,7 +157,7 @@ def train(
     if reading.recipe is None:
         findings.located(reading.locate).raise_errors()
     try:
-        with log.notebook(), libraries.quietly(), libraries.process_left_as_it_was():
+        with log.notebook(), log.quietly(), device.process_left_as_it_was():
             return _train(reading, findings, repeat, resume=resume, restart=restart, allow_change=allow_change)
     except FinetuneError as error:
         located = type(error)(map(reading.locate, error.problems))
