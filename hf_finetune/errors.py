@@ -273,6 +273,7 @@ class BadRows:
     """Collects complaints about rows."""
 
     def __init__(self) -> None:
+        # By complaint, so that a fault of every row is one line of the report.
         self.found: dict[str, list[int]] = {}
         self.count = 0
 
@@ -309,4 +310,5 @@ class BadRows:
 def numbers(rows: Sequence[int], count: int | None = None) -> str:
     """Format as `3, 9, 12, 15, 17 and 40 more`; `count` is the number of rows where `rows` has only the first few."""
     more = (len(rows) if count is None else count) - min(len(rows), SHOWN)
+    # Never all of them: a line stays a line where a million rows are bad.
     return ", ".join(map(str, rows[:SHOWN])) + (f" and {more:,} more" if more else "")

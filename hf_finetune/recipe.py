@@ -205,6 +205,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _data_are_pinned(self) -> Self:
+        # Those that are missing are found with the paths: only there is it known what is a local folder.
         if self.require_pinned:
             parts: dict[str, Data | Source] = {
                 "data": self.data,

@@ -188,6 +188,7 @@ _EVAL = "write training.eval_every: N, epoch or null"
 _EXTENDS = "write extends: FILE in the first line of the file"
 _LABELS = "list the labels in task.labels, in the order of their ids"
 _LAUNCHER = "choose it at the launcher (accelerate launch --config_file FILE); remove it"
+# Where a key of another tool has no counterpart, or one of other values. A hint goes before a name in `KEYS`.
 HINTS = {
     "assistant_only_loss": "write task.train_on: assistant",
     "bf16": "write training.precision: bf16",
@@ -232,8 +233,6 @@ HINTS = {
     "trust_remote_code": "code from a repository is never run; remove it",
     "warmup": "write training.warmup_ratio or training.warmup_steps",
 }
-"""Advice where no key of ours takes the same value."""
-
 
 UNREAD = object()
 """In place of a value that is missing or wrong."""

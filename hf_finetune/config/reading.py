@@ -24,7 +24,7 @@ from hf_finetune.config.yamlfile import OVERRIDE, Document, KeyPath, Origin, Pla
 from hf_finetune.errors import Problem, RecipeError
 
 EXTENDS = "extends"
-MAX_BASES = 10
+MAX_BASES = 10  # nobody could tell any more where a value comes from
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|hf:", re.ASCII)
 
@@ -140,7 +140,7 @@ def load(path: str, root: type[BaseModel]) -> Layer:
         try:
             document = yamlfile.read(file)
         except RecipeError as error:
-            if not documents:
+            if not documents:  # the recipe itself: there is nothing to examine
                 raise
             layer.problems += error.problems
             layer.complete = False
@@ -265,6 +265,7 @@ def _base(document: Document, file: str, seen: set[str], depth: int) -> str | No
     if name.startswith("~"):
         raise RecipeError(f"{name!r}: ~ is not expanded; write the path out, relative to this file")
     base = str(Path(file).parent / name)
+    # A symlink that leads nowhere is there, and is no regular file.
     if not os.path.lexists(base):
         raise RecipeError(f"there is no file {base!r}; the path is relative to {file}")
     if not Path(base).is_file():

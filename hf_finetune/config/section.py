@@ -119,6 +119,7 @@ def discover(package: str, base: type[Plugin]) -> dict[str, type[Plugin]]:
     """
     found: dict[str, type[Plugin]] = {}
     for module_info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        # What several plugins share.
         if module_info.name.startswith("_"):
             continue
         module = importlib.import_module(f"{package}.{module_info.name}")

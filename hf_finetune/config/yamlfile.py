@@ -14,6 +14,7 @@ import yaml
 
 from hf_finetune.errors import Problem, RecipeError
 
+# Far above any recipe: they keep a wrong file, or one made to do harm, from filling memory or the stack.
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 
@@ -271,4 +272,5 @@ class Origin:
 
 def indexed(path: KeyPath) -> KeyPath:
     """Turn the parts of a dotted key that are list indices into numbers."""
+    # Not longer ones: Python refuses to convert thousands of digits, and no list has as many entries.
     return tuple(int(part) if isinstance(part, str) and part.isdecimal() and len(part) < 10 else part for part in path)

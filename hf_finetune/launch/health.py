@@ -54,6 +54,7 @@ def look(run: Path, started: float, now: float) -> tuple[int, str]:
         return 1, f"{run}: status.json can't be read, or is damaged"
     if status["state"] != "running" or run_status.is_alive(status, now):
         return 0, f"{run}: {status['state']}, step {status.get('step', 0)}"
+    # The heartbeat is that of a process before this one, which was killed: this one has not reached its run yet.
     if now - started <= STARTING:
         return 0, f"{run}: starting"
     return 1, f"{run}: lost: no heartbeat for {run_status.silence(status, now):.0f} s"

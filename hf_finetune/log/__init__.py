@@ -79,6 +79,7 @@ def _use(handler: Lines) -> None:
 
 def _is_live() -> bool:
     """Tell whether somebody looks at stdout who can see a line change."""
+    # The terminals of CI services keep every picture as lines of their own.
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
     able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
@@ -171,6 +172,7 @@ def phase(name: str, total: int | None = None, unit: str = "", *, is_told: bool 
 def rank() -> int:
     """Read this process's rank off the launcher's variables."""
     text = os.environ.get("RANK", "0")
+    # torchrun's own; with a wrong one nothing starts, so nothing is said of it here.
     return int(text) if text.isdecimal() else 0
 
 

@@ -24,6 +24,7 @@ class JsonLines(Lines):
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__(level)
         self.streams: dict[Stream, TextIO] = {"stdout": sys.stdout, "stderr": sys.stderr}
+        # Python writes warnings to stderr by a function of its own, in two lines each.
         self._show_warning = warnings.showwarning
         sys.stdout, sys.stderr = _Redirected(self, "stdout"), _Redirected(self, "stderr")
         warnings.showwarning = self._warned  # type: ignore[assignment]
@@ -78,6 +79,7 @@ class JsonLines(Lines):
         """Give the streams back."""
         for name, original in self.streams.items():
             stream = getattr(sys, name)
+            # Somebody may have put another stream there meanwhile, which stays.
             if isinstance(stream, _Redirected):
                 stream.finish()
                 setattr(sys, name, original)
@@ -121,7 +123,9 @@ class _Redirected(io.TextIOBase):
 
     def isatty(self) -> bool:
         """Deny being a terminal, whatever is below."""
+        # Else libraries would draw bars and colours.
         return False
 
     def __getattr__(self, name: str) -> Any:
+        # `encoding`, `buffer`, and whatever else a library wants to know of a stream.
         return getattr(self._handler.streams[self._name], name)

@@ -55,6 +55,7 @@ class Message:
 
     def as_line(self) -> str:
         """Format for people."""
+        # stdout holds what was asked for, and needs no name of the program before it.
         prefix = f"hf_finetune: {self.level}: " if self.stream == "stderr" and self.level != "info" else ""
         return printable(prefix + self.text) if self.line is None else self.line
 
@@ -81,6 +82,7 @@ def jsonable(value: Any) -> Any:
     return [jsonable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+# By identity: two phases may have the same name, and they are keys of a dict.
 @dataclass(eq=False)
 class Phase:
     """Something that takes a while. The code that does it sets `done`, which costs nothing; the display looks."""
@@ -174,6 +176,7 @@ def wrapped(text: str, columns: int | None) -> str:
 
 
 def _wrapped(line: str, columns: int) -> str:
+    # Colours take no columns, so the length of a coloured line says nothing.
     if len(line) <= columns or "\x1b" in line:
         return line
     found = _HEAD.match(line)
@@ -243,6 +246,7 @@ class Lines(logging.Handler):
 
     def begin(self, phase: Phase) -> None:
         """Show a phase, here once it turns out to be long."""
+        # A timer and not a look at the end: who waits wants to know what for.
         if phase.is_told and self.level <= logging.INFO:
             timer = threading.Timer(LONG_S, lambda: self._report(phase, f"{phase.share()} ..."))
             self._timers[phase] = timer

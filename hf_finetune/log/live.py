@@ -43,6 +43,7 @@ class Display(Lines):
     def put(self, message: Message) -> None:
         """Write a line above the display."""
         with self._lock:
+            # rich draws on stdout; a stderr that goes elsewhere gets plain lines.
             if self._live is None or (message.stream == "stderr" and not self._has_stderr):
                 super().put(message)
             else:
