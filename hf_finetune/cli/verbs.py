@@ -84,7 +84,6 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
         tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
     for note in result.notes:
         say(f"note: {note}")
-    # Names in a column of their own, as wide as the longest.
     width = max(map(len, result.plan), default=0)
     for name, text in result.plan.items():
         tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
