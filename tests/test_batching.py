@@ -138,9 +138,6 @@ class Numbers:
     def filler(self, seed: int) -> Any:
         return {"input_ids": [7], "size": 1, "labels": -100}
 
-    def count(self, report: SplitReport) -> None:
-        pass
-
 
 def streamed(
     division: Division, steps: int, done: int = 0, used: tuple[int, ...] = ()
@@ -152,8 +149,8 @@ def streamed(
     batches, counts = [], [0] * division.batch_size
     for _ in range(steps):
         step: list[Any] = [next(found) for _ in range(division.accumulation)]
-        batches.append([[row["labels"] for row in batch.rows] for batch in step])
-        used_now = [batch.counts.tolist()[: division.batch_size] for batch in step]
+        batches.append([[row["labels"] for row in rows] for rows, _ in step])
+        used_now = [used.tolist()[: division.batch_size] for _, used in step]
         counts = [sum(lane) for lane in zip(counts, *used_now, strict=True)]
     return batches, counts, numbers.encoded
 

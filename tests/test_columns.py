@@ -65,14 +65,14 @@ def numbers(*literals: str) -> str:
 
 def reading(task: dict[str, Any], names: list[str]) -> Reading:
     block = recipe(task, train=names, streaming=True)
-    return Reading.of(block.data, sources.locate(block.data), Wanted.by(block.task), 1)
+    return Reading(block.data, sources.locate(block.data), Wanted.by(block.task), 1)
 
 
 def loaded(task: dict[str, Any], names: list[str]) -> dict[str, list[Any]]:
     """The columns as they are loaded."""
     block = recipe(task, train=names)
     origin = sources.locate(block.data).train[0]
-    columns: dict[str, list[Any]] = origin.load("cache", replace(Wanted.by(block.task), held_out=False))[:]
+    columns: dict[str, list[Any]] = origin.load(Path("cache"), replace(Wanted.by(block.task), held_out=False))[:]
     return columns
 
 

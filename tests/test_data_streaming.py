@@ -39,6 +39,12 @@ def lengths(rows: Iterator[Any], count: int) -> list[int]:
     return [row["size"] for row in itertools.islice(rows, count)]
 
 
+def counted(rows: data_stream.Stream, count: int) -> SplitReport:
+    """What became of the rows of the first pass, after so many were taken."""
+    lanes = rows.lanes(1, [0], [0])
+    return SplitReport.total(lanes.take([0]).report for _ in range(count))
+
+
 def test_a_pass_holds_every_row_once_and_the_next_has_another_order(llama: PreTrainedTokenizerBase) -> None:
     write_lengths("train.jsonl", range(1, 41))
     read = lengths(stream(llama, train="train.jsonl").rows(1), 80)
@@ -73,29 +79,15 @@ def test_several_files_stream_as_one(llama: PreTrainedTokenizerBase) -> None:
 def test_the_report_counts_the_first_pass_and_no_more(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", LONG)
     truncating = stream(llama, train="train.jsonl", max_length=8)
-    next(rows := truncating.rows(1))
-    lengths(rows, 20)
     whole = prepare.prepare(recipe(TEXTS, train="train.jsonl", max_length=8), llama, MACHINE).reports["train"]
-    assert truncating.report() == whole
-
-
-def test_a_later_sample_leaves_the_counts_of_the_training(llama: PreTrainedTokenizerBase) -> None:
-    write_lengths("train.jsonl", range(1, 251))
-    read = stream(llama, train="train.jsonl", max_length=512)
-    lengths(trained := read.rows(1), 250)
-    whole = read.report()
-    assert whole.rows == 250
-    lengths(read.rows(1), 3)
-    assert read.report() == whole
-    next(trained)
-    assert read.report() == whole
+    assert counted(truncating, 20) == whole
 
 
 def test_dropped_rows_are_counted(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", LONG)
     dropping = stream(llama, train="train.jsonl", max_length=8, overlong="drop")
     assert sorted(lengths(dropping.rows(1), 4)) == [4, 4, 6, 6]
-    assert dropping.report() == SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
+    assert counted(dropping, 4) == SplitReport(rows=4, kept=2, dropped=2, tokens=10, trained=8, longest=41)
 
 
 def test_refused_rows_are_shown(llama: PreTrainedTokenizerBase) -> None:
@@ -164,7 +156,6 @@ def test_streamed_labels_need_names_and_evaluation_is_loaded(llama: PreTrainedTo
     assert list(prepared.reports) == ["validation"]
     assert isinstance(prepared.train, data_stream.Stream)
     assert {row["labels"] for row in itertools.islice(prepared.train.rows(1), 2)} == {0, 1}
-    assert prepared.reports["train"].rows == 2
 
 
 def test_the_first_rows_are_looked_at_before_training(llama: PreTrainedTokenizerBase) -> None:
@@ -173,13 +164,6 @@ def test_the_first_rows_are_looked_at_before_training(llama: PreTrainedTokenizer
     assert (look.whole, look.report.rows, look.report.tokens) == (True, 40, sum(range(2, 42)))
     look = stream(llama, train="train.jsonl").look(10)
     assert (look.whole, look.report.rows, look.report.longest) == (False, 10, 11)
-
-
-def test_looking_leaves_the_counts_of_the_training_alone(llama: PreTrainedTokenizerBase) -> None:
-    write_lengths("train.jsonl", range(1, 41))
-    read = stream(llama, train="train.jsonl")
-    read.look()
-    assert read.report() == SplitReport()
 
 
 def test_everything_in_the_first_rows_is_told_at_once(llama: PreTrainedTokenizerBase) -> None:

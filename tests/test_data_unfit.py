@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,6 @@ def test_a_split_without_any_fit_row_hides_no_other(bert: PreTrainedTokenizerBas
     error, verdict = refused(bert, CLASSES, train="train.jsonl", validation="dev.jsonl")
     assert list(error.facts) == ["validation"]
     assert [problem.key for problem in verdict.errors] == ["data.validation"]
-
-
-def test_it_survives_pickling(bert: PreTrainedTokenizerBase) -> None:
-    write_json("train.jsonl", [*mixed(2), UNLABELLED])
-    error, _ = refused(bert, CLASSES, train="train.jsonl")
-    again = pickle.loads(pickle.dumps(error))
-    assert (again.problems, again.facts, again.left_out) == (error.problems, error.facts, error.left_out)
 
 
 def test_balanced_weights_are_of_the_rows_that_are_kept(bert: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_data import CLASSES, recipe, write, write_json
 
-from hf_finetune.data import find, readers
+from hf_finetune.data import readers
 from hf_finetune.data.loading import Wanted
 from hf_finetune.data.sources import LocalFiles
 from hf_finetune.errors import DataError
@@ -27,13 +27,13 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def light(**block: Any) -> list[str]:
-    return [str(problem) for problem in find.problems(recipe(CLASSES, **block))]
+    return [str(problem) for problem in readers.problems(recipe(CLASSES, **block))]
 
 
 def whole(content: bytes | str, name: str = "a.jsonl") -> list[str]:
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
-        LocalFiles("", (name,)).load("cache", WANTED)
+        LocalFiles("", (name,)).load(Path("cache"), WANTED)
     except DataError as error:
         return [str(problem).removeprefix(name) for problem in error.problems]
     return []
@@ -67,8 +67,8 @@ def test_what_could_not_be_read_of_a_recipe_is_skipped() -> None:
         class data:  # noqa: N801
             train, source = "no.csv", None
 
-    assert [problem.key for problem in find.problems(Partial())] == ["data.train"]
-    assert find.problems(object()) == []
+    assert [problem.key for problem in readers.problems(Partial())] == ["data.train"]
+    assert readers.problems(object()) == []
 
 
 def test_pipes_devices_and_broken_links_are_refused_without_opening_them() -> None:
@@ -166,7 +166,7 @@ def test_many_faults_are_cut_short() -> None:
 
 def test_the_light_look_loads_no_library() -> None:
     heavy = ["torch", "transformers", "datasets", "numpy", "pyarrow", "pandas"]
-    code = f"import sys, hf_finetune.data.find; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, hf_finetune.data.readers; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -174,5 +174,5 @@ def test_the_light_look_loads_no_library() -> None:
 def test_a_text_is_not_cut_at_a_nul(tmp_path: Path) -> None:
     file = tmp_path / "train.csv"
     file.write_bytes(b'text,label\n"ab\0c, ""d""",x\n"1",NA\n')
-    rows = LocalFiles("data.train", (str(file),)).load(str(tmp_path / "cache"), WANTED)
+    rows = LocalFiles("data.train", (str(file),)).load(tmp_path / "cache", WANTED)
     assert rows.to_dict() == {"text": ['ab\0c, "d"', "1"], "label": ["x", "NA"]}

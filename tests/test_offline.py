@@ -152,9 +152,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hub_that_refuses_is_asked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=MODEL, data=DATA, pin="", output="run"))
     sources.settle(Recipe.load(str(file)))
@@ -163,8 +161,6 @@ def test_a_hub_that_refuses_is_asked_once_and_may_be_asked_again(
     sources.settle(Recipe.load(str(file)))
     assert capsys.readouterr().err == ""
     assert constants.HF_HUB_OFFLINE
-    sources.again()
-    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
 @pytest.mark.usefixtures("unreachable")

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,14 @@ STREAMED, FAILED = "streamed", "failed"
 COUNTED = ("rows", "tokens", "slots", "squares")
 """Rows of a micro-batch, their tokens, these with padding, and the sum of each document's tokens squared."""
 _PR_SET_PDEATHSIG = 1
-Lengths = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor  # tokens of each row
+Array = np.ndarray[Any, Any]
+Lengths = Sequence[int] | Array | torch.Tensor  # tokens of each row
 
 BATCHES_PER_POOL = 50
 """Length grouping sorts pools of so many global batches, so that an epoch stays random at any larger scale."""
 
 
-def lengths_of(encoded: Any) -> np.ndarray[Any, Any]:
+def lengths_of(encoded: Any) -> Array:
     """Size of each encoded row, (rows,) int64; read column by column: `encoded["size"]` alone goes row by row."""
     return np.asarray(encoded.with_format("numpy")["size"][:], dtype=np.int64)
 
@@ -88,6 +90,7 @@ class Rows(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
+        # The loader calls it with a whole batch: one read of the Arrow file instead of one a row.
         columns = self.encoded[[index if index >= 0 else ~index for index in indices]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return [row if index >= 0 else self.task.masked(row) for index, row in zip(indices, rows, strict=True)]
@@ -112,11 +115,8 @@ class PackedRows(Dataset[Any]):
 class GlobalBatches(Sampler[list[int]]):
     """Batch sampler: this rank's micro-batches of every global batch of the epoch.
 
-    Args:
-        lengths: Tokens of each row; rows of similar length come together in one global batch. Pass a constant length
-            for a plain shuffle.
-        division: Global batch, micro-batch, rank.
-        seed: With the epoch, fixes the order.
+    Rows of similar length come together in one global batch; a constant length gives a plain shuffle. The seed and the
+    number of the epoch fix the order.
     """
 
     def __init__(self, lengths: Lengths, division: Division, seed: int) -> None:
@@ -138,6 +138,7 @@ class GlobalBatches(Sampler[list[int]]):
     def _pools(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """The rows of each pool, short ones first, and the order in which its batches, cut off one by one, come."""
         size = self.division.batch_size
+        # A prime above any number of epochs: no two pairs of seed and epoch share an order.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         for start in range(0, len(order), size * BATCHES_PER_POOL):
@@ -149,7 +150,7 @@ class GlobalBatches(Sampler[list[int]]):
 
     def spread(self, count: int) -> list[list[int]]:
         """So many global batches of the epoch, from short rows to long ones, at equal distances."""
-        size, found = self.division.batch_size, list[np.ndarray[Any, Any]]()
+        size, found = self.division.batch_size, list[Array]()
         for by_length, order in self._pools():
             ends = np.minimum((np.array(order) + 1) * size, len(by_length)) - 1
             found.append(self.lengths[by_length].numpy()[ends])
@@ -173,12 +174,9 @@ class GlobalBatches(Sampler[list[int]]):
         return full * self.division.accumulation + (self.division.micro_batches(rest) if rest else 0)
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """A micro-batch of a stream, and what was used up for it."""
-
-    rows: list[Any]
-    counts: torch.Tensor  # rows that each lane of the global batch has used up, then the counts of `SplitReport`; int64
+# The rows of a micro-batch of a stream, and what was used up for it, (B + counts,) int64: the number of rows of each
+# lane of the global batch, then the counts of `SplitReport`.
+Streamed = tuple[list[Any], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -205,32 +203,26 @@ class StreamedBatches(IterableDataset[Any]):
         # `datasets` would read only a share of the files here; what this process encodes is chosen by lanes.
         workers._worker_info = None
         shares = self.division.share(range(self.division.batch_size))[first::step]
+        # The Trainer skips as many batches as it has trained on, whatever they are.
         yield from itertools.repeat(None, self.done * len(shares))
+        size, filler = self.division.batch_size, list[Features]()
+        own = {place for share in shares for place in share if place >= 0}
         try:
-            yield from self._micro_batches(shares)
+            lanes = self.stream.lanes(self.seed, own, self.used or [self.done] * size)
+            for share in itertools.cycle(shares):
+                rows, used, report = lanes.take([place for place in share if place >= 0])
+                if not rows:  # every rank must take part in every backward pass
+                    rows = filler = filler or [self.stream.filler(self.seed)]
+                yield rows, torch.tensor([*(used.get(place, 0) for place in range(size)), *counts_of(report)])
         except FinetuneError as error:
             if worker is None:
                 raise
             yield error  # raised here, it would reach the trainer as another error
 
-    def _micro_batches(self, shares: list[list[int]]) -> Iterator[Streamed]:
-        size = self.division.batch_size
-        own = {place for share in shares for place in share if place >= 0}
-        lanes = self.stream.lanes(self.seed, own, self.used or [self.done] * size)
-        filler: Features | None = None
-        while True:
-            for share in shares:
-                taken = lanes.take([place for place in share if place >= 0])
-                rows: list[Any] = taken.rows
-                if not rows:  # every rank must take part in every backward pass
-                    filler = filler or self.stream.filler(self.seed)
-                    rows = [filler]
-                used = [taken.used.get(place, 0) for place in range(size)]
-                yield Streamed(rows, torch.tensor([*used, *counts_of(taken.report)]))
-
 
 def merged(counts: torch.Tensor) -> torch.Tensor:
     """Add the counts of several `Streamed` together, (C,) from (N, C): sums, and of the longest row the maximum."""
+    # The counts of `SplitReport` are the last columns.
     whole, column = counts.sum(0), counts.shape[1] - len(NAMES) + NAMES.index("longest")
     whole[column] = counts[:, column].max()
     return whole
@@ -244,6 +236,7 @@ def report(counts: torch.Tensor) -> SplitReport:
 class _Loader(DataLoader[Any]):
     """A DataLoader that hands the epoch on to its batch sampler."""
 
+    # The Trainer calls it of loaders that have it; torch's own has not, and Accelerate's is not in between.
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
         if isinstance(self.batch_sampler, GlobalBatches):
@@ -255,15 +248,12 @@ def train_loader(
 ) -> DataLoader[Any]:
     """Return a loader of collated micro-batches; already divided among ranks, so Accelerate must not divide them again.
 
-    Args:
-        rows: `Rows` or `PackedRows` with `batches`; `StreamedBatches` without.
-        batches: The batch sampler.
-        collator: Pads and stacks rows.
-        pin: Whether to use page-locked memory.
+    Rows are `Rows` or `PackedRows` with `batches`, or `StreamedBatches` without; `pin` takes page-locked memory.
     """
     # Its own generator: a DataLoader draws a seed at every start, and evaluation must not shift the training's RNG.
     generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"collate_fn": _Counting(collator), "pin_memory": pin, "generator": generator}
+    collate = partial(_counted, collator)
+    options: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin, "generator": generator}
     if isinstance(rows, StreamedBatches):
         if rows.workers:
             # Set before the processes are forked, or the tokenizers in them warn that they turn it off.
@@ -279,30 +269,22 @@ def _end_with_parent(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class _Counting:
-    """Adds what throughput is measured by, `COUNTED`: the batch alone does not tell what of it is padding.
+def _counted(collator: Collator, found: list[Any] | Streamed | FinetuneError | None) -> dict[str, Any]:
+    """Collate, and add what throughput is measured by, `COUNTED`: the batch alone does not tell what is padding.
 
-    Of a stream it adds what was used up, `STREAMED`, or why there is no batch, `FAILED`.
+    Of a stream, add what was used up, `STREAMED`, or why there is no batch, `FAILED`.
     """
-
-    collator: Collator
-
-    def __call__(self, found: Any) -> dict[str, Any]:
-        if found is None:
-            return {}
-        if isinstance(found, FinetuneError):
-            return {FAILED: found}
-        if isinstance(found, Streamed):
-            return {**self._collated(found.rows), STREAMED: found.counts}
-        return self._collated(found)
-
-    def _collated(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
-        sizes = [document["size"] for document in documents]
-        widest = max(sum(one["size"] for one in row) if isinstance(row, list) else row["size"] for row in rows)
-        counts = (len(rows), sum(sizes), len(rows) * widest, sum(size * size for size in sizes))
-        return {**self.collator(rows), **{name: torch.tensor(n) for name, n in zip(COUNTED, counts, strict=True)}}
+    if found is None:
+        return {}
+    if isinstance(found, FinetuneError):
+        return {FAILED: found}
+    rows, used = found if isinstance(found, tuple) else (found, None)
+    # Documents that share a sequence attend to themselves alone, so squares are summed over documents.
+    sizes = [[document["size"] for document in (row if isinstance(row, list) else [row])] for row in rows]
+    flat = list(itertools.chain.from_iterable(sizes))
+    counts = (len(rows), sum(flat), len(rows) * max(map(sum, sizes)), sum(size * size for size in flat))
+    batch = {**collator(rows), **{name: torch.tensor(n) for name, n in zip(COUNTED, counts, strict=True)}}
+    return batch if used is None else {**batch, STREAMED: used}
 
 
 def eval_loader(
@@ -310,30 +292,17 @@ def eval_loader(
 ) -> DataLoader[Any]:
     """Return a loader of a whole split, longest rows first; batches carry `row_ids`, -1 for rows that only fill a rank.
 
-    Args:
-        rows: The encoded split.
-        lengths: Tokens of each row.
-        division: `batch_size` rows of one forward pass over all ranks at most.
-        collator: Pads and stacks rows.
-        tokens: Most tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
+    A forward pass has `division.batch_size` rows over all ranks at most; `tokens` as for `by_length`.
     """
-    batches = _EvalBatches(lengths, division, tokens)
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        _Numbered(rows), batch_sampler=batches, collate_fn=_NumberedCollator(collator), generator=generator
-    )
+    batches, collate = _EvalBatches(lengths, division, tokens), partial(_numbered, collator)
+    generator = torch.Generator().manual_seed(0)  # as in `train_loader`
+    return DataLoader(_Numbered(rows), batch_sampler=batches, collate_fn=collate, generator=generator)
 
 
 def predicted(
     batches: Iterable[dict[str, Any]], predict: Callable[[Batch], dict[str, torch.Tensor]], shown: Any = None
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the predictions of a whole split, in its order.
-
-    Args:
-        batches: With `row_ids`, as of `eval_loader`.
-        predict: See `Task.predict`.
-        shown: Its `done` counts the rows; None shows nothing.
-    """
+) -> dict[str, Array]:
+    """Return the predictions of a whole split, in its order, from batches with `row_ids`; `shown.done` counts rows."""
     ids: list[int] = []
     found: list[dict[str, torch.Tensor]] = []
     for batch in batches:
@@ -342,17 +311,18 @@ def predicted(
         ids += rows
         if shown is not None:
             shown.done += len(rows)
-    return {name: joined([part[name] for part in found], ids) for name in found[0]}
+    order = np.argsort(np.asarray(ids), kind="stable")
 
+    def joined(parts: list[torch.Tensor]) -> Array:
+        if parts[0].ndim > 1:
+            # Each batch is as wide as its longest row.
+            width = max(part.shape[1] for part in parts)
+            pads = [[0, 0] * (part.ndim - 2) + [0, width - part.shape[1]] for part in parts]
+            parts = [torch.nn.functional.pad(part, pad, value=IGNORE) for part, pad in zip(parts, pads, strict=True)]
+        values: Array = torch.cat(parts).numpy()[order]
+        return values
 
-def joined(parts: list[torch.Tensor], ids: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Values of several batches, (B, ...) each, in the order of their rows' numbers; the second dimension is padded."""
-    if parts[0].ndim > 1:
-        width = max(part.shape[1] for part in parts)
-        pads = [[0, 0] * (part.ndim - 2) + [0, width - part.shape[1]] for part in parts]
-        parts = [torch.nn.functional.pad(part, pad, value=IGNORE) for part, pad in zip(parts, pads, strict=True)]
-    values: np.ndarray[Any, Any] = torch.cat(parts).numpy()[np.argsort(np.asarray(ids), kind="stable")]
-    return values
+    return {name: joined([part[name] for part in found]) for name in found[0]}
 
 
 class _EvalBatches(Sampler[list[int]]):
@@ -376,23 +346,23 @@ class _EvalBatches(Sampler[list[int]]):
 
 
 def by_length(lengths: Lengths, most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
-    """Yield row numbers of batches, longest rows first.
+    """Yield row numbers of batches, longest rows first: `most` rows at most for each rank that shares a batch.
 
-    Args:
-        lengths: Tokens of each row.
-        most: Most rows of a batch on one rank.
-        tokens: Most tokens of a batch on one rank, padding included, but a row is never left out; None sets no bound.
-        ranks: Ranks that share a batch.
+    `tokens` bounds the tokens of one rank's rows, padding included, but a row is never left out; None sets no bound.
     """
+    # Longest first, so that a batch that does not fit into memory fails at once.
     sizes = torch.as_tensor(lengths, dtype=torch.int64)
     order = sizes.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):
-        size = most
-        if tokens is not None:
-            size = max(1, min(size, tokens // max(1, int(sizes[order[start]]))))
+        size = rows_of(int(sizes[order[start]]), most, tokens)
         yield order[start : start + size * ranks].tolist()
         start += size * ranks
+
+
+def rows_of(longest: int, most: int, tokens: int | None) -> int:
+    """Return the rows of a batch on one rank whose longest has so many tokens; the bounds are those of `by_length`."""
+    return most if tokens is None else max(1, min(most, tokens // max(1, longest)))
 
 
 class _Numbered(Dataset[Any]):
@@ -408,16 +378,9 @@ class _Numbered(Dataset[Any]):
         return [(max(index, -1), row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
 
 
-@dataclass(frozen=True)
-class _NumberedCollator:
-    collator: Collator
-
-    def __call__(self, numbered: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
-        ids, rows = zip(*numbered, strict=True)
-        return {**self.collator(list(rows)), "row_ids": torch.tensor(ids)}
-
-
-Array = np.ndarray[Any, Any]
+def _numbered(collator: Collator, numbered: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
+    ids, rows = zip(*numbered, strict=True)
+    return {**collator(list(rows)), "row_ids": torch.tensor(ids)}
 
 
 class Packs(Sequence[list[int]]):

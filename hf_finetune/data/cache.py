@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
+from pydantic import TypeAdapter
 
 from hf_finetune import device, errors
 from hf_finetune.data.facts import Facts
@@ -33,6 +34,7 @@ from hf_finetune.run import folder as run_folder
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State
 
+_FACTS = TypeAdapter(dict[str, Facts])
 FORMAT = 6  # raised whenever what an entry holds changes
 STARTED = time.time()  # time of the import. Ranks meet before they prepare data, so a failure of this launch is later
 POLL_S = 0.5  # seconds between two looks of a rank that waits for an entry
@@ -64,12 +66,7 @@ def scratch(folder: Path, prefix: str) -> tempfile.TemporaryDirectory[str]:
 
 
 class Entry:
-    """One set of tokenised data in the cache.
-
-    Args:
-        folder: The cache folder.
-        key: SHA-256 of everything that determines the content, as hex.
-    """
+    """One set of tokenised data in the cache; its key is the SHA-256 of everything that determines the content."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.path = folder / "encoded" / key
@@ -93,17 +90,15 @@ class Entry:
                 raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
                 targets=run_folder.from_json(meta["targets"]),
                 reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
-                facts={name: Facts.from_json(facts) for name, facts in meta["facts"].items()},
+                facts=_FACTS.validate_python(meta["facts"]),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def get(self, build: Callable[[Path], Content], *, builds: bool) -> Content:
-        """Return the content; one rank of each node builds it where it is absent, the others wait.
+        """Return the content; one rank of each node `builds` it where it is absent, the others wait.
 
-        Args:
-            build: Makes the content; may use the folder that it is given, which is gone afterwards.
-            builds: Whether this rank is the one that builds.
+        What `build` is given is a folder for its files, which is gone afterwards.
 
         Raises:
             FinetuneError: What `build` raised, on every rank of the node.
@@ -113,15 +108,14 @@ class Entry:
             return self._wait()
         with suppress(FileNotFoundError, NotADirectoryError):
             self.failure.unlink()
-        content = self.read()
-        if content is None:
-            try:
-                self._build(build)
-            except BaseException as error:
-                self._note_failure(error)
-                raise
-            content = self.read()
-        if content is None:
+        if (content := self.read()) is not None:
+            return content
+        try:
+            self._build(build)
+        except BaseException as error:
+            self._note_failure(error)
+            raise
+        if (content := self.read()) is None:
             raise StorageError(Problem("an entry just written to the cache can't be read back", file=str(self.path)))
         return content
 
@@ -164,6 +158,7 @@ class Entry:
         while (content := self.read()) is None:
             with suppress(FileNotFoundError, NotADirectoryError):
                 failed = json.loads(self.failure.read_text("utf-8"))
+                # An older one is of a launch with the same names, such as the one before in this shell.
                 if failed["time"] >= STARTED:
                     raise getattr(errors, failed["kind"])(Problem(**problem) for problem in failed["problems"])
             if time.monotonic() > deadline:

@@ -92,13 +92,9 @@ def findings(
 ) -> Iterator[Found]:
     """Yield level, error or warn, and problem of everything that the checks find.
 
-    Args:
-        recipe: Its levels and limits, and what the splits are called.
-        facts: What was counted in each split. Of streamed training rows nothing is known; checks that need them are
-            left out, and rows without text or trained token raise while they are read, where those checks are errors.
-        counted: What became of the rows of each split.
-        places: What messages call each split.
-        left_out: Unfit rows of each split, which are not among the facts.
+    Of streamed training rows there are no facts; checks that need them are left out, and rows without text or trained
+    token raise while they are read, where those checks are errors. `places` has what messages call each split,
+    `left_out` the number of its unfit rows, which are not among the facts.
     """
     unfit, train = (left_out or {}).get("train", 0), facts.get("train")
 
@@ -119,12 +115,9 @@ def findings(
                 yield "few_rows", Problem(f"{message}; lower the batch or add rows", key="training.batch_size")
 
     for check, problem in found():
-        level = getattr(recipe.data.checks, check)
-        if check not in _DEPENDENT or not unfit:
-            if level != "off":
-                yield level, problem
-        elif unfit < counted["train"].kept and level != "off":
-            yield level, without_unfit(problem, unfit)
+        level, depends = getattr(recipe.data.checks, check), check in _DEPENDENT
+        if level != "off" and not (depends and unfit and unfit >= counted["train"].kept):
+            yield level, without_unfit(problem, unfit) if depends else problem
 
 
 def without_unfit(problem: Problem, rows: int) -> Problem:
@@ -139,10 +132,7 @@ def without_unfit(problem: Problem, rows: int) -> Problem:
 def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Found]:
     """Yield the level and problem of what was noticed while the first rows of a stream were encoded.
 
-    Args:
-        recipe: Its levels.
-        marks: Of each row that has text: `data.encoding.MARKS`.
-        place: What messages call the stream.
+    `marks` has the `data.encoding.MARKS` of each row that has text.
     """
     for check, bit in {**REMARKS, "special_tokens": encoding.SPECIAL}.items():
         level, count = getattr(recipe.data.checks, check), sum(1 for mark in marks if mark & bit)
@@ -169,7 +159,11 @@ class _Split:
             tally = self.facts.tallies.get(check)
             if tally is None or (check == "special_tokens" and escapes):
                 continue
-            total, where = report.rows, _where(tally)
+            if len({place for place, _ in tally.rows}) == 1:
+                where = f"row {numbers([row for _, row in tally.rows], tally.count)}"
+            else:
+                where = ", ".join(f"{place} row {row}" for place, row in tally.rows[:SHOWN])
+            total = report.rows
             if sentence.limit:
                 total, most = report.kept, getattr(self.recipe.data.checks, sentence.limit)
                 if tally.count <= most * total:
@@ -278,10 +272,3 @@ def _conjugated(check: str, count: int) -> str:
 
 def _rows(count: int) -> str:
     return "row" if count == 1 else "rows"
-
-
-def _where(tally: Tally) -> str:
-    """`row 5, 17, 80`; of several sources each with its name."""
-    if len({place for place, _ in tally.rows}) == 1:
-        return f"row {numbers([row for _, row in tally.rows], tally.count)}"
-    return ", ".join(f"{place} row {row}" for place, row in tally.rows[:SHOWN])

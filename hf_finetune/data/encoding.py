@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
 
+from hf_finetune.config.blocks import Data
 from hf_finetune.data.splits import BOOKKEEPING, ROW, Split, SplitReport, nothing_left
 from hf_finetune.device import cores
 from hf_finetune.errors import SHOWN, OutOfMemoryError, Problem, RowsError, numbers
-from hf_finetune.log.lines import Phases, unseen
+from hf_finetune.log.lines import Phases
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
-Overlong = Literal["truncate", "drop", "error"]
 Array = np.ndarray[Any, Any]
 
 # Bits of `MARKS`, beside those of `REMARKS`.
@@ -38,12 +37,7 @@ _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202
 
 
 def marks_of(rows: Mapping[str, list[Any]], specials: re.Pattern[str] | None = None) -> list[int]:
-    """For each row of a batch, the bits of what its cells hold.
-
-    Args:
-        rows: Columns.
-        specials: Finds special tokens.
-    """
+    """For each row of a batch of columns, the bits of what its cells hold; `specials` finds special tokens."""
     marks = []
     for cells in zip(*rows.values(), strict=True):
         mark = 0
@@ -98,11 +92,9 @@ class Encoder:
     tally: Path | None = None  # file that learns of each finished batch, whatever process encodes it
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
-        """Encode raw rows with their `BOOKKEEPING` columns; leave out those without any text.
+        """Encode columns of raw rows, `BOOKKEEPING` among them; leave out rows without any text.
 
-        Args:
-            rows: Columns.
-            indices: Numbers of the rows in the split, from 0; None counts those of the batch.
+        `indices` are numbers of the rows in the split, from 0; None counts those of the batch.
 
         Returns:
             The task's features, all null in rows with a `FAULT`, and `COUNTS`, `INDEX`, `MARKS`, `FAULT` and the
@@ -138,33 +130,10 @@ class Encoder:
         columns[FAULT] = ["\n".join(faults[index]) if index in faults else None for index in spoken]
         columns[INDEX] = [indices[index] for index in spoken]
         if self.tally is not None:
+            # Four bytes at the end of a file that is opened for appending: processes do not mix theirs.
             with self.tally.open("ab") as stream:
                 stream.write(len(rows[ROW]).to_bytes(4))
         return columns | {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Folder, workers and progress display of an encoding."""
-
-    scratch: Path  # folder for files that the result is mapped from
-    workers: int | None = None  # Processes; None is one a core
-    phase: Phases = unseen
-
-    @contextmanager
-    def tallied(self, split: Split) -> Iterator[Path]:
-        """Show how many rows of a split are encoded; gives the file for `Encoder.tally`."""
-        tally = self.scratch / f"{split.name}.tally"
-
-        def count() -> int:
-            try:
-                return int(np.fromfile(tally, ">u4").sum())
-            except OSError:
-                return 0  # not begun, or over
-
-        with self.phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
-            shown.count = count
-            yield tally
 
 
 @dataclass(frozen=True)
@@ -184,49 +153,28 @@ class Encoding:
 
 
 def encode(
-    split: Split, encoder: Encoder, overlong: Overlong, place: Workplace
+    split: Split, encoder: Encoder, data: Data, scratch: Path, phase: Phases
 ) -> tuple[Encoding | None, list[Problem]]:
     """Encode a whole split; None where no row can be used.
 
-    Args:
-        split: Raw rows.
-        encoder: Encodes batches of them.
-        overlong: The policy for rows with more than `encoder.max_length` tokens.
-        place: Folder, workers and progress.
-
     Returns:
-        The rows that can be used, and the problems: rows can't be encoded, are over-long and must not be, or none is
-        left.
+        The rows that can be used, mapped from files in `scratch`; and the problems: rows can't be encoded, are
+        over-long and must not be, or none is left.
     """
-    features = _features(split, encoder)
-    fixed = {**dict.fromkeys([*COUNTS, MARKS, INDEX, *BOOKKEEPING], datasets.Value("int64"))}
-    fixed[FAULT] = datasets.Value("string")
-    with place.tallied(split) as tally:
-        try:
-            encoded = split.rows.map(
-                replace(encoder, columns=tuple(features), tally=tally),
-                batched=True,
-                with_indices=True,
-                features=datasets.Features({**features, **fixed}),
-                remove_columns=split.rows.column_names,
-                num_proc=processes(len(split.rows), place.workers),
-                cache_file_name=str(place.scratch / f"{split.name}.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
-            )
-        except RuntimeError as error:
-            if "abruptly died" not in str(error):
-                raise
-            message = "a process that tokenises was killed, most likely for want of memory; set it to 1, or free memory"
-            raise OutOfMemoryError(Problem(message, key="data.workers")) from error
+    overlong, encoded = data.overlong, _mapped(split, encoder, data.workers, scratch, phase)
     empty = len(split.rows) - len(encoded)
     fault = encoded.data[FAULT]
     faulty, problems = np.empty(0, dtype=np.int64), list[Problem]()
     if fault.null_count < len(fault):
         fit = fault.is_null().to_numpy()
         faulty = encoded.data[INDEX].to_numpy()[~fit]
-        problems = split.problems(_by_reason(faulty, fault.drop_null().to_pylist()))
-        flat = str(place.scratch / f"{split.name}-fit.arrow")
+        by_reason: dict[str, list[int]] = {}
+        for row, lines in zip(faulty.tolist(), fault.drop_null().to_pylist(), strict=True):
+            for what in lines.split("\n"):
+                by_reason.setdefault(what, []).append(row)
+        problems = split.problems(by_reason)
+        # Written anew, since what follows reads whole columns of the file, past any selection of rows.
+        flat = str(scratch / f"{split.name}-fit.arrow")
         encoded = encoded.select(np.flatnonzero(fit)).flatten_indices(cache_file_name=flat)
     columns = encoded.data
     whole, weight, size = (columns[name].to_numpy() for name in ("whole", "weight", "size"))
@@ -259,12 +207,39 @@ def encode(
     return None, problems or [nothing_left(report, split.name, split.places[0])]
 
 
-def _by_reason(rows: Array, reasons: Sequence[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for row, lines in zip(rows.tolist(), reasons, strict=True):
-        for what in lines.split("\n"):
-            found.setdefault(what, []).append(row)
-    return found
+def _mapped(split: Split, encoder: Encoder, workers: int | None, scratch: Path, phase: Phases) -> datasets.Dataset:
+    """Encode every row that has text; the progress counts rows, whatever process encodes them."""
+    tally = scratch / f"{split.name}.tally"
+
+    def done() -> int:
+        try:
+            return int(np.fromfile(tally, ">u4").sum())
+        except OSError:
+            return 0  # not begun, or over
+
+    features = _features(split, encoder)
+    fixed = {**dict.fromkeys([*COUNTS, MARKS, INDEX, *BOOKKEEPING], datasets.Value("int64"))}
+    fixed[FAULT] = datasets.Value("string")
+    with phase(f"tokenising {split.name}", len(split.rows), "rows") as shown:
+        shown.count = done
+        try:
+            return split.rows.map(
+                replace(encoder, columns=tuple(features), tally=tally),
+                batched=True,
+                with_indices=True,
+                features=datasets.Features({**features, **fixed}),
+                remove_columns=split.rows.column_names,
+                num_proc=processes(len(split.rows), workers),
+                cache_file_name=str(scratch / f"{split.name}.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=split.name,  # hashing the tokenizer would take longer than many an encoding
+            )
+        except RuntimeError as error:
+            # `datasets` has no class of its own for it.
+            if "abruptly died" not in str(error):
+                raise
+            message = "a process that tokenises was killed, most likely for want of memory; set it to 1, or free memory"
+            raise OutOfMemoryError(Problem(message, key="data.workers")) from error
 
 
 def processes(rows: int, workers: int | None) -> int | None:
@@ -277,6 +252,7 @@ def processes(rows: int, workers: int | None) -> int | None:
 
 def _features(split: Split, encoder: Encoder) -> dict[str, Any]:
     """Types of the task's features, from the first row that can be encoded: half the width that `datasets` takes."""
+    # The first row nearly always can be; only where it can't are more looked at.
     start, count = 0, 1
     while start < len(split.rows):
         sample = encoder(split.rows[start : start + count])

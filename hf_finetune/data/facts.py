@@ -58,30 +58,11 @@ class Facts:
     frequent: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     """Label name ('' for tasks without) -> texts of the most frequent tokens, special ones left out, with counts."""
 
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Facts:
-        """Undo `dataclasses.asdict` and JSON."""
-        return cls(
-            tallies={
-                name: Tally(tally["count"], tuple((place, row) for place, row in tally["rows"]), tally["detail"])
-                for name, tally in stored["tallies"].items()
-            },
-            length_edges=tuple(stored["length_edges"]),
-            lengths=tuple(stored["lengths"]),
-            labels=dict(stored["labels"]),
-            frequent={name: tuple((text, count) for text, count in top) for name, top in stored["frequent"].items()},
-        )
-
 
 def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], encoder: Encoder) -> dict[str, Facts]:
-    """Return the facts of every split.
-
-    Args:
-        splits: Raw rows by name of the split.
-        encodings: The same, encoded.
-        encoder: The one that did it, for task, processor, labels and length.
-    """
+    """Return the facts of every split, from its raw rows, the encoded ones, and what encoded them."""
     found, trained = dict[str, Facts](), None
+    # The training rows first: the others are compared with them.
     for name in sorted(encodings, key=lambda name: name != "train"):
         counting = _Counting(splits[name], encodings[name], encoder)
         found[name] = counting.facts(trained)
@@ -161,11 +142,13 @@ class _Counting:
         empty = np.ones(len(split.rows), dtype=bool)
         empty[encoding.faulty] = False
         hashes, before = [], 0
-        for stretch in self._stretches():
+        ids, content = None if self.tokenizer is None else encoder.task.token_ids, encoder.task.content
+        columns = {"whole", "weight", INDEX, MARKS, content, *([] if ids is None else [ids])}
+        for start, rows in self._tables(sorted(columns | ({"labels"} if self.endings else set()))):
+            stretch = _Stretch(start, rows, encoding.kept[start : start + len(rows)], ids, content)
             empty[stretch.column(INDEX)] = False
             self._look(stretch)
             if self.tokenizer is not None:
-                self._look_at_tokens(stretch)
                 end = before + len(stretch.used)
                 self._count_tokens(stretch, None if self.labels is None else self.labels[before:end])
                 before = end
@@ -175,12 +158,9 @@ class _Counting:
         self.distinct = self._compare()  # hashes of the kept rows, each once, sorted
 
     def facts(self, trained: Array | None) -> Facts:
-        """Return the facts.
-
-        Args:
-            trained: Sorted hashes of the training rows, where this is another split and they are known.
-        """
+        """Return the facts; `trained` has the sorted hashes of the training rows, where they are another split."""
         if trained is not None:
+            # What sorts behind the last hash is compared with the last.
             places = np.minimum(np.searchsorted(trained, self.hashes), len(trained) - 1)
             self._add("leakage", np.flatnonzero(self.encoding.kept)[trained[places] == self.hashes])
         tallies = {
@@ -190,8 +170,14 @@ class _Counting:
         if len(self.empty):
             first = tuple(self.split.where(int(row)) for row in self.empty[:SHOWN])
             tallies["empty_text"] = Tally(len(self.empty), first)
-        if (similar := self._similar_labels()).count:
-            tallies["similar_labels"] = similar
+        alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
+        if self.labels is not None and alike:
+            # Rows whose label is like a commoner one; the first row of each such label, in the order of the labels.
+            labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
+            ids = [self.encoder.targets.names.index(name) for name in alike[:SHOWN]]
+            rows = [int(kept[(labels == index if labels.ndim == 1 else labels[:, index]).argmax()]) for index in ids]
+            count = sum(self.counts[name] for name in alike)
+            tallies["similar_labels"] = Tally(count, tuple(map(self._place, rows)))
         lengths = self.encoding.whole.data["whole"].to_numpy()
         longest, most = int(lengths.max()), int(np.percentile(lengths, TAIL)) + 1
         step = max(1, -(-most // BINS))
@@ -226,7 +212,7 @@ class _Counting:
             self.struck[check] = before + (len(rows) if count is None else count), first + more
 
     def _look(self, stretch: _Stretch) -> None:
-        """Find marks in the raw text, and rows of which nothing, or no end, is trained."""
+        """Find marks in the raw text, rows of which nothing, or no end, is trained, doubled BOS and unknown tokens."""
         marks, places = stretch.column(MARKS), self.split.places
         found = {"nul_characters": data_encoding.NUL, "control_characters": data_encoding.CONTROL}
         found |= {"special_tokens": data_encoding.SPECIAL, **REMARKS}
@@ -244,14 +230,13 @@ class _Counting:
             labels, starts = _flat(stretch.rows, "labels")
             trained = np.flatnonzero(labels != IGNORE)
             ended = np.isin(labels[trained], self.endings)
-            # Of each row, its trained tokens are trained[first:last].
+            # Of each row, its trained tokens are trained[first:last]; `before` counts the ends up to each of them.
             first, last = np.searchsorted(trained, starts[:-1]), np.searchsorted(trained, starts[1:])
             before = np.concatenate([[0], np.cumsum(ended)])
             without = before[last] - before[np.maximum(first, last - END)] == 0
             self._add("untrained_end", stretch.start + np.flatnonzero(without & whole & stretch.kept))
-
-    def _look_at_tokens(self, stretch: _Stretch) -> None:
-        """Find BOS tokens twice, and unknown tokens."""
+        if self.tokenizer is None:
+            return
         bos, unknown = self.tokenizer.bos_token_id, self.tokenizer.unk_token_id
         if bos is not None:
             rows = stretch.used[np.diff(stretch.starts)[stretch.used] >= 2]
@@ -280,6 +265,7 @@ class _Counting:
     def _compare(self) -> Array:
         """Find the kept rows with the tokens of another one; of a language model, labels are tokens too."""
         kept = np.flatnonzero(self.encoding.kept)
+        # Stable: of equal rows the earliest comes first, and only the later ones are duplicates.
         order = np.argsort(self.hashes, kind="stable")
         ordered = self.hashes[order]
         begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -289,7 +275,8 @@ class _Counting:
         if self.labels is None:
             return ordered[begins]
         labels = self.labels
-        if labels.ndim > 1:  # a number for each set of labels
+        if labels.ndim > 1:
+            # A number for each set of labels: the sum of random numbers, one a label, modulo 2^64.
             weights = np.random.default_rng(0).integers(1, 2**63, labels.shape[1], dtype=np.uint64)
             labels = labels.astype(np.uint64) @ weights
         labels = labels[order]
@@ -309,27 +296,18 @@ class _Counting:
             return None
         parts = []
         for start, rows in self._tables(["labels"]):
+            # Half the width of what is stored, as these are held for all rows.
             values = rows["labels"].to_numpy().astype(np.int32) if is_one else _flat(rows, "labels")[0]
             values = values if is_one else values.reshape(-1, len(names)) == 1
             parts.append(values[self.encoding.kept[start : start + len(values)]])
         return np.concatenate(parts)
-
-    def _similar_labels(self) -> Tally:
-        """Count rows whose label is like a commoner one; remember the first row of each such label, in their order."""
-        alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
-        if self.labels is None or not alike:
-            return Tally()
-        labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
-        ids = [self.encoder.targets.names.index(name) for name in alike]
-        first = [int((labels == index if labels.ndim == 1 else labels[:, index]).argmax()) for index in ids]
-        places = tuple(self._place(int(row)) for row in kept[first[:SHOWN]])
-        return Tally(sum(self.counts[name] for name in alike), places)
 
     def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
         """Return the most frequent tokens of each label, special ones left out."""
         counts, tokenizer = self.frequent, self.tokenizer
         if tokenizer is None:
             return {}
+        # Chat templates bring tokens that are special without being one of the tokenizer's named ones.
         special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
         counts[:, [index for index in special if index < counts.shape[1]]] = 0
         found = {}
@@ -340,17 +318,11 @@ class _Counting:
         # In the order of the labels, not of their counts.
         return {name: found[name] for name in self.encoder.targets.names or [""] if name in found} or found
 
-    def _stretches(self) -> Iterator[_Stretch]:
-        task = self.encoder.task
-        ids = task.token_ids if self.tokenizer is not None else None
-        columns = {"whole", "weight", INDEX, MARKS, task.content, *([] if ids is None else [ids])}
-        for start, rows in self._tables(sorted(columns | ({"labels"} if self.endings else set()))):
-            yield _Stretch(start, rows, self.encoding.kept[start : start + len(rows)], ids, task.content)
-
     def _tables(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
         """Yield some columns as Arrow tables, with the number of the first row of each."""
         rows = self.encoding.whole.select_columns(columns).with_format("arrow")
         ends = np.cumsum(self.encoding.whole.data["size"].to_numpy())
+        # A stretch ends with the row in which its tokens are full, or after so many rows, whatever comes first.
         by_tokens = np.searchsorted(ends, np.arange(STRETCH_TOKENS, ends[-1], STRETCH_TOKENS)) + 1
         bounds = np.unique([0, *by_tokens, *range(STRETCH_ROWS, len(ends), STRETCH_ROWS), len(ends)])
         for start, end in itertools.pairwise(bounds.tolist()):

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,34 +39,10 @@ AUTO_LOGITS = {"cpu": 1 << 27, "mps": 1 << 27, "cuda": 1 << 31}
 EVALUATION_ROWS = 4
 
 
-@dataclass(frozen=True)
-class EvalBatch:
-    """The most that one forward pass of one rank gets in evaluation."""
-
-    rows: int
-    tokens: int | None = None
-    """Rows times the longest of them; None where the recipe names the rows."""
-    tokens_of_logits: int | None = None
-    """The same where the logits of all of them are held at once."""
-
-    def budget(self, *, all_logits: bool) -> int | None:
-        """Return the most tokens of a batch, padding included."""
-        return self.tokens_of_logits if all_logits else self.tokens
-
-    def rows_of(self, longest: int, *, all_logits: bool) -> int:
-        """Return the number of rows of a batch whose longest has so many tokens."""
-        tokens = self.budget(all_logits=all_logits)
-        return self.rows if tokens is None else max(1, min(self.rows, tokens // max(1, longest)))
-
-
 def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int) -> int:
     """Return the rows of one forward pass on one device, before its memory is asked.
 
-    Args:
-        recipe: Global batch, `training.micro_batch`.
-        machine: Its ranks.
-        vocabulary: Logits of a token; 0 for a classifier.
-        longest: Tokens of the longest training row, or sequence where rows are packed.
+    A token has `vocabulary` logits, 0 for a classifier; the longest training row, or packed sequence, `longest` tokens.
     """
     if recipe.training.micro_batch != "auto":
         return recipe.training.micro_batch
@@ -75,14 +51,18 @@ def micro_batch(recipe: Recipe, machine: Machine, vocabulary: int, longest: int)
     return min(share, max(1, tokens // longest))
 
 
-def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int) -> EvalBatch:
-    """Return the most that one forward pass gets in evaluation; `vocabulary` as for `micro_batch`."""
+def eval_batch(recipe: Recipe, machine: Machine, vocabulary: int, *, all_logits: bool) -> tuple[int, int | None]:
+    """Return the most rows of one forward pass of one rank in evaluation, and the most tokens, padding included.
+
+    None sets no bound: the recipe names the rows. With `all_logits`, the logits of the whole batch are held at once;
+    `vocabulary` as for `micro_batch`.
+    """
     if recipe.training.eval_batch != "auto":
-        return EvalBatch(recipe.training.eval_batch)
+        return recipe.training.eval_batch, None
     # A classifier keeps nothing for a backward pass and has next to no logits.
     tokens = AUTO_TOKENS[machine.device] * (1 if vocabulary else 4)
-    of_logits = min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1))
-    return EvalBatch(EVALUATION_ROWS * max(1, tokens // recipe.data.max_length), tokens, of_logits)
+    rows = EVALUATION_ROWS * max(1, tokens // recipe.data.max_length)
+    return rows, min(tokens, AUTO_LOGITS[machine.device] // max(vocabulary, 1)) if all_logits else tokens
 
 
 @dataclass(frozen=True)
@@ -96,11 +76,7 @@ class Length:
 
     @classmethod
     def of(cls, recipe: Recipe, rows: int | None) -> Length:
-        """Count the steps.
-
-        Args:
-            recipe: Epochs or steps, global batch, warmup.
-            rows: Training rows (packed sequences where packing is on); None for a stream.
+        """Count the steps; rows are packed sequences where packing is on, and None for a stream.
 
         Raises:
             RecipeError: Warmup is longer than training, or early stopping could never act.
@@ -122,23 +98,6 @@ class Length:
         if problems:
             raise RecipeError(problems)
         return cls(total, per_epoch, math.ceil(total * training.warmup_ratio) if warmup is None else warmup)
-
-
-@dataclass(frozen=True)
-class Load:
-    """Contents of the micro-batches of the first epoch."""
-
-    tokens: int
-    """Without padding."""
-    cells: int
-    """With padding."""
-    largest: tuple[int, int]
-    """Rows and tokens a row of the micro-batch with most cells."""
-
-    @property
-    def padding(self) -> float:
-        """Share of the cells that is padding."""
-        return 1.0 - self.tokens / self.cells if self.cells else 0.0
 
 
 @dataclass(frozen=True)
@@ -176,21 +135,25 @@ class Job:
             if recipe.data.packing:
                 packed = data_batches.pack(lengths, recipe.data.max_length)
                 rows, lengths = data_batches.PackedRows(rows, packed), packed.sums(lengths)
+        ranks, seed, batches = machine.world_size, recipe.training.seed, None
         longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))
         rows_of_a_pass = micro_batch(recipe, machine, recipe.task.vocabulary(tokenizer), longest)
-        division = data_batches.Division(recipe.training.batch_size, rows_of_a_pass, machine.rank, machine.world_size)
-        batches = None
+        division = data_batches.Division(recipe.training.batch_size, rows_of_a_pass, machine.rank, ranks)
         if lengths is None:
-            workers = _stream_workers(recipe, machine)
-            rows = data_batches.StreamedBatches(prepared.train, division, recipe.training.seed, workers)
+            workers = recipe.data.workers
+            if workers is None:
+                # On the CPU training takes every core; else one core a rank is left for the training itself.
+                spare = 0 if machine.device == "cpu" else max(1, cores() // machine.local_world_size - 1)
+                workers = min(STREAM_WORKERS, spare)
+            elif workers == 1:
+                workers = 0  # the training process encodes itself
+            rows = data_batches.StreamedBatches(prepared.train, division, seed, workers)
         else:
-            if len(lengths) < machine.world_size:
-                message = (
-                    f"the train split has {len(lengths)} rows, fewer than the {machine.world_size} ranks; add rows"
-                )
+            if len(lengths) < ranks:
+                message = f"the train split has {len(lengths)} rows, fewer than the {ranks} ranks; add rows"
                 raise DataError(Problem(message, key="data.train"))
             grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
-            batches = data_batches.GlobalBatches(grouped, division, recipe.training.seed)
+            batches = data_batches.GlobalBatches(grouped, division, seed)
         questions = {
             "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
             "test": recipe.task.questions(prepared.raw_test, tokenizer),
@@ -221,10 +184,9 @@ class Job:
         """Encoded rows that are evaluated during training, or None."""
         return self.prepared.validation
 
-    @cached_property
-    def eval_batch(self) -> EvalBatch:
-        """The most that one forward pass gets in evaluation."""
-        return eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer))
+    def eval_batch(self, *, all_logits: bool) -> tuple[int, int | None]:
+        """Return the most rows and tokens of one forward pass in evaluation; see the function."""
+        return eval_batch(self.recipe, self.machine, self.task.vocabulary(self.tokenizer), all_logits=all_logits)
 
     def divided(self, micro_batch: int) -> Job:
         """Cut the same work into micro-batches of at most so many rows; the global batches and their order stay."""
@@ -236,20 +198,26 @@ class Job:
             train = replace(train, division=division)
         return replace(self, division=division, batches=batches, train=train)
 
-    def load(self) -> Load:
-        """Count rows and padding of the first epoch's micro-batches on every rank; of a stream, take the most."""
+    def load(self) -> tuple[float | None, tuple[int, int]]:
+        """Look through the first epoch's micro-batches on every rank.
+
+        Returns:
+            The share of padding, None for a stream; and rows and tokens a row of the largest micro-batch: of a stream,
+            the most that there can be.
+        """
         if self.batches is None or self.lengths is None:
-            return Load(0, 0, (self.division.micro_batch, self.recipe.data.max_length))
+            return None, (self.division.micro_batch, self.recipe.data.max_length)
         ranks = [replace(self.division, rank=rank) for rank in range(self.division.world_size)]
         tokens = cells = 0
         largest = (0, 0)
         for batch in itertools.islice(self.batches.global_batches(), BATCHES_LOOKED_AT):
             for rows in itertools.chain.from_iterable(division.share(batch) for division in ranks):
+                # A row that only fills a rank is as long as any other.
                 held: list[int] = self.lengths[[row for row in rows if row >= 0] or [~rows[0]]].tolist()
                 tokens += sum(held)
                 cells += len(held) * max(held)
                 largest = max(largest, (len(held), max(held)), key=lambda shape: shape[0] * shape[1])
-        return Load(tokens, cells, largest)
+        return 1.0 - tokens / cells, largest
 
     def loader(self, *, pin: bool = False) -> DataLoader[Any]:
         """Load this rank's micro-batches."""
@@ -290,12 +258,3 @@ class Job:
         rows = self.train if isinstance(self.train, data_batches.Rows) else self.train.rows
         batch = self.collate([rows[index] for index in range(min(SAMPLE_ROWS, len(rows)))])
         return {key: value.to(device) for key, value in batch.items()}
-
-
-def _stream_workers(recipe: Recipe, machine: Machine) -> int:
-    """Choose how many processes of this rank encode streamed rows while it trains."""
-    if recipe.data.workers is not None:
-        return recipe.data.workers if recipe.data.workers > 1 else 0
-    if machine.device == "cpu":
-        return 0  # it trains with every core
-    return max(1, min(STREAM_WORKERS, cores() // machine.local_world_size - 1))

@@ -34,15 +34,9 @@ MOST_PROBLEMS = 20  # problems of one file that are reported one by one
 MOST_TEXTS = 1000  # texts of a label column that are remembered; one that has more holds no classes
 LOOKED_AT = 20  # rows of each streamed file whose types are compared before reading begins
 TEXT, NUMBER, TRUTH, LIST, OBJECT = "text", "a number", "true or false", "a list", "an object"
-KINDS: Mapping[type, str] = {
-    str: TEXT,
-    bool: TRUTH,
-    int: NUMBER,
-    float: NUMBER,
-    readers.Number: NUMBER,
-    list: LIST,
-    dict: OBJECT,
-}
+KINDS: Mapping[type, str] = {str: TEXT, bool: TRUTH, list: LIST, dict: OBJECT} | dict.fromkeys(
+    (int, float, readers.Number), NUMBER
+)
 
 
 @dataclass(frozen=True)
@@ -119,11 +113,7 @@ with warnings.catch_warnings():
 def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datasets.Dataset:
     """Return all rows of csv, tsv or JSON files; null where a file or row lacks an optional column.
 
-    Args:
-        files: Their paths.
-        form: Their format.
-        wanted: The columns to read.
-        target: The Arrow file to write, from which the rows are mapped.
+    They are mapped from the Arrow file `target`, which is written.
 
     Raises:
         DataError: Everything that is wrong with the files.
@@ -211,7 +201,7 @@ def rows(files: Sequence[str], form: str, wanted: Wanted, kinds: Kinds) -> Itera
     """
     columns = Columns(wanted, form)
     columns.kinds = dict(kinds)
-    # Columns of 0 and 1 are cells; a single label stays as it is written.
+    # Several label columns are cells of 0 and 1, or true and false; a single label stays as it is written.
     cells_of = wanted.labels if columns.table and len(wanted.labels) > 1 else ()
     for file in files:
         reading = _File(columns, file)
@@ -219,6 +209,7 @@ def rows(files: Sequence[str], form: str, wanted: Wanted, kinds: Kinds) -> Itera
             if reading.bad.count or reading.lacking:
                 raise DataError(reading.problems())
             found = zip(wanted.columns, texts or (), strict=True)
+            # The value, not its text: a stream is never cast to one type at the end.
             cells = {column: None if text is None else row.cells[column] for column, text in found}
             for column in cells_of:
                 cell = cells[column] or ""
@@ -388,6 +379,7 @@ class _File:
 _INTEGER, _DECIMAL, _CODE, _EMPTY, _WORD, _BOOL = "integers", "numbers", "codes", "empty", "text", "true or false"
 
 
+# Labels repeat: nearly all cells are judged by a look-up.
 @lru_cache(maxsize=1 << 16)
 def _kind(cell: str) -> str:
     if not cell:
@@ -407,7 +399,7 @@ class _CsvLabels:
 
     Args:
         column: Its name.
-        several: Whether it is one of several columns of 0 and 1; else True is a text.
+        several: It is one of several columns of 0 and 1; else True is a text.
     """
 
     def __init__(self, column: str, *, several: bool) -> None:

@@ -106,8 +106,8 @@ def _feature(column: str, held: Sequence[tuple[str, Any, Any]], *, label: bool, 
     Args:
         column: Its name.
         held: Of each data file that has it: name, Arrow type, feature.
-        label: Whether it holds labels, which keep their type.
-        file: Whether it holds files, by their path or as bytes.
+        label: It holds labels, which keep their type.
+        file: It holds files, by their path or as bytes.
 
     Raises:
         DataError: There is none.
@@ -117,7 +117,7 @@ def _feature(column: str, held: Sequence[tuple[str, Any, Any]], *, label: bool, 
     for where, type_, _ in held:
         if (kind := _kind(column, type_, where, may_be_bytes=file)) != NOTHING:
             kinds.setdefault(kind, where)
-    if set(kinds) == {INTEGERS, NUMBERS}:
+    if set(kinds) == {INTEGERS, NUMBERS}:  # of numbers alone, the wider kind takes both
         kinds = {NUMBERS: first}
     if len(kinds) > 1:
         (kind, where), (strange, other) = list(kinds.items())[:2]
@@ -129,6 +129,7 @@ def _feature(column: str, held: Sequence[tuple[str, Any, Any]], *, label: bool, 
     if file and kind == NESTED:  # as `datasets.Image` and `datasets.Audio` write one
         return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     if not label:
+        # Written as JSON, a number or a list stays what it is, whatever the other files hold.
         return datasets.Value("string") if kind in (TEXT, NOTHING) else Cell()
     features = [feature for _, _, feature in held]
     if any(isinstance(feature, datasets.ClassLabel) for feature in features):
@@ -148,6 +149,7 @@ def _kind(column: str, type_: Any, file: str, *, may_be_bytes: bool) -> str:
     Raises:
         DataError: Something that is neither text nor a number nor made of them.
     """
+    # Categories of pandas and of Arrow are numbers into a dictionary of their values.
     type_ = type_.value_type if arrow.is_dictionary(type_) else type_
     if arrow.is_null(type_):
         return NOTHING

@@ -23,7 +23,7 @@ from hf_finetune.data import cache, checks, splits
 from hf_finetune.data import sources as data_sources
 from hf_finetune.data.cache import Content
 from hf_finetune.data.checks import without_unfit
-from hf_finetune.data.encoding import FAULT, INDEX, Encoder, Encoding, Workplace, encode
+from hf_finetune.data.encoding import FAULT, INDEX, Encoder, Encoding, encode
 from hf_finetune.data.facts import Facts, gather
 from hf_finetune.data.loading import Wanted
 from hf_finetune.data.sources import Origins
@@ -41,52 +41,29 @@ TOGETHER = 10_000  # raw rows that are looked at at a time
 
 
 class UnfitError(DataError):
-    """Data are unfit.
+    """Data are unfit; with what `checks.findings` takes to judge the rows that are fit."""
 
-    Args:
-        problems: Everything that is.
-        facts: Counted in the fit rows of each split; a split without any is absent.
-        counted: The report of each split without those rows; its `rows` include them.
-        places: Names of the splits in messages.
-        left_out: Unfit rows of each split.
-    """
-
-    def __init__(
-        self,
-        problems: Iterable[Problem],
-        facts: Mapping[str, Facts],
-        counted: Mapping[str, SplitReport],
-        places: Mapping[str, str],
-        left_out: Mapping[str, int],
-    ) -> None:
-        super().__init__(problems)
-        self.facts, self.counted, self.places, self.left_out = facts, counted, places, left_out
-
-    def __reduce__(self) -> tuple[type[UnfitError], tuple[Any, ...]]:
-        """Stay picklable."""
-        return type(self), (self.problems, self.facts, self.counted, self.places, self.left_out)
+    facts: Mapping[str, Facts]  # counted in the fit rows of each split; a split without any is absent
+    counted: Mapping[str, SplitReport]  # of each split without the unfit rows; its `rows` include them
+    places: Mapping[str, str]
+    left_out: Mapping[str, int]  # unfit rows of each split
 
 
-def build(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) -> Content:
+def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path, phase: Phases) -> Content:
     """Read and encode every split; all that is wrong with any of them is reported at once.
 
-    Unfit rows are left out, and the others encoded and counted all the same, so that the checks can judge them.
-
-    Args:
-        recipe: Its task and data block.
-        processor: The model's.
-        origins: The sources.
-        place: Folder and workers.
+    Unfit rows are left out, and the others encoded and counted all the same, so that the checks can judge them. The
+    result is mapped from files in `scratch`.
 
     Raises:
         UnfitError: Something is wrong with a split; raised after all were tried.
     """
     data, task, seed = recipe.data, recipe.task, recipe.training.seed
-    with place.phase("reading data"):
-        loaded, problems = splits.load(data, origins, Wanted.by(task), seed, str(place.scratch / "raw"))
+    with phase("reading data"):
+        loaded, problems = splits.load(data, origins, Wanted.by(task), seed, scratch / "raw")
 
     def note(found: Iterable[Problem], name: str) -> None:
-        """Keep the problems of a split, each with the recipe key that names its file."""
+        # Each with the recipe key that names its file.
         held = {"validation": origins.validation, "test": origins.test}.get(name)
         keys = {origin.place: origin.key for origin in (origins.train if held is None else (held,))}
         for problem in found:
@@ -107,11 +84,11 @@ def build(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) ->
             labelled, wrong = _without(split, unlabelled, replace(encoder, targets=State()))
             note(wrong, name)
         if len(labelled.rows):
-            encoding, wrong = encode(labelled, encoder, data.overlong, place)
+            encoding, wrong = encode(labelled, encoder, data, scratch, phase)
             note(wrong, name)
             if encoding is not None:
                 kept[name], encodings[name] = labelled, encoding
-    with place.phase("counting what is in the data"):
+    with phase("counting what is in the data"):
         facts = gather(kept, encodings, encoder)
     reports = {name: encoding.report for name, encoding in encodings.items()}
     if targets is not None and targets.counts and not problems and "train" in facts and facts["train"].labels:
@@ -122,12 +99,14 @@ def build(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) ->
         except DataError as error:
             note(error.problems, "train")
     if problems or targets is None:
-        left_out = {}
+        unfit = UnfitError(problems)
+        unfit.facts, unfit.counted, unfit.places, unfit.left_out = facts, reports, origins.places, {}
         for name, report in reports.items():
-            left_out[name] = len(loaded[name].rows) - report.rows + len(encodings[name].faulty)
-            left_out[name] += report.dropped if data.overlong == "error" else 0
-            reports[name] = replace(report, rows=len(loaded[name].rows))
-        raise UnfitError(problems, facts, reports, origins.places, left_out)
+            rows = len(loaded[name].rows)
+            too_long = report.dropped if data.overlong == "error" else 0
+            unfit.left_out[name] = rows - report.rows + len(encodings[name].faulty) + too_long
+            reports[name] = replace(report, rows=rows)
+        raise unfit
     encoded = {name: one.rows() for name, one in encodings.items()}
     raw = {name: split.raw() for name, split in kept.items() if name != "train"}
     return Content(encoded, raw, targets, reports, facts)
@@ -135,6 +114,7 @@ def build(recipe: Recipe, processor: Any, origins: Origins, place: Workplace) ->
 
 def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], list[Problem]]:
     """The labels of the training rows, as far as they can be read; the other rows by reason; and the problems."""
+    # Rows whose labels can't be read are taken out, until the rest can be: a task may find several faults in turn.
     every = rows = np.arange(len(train.rows))
     unlabelled: dict[str, list[int]] = {}
     state, others = None, list[Problem]()
@@ -160,7 +140,7 @@ def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Pr
     # Of a mix that lacks a source nothing can be said.
     if not data.streaming or len(origins.train) < len(data.mix or (data.train,)):
         return None, []
-    reading = Reading.of(data, origins, Wanted.by(recipe.task), recipe.training.seed)
+    reading = Reading(data, origins, Wanted.by(recipe.task), recipe.training.seed)
     try:
         opened = reading.open()
     except DataError as error:
@@ -174,10 +154,7 @@ def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Pr
 def _without(train: Split, unlabelled: Mapping[str, Sequence[int]], encoder: Encoder) -> tuple[Split, list[Problem]]:
     """Return the rows whose labels can be read, and those without text; and what else is wrong with the others.
 
-    Args:
-        train: All rows.
-        unlabelled: Rows by the reason why their labels can't be read.
-        encoder: One without labels, so that unknown ones are not reported once more.
+    The encoder must know no labels, so that unknown ones are not reported once more.
     """
     numbers = sorted(set(chain.from_iterable(unlabelled.values())))
     chosen = train.rows.select(numbers)
@@ -216,21 +193,15 @@ class Prepared:
     @property
     def reports(self) -> dict[str, SplitReport]:
         """One a split; of a stream, for the rows that this process read in the first pass."""
-        if not isinstance(self.train, Stream) or self.train.report().rows == 0:
+        if not isinstance(self.train, Stream) or self.train.report.rows == 0:
             return dict(self.counted)
-        return {"train": self.train.report(), **self.counted}
+        return {"train": self.train.report, **self.counted}
 
 
 def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = unseen) -> Prepared:
     """Load and encode the data of a run, or map them from the cache.
 
     The first rank of each node works, the others wait for it.
-
-    Args:
-        recipe: Its task, data block and seed count.
-        tokenizer: The model's.
-        machine: Tells which rank this is.
-        phase: Shows the progress.
 
     Raises:
         DataError: The data are missing, unreadable, empty, or do not fit the recipe: every problem of every split. What
@@ -245,23 +216,24 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         if machine.is_node_main:
             # Nothing can come of them, but there may be more to say.
             with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-                build(recipe, tokenizer, origins, Workplace(Path(scratch), data.workers, phase))
+                build(recipe, tokenizer, origins, Path(scratch), phase)
         raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
-    def build_unchanged(scratch: Path) -> cache.Content:
-        content = build(recipe, tokenizer, origins, Workplace(scratch, data.workers, phase))
+    def build_unchanged(scratch: Path) -> Content:
+        content = build(recipe, tokenizer, origins, scratch, phase)
         origins.check_unchanged(stamps)
         return content
 
+    # Other versions may encode the same rows otherwise. Not in the fingerprint: a run may go on with other versions.
     libraries_used = (hf_finetune, datasets, tokenizers, transformers)
     versions = [str(READING), *(library.__version__ for library in libraries_used)]
     entry = cache.Entry(cache_folder(data.cache), _sha256([fingerprint, versions, *_referenced(task, origins)]))
     content = entry.get(build_unchanged, builds=machine.is_node_main)
     if data.streaming:
         encoder = Encoder(task, tokenizer, content.targets, data.max_length)
-        train: Any = Stream(Reading.of(data, origins, Wanted.by(task), seed), encoder, data)
+        train: Any = Stream(Reading(data, origins, Wanted.by(task), seed), encoder)
     else:
         train = content.encoded["train"]
     return Prepared(
@@ -312,6 +284,7 @@ def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
             **{name: origin.identity(whole=True) for name, origin in evaluated.items() if origin is not None},
             "validation_share": data.validation_share,
             "limit": data.limit,
+            # Without them the seed changes only the order, which is not part of the data.
             "seed": recipe.training.seed if seeded else None,
             "max_length": data.max_length,
             "overlong": data.overlong,
@@ -356,15 +329,6 @@ NAME = "evaluated"  # the name of these rows in messages
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Rows to evaluate after training."""
-
-    split: str | None = None  # train, validation or test of the recipe
-    files: tuple[str, ...] = ()  # files instead
-    columns: tuple[str, ...] = ()  # further columns that are wanted beside the task's
-
-
-@dataclass(frozen=True)
 class OneSplit:
     """Rows ready for evaluation."""
 
@@ -386,16 +350,19 @@ class OneSplit:
 
 @contextmanager
 def opened(
-    recipe: Recipe, processor: Any, targets: State, chosen: Selection, phase: Phases = unseen
+    recipe: Recipe,
+    processor: Any,
+    targets: State,
+    *,
+    split: str | None,
+    files: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    phase: Phases = unseen,
 ) -> Iterator[OneSplit]:
     """Read and encode rows for a model whose labels are known; inside, they can be used.
 
-    Args:
-        recipe: Its task and data block.
-        processor: The model's.
-        targets: The labels of the training rows.
-        chosen: The rows.
-        phase: Shows the progress.
+    They are those of a split of the recipe, `train`, `validation` or `test`, or of files instead; `columns` are wanted
+    beside the task's.
 
     Raises:
         DataError: Rows are missing or unfit, or `data.checks` finds something that is an error.
@@ -403,51 +370,50 @@ def opened(
         StorageError: There is no place for temporary files.
     """
     with cache.scratch(cache_folder(recipe.data.cache), ".one-") as folder:
-        place = Workplace(Path(folder), recipe.data.workers, phase)
-        origins = _origins(recipe, chosen)
         with phase("reading data"):
-            split = _load(recipe, origins, chosen, str(Path(folder) / "raw"))
+            origins, rows = _selected(recipe, split, files, columns, Path(folder, "raw"))
         encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length)
-        encoding, problems = encode(split, encoder, recipe.data.overlong, place)
+        encoding, problems = encode(rows, encoder, recipe.data, Path(folder), phase)
         if encoding is None or problems:
             raise DataError(problems)
-        facts = gather({NAME: split}, {NAME: encoding}, encoder)
-        found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(split.places)})
+        facts = gather({NAME: rows}, {NAME: encoding}, encoder)
+        found = checks.findings(recipe, facts, {NAME: encoding.report}, {NAME: ", ".join(rows.places)})
+        # No recipe has a key `data.evaluated`.
         judged = [(level, replace(problem, key="")) for level, problem in found]
         if errors := [problem for level, problem in judged if level == "error"]:
             raise DataError(errors)
-        yield OneSplit(origins, split, encoding, tuple(problem for _, problem in judged))
+        yield OneSplit(origins, rows, encoding, tuple(problem for _, problem in judged))
 
 
-def _origins(recipe: Recipe, chosen: Selection) -> Origins:
-    """Return the sources of the selected rows, and no others."""
-    if chosen.files:
-        found = data_sources.local_files(chosen.files, None, GIVEN, recipe.data.cache)
-        return Origins((), (1.0,), found, None)
-    data, alone = recipe.data, {"train": None, "mix": None, "validation": None, "validation_share": None, "test": None}
-    there = {"train": True, "validation": data.has_validation, "test": data.test is not None}
-    if not there.get(chosen.split or "", False):
-        had = ", ".join(name for name, has in there.items() if has)
-        raise RecipeError(f"the run has no split {chosen.split!r}; it has {had}, or give --data FILE")
-    if chosen.split == "train" or (chosen.split == "validation" and data.validation_share is not None):
-        kept: tuple[str, ...] = ("train", "mix", "validation_share")
+def _selected(
+    recipe: Recipe, split: str | None, files: Sequence[str], columns: Sequence[str], folder: Path
+) -> tuple[Origins, Split]:
+    """Return the sources of the rows that `opened` is asked for, and no others, and the rows."""
+    data = recipe.data
+    # Streamed rows are read whole here.
+    changes: dict[str, Any] = {"streaming": False}
+    if files:
+        given = data_sources.local_files(files, None, GIVEN, data.cache)
+        origins = Origins((), (1.0,), given, None)
+        # The limit draws from the recipe's splits, never from files that are given.
+        changes |= {"limit": None, "validation_share": None}
     else:
-        kept = (str(chosen.split),)
-    block = data.model_copy(update={name: value for name, value in alone.items() if name not in kept})
-    origins = data_sources.locate(block)
-    if origins.problems:
-        raise DataError(origins.problems)
-    return origins
-
-
-def _load(recipe: Recipe, origins: Origins, chosen: Selection, folder: str) -> Split:
+        there = {"train": True, "validation": data.has_validation, "test": data.test is not None}
+        if not there.get(split or ""):
+            had = ", ".join(name for name, has in there.items() if has)
+            raise RecipeError(f"the run has no split {split!r}; it has {had}, or give --data FILE")
+        kept = {str(split)}
+        if split == "train" or (split == "validation" and data.validation_share is not None):
+            kept = {"train", "mix", "validation_share"}
+        changes |= dict.fromkeys({"train", "mix", "validation", "validation_share", "test"} - kept)
+        origins = data_sources.locate(data.model_copy(update=changes))
+        if origins.problems:
+            raise DataError(origins.problems)
     wanted = Wanted.by(recipe.task)
-    more = tuple(column for column in dict.fromkeys(chosen.columns) if column not in wanted.columns)
+    more = tuple(column for column in dict.fromkeys(columns) if column not in wanted.columns)
     wanted = replace(wanted, columns=wanted.columns + more, texts=wanted.texts + more, declared=True)
-    # The limit draws from the recipe's splits, never from files that are given; streamed rows are read whole here.
-    changes: dict[str, Any] = {"streaming": False} | ({"limit": None, "validation_share": None} if chosen.files else {})
-    block = recipe.data.model_copy(update=changes)
+    block = data.model_copy(update=changes)
     loaded, problems = splits.load(block, origins, wanted, recipe.training.seed, folder)
     if problems:
         raise DataError(problems)
-    return replace(loaded[chosen.split or "validation"], name=NAME)
+    return origins, replace(loaded[split or "validation"], name=NAME)

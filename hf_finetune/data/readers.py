@@ -1,16 +1,21 @@
-"""Rows of csv, tsv and JSON files as they stand, one by one: the reader of training, evaluation and prediction.
+"""Local data files: which ones a recipe means, and the rows of csv, tsv and JSON as they stand, one by one.
 
-Nothing is guessed. A cell of csv or tsv is text; a value of JSON is what JSON says, and a number keeps its digits.
-Files are read piece by piece, and no library is needed.
+This is the reader of training, evaluation and prediction. Nothing is guessed. A cell of csv or tsv is text; a value of
+JSON is what JSON says, and a number keeps its digits. Files are read piece by piece, and no library is needed.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
+import io
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,6 +23,8 @@ from typing import IO, Any, NamedTuple
 from hf_finetune.config.problems import suggestion
 from hf_finetune.errors import DataError, Problem
 
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+MOST_FILES = 100  # files of a split that are looked at
 HEAD = 1 << 16  # bytes of a file that the first look reads
 CHUNK = 1 << 20  # characters of a JSON list that are read at once
 TABLES = ("csv", "tsv")
@@ -30,6 +37,122 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[list[str], list[Problem]]:
+    """The files that names and globs mean, in sorted order within each glob, and everything that is wrong with them.
+
+    They are relative to `folder`, else to the working directory; `key` is the recipe's, for messages.
+    """
+    files: list[str] = []
+    problems: list[Problem] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for one in _match(os.path.expanduser(str(Path(folder or "", pattern))), key):  # noqa: PTH111 (may hold any user)
+            (problems if isinstance(one, Problem) else files).append(one)  # type: ignore[arg-type]
+    for file in dict.fromkeys(file for file in files if files.count(file) > 1):
+        problems.append(Problem("is matched twice; its rows would count twice", key=key, file=file))
+    suffixes = sorted({Path(file).suffix.lower() for file in files})
+    for file in files:
+        suffix = Path(file).suffix
+        if suffix.lower() in {".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4"}:
+            problems.append(Problem(f"is compressed ({suffix}); unpack it", key=key, file=file))
+        elif suffix.lower() not in SUFFIXES:
+            what = f"unknown format {suffix or '(no suffix)'!r}; known: {', '.join(SUFFIXES)}"
+            problems.append(Problem(what, key=key, file=file))
+    if len(suffixes) > 1 and set(suffixes) <= set(SUFFIXES):
+        problems.append(Problem(f"mixes {' and '.join(suffixes)} files; one split needs one format", key=key))
+    for file in files:
+        if Path(file).stat().st_size == 0:
+            split = key.rpartition(".")[2]
+            problems.append(Problem(f"{split} split has 0 rows: the file is empty", key=key, file=file))
+    return files, problems
+
+
+def _match(pattern: str, key: str) -> Iterator[str | Problem]:
+    """Yield files, or what is wrong with a name; nothing is opened, for reading a pipe would wait for ever."""
+    path = Path(pattern)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        mode = 0
+    if stat.S_ISREG(mode):
+        yield pattern
+    elif stat.S_ISDIR(mode):
+        yield Problem(f"is a folder; name its files, e.g. {path / '*.jsonl'}", key=key, file=pattern)
+    elif mode:
+        odd = "a pipe (FIFO)" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        yield Problem(f"is {odd}, not a regular file; write the data into a file", key=key, file=pattern)
+    elif path.is_symlink():
+        yield Problem(f"is a symbolic link to {path.readlink()}, which does not exist", key=key, file=pattern)
+    else:
+        matches = sorted(glob.glob(pattern, recursive=True)) if "\0" not in pattern else []  # noqa: PTH207
+        files = [match for match in matches if not Path(match).is_dir()]
+        for file in files:
+            # Each name again, as it may be a pipe too; brackets in it are no pattern then.
+            yield from _match(file, key)
+        if not files:
+            try:
+                beside = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
+            except (OSError, ValueError):
+                beside = []
+            near = suggestion(path.name, beside[:20]) if beside else ""
+            yield Problem(f"no file matches {pattern!r}{near}", key=key)
+
+
+def problems(recipe: Any) -> list[Problem]:
+    """Return the problems of the local files of a recipe, for a `DataError`; the beginning of each file is read.
+
+    Of a recipe with mistakes only some fields may be there: others raise AttributeError, and are skipped. Data sets of
+    the Hub are skipped too.
+    """
+    data = getattr(recipe, "data", None)
+    try:
+        columns = recipe.task.columns()
+        optional = recipe.task.optional_columns()
+    except (AttributeError, ValueError):
+        # A field of the task is missing or malformed, which is a finding of its own.
+        columns, optional = [], []
+    needed = [column for column in columns if column not in optional]
+    parts = getattr(data, "mix", None) or []
+    blocks = [(f"data.mix.{index}", part, ["train"]) for index, part in enumerate(parts)]
+    found: list[Problem] = []
+    for prefix, block, splits in [*blocks, ("data", data, ["train", "validation", "test"])]:
+        for split in splits:
+            names, source = getattr(block, split, None), getattr(block, "source", "unreadable")
+            if names is None or (source is not None and not Path(source).expanduser().is_dir()):
+                continue
+            files, wrong = find(names, source, f"{prefix}.{split}")
+            found += wrong
+            for file in [] if wrong else files[:MOST_FILES]:
+                found += [replace(problem, key=f"{prefix}.{split}") for problem in look(file, needed)]
+    return list(dict.fromkeys(found))
+
+
+def look(file: str, needed: Sequence[str]) -> list[Problem]:
+    """Return problems that the first `HEAD` bytes of a file show: compression, encoding, missing columns."""
+    form = Path(file).suffix.lower().removeprefix(".")
+    try:
+        with Path(file).open("rb") as stream:
+            head = stream.read(HEAD)
+    except OSError as error:
+        return [Problem(f"can't be read: {error.strerror}", file=file)]
+    if form == "parquet":
+        return [] if head.startswith(b"PAR1") else [Problem("is no parquet file", file=file)]
+    if (broken := undecodable(head, file)) is not None:
+        return [broken]
+    text = head.decode("utf-8-sig", errors="ignore")
+    whole = len(head) < HEAD
+    if whole and not text.strip():
+        return [Problem("has 0 rows: the file is empty", file=file)]
+    try:
+        found, _ = rows(io.StringIO(text, newline=newline(form)), form, file, needed)
+        row = next(found, None)
+    except DataError as error:
+        # What is cut off in the middle of a row may be right.
+        return list(error.problems) if whole or form in TABLES else []
+    if row is None or row.fault or form in TABLES:
+        return []
+    return missing_columns(list(row.cells), needed, file)
 
 
 class Row(NamedTuple):
@@ -47,6 +170,7 @@ def opened(file: str, form: str, needed: Sequence[str] = ()) -> Iterator[tuple[I
     Raises:
         DataError: Also while reading: the file is not UTF-8, or not what its format says, or its header lacks a column.
     """
+    # What is compressed or UTF-16 shows in the first bytes, before any row is given away.
     with Path(file).open("rb") as raw:
         if (broken := undecodable(raw.read(HEAD), file)) is not None:
             raise DataError(broken)
@@ -64,13 +188,10 @@ def newline(form: str) -> str:
 
 
 def rows(stream: IO[str], form: str, place: str, needed: Sequence[str] = ()) -> tuple[Iterator[Row], bool]:
-    """Return every row, and whether rows are numbered by line; else they are counted.
+    """Return every row of csv, tsv, json or jsonl, and True if they are numbered by line; else they are counted.
 
-    Args:
-        stream: Text, opened with `newline(form)`; of `json` it is read more than once.
-        form: csv, tsv, json or jsonl.
-        place: What messages call the file.
-        needed: Columns that the header of csv or tsv must name.
+    The stream is text, opened with `newline(form)`; of `json` it is read more than once. Of csv and tsv the header must
+    name the needed columns.
     """
     if form in TABLES:
         return _table(stream, place, needed, tab=form == "tsv"), True
@@ -285,31 +406,24 @@ class _Text:
         return bool(piece)
 
 
-class _Lines:
-    """Lines, the last of which is remembered."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self.stream, self.last = stream, ""
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        self.last = next(self.stream)
-        return self.last
-
-
 def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> Iterator[Row]:
     """Yield every row below the header; blank lines are left out. In tsv a quotation mark is text."""
     csv.field_size_limit(1 << 30)  # the module's own limit is 128 KiB
-    lines = _Lines(stream)
+    last = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal last  # for messages: the module does not tell the line that it can't read
+        for line in stream:
+            last = line
+            yield line
+
     # Without `strict`, the module repairs a stray quotation mark in silence, and so moves the end of a text.
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
-    reader = csv.reader(lines, **options)
+    reader = csv.reader(lines(), **options)
     try:
         header = next((record for record in reader if any(cell.strip() for cell in record)), None)
     except csv.Error as error:
-        raise DataError(Problem(_malformed(error, lines.last, reader.line_num), file=place, line=1)) from None
+        raise DataError(Problem(_malformed(error, last, reader.line_num), file=place, line=1)) from None
     if header is None:
         raise DataError(Problem("has 0 rows: the file is empty", file=place))
     if problems := _header_problems(header, needed, place):
@@ -324,7 +438,7 @@ def _table(stream: IO[str], place: str, needed: Sequence[str], *, tab: bool) -> 
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(before + 1, {}, _malformed(error, lines.last, reader.line_num - before))
+            yield Row(before + 1, {}, _malformed(error, last, reader.line_num - before))
             continue
         if not record:
             continue
@@ -372,11 +486,10 @@ def _header_problems(header: Sequence[str], columns: Sequence[str], file: str) -
 def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list[Problem]:
     """Return one line for each column that is missing, with the nearest name or all there are."""
     found = []
-    for column in need:
-        if column not in have:
-            near = suggestion(column, list(have))
-            everything = f" it has {', '.join(have)}" if "did you mean" in near else ""
-            found.append(Problem(f"has no column {column!r}{near}{everything}", file=file))
+    for column in (column for column in need if column not in have):
+        near = suggestion(column, list(have))
+        everything = f" it has {', '.join(have)}" if "did you mean" in near else ""
+        found.append(Problem(f"has no column {column!r}{near}{everything}", file=file))
     return found
 
 
@@ -393,8 +506,7 @@ def undecodable(head: bytes, file: str) -> Problem | None:
     except UnicodeDecodeError as error:
         # The last character may be cut in two.
         if error.start < len(head) - 3 or len(head) < HEAD:
-            line = head.count(b"\n", 0, error.start) + 1
-            return Problem(f"is not UTF-8 at byte {error.start}; save it as UTF-8", file=file, line=line)
+            return not_utf8(file)
     return None
 
 

@@ -22,8 +22,8 @@ from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.paths import PACKAGE, cache_folder, is_commit
 from hf_finetune.config.problems import suggestion
 from hf_finetune.data import loading, parquet
-from hf_finetune.data.find import find
 from hf_finetune.data.loading import Wanted
+from hf_finetune.data.readers import find
 from hf_finetune.errors import DataError, FinetuneError, Problem, RecipeError, StorageError
 from hf_finetune.log import warn
 from hf_finetune.recipe import Recipe
@@ -33,13 +33,11 @@ HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
 SECONDS = 10.0  # time that the Hub may take to answer
 
-_cut_off = False  # this process decided to do without the Hub
-
 
 def settle(recipe: Recipe) -> None:
     """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the recipe needs the Hub and it can't be reached.
 
-    It is asked once a process, since each of many requests would wait for itself; `again` forgets the answer.
+    It is asked once a process, since each of many requests would wait for itself.
     """
     parts = (recipe.data, *(recipe.data.mix or ()))
     named = [recipe.model.name, *(part.source for part in parts if part.source is not None)]
@@ -51,21 +49,11 @@ def settle(recipe: Recipe) -> None:
         # transformers 5.23 has files listed whenever it loads a tokenizer, though all of it is cached.
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
     except (HTTP_ERROR, OSError) as error:
-        _go_offline(offline=True)
+        # Both libraries read the variable only as they are imported.
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        huggingface_hub.close_session()
         reason = str(error) or type(error).__name__
         warn(f"{constants.ENDPOINT} can't be reached ({reason}): going on with what is cached")
-
-
-def again() -> None:
-    """Forget that the Hub could not be reached."""
-    if _cut_off:
-        _go_offline(offline=False)
-
-
-def _go_offline(*, offline: bool) -> None:
-    global _cut_off  # as those of the libraries, it belongs to the process
-    _cut_off = constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
-    huggingface_hub.close_session()
 
 
 # pyarrow's errors are ValueErrors; an empty file of a data set gives a bare StopIteration.
@@ -75,6 +63,7 @@ SAMPLE_BYTES = 1 << 20  # bytes of each end of a streamed file that go into its 
 
 def _reading_error(error: BaseException, form: str, file: str) -> FinetuneError:
     """Return a `DataError` about what made reading fail, or a `StorageError` for a full disk."""
+    # The libraries wrap what a reader raised in errors of their own, and these once more.
     causes = [error]
     while following := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
         causes.append(following)
@@ -117,26 +106,25 @@ class LocalFiles:
     def digests(self, *, whole: bool) -> list[bytes]:
         """Return SHA-256 of each file, read once as long as it does not change.
 
-        Args:
-            whole: Read all of every file; else its size and both ends, for streams that are too large to read twice.
+        If not of the `whole`, then of its size and both ends, for streams that are too large to read twice.
         """
-        root = cache_folder(self.cache)
-        return [_digest(*stamp, root) if whole else _sampled(*stamp) for stamp in self.stamps()]
+        root = cache_folder(self.cache) if whole else None
+        return [_digest(*stamp, root) for stamp in self.stamps()]
 
     def stamps(self) -> list[tuple[str, int, int]]:
         """Return name, size in bytes and time of change in ns of each file."""
         return [(file, (state := Path(file).stat()).st_size, state.st_mtime_ns) for file in self.files]
 
-    def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
+    def load(self, folder: Path, wanted: Wanted) -> datasets.Dataset:
         """Return all rows, with the wanted columns, mapped from an Arrow file in the folder.
 
         Raises:
             DataError: Everything that is wrong with the files, each fault with its line where it has one.
             StorageError: The folder can't be written.
         """
-        target = Path(folder, f"{self.key}.arrow")
+        target = folder / f"{self.key}.arrow"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             if self.suffix == ".parquet":
                 return parquet.load(self.files, wanted, target)
             return loading.load(self.files, self.suffix[1:], wanted, target)
@@ -145,6 +133,7 @@ class LocalFiles:
 
     def stream(self, wanted: Wanted) -> datasets.IterableDataset:
         """Return the rows, read lazily; the first rows of every file are checked now, like `load`."""
+        # `datasets` takes a list among the arguments for shards, and shuffles their order, too.
         settings = {"files": list(self.files), "form": self.suffix[1:], "wanted": wanted, "key": self.key}
         try:
             features, settings["kinds"] = None, {}
@@ -175,13 +164,10 @@ def _streamed(files: list[str], form: str, wanted: Wanted, key: str, kinds: load
 
 
 @functools.cache
-def _digest(file: str, size: int, changed: int, root: Path) -> bytes:
+def _digest(file: str, size: int, changed: int, root: Path | None) -> bytes:
     # While size and time of change are the same, an earlier answer holds.
-    return run_files.sha256(file, root)
-
-
-@functools.cache
-def _sampled(file: str, size: int, changed: int) -> bytes:
+    if root is not None:
+        return run_files.sha256(file, root)
     with Path(file).open("rb") as stream:
         digest = hashlib.sha256(str(size).encode())
         digest.update(stream.read(SAMPLE_BYTES))
@@ -219,7 +205,7 @@ class HubSplit:
         """Nothing: a commit does not change."""
         return []
 
-    def load(self, folder: str, wanted: Wanted) -> datasets.Dataset:
+    def load(self, folder: Path, wanted: Wanted) -> datasets.Dataset:
         """Return all rows; they stay in the cache of `datasets`, for offline use, whatever the arguments say.
 
         Raises:
@@ -278,7 +264,7 @@ class HubSplit:
         return self.split
 
 
-@functools.cache
+@functools.cache  # each one asks the Hub anew for the commit and the files
 def _builder(source: str, subset: str | None, revision: str | None) -> Any:
     return datasets.load_dataset_builder(source, subset, revision=revision)
 
@@ -360,14 +346,7 @@ def locate(data: Data) -> Origins:
 
 
 def _origin(names: str | list[str], where: Data | Source, key: str, cache: str | None) -> Origin:
-    """Return the origin of one split.
-
-    Args:
-        names: Files or splits.
-        where: The block with `source`, `subset` and `revision`.
-        key: Recipe key of `names`, for messages.
-        cache: The recipe's `data.cache`.
-    """
+    """Return the origin of one split: of the files, or splits of the block's source, that `key` of the recipe names."""
     source, block = where.source, key.rpartition(".")[0]
     if source is None:
         return local_files(names, None, key, cache)
@@ -385,7 +364,7 @@ def _origin(names: str | list[str], where: Data | Source, key: str, cache: str |
 
 
 def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
-    """Return the files that names and globs mean; see `data.find.find`.
+    """Return the files that names and globs mean; see `data.readers.find`.
 
     Raises:
         DataError: Everything that is wrong with them, such as that nothing matches.

@@ -41,10 +41,6 @@ class SplitReport:
     unused: int = 0  # rows of mixed sources that are never drawn, not among `rows`; unknown for a stream, and then 0
     empty: int = 0  # rows that were dropped because they hold no text
 
-    def __add__(self, other: SplitReport) -> SplitReport:
-        """Return the report of both together."""
-        return SplitReport.total([self, other])
-
     @classmethod
     def total(cls, reports: Iterable[SplitReport]) -> SplitReport:
         """Return the report of all of them together."""
@@ -88,11 +84,7 @@ class Split:
         return self.rows.remove_columns(list(BOOKKEEPING))
 
     def problems(self, found: Mapping[str, Sequence[int]]) -> list[Problem]:
-        """Return one problem a source and reason.
-
-        Args:
-            found: What is wrong -> rows of the split, counted from 0.
-        """
+        """Return one problem a source and reason; `found` has the rows, counted from 0, by what is wrong."""
         placed: dict[tuple[str, str], list[int]] = {}
         for what, indices in found.items():
             rows = self.rows.select(indices)
@@ -114,16 +106,11 @@ class Split:
 
 
 def load(
-    data: Data, origins: Origins, wanted: Wanted, seed: int, folder: str
+    data: Data, origins: Origins, wanted: Wanted, seed: int, folder: Path
 ) -> tuple[dict[str, Split], dict[Problem, None]]:
-    """Return every split that the recipe has, but a streamed `train`.
+    """Return every split that the recipe has, but a streamed `train`, mapped from files in the folder.
 
-    Args:
-        data: `validation_share`, `limit` and `streaming` count.
-        origins: Where the rows come from.
-        wanted: What the task needs; other columns are left out.
-        seed: Fixes what is cut off, mixed and drawn.
-        folder: Takes the files that local rows are mapped from.
+    The seed fixes what is cut off, mixed and drawn.
 
     Returns:
         The splits, without those of which a source can't be read, lacks a column, has no row, or does not fit the
@@ -140,7 +127,7 @@ def load(
             parts.append(_load(origin, "train", replace(wanted, held_out=False), folder))
     with collect(problems):
         if parts and len(parts) == len(data.mix or (0,)):
-            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, Path(folder))
+            splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, folder)
             if data.validation_share is not None:
                 splits["train"], splits["validation"] = _cut_off(splits["train"], data.validation_share, seed)
     for name, held in (("validation", origins.validation), ("test", origins.test)):
@@ -148,6 +135,7 @@ def load(
             splits |= {} if held is None else {name: _load(held, name, wanted, folder)}
     for name, split in splits.items():
         if data.limit is not None and len(split.rows) > data.limit:
+            # In the order of the data: neighbours in the file are read together.
             chosen = np.random.default_rng(seed).permutation(len(split.rows))[: data.limit]
             splits[name] = replace(split, rows=split.rows.select(np.sort(chosen)))
     return splits, problems
@@ -173,7 +161,7 @@ def check_columns(have: Sequence[str], need: Sequence[str], origin: Origin) -> N
         raise DataError(replace(problem, key=origin.key) for problem in missing)
 
 
-def _load(origin: Origin, name: str, wanted: Wanted, folder: str) -> Split:
+def _load(origin: Origin, name: str, wanted: Wanted, folder: Path) -> Split:
     rows = origin.load(folder, wanted)
     if len(rows) == 0:
         raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
@@ -212,6 +200,7 @@ def _mix(parts: Sequence[Split], weights: Sequence[float], seed: int, folder: Pa
             reason = str(error).partition("\n")[0]
             message = f"its columns do not fit those of {places[0]}: {reason}"
             raise DataError(Problem(message, file=places[index])) from error
+        # In memory is only the order of the rows, which `datasets` would write to a file of its cache.
         numbered.append(rows.shuffle(seed=seed + index, keep_in_memory=True))
     mixed = datasets.interleave_datasets(
         numbered, probabilities=list(weights), seed=seed, stopping_strategy="first_exhausted"

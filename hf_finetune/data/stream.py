@@ -47,12 +47,8 @@ class Lanes:
     of ranks, and a run that goes on needs to know only how many rows each lane has used up: it reads these, and encodes
     none of them.
 
-    Args:
-        source: Raw rows, without end.
-        encode: Encodes raw rows.
-        nothing_left: Makes the error for a stream of which no row can be used.
-        own: Places whose lanes are wanted.
-        used: How many rows each lane, one for each place of the global batch, has used up before.
+    Only the lanes of the places `own` are kept. `used` has the number of rows that each lane, of all places of the
+    global batch, has used up before; `nothing_left` makes the error for a stream of which no row can be used.
     """
 
     def __init__(
@@ -81,6 +77,7 @@ class Lanes:
         """
         rows: dict[int, Features] = {}
         used, counted = dict.fromkeys(places, 0), [SplitReport()]
+        # A row that is dropped leaves its place open, for the next row of the same lane.
         while missing := [place for place in places if place not in rows]:
             raw = [self._next(place) for place in missing]
             for place, (_, number), (row, counts) in zip(missing, raw, self._encode([r.row for r in raw]), strict=True):
@@ -92,7 +89,7 @@ class Lanes:
                     continue
                 self._in_vain += 1
                 if not self._longest or self._lost.rows < self._longest:
-                    self._lost += counts
+                    self._lost = SplitReport.total([self._lost, counts])
             if self._longest and self._in_vain >= VAIN_PASSES * self._longest:
                 raise self._nothing_left(self._lost)
         return Taken([rows[place] for place in places], used, SplitReport.total(counted))
@@ -104,19 +101,13 @@ class Lanes:
             if raw.number != self._pass:
                 self._longest, self._pass, self._rows = max(self._longest, self._rows), raw.number, 0
             self._rows += 1
-            depth, owner = self._lane_of(index)
-            if owner in self._waiting and depth >= self._used[owner]:
+            # The lanes take turns in no regular way: of rows that are alternately usable and not, none must get only
+            # the latter. In each turn every lane gets one row, so `turn` is how many it got before.
+            turn, owner = divmod(index, len(self._used))
+            owner = (owner + crc32(turn.to_bytes(8, "little"))) % len(self._used)
+            if owner in self._waiting and turn >= self._used[owner]:
                 self._waiting[owner].append(raw)
         return queue.popleft()
-
-    def _lane_of(self, index: int) -> tuple[int, int]:
-        """Return the number of rows that the lane of a row of the stream got before, and the lane.
-
-        The lanes take turns in no regular way: of rows that are alternately usable and not, none must get only the
-        latter.
-        """
-        turn, place = divmod(index, len(self._used))
-        return turn, (place + crc32(turn.to_bytes(8, "little"))) % len(self._used)
 
 
 BATCH = 100  # raw rows that are encoded at once
@@ -127,16 +118,10 @@ LOOKED_AT = 1_000  # rows that are looked at before training
 class Reading:
     """The raw rows of a stream, and their order."""
 
+    data: Data
     origins: Origins
     wanted: Wanted
-    buffer: int  # rows to shuffle from; the order of files is shuffled too
-    limit: int | None  # at most this many rows, the same in every pass
-    seed: int  # fixes the rows that the limit takes, and the mix of the sources
-
-    @classmethod
-    def of(cls, data: Data, origins: Origins, wanted: Wanted, seed: int) -> Reading:
-        """From the recipe's data block."""
-        return cls(origins, wanted, data.shuffle_buffer, data.limit, seed)
+    seed: int  # fixes the rows that `data.limit` takes, and the mix of the sources
 
     @property
     def places(self) -> str:
@@ -162,6 +147,7 @@ class Reading:
             parts.append(part.select_columns(list(self.wanted.columns)))
         if len(parts) == 1:
             return parts[0]
+        # `interleave_datasets` wants equal types, and would find them by reading ahead.
         common = {}
         for column in self.wanted.columns:
             # Types that take the cells of every part as they stand; labels keep theirs where all parts have the same.
@@ -179,19 +165,20 @@ class Reading:
             raise DataError(Problem(f"can't be mixed: {error}", file=self.places)) from error
 
     def batches(self, opened: datasets.IterableDataset, order: list[int] | None) -> Iterator[list[dict[str, Any]]]:
-        """Yield one pass in `BATCH`es of raw rows.
+        """Yield one pass over what `open` returned, in `BATCH`es of raw rows.
 
-        Args:
-            opened: The return value of `open`.
-            order: Seed of the shuffling; None keeps the order of the sources.
+        `order` is the seed of the shuffling; None keeps the order of the sources.
 
         Raises:
             DataError: The data can't be read.
         """
-        if self.limit is not None:
-            opened = opened.shuffle(seed=self.seed, buffer_size=self.buffer).take(self.limit)
+        # Shuffling a stream draws from a buffer, and shuffles the order of the files too.
+        buffer = self.data.shuffle_buffer
+        if self.data.limit is not None:
+            # By the seed alone, so that every pass has the same rows.
+            opened = opened.shuffle(seed=self.seed, buffer_size=buffer).take(self.data.limit)
         if order is not None:
-            opened = opened.shuffle(generator=np.random.default_rng(order), buffer_size=self.buffer)
+            opened = opened.shuffle(generator=np.random.default_rng(order), buffer_size=buffer)
         rows = iter(opened)
         while True:
             batch: list[dict[str, Any]] = []
@@ -227,41 +214,16 @@ class Stream:
     trains on; see `Lanes`.
     """
 
-    def __init__(self, reading: Reading, encoder: Encoder, data: Data) -> None:
-        self.reading, self.encoder = reading, encoder
-        self.overlong, self.checks = data.overlong, data.checks
-        self._report = SplitReport()
-
-    def report(self) -> SplitReport:
-        """Return the first pass: the rows that were trained on, or those that were looked at if these are more."""
-        return self._report
-
-    def count(self, report: SplitReport) -> None:
-        """Take counts of the first pass; a shorter look later does not replace them."""
-        if report.rows >= self._report.rows:
-            self._report = report
+    def __init__(self, reading: Reading, encoder: Encoder) -> None:
+        self.reading, self.encoder, self.checks = reading, encoder, reading.data.checks
+        self.report = SplitReport()
+        """The rows of the first pass that were trained on; whoever trains counts them."""
 
     def rows(self, seed: int) -> Iterator[Features]:
-        """Yield encoded rows: the task's features, and their `size`.
-
-        Args:
-            seed: With the number of the pass, fixes the order.
-
-        Raises:
-            DataError: A row can't be read or encoded, is over-long and must not be, has no text or no trained token
-                and `data.checks` forbids it, or a pass has no row to train on.
-        """
-        of_pass, last = SplitReport(), 0
-        for number, batch in self._batches(seed):
-            if number != last:
-                if of_pass.kept == 0:
-                    raise self._nothing_left(of_pass)
-                of_pass, last = SplitReport(), number
-            fates = self._fates(batch)
-            of_pass += SplitReport.total(counts for _, counts in fates)
-            if number == 0:
-                self.count(of_pass)
-            yield from (row for row, _ in fates if row is not None)
+        """Yield encoded rows in the order of `lanes`, to be looked at; raise as `Lanes.take`."""
+        lanes = self.lanes(seed, [0], [0])
+        while True:
+            yield from lanes.take([0]).rows
 
     def filler(self, seed: int) -> Features:
         """Return a row that counts as nothing, for a micro-batch without any."""
@@ -269,15 +231,21 @@ class Stream:
         return masked
 
     def lanes(self, seed: int, own: Iterable[int], used: Sequence[int]) -> Lanes:
-        """Return the same rows by their place in the global batch.
+        """Return encoded rows, the task's features and their `size`, by their place in the global batch; see `Lanes`.
 
-        Args:
-            seed: As for `rows`.
-            own: Places that are wanted.
-            used: Rows of each place, of all places of the batch, that were used up before.
+        The seed and the number of the pass fix their order.
         """
-        raw = (Raw(row, number) for number, batch in self._batches(seed) for row in batch)
-        return Lanes(raw, self._fates, self._nothing_left, own, used)
+
+        def raw() -> Iterator[Raw]:
+            opened = self.reading.open()
+            for number in itertools.count():
+                batch: list[dict[str, Any]] = []
+                for batch in self.reading.batches(opened, [seed, number]):
+                    yield from (Raw(row, number) for row in batch)
+                if not batch:  # or it would go on for ever
+                    raise self._nothing_left(SplitReport())
+
+        return Lanes(raw(), lambda batch: self._judged(self._encoded(batch), batch), self._nothing_left, own, used)
 
     def look(self, most: int = LOOKED_AT) -> Look:
         """Read and encode the first rows, in the order of the sources, as training would.
@@ -291,6 +259,7 @@ class Stream:
         with collect(problems):
             for batch in self.reading.batches(self.reading.open(), None):
                 rows += batch
+                # One row beyond tells that there are others.
                 if len(rows) > most:
                     break
         with collect(problems):
@@ -305,19 +274,6 @@ class Stream:
 
     def _nothing_left(self, report: SplitReport) -> DataError:
         return DataError(nothing_left(report, "train", self.reading.places))
-
-    def _batches(self, seed: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yield raw rows with the number of their pass, from 0."""
-        opened = self.reading.open()
-        for number in itertools.count():
-            batch: list[dict[str, Any]] = []
-            for batch in self.reading.batches(opened, [seed, number]):
-                yield number, batch
-            if not batch:
-                raise self._nothing_left(SplitReport())
-
-    def _fates(self, batch: list[dict[str, Any]]) -> list[Fate]:
-        return self._judged(self._encoded(batch), batch)
 
     def _encoded(self, batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [row[name] for row in batch] for name in self.reading.wanted.columns}
@@ -345,14 +301,14 @@ class Stream:
             check(index, "empty_text", "a row has no text, or a blank one")
         fates: list[Fate] = [(None, SplitReport(rows=1, empty=1))] * len(batch)
         names = [name for name in encoded if name not in {*COUNTS, INDEX, MARKS, FAULT, ROW, PART}]
-        most = self.encoder.max_length
+        most, overlong = self.encoder.max_length, self.reading.data.overlong
         for place, index in enumerate(encoded[INDEX]):
             size, whole, weight = (encoded[name][place] for name in COUNTS)
             over = whole > most
-            if over and self.overlong == "error":
+            if over and overlong == "error":
                 remedy = "raise data.max_length, or set data.overlong to truncate or drop"
                 refuse(index, "overlong", f"a row has {whole} tokens, more than {most}; {remedy}")
-            dropped = over and self.overlong == "drop"
+            dropped = over and overlong == "drop"
             untrained = not dropped and weight == 0
             if untrained and encoded[FAULT][place] is None:
                 check(index, "no_trained_token", "a row has nothing that is trained (within data.max_length)")
@@ -362,13 +318,13 @@ class Stream:
                 row = {name: encoded[name][place] for name in names} | {"size": size}
                 counts = SplitReport(rows=1, kept=1, cut=int(over), tokens=size, trained=weight, longest=whole)
             fates[index] = row, counts
-        if refused:
-            raise DataError(self._problem(what, batch[rows[0]], len(rows)) for what, rows in refused.values())
+        problems = []
+        for what, rows in refused.values():
+            # Streamed rows are shuffled, so that a number would not find the row; its text does.
+            text = repr(batch[rows[0]])
+            excerpt = text if len(text) <= 200 else text[:200] + "..."
+            more = f" (and {len(rows) - 1} more like it)" if len(rows) > 1 else ""
+            problems.append(Problem(f"{what}; the row: {excerpt}{more}", file=self.reading.places))
+        if problems:
+            raise DataError(problems)
         return fates
-
-    def _problem(self, what: str, row: dict[str, Any], count: int) -> Problem:
-        # Streamed rows are shuffled, so a number would not find them.
-        text = repr(row)
-        excerpt = text if len(text) <= 200 else text[:200] + "..."
-        more = f" (and {count - 1} more like it)" if count > 1 else ""
-        return Problem(f"{what}; the row: {excerpt}{more}", file=self.reading.places)

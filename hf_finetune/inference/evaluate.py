@@ -13,8 +13,9 @@ import numpy as np
 from hf_finetune import log
 from hf_finetune.config.paths import refuse_outside
 from hf_finetune.data import prepare
+from hf_finetune.data.batches import rows_of
 from hf_finetune.data.job import eval_batch
-from hf_finetune.data.prepare import OneSplit, Selection
+from hf_finetune.data.prepare import OneSplit
 from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, DivergedError, OutOfMemoryError, RecipeError
 from hf_finetune.inference import document as inference_document
@@ -75,13 +76,14 @@ def evaluate(
         split = "test" if recipe.data.test is not None else "validation" if recipe.data.has_validation else None
         if split is None:
             raise RecipeError("the run has no held-out split; give --data FILE, or --split train")
-    selection, title = Selection(split, tuple(files), tuple(by)), split or ", ".join(files)
-    with prepare.opened(recipe, opened.tokenizer, opened.targets, selection, phase) as one:
+    chosen: dict[str, Any] = {"split": split, "files": files, "phase": phase}
+    title = split or ", ".join(files)
+    with prepare.opened(recipe, opened.tokenizer, opened.targets, columns=by, **chosen) as one:
         for problem in one.warnings:
             log.warn(str(problem))
         scored = score(opened, opened.serve(opened.model()), one)
         slices, left_out = _slices(by, scored, one)
-        compared = [_against(opened, name, other, selection, (scored, one)) for name, other in others]
+        compared = [_against(opened, name, other, chosen, (scored, one)) for name, other in others]
         fates, whole, machine = asdict(one.encoding.report), scored.intervals(), opened.machine
         document: dict[str, Any] = jsonable(
             {
@@ -130,7 +132,9 @@ def _slices(
     return found, left
 
 
-def _against(run: Finished, name: str, other: Finished, selection: Selection, mine: tuple[Scored, OneSplit]) -> Versus:
+def _against(
+    run: Finished, name: str, other: Finished, chosen: dict[str, Any], mine: tuple[Scored, OneSplit]
+) -> Versus:
     """Score the other model on the same rows, and compare."""
     scored, one = mine
     if name == BASE:
@@ -143,7 +147,7 @@ def _against(run: Finished, name: str, other: Finished, selection: Selection, mi
     data = run.recipe.data.model_copy(update=own)
     training = other.recipe.training.model_copy(update={"seed": run.recipe.training.seed})
     recipe = other.recipe.model_copy(update={"data": data, "training": training})
-    with prepare.opened(recipe, other.tokenizer, other.targets, replace(selection, columns=()), phase) as theirs:
+    with prepare.opened(recipe, other.tokenizer, other.targets, **chosen) as theirs:
         return compare(scored, score(other, other.serve(other.model()), theirs), name)
 
 
@@ -228,9 +232,9 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        most = eval_batch(run.recipe, run.machine, task.vocabulary(run.tokenizer))
+        most = eval_batch(run.recipe, run.machine, task.vocabulary(run.tokenizer), all_logits=all_logits)
         longest = run.recipe.data.max_length
-        rows = most.rows_of(longest, all_logits=all_logits)
+        rows = rows_of(longest, *most)
         message = f"out of memory with {rows} rows of {longest} tokens; give training.eval_batch={max(1, rows // 2)}"
         raise OutOfMemoryError(message) from error
     values = {name: np.array(found) for name, found in questions.each(answers).items()}

@@ -123,12 +123,12 @@ class Finished:
             all_logits: The logits of whole batches are held at once.
         """
         task = self.recipe.task
-        most = eval_batch(self.recipe, self.machine, task.vocabulary(self.tokenizer))
+        most = eval_batch(self.recipe, self.machine, task.vocabulary(self.tokenizer), all_logits=all_logits)
         if isinstance(encoded, list):
             sizes: Any = [row["size"] for row in encoded]
         else:
             sizes, encoded = batches.lengths_of(encoded), batches.Rows(encoded, task)
-        for numbers in batches.by_length(sizes, most.rows, most.budget(all_logits=all_logits)):
+        for numbers in batches.by_length(sizes, *most):
             is_list = isinstance(encoded, list)
             rows = [encoded[number] for number in numbers] if is_list else encoded.__getitems__(numbers)
             yield {**self.collate(rows), "row_ids": torch.tensor(numbers)}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from hf_finetune.data import batches, prepare
-from hf_finetune.data.prepare import Selection
 from hf_finetune.errors import DataError, ModelError
 from hf_finetune.inference.load import Finished, Predict
 from hf_finetune.log import phase, say, warn
@@ -53,7 +52,7 @@ def opened(run: Finished, files: Sequence[str], most: int) -> Iterator[Rows]:
     """Read and encode the first `most` rows of the files, else of the validation split, else of the training split."""
     split = None if files else "validation" if run.recipe.data.has_validation else "train"
     try:
-        with prepare.opened(run.recipe, run.tokenizer, run.targets, Selection(split, tuple(files)), phase) as found:
+        with prepare.opened(run.recipe, run.tokenizer, run.targets, split=split, files=files, phase=phase) as found:
             for problem in found.warnings:
                 warn(str(problem))
             encoded: Any = found.encoding.rows()

@@ -17,7 +17,7 @@ from hf_finetune.config import paths
 from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.paths import outside, refuse_outside
 from hf_finetune.config.section import key_of
-from hf_finetune.data import find
+from hf_finetune.data import readers
 from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
@@ -79,7 +79,7 @@ def look(
         else:
             name = ("test" if recipe.data.test is not None else "validation") if split == HELD_OUT else str(split)
             data = SimpleNamespace(source=recipe.data.source, **{name: getattr(recipe.data, name)})
-        found = find.problems(SimpleNamespace(task=task, data=data))
+        found = readers.problems(SimpleNamespace(task=task, data=data))
         if found:
             findings.add(DataError([replace(problem, key="--data") for problem in found] if files else found))
     findings.raise_errors()

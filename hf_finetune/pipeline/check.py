@@ -16,7 +16,7 @@ from hf_finetune.adapters import _peft as peft
 from hf_finetune.config import paths
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.yamlfile import Origin
-from hf_finetune.data import find
+from hf_finetune.data import readers
 from hf_finetune.errors import DataError, Findings, Problem, RecipeError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
@@ -215,7 +215,7 @@ def look(
     if found := paths.problems(recipe):
         named.add(RecipeError(found))
     findings.merge(named)
-    if not named.blame("data") and (missing := find.problems(recipe)):
+    if not named.blame("data") and (missing := readers.problems(recipe)):
         findings.add(DataError(missing))
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():

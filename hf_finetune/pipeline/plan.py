@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from hf_finetune import device
-from hf_finetune.data.batches import lengths_of
+from hf_finetune.data.batches import lengths_of, rows_of
 from hf_finetune.data.job import Job
 from hf_finetune.data.stream import Look
 from hf_finetune.errors import Findings, Problem, StorageError
@@ -47,10 +47,10 @@ def plan(
         Sentences by name, for people; and numbers by name, for machines, whose names end with the unit.
     """
     recipe, machine, division, length = job.recipe, job.machine, job.division, job.length
-    prepared, load = job.prepared, job.load()
+    prepared, (padding, largest) = job.prepared, job.load()
     if looked is not None:
         prepared = replace(prepared, counted={"train": looked.report, **prepared.counted})
-    estimate = memory.estimate(recipe, job.targets, job.tokenizer, machine, _shapes(job, load.largest))
+    estimate = memory.estimate(recipe, job.targets, job.tokenizer, machine, _shapes(job, largest))
     trained, parameters = estimate.parameters
     free = device.memory_available(machine)
     # It is an estimate, so it stops nothing.
@@ -74,7 +74,7 @@ def plan(
         lines[name] = text
     lines |= {
         "steps": run.plan_line(division, length),
-        "padding": f"{load.padding:.1%}" if load.cells else "unknown for a stream",
+        "padding": "unknown for a stream" if padding is None else f"{padding:.1%}",
         "machine": machine.describe(),
         "chosen": Choices(machine.device, chosen).describe(),
         "memory": f"{size(estimate.total)} a device, most in {estimate.peak}: {made_of}",
@@ -101,9 +101,9 @@ def plan(
         "micro_batch_rows": division.micro_batch,
         "micro_batches": division.accumulation,
         "ranks": division.world_size,
-        "padding_share": load.padding if load.cells else None,
-        "largest_micro_batch_rows": load.largest[0],
-        "largest_micro_batch_tokens": load.largest[1],
+        "padding_share": padding,
+        "largest_micro_batch_rows": largest[0],
+        "largest_micro_batch_tokens": largest[1],
         "trained_parameters": trained,
         "parameters": parameters,
         "memory_bytes": estimate.total,
@@ -123,7 +123,7 @@ def _shapes(job: Job, largest: tuple[int, int]) -> Shapes:
     most = max((len(rows) for rows in evaluated), default=0)
     longest = max((int(lengths_of(rows).max(initial=0)) for rows in evaluated), default=0)
     all_logits = job.machine.is_sharded or not job.recipe.speed.fused_loss
-    rows = job.eval_batch.rows_of(longest, all_logits=all_logits)
+    rows = rows_of(longest, *job.eval_batch(all_logits=all_logits))
     return Shapes(train=largest, evaluation=(min(rows, most), longest))
 
 
@@ -304,7 +304,7 @@ class _Search:
         if (rows, again) not in self.known:
             job = self.job
             machine = replace(job.machine, activation_checkpointing=again)
-            shapes = Shapes(job.divided(rows).load().largest)
+            shapes = Shapes(job.divided(rows).load()[1])
             found = memory.estimate(job.recipe, job.targets, job.tokenizer, machine, shapes)
             self.known[rows, again] = found.training
         return self.known[rows, again]

@@ -22,6 +22,7 @@ from hf_finetune import device, log
 from hf_finetune.adapters.base import Setting
 from hf_finetune.config.blocks import Speed
 from hf_finetune.config.reading import Reading
+from hf_finetune.data.batches import rows_of
 from hf_finetune.data.job import Job
 from hf_finetune.device import Machine, is_out_of_memory
 from hf_finetune.errors import (
@@ -570,7 +571,7 @@ def _out_of_memory_explained(run: Training) -> Iterator[None]:
                 "halve training.micro_batch (the optimisation stays the same) or set training.activation_checkpointing"
             )
         else:
-            rows = job.eval_batch.rows_of(length, all_logits=trainer.paths.makes_all_logits)
+            rows = rows_of(length, *job.eval_batch(all_logits=trainer.paths.makes_all_logits))
             what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"
             hint = f"set training.eval_batch to {max(1, rows // 2)}"
         message = f"out of memory at step {trainer.state.global_step}, {what}; {hint}"

@@ -95,14 +95,10 @@ class FinetuneTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Load this rank's part of an encoded split."""
         encoded: Any = self.job.validation if eval_dataset is None else eval_dataset
-        division = batches.Division(
-            batch_size=self.job.eval_batch.rows * self.args.world_size,
-            micro_batch=self.job.eval_batch.rows,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
+        most, tokens = self.job.eval_batch(all_logits=self.paths.makes_all_logits)
+        ranks = self.args.world_size
+        division = batches.Division(most * ranks, most, self.args.process_index, ranks)
         rows = batches.Rows(encoded, self.job.task)
-        tokens = self.job.eval_batch.budget(all_logits=self.paths.makes_all_logits)
         return batches.eval_loader(rows, batches.lengths_of(encoded), division, self.job.collate, tokens)
 
     # ---- loss ----
@@ -140,7 +136,7 @@ class FinetuneTrainer(ResumableTrainer):
         before = [] if self.streamed is None else [self.streamed[None]]
         self.streamed = batches.merged(torch.cat([*before, ranks]))
         train: Any = self.job.train
-        train.stream.count(batches.report(self.streamed))
+        train.stream.report = batches.report(self.streamed)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """Time the forward pass; see `_loss`."""
