@@ -129,6 +129,7 @@ class Entry:
                     # Damaged: truncated or half deleted. Another run may do the same at this moment.
                     shutil.rmtree(self.path, ignore_errors=True)
                 try:
+                    # Atomic: others see a whole entry, or none.
                     entry.rename(self.path)
                 except OSError:
                     if self.read() is None:  # else another run was faster, and its entry stays

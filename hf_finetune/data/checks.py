@@ -115,6 +115,7 @@ def findings(
                 yield "few_rows", Problem(f"{message}; lower the batch or add rows", key="training.batch_size")
 
     for check, problem in found():
+        # Where most of the training rows are unfit, the rest says nothing about their labels.
         level, depends = getattr(recipe.data.checks, check), check in _DEPENDENT
         if level != "off" and not (depends and unfit and unfit >= counted["train"].kept):
             yield level, without_unfit(problem, unfit) if depends else problem
@@ -124,6 +125,7 @@ def without_unfit(problem: Problem, rows: int) -> Problem:
     """Return a problem that may come of rows that were left out, with a note of how many they are."""
     if not rows:
         return problem
+    # Every message has its remedy behind the first semicolon.
     what, mark, remedy = problem.message.partition("; ")
     noted = f"{what} ({rows:,} unfit train {'row' if rows == 1 else 'rows'} not counted)"
     return replace(problem, message=noted + mark + remedy)

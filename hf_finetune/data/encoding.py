@@ -187,6 +187,7 @@ def encode(
             "raise data.max_length, or set data.overlong to truncate or drop"
         )
         problems.append(Problem(message, file=found[0][0]))
+    # With `error` they count as dropped, so that the checks can judge the others all the same.
     dropped = over if overlong != "truncate" else np.zeros_like(over)
     untrained = ~dropped & (weight == 0)
     kept = ~dropped & ~untrained

@@ -172,7 +172,7 @@ class _Counting:
             tallies["empty_text"] = Tally(len(self.empty), first)
         alike = [name for group in likeness.groups(self.counts) for name in group[1:] if self.counts[name]]
         if self.labels is not None and alike:
-            # Rows whose label is like a commoner one; the first row of each such label, in the order of the labels.
+            # Rows whose label is like a commoner one; with the first row of each such label.
             labels, kept = self.labels, np.flatnonzero(self.encoding.kept)
             ids = [self.encoder.targets.names.index(name) for name in alike[:SHOWN]]
             rows = [int(kept[(labels == index if labels.ndim == 1 else labels[:, index]).argmax()]) for index in ids]

@@ -240,6 +240,7 @@ class Job:
 
     def typical(self, device: torch.device, count: int) -> list[Batch]:
         """Give micro-batches of this run on a device, from short rows to long ones: the same on every rank."""
+        # The batches of the first rank, on every rank: all must come to the same choice.
         division = replace(self.division, rank=0)
         train: Any = self.train
         if self.batches is None:

@@ -262,6 +262,7 @@ def _referenced(task: Task, origins: Origins) -> list[str]:
         if not origin.stamps():  # of the Hub, whose commit says it all
             continue
         with suppress(DataError, StorageError):  # reported once the rows are read
+            # Streamed, as the rows themselves are read only where the cache has no entry.
             for row in origin.stream(Wanted(columns, columns, files=columns)):
                 for cell in (row[column] for column in columns):
                     path = cell.get("path") if isinstance(cell, dict) else cell

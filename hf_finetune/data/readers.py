@@ -197,6 +197,7 @@ def rows(stream: IO[str], form: str, place: str, needed: Sequence[str] = ()) -> 
         return _table(stream, place, needed, tab=form == "tsv"), True
     if form == "jsonl":
         return _json_lines(stream), True
+    # What is called .json is a list, objects that span lines, or JSON Lines: its beginning tells.
     text = _Text(stream, place)
     if text.peek() == "[":
         return _values(text), False
@@ -228,6 +229,7 @@ class _RepeatedKeyError(ValueError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # `json` would keep the last of two equal keys, and say nothing.
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

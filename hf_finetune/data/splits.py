@@ -118,6 +118,7 @@ def load(
     """
     splits: dict[str, Split] = {}
     problems = dict.fromkeys(origins.problems)
+    # They are added to every row, and would overwrite the data's.
     taken = [column for column in wanted.columns if column in BOOKKEEPING]
     if taken:
         return {}, {**problems, Problem(f"no column can be called {taken[0]!r}; rename it", key="task"): None}
