@@ -71,15 +71,13 @@ class Recipe(Section):
     def summary(self) -> list[tuple[str, str]]:
         """Name the settings that decide about the data, for reports; those that are not used are left out."""
         data = self.data
-        # Tasks with variants name theirs, e.g. regression or multi_label.
-        problem = getattr(self.task, "problem", "")
         revision = f" at {self.model.revision}" if self.model.revision else ""
 
         def listed(files: str | Sequence[str]) -> str:
             return files if isinstance(files, str) else ", ".join(files)
 
         rows = [
-            ("Task", f"{self.task.kind}, {problem}" if problem else self.task.kind),
+            ("Task", self.task.title),
             ("Model", self.model.name + revision),
             ("Adapter", self.adapter.kind),
             ("Source", " ".join(part for part in (data.source, data.subset) if part) if data.source else ""),

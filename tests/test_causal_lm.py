@@ -71,8 +71,8 @@ def test_columns() -> None:
 
 
 def test_exact_match_selects_the_best_only_where_answers_are_generated() -> None:
-    assert list(PAIR.best_metrics) == ["loss", "perplexity", "token_accuracy"]
-    assert CausalLM(messages="m", generate_rows=1).best_metrics["exact_match"]
+    assert PAIR.best_metrics == ("loss", "perplexity", "token_accuracy")
+    assert CausalLM(messages="m", generate_rows=1).best_metrics[-1] == "exact_match"
 
 
 def test_prompt_and_completion_become_a_chat_where_there_is_a_template(tokenizer: Any) -> None:
@@ -190,10 +190,9 @@ def test_smoothing_is_in_the_training_loss_only() -> None:
     assert task.count(batch, State()) == 6
 
 
-def test_answer_metrics_use_the_pattern() -> None:
-    task = CausalLM(messages="m", generate_rows=1, answer_pattern=r"#### (\d+)")
-    assert task.answer_metrics([Generation("so #### 3", 5, ended=True)], ["#### 3"]) == {
-        "exact_match": 1.0,
-        "ended": 1.0,
-        "generated_tokens": 5.0,
-    }
+def test_answers_are_compared_by_the_pattern(tokenizer: Any) -> None:
+    task = PAIR.model_copy(update={"generate_rows": 1, "answer_pattern": r"(\w+) \."})
+    questions = task.questions(Dataset.from_dict(ROWS), tokenizer)
+    assert questions is not None
+    answer = Generation("one and three .", 5, ended=True)
+    assert questions.score([answer]) == {"exact_match": [1.0], "ended": [1.0], "generated_tokens": [5.0]}

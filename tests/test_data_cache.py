@@ -20,7 +20,6 @@ from hf_finetune.data import cache
 from hf_finetune.data import prepare as data_prepare
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, PeerError, StorageError
-from hf_finetune.run import folder
 from hf_finetune.tasks.base import State
 
 SECOND = Machine("cpu", 1, 1, 2, 2, 1, "fp32", "sdpa")
@@ -69,8 +68,8 @@ def test_labels_survive_the_cache(llama: PreTrainedTokenizerBase) -> None:
     write_json("train.jsonl", mixed(8))
     weighted = {**CLASSES, "class_weights": "balanced"}
     assert prepare(llama, weighted).targets == prepare(llama, weighted).targets
-    stored = folder.to_json(State(names=("a", "b"), id_of={3: 0, "3": 1}))
-    assert folder.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
+    stored = State(names=("a", "b"), id_of={3: 0, "3": 1}).to_json()
+    assert State.from_json(json.loads(json.dumps(stored))).id_of == {3: 0, "3": 1}
 
 
 def test_only_the_entry_stays_behind(llama: PreTrainedTokenizerBase, tmp_path: Path) -> None:

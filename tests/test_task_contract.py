@@ -23,7 +23,7 @@ from hf_finetune import Run, check, load_run, train
 from hf_finetune.config.section import discover
 from hf_finetune.errors import Stopped
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import State, Task
+from hf_finetune.tasks.base import METRICS, State, Task
 
 KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
 BLOCKS: dict[str, dict[str, Any]] = {"causal_lm": {"prompt": "prompt", "completion": "completion"}}
@@ -145,6 +145,7 @@ def test_evaluation_of_the_saved_run_is_that_of_training(kind: str, trained: Cal
     assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
     assert {"loss", *run.recipe.task.headline} & found.keys() > {"loss"}, "people see more than the loss"
     assert set(run.recipe.task.best_metrics) & found.keys(), "one of them can select the best model"
+    assert all(METRICS[name].greater is not None for name in run.recipe.task.best_metrics), "whose direction is known"
 
 
 @every_task
@@ -197,10 +198,9 @@ def test_masked_rows_and_the_cut_into_batches_change_nothing(kind: str, trained:
 @every_task
 def test_what_a_task_learned_survives_json(kind: str, trained: Callable[[str], Run]) -> None:
     from hf_finetune.inference.load import open_run
-    from hf_finetune.run import folder as targetsfile
 
     state = open_run(str(trained(kind).folder), []).targets
-    assert targetsfile.from_json(json.loads(json.dumps(targetsfile.to_json(state)))) == state
+    assert State.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ from hf_finetune import device, errors
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.splits import SplitReport
 from hf_finetune.errors import FinetuneError, PeerError, Problem, StorageError
-from hf_finetune.run import folder as run_folder
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State
 
@@ -88,7 +87,7 @@ class Entry:
             return Content(
                 encoded={name: datasets.load_from_disk(self.path / "encoded" / name) for name in meta["encoded"]},
                 raw={name: datasets.load_from_disk(self.path / "raw" / name) for name in meta["raw"]},
-                targets=run_folder.from_json(meta["targets"]),
+                targets=State.from_json(meta["targets"]),
                 reports={name: SplitReport(**report) for name, report in meta["reports"].items()},
                 facts=_FACTS.validate_python(meta["facts"]),
             )
@@ -179,7 +178,7 @@ def _write(content: Content, folder: Path) -> None:
         "about": "tokenised data of hf_finetune; may be deleted",
         "encoded": list(content.encoded),
         "raw": list(content.raw),
-        "targets": run_folder.to_json(content.targets),
+        "targets": content.targets.to_json(),
         "reports": {name: asdict(report) for name, report in content.reports.items()},
         "facts": {name: asdict(facts) for name, facts in content.facts.items()},
         "files": _sizes(folder),

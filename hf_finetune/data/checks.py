@@ -138,7 +138,7 @@ def noticed(recipe: Recipe, marks: tuple[int, ...], place: str) -> Iterator[Foun
     """
     for check, bit in {**REMARKS, "special_tokens": encoding.SPECIAL}.items():
         level, count = getattr(recipe.data.checks, check), sum(1 for mark in marks if mark & bit)
-        if count and level != "off" and not (check == "special_tokens" and _escapes(recipe)):
+        if count and level != "off" and recipe.task.remedy(check) is not None:
             counted = f"{count:,} of the first {len(marks):,} train {_rows(len(marks))}"
             message = f"{counted} {_conjugated(check, count)}; {SENTENCES[check].remedy}"
             yield level, Problem(message, key="data.train", file=place)
@@ -156,10 +156,10 @@ class _Split:
 
     def rows(self) -> Iterator[Found]:
         """Checks that strike at the first row, or where more than a share of the rows are so."""
-        escapes, report = _escapes(self.recipe), self.report
+        report = self.report
         for check, sentence in SENTENCES.items():
-            tally = self.facts.tallies.get(check)
-            if tally is None or (check == "special_tokens" and escapes):
+            tally, own_remedy = self.facts.tallies.get(check), self.recipe.task.remedy(check)
+            if tally is None or own_remedy is None:
                 continue
             if len({place for place, _ in tally.rows}) == 1:
                 where = f"row {numbers([row for _, row in tally.rows], tally.count)}"
@@ -174,8 +174,7 @@ class _Split:
             where += f": {tally.detail}" if tally.detail else ""
             counted = f"{tally.count:,} of {total:,} {self.name} {_rows(total)}"
             message = f"{counted} {_conjugated(check, tally.count)} ({where}); {sentence.remedy}"
-            if check == "special_tokens" and escapes is not None:
-                message += ", or set task.escape_special_tokens: true to read them as text"
+            message += f", or {own_remedy}" if own_remedy else ""
             yield check, self._problem(message + ("" if sentence.limit else self._way_out(check)), tally)
 
     def shares(self) -> Iterator[Found]:
@@ -205,10 +204,10 @@ class _Split:
         elif counts:
             most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
             limit = self.recipe.data.checks.max_imbalance
-            weighted = getattr(self.recipe.task, "class_weights", None) is not None
-            if counts[most] > limit * counts[least] and not (weighted and counts[least]):
+            own_remedy = self.recipe.task.remedy("imbalance")
+            if counts[most] > limit * counts[least] and not (own_remedy is None and counts[least]):
                 spread = f"the label {most!r} has {counts[most]:,} train rows, {least!r} {counts[least]:,}"
-                remedy = "add rows, set task.class_weights: balanced, or raise data.checks.max_imbalance"
+                remedy = f"add rows, {f'{own_remedy}, ' if own_remedy else ''}or raise data.checks.max_imbalance"
                 if not counts[least]:  # which neither a weight nor a limit helps
                     remedy = "add rows, or remove the label from task.labels"
                 yield "imbalance", self._problem(f"{spread} (limit {limit:g} to 1); {remedy}")
@@ -260,11 +259,6 @@ class _Split:
             key = "data.mix"
         places = {place for place, _ in tally.rows} if tally is not None else set()
         return Problem(message, key=key, file=places.pop() if len(places) == 1 else self.place)
-
-
-def _escapes(recipe: Recipe) -> bool | None:
-    """Return the task's `escape_special_tokens`; None where it has no such key."""
-    return getattr(recipe.task, "escape_special_tokens", None)
 
 
 def _conjugated(check: str, count: int) -> str:

@@ -288,11 +288,11 @@ class _Counting:
 
     def _label_cells(self) -> Array | None:
         names, feature = self.encoder.targets.names, self.encoding.whole.features.get("labels")
-        if not names or feature is None:
+        if not names or feature is None or not self.encoder.task.has_labels:
             return None
         is_one = isinstance(feature, datasets.Value)
-        # A number to learn is a float, and where every token has a label, these are integers.
-        if (feature.dtype if is_one else feature.feature.dtype).startswith("int") is not is_one:
+        # Cells of several labels are floats; where every token has a label, these are integers, and no row has one.
+        if not is_one and feature.feature.dtype.startswith("int"):
             return None
         parts = []
         for start, rows in self._tables(["labels"]):

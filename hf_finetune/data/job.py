@@ -20,7 +20,7 @@ from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine, cores
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import Batch, Questions, State, Task
+from hf_finetune.tasks.base import Batch, Prompts, State, Task
 
 COUNTS = (*data_batches.COUNTED, data_batches.STREAMED)
 """Added to training batches by their loader; no model takes them."""
@@ -115,7 +115,7 @@ class Job:
     batches: data_batches.GlobalBatches | None
     """Batch sampler of `train`; None for a stream."""
     division: data_batches.Division
-    questions: Mapping[str, Questions | None]
+    questions: Mapping[str, Prompts | None]
     """Prompts to answer when a split (`validation`, `test`) is evaluated."""
     length: Length
 

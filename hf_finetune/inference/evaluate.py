@@ -25,14 +25,12 @@ from hf_finetune.log.lines import jsonable
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
 from hf_finetune.tasks._sums import Sums, of_means
-from hf_finetune.tasks.base import Predictions, State, Task
+from hf_finetune.tasks.base import METRICS, Predictions, State, Task
 
 # `--against` calls the model by this name before it was trained.
 BASE = "base"
 # The largest slices of a column are scored.
 MOST_SLICES = 50
-# Metrics that are shown early beside a task's headline.
-EXTRA = ("roc_auc", "r2")
 
 Array = np.ndarray[Any, Any]
 
@@ -105,7 +103,7 @@ def evaluate(
         )
         # Printed first: writing may fail.
         if form is not None:
-            headline = recipe.task.headline + EXTRA
+            headline = [*recipe.task.headline, *(name for name, metric in METRICS.items() if metric.is_wide)]
             log.show(inference_document.render(document, form, headline, everything=everything))
         key = [*one.key, *overrides, *slices, *(versus.name for versus in compared)]
         log.say(f"kept in {inference_document.write(opened.folder.path, title, document, key)}")
@@ -237,7 +235,7 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
         rows = rows_of(longest, *most)
         message = f"out of memory with {rows} rows of {longest} tokens; give training.eval_batch={max(1, rows // 2)}"
         raise OutOfMemoryError(message) from error
-    values = {name: np.array(found) for name, found in questions.each(answers).items()}
+    values = {name: np.array(found) for name, found in questions.score(answers).items()}
     return replace(scored, answered=np.arange(len(answers)), answers=values)
 
 
@@ -301,9 +299,8 @@ def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Score
     if not this.answers and not other.answers:
         return this, other, []
     common = np.intersect1d(this.answered, other.answered)
-    patterns = [getattr(scored.task, "answer_pattern", None) for scored in (this, other)]
     notes = []
-    if patterns[0] != patterns[1]:
+    if this.task.answer_rule != other.task.answer_rule:
         common = common[:0]
         notes = [f"generated answers are not compared: {name} has another task.answer_pattern; give one to both"]
     elif not len(common):

@@ -152,7 +152,7 @@ class Finished:
     def _options(self) -> dict[str, Any]:
         """Read how the task had the base loaded: names and kind of the labels."""
         found = peft.label_options(self.folder.adapter)
-        if self.recipe.task.has_labels and not found:
+        if not found and "id2label" in self.recipe.task.model_options(self.targets):
             message = f"is missing, and {self.recipe.task.kind} needs it; train the run anew with --restart"
             raise ModelError(Problem(message, file=str(self.folder.adapter / peft.LABELS)))
         return found
@@ -192,7 +192,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     recipe = run_lock.as_trained(opened.recipe, folder.run_lock)
     sources.settle(recipe)
     machine = _as_in_training(folder, recipe, device.survey(recipe))
-    if opened.kept is None and recipe.task.has_labels:
+    if opened.kept is None and "id2label" in recipe.task.model_options(targets):
         message = "is missing: an earlier version made this run and kept no labels; train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.targets)))
     tokenizer = pretrained.load_processor(recipe.model, recipe.task)

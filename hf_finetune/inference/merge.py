@@ -172,8 +172,8 @@ class Report:
         lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
         lines.append(f"  folder              {place}")
         if texts.reads_clock(self.run.tokenizer):
-            trained = getattr(self.run.recipe.task, "date", None)
-            lines.append(f"  date                trained with {trained}; a server's chat template prints its own day")
+            day = self.run.recipe.task.day
+            lines.append(f"  date                trained with {day}; a server's chat template prints its own day")
         fields = {key: value for key, value in self.facts().items() if key != "made_by"}
         tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
 

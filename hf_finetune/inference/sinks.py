@@ -269,7 +269,8 @@ class Sink:
             found = pa.Table.from_pylist(inner).schema
             schema = pa.schema([pa.field(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in found])
         schema = pa.schema([f.with_type(_plain(f.type)) for f in schema], metadata=schema.metadata)
-        types = {"text": pa.string(), "texts": pa.list_(pa.string()), "number": pa.float64(), "truth": pa.bool_()}
+        plain = {"text": pa.string(), "number": pa.float64(), "truth": pa.bool_()}
+        types = plain | {f"{kind}s": pa.list_(plain[kind]) for kind in ("text", "number")}
         for name, kind in self.kinds.items():
             schema = schema.append(pa.field(name, types[kind]))
         # Raise now what would be raised after all rows.

@@ -37,7 +37,7 @@ from hf_finetune.reports.run import MISHAPS, Result, RunData, tables_of
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock
 from hf_finetune.run.files import write_atomically
-from hf_finetune.tasks.base import State, literal
+from hf_finetune.tasks.base import METRICS, Metric, State, literal
 
 # Names that a card may use: ids of the Hub as they are, and nothing of the machine that trained.
 
@@ -130,17 +130,6 @@ def hidden(text: str) -> str:
 
 # The card's YAML header: what the Hub indexes, with every metric as it was measured, and the licence of the base.
 
-# Our metric -> the Hub's, and what it is computed with; the others have the same name.
-METRICS: dict[str, tuple[str, dict[str, str]]] = {
-    "f1_macro": ("f1", {"average": "macro"}),
-    "f1_micro": ("f1", {"average": "micro"}),
-    "f1_weighted": ("f1", {"average": "weighted"}),
-    "matthews": ("matthews_correlation", {}),
-    "pearson": ("pearsonr", {}),
-    "spearman": ("spearmanr", {}),
-    "r2": ("r_squared", {}),
-}
-
 
 def header(recipe: Recipe, run: RunData | None) -> ModelCardData:
     """Collect the metadata of a card.
@@ -168,7 +157,7 @@ def header(recipe: Recipe, run: RunData | None) -> ModelCardData:
 
 
 def _eval_result(recipe: Recipe, result: Result, name: str) -> EvalResult:
-    data, (kind, given) = recipe.data, METRICS.get(name, (name, {}))
+    data, (kind, given) = recipe.data, METRICS.get(name, Metric()).hub or (name, {})
     on_hub = is_on_hub(data.source)
     # Rows that were cut off the training split are no validation split of the Hub.
     is_cut = result.split == "validation" and data.validation_share is not None

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.section import discover
@@ -19,7 +18,7 @@ from hf_finetune.log.lines import clock, jsonable, printable
 from hf_finetune.run import journal, status
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
-from hf_finetune.tasks.base import Task
+from hf_finetune.tasks.base import METRICS, Metric, Task
 
 # Runs put side by side: recipe as resolved, state and last metrics of each run folder.
 
@@ -48,8 +47,6 @@ class Run:
     samples_per_second: float | None = None
     headline: tuple[str, ...] = ("loss",)
     """Metrics that its task prints, without the split."""
-    greater_is_better: Mapping[str, bool] = field(default_factory=dict)
-    """By metric, without the split; of other metrics nothing is known."""
 
     @property
     def is_done(self) -> bool:
@@ -107,11 +104,11 @@ def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
 def _best(name: str, row: Sequence[float | None], runs: Sequence[Run]) -> list[int]:
     """Find the best runs; only finished ones compete, and only where one is better than another."""
     short = name.partition("_")[2]
-    directions = {run.greater_is_better[short] for run in runs if short in run.greater_is_better}
+    is_greater_better = METRICS.get(short, Metric()).greater
     values = {n: value for n, value in enumerate(row) if value is not None and math.isfinite(value) and runs[n].is_done}
-    if len(directions) != 1 or len(set(values.values())) < 2:
+    if is_greater_better is None or len(set(values.values())) < 2:
         return []
-    top = (max if directions.pop() else min)(values.values())
+    top = (max if is_greater_better else min)(values.values())
     return [number for number, value in values.items() if value == top]
 
 
@@ -137,7 +134,6 @@ def _read(path: str) -> Run:
     lines = journal.read(folder.metrics)
     evaluated, metrics = _last_metrics(lines)
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
-    headline, greater_is_better = _task_metrics(tree.get("task"))
     return Run(
         path=path,
         state=state,
@@ -148,8 +144,7 @@ def _read(path: str) -> Run:
         metrics=metrics,
         seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
         samples_per_second=speeds[-1] if speeds else None,
-        headline=headline,
-        greater_is_better=greater_is_better,
+        headline=_headline(tree.get("task")),
     )
 
 
@@ -179,17 +174,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _task_metrics(block: Any) -> tuple[tuple[str, ...], Mapping[str, bool]]:
-    """Ask the task for its main metrics and which way is better; an unknown task has the loss alone."""
+def _headline(block: Any) -> tuple[str, ...]:
+    """Return the main metrics of the task; an unknown one has the loss alone."""
     kind = block.get("kind") if isinstance(block, dict) else None
     known = discover("hf_finetune.tasks", Task).get(str(kind))
-    if known is None or not issubclass(known, Task):
-        return ("loss",), {"loss": False}
-    try:
-        task = known.model_validate(block)
-    except ValidationError:
-        return known.headline, {"loss": False}
-    return task.headline, task.best_metrics
+    return known.headline if known is not None and issubclass(known, Task) else ("loss",)
 
 
 # A comparison as a table for a terminal, as JSON, or as markdown.

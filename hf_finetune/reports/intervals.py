@@ -16,7 +16,7 @@ import numpy as np
 
 from hf_finetune.tasks import _sums as tasks_sums
 from hf_finetune.tasks._sums import Sums
-from hf_finetune.tasks.base import State, Task
+from hf_finetune.tasks.base import METRICS, State, Task
 from hf_finetune.tracking.records import Record
 
 Array = np.ndarray[Any, Any]
@@ -26,8 +26,6 @@ CONFIDENCE = 0.95
 # at most, unless the fewest resamples draw more.
 RESAMPLES, FEWEST = 1000, 200
 ROWS_DRAWN, ROWS_AT_ONCE = 20_000_000, 2_000_000
-# Metrics that are shares of rows, or means over rows of shares: each row is one trial at most.
-SHARES = ("accuracy", "exact_match", "ended", "token_accuracy", "hamming_loss")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _bootstrap(count: int, metrics: Callable[[Array], dict[str, Array]], seed: i
             continue
         if high - low > 1e-12 * max(1.0, abs(high)):
             bounds[name] = low, high
-        elif name in SHARES:
+        elif name in METRICS and METRICS[name].is_share:
             by_wilson.append(name)
             bounds[name] = max(least, low - margin), min(1.0, low + margin)
     wilson = f"; Wilson's for {', '.join(by_wilson)}, alike in all of them" if by_wilson else ""

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -419,34 +419,13 @@ class StoredTargets:
     """The working directory of the run, to which relative paths of its recipe belong."""
 
 
-def to_json(targets: State) -> dict[str, Any]:
-    """Write the targets in a form that JSON keeps."""
-    plain = {item.name: getattr(targets, item.name) for item in fields(targets)}
-    if not targets.more:
-        del plain["more"]  # version 0.1.0 does not know it
-    # A list of pairs, as JSON would turn integer keys into text.
-    return {**plain, "id_of": [[raw, index] for raw, index in targets.id_of.items()]}
-
-
-def from_json(stored: dict[str, Any]) -> State:
-    """Read the result of `to_json`.
-
-    Raises:
-        TypeError: It is something else.
-        ValueError: It is something else.
-        KeyError: Something is missing.
-    """
-    plain = {name: tuple(value) for name, value in stored.items() if name not in ("id_of", "more")}
-    return State(**plain, id_of=dict(stored["id_of"]), more=stored.get("more", {}))
-
-
 def write_targets(file: Path, targets: State) -> None:
     """Write `targets.json`, whole or not at all.
 
     Raises:
         StorageError: The disk does not take it.
     """
-    stored = {"version": VERSION, "targets": to_json(targets), "started_in": str(Path.cwd())}
+    stored = {"version": VERSION, "targets": targets.to_json(), "started_in": str(Path.cwd())}
     try:
         write_atomically(file, json.dumps(stored, indent=1, ensure_ascii=False) + "\n", durable=True)
     except OSError as error:
@@ -464,7 +443,7 @@ def read_targets(file: Path) -> StoredTargets | None:
         if stored["version"] != VERSION:
             message = f"is of version {stored['version']}, this program knows {VERSION}; use the one that wrote it"
             raise CheckpointError(Problem(message, file=str(file)))
-        return StoredTargets(from_json(stored["targets"]), Path(stored["started_in"]))
+        return StoredTargets(State.from_json(stored["targets"]), Path(stored["started_in"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

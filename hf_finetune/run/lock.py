@@ -309,8 +309,8 @@ def pinned(recipe: Recipe, lock: Lock) -> Recipe:
             for part in recipe.data.mix
         ]
     task, day = recipe.task, _date(lock)
-    if day is not None and getattr(task, "date", day) is None:
-        task = task.model_copy(update={"date": day})
+    if day is not None:
+        task = task.on(day, None)
     return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data), "task": task})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
@@ -79,26 +79,28 @@ class Classifier(Task):
         return self
 
     @property
-    def best_metrics(self) -> Mapping[str, bool]:  # type: ignore[override]
-        """Metrics that may select the best model of this problem -> whether greater is better."""
-        lower = {"regression": ["loss", "mse", "rmse", "mae"], "multi_label": ["loss", "hamming_loss"]}
-        scores = ["accuracy", "f1_macro", "f1_micro", "f1_weighted", "roc_auc", "pr_auc"]
-        greater = {
-            "regression": ["pearson", "spearman", "r2"],
-            "multi_label": scores,
-            "single_label": [*scores, "matthews"],
-        }
-        return dict.fromkeys(lower.get(self.problem, ["loss"]), False) | dict.fromkeys(greater[self.problem], True)
+    def best_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Metrics that may select the best model of this problem."""
+        if self.problem == "regression":
+            return ("loss", "mse", "rmse", "mae", "pearson", "spearman", "r2")
+        only = "matthews" if self.problem == "single_label" else "hamming_loss"
+        return ("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "roc_auc", "pr_auc", only)
 
     @property
     def title(self) -> str:
         """Kind and problem."""
-        return f"{self.kind} {self.problem}"
+        return f"{self.kind}, {self.problem}"
 
     def label_columns(self) -> dict[str, Column]:
-        """Return the column or columns of labels."""
+        """Return the column or columns of labels, or that of the number."""
         names = [self.label] if isinstance(self.label, str) else self.label
-        return {name: Column("label", is_target=True) for name in names}
+        return dict.fromkeys(names, Column("number" if self.problem == "regression" else "label", is_target=True))
+
+    def remedy(self, check: str) -> str | None:
+        """Class weights are there for labels of unlike numbers of rows."""
+        if check != "imbalance":
+            return ""
+        return "set task.class_weights: balanced" if self.class_weights is None else None
 
     def declares_labels(self) -> bool:
         """With `labels`, columns of 0 and 1, or numbers."""

@@ -177,8 +177,8 @@ def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int], t
     return Generation(text, stop + 1, ended=new[stop] == turn_end)
 
 
-def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, float]:
-    """Return shares and means over all answers, none where there are no answers.
+def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, list[float]]:
+    """Compare answers with what the data say, one by one; metrics are the means.
 
     Args:
         generations: What the model wrote.
@@ -187,18 +187,12 @@ def compare(generations: list[Generation], references: list[str], pattern: str |
             whole texts without surrounding white space.
 
     Returns:
-        `exact_match` (share of equal answers), `ended` (share that stopped with the token that ends a turn),
-        `generated_tokens` (mean).
+        `exact_match` (1 for equal answers), `ended` (1 where the model stopped with the token that ends a turn),
+        `generated_tokens`.
 
     Raises:
         DataError: The pattern matches nothing in a reference, so that no answer could be right.
     """
-    found = each(generations, references, pattern)
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
-
-
-def each(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, list[float]]:
-    """Return the values of which `compare` takes the means, one an answer; arguments and errors as there."""
     wanted = right_answers(references, pattern)
     given = [extract(generation.text, pattern) for generation in generations]
     return {

@@ -28,6 +28,12 @@ class Sums:
     metrics: Callable[[Array], dict[str, Array]]
     """(S, B) sums -> metric by name, each (B,)."""
 
+    def whole(self) -> dict[str, float]:
+        """Return the metrics of all rows together."""
+        found = self.metrics(np.asarray(self.of_rows.sum(axis=1), dtype=np.float64).reshape(-1, 1))
+        # A loss that is NaN is that of a model that diverged; any other metric is undefined then, and left out.
+        return {name: float(of[0]) for name, of in found.items() if name == "loss" or not np.isnan(of[0])}
+
 
 def of_means(columns: Mapping[str, Array]) -> Sums:
     """Return the sums of which the metrics are plain means over rows.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from hf_finetune.config.section import Plugin
@@ -80,8 +80,9 @@ def literal(value: Any) -> str:
 class Column:
     """A column of the data, as the task reads it."""
 
-    kind: Literal["text", "chat", "words", "image", "audio", "label"] = "text"
-    """Labels may be numbers in a csv file; cells of all other kinds stay as they are written."""
+    kind: Literal["text", "chat", "words", "image", "audio", "label", "number"] = "text"
+    """A label is a class, whose rows are counted; a number is none. Both may be numbers in a csv file; cells of all
+    other kinds stay as they are written."""
     is_target: bool = False
     """Not needed to predict a row."""
     is_optional: bool = False
@@ -106,6 +107,26 @@ class State:
     def __post_init__(self) -> None:
         if not self.id_of:
             object.__setattr__(self, "id_of", {name: index for index, name in enumerate(self.names)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a form that JSON keeps."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        if not self.more:
+            del plain["more"]  # version 0.1.0 does not know it
+        # A list of pairs, as JSON would turn integer keys into text.
+        return {**plain, "id_of": [[raw, index] for raw, index in self.id_of.items()]}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> State:
+        """Read the result of `to_json`.
+
+        Raises:
+            TypeError: It is something else.
+            ValueError: It is something else.
+            KeyError: Something is missing.
+        """
+        plain = {name: tuple(value) for name, value in stored.items() if name not in ("id_of", "more")}
+        return cls(**plain, id_of=dict(stored["id_of"]), more=stored.get("more", {}))
 
 
 class Loss(NamedTuple):
@@ -148,25 +169,59 @@ class Plot:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts whose answers are generated."""
+    """Prompts whose answers are generated, for people to read or to be compared with the data."""
 
     prompts: list[list[int]]
     """Token ids, one list a prompt."""
     max_new_tokens: int
+    score: Callable[[list[Any]], dict[str, list[float]]] = lambda answers: {}
+    """Values of which metrics are the means, one a `Generation`, in the order of `prompts`."""
 
 
-@dataclass(frozen=True)
-class Questions(Prompts):
-    """Prompts whose answers are compared with the data."""
-
-    score: Callable[[list[Any]], dict[str, float]]
-    """Metrics of the `Generation`s, in the order of `prompts`."""
-    each: Callable[[list[Any]], dict[str, list[float]]]
-    """The values of which these are the means, one a `Generation`."""
+OutputKind = Literal["text", "texts", "number", "numbers", "truth"]
+"""Kind of a column that `predict` writes: text, a list of texts, a number, a list of numbers, true or false."""
 
 
-OutputKind = Literal["text", "texts", "number", "truth"]
-"""Kind of a column that `predict` writes: text, a list of texts, a number, true or false."""
+class Metric(NamedTuple):
+    """A metric, of whichever task has it."""
+
+    greater: bool | None = None
+    """Whether greater is better; None where neither is, as far as this program knows."""
+    chart: Literal["loss", "scores", "errors"] | None = None
+    """The learning curves that it is drawn among."""
+    is_share: bool = False
+    """A share of rows, or a mean over rows of shares: each row is one trial at most."""
+    is_wide: bool = False
+    """`evaluate`, which has room, shows it beside the headline."""
+    hub: tuple[str, Mapping[str, str]] | None = None
+    """The Hub's name, where it has another, and what it is computed with."""
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric(greater=False, chart="loss"),
+    "accuracy": Metric(greater=True, chart="scores", is_share=True),
+    "f1_macro": Metric(greater=True, chart="scores", hub=("f1", {"average": "macro"})),
+    "f1_micro": Metric(greater=True, hub=("f1", {"average": "micro"})),
+    "f1_weighted": Metric(greater=True, hub=("f1", {"average": "weighted"})),
+    "roc_auc": Metric(greater=True, is_wide=True),
+    "pr_auc": Metric(greater=True),
+    "matthews": Metric(greater=True, chart="scores", hub=("matthews_correlation", {})),
+    "hamming_loss": Metric(greater=False, is_share=True),
+    "precision": Metric(greater=True),
+    "recall": Metric(greater=True),
+    "f1": Metric(greater=True, chart="scores"),
+    "mse": Metric(greater=False, chart="errors"),
+    "rmse": Metric(greater=False),
+    "mae": Metric(greater=False, chart="errors"),
+    "pearson": Metric(greater=True, hub=("pearsonr", {})),
+    "spearman": Metric(greater=True, hub=("spearmanr", {})),
+    "r2": Metric(greater=True, is_wide=True, hub=("r_squared", {})),
+    "perplexity": Metric(greater=False),
+    "token_accuracy": Metric(greater=True, chart="scores", is_share=True),
+    "exact_match": Metric(greater=True, chart="scores", is_share=True),
+    "ended": Metric(is_share=True),
+}
+"""In the order in which they are drawn; of any other metric nothing is known."""
 
 
 class Task(Plugin):
@@ -194,8 +249,8 @@ class Task(Plugin):
     may then compute it from the hidden states, and leave the padding mask out."""
     generates: ClassVar[bool] = False
     """Answers are generated token by token: see `ask`."""
-    best_metrics: ClassVar[Mapping[str, bool]] = {"loss": False}
-    """Metrics that may select the best model -> whether greater is better."""
+    best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that may select the best model; `METRICS` has them all."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are printed, in this order, where they exist."""
 
@@ -216,7 +271,7 @@ class Task(Plugin):
 
     def text_columns(self) -> list[str]:
         """Return columns whose cells stay as they are written: digits of a csv file are text there."""
-        return [name for name, column in self.columns().items() if column.kind != "label"]
+        return [name for name, column in self.columns().items() if column.kind not in ("label", "number")]
 
     def file_columns(self) -> list[str]:
         """Return the columns that hold files: paths, or the bytes themselves."""
@@ -228,7 +283,7 @@ class Task(Plugin):
 
     @property
     def has_labels(self) -> bool:
-        """Tell whether a column holds labels."""
+        """Tell whether a column holds classes."""
         return any(column.kind == "label" for column in self.columns().values())
 
     def asked_columns(self) -> list[str]:
@@ -240,8 +295,26 @@ class Task(Plugin):
         return True
 
     def on(self, day: str, processor: Any) -> Self:
-        """The task with all that depends on the day on which its run begins, as YYYY-MM-DD; most depend on none."""
+        """The task with all that depends on the day on which its run begins; most depend on none.
+
+        Args:
+            day: As YYYY-MM-DD.
+            processor: The model's; None where it is known to depend on the day, as of a run that kept one.
+        """
         return self
+
+    @property
+    def day(self) -> str | None:
+        """The day that `on` settled, or the recipe; None where nothing depends on one."""
+        return None
+
+    def remedy(self, check: str) -> str | None:
+        """Return what a key of the task can do about a finding of `data.checks`, as words that follow a semicolon.
+
+        Returns:
+            Empty where there is no such key, None where the recipe has set it: the finding is no problem then.
+        """
+        return ""
 
     def blank(self, rows: Rows) -> list[bool]:
         """Tell which rows of a batch hold nothing to read."""
@@ -403,7 +476,12 @@ class Task(Plugin):
         """
         raise AssertionError(f"{self.kind} generates nothing")
 
-    def questions(self, rows: Dataset | None, processor: Any) -> Questions | None:
+    @property
+    def answer_rule(self) -> str | None:
+        """The rule by which answers are compared with the data: those of two models only under the same one."""
+        return None
+
+    def questions(self, rows: Dataset | None, processor: Any) -> Prompts | None:
         """Return prompts whose answers are compared at each evaluation of a split, from its raw rows."""
         return None
 

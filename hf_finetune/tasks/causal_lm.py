@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -28,7 +27,6 @@ from hf_finetune.tasks.base import (
     Plot,
     Predictions,
     Prompts,
-    Questions,
     Rows,
     State,
     Task,
@@ -40,14 +38,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.tasks._generation import Generation
     from hf_finetune.tasks._sums import Sums
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 CONTINUED = 32
 """Tokens of a plain text that a sample continues."""
-LARGEST_EXPONENT = 709.0
-"""e to a greater power is no float64."""
 SUMS = ("nats", "tokens", "right")
 """Predictions: sums over the counted tokens of a row."""
 
@@ -165,15 +160,31 @@ class CausalLM(Task):
         return None
 
     @property
-    def best_metrics(self) -> Mapping[str, bool]:  # type: ignore[override]
+    def best_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """`exact_match` can select the best model only where answers are generated."""
-        always = {"loss": False, "perplexity": False, "token_accuracy": True}
-        return {**always, "exact_match": True} if self.generate_rows else always
+        always = ("loss", "perplexity", "token_accuracy")
+        return (*always, "exact_match") if self.generate_rows else always
 
-    def on(self, day: str, tokenizer: PreTrainedTokenizerBase) -> Self:
+    def on(self, day: str, processor: Any) -> Self:
         """The task with the date that its chat template prints, where it prints one and the recipe names none."""
-        prints = self.date is None and self.text is None and _texts.reads_clock(tokenizer)
-        return self.model_copy(update={"date": day}) if prints else self
+        prints = processor is None or (self.text is None and _texts.reads_clock(processor))
+        return self.model_copy(update={"date": day}) if prints and self.date is None else self
+
+    @property
+    def day(self) -> str | None:
+        """The date that its chat template prints."""
+        return self.date
+
+    def remedy(self, check: str) -> str | None:
+        """Special tokens can be read as text."""
+        if check != "special_tokens":
+            return ""
+        return None if self.escape_special_tokens else "set task.escape_special_tokens: true to read them as text"
+
+    @property
+    def answer_rule(self) -> str | None:
+        """The pattern that finds the answer in a text."""
+        return self.answer_pattern
 
     def columns(self) -> dict[str, Column]:
         """Return the columns of chats and tools, of prompt and completion, or of text."""
@@ -278,12 +289,7 @@ class CausalLM(Task):
 
     def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
         """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""
-        nats, tokens, right = _stacked(predictions).astype("float64").sum(axis=0).tolist()
-        if not tokens:
-            return {}
-        loss = nats / tokens
-        perplexity = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
-        return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / tokens}
+        return self.sums(predictions, state).whole() if predictions["tokens"].any() else {}
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
         """Return the sums of nats, tokens and right tokens."""
@@ -383,19 +389,13 @@ class CausalLM(Task):
         """
         return examples.each(rows, self._reader.reference, n)
 
-    def answer_metrics(self, generations: list[Generation], references: list[str]) -> dict[str, float]:
-        """Compute `exact_match`, `ended` and `generated_tokens` of answers; see `tasks._generation.compare`."""
-        from hf_finetune.tasks import _generation as generation
-
-        return generation.compare(generations, references, self.answer_pattern)
-
     @property
     def _reader(self) -> examples.Reader:
         return examples.Reader(
             self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text
         )
 
-    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Questions | None:
+    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
         """Return the prompts of the first `generate_rows` rows, answers to which are generated and compared."""
         from hf_finetune.tasks import _generation as generation
 
@@ -404,11 +404,10 @@ class CausalLM(Task):
         first = rows[: self.generate_rows]
         references = self.references(first, self.generate_rows)
         generation.right_answers(references, self.answer_pattern)  # now, not at the first evaluation
-        return Questions(
-            prompts=self.prompts(first, tokenizer, self.generate_rows),
-            max_new_tokens=self.max_new_tokens,
-            score=lambda generations: self.answer_metrics(generations, references),
-            each=lambda generations: generation.each(generations, references, self.answer_pattern),
+        return Prompts(
+            self.prompts(first, tokenizer, self.generate_rows),
+            self.max_new_tokens,
+            lambda answers: generation.compare(answers, references, self.answer_pattern),
         )
 
     def _guarded(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -47,13 +47,7 @@ class TokenClassification(Task):
     peft_task: ClassVar[str | None] = "TOKEN_CLS"
     pipeline: ClassVar[str] = "token-classification"
     headline: ClassVar[tuple[str, ...]] = ("loss", "f1", "precision", "recall", "accuracy")
-    best_metrics: ClassVar[Mapping[str, bool]] = {
-        "loss": False,
-        "f1": True,
-        "precision": True,
-        "recall": True,
-        "accuracy": True,
-    }
+    best_metrics: ClassVar[tuple[str, ...]] = headline
 
     words: Name
     """Column of the words of a row: a list, or the same as JSON text."""
@@ -201,17 +195,18 @@ class TokenClassification(Task):
         counted = predictions["truth"] != IGNORE
         if not counted.any():
             return {}
-        right = predictions["tag"] == predictions["truth"]
-        found = {
-            "loss": float(predictions["nats"][counted].mean(dtype="float64")),
-            "accuracy": float(right[counted].mean()),
-        }
+        found = self.sums(predictions, state).whole()
         truth, given = (_all_spans(predictions, name, state) for name in ("truth", "tag"))
-        found |= _scores(len(truth & given), len(given), len(truth))
         for kind in sorted({span[-1] for span in truth | given}):
-            of_kind = [{span for span in some if span[-1] == kind} for some in (truth & given, given, truth)]
-            found |= {f"{name}.{kind}": value for name, value in _scores(*map(len, of_kind)).items()}
-            found[f"support.{kind}"] = float(len(of_kind[2]))
+            hits, those_given, those_true = (
+                sum(span[-1] == kind for span in some) for some in (truth & given, given, truth)
+            )
+            if those_given:
+                found[f"precision.{kind}"] = hits / those_given
+            if those_true:
+                found[f"recall.{kind}"] = hits / those_true
+            found[f"f1.{kind}"] = 2 * hits / (those_given + those_true)
+            found[f"support.{kind}"] = float(those_true)
         return found
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
@@ -222,7 +217,7 @@ class TokenClassification(Task):
 
         counted = predictions["truth"] != IGNORE
         rows = np.zeros((6, len(counted)))
-        rows[0] = np.where(counted, predictions["nats"], 0).sum(axis=1)
+        rows[0] = np.where(counted, predictions["nats"], 0).sum(axis=1, dtype=np.float64)
         rows[1] = (counted & (predictions["tag"] == predictions["truth"])).sum(axis=1)
         rows[2] = counted.sum(axis=1)
         truth, given = (_all_spans(predictions, name, state) for name in ("truth", "tag"))
@@ -318,13 +313,6 @@ def _all_spans(predictions: Predictions, name: str, state: State) -> set[tuple[i
         for row, mask in enumerate(counted)
         for span in spans(state.names[tag] for tag in predictions[name][row][mask])
     }
-
-
-def _scores(hits: int, given: int, truth: int) -> dict[str, float]:
-    """Return precision, recall and F1; none of what is undefined."""
-    found = {"precision": hits / given} if given else {}
-    found |= {"recall": hits / truth} if truth else {}
-    return {**found, "f1": 2 * hits / (given + truth)} if given + truth else found
 
 
 def _inside(name: str, state: State) -> int:

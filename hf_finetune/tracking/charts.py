@@ -17,6 +17,7 @@ import numpy as np
 from scipy import special
 
 from hf_finetune.log.text import harmless
+from hf_finetune.tasks.base import METRICS
 from hf_finetune.tracking.figures import (
     DASHES,
     HATCH,
@@ -43,9 +44,10 @@ Lines = Sequence[Mapping[str, Any]]
 
 SECTIONS = ("curves", "predictions", "tokens", "layers", "speed")
 QUANTITIES = (
-    ("loss", "curves", "Loss", ("loss",)),
-    ("scores", "curves", "Scores on validation", ("accuracy", "f1_macro", "matthews", "token_accuracy", "exact_match")),
-    ("errors", "curves", "Errors on validation", ("mse", "mae")),
+    *(
+        (chart, "curves", title, tuple(name for name, metric in METRICS.items() if metric.chart == chart))
+        for chart, title in (("loss", "Loss"), ("scores", "Scores on validation"), ("errors", "Errors on validation"))
+    ),
     ("learning_rate", "curves", "Learning rate", ("learning_rate",)),
     ("grad_norm", "curves", "Gradient norm", ("grad_norm", "grad_norm_clipped")),
     ("tokens_per_second", "speed", "Tokens a second", ("tokens_per_second",)),

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_finetune.data.job import Job
 from hf_finetune.recipe import Recipe
+from hf_finetune.tasks.base import METRICS
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -79,7 +80,7 @@ def _cadence(recipe: Recipe) -> dict[str, Any]:
     if training.best_metric is not None:
         options |= {
             "metric_for_best_model": training.best_metric,
-            "greater_is_better": recipe.task.best_metrics[training.best_metric],
+            "greater_is_better": METRICS[training.best_metric].greater,
         }
         if every in (None, "auto"):
             options["save_strategy"] = "best"

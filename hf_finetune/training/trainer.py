@@ -25,7 +25,7 @@ from hf_finetune.errors import DivergedError, Problem
 from hf_finetune.models.paths import Paths
 from hf_finetune.run.journal import of_phase
 from hf_finetune.tasks._generation import answer_together, until
-from hf_finetune.tasks.base import Questions
+from hf_finetune.tasks.base import Prompts
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Throughput
 from hf_finetune.training.callbacks import Guard
@@ -278,7 +278,7 @@ class FinetuneTrainer(ResumableTrainer):
         questions = self.job.questions.get(self._split)
         return metrics | self._answers(questions) if questions is not None else metrics
 
-    def _answers(self, questions: Questions) -> dict[str, float]:
+    def _answers(self, questions: Prompts) -> dict[str, float]:
         """Generate and score answers to the split's questions."""
         model = self.bare_model
         with self.accelerator.autocast(), until(self.is_asked_to_stop):
@@ -286,7 +286,7 @@ class FinetuneTrainer(ResumableTrainer):
                 model, self.job.tokenizer, questions.prompts, max_new_tokens=questions.max_new_tokens
             )
         self.stop_evaluation_if_asked()
-        return questions.score(answers)
+        return {name: sum(values) / len(values) for name, values in questions.score(answers).items() if values}
 
 
 # The final metrics: of the model that is saved, on the validation and the test split.
