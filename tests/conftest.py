@@ -27,7 +27,9 @@ settings.load_profile("patient")
 
 # One core a worker: tiny models gain nothing from threads, and threads of two workers fight for the same cores.
 CORES = sorted(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {CORES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(CORES)]})
+# Several runs of pytest beside each other spread by their process numbers.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", f"gw{os.getpid()}")
+os.sched_setaffinity(0, {CORES[int(WORKER[2:]) % len(CORES)]})
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
