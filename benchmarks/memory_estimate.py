@@ -143,9 +143,9 @@ def estimate(file: str) -> dict[str, Any]:
     prepared: Any = prepare.prepare(recipe, tokenizer, machine)
     rows = int(recipe.training.micro_batch)
     longest = [min(max(split["size"]), recipe.data.max_length) for split in (prepared.train, prepared.validation)]
-    shapes = memory.Shapes((rows, longest[0]), (rows, longest[1]))
+    shapes = {"train": (rows, longest[0]), "evaluated": (rows, longest[1])}
     started = time.perf_counter()
-    found = memory.estimate(recipe, prepared.targets, tokenizer, machine, shapes)
+    found = memory.estimate(recipe, prepared.targets, tokenizer, machine=machine, **shapes)
     seconds = round(time.perf_counter() - started, 1)
     return {"total": found.total, "peak": found.peak, "seconds": seconds, "parts": dict(found.parts)}
 

@@ -173,9 +173,7 @@ def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: boo
 
     valid = Recipe.model_validate(recipe)
     machine = Machine("cuda", 0, 0, 1, 1, 1, "bf16", "sdpa", is_sharded, activation_checkpointing=True)
-    return models_memory.estimate(
-        valid, State(), pretrained.load_tokenizer(valid.model), machine, models_memory.Shapes(shape)
-    )
+    return models_memory.estimate(valid, State(), pretrained.load_tokenizer(valid.model), machine=machine, train=shape)
 
 
 def _passing(parts: Mapping[str, int]) -> int:

@@ -238,10 +238,10 @@ def test_paired_intervals_are_narrower_than_those_of_each() -> None:
     better = logits.copy()
     better[:30][np.arange(30), labels[:30]] += 9
     this, other = scored(better, labels), scored(logits, labels)
-    low, high = compare(this, other, "other").bounds["accuracy"]
+    found = compare(this, other, "other")["differences"]["accuracy"]
     alone = intervals.estimate(this.sums()).bounds["accuracy"]
-    assert high - low < alone[1] - alone[0]
-    assert low > 0
+    assert found["high"] - found["low"] < alone[1] - alone[0]
+    assert found["low"] > 0
 
 
 def tokens(first: int) -> dict[str, Any]:
@@ -254,8 +254,8 @@ def test_losses_of_other_tokens_are_not_compared() -> None:
     this = Scored(task, State(), tokens(4), np.arange(2))
     other = Scored(task, State(), tokens(5), np.arange(2))
     found = compare(this, other, "other")
-    assert (found.differences, found.bounds) == ({}, {})
-    assert "are not compared" in found.notes[0]
+    assert found["differences"] == {}
+    assert "are not compared" in found["notes"][0]
 
 
 def test_other_labels_and_rows_that_only_one_has_are_told() -> None:
@@ -263,7 +263,7 @@ def test_other_labels_and_rows_that_only_one_has_are_told() -> None:
     this = scored(np.eye(2)[[0, 1, 0, 1]], labels)
     with pytest.raises(RecipeError, match=r"knows other labels than this run \(b, c\)"):
         compare(this, scored(np.eye(2)[[0, 1, 0, 1]], labels, ("a", "c")), "other")
-    assert compare(this, this.only(np.array([0, 1])), "other").notes == ["2 rows are left out: other drops them"]
+    assert compare(this, this.only(np.array([0, 1])), "other")["notes"] == ["2 rows are left out: other drops them"]
 
 
 def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,11 +278,9 @@ def test_markdown_is_tables(tested: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_without_lm_eval_the_extra_is_named(chatter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from hf_finetune.inference import lm_eval
-
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RecipeError, match=r"pip install 'hf-finetune\[harness\]'"):
-        lm_eval.run(str(chatter), (), ("arc_easy",))
+        inference_evaluate.run_lm_eval(str(chatter), (), ("arc_easy",))
 
 
 LOCAL_TASK = """\
@@ -300,13 +298,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def test_lm_eval_runs_a_task_of_a_folder(chatter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")
-    from hf_finetune.inference import lm_eval
-
     (tmp_path / "sums.yaml").write_text(LOCAL_TASK.format(file=chatter.parent / "sums.jsonl"))
-    lm_eval.run(str(chatter), (), ("sums",), folder=str(tmp_path), limit=5, form="json")
+    inference_evaluate.run_lm_eval(str(chatter), (), ("sums",), folder=str(tmp_path), limit=5, form="json")
     told = capsys.readouterr().out
     found = json.JSONDecoder().raw_decode(told[told.index("{") :])[0]
     assert 0 <= found["results"]["sums"]["acc,none"] <= 1
     assert list((chatter / "evaluations").glob("lm-eval-sums-*.json"))
     with pytest.raises(RecipeError, match="knows no task 'nonsense'"):
-        lm_eval.run(str(chatter), (), ("nonsense",))
+        inference_evaluate.run_lm_eval(str(chatter), (), ("nonsense",))

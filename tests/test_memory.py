@@ -14,7 +14,7 @@ from test_adapters import ADAPTERS
 
 from hf_finetune.models import load, memory, pretrained
 from hf_finetune.models.ledger import Ledger, fake
-from hf_finetune.models.memory import Estimate, Shapes
+from hf_finetune.models.memory import Estimate
 from hf_finetune.tasks.base import State
 
 MB = 1 << 20
@@ -22,12 +22,14 @@ GPU = replace(machine("bf16"), device="cuda")
 
 
 def estimate(made: Any, rows: int = 4, tokens: int = 16, **shapes: tuple[int, int]) -> Estimate:
-    return on(machine(), made, Shapes((rows, tokens), **shapes))
+    return on(machine(), made, (rows, tokens), **shapes)
 
 
-def on(device: Any, made: Any, shapes: Shapes) -> Estimate:
+def on(device: Any, made: Any, train: tuple[int, int], evaluated: tuple[int, int] = (0, 0)) -> Estimate:
     targets = TWO if made.task.peft_task == "SEQ_CLS" else State()
-    return memory.estimate(made, targets, pretrained.load_tokenizer(made.model), device, shapes)
+    return memory.estimate(
+        made, targets, pretrained.load_tokenizer(made.model), machine=device, train=train, evaluated=evaluated
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa_modules_tokens", "adalora", "ia3", "full"])
@@ -57,20 +59,20 @@ def test_the_parts_add_up(tiny_llama: str) -> None:
 
 def test_more_rows_need_more_activations(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
-    few, many = (on(GPU, made, Shapes((rows, 128))).parts for rows in (64, 256))
+    few, many = (on(GPU, made, (rows, 128)).parts for rows in (64, 256))
     assert 3.5 < many["activations"] / few["activations"] < 4.5
 
 
 def test_checkpointing_saves_activations(tiny_llama: str) -> None:
     plain = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
     frugal = replace(GPU, activation_checkpointing=True)
-    needed = [on(device, plain, Shapes((256, 128))).parts["activations"] for device in (GPU, frugal)]
+    needed = [on(device, plain, (256, 128)).parts["activations"] for device in (GPU, frugal)]
     assert needed[1] < 0.8 * needed[0]
 
 
 def test_an_accelerator_holds_no_process_and_no_holes(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
-    assert not {"process and libraries", "holes and kernels"} & on(GPU, made, Shapes((4, 128))).parts.keys()
+    assert not {"process and libraries", "holes and kernels"} & on(GPU, made, (4, 128)).parts.keys()
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "regression"])
@@ -78,7 +80,7 @@ def test_every_problem_of_a_classifier_can_be_estimated(kind: str, tiny_bert: st
     made = recipe(tiny_bert, ADAPTERS["lora"], CLASSIFIER | {"problem": kind})
     names = ("score",) if kind == "regression" else ("a", "b")
     tokenizer = pretrained.load_tokenizer(made.model)
-    assert memory.estimate(made, State(names), tokenizer, GPU, Shapes((4, 16))).parts["activations"]
+    assert memory.estimate(made, State(names), tokenizer, machine=GPU, train=(4, 16)).parts["activations"]
 
 
 def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
@@ -102,7 +104,7 @@ def test_sharded_weights_are_never_whole_on_an_accelerator_that_loads_them(tiny_
 
 def test_evaluation_can_be_the_peak(tiny_llama: str) -> None:
     made = recipe(tiny_llama, ADAPTERS["lora"], LANGUAGE_MODEL)
-    assert on(GPU, made, Shapes((2, 16), evaluation=(512, 128))).peak == "evaluation"
+    assert on(GPU, made, (2, 16), evaluated=(512, 128)).peak == "evaluation"
 
 
 def test_logits_have_an_account_of_their_own() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from merged import finished, logits, plain, rows, written
+from merged import finished, logits, plain, written
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, loaded, machine, recipe
 
 from hf_finetune.cli.main import main
@@ -67,9 +67,8 @@ def test_every_adapter_merges_into_a_folder_that_is_the_same_model(
 ) -> None:
     base, task, targets, _, adapter = case
     run = finished(recipe(bases[base], adapter, task), targets, tmp_path / "run")
-    merged = written(run, tmp_path / "folder")
-    assert merged.difference < 1e-5
-    assert not any("lora" in name or "base_model" in name for name, _ in merged.network.named_modules())
+    network, _ = written(run, tmp_path / "folder")
+    assert not any("lora" in name or "base_model" in name for name, _ in network.named_modules())
     # Loaded anew, unmerged: nothing that the merging itself remembers.
     expected = logits(run.model(), run)
     torch.testing.assert_close(logits(plain(tmp_path / "folder", run.recipe), run), expected, atol=1e-5, rtol=1e-4)
@@ -83,8 +82,8 @@ def test_an_adapter_of_a_quantised_base_merges_into_the_dequantised_weights(
 ) -> None:
     made = recipe(tiny_llama, LORA, LANGUAGE_MODEL, quantization=method)
     run = finished(made, NONE, tmp_path / "run")
-    merged = written(run, tmp_path / "folder")
-    assert merged.into == f"the base, dequantised from {method}"
+    _, into = written(run, tmp_path / "folder")
+    assert into == f"the base, dequantised from {method}"
     assert not hasattr(plain(tmp_path / "folder", made).config, "quantization_config")
     ours = logits(plain(tmp_path / "folder", made), run)
     expected = logits(run.model(), run)
@@ -93,9 +92,9 @@ def test_an_adapter_of_a_quantised_base_merges_into_the_dequantised_weights(
     assert float((ours - expected).abs().max()) < allowed
     if method == "nf4":
         on_checkpoint = made.model_copy(update={"model": made.model.model_copy(update={"quantization": None})})
-        other = written(finished_again(run, on_checkpoint), tmp_path / "other")
+        _, into = written(finished_again(run, on_checkpoint), tmp_path / "other")
         away = logits(plain(tmp_path / "other", made), run) - expected
-        assert other.into == "the base"
+        assert into == "the base"
         assert float(away.abs().max()) > 100 * allowed  # merged into the checkpoint, it is another model
 
 
@@ -118,12 +117,12 @@ def test_the_folder_is_in_the_dtype_asked_for(dtype: Any, tiny_llama: str, tmp_p
 
 def test_numbers_that_fp16_lacks_are_refused(tiny_llama: str, tmp_path: Path) -> None:
     run = finished(recipe(tiny_llama, LORA, LANGUAGE_MODEL), NONE, tmp_path / "run")
-    merged = weights.merged(rows(run))
+    network = weights.merged(weights.adapted(run)[0])
     with torch.no_grad():
-        next(merged.network.parameters())[0, 0] = 1e6
+        next(network.parameters())[0, 0] = 1e6
     (tmp_path / "folder").mkdir()
     with pytest.raises(ModelError, match=r"embed_tokens\.weight holds numbers that fp16 can't; give --dtype bf16"):
-        weights.write(merged.network, run, "fp16", "5GB", tmp_path / "folder")
+        weights.write(network, run, "fp16", "5GB", tmp_path / "folder")
 
 
 def test_a_trained_embedding_no_longer_shares_its_weights_with_the_output_layer(
@@ -283,7 +282,7 @@ def test_a_merge_that_changes_the_model_is_refused(chatter: Path, tmp_path: Path
             network.lm_head.weight.mul_(1.01)
         return network
 
-    monkeypatch.setattr(weights, "_unloaded", spoil)
+    monkeypatch.setattr(weights, "merged", spoil)
     with pytest.raises(ModelError, match="the merged weights are not the adapter's model"):
         merge.merge(str(chatter), Options(to=str(tmp_path / "m")))
     assert list(tmp_path.iterdir()) == []
@@ -416,7 +415,7 @@ def test_an_adapter_of_tied_embeddings_is_warned_about_before_training_and_refus
     assert "`merge` can't make full weights of this adapter" in warning.message
     run = Finished(RunFolder(str(tmp_path)), made, machine(), NONE, pretrained.load_tokenizer(made.model))
     with pytest.raises(ModelError, match="shares its weights with the other embedding"):
-        weights.merged(rows(run))
+        weights.adapted(run)
 
 
 def test_what_can_be_merged_is_not_warned_about(tiny_llama: str) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
+from hf_finetune import train
 from hf_finetune.cli.main import main
 from hf_finetune.errors import ModelError
 from hf_finetune.inference import export, merge
@@ -99,3 +101,33 @@ def test_a_model_that_torch_cannot_export_is_told_in_one_line(
     with pytest.raises(ModelError, match=r"torch\.onnx can't export this model: .*leave --onnx out"):
         merge.merge(str(classifier), Options(to=str(tmp_path / "m"), onnx=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_inputs_of_any_number_and_the_processors_size(tiny_vit: str, tmp_path: Path) -> None:
+    import onnx
+
+    images = [Image.new("RGB", (24, 24), (20 * index, 0, 99)) for index in range(12)]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    lines = [f"{tmp_path}/{index}.png,{'ab'[index % 2]}" for index in range(len(images))]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,label", *lines, ""]))
+    recipe = {
+        "task": {"kind": "image_classification", "image": "image", "label": "label"},
+        "model": {"name": tiny_vit},
+        "data": {"train": str(tmp_path / "rows.csv")},
+        "adapter": {"kind": "lora", "r": 2},
+        "training": {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32"},
+        "tracking": {"images": False, "report": False},
+        "output": str(tmp_path / "run"),
+    }
+    told = train(recipe).merge(tmp_path / "m", onnx=True)
+    file = tmp_path / "m" / "onnx" / "model.onnx"
+    (value,) = onnx.load(file).graph.input
+    assert [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] == ["batch", 3, 32, 32]
+    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
+    for rows in (1, 5):
+        pixels = torch.rand(rows, 3, 32, 32, generator=torch.Generator().manual_seed(rows))
+        with torch.no_grad():
+            expected = network(pixel_values=pixels).logits
+        torch.testing.assert_close(export.session(file)({"pixel_values": pixels}), expected, atol=1e-4, rtol=1e-4)
+    assert told.metrics["onnx"]["loss"] == pytest.approx(told.metrics["merged"]["loss"], abs=1e-4)

@@ -277,7 +277,7 @@ def test_mistakes_of_the_command_line(classifier: Path) -> None:
 
 
 def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_finetune.inference import evaluate, lm_eval
+    from hf_finetune.inference import evaluate
     from hf_finetune.inference.load import open_run
 
     monkeypatch.setenv("HF_FINETUNE_ROOT", str(classifier))
@@ -286,7 +286,7 @@ def test_paths_outside_the_root_are_refused(classifier: Path, monkeypatch: pytes
     with pytest.raises(RecipeError, match="--data /x: lies outside"):
         evaluate.evaluate(str(classifier), files=("/x",))
     with pytest.raises(RecipeError, match="--lm-eval-tasks /x: lies outside"):
-        lm_eval.run(str(classifier), (), ("a",), folder="/x")
+        evaluate.run_lm_eval(str(classifier), (), ("a",), folder="/x")
     with pytest.raises(RecipeError, match="lies outside"):
         open_run(str(classifier.parent))
 

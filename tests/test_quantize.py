@@ -12,7 +12,7 @@ import transformers
 
 from hf_finetune.cli.main import main
 from hf_finetune.errors import RecipeError
-from hf_finetune.inference import export, merge, merge_check
+from hf_finetune.inference import export, merge, weights
 from hf_finetune.inference.load import open_run
 from hf_finetune.inference.merge import Options
 
@@ -31,9 +31,9 @@ def test_the_int8_folder_is_loaded_by_transformers_and_its_metric_is_what_was_re
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "int8").eval()
     told = json.loads((folder / "export.json").read_text())
     run = open_run(str(classifier))
-    with merge_check.opened(run, (), 1000) as rows, torch.no_grad():
+    with weights.compared_rows(run, (), 1000) as (rows, _), torch.no_grad():
         right = total = 0
-        for batch in run.batches(rows.encoded):
+        for batch in run.batches(rows):
             labels = batch.pop("labels")
             batch.pop("row_ids")
             right += int((network(**batch).logits.argmax(-1) == labels).sum())
@@ -75,6 +75,6 @@ def test_torchao_still_has_no_int4_weights_on_a_cpu() -> None:
             quantize_(layer, config)
 
 
-def test_the_size_of_int4_groups_fits_every_row(classifier: Path, folder: Path) -> None:
-    run = open_run(str(classifier))
-    assert export._config(export._outline(folder, run), "int4").group_size == 32
+def test_the_size_of_int4_groups_fits_every_row(folder: Path) -> None:
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert export._config(network, "int4").group_size == 32

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_finetune.models.flops import Flops, matmul_peak
 from hf_finetune.models.pretrained import load_tokenizer
-from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Arithmetic, StepTimes, Tally
+from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Arithmetic, Flops, StepTimes, Tally, matmul_peak
 
 if TYPE_CHECKING:
     from conftest import Run

@@ -233,10 +233,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         split=(arguments.split or opening.HELD_OUT) if is_read else None,
         columns=arguments.by,
     )
-    if arguments.lm_eval:
-        from hf_finetune.inference import lm_eval
+    from hf_finetune.inference import evaluate
 
-        lm_eval.run(
+    if arguments.lm_eval:
+        evaluate.run_lm_eval(
             arguments.run_folder,
             overrides,
             arguments.lm_eval.split(","),
@@ -246,8 +246,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         )
         if not is_read:
             return
-    from hf_finetune.inference import evaluate
-
     evaluate.evaluate(
         arguments.run_folder,
         overrides,

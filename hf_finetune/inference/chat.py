@@ -87,11 +87,7 @@ class Classifier(Model):
 class LanguageModel(Model):
     """A language model. With a chat template it remembers the turns; without, it continues each text by itself.
 
-    Args:
-        run: Its tokenizer and task.
-        served: The model.
-        max_new_tokens: Most tokens of an answer.
-        temperature: Tokens are drawn with it; 0 takes the likeliest one.
+    At a temperature of 0 it takes the likeliest token.
     """
 
     help = f"/reset forgets the chat, /system TEXT sets the system turn, {END}, Ctrl-C stops an answer"
@@ -103,7 +99,7 @@ class LanguageModel(Model):
         self.task, self.system, self.turns = task, task.system, list[dict[str, Any]]()
         self.remembers = run.tokenizer.chat_template is not None and task.text is None
         config = served.network.config.get_text_config()
-        # Tokens of prompt and answer together.
+        # Tokens of prompt and answer together; models without positions of their own may name no limit.
         self.limit: int = getattr(config, "max_position_embeddings", None) or 2**31
 
     def answer(self, text: str) -> Iterator[str]:
@@ -117,6 +113,7 @@ class LanguageModel(Model):
                 pieces.append(piece)
                 yield piece
         finally:
+            # Also an answer that was stopped: the user has read it, and may refer to it.
             if self.remembers:
                 self.turns += [{"role": "user", "content": self._templated(text)}]
                 self.turns += [{"role": "assistant", "content": "".join(pieces)}]
@@ -183,7 +180,7 @@ class LanguageModel(Model):
         draws = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             **draws,
-            num_beams=1,
+            num_beams=1,  # a streamer takes one beam
             use_cache=True,
             max_new_tokens=min(self.max_new_tokens, self.limit - len(prompt)),
             eos_token_id=ends or None,
@@ -240,9 +237,14 @@ def run(
         log.say(model.help)
         _talk(model)
         return
-    for text in _piped():
-        if text.strip():
-            _answer(text, model, is_stoppable=False)
+    stdin: Any = sys.stdin
+    if stdin is None:
+        return
+    # Bytes that are not UTF-8 become replacement characters: a pipe is answered to its end.
+    stdin.reconfigure(encoding="utf-8", errors="replace")
+    for line in stdin:
+        if line.strip():
+            _answer(line.rstrip("\r\n"), model, is_stoppable=False)
 
 
 def _talk(model: Model) -> None:
@@ -264,16 +266,6 @@ def _talk(model: Model) -> None:
         except KeyboardInterrupt:
             log.write("\n")
             log.say(END)
-
-
-def _piped() -> Iterator[str]:
-    """Yield lines from a pipe; bytes that are not UTF-8 become replacement characters."""
-    stdin: Any = sys.stdin
-    if stdin is None:
-        return
-    stdin.reconfigure(encoding="utf-8", errors="replace")
-    for line in stdin:
-        yield line.rstrip("\r\n")
 
 
 def _command(text: str, model: Model) -> bool:

@@ -30,13 +30,10 @@ Table = tuple[str, list[str], list[list[str]]]  # title, heads, rows
 def write(run: Path, title: str, document: Mapping[str, Any], key: Sequence[str]) -> Path:
     """Write `RUN/evaluations/TITLE-HASH.json`; the same evaluation made again replaces it.
 
-    Args:
-        run: The run folder.
-        title: First part of the file's name.
-        document: The content, as JSON holds it.
-        key: Everything that makes it another evaluation; the hash is of that.
+    The hash is of `key`, which is everything that makes it another evaluation.
     """
     digest = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:8]
+    # A title may be paths of data files, as long as the user likes.
     name = re.sub(r"[^\w.-]+", "-", title).strip("-.")[:60] or "data"
     file = run / FOLDER / f"{name}-{digest}.json"
     with writing(file):
@@ -46,14 +43,7 @@ def write(run: Path, title: str, document: Mapping[str, Any], key: Sequence[str]
 
 
 def render(document: Mapping[str, Any], form: str, headline: Sequence[str], *, everything: bool) -> str:
-    """Render an evaluation for people or machines.
-
-    Args:
-        document: As `evaluate` made it.
-        form: `text`, `json` or `markdown`.
-        headline: Metrics that are shown first, and for slices.
-        everything: Metrics of each class too.
-    """
+    """Render an evaluation as `text`, `json` or `markdown`: metrics of the headline first, with `everything` all."""
     if form == "json":
         return json.dumps(document, indent=2, ensure_ascii=False)
     tables = list(_tables(document, headline, everything=everything, narrow=form == "text" and text.width() < WIDE))

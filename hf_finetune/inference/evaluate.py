@@ -1,7 +1,8 @@
-"""`hf-finetune evaluate`: score a finished run on any rows, by slice, and against its base or other runs."""
+"""`hf-finetune evaluate`: score a finished run on any rows, by slice, against its base or other runs, or by lm-eval."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, DivergedError, OutOfMemoryError, RecipeError
 from hf_finetune.inference import document as inference_document
 from hf_finetune.inference.load import Finished, Serving, open_run
-from hf_finetune.log import phase
+from hf_finetune.log import phase, text
 from hf_finetune.log.lines import jsonable
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
@@ -98,14 +99,14 @@ def evaluate(
                 "metrics": _bounded(scored.metrics(), whole.bounds),
                 "slices": slices,
                 "slices_not_shown": left_out,
-                "against": [versus.as_json() for versus in compared],
+                "against": compared,
             }
         )
         # Printed first: writing may fail.
         if form is not None:
             headline = [*recipe.task.headline, *(name for name, metric in METRICS.items() if metric.is_wide)]
             log.show(inference_document.render(document, form, headline, everything=everything))
-        key = [*one.key, *overrides, *slices, *(versus.name for versus in compared)]
+        key = [*one.key, *overrides, *slices, *(versus["name"] for versus in compared)]
         log.say(f"kept in {inference_document.write(opened.folder.path, title, document, key)}")
         return document
 
@@ -117,6 +118,7 @@ def _slices(
     found: dict[str, list[dict[str, Any]]] = {}
     left: dict[str, dict[str, int]] = {}
     for column in columns:
+        # As text: a column may hold numbers, null, or lists, and JSON has but text for keys.
         values = np.array([str(value) for value in one.split.rows.select_columns(column)[column][:]], dtype=object)
         kept = values[scored.numbers]
         sizes = Counter(kept.tolist()).most_common()
@@ -132,13 +134,13 @@ def _slices(
 
 def _against(
     run: Finished, name: str, other: Finished, chosen: dict[str, Any], mine: tuple[Scored, OneSplit]
-) -> Versus:
+) -> dict[str, Any]:
     """Score the other model on the same rows, and compare."""
     scored, one = mine
     if name == BASE:
         found = compare(scored, score(run, run.serve(run.base()), one), "the base model")
         if "id2label" in run.recipe.task.model_options(run.targets):
-            found.notes.append("the base has no classifier of its own: it is given the trained head")
+            found["notes"].append("the base has no classifier of its own: it is given the trained head")
         return found
     # This run's rows, drawn with its seed, but cut as the other run reads them.
     own = {key: getattr(other.recipe.data, key) for key in ("max_length", "overlong")}
@@ -153,6 +155,72 @@ def _bounded(metrics: Mapping[str, float], bounds: Mapping[str, tuple[float, flo
     """Return each metric with its interval, where it has one."""
     ends = {name: dict(zip(("low", "high"), bounds[name], strict=True)) for name in metrics if name in bounds}
     return {name: {"value": value} | ends.get(name, {}) for name, value in metrics.items()}
+
+
+def run_lm_eval(
+    place: str,
+    overrides: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    folder: str | None = None,
+    limit: int | None = None,
+    form: str = "text",
+) -> None:
+    """Run lm-eval (EleutherAI's harness) on a finished run, print the results, and keep them in `RUN/evaluations/`.
+
+    Args:
+        place: The run folder.
+        overrides: Each `key.path=value`.
+        tasks: Names of the harness's tasks.
+        folder: Holds tasks that the harness does not ship.
+        limit: Rows of each task.
+        form: `text`, `json` or `markdown`.
+    """
+    if folder is not None:
+        refuse_outside([("--lm-eval-tasks", folder)])
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RecipeError("--lm-eval needs lm-eval: pip install 'hf-finetune[harness]'") from error
+    opened = open_run(place, overrides)
+    if not opened.recipe.task.predicts_next_token:
+        raise RecipeError(f"--lm-eval is for language models, and this run does {opened.recipe.task.kind}")
+    manager: Any = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise RecipeError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them")
+    network: Any = opened.model()
+    served = opened.serve(network)
+    size = opened.recipe.training.eval_batch
+    model: Any = HFLM(pretrained=network, tokenizer=opened.tokenizer, batch_size=8 if size == "auto" else size)
+    with log.phase("lm-eval"), served.running():
+        found: Any = lm_eval.simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+        )
+    kept: dict[str, Any] = {
+        "version": inference_document.VERSION,
+        "run": str(opened.folder.path),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lm_eval": {"version": lm_eval.__version__, "tasks": list(tasks), "limit": limit},
+        "results": json.loads(json.dumps(found["results"], default=str)),
+    }
+    if form == "json":
+        log.show(json.dumps(kept, indent=2, ensure_ascii=False))
+    else:
+        heads, rows = ["task", "metric", "value", "standard error"], list[list[str]]()
+        for task, values in kept["results"].items():
+            for key, value in values.items():  # e.g. `acc,none` and `acc_stderr,none`: the metric, and a filter
+                name, _, how = key.partition(",")
+                if isinstance(value, int | float) and not name.endswith("_stderr") and how:
+                    off = values.get(f"{name}_stderr,{how}")
+                    shown = text.number(off) if isinstance(off, float) else "-"
+                    rows.append([task, name, text.number(value), shown])
+        log.show(text.markdown(heads, rows) if form == "markdown" else "\n".join(text.text(heads, [rows])))
+    key = [*tasks, str(limit), *overrides]
+    file = inference_document.write(opened.folder.path, f"lm-eval-{'-'.join(tasks)}", kept, key)
+    log.say(f"kept in {file}")
 
 
 # Run a model over encoded rows, and keep its predictions for each, so that any part of them can be scored.
@@ -242,30 +310,17 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
 # Two models on the same rows: differences with paired intervals, and McNemar's test of which is right more often.
 
 
-@dataclass(frozen=True)
-class Versus:
-    """Another model beside this one."""
+def compare(this: Scored, other: Scored, name: str) -> dict[str, Any]:
+    """Compare a model with the other one, called `name`, on the rows that both evaluated.
 
-    name: str
-    rows: int  # rows that both evaluated
-    metrics: Mapping[str, float]  # the other's, on these rows
-    differences: Mapping[str, float]  # this model's metrics minus the other's, on these rows
-    bounds: Mapping[str, tuple[float, float]]
-    """95 % intervals of the differences, where they follow from sums over rows."""
-    mcnemar: dict[str, Any] | None
-    notes: list[str]  # everything that was left out
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the comparison as the document holds it."""
-        found = {name: getattr(self, name) for name in ("name", "rows", "metrics", "mcnemar", "notes")}
-        return found | {"differences": _bounded(self.differences, self.bounds)}
-
-
-def compare(this: Scored, other: Scored, name: str) -> Versus:
-    """Compare two models on the rows that both evaluated."""
+    Returns:
+        As the document holds it: how many `rows`, the other's `metrics`, `differences` (this model's less the other's,
+        with 95 % intervals where they follow from sums over rows), `mcnemar`, and `notes` about what was left out.
+    """
     mine, theirs = (scored.task.title for scored in (this, other))
     if mine != theirs:
         raise RecipeError(f"{name} does {theirs}, this run {mine}; only runs of one task can be compared")
+    # Ids of labels may be in another order; metrics go by names.
     names = [set(scored.targets.names) for scored in (this, other)]
     if names[0] != names[1] and max(map(len, names)) > 1:  # a single name is only a column's
         strange = ", ".join(sorted(names[0] ^ names[1])[:5])
@@ -284,14 +339,11 @@ def compare(this: Scored, other: Scored, name: str) -> Versus:
         ours = {metric: value for metric, value in ours.items() if metric in this.answers}
     differences = {metric: ours[metric] - others[metric] for metric in ours if metric in others}
     # Both are in the order of the split; masked rows may have been left out of one.
-    pairs = [pair for pair in zip(this.sums(), other.sums(), strict=True) if _rows(pair[0]) == _rows(pair[1])]
-    found = reports_intervals.differences(pairs).bounds
-    bounds = {metric: pair for metric, pair in found.items() if metric in differences}
-    return Versus(name, len(common), others, differences, bounds, mcnemar(this, other), notes)
-
-
-def _rows(sums: Sums) -> int:
-    return int(sums.of_rows.shape[1])
+    pairs = zip(this.sums(), other.sums(), strict=True)
+    paired = [(one, two) for one, two in pairs if one.of_rows.shape[1] == two.of_rows.shape[1]]
+    bounds = reports_intervals.differences(paired).bounds
+    found = {"name": name, "rows": len(common), "metrics": others, "mcnemar": mcnemar(this, other), "notes": notes}
+    return found | {"differences": _bounded(differences, bounds)}
 
 
 def _same_answers(this: Scored, other: Scored, name: str) -> tuple[Scored, Scored, list[str]]:

@@ -1,7 +1,7 @@
 """More forms of a merged model: int8 or int4 weights by torchao, and one ONNX file by torch.onnx.
 
-Only weights are quantised, activations are not. Inputs of the ONNX file are those of the run's batches, each (batch,
-sequence) of any size; its output is `logits`, of a language model without a cache.
+Only weights are quantised, activations are not. Inputs of the ONNX file are those of the run's batches: tokens are
+(batch, sequence) of any size, images a batch of any size. Its output is `logits`, of a language model without a cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import nn
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.errors import ModelError, RecipeError
-from hf_finetune.inference import merge_check, weights
+from hf_finetune.inference import weights
 from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge_check import Logits
+from hf_finetune.inference.weights import Logits
 from hf_finetune.models import load
 from hf_finetune.models.pretrained import silence
 from hf_finetune.run.files import writing
@@ -49,15 +49,10 @@ def check_kernels(bits: str, device: str) -> None:
 
 
 def quantise(source: Path, run: Finished, bits: str, folder: Path) -> None:
-    """Quantise the model in a folder and write it to another, with its tokenizer.
-
-    Args:
-        source: The merged model.
-        run: Names its class.
-        bits: Of a weight.
-        folder: The folder to make.
-    """
-    outline = _outline(source, run)
+    """Quantise the merged model in `source`, and write it with its tokenizer to the new folder."""
+    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    with torch.device("meta"), silence():
+        outline = getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)
     output = output_embedding(outline)
     # Heads and the output layer stay as they are: they are few weights, and much of an answer hangs on them.
     kept = [*load.find_heads(outline), *(name for name, module in outline.named_modules() if module is output)]
@@ -83,35 +78,17 @@ def _config(outline: Any, bits: str) -> Any:
     return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
 
 
-def _outline(source: Path, run: Finished) -> Any:
-    """Return the model without weights."""
-    config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    with torch.device("meta"), silence():
-        return getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)
-
-
 def write_onnx(source: Path, run: Finished, probes: Sequence[Batch], file: Path) -> float:
-    """Export the model in a folder, run the file, and compare logits with torch's.
+    """Export the merged model in `source`; returns the `weights.difference` of the file's logits from torch's.
 
-    Args:
-        source: The merged model.
-        run: Names its class.
-        probes: Batches without labels; the first has the names of the inputs.
-        file: The file to make.
-
-    Returns:
-        The largest difference of logits, as a share of the largest.
+    `probes` are batches without labels; the first shows names, types and shapes of the inputs.
     """
     # Eager attention is made of operations that every version of ONNX has.
     network = weights.load(source, run, dtype=torch.float32, attn_implementation="eager").to("cpu")
-    expected = merge_check.logits(merge_check.logits_of(network), probes)
-    _export(network, list(probes[0]), file)
+    expected = weights.logits(weights.logits_of(network), probes)
+    _export(network, probes[0], file)
     del network
-    apart = merge_check.difference(expected, merge_check.logits(session(file), probes))
-    merge_check.refuse(
-        apart, ONNX_TOLERANCE, "the ONNX file is not the merged model", "leave --onnx out, and report it"
-    )
-    return apart
+    return weights.difference(expected, weights.logits(session(file), probes))
 
 
 def session(file: Path) -> Logits:
@@ -120,7 +97,7 @@ def session(file: Path) -> Logits:
     from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 3  # errors alone
     try:
         made = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except (failures.Fail, failures.InvalidGraph, failures.NotImplemented, failures.RuntimeException) as error:
@@ -147,12 +124,18 @@ class _Positional(nn.Module):
         return logits
 
 
-def _export(network: Any, names: list[str], file: Path) -> None:
-    # Two rows of another length each, so that no size is taken for a constant.
-    example = {name: torch.ones(2, 9, dtype=torch.long) for name in names}
-    example["attention_mask"][1, 5:] = 0
+def _export(network: Any, probe: Batch, file: Path) -> None:
+    names, example, free = list(probe), dict[str, torch.Tensor](), list[dict[int, Any]]()
+    for name, value in probe.items():
+        # Two rows, and several tokens: torch.export takes an axis of size 1 for a constant.
+        is_tokens = value.ndim == len(AXES)
+        shape = (2, 9) if is_tokens else (2, *value.shape[1:])
+        example[name] = torch.ones(shape, dtype=value.dtype)
+        # The height and width of images are the processor's, always the same.
+        free.append(dict.fromkeys(range(len(AXES) if is_tokens else 1), torch.export.Dim.DYNAMIC))
+    if "attention_mask" in example:
+        example["attention_mask"][1, 5:] = 0
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    free = dict.fromkeys(range(len(AXES)), torch.export.Dim.DYNAMIC)
     size = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,7 +144,7 @@ def _export(network: Any, names: list[str], file: Path) -> None:
                 _Positional(network, names),
                 tuple(example[name] for name in names),
                 dynamo=True,
-                dynamic_shapes={"values": tuple(dict(free) for _ in names)},
+                dynamic_shapes={"values": tuple(free)},
                 input_names=names,
                 output_names=["logits"],
                 verbose=False,
@@ -172,7 +155,8 @@ def _export(network: Any, names: list[str], file: Path) -> None:
     # torch names the free axes by numbers of its own.
     graph, known = program.model.graph, dict[str, str]()
     for value in graph.inputs:
-        known |= {str(axis): name for axis, name in zip(value.shape, AXES, strict=True)}
+        free_axes = zip(value.shape, AXES, strict=False)
+        known |= {str(axis): name for axis, name in free_axes if not isinstance(axis, int)}
     for value in (*graph.inputs, *graph.outputs):
         for place, axis in enumerate(value.shape):
             if str(axis) in known:

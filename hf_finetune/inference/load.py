@@ -29,6 +29,7 @@ from hf_finetune.models import load, pretrained
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.paths import Paths
 from hf_finetune.recipe import Recipe
+from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.lock import Input
@@ -39,7 +40,8 @@ Predict = Callable[[Batch], dict[str, torch.Tensor]]  # predictions of a batch; 
 
 # PEFT puts this before the names of a model's parameters.
 PREFIX = "base_model.model."
-# Sizes of two rows on which the model is compared with itself, with and without fast paths.
+# Sizes of two rows on which the model is compared with itself, with and without fast paths; of another length, so that
+# padding is seen.
 PROBE = (6, 16)
 
 
@@ -76,10 +78,22 @@ class Finished:
 
     def model(self) -> nn.Module:
         """Load the base with the adapter, or the full model, in eval mode, on the device."""
-        folder = str(self.folder.adapter)
+        from peft.utils import ModulesToSaveWrapper
+
         with phase("loading the model"):
-            network = self.recipe.adapter.load(load.fresh_base(self.recipe, self._options(), self.machine), folder)
-            _restore_heads(network, folder)
+            base = load.fresh_base(self.recipe, self._options(), self.machine)
+            network = self.recipe.adapter.load(base, str(self.folder.adapter))
+            named = network.named_modules()
+            heads = {path: module for path, module in named if isinstance(module, ModulesToSaveWrapper)}
+            if heads:
+                # Trained in fp32, but PEFT rounds them at load to the dtype of the base.
+                peft.heads_in_fp32(network)
+                stored = dict(_tensors(self.folder.adapter))
+                for path, module in heads.items():
+                    copy = module.modules_to_save[peft.ADAPTER]
+                    names = {name: f"{path}.{name}" for name, _ in copy.named_parameters()}
+                    own = {name: stored[whole] for name, whole in names.items() if whole in stored}
+                    copy.load_state_dict(own, strict=False)
             return self._settled(network)
 
     def base(self) -> nn.Module:
@@ -92,6 +106,7 @@ class Finished:
                 reason = f"{self.recipe.model.name} holds no {lost[0]}, and the run did not train it"
                 raise ModelError(Problem(f"{reason}: there is no base to use", key="model.name"))
             parameters = dict(network.named_parameters())
+            # A head that was drawn at random says nothing: the base is compared by the trained one.
             for name, tensor in found.items():
                 parameters[name].data = tensor.to(parameters[name].device)
             outer = self.machine.base_dtype(frozen=True)
@@ -120,33 +135,20 @@ class Finished:
 
         Args:
             encoded: A list of `Features`, or a data set of them.
-            all_logits: The logits of whole batches are held at once.
+            all_logits: The logits of whole batches are held at once, which leaves room for fewer rows.
         """
-        task = self.recipe.task
+        task, is_list = self.recipe.task, isinstance(encoded, list)
         most = eval_batch(self.recipe, self.machine, task.vocabulary(self.tokenizer), all_logits=all_logits)
-        if isinstance(encoded, list):
-            sizes: Any = [row["size"] for row in encoded]
-        else:
-            sizes, encoded = batches.lengths_of(encoded), batches.Rows(encoded, task)
+        sizes: Any = [row["size"] for row in encoded] if is_list else batches.lengths_of(encoded)
+        stored: Any = None if is_list else batches.Rows(encoded, task)
         for numbers in batches.by_length(sizes, *most):
-            is_list = isinstance(encoded, list)
-            rows = [encoded[number] for number in numbers] if is_list else encoded.__getitems__(numbers)
+            rows = [encoded[number] for number in numbers] if is_list else stored.__getitems__(numbers)
             yield {**self.collate(rows), "row_ids": torch.tensor(numbers)}
 
     def predictions(
         self, encoded: Any, predict: Predict, shown: Any = None, *, all_logits: bool = False
     ) -> Predictions:
-        """Run a model over encoded rows; see `batches`.
-
-        Args:
-            encoded: The rows.
-            predict: The model.
-            shown: Progress whose `done` counts the rows; None shows nothing.
-            all_logits: See `batches`.
-
-        Returns:
-            Predictions in the order of the rows.
-        """
+        """Run a model over encoded rows, which `shown` counts; predictions are in their order. See `batches`."""
         return batches.predicted(self.batches(encoded, all_logits=all_logits), predict, shown)
 
     def _options(self) -> dict[str, Any]:
@@ -160,6 +162,7 @@ class Finished:
     def _settled(self, network: nn.Module) -> nn.Module:
         """Prepare a network as training evaluates it: eval mode, frozen, on the device."""
         inner: Any = getattr(network, "get_base_model", lambda: network)()
+        # One forward pass a row keeps nothing for the next token; generation asks for the cache by itself.
         inner.config.use_cache = False
         # The head of a decoder that classifies finds the last token by it.
         if (pad := pad_token_of(self.tokenizer)) is not None:
@@ -173,26 +176,29 @@ class Finished:
 def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     """Open a finished run; loads its tokenizer, but no weights.
 
-    Args:
-        place: The run folder.
-        overrides: Each `key.path=value`; keys that the trained model depends on are refused.
-
     Raises:
-        RecipeError: There is no run, it lies outside `HF_FINETUNE_ROOT`, an override is wrong, or this is one of
-            several processes.
-        CheckpointError: The run is not finished, its adapter is missing, it is of a version that kept no labels, or its
-            base has changed.
+        RecipeError: See `opening.read`; or this is one of several processes.
+        CheckpointError: See `opening.read`; or the run kept no labels, or its base has changed.
         ModelError: The tokenizer can't be had.
     """
     hush()
+    # Each rank would answer all rows, and write the same file.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
-    opened = opening.read(place, overrides)
-    folder, targets = opened.folder, State() if opened.kept is None else opened.kept.targets
-    recipe = run_lock.as_trained(opened.recipe, folder.run_lock)
+    recipe, folder = opening.read(place, overrides), RunFolder(place)
+    kept = run_folder.read_targets(folder.targets)  # None in runs of a version that wrote none
+    recipe = run_lock.as_trained(recipe, folder.run_lock)
     sources.settle(recipe)
-    machine = _as_in_training(folder, recipe, device.survey(recipe))
-    if opened.kept is None and "id2label" in recipe.task.model_options(targets):
+    # The choices of the run's own machine, so that the same rows give the same numbers.
+    machine, choices = device.survey(recipe), run_lock.choices(folder.run_lock)
+    if choices is not None and choices.device == machine.device:
+        machine = choices.onto(machine, recipe)
+    else:
+        reason = f"the run was made on a {choices.device}" if choices else "run.lock.json is missing or damaged"
+        warn(f"{reason}: precision and attention are those of this machine, numbers may differ in the last digits")
+    machine = replace(machine, attention=load.attention(recipe, machine))
+    targets = State() if kept is None else kept.targets
+    if kept is None and "id2label" in recipe.task.model_options(targets):
         message = "is missing: an earlier version made this run and kept no labels; train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.targets)))
     tokenizer = pretrained.load_processor(recipe.model, recipe.task)
@@ -203,32 +209,6 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
         reason = "the chat template prints the date, and the run kept none"
         warn(f"{reason}: it prints {today}; give task.date=YYYY-MM-DD for another")
     return Finished(folder, recipe.model_copy(update={"task": task}), machine, targets, tokenizer)
-
-
-def _as_in_training(folder: RunFolder, recipe: Recipe, machine: Machine) -> Machine:
-    """Take the choices of the run's own machine, so that the same rows give the same numbers."""
-    choices = run_lock.choices(folder.run_lock)
-    if choices is not None and choices.device == machine.device:
-        machine = choices.onto(machine, recipe)
-    else:
-        reason = f"the run was made on a {choices.device}" if choices else "run.lock.json is missing or damaged"
-        warn(f"{reason}: precision and attention are those of this machine, numbers may differ in the last digits")
-    return replace(machine, attention=load.attention(recipe, machine))
-
-
-def _restore_heads(network: nn.Module, folder: str) -> None:
-    """Give heads their weights in fp32 as they were trained: PEFT rounds them to the dtype of the base at load."""
-    from peft.utils import ModulesToSaveWrapper
-
-    wrapped = [(path, module) for path, module in network.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    if not wrapped:
-        return
-    peft.heads_in_fp32(network)
-    stored = dict(_tensors(Path(folder)))
-    for path, module in wrapped:
-        copy = module.modules_to_save[peft.ADAPTER]
-        own = {name: stored[f"{path}.{name}"] for name, _ in copy.named_parameters() if f"{path}.{name}" in stored}
-        copy.load_state_dict(own, strict=False)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_finetune import __version__
 from hf_finetune.config.paths import outside, resolve
-from hf_finetune.errors import Findings, RecipeError
+from hf_finetune.errors import Findings, ModelError, RecipeError
 from hf_finetune.log import phase, tell
 from hf_finetune.log.lines import Message
 from hf_finetune.run import files
 
 if TYPE_CHECKING:
     from hf_finetune.inference.load import Finished
-    from hf_finetune.inference.merge_check import Rows
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Bits = Literal["int8", "int4"]
@@ -43,6 +42,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors")
 RUN = "run"
 # The same model in fp32, before merging: the others are compared with it, so that a change is not one of arithmetic.
 ADAPTER = "adapter"
+# Largest difference of a run on an int8 base from what is merged, as a share of the largest logit:
 # bitsandbytes multiplies int8 weights by activations that are rounded to int8 too; the merged model does not.
 INT8_BASE = 5e-2
 HINT = "--tolerance allows more"
@@ -64,11 +64,7 @@ class Options:
     onnx: bool = False
 
     def check(self, run: str) -> None:
-        """Refuse everything that can't work, in one report.
-
-        Args:
-            run: The run folder.
-        """
+        """Refuse everything that can't work with this run folder, in one report."""
         refusals = [self._folder(Path(run))]
         if not SIZE.fullmatch(self.shard_size):
             refusals.append(f"--shard-size {self.shard_size}: write a number and KB, MB, GB or TB, e.g. 5GB")
@@ -100,31 +96,33 @@ class Options:
         return None if why is None else f"--to {self.to}: {why}"
 
 
-@dataclass(frozen=True)
-class Check:
-    """Two models whose logits were compared."""
-
-    what: str
-    difference: float  # as a share of the largest logit
-    tolerance: float
-
-
 @dataclass
 class Report:
     """Everything that was made and compared."""
 
     run: Finished
-    rows: Rows
+    rows: dict[str, Any]  # split, sources and number of the rows that models were compared on
     dtype: Dtype
-    into: str
-    checks: list[Check] = field(default_factory=list)
+    into: str = ""
+    checks: list[dict[str, Any]] = field(default_factory=list)  # see `add_check`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `run`, `adapter`, `merged`, and what else was made."""
     packages: list[str] = field(default_factory=list)  # further ones that were used
 
+    def add_check(self, what: str, difference: float, tolerance: float, *, wrong: str, hint: str) -> None:
+        """Add the difference of two models' logits, as a share of the largest one.
+
+        Raises:
+            ModelError: It is over the tolerance; `wrong` says what that means, `hint` what to do.
+        """
+        if not difference <= tolerance:
+            reason = f"logits differ by {difference:.2g} of the largest, more than {tolerance:g}"
+            raise ModelError(f"{wrong}: {reason}; nothing was written; {hint}")
+        self.checks.append({"what": what, "difference": difference, "tolerance": tolerance})
+
     def facts(self) -> dict[str, Any]:
         """Return the content of `export.json`, but for the files."""
-        recipe, rows = self.run.recipe, self.rows
+        recipe = self.run.recipe
         place = resolve(recipe.model.name)
         name = Path(place).name if Path(place).is_absolute() else place  # no path of this machine
         return {
@@ -135,8 +133,8 @@ class Report:
             "base": {"name": name, "revision": recipe.model.revision, "quantization": recipe.model.quantization},
             "merged_into": self.into,
             "dtype": self.dtype,
-            "checks": [vars(check) for check in self.checks],
-            "rows": {"split": rows.split, "used": len(rows.encoded), "of": rows.whole, "sources": list(rows.sources)},
+            "checks": self.checks,
+            "rows": self.rows,
             "metrics": self.metrics,
             "change": {name: self.change(name) for name in self.metrics if name not in (RUN, ADAPTER)},
             "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *self.packages]},
@@ -160,7 +158,8 @@ class Report:
 
         lines = ["", f"  merged into         {self.into}, written in {self.dtype}"]
         for check in self.checks:
-            lines.append(f"  {check.what:<19} logits differ by {check.difference:.1e} (allowed {check.tolerance:g})")
+            difference, allowed = check["difference"], check["tolerance"]
+            lines.append(f"  {check['what']:<19} logits differ by {difference:.1e} (allowed {allowed:g})")
         headline = self.run.recipe.task.headline
         for name, found in self.metrics.items():
             label = f"{name} in fp32" if name == ADAPTER else name
@@ -169,7 +168,7 @@ class Report:
                 change = self.change(name)
                 line += f"   ({', '.join(f'{key} {change[key]:+.4f}' for key in headline if key in change)})"
             lines.append(line)
-        lines.append(f"  on                  {len(self.rows.encoded):,} {self.rows.split} rows")
+        lines.append(f"  on                  {self.rows['used']:,} {self.rows['split']} rows")
         lines.append(f"  folder              {place}")
         if texts.reads_clock(self.run.tokenizer):
             day = self.run.recipe.task.day
@@ -181,11 +180,6 @@ class Report:
 def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report:
     """Make a model folder of a finished run; it appears whole, or not at all.
 
-    Args:
-        place: The run folder.
-        options: What to make, and how.
-        overrides: `key.path=value` for its recipe, e.g. where the base or the data are now.
-
     Raises:
         RecipeError: There is no run, or an option is wrong.
         CheckpointError: The run is not finished.
@@ -196,28 +190,31 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
     options.check(place)
     # These load torch and transformers, which takes seconds.
     from hf_finetune import device
-    from hf_finetune.inference import export, merge_check, weights
+    from hf_finetune.inference import export, weights
     from hf_finetune.inference.load import open_run
 
     if options.quantize is not None:
         export.check_kernels(options.quantize, device.find_device())
     run = open_run(place, overrides)
-    with merge_check.opened(run, options.data, options.rows) as rows, files.staged(Path(options.to)) as staging:
-        report = _merged(run, rows, options, staging)
+    read = weights.compared_rows(run, options.data, options.rows)
+    with read as (rows, facts), files.staged(Path(options.to)) as staging:
+        report = Report(run, facts, options.dtype or weights.stored_dtype(run))
+        _merge(report, rows, options, staging)
         if (bits := options.quantize) is not None:
             with phase(f"quantising to {bits}"):
                 export.quantise(staging, run, bits, staging / bits)
             network = weights.load(staging / bits, run)
-            report.metrics[bits] = merge_check.metrics(f"the {bits} model", rows, merge_check.plain(network, run))
+            report.metrics[bits] = weights.metrics(f"the {bits} model", run, rows, weights.plain(network, run))
             report.packages.append("torchao")
             del network
         if options.onnx:
             file = staging / export.ONNX_FILE
             with phase("exporting to ONNX"):
-                apart = export.write_onnx(staging, run, rows.probes(), file)
-            report.checks.append(Check("onnx", apart, export.ONNX_TOLERANCE))
-            predict = merge_check.predictor(export.session(file), run)
-            report.metrics["onnx"] = merge_check.metrics("the ONNX file", rows, predict)
+                apart = export.write_onnx(staging, run, weights.probes(run, rows), file)
+            wrong, hint = "the ONNX file is not the merged model", "leave --onnx out, and report it"
+            report.add_check("onnx", apart, export.ONNX_TOLERANCE, wrong=wrong, hint=hint)
+            predict = weights.predictor(export.session(file), run)
+            report.metrics["onnx"] = weights.metrics("the ONNX file", run, rows, predict)
             report.packages += ["onnx", "onnxruntime", "onnxscript"]
         with files.writing(Path(options.to)):
             report.write(staging)
@@ -225,41 +222,42 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
     return report
 
 
-def _merged(run: Finished, rows: Rows, options: Options, staging: Path) -> Report:
+def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
     """Merge, write, load back, and compare with the run; one model is in memory at a time."""
-    from hf_finetune.inference import merge_check, weights
+    from hf_finetune.inference import weights
     from hf_finetune.inference.saving import TOLERANCES
 
-    dtype = options.dtype or weights.stored_dtype(run)
-    merged = weights.merged(rows)
-    weights.check_space(Path(options.to), merged.network, dtype)
+    run, recipe, probes = report.run, report.run.recipe, weights.probes(report.run, rows)
+
+    def apart(network: Any) -> float:
+        return weights.difference(expected, weights.logits(weights.logits_of(network), probes))
+
+    network, report.into = weights.adapted(run)
+    # The adapter in fp32, before merging: everything is compared with these logits.
+    expected = weights.logits(weights.logits_of(network), probes)
+    in_fp32 = weights.metrics("the adapter in fp32", run, rows, weights.plain(network, run))
+    network = weights.merged(network)
+    wrong = "the merged weights are not the adapter's model"
+    hint = f"this combination of base and {recipe.adapter.kind} can't be merged by PEFT; report it"
+    report.add_check("merging", apart(network), TOLERANCES["fp32"], wrong=wrong, hint=hint)
+    weights.check_space(Path(options.to), network, report.dtype)
     with phase("writing the model"):
-        weights.write(merged.network, run, dtype, options.shard_size, staging)
-    report = Report(run, rows, dtype, merged.into)
-    report.checks.append(Check("merging", merged.difference, weights.TOLERANCE))
-    expected, in_fp32 = merged.before, merged.metrics
-    del merged
+        weights.write(network, run, report.dtype, options.shard_size, staging)
+    del network
 
     # The model as the run evaluates it must be what was merged, also where its base is quantised.
     served = run.serve(run.model())
-    with served.running():
-        apart = merge_check.difference(
-            expected, merge_check.logits(merge_check.logits_of(served.network), rows.probes())
-        )
-    tolerance = TOLERANCES[run.machine.precision]
-    if run.recipe.model.quantization == "int8":
-        tolerance = max(tolerance, INT8_BASE)
+    tolerance = max(TOLERANCES[run.machine.precision], INT8_BASE if recipe.model.quantization == "int8" else 0.0)
     tolerance = tolerance if options.tolerance is None else options.tolerance
-    merge_check.refuse(apart, tolerance, "what was merged is not the model of the run", HINT)
-    report.checks.append(Check("run", apart, tolerance))
-    report.metrics[RUN] = merge_check.metrics("the run's model", rows, served.predict)
+    with served.running():
+        wrong = "what was merged is not the model of the run"
+        report.add_check("run", apart(served.network), tolerance, wrong=wrong, hint=HINT)
+    report.metrics[RUN] = weights.metrics("the run's model", run, rows, served.predict)
     report.metrics[ADAPTER] = in_fp32
     del served
 
     network = weights.load(staging, run)
-    apart = merge_check.difference(expected, merge_check.logits(merge_check.logits_of(network), rows.probes()))
-    tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
-    merge_check.refuse(apart, tolerance, "what was written is not the adapter's model", HINT)
-    report.checks.append(Check("folder", apart, tolerance))
-    report.metrics["merged"] = merge_check.metrics("the merged model", rows, merge_check.plain(network, run))
-    return report
+    tolerance = TOLERANCES[report.dtype] if options.tolerance is None else options.tolerance
+    wrong = "what was written is not the adapter's model"
+    report.add_check("folder", apart(network), tolerance, wrong=wrong, hint=HINT)
+    report.metrics["merged"] = weights.metrics("the merged model", run, rows, weights.plain(network, run))

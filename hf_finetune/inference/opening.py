@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,19 +21,10 @@ from hf_finetune.data import readers
 from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
-from hf_finetune.run.folder import RunFolder, StoredTargets
+from hf_finetune.run.folder import RunFolder
 
 # Stands for the split that `evaluate` takes by itself.
 HELD_OUT = "held-out"
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A finished run whose folder was read."""
-
-    folder: RunFolder
-    kept: StoredTargets | None  # the content of `targets.json`; None in runs of a version that wrote none
-    recipe: Recipe  # as resolved, with the overrides that it was opened with
 
 
 def look(
@@ -48,7 +39,7 @@ def look(
     """Find everything that is wrong with the paths of a command line; takes a moment.
 
     Args:
-        place: The run folder.
+        place: See `read`.
         overrides: See `read`.
         others: Run folders that it is compared with.
         files: Labelled rows, given with `--data`.
@@ -63,7 +54,7 @@ def look(
         refuse_outside(("--data", file) for file in files)
     recipe = None
     with findings.collect():
-        recipe = read(place, overrides).recipe
+        recipe = read(place, overrides)
         paths.refuse_uncached(paths.resolve(recipe.model.name), recipe.model.revision)
     for other in others:
         with findings.collect():
@@ -93,8 +84,8 @@ def refuse_output(name: str, *, restart: bool) -> None:
         raise StorageError(Problem(f"there is no folder {str(Path(name).parent)!r}; make it first", file=name))
 
 
-def read(place: str, overrides: Sequence[str] = ()) -> Opened:
-    """Read the folder of a finished run.
+def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe of a finished run, as resolved, with overrides.
 
     Args:
         place: The run folder.
@@ -108,6 +99,7 @@ def read(place: str, overrides: Sequence[str] = ()) -> Opened:
         raise RecipeError(Problem(why, file=place))
     folder = RunFolder(place)
     _refuse_unfinished(folder)
+    # A whole block has keys that the model depends on; a list of label columns in place of one is another problem.
     for word in overrides:
         key, _, value = word.partition("=")
         may = key_of(Recipe, key).finished
@@ -118,7 +110,7 @@ def read(place: str, overrides: Sequence[str] = ()) -> Opened:
     # Relative paths of the stored recipe belong to the working directory of the run, those of overrides to this one.
     moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept.started_in)
     words = [f"{key}={json.dumps(value)}" for key, value in moved]
-    return Opened(folder, kept, Recipe.load(str(folder.recipe), [*words, *overrides]))
+    return Recipe.load(str(folder.recipe), [*words, *overrides])
 
 
 def _refuse_unfinished(folder: RunFolder) -> None:

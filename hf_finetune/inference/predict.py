@@ -15,19 +15,17 @@ from typing import Any, Literal, NamedTuple
 from hf_finetune import log
 from hf_finetune.config.paths import cache_folder, refuse_outside
 from hf_finetune.data.readers import Row
-from hf_finetune.errors import SHOWN, DataError, Problem, RecipeError, RowsError, numbers
+from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, numbers
 from hf_finetune.inference import load, rows, sinks
 from hf_finetune.inference.load import Finished, Serving, open_run
 from hf_finetune.inference.rows import LINE, STDIN, Input
-from hf_finetune.inference.sinks import Cells, Output, Sink
+from hf_finetune.inference.sinks import MOST_FAULTS, Cells, Output, Progress, Sink
 from hf_finetune.run import files
 from hf_finetune.tasks._generation import BATCH, generate
 from hf_finetune.tasks.base import OutputKind
 
 # Exit code of a process that SIGPIPE ends: 128 + 13.
 BROKEN_PIPE = 141
-# Kinds of faults that are remembered.
-MOST_FAULTS = 20
 # Rows of a window where a row takes one forward pass, and where its answer is generated. So much is lost by a kill.
 LABELLED, GENERATED = 1024, 128
 # A window of longer texts ends sooner.
@@ -101,6 +99,7 @@ class Predictor(ABC):
         faults = [row.fault for row in given]
         fit = [number for number, fault in enumerate(faults) if not fault]
         encoded: list[Any] = []
+        # Again without the rows that are named bad: others may be bad in another way, which was not reached.
         while fit:
             try:
                 encoded = self.encode(self.columns([given[number] for number in fit], lines=lines))
@@ -234,7 +233,7 @@ def run(options: Options) -> None:
         if form == "tsv" and isinstance(predictor, Answers):
             raise RecipeError("generated text may hold line ends, which tsv can't; give --format csv or jsonl")
         try:
-            _Predicting(options, source, predictor, output).go(form)
+            _predict(options, source, predictor, form=form, output=output)
         except BrokenPipeError:
             # Python would complain once more when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -243,6 +242,7 @@ def run(options: Options) -> None:
 
 def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[str, Any]:
     """Return everything that must be the same for a killed call to be continued."""
+    # A file of which one half is another model's would look whole.
     digest = hashlib.sha256(opened.recipe.dump().encode())
     for file in sorted(opened.folder.adapter.glob("*.safetensors")):
         digest.update(files.sha256(file, cache_folder(opened.recipe.data.cache)))
@@ -254,110 +254,83 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     return {"input": source.identity(), "run": digest.hexdigest(), "settings": settings, "precision": precision}
 
 
-@dataclass
-class _Predicting:
-    """Windows of rows on their way from the input to the output."""
-
-    options: Options
-    source: Input
-    predictor: Predictor
-    output: Output
-
-    def go(self, form: sinks.OutFormat) -> None:
-        """Predict and write everything, and report bad rows and cut ones."""
-        predictor, progress, lines = self.predictor, self.output.progress, self.source.form == "lines"
-        if lines:
-            predictor.column_of_lines()
-        done = progress.rows
-        if done:
-            log.say(f"continuing after {done:,} rows")
-        incoming = self.source.rows(() if lines else predictor.needed)
-        for _ in islice(incoming, done):
-            pass
-        sink: Sink | None = None
-        with log.phase("predicting", self.source.count(), "rows") as shown:
-            shown.done = shown.first = done
-            for window in _windows(incoming, predictor.window):
-                sink = sink or self._sink(form, window)
-                predicted = predictor.predict(_unclashing(window, sink), lines=lines)
-                kept = self._kept(window, predicted, sink)
-                head = sink.head() if not progress.rows else b""
-                data = head + sink.body(kept, self.source.place)
-                progress.rows += len(window)
-                progress.cut += predicted.cut
-                progress.schema = sink.state()
-                self.output.write(data)
-                shown.done = progress.rows
-        sink = sink or self._sink(form, [])
-        if not progress.rows:
-            self.output.write(sink.head())
-        self.output.finish(sink)
-        if progress.faulty:
-            fate = "left out" if self.options.on_bad_row == "skip" else "written without a prediction"
-            log.warn(f"{self.source.place}: {progress.faulty:,} of {progress.rows:,} rows are bad, and {fate}")
-            for fault, struck in progress.faults.items():
-                log.warn(f"{self.source.place}:{struck[0]}: {fault} (line {', '.join(map(str, struck))})")
-        if progress.cut:
-            log.warn(f"{progress.cut:,} of {progress.rows:,} rows are {predictor.cut_means}")
-        if self.options.output != "-":
-            log.say(f"{progress.rows:,} rows predicted, in {self.options.output}")
-
-    def _sink(self, form: sinks.OutFormat, window: Sequence[Row]) -> Sink:
-        """Make the sink, with output columns that clash with no input column."""
-        progress, kinds = self.output.progress, self.predictor.kinds
-        schema = self.source.schema()
-        if not progress.columns:
-            columns = dict.fromkeys(name for row in window for name in row.cells)
-            progress.columns = list(columns) if schema is None else list(schema.names)
-            found = sinks.prefix_for(progress.columns, list(kinds))
-            progress.prefix = found if self.options.prefix is None else self.options.prefix
-            if clash := [progress.prefix + name for name in kinds if progress.prefix + name in progress.columns]:
-                raise RecipeError(f"--prefix: the input has a column {clash[0]!r} already; give another prefix")
-        sink = Sink(form, progress.columns, {progress.prefix + name: kind for name, kind in kinds.items()}, schema)
-        sink.resume(progress.schema)
-        return sink
-
-    def _kept(self, window: Sequence[Row], predicted: Predicted, sink: Sink) -> dict[int, Cells]:
-        """Return rows as they are written, by number; faulty ones are counted, and left out or have no outputs."""
-        progress, on_bad_row = self.output.progress, self.options.on_bad_row
-        found: dict[str, list[int]] = {}
-        for row, fault in zip(window, predicted.faults, strict=True):
-            if fault:
-                found.setdefault(fault, []).append(row.number)
-        if found and on_bad_row == "error":
-            raise DataError(
-                Problem(
-                    fault
-                    + (f" (line {numbers(struck)})" if len(struck) > 1 else "")
-                    + "; or give --on-bad-row skip or null",
-                    file=self.source.place,
-                    line=struck[0],
-                )
-                for fault, struck in list(found.items())[:MOST_FAULTS]
-            )
-        for fault, struck in found.items():
-            progress.faulty += len(struck)
-            if fault in progress.faults or len(progress.faults) < MOST_FAULTS:
-                known = progress.faults.setdefault(fault, [])
-                known += struck[: SHOWN - len(known)]
-        kept = {}
-        for row, outputs in zip(window, predicted.outputs, strict=True):
-            if outputs is None and on_bad_row == "skip":
-                continue
-            cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
-            names = zip(sink.kinds, self.predictor.kinds, strict=True)
-            kept[row.number] = cells | {name: None if outputs is None else outputs[plain] for name, plain in names}
-        return kept
+def _predict(options: Options, source: Input, predictor: Predictor, *, form: sinks.OutFormat, output: Output) -> None:
+    """Predict and write everything, window by window, and report bad rows and cut ones."""
+    progress, lines = output.progress, source.form == "lines"
+    if lines:
+        predictor.column_of_lines()
+    done = progress.rows
+    if done:
+        log.say(f"continuing after {done:,} rows")
+    incoming = source.rows(() if lines else predictor.needed)
+    # The windows go on where the killed process would have begun its next one, so that the batches are the same, too.
+    for _ in islice(incoming, done):
+        pass
+    with log.phase("predicting", source.count(), "rows") as shown:
+        shown.done = shown.first = done
+        windows = _windows(incoming, predictor.window)
+        window = next(windows, [])
+        sink = sinks.make(form, progress, window, predictor.kinds, schema=source.schema(), prefix=options.prefix)
+        while window:
+            for place, row in enumerate(window):
+                # A later row of JSON may have a key that the first ones lack, and that the output needs for itself.
+                clash = next((name for name in row.cells if name in sink.kinds), None)
+                if clash is not None and not row.fault:
+                    window[place] = row._replace(fault=f"has the key {clash!r}, a name of the output; give --prefix")
+            predicted = predictor.predict(window, lines=lines)
+            kept = _kept(options, source, window, predicted=predicted, sink=sink, progress=progress)
+            data = (b"" if progress.rows else sink.head()) + sink.body(kept, source.place)
+            progress.rows += len(window)
+            progress.cut += predicted.cut
+            progress.schema = sink.state()
+            output.write(data)
+            shown.done = progress.rows
+            window = next(windows, [])
+    if not progress.rows:
+        output.write(sink.head())
+    output.finish(sink)
+    if progress.faulty:
+        fate = "left out" if options.on_bad_row == "skip" else "written without a prediction"
+        log.warn(f"{source.place}: {progress.faulty:,} of {progress.rows:,} rows are bad, and {fate}")
+        for fault, struck in progress.faults.items():
+            log.warn(f"{source.place}:{struck[0]}: {fault} (line {', '.join(map(str, struck))})")
+    if progress.cut:
+        log.warn(f"{progress.cut:,} of {progress.rows:,} rows are {predictor.cut_means}")
+    if options.output != "-":
+        log.say(f"{progress.rows:,} rows predicted, in {options.output}")
 
 
-def _unclashing(window: Sequence[Row], sink: Sink) -> list[Row]:
-    """Give rows with a key that the output needs for itself a fault."""
-    found = []
-    for row in window:
-        clash = next((name for name in row.cells if name in sink.kinds), None)
-        fault = row.fault or (f"has the key {clash!r}, a name of the output; give --prefix" if clash else "")
-        found.append(row._replace(fault=fault))
-    return found
+def _kept(
+    options: Options,
+    source: Input,
+    window: Sequence[Row],
+    *,
+    predicted: Predicted,
+    sink: Sink,
+    progress: Progress,
+) -> dict[int, Cells]:
+    """Return rows as they are written, by number; faulty ones are counted, and left out or have no outputs."""
+    found: dict[str, list[int]] = {}
+    for row, fault in zip(window, predicted.faults, strict=True):
+        if fault:
+            found.setdefault(fault, []).append(row.number)
+    if found and options.on_bad_row == "error":
+        problems = []
+        for fault, struck in list(found.items())[:MOST_FAULTS]:
+            more = f" (line {numbers(struck)})" if len(struck) > 1 else ""
+            message = f"{fault}{more}; or give --on-bad-row skip or null"
+            problems.append(Problem(message, file=source.place, line=struck[0]))
+        raise DataError(problems)
+    progress.add(found)
+    kept = {}
+    for row, outputs in zip(window, predicted.outputs, strict=True):
+        if outputs is None and options.on_bad_row == "skip":
+            continue
+        cells = {name: value for name, value in row.cells.items() if name not in sink.kinds}
+        for name in sink.kinds:
+            cells[name] = None if outputs is None else outputs[name.removeprefix(progress.prefix)]
+        kept[row.number] = cells
+    return kept
 
 
 def _windows(incoming: Iterator[Row], most: int) -> Iterator[list[Row]]:

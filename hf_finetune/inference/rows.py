@@ -70,10 +70,11 @@ class Input:
         if self.name != STDIN or sys.stdin is None or sys.stdin.closed or not needed:
             return self
         peek = getattr(sys.stdin.buffer, "peek", None)
+        # At least a byte is waited for, and all that the pipe holds by then is given.
         head = b"" if peek is None else peek(1)
         line = head.decode("utf-8-sig", errors="ignore").partition("\n")[0].rstrip("\r")
         if line.startswith("{"):
-            with suppress(ValueError):
+            with suppress(ValueError):  # text may begin with a brace, too
                 json.loads(line)
                 return replace(self, form="jsonl")
         if "\t" in line and set(needed) <= set(line.split("\t")):
@@ -134,11 +135,12 @@ class Input:
         if self.name == STDIN:
             if sys.stdin is None or sys.stdin.closed:
                 raise DataError(Problem("is closed; give --input FILE", file=self.place))
+            # Another wrapper around the same bytes: `sys.stdin` has the locale's encoding, and translates line ends.
             stream = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline=newline)
             try:
                 yield stream
             finally:
-                stream.detach()
+                stream.detach()  # else it would close standard input with itself
             return
         try:
             with Path(self.name).open(encoding="utf-8-sig", newline=newline) as stream:

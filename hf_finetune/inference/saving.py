@@ -44,15 +44,8 @@ def save(
 ) -> None:
     """Write weights (safetensors), tokenizer, chat template, labels and the model card without metrics.
 
-    The folder appears whole or not at all; an earlier one is replaced.
-
-    Args:
-        adapted: The trained model, not wrapped by DDP.
-        recipe: Its recipe.
-        targets: Label names, for `labels.json` and the card.
-        processor: Prepared the rows: a tokenizer or the like.
-        folder: The folder to make.
-        state: The trained weights in one piece where the model holds parts of them; see `Adapter.save`.
+    The folder appears whole or not at all; an earlier one is replaced. Where the model, which is not wrapped by DDP,
+    holds parts of its weights only, `state` are the trained ones in one piece; see `Adapter.save`.
     """
     final = Path(folder)
     with staged(final) as staging, writing(final):
@@ -69,13 +62,6 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     Modes and random states are left as they were. A model on an accelerator is left on the CPU, so that the device
     never holds two bases. For runs that have the room (`Machine.reloads`); `compare` is for the others.
 
-    Args:
-        adapted: The model in memory.
-        recipe: Names the base.
-        machine: Its precision decides the tolerance.
-        batch: On the model's device.
-        folder: Made by `save`.
-
     Returns:
         The largest difference of two logits, as a share of the largest logit.
 
@@ -83,6 +69,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
         ModelError: The difference is over the tolerance: what is on disk is not what was trained.
     """
     inputs = recipe.task.inputs(batch)
+    # Loading draws numbers for weights that it then replaces.
     with torch.random.fork_rng():
         expected = _logits(adapted, inputs, machine).cpu()
         device = next(iter(inputs.values())).device
@@ -92,6 +79,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
             torch.get_device_module(device).empty_cache()
         base = load.fresh_base(recipe, peft.label_options(folder), machine)
         restored = recipe.adapter.load(base, str(folder)).to(device)
+        # The head of a decoder that classifies finds the last token by it.
         base.config.pad_token_id = getattr(base_model(adapted).config, "pad_token_id", None)
         actual = _logits(restored, inputs, machine).cpu()
     scale = max(float(expected.abs().max()), 1e-6)

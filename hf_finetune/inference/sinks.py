@@ -22,13 +22,16 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_finetune.errors import DataError, Problem, RecipeError
+from hf_finetune.data.readers import Row
+from hf_finetune.errors import SHOWN, DataError, Problem, RecipeError
 from hf_finetune.inference.opening import refuse_output
 from hf_finetune.run.files import write_atomically, writing
 from hf_finetune.tasks.base import OutputKind
 
 OutFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 PREFIX = "predicted_"
+# Kinds of faults that are remembered.
+MOST_FAULTS = 20
 CONTINUE = "; make room, and give the same command to continue"
 # Raised by pyarrow where a value has no type, or another one than it should.
 REFUSALS = (pa.ArrowException, OverflowError, ValueError, TypeError)
@@ -49,15 +52,24 @@ class Progress:
     columns: list[str] = field(default_factory=list)  # input columns, once they are known
     prefix: str = ""
 
+    def add(self, faults: Mapping[str, Sequence[int]]) -> None:
+        """Count rows by their fault."""
+        for fault, struck in faults.items():
+            self.faulty += len(struck)
+            if fault in self.faults or len(self.faults) < MOST_FAULTS:
+                known = self.faults.setdefault(fault, [])
+                known += struck[: SHOWN - len(known)]
+
 
 class Pipe:
-    """Standard output."""
+    """Standard output; no process can continue it."""
 
     def __init__(self) -> None:
         self.progress = Progress()
 
     def write(self, data: bytes) -> None:
         """Write a window at once."""
+        # Past Python's buffer: a reader that has left is noticed here, not when Python ends.
         view = memoryview(data)
         while view:
             view = view[os.write(1, view) :]
@@ -67,17 +79,13 @@ class Pipe:
 
 
 class File:
-    """A file in the making; see the module.
-
-    Args:
-        final: Its name in the end.
-        key: Everything that must be the same for another process to continue.
-    """
+    """A file in the making; see the module. `key` must be the same for another process to continue it."""
 
     def __init__(self, final: Path, key: Mapping[str, Any]) -> None:
         self.final, self.key, self.progress = final, dict(key), Progress()
         self.partial = final.with_name(f"{final.name}.partial")
         self.state = final.with_name(f"{final.name}.partial.json")
+        # Nothing is cut off yet: another process may be writing it.
         self.stream: IO[bytes] = self.partial.open("r+b" if self.partial.exists() else "x+b")
 
     def resume(self) -> None:
@@ -88,6 +96,7 @@ class File:
             before: dict[str, Any] = state["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return
+        # A copy that was cut off, or the state of another file.
         if self.partial.stat().st_size < progress.bytes:
             return
         if changed := [name for name in {**before, **self.key} if before.get(name) != self.key.get(name)]:
@@ -100,6 +109,7 @@ class File:
         with writing(self.final, CONTINUE):
             self.stream.write(data)
             self.stream.flush()
+            # Before the state: it must not count bytes that a crash of the machine takes.
             os.fsync(self.stream.fileno())
             self.progress.bytes += len(data)
             write_atomically(self.state, json.dumps({"key": self.key, "progress": asdict(self.progress)}))
@@ -116,13 +126,10 @@ Output = Pipe | File
 
 @contextmanager
 def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable: bool) -> Iterator[Output]:
-    """Open the output; inside, it is this process's alone.
+    """Open the output, a file or with None standard output; inside, it is this process's alone.
 
-    Args:
-        name: A file; None is standard output.
-        key: Everything that must be the same for another process to continue.
-        restart: Begin anew, and replace a finished file.
-        resumable: The input can be read again.
+    With `restart` a finished file is replaced, and a partial one begun anew; the latter also where the input is not
+    `resumable`, that is can't be read again.
 
     Raises:
         RecipeError: The file exists, another process writes it, or what began it was something else.
@@ -136,14 +143,39 @@ def opened(name: str | None, key: Mapping[str, Any], *, restart: bool, resumable
         file = File(Path(name), key)
     with file.stream as stream:
         try:
+            # The system gives it back however the process ends.
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RecipeError(Problem("is being written by another process; wait for it", file=name)) from None
         if resumable and not restart:
             file.resume()
+        # Behind that is what a killed process wrote and did not commit.
         stream.truncate(file.progress.bytes)
         stream.seek(file.progress.bytes)
         yield file
+
+
+def make(
+    form: OutFormat,
+    progress: Progress,
+    window: Sequence[Row],
+    kinds: Mapping[str, OutputKind],
+    *,
+    schema: Any,
+    prefix: str | None,
+) -> Sink:
+    """Make the sink, with output columns that clash with no input column.
+
+    Columns and prefix are those of `progress` where another process began, else of the first window of rows.
+    """
+    if not progress.columns:
+        columns = dict.fromkeys(name for row in window for name in row.cells)
+        progress.columns = list(columns) if schema is None else list(schema.names)
+        progress.prefix = prefix_for(progress.columns, list(kinds)) if prefix is None else prefix
+        if clash := [progress.prefix + name for name in kinds if progress.prefix + name in progress.columns]:
+            raise RecipeError(f"--prefix: the input has a column {clash[0]!r} already; give another prefix")
+    prefixed = {progress.prefix + name: kind for name, kind in kinds.items()}
+    return Sink(form, progress.columns, prefixed, schema, state=progress.schema)
 
 
 def prefix_for(inputs: Sequence[str], outputs: Sequence[str]) -> str:
@@ -155,7 +187,6 @@ def prefix_for(inputs: Sequence[str], outputs: Sequence[str]) -> str:
     return prefix
 
 
-@dataclass
 class Sink:
     """Makes bytes of rows, a window at a time.
 
@@ -164,13 +195,20 @@ class Sink:
         inputs: Input columns, in order.
         kinds: Output columns, their prefix included.
         schema: Arrow schema of the input columns, for parquet; None finds it in the first rows.
+        state: What `state` returned in the process that this one continues.
     """
 
-    form: OutFormat
-    inputs: list[str]
-    kinds: Mapping[str, OutputKind]
-    schema: Any = None
-    _parquet: Any = field(default=None, init=False)
+    def __init__(
+        self,
+        form: OutFormat,
+        inputs: list[str],
+        kinds: Mapping[str, OutputKind],
+        schema: Any = None,
+        *,
+        state: str | None = None,
+    ) -> None:
+        self.form, self.inputs, self.kinds, self.schema = form, inputs, kinds, schema
+        self._parquet: Any = None if state is None else pa.ipc.read_schema(pa.BufferReader(base64.b64decode(state)))
 
     def head(self) -> bytes:
         """Return the bytes before the first row."""
@@ -184,16 +222,13 @@ class Sink:
         return [*self.inputs, *self.kinds]
 
     def body(self, rows: Mapping[int, Cells], place: str) -> bytes:
-        """Format a window.
-
-        Args:
-            rows: Input and output cells, by the row's number.
-            place: Name of the input in messages.
-        """
+        """Format a window: input and output cells, by the row's number; `place` is the input's name in messages."""
         if not rows:
             return b""
         if self.form == "jsonl":
-            return b"".join(_json(row) for row in rows.values())
+            texts = (json.dumps(row, ensure_ascii=False, default=str) for row in rows.values())
+            # Half a surrogate pair is no UTF-8, and JSON's own escape for it stays within ASCII.
+            return b"".join(text.encode("utf-8", "backslashreplace") + b"\n" for text in texts)
         known = set(self.columns)
         for number, row in rows.items():
             if strange := [name for name in row if name not in known]:
@@ -211,6 +246,7 @@ class Sink:
         text = io.StringIO(newline="")
         options: dict[str, Any] = {}
         if self.form == "tsv":
+            # tsv knows no quotation marks; cells that would need them were refused by `body`.
             options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
         writer = csv.writer(text, lineterminator="\n", **options)
         writer.writerows([_cell(row.get(name)) for name in self.columns] for row in rows)
@@ -222,11 +258,6 @@ class Sink:
         """Return everything that another process must know to continue: the schema."""
         return None if self._parquet is None else base64.b64encode(self._parquet.serialize()).decode()
 
-    def resume(self, state: str | None) -> None:
-        """Take what `state` gave."""
-        if state is not None:
-            self._parquet = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(state)))
-
     def _frame(self, rows: Mapping[int, Cells], place: str) -> bytes:
         values = list(rows.values())
         try:
@@ -237,6 +268,7 @@ class Sink:
             reason = str(error).partition("\n")[0]
             message = f"column {column!r} holds what its parquet type, that of the first rows, can't ({reason})"
             raise DataError(Problem(f"{message}; give --format jsonl", file=place, line=number)) from error
+        # pyarrow drops keys of objects that its type lacks, and says nothing.
         for number, row in rows.items():
             if lost := next((key for f in self._parquet for key in _lost(row.get(f.name), f)), None):
                 raise self._late(lost, place, number)
@@ -257,6 +289,7 @@ class Sink:
         for name in self.inputs:
             kind = None if schema is None else schema.field(name).type
             cells = [row.get(name) for row in rows.values()]
+            # Without a type the first cells decide it: the culprit ends the shortest list that is refused.
             if is_refused(cells, kind):
                 most = bisect_left(range(1, len(cells)), True, key=lambda count: is_refused(cells[:count], kind))
                 return list(rows)[most], name
@@ -267,6 +300,7 @@ class Sink:
         if schema is None:
             inner = [{name: row.get(name) for name in self.inputs} for row in rows]
             found = pa.Table.from_pylist(inner).schema
+            # A column of nulls tells no type; text takes anything that may follow.
             schema = pa.schema([pa.field(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in found])
         schema = pa.schema([f.with_type(_plain(f.type)) for f in schema], metadata=schema.metadata)
         plain = {"text": pa.string(), "number": pa.float64(), "truth": pa.bool_()}
@@ -316,14 +350,6 @@ def _lost(value: Any, column: Any) -> Iterator[str]:
     elif pa.types.is_list(kind) and isinstance(value, list):
         inside = kind.value_field.with_name(column.name)
         yield from (path for part in value for path in _lost(part, inside))
-
-
-def _json(row: Cells) -> bytes:
-    text = json.dumps(row, ensure_ascii=False, default=str)
-    try:
-        return f"{text}\n".encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON holds as an escape
-        return f"{json.dumps(row, default=str)}\n".encode()
 
 
 def _cell(value: Any) -> str:

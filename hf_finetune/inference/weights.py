@@ -1,4 +1,4 @@
-"""Full weights of an adapter: merged by PEFT in fp32, written as a model folder, and loaded as anyone loads it.
+"""Full weights of an adapter: merged by PEFT in fp32, written as a model folder, loaded as anyone does, and compared.
 
 A quantised base is dequantised first, and the adapter merged into that: the adapter was trained on these very weights,
 rounding included, and the result gives the run's logits. Merged into the unquantised checkpoint, it would give others
@@ -7,9 +7,13 @@ rounding included, and the result gives the run's logits. Merged into the unquan
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -18,41 +22,31 @@ from accelerate.hooks import remove_hook_from_module
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_finetune.adapters import _peft as peft
+from hf_finetune.data import batches, prepare
 from hf_finetune.device import DTYPES, Precision
-from hf_finetune.errors import ModelError, Problem, StorageError
-from hf_finetune.inference import merge_check
-from hf_finetune.inference.load import Finished
-from hf_finetune.inference.merge_check import Rows
-from hf_finetune.inference.saving import TOLERANCES
-from hf_finetune.log import phase, say
+from hf_finetune.errors import DataError, ModelError, Problem, StorageError
+from hf_finetune.inference.load import Finished, Predict
+from hf_finetune.log import phase, say, warn
 from hf_finetune.models import load as models_load
 from hf_finetune.models.pretrained import read_config, silence
 from hf_finetune.run.files import free_bytes, writing
 from hf_finetune.tasks import _generation as generation
-from hf_finetune.tasks.base import pad_token_of
+from hf_finetune.tasks.base import Batch, pad_token_of
 
-# Largest difference of logits that merging may make in fp32, as a share of the largest.
-TOLERANCE = TOLERANCES["fp32"]
 # A GPU must have this multiple of the weights free: activations need memory, too.
 ROOM = 1.5
 # Values of a generation config that decide which others have an effect.
 MODES = {"do_sample", "num_beams", "use_cache", "return_dict_in_generate", "max_new_tokens", "max_length"}
+# Rows whose logits are compared.
+PROBED = 16
+# Tokens of a row whose logits are compared: those of a whole row of a language model are gigabytes.
+POSITIONS = 64
+
+Logits = Callable[[Batch], torch.Tensor]  # a batch without labels -> logits (B, C) or (B, T, V)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """Full weights, and the model that they were made of."""
-
-    network: PreTrainedModel  # in fp32, in eval mode; no trace of PEFT
-    into: str  # the base that the adapter was merged into, in words
-    difference: float  # between the logits before and after, as a share of the largest
-    before: list[torch.Tensor]  # logits of the probes before merging, in fp32: everything is compared with them
-    metrics: dict[str, float]  # of the adapter's model before merging, in fp32
-
-
-def merged(rows: Rows) -> Merged:
-    """Load base and adapter, merge, and compare logits before and after."""
-    run, probes = rows.run, rows.probes()
+def adapted(run: Finished) -> tuple[Any, str]:
+    """Load base and adapter in fp32; returns also what the adapter will be merged into, in words."""
     recipe = run.recipe
     if refusals := models_load.unmergeable(recipe, models_load.skeleton(recipe, run.targets, run.tokenizer)):
         raise ModelError(refusals)
@@ -69,18 +63,9 @@ def merged(rows: Rows) -> Merged:
         base = _placed(base, run.machine.device)
         if (pad := pad_token_of(run.tokenizer)) is not None:
             base.config.pad_token_id = pad
-        adapted: Any = recipe.adapter.load(base, str(run.folder.adapter))
-        adapted.eval().requires_grad_(False)
-    before = merge_check.logits(merge_check.logits_of(adapted), probes)
-    metrics = merge_check.metrics("the adapter in fp32", rows, merge_check.plain(adapted, run))
-    if not hasattr(adapted, "merge_and_unload"):
-        return Merged(adapted, "nothing: every weight was trained", 0.0, before, metrics)
-    with phase("merging"):
-        network = _unloaded(adapted)
-    apart = merge_check.difference(before, merge_check.logits(merge_check.logits_of(network), probes))
-    hint = f"this combination of base and {recipe.adapter.kind} can't be merged by PEFT; report it"
-    merge_check.refuse(apart, TOLERANCE, "the merged weights are not the adapter's model", hint)
-    return Merged(network, into, apart, before, metrics)
+        network: Any = recipe.adapter.load(base, str(run.folder.adapter))
+        network.eval().requires_grad_(False)
+    return network, into if hasattr(network, "merge_and_unload") else "nothing: every weight was trained"
 
 
 def _dequantised(quantised: Any) -> Any:
@@ -104,13 +89,14 @@ def _dequantised(quantised: Any) -> Any:
     return remove_hook_from_module(quantised, recurse=True).to("cpu").float()
 
 
-def _unloaded(adapted: Any) -> PreTrainedModel:
-    """Merge, and take PEFT away."""
-    with peft.quiet(), torch.no_grad():
-        try:
-            network = adapted.merge_and_unload(safe_merge=True)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"PEFT can't merge this adapter: {peft.one_line(error)}") from error
+def merged(network: Any) -> PreTrainedModel:
+    """Merge what `adapted` gave, and take PEFT away; a model that was trained in full stays as it is."""
+    if hasattr(network, "merge_and_unload"):
+        with peft.quiet(), torch.no_grad(), phase("merging"):
+            try:
+                network = network.merge_and_unload(safe_merge=True)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ModelError(f"PEFT can't merge this adapter: {peft.one_line(error)}") from error
     unwrapped: PreTrainedModel = network.eval().requires_grad_(False)
     return unwrapped
 
@@ -134,15 +120,7 @@ def check_space(folder: Path, network: PreTrainedModel, dtype: Precision) -> Non
 
 
 def write(network: PreTrainedModel, run: Finished, dtype: Precision, shard_size: str, folder: Path) -> None:
-    """Write weights, config, generation config, tokenizer, chat template and labels.
-
-    Args:
-        network: Full weights; they are cast in place.
-        run: Its tokenizer and labels.
-        dtype: For the weights.
-        shard_size: Most bytes of one weight file.
-        folder: An empty folder.
-    """
+    """Write weights, config, generation config, tokenizer, chat template and labels; weights are cast in place."""
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
         if not bool(torch.isfinite(parameter.data).all()):
@@ -173,42 +151,31 @@ def _settle_generation(network: Any, tokenizer: Any) -> None:
         config.pad_token_id = tokenizer.pad_token_id
     # Else transformers may make it anew from config.json, which knows one end only.
     config._from_model_config = False
-    if left_out := _without_idle_values(config):
-        say(f"note: {', '.join(left_out)}: left out of generation_config.json, where they have no effect")
-
-
-def _without_idle_values(config: Any) -> list[str]:
-    """Reset what contradicts the rest of a generation config, such as a temperature without sampling.
-
-    Models are published with such values. Reading them is allowed, but transformers (5.23) refuses to write a config
-    with them once it was changed. Generation stays as it was; returns the names.
-    """
     make: Any = GenerationConfig  # untyped in transformers
     usual, left_out = make(), list[str]()
+    # Models are published with values that contradict the others, such as a temperature without sampling. Reading them
+    # is allowed, but transformers (5.23) refuses to write a config with them once it was changed. Each error names
+    # some, and reset they change nothing of what is generated.
     while True:
         try:
             config.validate(strict=True)
         except ValueError as error:
-            named = re.findall(r"`(\w+)`", str(error))
-            idle = [name for name in named if name not in MODES and getattr(config, name, None) is not None]
-            idle = [name for name in idle if getattr(config, name) != getattr(usual, name, None)]
+            named = dict.fromkeys(re.findall(r"`(\w+)`", str(error)))
+            values = {name: getattr(config, name, None) for name in named if name not in MODES}
+            idle = [name for name, value in values.items() if value not in (None, getattr(usual, name, None))]
             if not idle:
                 raise ModelError(f"its generation_config.json is not valid: {peft.one_line(error)}") from error
-            for name in dict.fromkeys(idle):
+            for name in idle:
                 setattr(config, name, getattr(usual, name, None))
-                left_out.append(name)
+            left_out += idle
         else:
-            return left_out
+            break
+    if left_out:
+        say(f"note: {', '.join(left_out)}: left out of generation_config.json, where they have no effect")
 
 
 def load(folder: Path, run: Finished, **options: Any) -> Any:
-    """Load the model of a folder with plain transformers, in eval mode, on the run's device where it fits there.
-
-    Args:
-        folder: A model folder.
-        run: Says which class, and where to put it.
-        **options: More of `from_pretrained`.
-    """
+    """Load the model of a folder with plain transformers, in eval mode, on the run's device where it fits there."""
     auto = getattr(transformers, run.recipe.task.auto_model)
     with silence():
         try:
@@ -235,3 +202,99 @@ def _placed(network: Any, device: str) -> Any:
     if device == "cuda" and torch.cuda.mem_get_info()[0] <= ROOM * needed:
         return network.to("cpu")
     return network.to(device)
+
+
+# Models are compared on real rows: by their logits on a few, by the task's metrics on all.
+
+
+@contextmanager
+def compared_rows(run: Finished, files: Sequence[str], most: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Read and encode the first `most` rows of the files, else of the validation split, else of the training split.
+
+    Yields:
+        The encoded rows, and all that a report says of them.
+    """
+    split = None if files else "validation" if run.recipe.data.has_validation else "train"
+    try:
+        with prepare.opened(run.recipe, run.tokenizer, run.targets, split=split, files=files, phase=phase) as found:
+            for problem in found.warnings:
+                warn(str(problem))
+            encoded: Any = found.encoding.rows()
+            used = min(len(encoded), most)
+            name = split or "data"
+            if used < len(encoded):
+                say(f"note: comparing on the first {used:,} of {len(encoded):,} {name} rows; --rows N takes more")
+            sources = [{"name": Path(one["source"]).name, "sha256": one["sha256"]} for one in found.sources]
+            facts = {"split": name, "used": used, "of": len(encoded), "sources": sources}
+            yield encoded.select(range(used)), facts
+    except DataError as error:
+        if files:
+            raise
+        hint = "; rows to compare on can also be given with --data FILE"
+        raise DataError(replace(one, message=one.message + hint) for one in error.problems) from error
+
+
+def probes(run: Finished, rows: Any) -> list[Batch]:
+    """Pick a few rows from short to long, without labels: padded together, but one by one where logits are large."""
+    task = run.recipe.task
+    order: list[int] = batches.lengths_of(rows).argsort(kind="stable").tolist()
+    count = min(PROBED, len(order))
+    chosen = [order[place * (len(order) - 1) // max(1, count - 1)] for place in range(count)]
+    groups = [[index] for index in chosen] if task.vocabulary(run.tokenizer) else [chosen]
+    read = batches.Rows(rows, task)
+    return [task.inputs(run.collate([read[index] for index in group])) for group in groups]
+
+
+def logits_of(network: Any) -> Logits:
+    """Make logits with a network: without gradients, in its own dtype, no cache kept."""
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    options = {"use_cache": False} if hasattr(network.config, "use_cache") and inner.can_generate() else {}
+
+    def run(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            inputs = {name: value.to(network.device) for name, value in batch.items()}
+            logits: torch.Tensor = network(**inputs, **options).logits
+            return logits
+
+    return run
+
+
+def logits(model: Logits, probes: Sequence[Batch]) -> list[torch.Tensor]:
+    """Return the logits of each probe in float32 on the CPU: (B, C), or (1, `POSITIONS` at most, V)."""
+    found = []
+    for batch in probes:
+        values = model(batch).detach().cpu()
+        if values.ndim == 3:
+            places = torch.linspace(0, values.shape[1] - 1, min(POSITIONS, values.shape[1])).round().long()
+            values = values[:, places]
+        found.append(values.float())
+    return found
+
+
+def difference(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> float:
+    """The largest difference of two logits, as a share of the largest logit of the first; infinite where one is NaN."""
+    scale = max(max(float(values.abs().max()) for values in one), 1e-6)
+    apart = max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) / scale
+    return apart if math.isfinite(apart) else math.inf
+
+
+def predictor(model: Logits, run: Finished, device: Any = "cpu") -> Predict:
+    """Predict with whatever gives logits on a device."""
+
+    def predict(batch: Batch) -> dict[str, torch.Tensor]:
+        moved = {name: value.to(device) for name, value in batch.items()}
+        return run.recipe.task.predict(lambda **inputs: SimpleNamespace(logits=model(inputs)), moved, run.targets)
+
+    return predict
+
+
+def plain(network: Any, run: Finished) -> Predict:
+    """Predict with a network as transformers runs it."""
+    return predictor(logits_of(network), run, network.device)
+
+
+def metrics(name: str, run: Finished, rows: Any, predict: Predict) -> dict[str, float]:
+    """Compute the task's metrics on encoded rows, of the model called `name`."""
+    with phase(f"evaluating {name}", len(rows), "rows") as shown:
+        found = run.predictions(rows, predict, shown, all_logits=True)
+    return run.recipe.task.metrics(found, run.targets)

@@ -170,7 +170,13 @@ class FastHead:
         # Not `head(...)` where that is more than its product: FSDP2 would give its weights back after the first chunk.
         linear: Any = head
         once: Any = partial(torch.nn.Linear.forward, linear) if self.is_fused else head
-        self._found = _in_chunks(lambda part: once(part[None], *rest)[0], kept, self._looked_at)
+        # The first chunk has few positions: only its logits tell how much memory each takes.
+        logits, wanted = once(kept[None, :FEW], *rest)[0], self._looked_at
+        size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
+        del logits
+        for part, want in zip(torch.split(kept[FEW:], size), torch.split(wanted[FEW:], size), strict=True):
+            found.append(each(once(part[None], *rest)[0], want))
+        self._found = torch.cat(found, dim=1)
         return (hidden[:1, :1], *rest)  # the model wants some logits
 
     def _forward(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
@@ -182,16 +188,6 @@ class FastHead:
         self._total = total
         # A copy: FSDP2 warns of what may be a view.
         return total.view(1, 1, 1).clone()
-
-
-def _in_chunks(head: Callable[[Tensor], Tensor], kept: Tensor, wanted: Tensor) -> Tensor:
-    """Return the result of `tasks._losses.each` for all positions, from a chunk of logits at a time."""
-    logits = head(kept[:FEW])  # few: only now is it known how many one position has
-    size, found = _chunk(logits.shape[-1], kept.device), [each(logits, wanted[:FEW])]
-    del logits
-    for part, want in zip(torch.split(kept[FEW:], size), torch.split(wanted[FEW:], size), strict=True):
-        found.append(each(head(part), want))
-    return torch.cat(found, dim=1)
 
 
 # RMSNorm with a frozen weight as one autograd function: its gradient in two passes instead of a dozen.

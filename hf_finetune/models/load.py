@@ -41,11 +41,7 @@ def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Return the paths of the modules with missing weights: a head, or a pooler, which few checkpoints hold.
-
-    Raises:
-        ModelError: The checkpoint lacks anything else.
-    """
+    """Return the paths of the modules with missing weights: a head, or a pooler; a ModelError where more is missing."""
     paths = [path for path, _ in model.named_modules() if any(key.rpartition(".")[0] == path for key in missing)]
     head_modules = find_heads(model)
     for path in paths:
@@ -106,11 +102,7 @@ def _is_probability(name: str, value: Any) -> bool:
 
 
 def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Refuse rows that are longer than the model has positions.
-
-    Raises:
-        ModelError: `data.max_length` is more.
-    """
+    """Refuse rows that are longer than the model has positions, with a ModelError."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for path, module in model.named_modules():
         # RoBERTa counts positions from its pad id + 1.
@@ -122,11 +114,7 @@ def check_length(recipe: Recipe, model: PreTrainedModel) -> None:
 
 
 def check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse an attention implementation that is not installed, or that the model does not know.
-
-    Raises:
-        ModelError: It is not.
-    """
+    """Refuse an attention that is not installed, or that the model does not know, with a ModelError."""
     asked = recipe.model.attention
     auto = getattr(transformers, recipe.task.auto_model)
     if asked != "flash_attention_2" or type(config) not in auto._model_mapping:
@@ -143,11 +131,7 @@ def check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse quantisation and the 8-bit optimiser without bitsandbytes.
-
-    Raises:
-        RecipeError: It is not installed.
-    """
+    """Refuse quantisation and the 8-bit optimiser without bitsandbytes, with a RecipeError."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return
     how = "needs bitsandbytes; pip install 'hf-finetune[quantization]', or"
@@ -184,11 +168,7 @@ def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
 
 
 def check_vocabulary(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with tokens that have no embedding.
-
-    Raises:
-        ModelError: The tokenizer has a token beyond the embedding.
-    """
+    """Refuse a tokenizer with tokens that have no embedding, with a ModelError."""
     embedding: Any = model.get_input_embeddings()
     rows: int = embedding.num_embeddings
     highest = max(tokenizer.get_vocab().values())
@@ -226,13 +206,7 @@ def skeleton(recipe: Recipe, targets: State, tokenizer: Any = None) -> PreTraine
 
 
 def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) -> PreTrainedModel | None:
-    """Make every check of the model that needs no weights.
-
-    Args:
-        recipe: Names model, task, adapter and `data.max_length`.
-        targets: Labels, for the head.
-        tokenizer: The model's; None where it could not be read.
-        findings: Takes what is wrong.
+    """Make every check of the model that needs no weights, without the tokenizer's where that could not be read.
 
     Returns:
         The model on the meta device; None where not even that can be made.
@@ -286,20 +260,15 @@ def load(
 ) -> LoadedModel:
     """Load the base with its task head, drawn anew where the checkpoint has none.
 
-    Call `transformers.set_seed` before: one seed draws one head, whatever dtype, rank or quantisation.
-
-    Args:
-        recipe: Names model, task and adapter.
-        targets: Labels, for the head.
-        machine: Dtype, attention and device.
-        tokenizer: The model's.
-        outline: What `examine` returned; made here if not given.
+    Call `transformers.set_seed` before: one seed draws one head, whatever dtype, rank or quantisation. The outline is
+    what `examine` returned, and is made here if not given.
 
     Raises:
         ModelError: The weights can't be loaded or lack more than a head, or `skeleton` finds something.
         RecipeError: See `skeleton`.
     """
     outline = outline or skeleton(recipe, targets, tokenizer)
+    # Loading draws numbers, and how many depends on dtype and quantisation.
     state = torch.random.get_rng_state()
     model, missing = _weights(recipe, _config(recipe, targets), machine)
     head_modules = find_heads(outline)
@@ -377,11 +346,7 @@ def attention(recipe: Recipe, machine: Machine) -> str:
 
 
 def fresh_base(recipe: Recipe, options: dict[str, Any], machine: Machine) -> PreTrainedModel:
-    """The base as anybody would load it from its name, with the task's options and nothing of this project's own.
-
-    Raises:
-        ModelError: The weights can't be loaded.
-    """
+    """The base as anybody would load it from its name, with the task's options and nothing of this project's own."""
     return fresh_base_and_gaps(recipe, options, machine)[0]
 
 

@@ -252,15 +252,6 @@ STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The largest batches that one forward pass gets: rows and tokens of a row."""
-
-    train: tuple[int, int]
-    evaluation: tuple[int, int] = (0, 0)
-    """(0, 0) where nothing is evaluated."""
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The most memory of one device."""
 
@@ -288,13 +279,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
     """Return the adapted model on the meta device, with the parameter counts of the real one.
 
     The exceptions are AdaLoRA, which begins like this and prunes, and LoRA with `init: eva`, which moves ranks between
-    layers of different sizes.
-
-    Args:
-        recipe: Names model, task and adapter.
-        targets: Labels, for the head.
-        tokenizer: The model's.
-        dtype: In which the base weights are kept.
+    layers of different sizes. The base weights are kept in `dtype`.
 
     Raises:
         ModelError: The model or the adapter's targets do not fit; see `models.load.skeleton`.
@@ -339,7 +324,15 @@ def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
     ]
 
 
-def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, shapes: Shapes) -> Estimate:
+def estimate(
+    recipe: Recipe,
+    targets: State,
+    tokenizer: Any,
+    *,
+    machine: Machine,
+    train: tuple[int, int],
+    evaluated: tuple[int, int] = (0, 0),
+) -> Estimate:
     """Estimate the peak memory of a device: of the accelerator, or on a CPU of the whole process.
 
     Args:
@@ -347,7 +340,8 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
         targets: Labels, for the head and the loss.
         tokenizer: The model's.
         machine: Device, precision, attention and ranks.
-        shapes: The largest batches.
+        train: The largest batch of a forward pass: rows, and tokens of a row.
+        evaluated: The same of evaluation; (0, 0) where nothing is evaluated.
 
     Raises:
         ModelError: See `models.load.skeleton`.
@@ -360,7 +354,7 @@ def estimate(recipe: Recipe, targets: State, tokenizer: Any, machine: Machine, s
     tensors = [*adapted.parameters(), *adapted.buffers()]
     copies = sum(map(size, tensors)) * (1 if recipe.adapter.freezes_base else 2)
     step = Step(recipe, targets, tokenizer, machine, adapted=adapted, attention=attention)
-    training, evaluation = step.training(shapes.train), step.evaluation(shapes.evaluation)
+    training, evaluation = step.training(train), step.evaluation(evaluated)
     phases = {"loading": loading}
     if machine.device == "cpu":
         lasting["holes and kernels"] = int(HOLES * sum(training.values()))

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -44,24 +44,23 @@ TOKENS = 64
 MASKED = ("eager", "sdpa", attention.NAME)
 
 
-@dataclass
 class Paths:
     """The fast paths that are installed in a model."""
 
-    task: Task
-    targets: State
-    head: FastHead | None = None
-    taken: dict[str, str] = field(default_factory=dict)
-    """Setting -> what came of it, for people."""
-    seconds: float = 0.0
-    """Time that choosing took."""
-    leaves_mask_out: bool = False
-    """The model gets no padding mask: see `speed.skip_padding_mask`."""
-    is_unproven: bool = False
-    """The model was not compared with itself yet; see `prove`."""
-    _tolerance: float = 0.0
-    _removals: list[Callable[[], None]] = field(default_factory=list)
-    _compiled: list[Any] = field(default_factory=list)
+    def __init__(self, task: Task, targets: State) -> None:
+        self.task, self.targets = task, targets
+        self.head: FastHead | None = None
+        self.taken: dict[str, str] = {}
+        """Setting -> what came of it, for people."""
+        self.seconds = 0.0
+        """Time that choosing took."""
+        self.leaves_mask_out = False
+        """The model gets no padding mask: see `speed.skip_padding_mask`."""
+        self.is_unproven = False
+        """The model was not compared with itself yet; see `prove`."""
+        self._tolerance = 0.0
+        self._removals: list[Callable[[], None]] = []
+        self._compiled: list[Any] = []
 
     def forward(self, model: Callable[..., Any]) -> Forward:
         """The model as a task is to call it: the adapted one, or its forward function, as accelerate wraps it."""
@@ -88,9 +87,22 @@ class Paths:
         return bool(self._compiled)
 
     def compile(self, base: Any) -> None:
-        """Compile the layers of the pretrained model inside, over whatever else is installed."""
-        if not self._compiled:
-            self._compiled = compile_layers(base)
+        """Have torch compile the layers of the pretrained model at their next training step, over what is installed.
+
+        One graph serves all layers of a kind.
+        """
+
+        # Evaluation and generation take the plain way: they would each need graphs of their own.
+        def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
+            trains = layer.training and torch.is_grad_enabled()
+            return (compiled if trains else plain)(*arguments, **options)
+
+        if self._compiled:
+            return
+        self._compiled = _repeated_layers(base)
+        for layer in self._compiled:
+            plain = layer.forward
+            layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
 
     def plain_layers(self) -> None:
         """Undo `compile`."""
@@ -192,34 +204,29 @@ class Forward:
     @property
     def next_token_loss(self) -> Callable[..., Tensor] | None:
         """Sums the loss without the logits that don't count; None where the head is as it was."""
-        return None if self.paths.head is None else self._loss
+        head = self.paths.head
+        if head is None:
+            return None
+
+        def loss(inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
+            with head.asked(labels, smoothing):
+                return head.loss_sum(self(**inputs).logits)
+
+        return loss
 
     @property
     def each_next_token(self) -> Callable[..., Tensor] | None:
         """The same of what an evaluation counts."""
-        return None if self.paths.head is None or self.paths.is_unproven else self._each
-
-    def _loss(self, inputs: Batch, labels: Tensor, smoothing: float) -> Tensor:
-        head: Any = self.paths.head
-        with head.asked(labels, smoothing):
-            found: Tensor = head.loss_sum(self(**inputs).logits)
-            return found
-
-    def _each(self, inputs: Batch, labels: Tensor) -> Tensor:
-        head: Any = self.paths.head
-        found: Tensor = head.each(lambda: self(**inputs).logits, labels)
-        return found
+        head = self.paths.head
+        if head is None or self.paths.is_unproven:
+            return None
+        return lambda inputs, labels: head.each(lambda: self(**inputs).logits, labels)
 
 
 def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: State, batch: Batch) -> Paths:
     """Install the fast paths and compare the model with itself before.
 
-    Args:
-        adapted: The model with its adapter.
-        recipe: `speed` and the task.
-        machine: Device, precision, whether weights are sharded.
-        targets: Labels.
-        batch: Some rows with their labels, on the device; a few are enough.
+    The batch has some rows with their labels, on the device; a few are enough.
 
     Returns:
         The paths that are installed; none, with the reason in `taken`, where the model then said something else.
@@ -271,25 +278,7 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
 
 
-def compile_layers(base: Any) -> list[torch.nn.Module]:
-    """Have torch compile the layers of a pretrained model at their next training step; returns them.
-
-    One graph serves all layers of a kind.
-    """
-
-    # Evaluation and generation take the plain way: they would each need graphs of their own.
-    def either(layer: torch.nn.Module, plain: Any, compiled: Any, *arguments: Any, **options: Any) -> Any:
-        trains = layer.training and torch.is_grad_enabled()
-        return (compiled if trains else plain)(*arguments, **options)
-
-    layers = _repeated_layers(base)
-    for layer in layers:
-        plain = layer.forward
-        layer.forward = partial(either, layer, plain, torch.compile(plain, dynamic=True))
-    return layers
-
-
-def _repeated_layers(base: Any) -> list[torch.nn.Module]:
+def _repeated_layers(base: Any) -> list[Any]:
     """Return the modules that transformers never splits among devices: the repeated layers."""
     kinds = set(base._no_split_modules or ())
     found = [module for module in base.modules() if type(module).__name__ in kinds]

@@ -187,7 +187,17 @@ def check(model: Model) -> None:
                 files = sorted(file.name for file in Path(snapshot).iterdir())
     else:
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
-    problem = _missing(files) or (folder is not None and _damaged(folder, files))
+    pickled, problem = next((file for file in files if file.endswith(PICKLES)), None), None
+    if ADAPTER in files:
+        # With it, from_pretrained would load the base that *it* names, at another revision.
+        problem = "holds an adapter, not a base model; name its base here, and the adapter's folder as adapter.from"
+    elif WHOLE in files or INDEX in files:
+        problem = None if folder is None else _damaged(folder, files)
+    elif pickled is None:
+        problem = f"has no {WHOLE}; give a model with weights"
+    else:
+        how = "load it where you trust it and save it with save_pretrained"
+        problem = f"has its weights only as {pickled}, a format that can run code; {how}, which writes safetensors"
     if problem:
         raise ModelError(Problem(f"{model.name} {problem}", key=KEY))
 
@@ -208,19 +218,6 @@ def identity(model: Model, commit: str | None) -> str:
             content.seek(max(0, size - ENDS))
             digest.update(content.read(ENDS))
     return digest.hexdigest()
-
-
-def _missing(files: list[str]) -> str | None:
-    if ADAPTER in files:
-        # With it, from_pretrained would load the base that *it* names, at another revision.
-        return "holds an adapter, not a base model; name its base here, and the adapter's folder as adapter.from"
-    if WHOLE in files or INDEX in files:
-        return None
-    pickled = next((file for file in files if file.endswith(PICKLES)), None)
-    if pickled is not None:
-        how = "load it where you trust it and save it with save_pretrained"
-        return f"has its weights only as {pickled}, a format that can run code; {how}, which writes safetensors"
-    return f"has no {WHOLE}; give a model with weights"
 
 
 def _damaged(folder: Path, files: list[str]) -> str | None:

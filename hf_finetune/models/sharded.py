@@ -85,12 +85,7 @@ def check_zero(recipe: Recipe, machine: Machine) -> list[Problem]:
 
 
 def check_checkpoint(checkpoint: Path, ranks: int, machine: Machine) -> None:
-    """Refuse a checkpoint that this launch can't go on from.
-
-    Args:
-        checkpoint: Its folder.
-        ranks: How many wrote it.
-        machine: Of this launch.
+    """Refuse a checkpoint of so many ranks that this launch can't go on from.
 
     Raises:
         CheckpointError: It was written with another way of dividing the state, or by another number of ranks.
@@ -121,11 +116,7 @@ def read_no_code() -> None:
 
 
 def hold_back(accelerator: Any) -> None:
-    """Have backward passes leave the optimiser's step to `step`, and have DeepSpeed look at gradients of any dtype.
-
-    Args:
-        accelerator: With a prepared model.
-    """
+    """Have backward passes of a prepared model leave the step to `step`, and look at gradients of any dtype."""
     wrapper = accelerator.deepspeed_engine_wrapped
     engine = wrapper.engine
 
@@ -224,11 +215,7 @@ def load(
 
 
 def check_launch(recipe: Recipe, machine: Machine) -> None:
-    """Refuse recipes that can't be trained with weights or state divided as the launcher says.
-
-    Raises:
-        RecipeError: It carries every problem.
-    """
+    """Refuse recipes that can't be trained with weights or state divided as the launcher says, with a RecipeError."""
     problems = check_zero(recipe, machine)
     if device.uses_fsdp():
         asked = {
@@ -267,11 +254,7 @@ def check(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> None:
 
 
 def refuse_other_format(checkpoint: Path, machine: Machine) -> None:
-    """FSDP writes and reads checkpoints of its own.
-
-    Raises:
-        CheckpointError: It was written with FSDP and this run is without, or the other way round.
-    """
+    """Refuse a checkpoint that was written with FSDP, if this run is without, and the other way round."""
     has_shards = any(checkpoint.glob(f"{FSDP_MODEL_NAME}*"))
     if has_shards != uses_fsdp(machine):
         was, now = ("with", "without") if has_shards else ("without", "with")
@@ -304,10 +287,7 @@ def reads_once(recipe: Recipe, machine: Machine, outline: PreTrainedModel) -> bo
 def suit(accelerator: Accelerator, adapted: nn.Module, machine: Machine) -> None:
     """Make the model fit for FSDP2, and set all that a launcher's configuration can't know of it; nothing without FSDP.
 
-    Args:
-        accelerator: Of a trainer that has not begun.
-        adapted: The model with its adapter.
-        machine: Its precision.
+    The trainer that the accelerator belongs to has not begun.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -353,11 +333,8 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
     """Class names of the modules that are gathered one at a time: those that a model never splits, or its layers.
 
     Without those that hold the input embedding, which accelerate 1.15 shards on its own afterwards: a module can't be
-    sharded inside one that is already (`BertEmbeddings` and its kind).
-
-    Args:
-        base: The pretrained model.
-        asked: What the launcher's configuration names.
+    sharded inside one that is already (`BertEmbeddings` and its kind). Asked for are those of the launcher's
+    configuration.
     """
     embedding, lists = base.get_input_embeddings(), [m for m in base.modules() if isinstance(m, nn.ModuleList)]
     layers = max(lists, key=len, default=nn.ModuleList())

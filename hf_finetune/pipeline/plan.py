@@ -19,7 +19,7 @@ from hf_finetune.data.stream import Look
 from hf_finetune.errors import Findings, Problem, StorageError
 from hf_finetune.log import phase
 from hf_finetune.models import memory, pretrained
-from hf_finetune.models.memory import Shapes, bound
+from hf_finetune.models.memory import bound
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import run
 from hf_finetune.run.folder import nearest_existing
@@ -50,7 +50,9 @@ def plan(
     prepared, (padding, largest) = job.prepared, job.load()
     if looked is not None:
         prepared = replace(prepared, counted={"train": looked.report, **prepared.counted})
-    estimate = memory.estimate(recipe, job.targets, job.tokenizer, machine, _shapes(job, largest))
+    estimate = memory.estimate(
+        recipe, job.targets, job.tokenizer, machine=machine, train=largest, evaluated=_evaluated(job)
+    )
     trained, parameters = estimate.parameters
     free = device.memory_available(machine)
     # It is an estimate, so it stops nothing.
@@ -117,14 +119,13 @@ def plan(
     return lines, numbers
 
 
-def _shapes(job: Job, largest: tuple[int, int]) -> Shapes:
-    """Find the largest batches that the model will see."""
+def _evaluated(job: Job) -> tuple[int, int]:
+    """Find the largest batch that the model will evaluate: rows, and tokens of a row."""
     evaluated = [rows for rows in (job.prepared.validation, job.prepared.test) if rows is not None]
-    most = max((len(rows) for rows in evaluated), default=0)
+    most = max(map(len, evaluated), default=0)
     longest = max((int(lengths_of(rows).max(initial=0)) for rows in evaluated), default=0)
     all_logits = job.machine.is_sharded or not job.recipe.speed.fused_loss
-    rows = rows_of(longest, *job.eval_batch(all_logits=all_logits))
-    return Shapes(train=largest, evaluation=(min(rows, most), longest))
+    return min(rows_of(longest, *job.eval_batch(all_logits=all_logits)), most), longest
 
 
 def size(count: float) -> str:
@@ -304,8 +305,8 @@ class _Search:
         if (rows, again) not in self.known:
             job = self.job
             machine = replace(job.machine, activation_checkpointing=again)
-            shapes = Shapes(job.divided(rows).load()[1])
-            found = memory.estimate(job.recipe, job.targets, job.tokenizer, machine, shapes)
+            train = job.divided(rows).load()[1]
+            found = memory.estimate(job.recipe, job.targets, job.tokenizer, machine=machine, train=train)
             self.known[rows, again] = found.training
         return self.known[rows, again]
 

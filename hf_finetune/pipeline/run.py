@@ -203,8 +203,7 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
         RecipeError: There is no run, or an override is wrong.
         CheckpointError: The run is not finished, or its adapter is missing.
     """
-    opened = opening.read(os.fspath(path), overrides)
-    return Run(path, opened.recipe, overrides=overrides)
+    return Run(path, opening.read(os.fspath(path), overrides), overrides=overrides)
 
 
 def evaluate(run: Run | str | os.PathLike[str], data: Data | None = None, **options: Any) -> dict[str, Any]:

@@ -41,7 +41,6 @@ from hf_finetune.log import phase, say
 from hf_finetune.log.lines import Message
 from hf_finetune.models import load, memory, sharded, tuning
 from hf_finetune.models import paths as models_paths
-from hf_finetune.models.flops import Flops, matmul_peak
 from hf_finetune.models.tuning import Bench
 from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.check import Source, look, read
@@ -57,7 +56,7 @@ from hf_finetune.run.folder import RunFolder, Start
 from hf_finetune.run.lock import Choice, Choices, Repeat
 from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
-from hf_finetune.tracking.throughput import Arithmetic
+from hf_finetune.tracking.throughput import Arithmetic, Flops, matmul_peak
 from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training import arguments, locking
 from hf_finetune.training import resume as training_resume
