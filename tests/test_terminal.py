@@ -431,11 +431,12 @@ def test_rows_are_counted_though_other_processes_encode_them(
         yield it
         it.now()  # before the file that counts is gone
 
+    monkeypatch.setattr(encoding, "phase", phase)
     monkeypatch.setattr(encoding, "FEW_ROWS", 100)
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.format(model=tiny_bert, data=reviews(400), output=tmp_path / "run"))
     made = Recipe.load(str(file), ["data.workers=2", f"data.cache={tmp_path / 'cache'}"])
-    prepare.prepare(made, pretrained.load_tokenizer(made.model), device.alone(made), phase)
+    prepare.prepare(made, pretrained.load_tokenizer(made.model), device.alone(made))
     assert {name: (it.done, it.total) for name, it in seen.items() if it.total} == {
         "tokenising train": (300, 300), "tokenising validation": (100, 100)
     }  # fmt: skip

@@ -15,7 +15,7 @@ from hf_finetune.config.blocks import Data
 from hf_finetune.data.splits import BOOKKEEPING, ROW, Split, SplitReport, nothing_left
 from hf_finetune.device import cores
 from hf_finetune.errors import SHOWN, OutOfMemoryError, Problem, RowsError, numbers
-from hf_finetune.log.lines import Phases
+from hf_finetune.log import phase
 from hf_finetune.tasks import _texts as tasks_texts
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
@@ -152,16 +152,14 @@ class Encoding:
         return chosen if self.kept.all() else chosen.select(np.flatnonzero(self.kept))
 
 
-def encode(
-    split: Split, encoder: Encoder, data: Data, scratch: Path, phase: Phases
-) -> tuple[Encoding | None, list[Problem]]:
+def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[Encoding | None, list[Problem]]:
     """Encode a whole split; None where no row can be used.
 
     Returns:
         The rows that can be used, mapped from files in `scratch`; and the problems: rows can't be encoded, are
         over-long and must not be, or none is left.
     """
-    overlong, encoded = data.overlong, _mapped(split, encoder, data.workers, scratch, phase)
+    overlong, encoded = data.overlong, _mapped(split, encoder, data.workers, scratch)
     empty = len(split.rows) - len(encoded)
     fault = encoded.data[FAULT]
     faulty, problems = np.empty(0, dtype=np.int64), list[Problem]()
@@ -208,7 +206,7 @@ def encode(
     return None, problems or [nothing_left(report, split.name, split.places[0])]
 
 
-def _mapped(split: Split, encoder: Encoder, workers: int | None, scratch: Path, phase: Phases) -> datasets.Dataset:
+def _mapped(split: Split, encoder: Encoder, workers: int | None, scratch: Path) -> datasets.Dataset:
     """Encode every row that has text; the progress counts rows, whatever process encodes them."""
     tally = scratch / f"{split.name}.tally"
 

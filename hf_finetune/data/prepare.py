@@ -31,8 +31,7 @@ from hf_finetune.data.splits import Split, SplitReport
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, StorageError
-from hf_finetune.log import hush
-from hf_finetune.log.lines import Phases, unseen
+from hf_finetune.log import hush, phase
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks._image import on_disk
 from hf_finetune.tasks.base import State, Task, tokenizer_of
@@ -49,7 +48,7 @@ class UnfitError(DataError):
     left_out: Mapping[str, int]  # unfit rows of each split
 
 
-def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path, phase: Phases) -> Content:
+def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Content:
     """Read and encode every split; all that is wrong with any of them is reported at once.
 
     Unfit rows are left out, and the others encoded and counted all the same, so that the checks can judge them. The
@@ -84,7 +83,7 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path, phase
             labelled, wrong = _without(split, unlabelled, replace(encoder, targets=State()))
             note(wrong, name)
         if len(labelled.rows):
-            encoding, wrong = encode(labelled, encoder, data, scratch, phase)
+            encoding, wrong = encode(labelled, encoder, data, scratch)
             note(wrong, name)
             if encoding is not None:
                 kept[name], encodings[name] = labelled, encoding
@@ -198,7 +197,7 @@ class Prepared:
         return {"train": self.train.report, **self.counted}
 
 
-def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = unseen) -> Prepared:
+def prepare(recipe: Recipe, tokenizer: Any, machine: Machine) -> Prepared:
     """Load and encode the data of a run, or map them from the cache.
 
     The first rank of each node works, the others wait for it.
@@ -216,13 +215,13 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine, phase: Phases = un
         if machine.is_node_main:
             # Nothing can come of them, but there may be more to say.
             with tempfile.TemporaryDirectory(prefix="hf_finetune-") as scratch:
-                build(recipe, tokenizer, origins, Path(scratch), phase)
+                build(recipe, tokenizer, origins, Path(scratch))
         raise DataError(origins.problems)
     stamps = origins.stamps()
     fingerprint = _fingerprint(recipe, tokenizer, origins)
 
     def build_unchanged(scratch: Path) -> Content:
-        content = build(recipe, tokenizer, origins, scratch, phase)
+        content = build(recipe, tokenizer, origins, scratch)
         origins.check_unchanged(stamps)
         return content
 
@@ -358,7 +357,6 @@ def opened(
     split: str | None,
     files: Sequence[str] = (),
     columns: Sequence[str] = (),
-    phase: Phases = unseen,
 ) -> Iterator[OneSplit]:
     """Read and encode rows for a model whose labels are known; inside, they can be used.
 
@@ -374,7 +372,7 @@ def opened(
         with phase("reading data"):
             origins, rows = _selected(recipe, split, files, columns, Path(folder, "raw"))
         encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length)
-        encoding, problems = encode(rows, encoder, recipe.data, Path(folder), phase)
+        encoding, problems = encode(rows, encoder, recipe.data, Path(folder))
         if encoding is None or problems:
             raise DataError(problems)
         facts = gather({NAME: rows}, {NAME: encoding}, encoder)

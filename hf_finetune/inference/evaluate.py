@@ -75,7 +75,7 @@ def evaluate(
         split = "test" if recipe.data.test is not None else "validation" if recipe.data.has_validation else None
         if split is None:
             raise RecipeError("the run has no held-out split; give --data FILE, or --split train")
-    chosen: dict[str, Any] = {"split": split, "files": files, "phase": phase}
+    chosen: dict[str, Any] = {"split": split, "files": files}
     title = split or ", ".join(files)
     with prepare.opened(recipe, opened.tokenizer, opened.targets, columns=by, **chosen) as one:
         for problem in one.warnings:

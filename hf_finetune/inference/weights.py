@@ -216,7 +216,7 @@ def compared_rows(run: Finished, files: Sequence[str], most: int) -> Iterator[tu
     """
     split = None if files else "validation" if run.recipe.data.has_validation else "train"
     try:
-        with prepare.opened(run.recipe, run.tokenizer, run.targets, split=split, files=files, phase=phase) as found:
+        with prepare.opened(run.recipe, run.tokenizer, run.targets, split=split, files=files) as found:
             for problem in found.warnings:
                 warn(str(problem))
             encoded: Any = found.encoding.rows()

@@ -11,12 +11,11 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, TextIO
 
 Level = Literal["info", "warning", "error"]
 Stream = Literal["stdout", "stderr"]
@@ -128,19 +127,6 @@ class Phase:
         if self.total is None:
             return f"{self.now():,} {self.unit}" if self.unit and self.now() else ""
         return f"{self.now():,}/{self.total:,} {self.unit}".rstrip()
-
-
-class Phases(Protocol):
-    """Shows phases: `log.phase`, or `unseen`."""
-
-    def __call__(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
-        """Show a phase while the body runs."""
-
-
-@contextmanager
-def unseen(name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
-    """Run a phase that nobody sees."""
-    yield Phase(name, total, unit)
 
 
 def clock(seconds: float) -> str:

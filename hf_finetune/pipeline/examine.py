@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_finetune import device, log
+from hf_finetune import device
 from hf_finetune.data import checks, prepare, sources
 from hf_finetune.data.job import Job
 from hf_finetune.data.prepare import Prepared
@@ -66,7 +66,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
     if tokenizer is not None and not findings.blame("data", RecipeError):
         with findings.collect():
             try:
-                prepared = prepare.prepare(recipe, tokenizer, machine, log.phase)
+                prepared = prepare.prepare(recipe, tokenizer, machine)
             except prepare.UnfitError as error:
                 found = checks.findings(recipe, error.facts, error.counted, error.places, error.left_out)
                 _judge(found, findings)
