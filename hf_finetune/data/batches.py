@@ -294,9 +294,11 @@ def eval_loader(
 
     A forward pass has `division.batch_size` rows over all ranks at most; `tokens` as for `by_length`.
     """
-    batches, collate = _EvalBatches(lengths, division, tokens), partial(_numbered, collator)
+    found = by_length(lengths, division.micro_batch, tokens, division.world_size)
+    batches = [torch.tensor(batch) for batch in found]  # lists would be 40 bytes a row
     generator = torch.Generator().manual_seed(0)  # as in `train_loader`
-    return DataLoader(_Numbered(rows), batch_sampler=batches, collate_fn=collate, generator=generator)
+    whole = _EvalBatches(rows, batches, division, collator)
+    return DataLoader(whole, batch_size=None, sampler=range(len(batches)), generator=generator)
 
 
 def predicted(
@@ -325,24 +327,18 @@ def predicted(
     return {name: joined([part[name] for part in found]) for name in found[0]}
 
 
-class _EvalBatches(Sampler[list[int]]):
-    """Batch sampler: this rank's rows of each batch of `by_length`."""
+class _EvalBatches(Dataset[Any]):
+    """This rank's part of each batch, collated; without a length, which the Trainer would take for that of the rows."""
 
-    def __init__(self, lengths: Lengths, division: Division, tokens: int | None) -> None:
-        self.division = division
-        found = by_length(lengths, division.micro_batch, tokens, division.world_size)
-        self.batches = [torch.tensor(batch) for batch in found]  # lists would be 40 bytes a row
+    def __init__(self, rows: Rows, batches: list[torch.Tensor], division: Division, collator: Collator) -> None:
+        self.rows, self.batches, self.division, self.collator = rows, batches, division, collator
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        ranks = self.division.world_size
-        for batch in self.batches:
-            rows = batch.tolist()
-            # Every rank gets equally many rows, so that results can be gathered.
-            rows += [~rows[0]] * (-len(rows) % ranks)
-            yield rows[self.division.rank :: ranks]
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        ranks, numbers = self.division.world_size, self.batches[place].tolist()
+        # Every rank gets equally many rows, so that results can be gathered.
+        numbers += [~numbers[0]] * (-len(numbers) % ranks)
+        own = numbers[self.division.rank :: ranks]
+        return {**self.collator(self.rows.__getitems__(own)), "row_ids": torch.tensor(own).clamp(min=-1)}
 
 
 def by_length(lengths: Lengths, most: int, tokens: int | None = None, ranks: int = 1) -> Iterator[list[int]]:
@@ -363,24 +359,6 @@ def by_length(lengths: Lengths, most: int, tokens: int | None = None, ranks: int
 def rows_of(longest: int, most: int, tokens: int | None) -> int:
     """Return the rows of a batch on one rank whose longest has so many tokens; the bounds are those of `by_length`."""
     return most if tokens is None else max(1, min(most, tokens // max(1, longest)))
-
-
-class _Numbered(Dataset[Any]):
-    """Rows with their numbers, -1 for masked ones."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __getitem__(self, index: int) -> Any:
-        return max(index, -1), self.rows[index]
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        return [(max(index, -1), row) for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
-
-
-def _numbered(collator: Collator, numbered: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
-    ids, rows = zip(*numbered, strict=True)
-    return {**collator(list(rows)), "row_ids": torch.tensor(ids)}
 
 
 class Packs(Sequence[list[int]]):

@@ -26,7 +26,8 @@ from hf_finetune.data.checks import without_unfit
 from hf_finetune.data.encoding import FAULT, INDEX, Encoder, Encoding, encode
 from hf_finetune.data.facts import Facts, gather
 from hf_finetune.data.loading import Wanted
-from hf_finetune.data.sources import Origins
+from hf_finetune.data.readers import find
+from hf_finetune.data.sources import LocalFiles, Origins
 from hf_finetune.data.splits import Split, SplitReport
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
@@ -392,8 +393,10 @@ def _selected(
     # Streamed rows are read whole here.
     changes: dict[str, Any] = {"streaming": False}
     if files:
-        given = data_sources.local_files(files, None, GIVEN, data.cache)
-        origins = Origins((), (1.0,), given, None)
+        found, wrong = find(files, None, GIVEN)
+        if wrong:
+            raise DataError(wrong)
+        origins = Origins((), (1.0,), LocalFiles(GIVEN, tuple(found), data.cache), None)
         # The limit draws from the recipe's splits, never from files that are given.
         changes |= {"limit": None, "validation_share": None}
     else:

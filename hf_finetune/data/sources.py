@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -329,11 +329,24 @@ def locate(data: Data) -> Origins:
     problems: list[Problem] = []
 
     def found(names: str | list[str] | None, where: Data | Source, key: str) -> list[Origin]:
-        try:
-            return [] if names is None else [_origin(names, where, key, data.cache)]
-        except DataError as error:
-            problems.extend(error.problems)
+        """Return the origin of the files or splits that `key` names in a block, if it names any that are there."""
+        source, block = where.source, key.rpartition(".")[0]
+        if names is None:
             return []
+        if source is None or Path(source).expanduser().is_dir():
+            given = [name for name in ("subset", "revision") if getattr(where, name) is not None]
+            if given:
+                reason = f"belongs to a Hub id, and {source} is a folder; remove it"
+                raise RecipeError(Problem(reason, key=f"{block}.{name}") for name in given)
+            files, wrong = find(names, source, key)
+            problems.extend(wrong)
+            return [] if wrong else [LocalFiles(key, tuple(files), data.cache)]
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            message = f"{source!r} is no folder here, and no data set on the Hub (owner/name)"
+            problems.append(Problem(message, key=f"{block}.source"))
+            return []
+        split = names if isinstance(names, str) else "+".join(names)
+        return [HubSplit(key, source, where.subset, where.revision, split)]
 
     train = found(data.train, data, "data.train")
     for index, part in enumerate(data.mix or ()):
@@ -343,33 +356,3 @@ def locate(data: Data) -> Origins:
     weights = tuple(part.weight / total for part in data.mix or ()) or (1.0,)
     validation, test = (next(iter(origins), None) for origins in held.values())
     return Origins(tuple(train), weights, validation, test, tuple(problems))
-
-
-def _origin(names: str | list[str], where: Data | Source, key: str, cache: str | None) -> Origin:
-    """Return the origin of one split: of the files, or splits of the block's source, that `key` of the recipe names."""
-    source, block = where.source, key.rpartition(".")[0]
-    if source is None:
-        return local_files(names, None, key, cache)
-    if Path(source).expanduser().is_dir():
-        given = [name for name in ("subset", "revision") if getattr(where, name) is not None]
-        if given:
-            reason = f"belongs to a Hub id, and {source} is a folder; remove it"
-            raise RecipeError(Problem(reason, key=f"{block}.{name}") for name in given)
-        return local_files(names, source, key, cache)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        message = f"{source!r} is no folder here, and no data set on the Hub (owner/name)"
-        raise DataError(Problem(message, key=f"{block}.source"))
-    split = names if isinstance(names, str) else "+".join(names)
-    return HubSplit(key, source, where.subset, where.revision, split)
-
-
-def local_files(patterns: str | Sequence[str], folder: str | None, key: str, cache: str | None) -> LocalFiles:
-    """Return the files that names and globs mean; see `data.readers.find`.
-
-    Raises:
-        DataError: Everything that is wrong with them, such as that nothing matches.
-    """
-    files, problems = find(patterns, folder, key)
-    if problems:
-        raise DataError(problems)
-    return LocalFiles(key, tuple(files), cache)
