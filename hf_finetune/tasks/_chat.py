@@ -23,40 +23,22 @@ from hf_finetune.tasks.base import is_blank
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Chat", "Rendered", "Renderer", "Span", "Spoken"]
-
+# Characters from, to (exclusive).
 Span = tuple[int, int]
-"""Characters from, to (exclusive)."""
+# A text, and which of its characters are trained.
 Rendered = tuple[str, list[Span]]
-"""A text, and which of its characters are trained."""
+# What transformers takes for the start of an assistant block.
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What transformers takes for the start of an assistant block."""
+# Where a template tells `content: null` from a turn without content.
 TESTS_NONE = re.compile(r"""content['"]?\]?\s+is\s+(?:not\s+)?none""", re.IGNORECASE)
-"""Where a template tells `content: null` from a turn without content."""
+# How a text ends that asks for an answer that begins with its reasoning.
 THINKS = re.compile(r"\s*<think>\s*\Z")
-"""How a text ends that asks for an answer that begins with its reasoning."""
+# What a template writes that takes no parts of text, and writes them out.
 PARTS = re.compile(r"""['"]type['"]:\s*['"]text['"]""")
-"""What a template writes that takes no parts of text, and writes them out."""
+# Characters that a header between special tokens has at most.
 HEADER = 200
-"""Characters that a header between special tokens has at most."""
+# What to do where a template does not render every answer as it is asked for.
 ANSWERS = "set task.train_on: last (the last answer of each chat; write one row for each answer to train all of them)"
-"""What to do where a template does not render every answer as it is asked for."""
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A rendered chat."""
-
-    text: str
-    spans: list[Span]
-    """What is trained of it."""
-    lost: tuple[Lost, ...] = ()
-    """What the template dropped, though the row can be used without it."""
-
-    @property
-    def rendered(self) -> Rendered:
-        """Text and spans alone."""
-        return self.text, self.spans
 
 
 @dataclass(frozen=True)
@@ -92,8 +74,8 @@ class Renderer:
         fidelity.check(lost)
         return text
 
-    def spoken(self, chat: Chat, *, train_on: str) -> Spoken:
-        """Return the rendered chat, and what of it is trained.
+    def spoken(self, chat: Chat, *, train_on: str) -> tuple[Rendered, tuple[Lost, ...]]:
+        """Return the rendered chat, and what the template dropped of it, though the row can be used without that.
 
         Args:
             chat: The chat.
@@ -130,7 +112,7 @@ class Renderer:
             fidelity.check(lost)
             spans = self._prefix_spans(settled, text)
         fidelity.check(lost)
-        return Spoken(text, spans, lost)
+        return (text, spans), lost
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -151,14 +133,6 @@ class Renderer:
             how = "set task.train_on: last, with which EOS ends the last answer of each chat, or name another model"
             raise ModelError(Problem(f"{reason}; {how}", key="model.name"))
         return min(found)[2]
-
-    def spans(self, chat: Chat) -> Rendered:
-        """Return the rendered chat, and where the assistant speaks, each end-of-turn token included; see `spoken`."""
-        return self.spoken(chat, train_on="assistant").rendered
-
-    def whole(self, chat: Chat) -> Rendered:
-        """Return the rendered chat, every character trained; see `spoken`."""
-        return self.spoken(chat, train_on="all").rendered
 
     def _marked_spans(self, chat: Chat, rendered: Rendered, *, last: bool) -> list[Span]:
         text, blocks = rendered
@@ -268,7 +242,12 @@ class Renderer:
         Raises:
             DataError: The template refuses every form.
         """
-        self._check_roles(chat)
+        for index, turn in enumerate(chat.messages):
+            # A template that does not know the role would drop the turn, or make up another one.
+            if turn["role"] == "developer" and "developer" not in self._template(chat):
+                raise DataError(
+                    f"turn {index + 1} has the role 'developer', which the chat template does not know; write 'system'"
+                )
         refusal, first = None, None
         for form in self._forms(chat):
             try:
@@ -322,14 +301,6 @@ class Renderer:
             if words and not self._probed[key]:
                 self._kept.update(kinds)
         return self._probed[key]
-
-    def _check_roles(self, chat: Chat) -> None:
-        """Refuse the role `developer` where the template does not name it: it would be dropped, or made up."""
-        for index, turn in enumerate(chat.messages):
-            if turn["role"] == "developer" and "developer" not in self._template(chat):
-                raise DataError(
-                    f"turn {index + 1} has the role 'developer', which the chat template does not know; write 'system'"
-                )
 
     def _with_end(self, text: str, span: Span) -> Span:
         """Add the end-of-turn token where the template's marker stops before it."""
@@ -409,12 +380,16 @@ class Renderer:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise DataError(f"the chat template refuses these messages: {error}; {_remedy(chat)}") from None
+            remedy = "change the roles, their order or what the turns hold, or name a model whose template takes them"
+            # Templates for text alone add the content to a text, and Python's complaint about that helps nobody.
+            if any(not isinstance(turn.get("content", ""), str) for turn in chat.messages):
+                remedy = "it may take text alone: write the content of each turn as text, or name another model"
+            raise DataError(f"the chat template refuses these messages: {error}; {remedy}") from None
         return texts[0], spans[0] if marked else []
 
 
+# A content that is not there.
 _ABSENT = object()
-"""A content that is not there."""
 
 
 def _is_silent(turn: dict[str, Any]) -> bool:
@@ -439,21 +414,19 @@ def _formed(turn: dict[str, Any], content: Any, decoded: bool, parts: bool) -> d
     elif parts and isinstance(turn["content"], str):
         formed["content"] = [{"type": "text", "text": turn["content"]}]
     if "tool_calls" in turn:
-        formed["tool_calls"] = [_formed_call(call, decoded=decoded) for call in turn["tool_calls"]]
+        formed["tool_calls"] = calls = []
+        for call in turn["tool_calls"]:
+            function = call.get("function", call)
+            if "arguments" in function:
+                given = function["arguments"]
+                if decoded:
+                    given = arguments(function)
+                elif not isinstance(given, str):
+                    given = json.dumps(given, ensure_ascii=False)
+                function = {**function, "arguments": given}
+            # OpenAI's format wraps the function, others are the function.
+            calls.append({**call, "function": function} if "function" in call else function)
     return formed
-
-
-def _formed_call(call: Any, *, decoded: bool) -> Any:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or "arguments" not in function:
-        return call
-    given = function["arguments"]
-    if decoded:
-        given = arguments(function)
-    elif not isinstance(given, str):
-        given = json.dumps(given, ensure_ascii=False)
-    formed = {**function, "arguments": given}
-    return {**call, "function": formed} if "function" in call else formed
 
 
 def _thought(turn: dict[str, Any]) -> str:
@@ -463,11 +436,3 @@ def _thought(turn: dict[str, Any]) -> str:
             return str(turn[key])
     content = turn.get("content")
     return content.rpartition("</think>")[0].replace("<think>", "", 1) if isinstance(content, str) else ""
-
-
-def _remedy(chat: Chat) -> str:
-    """Say what to do where a template refuses a chat."""
-    # Templates for text alone add the content to a text, and Python's complaint about that helps nobody.
-    if any(not isinstance(turn.get("content", ""), str) for turn in chat.messages):
-        return "it may take text alone: write the content of each turn as text, or name another model"
-    return "change the roles, their order or what the turns hold, or name a model whose template takes them"

@@ -11,12 +11,12 @@ from string import Formatter
 from typing import Any, TypeVar
 
 from hf_finetune.errors import BadRows, DataError
-from hf_finetune.tasks._chat import Renderer, Spoken
-from hf_finetune.tasks._messages import REASONING, Chat, is_text
+from hf_finetune.tasks._chat import Rendered, Renderer
+from hf_finetune.tasks._messages import REASONING, SPEAKERS, Chat, is_text
 from hf_finetune.tasks.base import Rows, is_blank
 
+# Literal text, and the column whose value follows it (None at the end).
 Part = tuple[str, str | None]
-"""Literal text, and the column whose value follows it (None at the end)."""
 
 
 def parse(template: str) -> list[Part]:
@@ -109,15 +109,11 @@ class Reader:
             )
         return prompt, completion
 
-    def spoken(self, row: Row, renderer: Renderer, *, train_on: str) -> Spoken:
-        """Return the rendered chat, and what of it is trained; see `Renderer.spoken`."""
-        return renderer.spoken(self.chat(row), train_on=train_on)
-
-    def completed(self, row: Row, renderer: Renderer, *, whole: bool) -> Spoken:
+    def completed(self, row: Row, renderer: Renderer, *, whole: bool) -> Rendered:
         """Return prompt + completion; the completion is to be trained, or both."""
         prompt, completion = (renderer.guarded(text) for text in self.pair(row))
         start, end = len(prompt), len(prompt) + len(completion)
-        return Spoken(prompt + completion, [(0, start), (start, end)] if whole and start else [(start, end)])
+        return prompt + completion, [(0, start), (start, end)] if whole and start else [(start, end)]
 
     def question(self, row: Row, renderer: Renderer) -> str:
         """Return the rendered chat up to the header of its last assistant turn."""
@@ -185,20 +181,17 @@ def _is_blank(row: Row, reader: Reader) -> bool:
             except ValueError:
                 return False
         if isinstance(turns, list) and turns:
-            return any(isinstance(turn, Mapping) and _is_blank_turn(turn) for turn in turns) or all(
-                isinstance(turn, Mapping) and _says_nothing(turn) for turn in turns
-            )
+            said = [turn for turn in turns if isinstance(turn, Mapping)]
+            # One empty turn is enough where it is a question, or an answer that would train the model to say nothing.
+            muted = [turn.get("role") == "assistant" and turn.get("weight") == 0 for turn in said]
+            heard = [turn for turn, mute in zip(said, muted, strict=True) if turn.get("role") in SPEAKERS and not mute]
+            if any("content" in turn and _says_nothing(turn) for turn in heard):
+                return True
+            return len(said) == len(turns) and all(map(_says_nothing, said))
         return is_blank(turns)
     templates = [reader.prompt, reader.completion] if reader.text is None else []
     parts = [parse(template) for template in templates] or [[("", reader.text)]]
     return any(all(is_blank(row[name]) for _, name in part if name is not None) for part in parts)
-
-
-def _is_blank_turn(turn: Mapping[str, Any]) -> bool:
-    """Tell whether a turn is an empty question, or an answer that would train the model to say nothing."""
-    role = turn.get("role")
-    is_answer = role == "assistant" and turn.get("weight") != 0
-    return (is_answer or role == "user") and "content" in turn and _says_nothing(turn)
 
 
 def _says_nothing(turn: Mapping[str, Any]) -> bool:

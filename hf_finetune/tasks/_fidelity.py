@@ -18,17 +18,17 @@ from hf_finetune.errors import DataError
 from hf_finetune.tasks._messages import REASONING, Chat
 from hf_finetune.tasks.base import is_blank
 
+# Characters below which a text may be found by chance.
 SHORT = 16
-"""Characters below which a text may be found by chance."""
+# So many shapes of chats are all probed for one batch of rows. Probing every further shape would take as long as
+# rendering, so of those only chats with a kind of turn that no probed chat had are probed; see `kinds`.
 FEW = 64
-"""So many shapes of chats are all probed for one batch of rows. Probing every further shape would take as long as
-rendering, so of those only chats with a kind of turn that no probed chat had are probed; see `kinds`."""
+# Characters of a dropped text that a message shows.
 SHOWN = 40
-"""Characters of a dropped text that a message shows."""
+# Keys of a turn that are looked for one by one.
 READ = {"role", "content", "tool_calls", *REASONING}
-"""Keys of a turn that are looked for one by one."""
+# Keys of a turn that hold nothing for the model to read.
 MUTE = {"id", "index", "tool_call_id", "call_id"}
-"""Keys of a turn that hold nothing for the model to read."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Lost:
 
     def __str__(self) -> str:
         """For people, without the remedy."""
-        return self.kind + (f" {_shown(self.said)}" if self.said else "")
+        said = " ".join(self.said.split())
+        return self.kind + (f" {said if len(said) <= SHOWN else said[:SHOWN] + '...'!r}" if self.said else "")
 
     @property
     def kind(self) -> str:
@@ -54,8 +55,8 @@ class Lost:
         return f"{self.at}: the chat template drops {self.what}"
 
 
+# Finds which contents and reasonings of a chat are dropped whatever they say: (index of the turn, key).
 Probe = Callable[[Chat], frozenset[tuple[int, str]]]
-"""Finds which contents and reasonings of a chat are dropped whatever they say: (index of the turn, key)."""
 
 
 class Text:
@@ -260,8 +261,3 @@ def _forms(said: str) -> tuple[str, ...]:
 
 def _bare(text: str) -> str:
     return "".join(text.split())
-
-
-def _shown(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")

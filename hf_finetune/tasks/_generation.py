@@ -21,8 +21,8 @@ from hf_finetune.tasks._chat import Renderer
 
 _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: False)
 
+# Prompts that are answered together on one device.
 BATCH = 16
-"""Prompts that are answered together on one device."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,12 @@ def generate(
     """
     ends, turn_end = end_tokens(model, tokenizer), _turn_end(tokenizer)
     answers = [Generation("", 0, ended=False)] * len(prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
+    )
     shown = phase("generating answers", len(prompts), "prompts")
-    with _undisturbed(model, _greedy(tokenizer, ends)), shown as progress:
+    with _undisturbed(model, greedy), shown as progress:
         for indices, room in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
             progress.done += len(indices)
@@ -114,13 +118,6 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     token: Any = tokenizer.eos_token if tokenizer.chat_template is None else Renderer(tokenizer).end_of_turn
     end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return int(end) if end is not None else None
-
-
-def _greedy(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> GenerationConfig:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
-    )
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from hf_finetune.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of one image, as Pillow warns of decompression bombs.
 MOST_PIXELS = 178_956_970
-"""Of one image, as Pillow warns of decompression bombs."""
 
 
 def content(cell: Any) -> bytes:

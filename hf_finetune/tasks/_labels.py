@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)?|nan)", re.ASCII | re.IGNORECASE)
+# Most names that a message lists.
 SHOWN = 20
-"""Most names that a message lists."""
+# What GLUE and others write into the label column where labels are kept secret, and what torch's losses ignore.
 UNLABELLED = (-1, -100)
-"""What GLUE and others write into the label column where labels are kept secret, and what torch's losses ignore."""
 
 
 def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
@@ -262,8 +262,8 @@ def _hint(values: Sequence[Any]) -> str:
     return _NOTHING
 
 
+# Names that are known before a row is read, and the ids of the texts that stand for them.
 Declared = tuple[tuple[str, ...], dict[str, int]]
-"""Names that are known before a row is read, and the ids of the texts that stand for them."""
 
 
 def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[str] | None = None) -> State:
@@ -378,34 +378,24 @@ def weighted(
         DataError: Names are missing or unknown, or the counts leave a weight undefined.
     """
     if setting != "balanced":
-        return replace(targets, weights=_named_weights(targets.names, setting))
+        strange = [name for name in setting if name not in targets.names]
+        missing = [name for name in targets.names if name not in setting]
+        if strange or missing:
+            what = f"{listed(strange)} is no label" if strange else f"{listed(missing)} has no weight"
+            message = f"{what}; give one weight for each of {listed(targets.names)}"
+            raise DataError(Problem(message, key="task.class_weights"))
+        return replace(targets, weights=tuple(setting[name] for name in targets.names))
     if rows is None:
-        raise DataError(
-            Problem(
-                "balanced needs counts, and streaming has none; write the weight of each label",
-                key="task.class_weights",
-            )
-        )
+        message = "balanced needs counts, and streaming has none; write the weight of each label"
+        raise DataError(Problem(message, key="task.class_weights"))
     for name, count in zip(targets.names, targets.counts, strict=True):
         if count == 0 or (per_label and count == rows):
             share = "no" if count == 0 else "every"
-            raise DataError(
-                Problem(
-                    f"balanced is undefined, as {share} training row has the label {name!r}", key="task.class_weights"
-                )
-            )
+            message = f"balanced is undefined, as {share} training row has the label {name!r}"
+            raise DataError(Problem(message, key="task.class_weights"))
     if per_label:
         return replace(targets, weights=tuple((rows - count) / count for count in targets.counts))
     return replace(targets, weights=tuple(rows / (len(targets.counts) * count) for count in targets.counts))
-
-
-def _named_weights(names: Sequence[str], setting: Mapping[str, float]) -> tuple[float, ...]:
-    strange = [name for name in setting if name not in names]
-    missing = [name for name in names if name not in setting]
-    if strange or missing:
-        what = f"{listed(strange)} is no label" if strange else f"{listed(missing)} has no weight"
-        raise DataError(Problem(f"{what}; give one weight for each of {listed(names)}", key="task.class_weights"))
-    return tuple(setting[name] for name in names)
 
 
 def _declared(feature: Any, column: str, names: Sequence[str] | None) -> Declared | None:

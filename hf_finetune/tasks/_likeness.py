@@ -34,6 +34,7 @@ def _number(text: str) -> str:
     return digits if digits == "0" else sign + digits
 
 
+# What may differ -> a function that makes it alike, in the order in which they are applied.
 _LEVELLERS: dict[str, Callable[[str], str]] = {
     "invisible characters": _unformatted,
     "Unicode form": _composed,
@@ -41,7 +42,6 @@ _LEVELLERS: dict[str, Callable[[str], str]] = {
     "case": str.casefold,
     "the way a number is written": _number,
 }
-"""What may differ -> a function that makes it alike, in the order in which they are applied."""
 
 
 def level(text: str, without: str = "") -> str:

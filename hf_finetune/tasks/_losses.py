@@ -99,10 +99,10 @@ def squared_error_items(labels: torch.Tensor) -> torch.Tensor:
     return (~labels.isnan()).sum().float()
 
 
+# Positions that are cast to float32 together.
 CHUNK = 1024
-"""Positions that are cast to float32 together."""
+# The same where probabilities are kept besides.
 FEW = 128
-"""The same where probabilities are kept besides."""
 
 
 def counted(labels: torch.Tensor) -> torch.Tensor:

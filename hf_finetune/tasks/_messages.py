@@ -11,16 +11,16 @@ from hf_finetune.config.problems import nearest
 from hf_finetune.errors import DataError
 from hf_finetune.tasks.base import is_blank
 
+# The roles that are told apart here.
 SPEAKERS = ("assistant", "user")
-"""The roles that are told apart here."""
+# The roles that every format has.
 ROLES = (*SPEAKERS, "system", "tool")
-"""The roles that every format has."""
+# What other formats call `SPEAKERS`.
 OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
-"""What other formats call `SPEAKERS`."""
+# Keys that hold what the assistant thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys that hold what the assistant thinks before it answers."""
+# Types of a part of `content` that holds text.
 TEXT_PARTS = {"text", "input_text", "output_text"}
-"""Types of a part of `content` that holds text."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def _weight(number: int, turn: dict[str, Any]) -> bool:
 
 def _joined(parts: list[Any], role: str, at: str) -> Any:
     """Return the text of a content that comes in parts, as templates for text alone take it."""
-    texts = [part if isinstance(part, str) else _text_of(part) for part in parts]
-    if all(text is not None for text in texts):
-        return "".join(text for text in texts if text is not None)
-    other = parts[texts.index(None)]
+    texts = [part.get("text") if is_text(part) else part for part in parts]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(texts)
+    other = next(part for part, text in zip(parts, texts, strict=True) if not isinstance(text, str))
     if role == "tool" and not (isinstance(other, Mapping) and "type" in other):
         return parts  # data that a tool returned, and no parts
     kind = other.get("type") if isinstance(other, Mapping) else type(other).__name__
@@ -138,12 +138,6 @@ def _joined(parts: list[Any], role: str, at: str) -> Any:
 def is_text(part: Any) -> bool:
     """Tell whether a part of a content is one of text."""
     return isinstance(part, Mapping) and (part.get("type") or "text") in TEXT_PARTS
-
-
-def _text_of(part: Any) -> str | None:
-    """Return the text of one part; None if it is of another type."""
-    text = part.get("text") if is_text(part) else None
-    return text if isinstance(text, str) else None
 
 
 def _call(call: Any, at: str) -> Any:

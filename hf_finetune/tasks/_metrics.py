@@ -21,8 +21,8 @@ from hf_finetune.tasks.base import IGNORE
 
 Array = np.ndarray[Any, Any]
 
+# As in table 1 of Guo et al. 2017, On Calibration of Modern Neural Networks.
 BINS = 15
-"""As in table 1 of Guo et al. 2017, On Calibration of Modern Neural Networks."""
 
 
 @dataclass(frozen=True)

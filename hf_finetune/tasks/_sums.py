@@ -15,8 +15,8 @@ from scipy import special
 
 Array = np.ndarray[Any, Any]
 
+# Classes up to which each has an interval of its own.
 LISTED = 60
-"""Classes up to which each has an interval of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
     ones = np.ones(len(labels))
     parts = [sparse.csr_matrix(np.stack([loss, right, ones])), cells(labels, ones), cells(predicted, ones)]
     of_rows = sparse.vstack([*parts, cells(labels, right)]).tocsr()
-    return Sums(of_rows, lambda added: _of_classes(added, names))
 
+    def metrics(added: Array) -> dict[str, Array]:
+        (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
+        expected = (truth * predicted).sum(axis=0)
+        spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
+        # Gorodkin 2004; 0 where one class is all there is, as in scikit-learn
+        matthews = np.divide(right * rows - expected, np.sqrt(spread), out=np.zeros_like(right), where=spread > 0)
+        whole = {"loss": loss / rows, "accuracy": right / rows, "matthews": matthews}
+        return whole | _f1(truth, predicted, hits, names)
 
-def _of_classes(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Compute metrics from sums of loss, right rows, rows, and true, predicted and right rows of each class."""
-    (loss, right, rows), (truth, predicted, hits) = added[:3], np.split(added[3:], 3)
-    expected = (truth * predicted).sum(axis=0)
-    spread = (rows**2 - (truth**2).sum(axis=0)) * (rows**2 - (predicted**2).sum(axis=0))
-    # Gorodkin 2004; 0 where one class is all there is, as in scikit-learn
-    matthews = np.divide(right * rows - expected, np.sqrt(spread), out=np.zeros_like(right), where=spread > 0)
-    return {"loss": loss / rows, "accuracy": right / rows, "matthews": matthews} | _f1(truth, predicted, hits, names)
+    return Sums(of_rows, metrics)
 
 
 def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float) -> Sums:
@@ -88,16 +88,13 @@ def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float
     loss = (np.logaddexp(0.0, logits) - logits * truth).mean(axis=1)
     wrong = (predicted != truth).mean(axis=1)
     head = np.stack([loss, (wrong == 0).astype(np.float64), wrong, np.ones(len(truth))])
-    return Sums(
-        np.concatenate([head, truth.T, predicted.T, (truth * predicted).T]), lambda added: _of_cells(added, names)
-    )
 
+    def metrics(added: Array) -> dict[str, Array]:
+        (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
+        whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
+        return whole | _f1(truth, predicted, hits, names, every=True)
 
-def _of_cells(added: Array, names: Sequence[str]) -> dict[str, Array]:
-    """Compute metrics from the sums of loss, right rows, share of wrong cells, rows, and each label's cells."""
-    (loss, right, wrong, rows), (truth, predicted, hits) = added[:4], np.split(added[4:], 3)
-    whole = {"loss": loss / rows, "accuracy": right / rows, "hamming_loss": wrong / rows}
-    return whole | _f1(truth, predicted, hits, names, every=True)
+    return Sums(np.concatenate([head, truth.T, predicted.T, (truth * predicted).T]), metrics)
 
 
 def _f1(truth: Array, predicted: Array, hits: Array, names: Sequence[str], *, every: bool = False) -> dict[str, Array]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 def checked(values: Sequence[Any], column: str) -> list[str]:
     """Return the texts of a column.
@@ -30,18 +32,10 @@ def checked(values: Sequence[Any], column: str) -> list[str]:
             bad.add(row, f"column {column!r} holds {_kind(value)}, not text; write it in quotes or remove it")
         elif not value.strip():
             bad.add(row, f"column {column!r} is empty; remove the row or fill it in")
-        elif not _encodes(value):
+        elif SURROGATES.search(value):  # tokenizers take only what UTF-8 can write
             bad.add(row, f"column {column!r} holds half a surrogate pair, which is no character; write the text anew")
     bad.raise_any()
     return list(values)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _kind(value: Any) -> str:
@@ -108,8 +102,8 @@ def padded(rows: list[Features], tokenizer: Any) -> Batch:
 # Unicode noncharacter) behind their first one; texts with such guards are tokenised by `plain`.
 
 GUARD = "\ufdd0"
+# Around the alias of a special token: noncharacters, too.
 BEGIN, END = "\ufdd1", "\ufdd2"
-"""Around the alias of a special token: noncharacters, too."""
 
 
 def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
@@ -179,10 +173,10 @@ def _with_aliases(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[i
 
 # Chat templates that print today's date: the date is pinned, so that the same rows give the same tokens on any day.
 
+# The function of transformers that gives a template the date and time.
 CLOCK = "strftime_now"
-"""The function of transformers that gives a template the date and time."""
+# Directives of strftime.
 LETTERS = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZC"
-"""Directives of strftime."""
 
 
 def reads_clock(processor: Any) -> bool:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+# Token ids and offsets of several texts.
 Tokens = tuple[list[list[int]], list[list[Span]]]
-"""Token ids and offsets of several texts."""
 
 
 class Marked(NamedTuple):
@@ -173,11 +173,11 @@ def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], offsets: list[S
 # (`masking_utils.find_packed_sequence_indices`) makes a causal mask that is block-diagonal, for the attention
 # implementations in `PACKED_ATTENTION`. Shapes: B rows, T tokens.
 
+# Attention implementations that packing is offered for. `flash_attention_2` sees documents only in a batch of one
+# row, so it is left out.
 PACKED_ATTENTION = ("eager", "sdpa")
-"""Attention implementations that packing is offered for. `flash_attention_2` sees documents only in a batch of one
-row, so it is left out."""
+# Rows are padded to a multiple of this on CUDA, where tensor cores want it.
 MULTIPLE_ON_GPU = 8
-"""Rows are padded to a multiple of this on CUDA, where tensor cores want it."""
 
 
 def padded(features: list[dict[str, Any]], pad: int) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -15,7 +15,7 @@ from hf_finetune.config.section import ASK, SEEN, Key
 from hf_finetune.errors import ModelError, Problem
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _texts, _tokens
-from hf_finetune.tasks._chat import Renderer, Spoken
+from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks.base import (
     IGNORE,
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from hf_finetune.tasks._sums import Sums
 
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
+# Tokens of a plain text that a sample continues.
 CONTINUED = 32
-"""Tokens of a plain text that a sample continues."""
+# Predictions: sums over the counted tokens of a row.
 SUMS = ("nats", "tokens", "right")
-"""Predictions: sums over the counted tokens of a row."""
 
 
 class CausalLM(Task):
@@ -232,11 +232,22 @@ class CausalLM(Task):
             ModelError: The tokenizer has no EOS, or its chat template ends no turn.
         """
         renderer = self.renderer(processor)
-        spoken, marked = self._marked(rows, renderer)
-        return [
-            {**_cut(row.ids, row.labels, limit), "remarks": _remarks(said.lost, splits=row.splits)}
-            for said, row in zip(spoken, marked, strict=True)
-        ]
+        found: list[Features] = []
+        for row, lost in zip(*self._marked(rows, renderer), strict=True):
+            labels = row.labels[:limit]
+            struck = {one.check for one in lost if one.check is not None} | ({"split_token"} if row.splits else set())
+            found.append(
+                {
+                    "input_ids": row.ids[:limit],
+                    "labels": labels,
+                    "size": len(labels),
+                    "whole": len(row.ids),
+                    # Nothing predicts the first token.
+                    "weight": len(labels[1:]) - labels[1:].count(IGNORE),
+                    "remarks": sum(REMARKS[check] for check in struck),
+                }
+            )
+        return found
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Renders chats as this task trains them."""
@@ -244,17 +255,17 @@ class CausalLM(Task):
 
     def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
         """Name the turn that the template drops a part of."""
-        spoken = self._marked(row, self.renderer(tokenizer))[0][0]
-        return next((f"{one.at}: {one.what}" for one in spoken.lost if one.check == check), "")
+        (lost,) = self._marked(row, self.renderer(tokenizer))[1]
+        return next((f"{one.at}: {one.what}" for one in lost if one.check == check), "")
 
-    def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[Spoken], list[_tokens.Marked]]:
-        """Return rows as text, and as tokens."""
+    def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[_tokens.Marked], list[tuple[Lost, ...]]]:
+        """Return rows as tokens, and what the template dropped of each."""
         reader, train_on = self._reader, self.train_on
         if self._is_chat(renderer.tokenizer):
-            spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on=train_on))
-            return spoken, _tokens.mark(renderer, [said.rendered for said in spoken])
-        spoken = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
-        return spoken, _tokens.mark_plain(renderer, [said.rendered for said in spoken])
+            spoken = examples.each(rows, lambda row: renderer.spoken(reader.chat(row), train_on=train_on))
+            return _tokens.mark(renderer, [text for text, _ in spoken]), [lost for _, lost in spoken]
+        texts = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
+        return _tokens.mark_plain(renderer, texts), [()] * len(texts)
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad rows on the right; lists of documents are joined, each list to one row."""
@@ -341,16 +352,15 @@ class CausalLM(Task):
         """Return fixed prompts, or those of the first validation rows; none without validation rows."""
         if rows is None or not self.sample_prompts:
             return None
-        return Prompts(self._sample_ids(rows, processor), self.max_new_tokens)
-
-    def _sample_ids(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         if isinstance(self.sample_prompts, int):
-            return self.prompts(rows[: self.sample_prompts], tokenizer, self.sample_prompts)
-        if not self._is_chat(tokenizer):
-            return _tokens.prompt_ids(tokenizer, self._guarded(self.sample_prompts, tokenizer), plain=True)
-        renderer = self.renderer(tokenizer)
-        texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
-        return _tokens.prompt_ids(tokenizer, texts, plain=False)
+            ids = self.prompts(rows[: self.sample_prompts], processor, self.sample_prompts)
+        elif self._is_chat(processor):
+            renderer = self.renderer(processor)
+            texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
+            ids = _tokens.prompt_ids(processor, texts, plain=False)
+        else:
+            ids = _tokens.prompt_ids(processor, self._guarded(self.sample_prompts, processor), plain=True)
+        return Prompts(ids, self.max_new_tokens)
 
     def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
         """Return token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
@@ -426,20 +436,8 @@ class CausalLM(Task):
         return templated and self.text is None
 
 
-def _remarks(lost: Iterable[Lost], *, splits: bool) -> int:
-    """Return the bits of `REMARKS`."""
-    found = {one.check for one in lost} | ({"split_token"} if splits else set())
-    return sum(REMARKS[check] for check in found if check is not None)
-
-
 def _stacked(predictions: Predictions) -> Any:
     """(N, 3) float32."""
     import numpy as np
 
     return np.stack([predictions[name] for name in SUMS], axis=1).astype(np.float32)
-
-
-def _cut(ids: list[int], labels: list[int], limit: int) -> Features:
-    kept = labels[:limit]
-    trained = len(kept[1:]) - kept[1:].count(IGNORE)
-    return {"input_ids": ids[:limit], "labels": kept, "size": len(kept), "whole": len(ids), "weight": trained}

@@ -15,8 +15,8 @@ from hf_finetune.tasks import _image
 from hf_finetune.tasks._classifier import Classifier
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
 
+# Pixels of a patch's side, by which the size of an image is told: as of most vision transformers.
 PATCH = 16
-"""Pixels of a patch's side, by which the size of an image is told: as of most vision transformers."""
 
 
 class ImageClassification(Classifier):

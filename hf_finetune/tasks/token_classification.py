@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from hf_finetune.tasks._sums import Sums
 
+# Tag of a word that belongs to no entity.
 OUTSIDE = "O"
-"""Tag of a word that belongs to no entity."""
 
 
 class TokenClassification(Task):
