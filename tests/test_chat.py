@@ -69,7 +69,7 @@ def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) ->
     """The trained parts of a chat, as text."""
     tokenizer = byte_tokenizer(template)
     renderer = Renderer(tokenizer)
-    ids, labels, _ = mark(renderer, [renderer.spans(Chat.parse(messages, tools))])[0]
+    ids, labels, _ = mark(renderer, [renderer.spoken(Chat.parse(messages, tools), train_on="assistant")[0]])[0]
     runs: list[list[int]] = [[]]
     for token, label in zip(ids, labels, strict=True):
         if label != IGNORE:
@@ -165,7 +165,7 @@ def test_a_template_that_drops_tools_is_refused() -> None:
     with pytest.raises(DataError, match="drops the tool 'add'"):
         trained(PREFIXED, [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}])
     with pytest.raises(DataError, match="drops the tool 'add'"):
-        Renderer(byte_tokenizer(MARKED)).whole(Chat(CHAT, [{"name": "add"}]))
+        Renderer(byte_tokenizer(MARKED)).spoken(Chat(CHAT, [{"name": "add"}]), train_on="all")
 
 
 def test_json_text_is_read_like_lists() -> None:
@@ -208,7 +208,7 @@ def test_a_refusal_says_what_to_do() -> None:
 
 def test_the_templates_own_bos_is_the_only_one() -> None:
     renderer = Renderer(byte_tokenizer("{{ bos_token }}" + PREFIXED, adds_bos=True))
-    ids, labels, _ = mark(renderer, [renderer.spans(Chat(CHAT))])[0]
+    ids, labels, _ = mark(renderer, [renderer.spoken(Chat(CHAT), train_on="assistant")[0]])[0]
     assert ids.count(renderer.tokenizer.bos_token_id) == 1
     assert ids[0] == renderer.tokenizer.bos_token_id
     assert labels[0] == IGNORE
@@ -234,7 +234,9 @@ def test_a_header_that_swallows_white_space_is_not_trained() -> None:
     tokenizer = byte_tokenizer(PREFIXED)
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|assistant|>", rstrip=True)]})
     renderer = Renderer(tokenizer)
-    ids, labels, _ = mark(renderer, [renderer.spans(Chat([CHAT[1], {"role": "assistant", "content": "  x"}]))])[0]
+    ids, labels, _ = mark(
+        renderer, [renderer.spoken(Chat([CHAT[1], {"role": "assistant", "content": "  x"}]), train_on="assistant")[0]]
+    )[0]
     assert tokenizer.decode([label for label in labels if label != IGNORE]).endswith("x</s>")
     assert labels[ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>"))] == IGNORE
 
@@ -242,7 +244,7 @@ def test_a_header_that_swallows_white_space_is_not_trained() -> None:
 def test_prefixes_and_markers_of_the_same_chat_agree(tiny_llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     renderer = Renderer(tokenizer)
-    marked = mark(renderer, [renderer.spans(Chat(CHAT))])
+    marked = mark(renderer, [renderer.spoken(Chat(CHAT), train_on="assistant")[0]])
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     renderer = Renderer(tokenizer)
-    assert mark(renderer, [renderer.spans(Chat(CHAT))]) == marked
+    assert mark(renderer, [renderer.spoken(Chat(CHAT), train_on="assistant")[0]]) == marked

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.tasks import _labels
+from hf_finetune.tasks.base import State
 
 if TYPE_CHECKING:
     import torch
@@ -247,16 +249,6 @@ def write_labels(folder: str | Path, options: Mapping[str, Any]) -> None:
         (Path(folder) / LABELS).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_labels(folder: str | Path) -> tuple[str, ...] | None:
-    """Return label names in the order of their ids; None where the folder has no such file.
-
-    Raises:
-        ModelError: The file is damaged.
-    """
-    options = label_options(folder)
-    return tuple(options["id2label"].values()) if options else None
-
-
 def label_options(folder: str | Path) -> dict[str, Any]:
     """Return keyword arguments for `from_pretrained`, as the task gave them; none for a folder without labels.
 
@@ -272,12 +264,7 @@ def label_options(folder: str | Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": None if kind is None else str(kind),
-    }
+    return {**_labels.model_options(State(tuple(names))), "problem_type": None if kind is None else str(kind)}
 
 
 def check_labels(folder: str | Path, names: Sequence[str]) -> None:
@@ -290,9 +277,9 @@ def check_labels(folder: str | Path, names: Sequence[str]) -> None:
     Raises:
         RecipeError: Names, order or number differ.
     """
-    stored = read_labels(folder)
+    stored = tuple(label_options(folder).get("id2label", {}).values())
     # The single name of a regression is only a column's.
-    if stored is None or not names or stored == tuple(names) or len(stored) == len(names) == 1:
+    if not stored or not names or stored == tuple(names) or len(stored) == len(names) == 1:
         return
     # The same rows of its weights would mean something else.
     both = f"the adapter was trained on the labels {', '.join(stored)}, this run has {', '.join(names)}"

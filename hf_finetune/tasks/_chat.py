@@ -121,6 +121,7 @@ class Renderer:
         Raises:
             ModelError: There is none, so that the model could not learn to stop.
         """
+        # Any word that no template writes by itself.
         answer = "qwertyuiop"
         turns = [{"role": "user", "content": "asdf"}, {"role": "assistant", "content": answer}]
         text = self._render(Chat(turns))[0]
@@ -255,9 +256,11 @@ class Renderer:
             except DataError as error:
                 refusal = refusal or error
                 continue
+            # A template for text alone writes the list of parts as Python does, and refuses nothing.
             if form.messages != chat.messages and PARTS.search(rendered[0]):
                 continue
             lost = self._lost(form, rendered[0])
+            # The first form of which nothing essential is dropped; else the first that was rendered at all.
             if all(one.check is not None for one in lost):
                 return form, rendered, lost
             first = first or (form, rendered, lost)
@@ -268,6 +271,7 @@ class Renderer:
     def _forms(self, chat: Chat) -> Iterator[Chat]:
         calls = any("tool_calls" in turn for turn in chat.messages)
         silent = any(_is_silent(turn) for turn in chat.messages)
+        # A template that asks whether the content is none wants null; most others fail on it, or print it.
         contents: tuple[Any, ...] = (_ABSENT, "", None)
         if silent and TESTS_NONE.search(self._template(chat)):
             contents = (None, _ABSENT, "")

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import Key
-from hf_finetune.tasks import _labels
+from hf_finetune.tasks import _labels, _losses
 from hf_finetune.tasks.base import IGNORE, Batch, Column, Judged, Loss, OutputKind, Plot, Predictions, Rows, State, Task
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Classifier(Task):
 
     def refit(self, state: State, counts: tuple[int, ...], rows: int) -> State:
         """Return the state with these counts, and class weights that are balanced by them; see `Task.refit`."""
+        # Rows that were dropped must not weigh: the weights balance what is trained on.
         state = super().refit(state, counts, rows)
         if self.class_weights != "balanced":
             return state
@@ -167,8 +168,6 @@ class Classifier(Task):
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Sum of the rows' class weights, or number of cells, or of rows: the divisor of torch's mean losses."""
-        from hf_finetune.tasks import _losses
-
         labels = batch["labels"]
         match self.problem:
             case "single_label":
@@ -182,8 +181,6 @@ class Classifier(Task):
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Return cross-entropy, binary cross-entropy or squared error, summed."""
-        from hf_finetune.tasks import _losses
-
         logits, labels = model(**self.inputs(batch)).logits, batch["labels"]
         match self.problem:
             case "single_label":
@@ -199,6 +196,7 @@ class Classifier(Task):
         self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """Return `logits` (B, C) float32, and the `labels`, if known, as they were collated."""
+        # NumPy, which metrics are computed with, has no bfloat16.
         found = {"logits": model(**self.inputs(batch)).logits.float()}
         return {**found, "labels": batch["labels"]} if "labels" in batch else found
 
@@ -239,6 +237,7 @@ class Classifier(Task):
         from hf_finetune.tasks import _metrics
 
         logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
+        # A regression without a truth has NaN, the others `IGNORE`.
         known = ~np.isnan(labels) & (labels != IGNORE)
         places = np.flatnonzero(known if labels.ndim == 1 else known.all(axis=1))
         logits, labels = logits[places], labels[places]
@@ -249,6 +248,7 @@ class Classifier(Task):
         probabilities, chosen = _metrics.decide(self.problem, logits, self.threshold)
         if self.problem == "multi_label":
             truth = labels > 0.5
+            # A label that was left out was left out with 1 - p.
             sure = np.where(chosen, probabilities, 1 - probabilities)
             wrong = chosen != truth
             confidence = np.where(wrong, sure, 0.0).max(axis=1, initial=0.0)

@@ -92,6 +92,7 @@ def lost(chat: Chat, text: str, template: str, probe: Probe) -> tuple[Lost, ...]
     """
     rendered = Text(text)
     gone = _repeated(chat, rendered)
+    # Rendering once more takes as long as the row itself: long texts, which nothing repeats by chance, are not probed.
     if any(0 < len(said.strip()) < SHORT for turn in chat.messages for said in _sayings(turn).values()):
         gone |= probe(chat)
     return (

@@ -130,12 +130,14 @@ def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
         for holder in (model, inner) if inner is not model else (model,):
             stack.callback(setattr, holder, "generation_config", holder.generation_config)
             holder.generation_config = config
+        # Training goes on with the same random numbers, whether answers were generated or not.
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         model.eval()
         try:
             yield
         finally:
+            # One by one: `model.train()` would also wake what was frozen in evaluation mode.
             for module, training in modes:
                 module.training = training
 
@@ -143,6 +145,7 @@ def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
 def _batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
     """Yield the indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    # A batch is as wide as its longest prompt: rows of like length pad least.
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     roomy = [index for index in order if lengths[index] + max_new_tokens <= limit]
     for start in range(0, len(roomy), batch_size):
@@ -156,6 +159,7 @@ def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
     """New tokens of each prompt, padded by whatever stands after the first end token."""
     width = max(map(len, batch))
     pad = model.generation_config.pad_token_id
+    # On the left, as answers go on at the right.
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
     halt = StoppingCriteriaList([_Halt()])

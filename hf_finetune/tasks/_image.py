@@ -54,6 +54,7 @@ def opened(file: bytes) -> Image:
         image = Image.open(io.BytesIO(file))
         if image.width * image.height > MOST_PIXELS:
             raise DataError(f"holds an image of {image.width:,} x {image.height:,} pixels; make it smaller")
+        # Cameras store how they were held; processors of transformers do not look.
         turned: Image.Image = ImageOps.exif_transpose(image)
         return turned.convert("RGB")
     except UnidentifiedImageError:

@@ -416,6 +416,7 @@ def _declared(feature: Any, column: str, names: Sequence[str] | None) -> Declare
     id_of = {name: index for index, name in enumerate(names)}
     if any(_is_integer(name) for name in names) or set(names) == {"false", "true"}:
         return tuple(names), id_of
+    # Integers and booleans of the data stand for places in the list. Names come last: a name that is one of them wins.
     by_index = {str(index): index for index in range(len(names))}
     by_truth = {"false": 0, "true": 1} if len(names) == 2 else {}
     return tuple(names), by_index | by_truth | id_of
@@ -447,10 +448,12 @@ def _read(
             break
     bad.raise_any()
     if declared is None:
+        # `10` comes after `9` where all labels are integers.
         numeric = all(map(_is_integer, found))
         order = tuple(sorted(found, key=lambda text: (int(text) if numeric else 0, text)))
         declared = order, {name: index for index, name in enumerate(order)}
     names, ids_of = declared
+    # Several texts may stand for one label, as `True` and `true` do.
     counts = [0] * len(names)
     for text, count in found.items():
         if (number := id_of(text, ids_of)) is not None:

@@ -59,6 +59,7 @@ def calibration(rows: Array, bins: int = BINS) -> Calibration:
     edges = np.linspace(0.0, 1.0, bins + 1)
     confidence = special.softmax(logits, axis=1).max(axis=1, initial=0.0)
     right = (logits.argmax(axis=1) == labels).astype(float)
+    # A value on an edge belongs to the bin below it; 0.0 alone would fall out at the left.
     places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     counts, sure, hits = (np.bincount(places, weights, bins) for weights in (None, confidence, right))
     with np.errstate(invalid="ignore"):
@@ -112,6 +113,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
     log_probabilities = special.log_softmax(logits, axis=1)
     predicted = decide("single_label", logits, 0.0)[1]
     hits = np.eye(len(names), dtype=np.int8)[truth]
+    # Of two classes, the areas are those of class 1, as scikit-learn's of a binary problem.
     ranked = slice(1, None) if len(names) == 2 else slice(None)
     return _finite(
         {
@@ -183,6 +185,7 @@ def regression(predictions: Array, labels: Array) -> dict[str, float]:
         "rmse": math.sqrt(error),
         "mae": sk.mean_absolute_error(labels, predictions),
     }
+    # Both divide by the spread of the labels, correlations also by that of the predictions.
     if np.ptp(labels) > 0:
         found["r2"] = sk.r2_score(labels, predictions)
     if np.ptp(labels) > 0 and np.ptp(predictions) > 0:

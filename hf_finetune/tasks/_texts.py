@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -38,6 +39,28 @@ def checked(values: Sequence[Any], column: str) -> list[str]:
     return list(values)
 
 
+def lists(values: Sequence[Any], column: str, what: str, bad: BadRows) -> list[list[str]]:
+    """Return the lists of texts of a column, also where they are JSON text; an empty list where there is none.
+
+    Args:
+        values: One a row.
+        column: Its name.
+        what: What messages call the texts, e.g. `words`.
+        bad: Rows without such a list are added to it.
+    """
+    found = []
+    for row, value in enumerate(values):
+        try:
+            read = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            read = None
+        if not isinstance(read, list) or not all(isinstance(text, str) for text in read):
+            bad.add(row, f'column {column!r} holds no list of {what}; write it as a list of texts, e.g. ["a", "b"]')
+            read = []
+        found.append(read)
+    return found
+
+
 def _kind(value: Any) -> str:
     """Name the kind of a cell, without the value: the same fault of many rows is told once."""
     kinds = {bool: "true or false", int | float: "a number", list: "a list", dict: "an object"}
@@ -63,6 +86,7 @@ def tokenize(texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max
         message = f"{max_length} tokens leave no room for text beside {special} special tokens"
         raise RecipeError(Problem(message, key="data.max_length"))
     options = {"padding": False, "return_attention_mask": False, "verbose": False}
+    # Reports say how long rows were: a tokenizer that cuts does not tell what it cut off.
     whole = tokenizer(*texts, truncation=False, **options)
     lengths = [len(ids) for ids in whole["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > max_length]
@@ -109,6 +133,7 @@ BEGIN, END = "\ufdd1", "\ufdd2"
 def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Finds the special tokens of a tokenizer; None where it has none."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    # Of two tokens that begin alike, the regular expression must try the longer one first.
     longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if special else None
 
@@ -133,6 +158,7 @@ def plain(
     specials = pattern(tokenizer)
     for found in specials.finditer(text) if specials is not None else ():
         _copy(text, last, found.start(), written, origin)
+        # Every character of the alias comes from the token's first one, but the last: so offsets cover the whole token.
         alias = BEGIN + found[0] + END
         written.append(alias)
         origin += [found.start()] * (len(alias) - 1) + [found.end() - 1]

@@ -56,6 +56,7 @@ def mark_plain(renderer: Renderer, rendered: Sequence[Rendered]) -> list[Marked]
     Raises:
         ModelError: The tokenizer has no EOS token, so that the model could not learn to stop.
     """
+    # A chat template writes its own end; plain text has no other.
     eos = renderer.tokenizer.eos_token_id
     if eos is None:
         message = "the tokenizer has no EOS token to end a text with; name a model that has one"
@@ -199,6 +200,7 @@ def packed(features: list[Any], pad: int) -> Batch:
     ids = [[token for document in row for token in document["input_ids"]] for row in features]
     labels = [[label for document in row for label in (IGNORE, *document["labels"][1:])] for row in features]
     width = _width([len(row) for row in ids])
+    # The padding counts from 0, too, which makes a document of it.
     positions = [
         [position for document in row for position in range(len(document["input_ids"]))]
         + list(range(width - len(tokens)))

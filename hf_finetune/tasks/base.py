@@ -105,6 +105,7 @@ class State:
     """Anything else that the task keeps, as JSON holds it."""
 
     def __post_init__(self) -> None:
+        # Where nothing else is said, labels stand in the data by their names. The class is frozen, hence the detour.
         if not self.id_of:
             object.__setattr__(self, "id_of", {name: index for index, name in enumerate(self.names)})
 
@@ -375,6 +376,7 @@ class Task(Plugin):
         """Return a copy of a row that counts as nothing: it fills a rank that ran out of rows."""
         if isinstance(row, list):  # documents that share a sequence
             return [self.masked(document) for document in row]
+        # Numbers leave no value free for `IGNORE`: theirs is NaN. Types stay, as all rows make one tensor.
         label = row["labels"]
         if isinstance(label, list):
             ignored: Any = [type(label[0])(IGNORE)] * len(label) if label else []
@@ -497,6 +499,7 @@ class Task(Plugin):
 
     def probe(self, sizes: Sequence[int], processor: Any, state: State, *, packed: bool = False) -> Batch:
         """Return a batch of examples of these sizes, with labels: for the memory estimate, and to compare models."""
+        # One row at a time, as each is cut to a size of its own.
         rows: list[Any] = []
         for size in sizes:
             columns = {name: [value] for name, value in self.example(state, size).items()}

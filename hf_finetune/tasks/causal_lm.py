@@ -14,7 +14,7 @@ from hf_finetune.config.blocks import changed
 from hf_finetune.config.section import ASK, SEEN, Key
 from hf_finetune.errors import ModelError, Problem
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _texts, _tokens
+from hf_finetune.tasks import _losses, _texts, _tokens
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks.base import (
@@ -274,14 +274,10 @@ class CausalLM(Task):
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Return the number of counted tokens of the labels, a scalar."""
-        from hf_finetune.tasks import _losses
-
         return _losses.counted(batch["labels"]).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Return cross entropy summed over the counted tokens."""
-        from hf_finetune.tasks import _losses
-
         return Loss(_losses.next_token_loss(model, self.inputs(batch), batch["labels"], self.label_smoothing))
 
     def predict(
@@ -291,8 +287,6 @@ class CausalLM(Task):
 
         Adds nats and counted tokens at each position to the total `positions` (2, T).
         """
-        from hf_finetune.tasks import _losses
-
         found = _losses.each_next_token(model, self.inputs(batch), batch["labels"])
         if totals is not None:
             _losses.add_positions(totals, found, batch["labels"])

@@ -65,11 +65,13 @@ class ImageClassification(Classifier):
             with bad.collect():
                 labels = self.labels_of(rows, state)
         bad.raise_any()
+        # A processor makes all images one size: the first tells that of all.
         pixels = self._pixels(files[:1], processor)["pixel_values"].shape[-2:]
         size = max(1, pixels[0] // PATCH * (pixels[1] // PATCH))
         found: list[Features] = [
             {
                 "file": file,
+                # Equal images are found by it, without holding their bytes.
                 "digest": hashlib.blake2b(file, digest_size=16).hexdigest(),
                 "size": size,
                 # An image is never cut: none is too long for `data.max_length`.

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.errors import BadRows
+from hf_finetune.tasks import _texts
 from hf_finetune.tasks._classifier import Classifier
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
 
@@ -41,8 +42,6 @@ class TextClassification(Classifier):
             RowsError: A text or a label is missing or unfit; every row of the batch of which that is so.
             RecipeError: `limit` leaves no room for text.
         """
-        from hf_finetune.tasks import _texts
-
         columns: list[list[str]] = []
         labels: Any = ()
         labelled = any(column in rows for column in self.label_columns())
@@ -64,8 +63,6 @@ class TextClassification(Classifier):
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad to the longest row of the batch, on the right."""
-        from hf_finetune.tasks import _texts
-
         return _texts.padded(features, processor) | self.label_batch(features)
 
     def example(self, state: State, size: int) -> dict[str, Any]:

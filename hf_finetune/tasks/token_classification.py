@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import Key
 from hf_finetune.errors import BadRows
-from hf_finetune.tasks import _labels
+from hf_finetune.tasks import _labels, _losses, _texts
 from hf_finetune.tasks.base import (
     IGNORE,
     Batch,
@@ -103,7 +102,10 @@ class TokenClassification(Task):
             RowsError: Words or tags are missing or unfit, or not equally many; all rows of which that is so.
         """
         bad = BadRows()
-        words = [_words(value, index, self.words, bad) for index, value in enumerate(rows[self.words])]
+        words = _texts.lists(rows[self.words], self.words, "words", bad)
+        for index, some in enumerate(words):
+            if any(map(is_blank, some)):
+                bad.add(index, f"column {self.words!r} holds an empty word; remove it, and its tag")
         tags: list[list[int]] | None = None
         if self.tags in rows:
             with bad.collect():
@@ -115,12 +117,14 @@ class TokenClassification(Task):
                     )
         bad.raise_any()
         options = {"is_split_into_words": True, "return_attention_mask": False, "verbose": False}
+        # Twice, as a tokenizer that cuts does not tell how long a row was.
         whole = [len(ids) for ids in processor(words, **options)["input_ids"]]
         encoding = processor(words, truncation=True, max_length=limit, **options)
         continued = [_inside(name, state) for name in state.names]
         found = []
         for index, ids in enumerate(encoding["input_ids"]):
             word_ids = encoding.word_ids(index)
+            # Special tokens belong to no word; later tokens of a word to the same one as the token before.
             starts = [
                 0 if w is None or w == before else w + 1 for before, w in zip([None, *word_ids], word_ids, strict=False)
             ]
@@ -142,9 +146,7 @@ class TokenClassification(Task):
         """Pad to the longest row of the batch, on the right."""
         import torch
 
-        from hf_finetune.tasks import _texts as texts
-
-        batch = texts.padded(features, processor)
+        batch = _texts.padded(features, processor)
         width = batch["input_ids"].shape[1]
         for name, fill in (("starts", 0), ("labels", IGNORE)):
             if name in features[0]:
@@ -161,8 +163,6 @@ class TokenClassification(Task):
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Return the cross-entropy of the tokens with a label, summed."""
-        from hf_finetune.tasks import _losses
-
         logits = model(**self.inputs(batch)).logits
         return Loss(
             _losses.cross_entropy_sum(logits.flatten(0, 1), batch["labels"].flatten(), (), self.label_smoothing)
@@ -319,17 +319,3 @@ def _inside(name: str, state: State) -> int:
     """Return the id of the tag of a word's later tokens: `I-city` for `B-city`, where there is one."""
     inside = f"I-{name[2:]}" if name.startswith("B-") else name
     return state.names.index(inside if inside in state.names else name)
-
-
-def _words(value: Any, row: int, column: str, bad: BadRows) -> list[str]:
-    """Return the words of a cell; what is wrong with them is added to `bad`."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        found = value
-    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
-        bad.add(row, f'column {column!r} holds no list of words; write it as a list of texts, e.g. ["a", "b"]')
-        return []
-    if any(is_blank(word) for word in found):
-        bad.add(row, f"column {column!r} holds an empty word; remove it, and its tag")
-    return found
