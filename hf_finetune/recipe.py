@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     AnyTask = Task
     AnyAdapter = Adapter
 else:
+    # A dump would otherwise have only the fields of `Task`.
     AnyTask = SerializeAsAny[union("hf_finetune.tasks", Task)]
     AnyAdapter = SerializeAsAny[union("hf_finetune.adapters", Adapter)]
 
@@ -124,6 +125,7 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """Write this recipe as YAML, with every default; `load` reads it back to an equal recipe."""
+        # Defaults too: another version may have others, and this run began with these.
         return yamlfile.document(self.model_dump(mode="json"))
 
     # Rules between blocks. One a method, because each runs alone where the fields of another can't be read.

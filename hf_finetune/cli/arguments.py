@@ -100,6 +100,11 @@ class Node:
         """Of all nodes."""
         return self.processes * self.nodes
 
+    @property
+    def needs_launcher(self) -> bool:
+        """Tell that there are several processes, or a launcher configuration, which may ask for more than these."""
+        return self.all_processes > 1 or bool(os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"))
+
     @classmethod
     def of(cls, variables: Mapping[str, str], processes: str | None = None) -> Node:
         """Read the variables that `hf_finetune.launch` names.
@@ -112,7 +117,7 @@ class Node:
             RecipeError: One is no number, or does not fit the others; exit code 2.
         """
 
-        def number(name: str, default: int) -> int:
+        def whole(name: str, default: int) -> int:
             text = variables.get(name, "").strip() or str(default)
             if not text.isdecimal():
                 raise RecipeError(Problem(f"{text!r} is no whole number", key=name))
@@ -122,16 +127,16 @@ class Node:
             variables = {**variables, "PET_NPROC_PER_NODE": processes}
         # torchrun knows these words too, and Kubeflow's Trainer sets them.
         is_auto = variables.get("PET_NPROC_PER_NODE", "") in ("", "auto", "gpu", "cpu")
-        count = visible_devices() if is_auto else number("PET_NPROC_PER_NODE", 0)
-        nodes, rank = number("PET_NNODES", 1), number("PET_NODE_RANK", 0)
-        address, port = variables.get("PET_MASTER_ADDR", ""), number("PET_MASTER_PORT", PORT)
-        if count < 1 or nodes < 1:
+        own = visible_devices() if is_auto else whole("PET_NPROC_PER_NODE", 0)
+        nodes, rank = whole("PET_NNODES", 1), whole("PET_NODE_RANK", 0)
+        address, port = variables.get("PET_MASTER_ADDR", ""), whole("PET_MASTER_PORT", PORT)
+        if own < 1 or nodes < 1:
             raise RecipeError("PET_NPROC_PER_NODE and PET_NNODES are 1 at least; `auto` counts the visible GPUs")
         if rank >= nodes:
             raise RecipeError(f"PET_NODE_RANK is {rank}, but of {nodes} nodes; it counts from 0")
         if nodes > 1 and not address:
             raise RecipeError("PET_MASTER_ADDR is not set; it names the first node, as every other one reaches it")
-        return cls(count, nodes, rank, address if nodes > 1 else "", port)
+        return cls(own, nodes, rank, address if nodes > 1 else "", port)
 
 
 def visible_devices() -> int:

@@ -164,13 +164,11 @@ def run_train(arguments: argparse.Namespace) -> None:
         found.located(reading.locate).raise_errors()
     if reading.recipe is None:
         raise AssertionError("a recipe that can't be read has a problem")
-    if arguments.processes is not None and not _is_worker():
-        node = Node.of(os.environ, arguments.processes)
-        # A launcher configuration may ask for more than processes, so it is followed for a single one, too.
-        if node.all_processes > 1 or os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
-            log.close()  # the live display belongs to the processes
-            command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
-            os.execv(sys.executable, command)  # noqa: S606, no shell is the point
+    several = arguments.processes is not None and not _is_worker()
+    if several and Node.of(os.environ, arguments.processes).needs_launcher:
+        log.close()  # the live display belongs to the processes
+        command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
+        os.execv(sys.executable, command)  # noqa: S606, no shell is the point
     for note in reading.notes:
         log.say(f"note: {note}")
     if repeat is not None:

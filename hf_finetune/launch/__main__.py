@@ -44,7 +44,7 @@ def _train(words: list[str]) -> int:
     output = Path(reading.recipe.output)
     health.point_to(output)
     node = Node.of(os.environ, arguments.processes)
-    if node.all_processes == 1 and not os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"):
+    if not node.needs_launcher:
         launch.replace(words)
     return launch.several(node, words, output / "status.json")
 

@@ -27,6 +27,7 @@ from hf_finetune.log.lines import Lines, Message, Phase, printable
 _logger = logging.getLogger("hf_finetune")
 _logger.propagate = False  # handlers of the root logger would print every line once more
 _logger.setLevel(logging.INFO)
+# From the import on: a script that uses the Python API opens nothing, and still sees warnings and notes.
 _handler = Lines()
 _logger.addHandler(_handler)
 

@@ -191,7 +191,7 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
-WIDTH = 100
+WIDTH = 100  # columns; a notebook does not tell how wide a cell is
 
 
 class NotebookDisplay(Lines):

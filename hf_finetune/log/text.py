@@ -48,6 +48,7 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
         heads: One a column.
         sections: Rows of cells; a line is drawn between sections.
     """
+    # Only tables for a terminal need rich; cards and reports do without.
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
