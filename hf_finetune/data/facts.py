@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from hf_finetune.data import encoding as data_encoding
 from hf_finetune.data.encoding import INDEX, MARKS, Encoder, Encoding
@@ -331,8 +332,6 @@ class _Counting:
 
 def _flat(rows: Any, name: str) -> tuple[Array, Array]:
     """Return all values of a column of lists, and where each row starts in them, with the end; (N,), (rows + 1,)."""
-    chunks = rows[name].chunks
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
-    lengths = [chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks]
-    starts = np.concatenate([[0], np.cumsum(np.concatenate([*lengths, [0]])[:-1])]).astype(np.int64)
-    return (np.concatenate(values) if values else np.empty(0, dtype=np.int32)), starts
+    values: Array = pc.list_flatten(rows[name]).to_numpy()
+    lengths = pc.list_value_length(rows[name]).to_numpy()
+    return values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -126,18 +126,13 @@ def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datas
     if problems:
         raise DataError(problems)
     features = datasets.Features({column: columns.feature(column) for column in wanted.columns})
-    if features.arrow_schema.types != schema.types:
-        part = target.with_suffix(".part")
-        # Batch by batch, for the rows may not fit in memory.
-        with (
-            pa.memory_map(str(target)) as source,
-            pa.OSFile(str(part), "wb") as sink,
-            pa.ipc.new_stream(sink, features.arrow_schema) as writer,
-        ):
-            for batch in pa.ipc.open_stream(source):
-                writer.write_table(pa.Table.from_batches([batch]).cast(features.arrow_schema))
-        part.replace(target)
-    return datasets.Dataset.from_file(str(target), info=datasets.DatasetInfo(features=features))
+    if features.arrow_schema.types == schema.types:
+        return datasets.Dataset.from_file(str(target), info=datasets.DatasetInfo(features=features))
+    # Batch by batch into another file, for the rows may not fit in memory.
+    place = str(target.with_suffix(".cast"))
+    typed = datasets.Dataset.from_file(str(target)).cast(features, load_from_cache_file=False, cache_file_name=place)
+    target.unlink()  # or the texts would be on the disk twice
+    return typed
 
 
 def _write(columns: Columns, file: str, writer: Any, schema: Any) -> list[Problem]:
