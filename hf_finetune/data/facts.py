@@ -89,7 +89,7 @@ class _Stretch:
         self.starts: Array = np.zeros(len(rows) + 1, dtype=np.int64)
         """Tokens of all rows, and the begin of each row in them, with the end."""
         if ids is not None:
-            self.ids, self.starts = _flat(rows, ids)
+            self.lists, (self.ids, self.starts) = rows[ids], _flat(rows, ids)
         self.content = None if content == ids else rows[content].to_pylist()
 
     def column(self, name: str) -> Array:
@@ -101,11 +101,8 @@ class _Stretch:
         """Return the tokens of some rows, which are counted from the first one here."""
         if len(rows) == len(self.kept):
             return self.ids
-        lengths = np.diff(self.starts)[rows]
-        # The positions of all tokens of the rows: each row's own start, counted up.
-        before = np.cumsum(lengths) - lengths
-        offsets = np.repeat(self.starts[:-1][rows] - before, lengths)
-        return self.ids[offsets + np.arange(len(offsets))]
+        found: Array = pc.list_flatten(self.lists.take(rows)).to_numpy()
+        return found
 
     def hashes(self) -> Array:
         """Return a hash for each row that is used."""
