@@ -67,8 +67,8 @@ def reviews(rows: int) -> list[dict[str, Any]]:
 
 
 def write(made: Made, file: Path, findings: Findings | None = None) -> str:
-    page = data.Page(made.recipe, made.prepared, made.tokenizer, findings or Findings(), PLAN)
-    data.write(str(file), page)
+    findings = findings or Findings()
+    data.write(str(file), made.recipe, made.prepared, tokenizer=made.tokenizer, findings=findings, plan=PLAN)
     return file.read_text(encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import read
 from hf_finetune.run.status import Status
-from hf_finetune.tracking import charts, events, records, tensorboard
+from hf_finetune.tracking import events, predictions, records, tensorboard
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.logdir import LogDir, check
 from hf_finetune.tracking.records import Record
@@ -231,7 +231,7 @@ def test_tokens_have_colours(chatter: Path) -> None:
 def test_a_language_model_has_loss_by_position_and_entropy(chatter: Path) -> None:
     assert events_of(chatter).Images("eval/loss_by_position")
     assert {"eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
-    losses, tokens = charts.row_losses(newest(chatter, "predictions").arrays["rows"], None)
+    losses, tokens = predictions.of(newest(chatter, "predictions")).losses()
     line = [line for line in read(chatter / "metrics.jsonl") if line["phase"] == "eval"][-1]
     assert float((losses * tokens).sum() / tokens.sum()) == pytest.approx(line["loss"], rel=1e-5)
 
@@ -468,7 +468,7 @@ def test_rows_without_a_label_are_left_out(problem: str, tmp_path: Path) -> None
     assert MARGIN[0] in drawn["scalars"]
     assert "nothing" not in drawn["histograms"]
     if problem != "regression":
-        assert len(charts.probabilities(rows, 3)[0]) == 15
+        assert len(predictions.probabilities(rows, 3)[0]) == 15
 
 
 def test_keys_of_a_recipe_are_what_the_tab_takes() -> None:

@@ -18,7 +18,7 @@ from matplotlib import font_manager
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 from hf_finetune.tasks._metrics import calibration, ece
-from hf_finetune.tracking import charts, figures
+from hf_finetune.tracking import charts, figures, predictions
 
 Array = np.ndarray[Any, Any]
 HOSTILE = "<b>$x^2$&\u202e"
@@ -50,10 +50,10 @@ def lines(steps: int = 100) -> list[dict[str, Any]]:
 POSITIONS = {"edges": np.array([0, 4, 8, 12]), "loss": np.array([2.0, 1.0, 0.0]), "tokens": np.array([8, 4, 0])}
 TOKENS = [{"tokens": ["the", " film", "\n", "!"], "losses": [None, 6.0, float("nan"), 3.0]}]
 DRAWN: dict[str, Callable[[], Any]] = {
-    "confusion": lambda: charts.confusion(rows(200, 4), names(4)),
-    "reliability": lambda: charts.reliability(rows(200, 4)),
-    "precision_recall": lambda: charts.precision_recall(rows(200, 4), names(4)),
-    "predicted": lambda: charts.predicted(np.array([[1.0, 2.0], [3.0, np.nan], [0.5, 0.0]])),
+    "confusion": lambda: predictions.confusion(rows(200, 4), names(4)),
+    "reliability": lambda: predictions.reliability(rows(200, 4)),
+    "precision_recall": lambda: predictions.precision_recall(rows(200, 4), names(4)),
+    "predicted": lambda: predictions.predicted(np.array([[1.0, 2.0], [3.0, np.nan], [0.5, 0.0]])),
     "positions": lambda: charts.positions(POSITIONS),
     "tokens": lambda: charts.tokens(TOKENS),
     "curves": lambda: charts.curves(lines(), ["loss"]),
@@ -91,14 +91,14 @@ def test_a_chart_is_an_element_in_the_colours_of_the_page() -> None:
 
 
 def test_names_are_no_markup_and_no_formulas() -> None:
-    drawn = figures.svg(charts.confusion(rows(50, 2), [HOSTILE, "電影"]))
+    drawn = figures.svg(predictions.confusion(rows(50, 2), [HOSTILE, "電影"]))
     assert "<b>" not in drawn
     assert "&lt;b&gt;$x^2$&amp;\\u202e" in drawn
 
 
 def test_confusion_holds_counts_and_shares_of_the_true_class() -> None:
     made = rows(300, 4)
-    axes = axes_of(charts.confusion(made, names(4)))[0]
+    axes = axes_of(predictions.confusion(made, names(4)))[0]
     counts = confusion_matrix(made[:, -1], made[:, :-1].argmax(axis=1))
     shares = axes.collections[0].get_array().reshape(4, 4)
     assert np.asarray(shares) == pytest.approx(counts / counts.sum(axis=1, keepdims=True))
@@ -108,7 +108,7 @@ def test_confusion_holds_counts_and_shares_of_the_true_class() -> None:
 def test_masked_rows_are_in_no_chart() -> None:
     made = rows(20, 2)
     made[:5, -1] = -100
-    shown = axes_of(charts.confusion(made, names(2)))[0]
+    shown = axes_of(predictions.confusion(made, names(2)))[0]
     assert sum(int(text) for text in texts(shown)) == 15
     assert calibration(made).counts.sum() == 15
 
@@ -117,7 +117,7 @@ def test_of_many_classes_the_most_confused_are_drawn() -> None:
     labels = np.arange(40).repeat(3)
     guessed = np.where(labels == 37, 2, labels)
     made = np.column_stack([np.eye(40)[guessed], labels])
-    axes = axes_of(charts.confusion(made, names(40)))[0]
+    axes = axes_of(predictions.confusion(made, names(40)))[0]
     shown = [label.get_text() for label in axes.get_yticklabels()]
     assert len(shown) == 30
     assert {"class 2", "class 37"} <= set(shown)
@@ -150,7 +150,7 @@ def test_ece_without_rows_is_nan() -> None:
 
 def test_reliability_draws_the_bins_and_says_the_error() -> None:
     made = rows(500, 3)
-    upper, lower = axes_of(charts.reliability(made))
+    upper, lower = axes_of(predictions.reliability(made))
     found = calibration(made)
     assert [bar.get_height() for bar in upper.patches] == pytest.approx(found.accuracy[found.counts > 0].tolist())
     assert [bar.get_height() for bar in lower.patches] == found.counts.tolist()
@@ -159,7 +159,7 @@ def test_reliability_draws_the_bins_and_says_the_error() -> None:
 
 def test_each_class_has_its_precision_recall_curve() -> None:
     made = rows(400, 3)
-    axes = axes_of(charts.precision_recall(made, names(3)))[0]
+    axes = axes_of(predictions.precision_recall(made, names(3)))[0]
     told = [line.get_label() for line in axes.lines]
     expected = [average_precision_score(made[:, -1] == index, _shares(made)[:, index]) for index in range(3)]
     assert told == [f"class {index}  AP {value:.3f}" for index, value in enumerate(expected)]
@@ -174,7 +174,9 @@ def _shares(made: Array) -> Array:
 def test_labels_that_go_together_have_curves_too() -> None:
     made = np.column_stack([rows(60, 3)[:, :3], np.random.default_rng(0).integers(0, 2, (60, 3))])
     made[:, 5] = 0
-    assert len(axes_of(charts.precision_recall(made, names(3)))[0].lines) == 2, "without a positive row there is none"
+    assert len(axes_of(predictions.precision_recall(made, names(3)))[0].lines) == 2, (
+        "without a positive row there is none"
+    )
 
 
 def test_predictions_are_drawn_against_the_truth() -> None:
@@ -291,18 +293,18 @@ def test_labels_in_another_script_take_a_font_that_has_it(
     machine_fonts: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, labels = rows(40, 2), ["\u65e5\u65e5", "b"]
-    boxes = figures.png(charts.confusion(made, labels))
-    figures.png(charts.precision_recall(made, labels))
+    boxes = figures.png(predictions.confusion(made, labels))
+    figures.png(predictions.precision_recall(made, labels))
     told = capsys.readouterr().err
     assert told.count("no font here has '\u65e5'") == 1, "one warning for all pictures"
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [a_font(tmp_path / "square.ttf", "\u65e5")])
     figures._fonts.cache_clear()
     figures._lacking.clear()
-    assert figures.png(charts.confusion(made, labels)) != boxes
+    assert figures.png(predictions.confusion(made, labels)) != boxes
     assert capsys.readouterr().err == ""
 
 
 def test_labels_that_the_own_font_has_need_no_other(machine_fonts: list[Any]) -> None:
-    figure = charts.confusion(rows(40, 2), ["\u0436\u00fc", "b"])
+    figure = predictions.confusion(rows(40, 2), ["\u0436\u00fc", "b"])
     assert figures.use_fonts_for(figure) == set()
     assert {tuple(text.get_fontfamily()) for text in axes_of(figure)[0].get_yticklabels()} == {("DejaVu Sans",)}

@@ -238,7 +238,7 @@ def test_a_step_costs_next_to_nothing(live: Callable[[], Terminal]) -> None:
     live()
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from hf_finetune.tracking.callbacks import Console
+    from hf_finetune.tracking.tracker import Console
 
     log.open_for()
     console, state, control = Console(("loss",)), TrainerState(max_steps=10_000), TrainerControl()

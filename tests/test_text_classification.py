@@ -209,7 +209,7 @@ def test_the_threshold_decides_what_is_predicted() -> None:
 def test_plots_are_drawn_from_logits_and_labels() -> None:
     found = predictions(make(), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([2, -100]))
     plot = make().plots(found, State())
-    assert (plot.problem, plot.rows.dtype) == ("single_label", np.float32)
+    assert (plot.kind, plot.rows.dtype) == ("single_label", np.float32)
     assert plot.rows.tolist() == [[1, 1, 1, 2], [1, 1, 1, -100]]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_finetune.models.pretrained import load_tokenizer
-from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Arithmetic, Flops, StepTimes, Tally, matmul_peak
+from hf_finetune.tracking.throughput import DATA, FORWARD, PARTS, Flops, StepTimes, Tally, matmul_peak
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -113,9 +113,9 @@ def test_flops_are_those_that_torch_counts(kind: str, name: str, request: pytest
 def test_flops_follow_the_formula() -> None:
     flops = Flops(token=1000, token_trained=100, row=50, row_trained=50, attention=8)
     assert flops.training(10, 2, 30) == 10 * (4000 + 200) + 2 * (200 + 100) + 3 * 8 * 30
-    share = Arithmetic(flops, peak=1e6).share(Tally(rows=2, tokens=10, squares=30, seconds=0.5))
+    share = Tally(rows=2, tokens=10, squares=30, seconds=0.5).matmul_share(flops, 1e6)
     assert share == {"matmul_share": pytest.approx(43_320 / 5e5)}
-    assert Arithmetic(flops, 1e6).share(Tally()) == {}
+    assert Tally().matmul_share(flops, 1e6) == {}
 
 
 def test_measuring_the_machine_draws_no_random_number() -> None:

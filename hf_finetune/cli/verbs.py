@@ -124,8 +124,7 @@ def _write_report(result: CheckResult, file: str) -> None:
     from hf_finetune.reports import data
 
     plan = list(result.plan.items())
-    page = data.Page(parts.recipe, parts.prepared, parts.tokenizer, result.findings, plan)
-    data.write(file, page)
+    data.write(file, parts.recipe, parts.prepared, tokenizer=parts.tokenizer, findings=result.findings, plan=plan)
     tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))
 
 

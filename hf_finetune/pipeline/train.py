@@ -56,7 +56,7 @@ from hf_finetune.run.folder import RunFolder, Start
 from hf_finetune.run.lock import Choice, Choices, Repeat
 from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
-from hf_finetune.tracking.throughput import Arithmetic, Flops, matmul_peak
+from hf_finetune.tracking.throughput import Flops, matmul_peak
 from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training import arguments, locking
 from hf_finetune.training import resume as training_resume
@@ -418,8 +418,8 @@ def make_trainer(run: Training) -> None:
     )
     sharded.suit(trainer.accelerator, run.adapted, machine)
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
-    peak = matmul_peak(machine) * machine.world_size
-    trainer.throughput.arithmetic = Arithmetic(Flops.of(run.adapted), peak)
+    trainer.throughput.flops = Flops.of(run.adapted)
+    trainer.throughput.peak = matmul_peak(machine) * machine.world_size
     observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.tracker.record)
     observing.watch(trainer, run.say)
 
@@ -539,7 +539,7 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
     summary = reports_run.summary_entry(outcome)
     run.tracker.finish(summary)
     if machine.is_main:
-        found = reports_run.write(outcome, run.tracker.journal.entries)
+        found = reports_run.write(outcome, run.tracker.lines)
         if found is not None:
             card.complete(found)
         lines = reports_run.summary_lines(outcome)

@@ -42,6 +42,7 @@ from hf_finetune.tasks.base import METRICS, Metric, State, literal
 # Names that a card may use: ids of the Hub as they are, and nothing of the machine that trained.
 
 LOCAL = "(local)"
+# Paths from the root, from a home or relative ones with a dot, those of Windows, and addresses.
 _PATH = re.compile(r"(?<![\w.])(?:~|\.{1,2})?/[\w.-]+(?:/[\w.-]*)*|[A-Za-z]:\\[^\s'\"]*|\b\w+://\S+")
 
 
@@ -53,6 +54,7 @@ def title(recipe: Recipe) -> str:
 def hub_base(recipe: Recipe) -> str | None:
     """Return the Hub id of the base model; None for a local folder or one inside a package."""
     place = resolve(recipe.model.name)
+    # Ids of the Hub are `name` or `owner/name`.
     return place if place == recipe.model.name and place.count("/") <= 1 else None
 
 
@@ -201,6 +203,7 @@ def licence_of_base(recipe: Recipe) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}
     keys = ("license", "license_name", "license_link")
+    # Somebody else wrote that card: of a licence's name or link nothing long is taken over.
     found = {key: card[key] for key in keys if isinstance(card.get(key), str) and len(card[key]) <= 200}
     link = found.get("license_link", "")
     if link and not link.startswith("https://"):
@@ -229,22 +232,10 @@ def _hub_card(repo: str, revision: str | None) -> str | None:
 # Python that loads what was saved and uses it, with peft and transformers alone.
 
 FOLDER = 'folder = "."'
+# Where the base lies: in the run folder the adapter's configuration knows, an uploaded one does not say.
 BASE = "base = PeftConfig.from_pretrained(folder).base_model_name_or_path"
-"""Where the base lies: in the run folder the adapter's configuration knows, an uploaded one does not say."""
 IMPORT = "from peft import PeftConfig, PeftModel"
 PLACEHOLDER = 'base = "path/to/the/base/model"  # a local folder, which is not on the Hub'
-
-
-def blocks(recipe: Recipe, targets: State, config: PreTrainedConfig, processor: Any) -> list[str]:
-    """Return two pieces of code: what loads model and tokenizer from the folder, and what asks the model something.
-
-    Args:
-        recipe: What was run.
-        targets: Label names.
-        config: Of the model that was trained.
-        processor: What prepares its rows: a tokenizer or the like.
-    """
-    return [_load(recipe, targets, config), recipe.task.usage(targets, processor)]
 
 
 def moved(card: str, repo: str) -> str:
@@ -260,7 +251,12 @@ def moved(card: str, repo: str) -> str:
 
 
 def _load(recipe: Recipe, targets: State, config: PreTrainedConfig) -> str:
-    auto, options = recipe.task.auto_model, _options(recipe, targets, config)
+    """Write code that loads model and tokenizer from the folder of the card."""
+    auto, options = recipe.task.auto_model, {}
+    # The options that the base's own config lacks; the config of a whole model lacks none.
+    if recipe.adapter.freezes_base and (options := dict(recipe.task.model_options(targets))):
+        pad = getattr(config, "pad_token_id", None)
+        options |= {} if pad is None else {"pad_token_id": pad}
     prepares, place, ending = recipe.task.auto_processor, "folder", ["model.eval()"]
     variable = "tokenizer" if prepares == "AutoTokenizer" else "processor"
     if not recipe.adapter.freezes_base:
@@ -280,16 +276,6 @@ def _load(recipe: Recipe, targets: State, config: PreTrainedConfig) -> str:
     return "\n".join([*head, "", *places, *loaded, *ending]) + "\n"
 
 
-def _options(recipe: Recipe, targets: State, config: PreTrainedConfig) -> dict[str, Any]:
-    """Give the options that the base's own config lacks; the config of a whole model lacks none."""
-    if not recipe.adapter.freezes_base:
-        return {}
-    options = dict(recipe.task.model_options(targets))
-    if options and getattr(config, "pad_token_id", None) is not None:
-        options["pad_token_id"] = config.pad_token_id
-    return options
-
-
 # The card as a whole: first without metrics, with the weights; once metrics and charts are known, with them.
 
 FILE, IMAGES = "README.md", "images"
@@ -306,7 +292,7 @@ def plain(recipe: Recipe, targets: State, config: PreTrainedConfig, processor: A
         config: Of the model that was trained.
         processor: What prepares its rows: a tokenizer or the like.
     """
-    return card(recipe, targets, blocks(recipe, targets, config, processor))
+    return card(recipe, targets, [_load(recipe, targets, config), recipe.task.usage(targets, processor)])
 
 
 def complete(run: RunData) -> None:
@@ -318,7 +304,8 @@ def complete(run: RunData) -> None:
     folder = run.folder.adapter
     try:
         kept = run_folder.read_targets(run.folder.targets)
-        # Later blocks are quoted from the recipe.
+        # Its code is kept: the config of the model, of which it was made, is not in the folder. Later blocks are quoted
+        # from the recipe.
         parts = (folder / FILE).read_text(encoding="utf-8").split("```python\n")[1:3]
         code = [part.partition("```")[0] for part in parts]
         images = _images(run, folder / IMAGES)

@@ -54,17 +54,34 @@ class Run:
         return self.state == "done"
 
 
-@dataclass(frozen=True)
 class Comparison:
-    """Runs side by side; each list has one value a run."""
+    """Runs side by side; each list has one value a run.
 
-    runs: list[Run]
-    differences: dict[str, list[Any]]
-    """Recipe key -> values; `ABSENT` where a recipe has no such key."""
-    metrics: dict[str, list[float | None]]
-    """`validation_loss`, ... -> values."""
-    best: dict[str, list[int]]
-    """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart."""
+    Args:
+        runs: At least one.
+        everything: Every metric, e.g. those of each class; not only those that a run prints itself.
+    """
+
+    def __init__(self, runs: list[Run], *, everything: bool = False) -> None:
+        self.runs = runs
+        # Where a run was written is no setting, and stands above its column.
+        keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
+        rows = {key: [run.recipe.get(key, ABSENT) for run in runs] for key in keys}
+        self.differences: dict[str, list[Any]] = {
+            # Types too: to Python, 1, 1.0 and true are equal.
+            key: row
+            for key, row in rows.items()
+            if any(type(row[0]) is not type(v) or row[0] != v for v in row[1:])
+        }
+        """Recipe key -> values; `ABSENT` where a recipe has no such key."""
+        present = dict.fromkeys(name for run in runs for name in run.metrics)
+        main = dict.fromkeys(name for run in runs for name in run.headline)
+        chosen = [name for split in ("validation", "test") for short in main if (name := f"{split}_{short}") in present]
+        chosen += [name for name in present if name not in chosen] if everything else []
+        self.metrics: dict[str, list[float | None]] = {name: [run.metrics.get(name) for run in runs] for name in chosen}
+        """`validation_loss`, ... -> values."""
+        self.best = {name: found for name, row in self.metrics.items() if (found := _best(name, row, runs))}
+        """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart."""
 
 
 def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
@@ -72,7 +89,7 @@ def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
 
     Args:
         folders: Run folders.
-        everything: Every metric, e.g. those of each class; not only those that a run prints itself.
+        everything: See `Comparison`.
 
     Raises:
         RecipeError: Folders hold no run, or their recipes can't be read; all of them are named.
@@ -86,19 +103,7 @@ def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    # Where a run was written is no setting, and stands above its column.
-    keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
-    rows = {key: [run.recipe.get(key, ABSENT) for run in runs] for key in keys}
-    differences = {
-        key: row for key, row in rows.items() if any(type(row[0]) is not type(v) or row[0] != v for v in row[1:])
-    }
-    present = dict.fromkeys(name for run in runs for name in run.metrics)
-    main = dict.fromkeys(name for run in runs for name in run.headline)
-    chosen = [name for split in ("validation", "test") for short in main if (name := f"{split}_{short}") in present]
-    chosen += [name for name in present if name not in chosen] if everything else []
-    metrics = {name: [run.metrics.get(name) for run in runs] for name in chosen}
-    best = {name: found for name, row in metrics.items() if (found := _best(name, row, runs))}
-    return Comparison(runs, differences, metrics, best)
+    return Comparison(runs, everything=everything)
 
 
 def _best(name: str, row: Sequence[float | None], runs: Sequence[Run]) -> list[int]:
@@ -133,6 +138,7 @@ def _read(path: str) -> Run:
     state, reason = folder.condition()
     lines = journal.read(folder.metrics)
     evaluated, metrics = _last_metrics(lines)
+    # The last is the summary's, of the whole run; of a run that did not get there, that of its newest log.
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
     return Run(
         path=path,

@@ -31,31 +31,34 @@ if TYPE_CHECKING:
     from hf_finetune.data.prepare import Prepared
 
 
-@dataclass(frozen=True)
-class Page:
-    """Content of the page."""
-
-    recipe: Recipe
-    prepared: Prepared
-    tokenizer: PreTrainedTokenizerBase
-    """The one that encoded the data."""
-    findings: Findings
-    plan: list[tuple[str, str]]
-    """What training would do: names and values."""
-
-
-def write(path: str, page: Page) -> None:
+def write(
+    path: str,
+    recipe: Recipe,
+    prepared: Prepared,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    findings: Findings,
+    plan: list[tuple[str, str]],
+) -> None:
     """Write the page; the same text for the same content.
 
     Args:
         path: An HTML file in a folder that exists; it is replaced.
-        page: Content.
+        recipe: What would be trained.
+        prepared: The data.
+        tokenizer: The one that encoded them.
+        findings: Errors and warnings of `check`.
+        plan: What training would do: names and values.
 
     Raises:
         StorageError: The file can't be written.
         DataError: A streamed row can't be read.
     """
-    html = reports_html.environment().get_template("data.html.jinja").render(context(page))
+    shown = context(recipe, prepared, findings) | {
+        "examples": first(recipe, prepared, tokenizer, EXAMPLES),
+        "plan": plan,
+    }
+    html = reports_html.environment().get_template("data.html.jinja").render(shown)
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -148,6 +151,7 @@ def first(recipe: Recipe, prepared: Prepared, processor: Any, count: int) -> lis
         DataError: A streamed row can't be read.
     """
     tokenizer: Any = tokenizer_of(processor)
+    # Tokens may be special without a role, such as those around the turns of a chat: no list of special ids has them.
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*getattr(tokenizer, "all_special_ids", ()), *(id_ for id_, token in added.items() if token.special)}
     # Of rows that are not made of tokens only the labels are shown.
@@ -184,6 +188,7 @@ def _example(
         id_ = row[name][index]
         text = _text(tokenizer, id_)
         return Token(
+            # Cut before, too: a token may be very long, and escapes make it longer.
             text=shortened(exact(text[: 2 * TOKEN_CHARACTERS]), TOKEN_CHARACTERS).replace(" ", SPACE),
             id=id_,
             # Nothing predicts the first token of a document.
@@ -198,7 +203,11 @@ def _example(
     if by_token:
         trained = sum(value != IGNORE for row in documents for value in row["labels"][1:])
     else:
-        label = shortened(_label(given, names), TEXT_CHARACTERS)
+        if isinstance(given, list):  # a cell for each class
+            label = ", ".join(exact(name) for name, cell in zip(names, given, strict=True) if cell) or "no label"
+        else:
+            label = f"{given:g}" if isinstance(given, float) else exact(names[given])
+        label = shortened(label, TEXT_CHARACTERS)
     listed = [row["row"] + 1 for row in documents]
     return Example(
         name=f"row {numbers(listed)}" if len(listed) == 1 else f"rows {numbers(listed)} in one sequence",
@@ -221,13 +230,6 @@ def _text(tokenizer: Any, id_: int) -> str:
         return str(spelling)
     decoded = tokenizer.convert_tokens_to_string([spelling])
     return str(spelling if not decoded or "\N{REPLACEMENT CHARACTER}" in decoded else decoded)
-
-
-def _label(value: Any, names: Sequence[str]) -> str:
-    """Name a class, the classes whose cell is 1, or a number."""
-    if isinstance(value, list):
-        return ", ".join(exact(name) for name, cell in zip(names, value, strict=True) if cell) or "no label"
-    return f"{value:g}" if isinstance(value, float) else exact(names[value])
 
 
 # Content of the data report's sections: numbers and texts, ready to be laid out by the template.
@@ -254,30 +256,26 @@ FATES = (
 RARE = ("empty", "unused")  # fields that are shown only where they are not 0
 
 
-def context(page: Page) -> dict[str, Any]:
-    """Collect everything that the template prints."""
-    prepared, findings = page.prepared, list(page.findings)
+def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str, Any]:
+    """Collect what the template prints besides examples and plan."""
     # Not `reports`: what was read of a stream for the examples is no count of it.
-    reports, facts = prepared.counted, prepared.facts
-    strikes = list(_strikes(facts, reports, page.recipe.data.checks))
-    frequent = list(_frequent(facts))
+    reports, facts, listed = prepared.counted, prepared.facts, list(findings)
+    strikes, frequent = list(_strikes(facts, reports, recipe.data.checks)), list(_frequent(facts))
     return {
-        "recipe": page.recipe,
-        "summary": page.recipe.summary(),
-        "findings": findings[:FINDINGS],
-        "more_findings": len(findings) - FINDINGS,
-        "errors": len(page.findings.errors),
-        "warnings": len(page.findings.warnings),
-        "plan": page.plan,
+        "recipe": recipe,
+        "summary": recipe.summary(),
+        "findings": listed[:FINDINGS],
+        "more_findings": len(listed) - FINDINGS,
+        "errors": len(findings.errors),
+        "warnings": len(findings.warnings),
         "splits": list(reports),
         "fates": list(_fates(reports)),
         "balance": _balance(facts, reports),
-        "lengths": list(_lengths(facts, reports, page.recipe.data.max_length)),
+        "lengths": list(_lengths(facts, reports, recipe.data.max_length)),
         "repeated": [strike for strike in strikes if strike["check"] in REPEATED],
         "strikes": [strike for strike in strikes if strike["check"] not in REPEATED],
         "frequent": frequent[:CLASSES],
         "more_frequent": len(frequent) - CLASSES,
-        "examples": first(page.recipe, prepared, page.tokenizer, EXAMPLES),
         "fold": FOLD,
         "fingerprint": prepared.fingerprint,
         "version": hf_finetune.__version__,
@@ -321,6 +319,7 @@ def _balance(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport]) -> 
 
 def _lengths(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport], limit: int) -> Iterator[dict[str, Any]]:
     """Draw a histogram for each split whose lengths are known."""
+    # The number of a split is its colour, on the chart of labels too, so splits that are left out are counted.
     for index, (split, found) in enumerate(facts.items()):
         if sum(found.lengths):
             report = reports[split]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import hf_finetune
@@ -32,6 +33,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # Not `isinstance`: drawings are Markup, a subclass, and stay as they are.
         finalize=lambda value: harmless(value) if type(value) is str else value,
     )
     made.filters["exact"] = exact
@@ -58,6 +60,14 @@ def html(run: RunData, charts: Sequence[tuple[Chart, Markup]]) -> str:
     from jinja2 import UndefinedError
 
     found = reports_run.of(run)
+    shades: dict[str, list[str]] = {}
+    for scheme, (paper, ink, most) in SCHEMES.items():
+        # The colours of the levels from 1 on.
+        pairs = [(int(paper[at : at + 2], 16), int(ink[at : at + 2], 16)) for at in (1, 3, 5)]
+        parts = [most * level / LEVELS for level in range(1, LEVELS + 1)]
+        shades[scheme] = [
+            "#" + "".join(f"{round(back + part * (front - back)):02x}" for back, front in pairs) for part in parts
+        ]
     context = found | {
         "headline": [
             (result.split, name, result.scores[name])
@@ -73,7 +83,7 @@ def html(run: RunData, charts: Sequence[tuple[Chart, Markup]]) -> str:
         ],
         "levels": LEVELS,
         "strongest": STRONGEST,
-        "shades": {scheme: _shades(*colours) for scheme, colours in SCHEMES.items()},
+        "shades": shades,
         "samples": found["samples"][:SAMPLED],
         "fates": [line.partition(": ")[::2] for line in found["facts"].get("rows", ())],
         "findings": found["facts"].get("findings", ()),
@@ -97,24 +107,17 @@ def drawn(chart: Chart) -> tuple[Markup, bytes]:
     return Markup(svg), image  # noqa: S704 - drawn here
 
 
-def _shades(paper: str, ink: str, most: float) -> list[str]:
-    """Mix the colours of the levels from 1 on."""
-    pairs = [(int(paper[at : at + 2], 16), int(ink[at : at + 2], 16)) for at in (1, 3, 5)]
-    parts = [most * level / LEVELS for level in range(1, LEVELS + 1)]
-    return ["#" + "".join(f"{round(back + part * (front - back)):02x}" for back, front in pairs) for part in parts]
-
-
 def _tokens(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lay out the tokens of a row, coloured by their loss."""
     count = len(row["tokens"])
     entropies, trained = row.get("entropies") or [None] * count, row.get("trained") or [True] * count
     found = []
-    for text, loss, entropy, counts in list(zip(row["tokens"], row["losses"], entropies, trained, strict=True))[
-        :TOKENS
-    ]:
+    columns = zip(row["tokens"], row["losses"], entropies, trained, strict=True)
+    for text, loss, entropy, counts in islice(columns, TOKENS):
         notes = [] if loss is None else [f"loss {loss:.3g} nats"]
         notes += [] if entropy is None else [f"entropy {entropy:.3g}"]
         found.append({
+            # Doubled, because what can't be seen is written with a backslash later.
             "text": text.replace("\\", "\\\\").replace(" ", "▁"),
             "level": round(LEVELS * strength(loss)) if counts else 0,
             "trained": counts,

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_finetune.tasks import _sums as tasks_sums
 from hf_finetune.tasks._sums import Sums
 from hf_finetune.tasks.base import METRICS, State, Task
+from hf_finetune.tracking import predictions
 from hf_finetune.tracking.records import Record
 
 Array = np.ndarray[Any, Any]
@@ -69,21 +69,10 @@ def recorded(record: Record, task: Task) -> Sums | None:
         record: Kind `outputs`, with what the task predicted, or `predictions`, with what its charts are drawn from.
         task: Of the run.
     """
-    names = [str(name) for name in record.facts.get("names") or ()]
     if record.kind == "outputs":
-        return task.sums({name: found for name, found in record.arrays.items() if name != "ids"}, State(tuple(names)))
-    rows = np.asarray(record.arrays["rows"], dtype=np.float64)
-    problem, classes = record.facts.get("problem"), len(names)
-    if problem == "single_label" and rows.shape[1] == classes + 1:
-        return tasks_sums.of_labels(rows[:, :-1], rows[:, -1], names)
-    if problem == "multi_label" and rows.shape[1] == 2 * classes:
-        threshold = float(record.facts.get("threshold") or 0.5)
-        return tasks_sums.of_cells(rows[:, :classes], rows[:, classes:], names, threshold)
-    if problem == "regression" and rows.shape[1] == 2:
-        return tasks_sums.of_numbers(rows[:, 0], rows[:, 1])
-    if problem is None and rows.shape[1] == 3:
-        return tasks_sums.of_tokens(*rows.T)
-    return None
+        names = tuple(str(name) for name in record.facts.get("names") or ())
+        return task.sums({name: found for name, found in record.arrays.items() if name != "ids"}, State(names))
+    return predictions.of(record).sums()
 
 
 def _metrics_of(sums: Sums) -> Callable[[Array], dict[str, Array]]:

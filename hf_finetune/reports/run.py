@@ -255,6 +255,7 @@ class RunData:
         """Find the record of the saved model on a split; None where it was not kept."""
         phase = self.phases.get(split)
         record = self.records.get((kind, phase)) if phase is not None else None
+        # A record that a full disk did not take leaves an older one behind, which is of other weights.
         return record if record is not None and record.step == self.of(record.phase)[-1]["step"] else None
 
     @cached_property
@@ -271,6 +272,8 @@ class RunData:
     @cached_property
     def weights(self) -> dict[str, float]:
         """`<measure>/<module>` -> how much each module learned; empty where nothing was measured."""
+        # `final` is of the saved model, but follows no step of the optimiser: of LoRA it has the norms of B, of other
+        # methods nothing, and then the last step before an evaluation has to do.
         records = [self.records.get(("weights", phase)) for phase in ("final", "eval")]
         found = [dict(record.facts.get("scalars") or {}) for record in records if record is not None]
         return next((scalars for scalars in found if tracking_charts.learned(scalars)), {})
@@ -352,6 +355,7 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> RunData | None:
     try:
         known = Record("report", "train", outcome.steps, facts=outcome.facts())
         run = RunData.read(folder, recipe)
+        # What the process knows: a full disk may have taken neither lines nor the record.
         run = replace(run, lines=list(entries), records={**run.records, ("report", "train"): known})
         charts = run.charts if recipe.tracking.report else []
         # The text comes first: it is small, and is there even if a chart can't be drawn.

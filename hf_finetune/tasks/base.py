@@ -159,8 +159,8 @@ class Judged:
 class Plot:
     """Numbers that the charts of a split are drawn from, in TensorBoard, report and card alike."""
 
-    problem: str | None
-    """`single_label`, `multi_label`, `regression`, or None for sums over the tokens of a row."""
+    kind: str | None
+    """Layout of the rows, which decides what is drawn: `single_label`, `multi_label`, `regression`, None for tokens."""
     rows: Array
     """Float32: (N, C + 1) logits and label id, (N, 2C) logits and cells, (N, 2) prediction and label, or (N, 3) nats,
     tokens and right tokens."""

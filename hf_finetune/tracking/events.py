@@ -20,14 +20,12 @@ from hf_finetune.log import warn
 from hf_finetune.tracking.logdir import LogDir
 
 FLUSH_SECONDS = 2.0
+# An object store gets the whole file at each flush.
 REMOTE_FLUSH_SECONDS = 60.0
-"""An object store gets the whole file at each flush."""
+# Events that may wait for the disk; of more, the newest are lost.
 QUEUE = 10_000
-"""Events that may wait for the disk; of more, the newest are lost."""
+# Seconds that the end of a run waits for the last events.
 CLOSE_SECONDS = 20.0
-"""Seconds that the end of a run waits for the last events."""
-
-_File = tuple[str, bytes]
 
 
 class EventWriter(SummaryWriter):  # type: ignore[misc]
@@ -52,7 +50,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
         self._complain: Callable[[str], None] | None = complain
         self._step, self._time = 0, 0.0
         self._is_closed = self._has_finished = False
-        self._queue: queue.Queue[bytes | _File | None] = queue.Queue(QUEUE)
+        self._queue: queue.Queue[bytes | tuple[str, bytes] | None] = queue.Queue(QUEUE)
         # A daemon, started by the first event: a disk that hangs must not keep the process from ending, and a run that
         # fails before it trains leaves no event file.
         self._thread = threading.Thread(target=self._work, daemon=True, name="tensorboard")
@@ -110,7 +108,7 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
         elif self._thread.ident is not None and not self._has_finished:
             self._warn("is no longer written, its thread has died")
 
-    def _put(self, item: bytes | _File) -> None:
+    def _put(self, item: bytes | tuple[str, bytes]) -> None:
         if self._thread.ident is None:
             self._thread.start()
         if self._is_closed or not self._thread.is_alive():
@@ -156,7 +154,15 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             if item:
                 records = records or self._open()  # here, not in `__init__`: even opening may hang
                 if isinstance(item, tuple):
-                    self._write_file(*item)
+                    path = f"{self.place.folder}/{item[0]}"
+                    if not self.place.is_remote:
+                        Path(self.place.folder).stat()  # a run folder that somebody deleted stays deleted
+                        Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    # No `with`: tensorboardX's writers to object stores are no context managers.
+                    stream = open_file(path)
+                    stream.write(item[1])
+                    stream.flush()
+                    stream.close()
                 else:
                     records.write(item)
                     self.written += 1
@@ -177,13 +183,3 @@ class EventWriter(SummaryWriter):  # type: ignore[misc]
             start = SessionLog(status=SessionLog.START)
             records.write(Event(wall_time=time.time(), step=0, session_log=start).SerializeToString())
         return records
-
-    def _write_file(self, name: str, content: bytes) -> None:
-        path = f"{self.place.folder}/{name}"
-        if not self.place.is_remote:
-            Path(self.place.folder).stat()  # a run folder that somebody deleted stays deleted
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        stream = open_file(path)
-        stream.write(content)
-        stream.flush()
-        stream.close()

@@ -26,23 +26,22 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Colour on a light page -> the page's variable.
 INKS = {
     "#1b1f24": "text", "#59616b": "soft", "#d8dce2": "line", "#b9184f": "limit", "#fffffe": "hatch",
     "#2f6fd0": "s0", "#e08a2e": "s1", "#2b9a72": "s2", "#8458c7": "s3", "#c2487d": "s4", "#7d6a14": "s5",
 }  # fmt: skip
-"""Colour on a light page -> the page's variable."""
 TEXT, SOFT, LINE, LIMIT, HATCH, *SERIES = INKS
+# Tells lines apart without colour, in the order of `SERIES`.
 DASHES: tuple[Any, ...] = (
     "-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)),
 )  # fmt: skip
-"""Tells lines apart without colour, in the order of `SERIES`."""
-WIDTH = 4.8
-"""Inches of a chart."""
-DPI = 188
-"""Dots an inch of a PNG: a chart is some 900 wide."""
+# Inches of a chart, and dots an inch of a PNG: it is some 900 wide.
+WIDTH, DPI = 4.8, 188
+# Characters of a label beside an axis.
 NAME_CHARACTERS = 18
+# Parts of file names of fonts with many scripts, which are tried first: a machine may have thousands, and each is read.
 WIDE_FONTS = ("notosanscjk", "sourcehansans", "wqy", "unifont", "unicode", "fallback", "noto")
-"""Parts of file names of fonts with many scripts, which are tried first."""
 FONTS_TRIED = 2000
 _lacking: set[str] = set()
 """Characters that a warning has named."""

@@ -16,10 +16,10 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder, refuse_unwritable
 
 KEY = "tracking.folder"
+# Scheme -> the module that tensorboardX 2.6 writes there with, and its package.
 CLIENTS = {"s3": ("boto3", "boto3"), "gs": ("google.cloud.storage", "google-cloud-storage")}
-"""Scheme -> the module that tensorboardX 2.6 writes there with, and its package."""
-PROJECTOR = "projector_config.pbtxt"
-EMBEDDINGS = "embeddings"
+# The projector's list of tensors, whose name is TensorBoard's, and the folder of the tensors.
+PROJECTOR, EMBEDDINGS = "projector_config.pbtxt", "embeddings"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 

@@ -24,17 +24,20 @@ from hf_finetune.tracking.records import Record
 
 Array = np.ndarray[Any, Any]
 
+# Tokens of a row that are shown; it has (T, V) logits.
 LONGEST = 512
-"""Tokens of a row that are shown."""
+# Bins of equal width, of positions and of histograms of weights.
 BINS = 64
-"""Bins of equal width, of positions and of histograms of weights."""
 LARGEST = torch.finfo(torch.float16).max
+# Numbers of a tensor that histograms and the size of an update are made of, spread evenly: a copy of all weights before
+# each step that is looked at would cost as much memory as they do. Norms are exact.
 SAMPLE = 65_536
-"""Numbers of a tensor that histograms and the size of an update are made of, spread evenly; norms are exact."""
+# End of a module's name -> name of its norm: how much LoRA adds to a layer starts at 0 and grows with B.
 NORMS = {".lora_B": "norm_b", ".lora_embedding_B": "norm_b"}
-"""End of a module's name -> name of its norm: how much LoRA adds to a layer starts at 0 and grows with B."""
 
 Parameters = Mapping[str, Sequence[torch.Tensor]]
+Histogram = tuple[str, torch.Tensor, torch.Tensor]
+"""Tag, counts (BINS,), and least and greatest value (2,)."""
 
 
 def positions(sums: Array) -> dict[str, Array]:
@@ -178,6 +181,7 @@ class HeadInputs:
             vectors = hidden[places, last.to(hidden.device)[places]]
         else:
             vectors = hidden[places]
+        # A number beyond float16 would become infinite, and the projector could place nothing.
         self._found.append(vectors.detach().float().clamp(-LARGEST, LARGEST).half())
         self._numbers += self._ids
         self._ids = []
@@ -231,10 +235,6 @@ class Update:
             before = self.before.pop(name)
             changes = [sample(p) - old for p, old in zip(own, before, strict=True)]
             self.norms[f"update_to_weight/{name}"] = norm(changes) / norm(before)
-
-
-Histogram = tuple[str, torch.Tensor, torch.Tensor]
-"""Tag, counts (BINS,), and least and greatest value (2,)."""
 
 
 def histogram(tag: str, tensors: Sequence[torch.Tensor]) -> Histogram | None:

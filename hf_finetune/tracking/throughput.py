@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,31 +79,6 @@ class StepTimes:
         event = cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-@dataclass
-class Tally:
-    """Rows, tokens and time of some steps, over all ranks; a checkpoint holds that of the run."""
-
-    rows: float = 0.0
-    tokens: float = 0.0
-    slots: float = 0.0
-    """Token positions that were computed, padding included."""
-    seconds: float = 0.0
-    squares: float = 0.0
-    """Sum of the squared lengths of all documents, which attention costs."""
-    steps: float = 0.0
-    """Optimiser steps."""
-
-    def rates(self) -> dict[str, float]:
-        """Return rows and tokens (padding not counted) per second, and the padding's share of all positions."""
-        if not self.seconds or not self.slots:
-            return {}
-        return {
-            "samples_per_second": self.rows / self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
-            "padding_share": 1.0 - self.tokens / self.slots,
-        }
 
 
 @dataclass(frozen=True)
@@ -196,35 +171,53 @@ def matmul_peak(machine: Machine) -> float:
     return 2.0 * size**3 / min(seconds[1:])
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """FLOPs that a step costs, and that the machine could do."""
+@dataclass
+class Tally:
+    """Rows, tokens and time of some steps, over all ranks; a checkpoint holds that of the run."""
 
-    flops: Flops
-    peak: float
-    """FLOP/s of a large matrix product, of all ranks together."""
+    rows: float = 0.0
+    tokens: float = 0.0
+    slots: float = 0.0
+    """Token positions that were computed, padding included."""
+    seconds: float = 0.0
+    squares: float = 0.0
+    """Sum of the squared lengths of all documents, which attention costs."""
+    steps: float = 0.0
+    """Optimiser steps."""
 
-    def share(self, tally: Tally) -> dict[str, float]:
-        """Return `matmul_share`: FLOPs of the model, for tokens without padding, over those that the peak allows."""
-        if not tally.seconds or not self.peak:
+    def rates(self) -> dict[str, float]:
+        """Return rows and tokens (padding not counted) per second, and the padding's share of all positions."""
+        if not self.seconds or not self.slots:
             return {}
-        needed = self.flops.training(tally.tokens, tally.rows, tally.squares)
-        return {"matmul_share": needed / (tally.seconds * self.peak)}
+        return {
+            "samples_per_second": self.rows / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "padding_share": 1.0 - self.tokens / self.slots,
+        }
+
+    def matmul_share(self, flops: Flops, peak: float) -> dict[str, float]:
+        """Return `matmul_share`: FLOPs of the model, for tokens without padding, over those that the peak allows."""
+        if not self.seconds or not peak:
+            return {}
+        return {"matmul_share": flops.training(self.tokens, self.rows, self.squares) / (self.seconds * peak)}
 
 
-@dataclass(eq=False)
 class Throughput(TrainerCallback):
-    """Add rates to every training log; time spent in evaluation and saving does not count."""
+    """Add rates to every training log; time spent in evaluation and saving does not count.
 
-    times: StepTimes
-    """Measured by the trainer."""
-    arithmetic: Arithmetic | None = None
-    """None where nobody measured the machine."""
-    window: Tally = field(default_factory=Tally)
-    """Since the last log."""
-    total: Tally = field(default_factory=Tally)
-    """Of the whole run, earlier processes included."""
-    _mark: float = 0.0
+    Args:
+        times: Measured by the trainer.
+    """
+
+    def __init__(self, times: StepTimes) -> None:
+        self.times = times
+        self.window, self.total = Tally(), Tally()
+        """Since the last log, and of the whole run, earlier processes included."""
+        self.flops: Flops | None = None
+        """Of the model; None where nobody measured the machine."""
+        self.peak = 0.0
+        """FLOP/s of a large matrix product, of all ranks together."""
+        self._mark = 0.0
 
     @staticmethod
     def sizes(batches: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -243,9 +236,9 @@ class Throughput(TrainerCallback):
     def rates(self) -> dict[str, float]:
         """Return those of the whole run, with the `matmul_peak` (FLOP/s) that `matmul_share` is a share of."""
         found = self.total.rates()
-        if self.arithmetic is None or not found:
+        if self.flops is None or not found:
             return found
-        return found | self.arithmetic.share(self.total) | {"matmul_peak": self.arithmetic.peak}
+        return found | self.total.matmul_share(self.flops, self.peak) | {"matmul_peak": self.peak}
 
     def begin(self) -> None:
         """Start the clock before the data of a step are loaded, unless it runs."""
@@ -265,12 +258,10 @@ class Throughput(TrainerCallback):
         self._mark = now
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock; `begin` starts it anew."""
         self._mark = 0.0
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
-        self._mark = 0.0
+    on_save = on_evaluate
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add everything that was measured since the last log, and the norm of the gradient after clipping."""
@@ -283,8 +274,8 @@ class Throughput(TrainerCallback):
         logs.update(self.times.means(window.steps))
         if window.steps:
             logs["seconds_step"] = window.seconds / window.steps
-        if self.arithmetic is not None:
-            logs.update(self.arithmetic.share(window))
+        if self.flops is not None:
+            logs.update(window.matmul_share(self.flops, self.peak))
         held = memory.peak(args.device.type)
         if held is not None:
             logs["memory"] = held

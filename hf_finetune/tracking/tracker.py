@@ -1,24 +1,29 @@
-"""The tracker writes down what happens while a model learns: metrics.jsonl, records, TensorBoard, the terminal."""
+"""The tracker: the callback that writes down what happens while a model learns.
+
+Each log of the Trainer becomes one line of metrics.jsonl, which then goes to TensorBoard and to the terminal. What is
+seen of the model at evaluations (see `observing`) becomes a record, and goes to TensorBoard, too.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
+from hf_finetune import log
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine
 from hf_finetune.log import say, warn
+from hf_finetune.log.lines import Message, Phase, clock
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
-from hf_finetune.run.journal import Appender
+from hf_finetune.run.journal import Appender, Entry
 from hf_finetune.run.status import Status
 from hf_finetune.tasks._generation import answer_together
 from hf_finetune.tasks.base import Prompts
 from hf_finetune.tracking import records
-from hf_finetune.tracking.callbacks import Console, Journal, Progress
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.logdir import LogDir
 from hf_finetune.tracking.observing import environment
@@ -26,58 +31,53 @@ from hf_finetune.tracking.records import Record
 from hf_finetune.tracking.tensorboard import Board
 
 
-class Tracker:
-    """Everything that watches a run.
+class Tracker(TrainerCallback):
+    """Everything that watches a run. Every rank makes one; the Trainer of rank 0 alone calls it.
 
     Args:
         recipe: Says what is shown.
         folder: Where metrics, records and events go.
         status: Learns the current step.
-        machine: Only rank 0 writes.
+        machine: Tells which rank this is.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, status: Status, machine: Machine) -> None:
-        self.recipe = recipe
-        self.folder = folder
-        self.status = status
-        self.machine = machine
-        self.journal = Journal(folder.metrics, writes=machine.is_main)
+        self.recipe, self.folder, self.status, self.machine = recipe, folder, status, machine
+        self.lines: list[Entry] = []
+        """Of metrics.jsonl; the file may have lost some."""
         has_board = machine.is_main and recipe.tracking.tensorboard
         self.board = Board(recipe, folder, EventWriter(LogDir.of(recipe, folder))) if has_board else None
+        self.console = Console(recipe.task.headline)
+        self._metrics, self._samples = Appender(folder.metrics), Appender(folder.samples)
         self._is_recordless = False
 
     def callbacks(self, prepared: Prepared, tokenizer: Any) -> list[TrainerCallback]:
-        """List the callbacks for the Trainer, in the order in which they must hear of a log."""
-        # The journal is first: what is on disk is the truth, and it sets the time that the others show.
-        found: list[TrainerCallback] = [self.journal]
+        """List the callbacks for this rank's Trainer."""
+        found: list[TrainerCallback] = [self, self.console] if self.machine.is_main else []
         stopping = self.recipe.training.early_stopping
         if stopping is not None:
             found.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
-        if self.board is not None:
-            found.append(self.board)
-        if self.machine.is_main:
-            found += [Console(self.recipe.task.headline), Progress(self.status)]
         prompts = self.recipe.task.samples(prepared.raw_validation, tokenizer)
         if prompts is not None:
             # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
-                machine, board = self.machine, self.board
-                found.append(Samples(prompts, tokenizer, self.folder.samples, machine=machine, board=board))
+                found.append(Samples(self, prompts, tokenizer))
             elif self.machine.is_main:
                 say("no sample answers: the weights are sharded (FSDP, ZeRO-3)")
         return found
 
     def start(self, lines: dict[str, int], step: int) -> None:
-        """Continue where a checkpoint ends.
+        """Continue where a checkpoint ends; what an earlier process wrote after it comes again.
 
         Args:
             lines: Of each journal, by file name.
             step: The checkpoint's; 0 to begin anew.
         """
-        self.journal.keep(lines.get(self.folder.metrics.name, 0))
         if not self.machine.is_main:
             return
-        journal.keep_lines(self.folder.samples, lines.get(self.folder.samples.name, 0))
+        for file in (self.folder.metrics, self.folder.samples):
+            journal.keep_lines(file, lines.get(file.name, 0))
+        self.lines = journal.read(self.folder.metrics)
         records.forget_after(self.folder.observations, step if step else -1)
         # After `forget_after`: one of each process stays, at the step where it began.
         self._write(environment(self.machine, step))
@@ -88,12 +88,22 @@ class Tracker:
                 logdir.clear()
             except OSError as error:
                 warn(f"{logdir.folder} can't be cleared ({error.strerror}): TensorBoard shows some steps twice")
-            self.board.replay(self.journal.entries)
+            self.board.replay(self.lines)
 
-    def show_lock(self) -> None:
-        """Show `run.lock.json`, which exists now."""
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the line of a log that holds metrics, and show it."""
+        line = journal.entry(logs or {}, state.global_step, state.epoch)
+        if line is None:
+            return
+        # The file comes first: what is on disk is the truth.
+        self._add(line)
         if self.board is not None:
-            self.board.add_lock()
+            self.board.add(line)
+        self.console.show(line, state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the step; the next heartbeat of status.json has it."""
+        self.status.step = state.global_step
 
     def record(self, record: Record) -> None:
         """Keep and draw a record of the model, on rank 0.
@@ -106,19 +116,23 @@ class Tracker:
             if self.board is not None:
                 self.board.draw(record)
 
-    def _write(self, record: Record) -> None:
-        try:
-            record.write(self.folder.observations)
-        except OSError as error:
-            if not self._is_recordless:
-                where = self.folder.observations
-                warn(f"{where} can't be written ({error.strerror}): records are lost, training goes on")
-            self._is_recordless = True
+    def add_samples(self, answers: list[Entry], step: int) -> None:
+        """Write answers to the fixed prompts into `samples.jsonl`, and show them."""
+        self._samples.append(*answers)
+        if self.board is not None:
+            self.board.add_samples(answers, step)
 
-    def finish(self, summary: journal.Entry) -> None:
-        """Write the summary row and close the event file."""
+    def show_lock(self) -> None:
+        """Show `run.lock.json`, which exists now."""
+        if self.board is not None:
+            self.board.add_lock()
+
+    def finish(self, summary: Entry) -> None:
+        """Write the summary row and close the event file, on rank 0."""
+        if not self.machine.is_main:
+            return
         line = {**summary, "time": journal.now()}
-        self.journal.add(line)
+        self._add(line)
         if self.board is not None:
             self.board.conclude(line)
         self.close()
@@ -132,38 +146,117 @@ class Tracker:
         if self.board is not None:
             self.board.close("unknown" if is_stopped else "failure")
 
+    def _add(self, line: Entry) -> None:
+        self.lines.append(line)
+        self._metrics.append(line)
+
+    def _write(self, record: Record) -> None:
+        try:
+            record.write(self.folder.observations)
+        except OSError as error:
+            # Once: on a full disk every later record fails, too.
+            if not self._is_recordless:
+                where = self.folder.observations
+                warn(f"{where} can't be written ({error.strerror}): records are lost, training goes on")
+            self._is_recordless = True
+
 
 class Samples(TrainerCallback):
-    """Write answers into `samples.jsonl` and under TensorBoard's Text tab; all ranks generate, rank 0 writes.
+    """Generate answers to fixed prompts at evaluations; all ranks do.
 
     Args:
+        tracker: Writes and shows them.
         prompts: What is answered, and how long answers may be.
         tokenizer: The model's tokenizer.
-        file: `samples.jsonl` of the run folder.
-        machine: Its precision; rank 0 writes.
-        board: Shows the answers too.
     """
 
-    def __init__(self, prompts: Prompts, tokenizer: Any, file: Path, *, machine: Machine, board: Board | None) -> None:
-        self.prompts, self.limit = prompts.prompts, prompts.max_new_tokens
-        self.tokenizer, self.machine, self.board = tokenizer, machine, board
-        self._appender = Appender(file)
+    def __init__(self, tracker: Tracker, prompts: Prompts, tokenizer: Any) -> None:
+        self.tracker, self.prompts, self.tokenizer = tracker, prompts, tokenizer
         self._step = -1
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Answer the prompts with the model as it is now; once a step, however many splits are evaluated."""
         if state.global_step == self._step:
             return
         self._step = state.global_step
-        model = kwargs["model"]
-        with self.machine.autocast(model.device.type):
-            answers = answer_together(model, self.tokenizer, self.prompts, max_new_tokens=self.limit)
-        if not self.machine.is_main:
-            return
-        lines = [
-            {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": answer.text, "ended": answer.ended}
-            for prompt, answer in zip(self.prompts, answers, strict=True)
-        ]
-        self._appender.append(*lines)
-        if self.board is not None:
-            self.board.add_samples(lines, self._step)
+        model, machine, prompts = kwargs["model"], self.tracker.machine, self.prompts.prompts
+        with machine.autocast(model.device.type):
+            answers = answer_together(model, self.tokenizer, prompts, max_new_tokens=self.prompts.max_new_tokens)
+        if machine.is_main:
+            found = [
+                {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": one.text, "ended": one.ended}
+                for prompt, one in zip(prompts, answers, strict=True)
+            ]
+            self.tracker.add_samples(found, self._step)
+
+
+class Console(TrainerCallback):
+    """Show training on the terminal, on rank 0: one short line a log, and how far it is.
+
+    Args:
+        headline: Evaluation metrics to show, in this order, where the task has them.
+    """
+
+    def __init__(self, headline: tuple[str, ...]) -> None:
+        self.headline = headline
+        self._training = Phase("training", unit="steps", is_told=False)
+        self._evaluating: Phase | None = None
+        self._has_begun = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show training; a resumed run starts where it was."""
+        self._training.total = state.max_steps
+        self._training.done = self._training.first = state.global_step
+        log.begin(self._training)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the display away."""
+        self.on_evaluate(args, state, control)  # an evaluation that was stopped never came to its end
+        log.end(self._training)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the clock for the time left; an evaluation before the first step does not count."""
+        if not self._has_begun:
+            self._has_begun, self._training.started = True, time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the step; the display looks by itself."""
+        self._training.done = state.global_step
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Count a batch of an evaluation; after the last one come metrics and answers."""
+        if self._evaluating is None:
+            # The Trainer has no hook before the first batch.
+            loader = kwargs.get("eval_dataloader")
+            total = None if loader is None else len(loader)
+            self._evaluating = log.begin(Phase("evaluating", total, "batches", is_told=False))
+        self._evaluating.done += 1
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """End the evaluation's display."""
+        if self._evaluating is not None:
+            log.end(self._evaluating)
+            self._evaluating = None
+
+    def show(self, line: Entry, state: TrainerState) -> None:
+        """Print a line of metrics.jsonl."""
+        phase = line["phase"]
+        if phase == "train":
+            self._training.done = state.global_step
+            formats = {
+                "loss": "loss {:.4f}",
+                "grad_norm": "grad norm {:.3g}",
+                "learning_rate": "lr {:.2e}",
+                "samples_per_second": "{:.1f} samples/s",
+                "tokens_per_second": "{:.0f} tokens/s",
+            }
+            values = [shown.format(line[name]) for name, shown in formats.items() if name in line]
+            self._training.detail = "  ".join(values)
+            left = f"{clock(self._training.left() or 0.0)} left"
+            text = "  ".join([f"step {line['step']}/{state.max_steps}", f"epoch {line['epoch']:.2f}", *values, left])
+        else:
+            scores = [f"{name} {line[name]:.4f}" for name in self.headline if name in line]
+            text = "  ".join([f"{phase:>4} at step {line['step']}", *scores])
+            self._training.outcome = text.strip()
+        # In JSON lines the message carries the whole line, not only what is printed.
+        log.tell(Message(text, phase, fields=line))
