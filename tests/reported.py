@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from hf_finetune.recipe import Recipe
+from hf_finetune.reports import html
+from hf_finetune.reports.run import RunData
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.tracking.records import Record
 
@@ -53,6 +55,12 @@ def write(folder: Path, task: dict[str, Any], records: list[Record], lines: list
     for record in records:
         record.write(made.observations)
     return made
+
+
+def page(folder: RunFolder, recipe: Recipe) -> str:
+    """report.html, from the folder."""
+    run = RunData.read(folder, recipe)
+    return html.html(run, [(plot, html.drawn(plot)[0]) for plot in run.charts])
 
 
 def lines(scores: dict[str, Any], steps: int = 20) -> list[dict[str, Any]]:

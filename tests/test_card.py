@@ -25,6 +25,7 @@ from hf_finetune.inference import saving
 from hf_finetune.models import pretrained
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
+from hf_finetune.reports.intervals import Intervals
 from hf_finetune.reports.run import Result
 from hf_finetune.tasks.base import State
 
@@ -141,7 +142,7 @@ def test_a_card_says_that_its_code_loads_no_quantised_base(tiny_bert: str) -> No
 def test_rows_cut_off_the_training_split_are_not_called_the_hubs_validation(tiny_bert: str) -> None:
     tree = recipe(tiny_bert, LORA).model_dump(mode="json")
     tree["data"] = {"source": "nyu-mll/glue", "train": "train", "validation_share": 0.1, "limit": 50}
-    result = Result("validation", {"accuracy": 0.5}, {}, "")
+    result = Result("validation", {"accuracy": 0.5}, Intervals())
     made = card._eval_result(Recipe.model_validate(tree), result, "accuracy")
     seed = tree["training"]["seed"]
     assert (made.dataset_split, made.dataset_args) == ("train", {"share": 0.1, "limit": 50, "seed": seed})

@@ -20,7 +20,6 @@ from reported import CHAT, CLASSES
 
 from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
-from hf_finetune.reports import run as reports_run
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +38,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, reviews: Any
     for name, task in (("classifier", CLASSES), ("speaker", CHAT)):
         run = getattr(reported, name)(folder / name)
         made[name] = folder / f"{name}.html"
-        made[name].write_text(reports_run.page(run, reported.recipe(folder / name, task)))
+        made[name].write_text(reported.page(run, reported.recipe(folder / name, task)))
     return made
 
 

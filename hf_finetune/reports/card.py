@@ -167,9 +167,10 @@ def _eval_result(recipe: Recipe, result: Result, name: str) -> EvalResult:
     part = {"share": data.validation_share} if is_cut else {}
     part |= {"limit": data.limit} if data.limit is not None else {}
     arguments: dict[str, Any] = dict(given)
-    if name in result.bounds:
-        arguments |= {"confidence_level": CONFIDENCE, "confidence_interval": list(result.bounds[name])}
-        arguments["confidence_method"] = result.method
+    intervals = result.intervals
+    if name in intervals.bounds:
+        arguments |= {"confidence_level": CONFIDENCE, "confidence_interval": list(intervals.bounds[name])}
+        arguments["confidence_method"] = intervals.method
     return EvalResult(
         task_type=recipe.task.pipeline,
         dataset_type=str(data.source) if on_hub else "local",

@@ -378,14 +378,6 @@ def write(outcome: Outcome, entries: Sequence[Entry]) -> RunData | None:
     return run
 
 
-def page(folder: RunFolder, recipe: Recipe) -> str:
-    """Make report.html again from the folder."""
-    from hf_finetune.reports import html
-
-    run = RunData.read(folder, recipe)
-    return html.html(run, [(plot, html.drawn(plot)[0]) for plot in run.charts])
-
-
 # Content of a run's report, shared by report.md, report.html and the model card.
 
 PER_CLASS = ("precision", "recall", "f1", "support")
@@ -399,10 +391,8 @@ class Result:
 
     split: str
     scores: Mapping[str, float]
-    bounds: Mapping[str, tuple[float, float]]
-    """Of their confidence intervals, where they have one."""
-    method: str
-    """How the intervals were made; empty where there are none."""
+    intervals: Intervals
+    """Of those scores that have one."""
 
     @property
     def classes(self) -> list[str]:
@@ -442,12 +432,7 @@ def of(run: RunData) -> dict[str, Any]:
 
 def results(run: RunData) -> list[Result]:
     """Collect the final metrics of every split."""
-    found = []
-    for split, scores in run.scores.items():
-        intervals = run.intervals.get(split)
-        bounds, method = ({}, "") if intervals is None else (intervals.bounds, intervals.method)
-        found.append(Result(split, scores, bounds, method))
-    return found
+    return [Result(split, scores, run.intervals.get(split, Intervals())) for split, scores in run.scores.items()]
 
 
 def rows_of(run: RunData, kind: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
@@ -566,8 +551,9 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
 
 def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
     """Write the scores of a split, overall and by class, with their intervals."""
+    bounds, method = result.intervals.bounds, result.intervals.method
     rows = [
-        [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*result.bounds[name]) if name in result.bounds else ""]
+        [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*bounds[name]) if name in bounds else ""]
         for name, value in result.overall.items()
     ]
     blocks = [markdown([result.split, "value", "95 % interval"], rows)]
@@ -578,7 +564,7 @@ def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
             values = {column: result.scores.get(f"{column}.{name}") for column in PER_CLASS}
             rows.append([name, *("" if v is None else formats[column].format(v) for column, v in values.items())])
         blocks.append(markdown([f"{result.split}, by class", *PER_CLASS], rows))
-    return [*blocks, *([f"Intervals: {result.method}."] if result.method else [])]
+    return [*blocks, *([f"Intervals: {method}."] if method else [])]
 
 
 def listed(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
