@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -41,28 +40,26 @@ HEADER = 200
 ANSWERS = "set task.train_on: last (the last answer of each chat; write one row for each answer to train all of them)"
 
 
-@dataclass(frozen=True)
 class Renderer:
-    """Renders chats by the template of one tokenizer."""
+    """Renders chats by the template of one tokenizer.
 
-    tokenizer: PreTrainedTokenizerBase
-    date: str | None = None
-    """The day that a template prints which asks for today's date, as YYYY-MM-DD; None is today."""
-    escapes: bool = False
-    """Whether special tokens in the text of the chat are text."""
-    special: frozenset[int] = field(init=False, repr=False, compare=False)
-    _probed: dict[Any, frozenset[tuple[int, str]]] = field(init=False, repr=False, default_factory=dict, compare=False)
-    _kept: set[Any] = field(init=False, repr=False, default_factory=set, compare=False)
-    """Kinds of turns of probed chats of which nothing was dropped."""
+    Args:
+        tokenizer: A fast one.
+        date: The day that a template prints which asks for today's date, as YYYY-MM-DD; None is today.
+        escapes: Special tokens in the text of the chat are text.
+    """
 
-    def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
-            reason = (
-                "its tokenizer gives no character offsets, which finding the trained tokens needs; name another model"
-            )
-            raise ModelError(Problem(reason, key="model.name"))
-        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        object.__setattr__(self, "special", frozenset(added | set(self.tokenizer.all_special_ids)))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None, escapes: bool = False) -> None:
+        if not tokenizer.is_fast:
+            reason = "its tokenizer gives no character offsets, which finding the trained tokens needs"
+            raise ModelError(Problem(f"{reason}; name another model", key="model.name"))
+        self.tokenizer, self.date, self.escapes = tokenizer, date, escapes
+        # Not all that a template writes as special is among the named ones (EOS, BOS, ...) of the tokenizer.
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = frozenset(added | set(tokenizer.all_special_ids))
+        self._probed = dict[Any, frozenset[tuple[int, str]]]()
+        # Kinds of turns of probed chats of which nothing was dropped.
+        self._kept = set[Any]()
 
     def text(self, chat: Chat, *, ask: bool = False) -> str:
         """Return the chat as text; with `ask`, followed by the header that makes the assistant answer.

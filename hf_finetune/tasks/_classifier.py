@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -169,28 +169,20 @@ class Classifier(Task):
     def count(self, batch: Batch, state: State) -> torch.Tensor:
         """Sum of the rows' class weights, or number of cells, or of rows: the divisor of torch's mean losses."""
         labels = batch["labels"]
-        match self.problem:
-            case "single_label":
-                return _losses.cross_entropy_items(labels, state.weights)
-            case "multi_label":
-                return _losses.binary_cross_entropy_items(labels)
-            case "regression":
-                return _losses.squared_error_items(labels)
-            case _:
-                assert_never(self.problem)
+        if self.problem == "single_label":
+            return _losses.cross_entropy_items(labels, state.weights)
+        if self.problem == "multi_label":
+            return _losses.binary_cross_entropy_items(labels)
+        return _losses.squared_error_items(labels)
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Return cross-entropy, binary cross-entropy or squared error, summed."""
         logits, labels = model(**self.inputs(batch)).logits, batch["labels"]
-        match self.problem:
-            case "single_label":
-                return Loss(_losses.cross_entropy_sum(logits, labels, state.weights, self.label_smoothing))
-            case "multi_label":
-                return Loss(_losses.binary_cross_entropy_sum(logits, labels, state.weights))
-            case "regression":
-                return Loss(_losses.squared_error_sum(logits, labels))
-            case _:
-                assert_never(self.problem)
+        if self.problem == "single_label":
+            return Loss(_losses.cross_entropy_sum(logits, labels, state.weights, self.label_smoothing))
+        if self.problem == "multi_label":
+            return Loss(_losses.binary_cross_entropy_sum(logits, labels, state.weights))
+        return Loss(_losses.squared_error_sum(logits, labels))
 
     def predict(
         self, model: Callable[..., Any], batch: Batch, state: State, totals: dict[str, torch.Tensor] | None = None
@@ -205,30 +197,22 @@ class Classifier(Task):
         from hf_finetune.tasks import _metrics
 
         logits, labels = predictions["logits"], predictions["labels"]
-        match self.problem:
-            case "single_label":
-                return _metrics.single_label(logits, labels, state.names)
-            case "multi_label":
-                return _metrics.multi_label(logits, labels, state.names, self.threshold)
-            case "regression":
-                return _metrics.regression(logits[:, 0], labels)
-            case _:
-                assert_never(self.problem)
+        if self.problem == "single_label":
+            return _metrics.single_label(logits, labels, state.names)
+        if self.problem == "multi_label":
+            return _metrics.multi_label(logits, labels, state.names, self.threshold)
+        return _metrics.regression(logits[:, 0], labels)
 
     def sums(self, predictions: Predictions, state: State) -> Sums:
         """Return the sums of which loss, accuracy, F1 and the errors of a regression are made."""
         from hf_finetune.tasks import _sums
 
         logits, labels = predictions["logits"], predictions["labels"]
-        match self.problem:
-            case "single_label":
-                return _sums.of_labels(logits, labels, state.names)
-            case "multi_label":
-                return _sums.of_cells(logits, labels, state.names, self.threshold)
-            case "regression":
-                return _sums.of_numbers(logits[:, 0], labels)
-            case _:
-                assert_never(self.problem)
+        if self.problem == "single_label":
+            return _sums.of_labels(logits, labels, state.names)
+        if self.problem == "multi_label":
+            return _sums.of_cells(logits, labels, state.names, self.threshold)
+        return _sums.of_numbers(logits[:, 0], labels)
 
     def judge(self, predictions: Predictions, state: State) -> Judged:
         """Predicted beside true labels; of several labels, how sure the model was of the one most surely wrong."""
@@ -296,18 +280,14 @@ class Classifier(Task):
 
     def answer_code(self) -> str:
         """Return Python for the card that prints the answer which `logits` stand for."""
-        match self.problem:
-            case "single_label":
-                return "print(model.config.id2label[int(logits.argmax())])"
-            case "multi_label":
-                return (
-                    "probabilities = logits.sigmoid()[0].tolist()\n"
-                    f"print([model.config.id2label[i] for i, p in enumerate(probabilities) if p >= {self.threshold!r}])"
-                )
-            case "regression":
-                return "print(float(logits))"
-            case _:
-                assert_never(self.problem)
+        if self.problem == "single_label":
+            return "print(model.config.id2label[int(logits.argmax())])"
+        if self.problem == "multi_label":
+            return (
+                "probabilities = logits.sigmoid()[0].tolist()\n"
+                f"print([model.config.id2label[i] for i, p in enumerate(probabilities) if p >= {self.threshold!r}])"
+            )
+        return "print(float(logits))"
 
 
 def _numbers(values: Any) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -31,20 +31,6 @@ _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)
 SHOWN = 20
 # What GLUE and others write into the label column where labels are kept secret, and what torch's losses ignore.
 UNLABELLED = (-1, -100)
-
-
-def texts(values: Sequence[Any], column: str, start: int = 0) -> list[str]:
-    """Return the text by which each label is known, one label a row.
-
-    Raises:
-        RowsError: A label is missing, or neither integer, string nor boolean, or not of the type of the others.
-    """
-    return _each(values, column, start, _text_reader(values))
-
-
-def list_texts(values: Sequence[Any], column: str, start: int = 0, *, repeated: bool = False) -> list[list[str]]:
-    """The texts of each row's list of labels; raise like `texts`, and for one that comes twice unless `repeated`."""
-    return _each(values, column, start, _list_reader(values, repeated=repeated))
 
 
 def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]]:
@@ -284,7 +270,7 @@ def read_labels(train: Dataset | IterableDataset, column: str, names: Sequence[s
     """
 
     def read(values: Sequence[Any], start: int) -> list[list[str]]:
-        return [[text] for text in texts(values, column, start)]
+        return [[text] for text in _each(values, column, start, _text_reader(values))]
 
     targets = _read(train, column, _declared(_feature(train, column), column, names), read)
     if len(targets.names) < 2:
@@ -300,7 +286,7 @@ def read_lists(
     from datasets import LargeList, List
 
     def read(values: Sequence[Any], start: int) -> list[list[str]]:
-        return list_texts(values, column, start, repeated=repeated)
+        return _each(values, column, start, _list_reader(values, repeated=repeated))
 
     feature = _feature(train, column)
     element = feature.feature if isinstance(feature, List | LargeList) else None
@@ -321,14 +307,12 @@ def read_cells(train: Dataset | IterableDataset, columns: Sequence[str]) -> Stat
     if not _is_loaded(train):
         return targets
     counts = [0] * len(columns)
-    bad = BadRows()
-    for start, rows in _batches(train, columns):
-        with bad.collect():
-            cells(rows, start)
-            counts = [count + sum(rows[column]) for count, column in zip(counts, columns, strict=True)]
-        if bad.full:
-            break
-    bad.raise_any()
+
+    def see(rows: Mapping[str, list[Any]], start: int) -> None:
+        cells(rows, start)
+        counts[:] = [count + sum(rows[column]) for count, column in zip(counts, columns, strict=True)]
+
+    _scan(train, columns, see)
     if not any(counts):
         raise DataError(f"columns {listed(columns)} are 0 in every training row; there is nothing to learn")
     return replace(targets, counts=tuple(counts))
@@ -343,13 +327,7 @@ def read_numbers(train: Dataset | IterableDataset, column: str) -> State:
     targets = State(names=(column,), id_of={column: 0})
     if not _is_loaded(train):
         return targets
-    bad = BadRows()
-    for start, rows in _batches(train, [column]):
-        with bad.collect():
-            numbers(rows[column], column, start)
-        if bad.full:
-            break
-    bad.raise_any()
+    _scan(train, [column], lambda rows, start: numbers(rows[column], column, start))
     return replace(targets, counts=(len(train),))
 
 
@@ -434,19 +412,24 @@ def _read(
             raise DataError(f"streaming can't tell the labels of column {column!r}; list them in task.labels")
         return State(names=declared[0], id_of=declared[1])
     found: Counter[str] = Counter()
-    bad = BadRows()
-    for start, rows in _batches(train, [column]):
-        with bad.collect():
-            rows_texts = read(rows[column], start)
-            found.update(chain.from_iterable(rows_texts))
-            for text in {text for row in rows_texts for text in row if _strange(text, declared)}:
-                what = _negative(text) if declared is None else unknown(text, declared[0])
-                for row, row_texts in enumerate(rows_texts, start):
-                    if text in row_texts:
-                        bad.add(row, f"column {column!r} {what}")
-        if bad.full:
-            break
-    bad.raise_any()
+
+    def see(rows: Mapping[str, list[Any]], start: int) -> None:
+        rows_texts, bad = read(rows[column], start), BadRows()
+        counts = Counter(chain.from_iterable(rows_texts))
+        found.update(counts)
+        for text in counts:
+            if declared is not None and id_of(text, declared[1]) is None:
+                what = unknown(text, declared[0])
+            elif declared is None and _is_integer(text) and text.startswith("-"):
+                what = _negative(text)
+            else:
+                continue
+            for row, row_texts in enumerate(rows_texts, start):
+                if text in row_texts:
+                    bad.add(row, f"column {column!r} {what}")
+        bad.raise_any()
+
+    _scan(train, [column], see)
     if declared is None:
         # `10` comes after `9` where all labels are integers.
         numeric = all(map(_is_integer, found))
@@ -461,23 +444,22 @@ def _read(
     return State(names=names, counts=tuple(counts), id_of=ids_of)
 
 
-def _strange(text: str, declared: Declared | None) -> bool:
-    """Tell whether a label is none of those declared, or, where none are, negative."""
-    return _is_integer(text) and text.startswith("-") if declared is None else id_of(text, declared[1]) is None
-
-
 def _negative(text: str) -> str:
     usual = f"which usually means that the row has no label; remove it, or list {text} in task.labels if it is one"
     reason = usual if text in map(str, UNLABELLED) else f"a negative label; list {text} in task.labels if it is meant"
     return f"holds {text}, {reason}"
 
 
-def _batches(train: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Yield the number of the first row, and columns, of each stretch of rows."""
-    start = 0
+def _scan(train: Dataset, columns: Sequence[str], see: Callable[[Mapping[str, list[Any]], int], object]) -> None:
+    """Show columns, and the number of their first row, to `see`, stretch by stretch; raise all that it refuses."""
+    bad, start = BadRows(), 0
     for rows in train.select_columns(list(columns)).with_format(None).iter(batch_size=10_000):
-        yield start, rows
+        with bad.collect():
+            see(rows, start)
+        if bad.full:
+            break
         start += len(rows[columns[0]])
+    bad.raise_any()
 
 
 def _feature(train: Dataset | IterableDataset, column: str) -> Any:
