@@ -17,7 +17,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from sklearn.metrics import average_precision_score, confusion_matrix
 
-from hf_finetune.tasks._metrics import calibration, ece
+from hf_finetune.tasks._metrics import calibration
 from hf_finetune.tracking import charts, figures, predictions
 
 Array = np.ndarray[Any, Any]
@@ -129,7 +129,7 @@ def test_ece_equals_a_value_computed_by_hand() -> None:
     sure = np.array([0.6, 0.6, 0.9, 0.9])
     logits = np.column_stack([np.log(sure), np.log(1 - sure)])
     labels = np.array([0, 1, 0, 0])
-    assert ece(np.column_stack([logits, labels]), bins=5) == pytest.approx(0.1)
+    assert calibration(np.column_stack([logits, labels]), bins=5).error == pytest.approx(0.1)
 
 
 def test_a_bin_has_its_upper_end_and_not_its_lower_one() -> None:
@@ -141,11 +141,11 @@ def test_ece_of_a_calibrated_classifier_is_near_0() -> None:
     draw = np.random.default_rng(3)
     logits = draw.normal(size=(50_000, 3)) * 2
     labels = (draw.gumbel(size=logits.shape) + logits).argmax(axis=1)
-    assert ece(np.column_stack([logits, labels])) < 0.01
+    assert calibration(np.column_stack([logits, labels])).error < 0.01
 
 
 def test_ece_without_rows_is_nan() -> None:
-    assert np.isnan(ece(np.empty((0, 3))))
+    assert np.isnan(calibration(np.empty((0, 3))).error)
 
 
 def test_reliability_draws_the_bins_and_says_the_error() -> None:
@@ -154,7 +154,7 @@ def test_reliability_draws_the_bins_and_says_the_error() -> None:
     found = calibration(made)
     assert [bar.get_height() for bar in upper.patches] == pytest.approx(found.accuracy[found.counts > 0].tolist())
     assert [bar.get_height() for bar in lower.patches] == found.counts.tolist()
-    assert upper.get_title() == f"expected calibration error {ece(made):.4f} (15 bins)"
+    assert upper.get_title() == f"expected calibration error {calibration(made).error:.4f} (15 bins)"
 
 
 def test_each_class_has_its_precision_recall_curve() -> None:

@@ -84,6 +84,7 @@ def write(folder: str, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> 
     written: Any = copy.deepcopy(config)
     written.inference_mode = True
     if getattr(written, "modules_to_save", None):
+        # PEFT adds the task's own names of heads, which may be those that the recipe has.
         written.modules_to_save = list(dict.fromkeys(written.modules_to_save))
     written.save_pretrained(folder)
 

@@ -121,6 +121,7 @@ class AdaLora(Adapter):
         found: dict[str, dict[str, Any]] = {kind: {} for kind in (*SCORES, "ranks")}
         for key, value in state.items():
             kind, _, name = key.partition(" ")
+            # The allocator computes with scores where the gradients lie; its pattern is plain lists.
             found[kind][name] = value.tolist() if kind == "ranks" else value.to(device)
         peft.adapter_config(adapted).rank_pattern = found.pop("ranks")
         for kind, scores in found.items():

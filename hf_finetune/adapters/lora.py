@@ -184,6 +184,7 @@ class Lora(Adapter):
             reason = f"token {ids[-1]} has no row in the embedding of {embedding.num_embeddings} rows"
             raise RecipeError(Problem(reason, key=key))
         layers = [embedding]
+        # A tied output layer takes its rows from the embedding, so they are trained once.
         if output is not None and output.weight is not embedding.weight:
             layers.append(output)
         return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}

@@ -122,6 +122,7 @@ class Classifier(Task):
             state = _labels.read_labels(rows, self.label, self.labels)
         if self.class_weights is None:
             return state
+        # Streamed rows can be read once, so nobody has counted them.
         count = None if not state.counts else len(rows)
         return _labels.weighted(state, self.class_weights, count, per_label=self.problem == "multi_label")
 
@@ -247,6 +248,7 @@ class Classifier(Task):
         import numpy as np
 
         logits, labels = predictions["logits"], predictions["labels"]
+        # Records of all evaluations are kept: float32 halves them, and draws the same.
         rows = np.concatenate([logits, labels.reshape(len(logits), -1)], axis=1).astype(np.float32)
         return Plot(self.problem, rows, self.threshold if self.problem == "multi_label" else None)
 

@@ -98,6 +98,7 @@ def answer_together(
 ) -> list[Generation]:
     """`generate` with the prompts shared out among all ranks; every rank must call it and gets all answers."""
     state = PartialState()
+    # Every n-th: rows of a file often come sorted, and the ranks should end together.
     numbers = range(state.process_index, len(prompts), state.num_processes)
     mine = [prompts[number] for number in numbers]
     answers = generate(model, tokenizer, mine, max_new_tokens=max_new_tokens, batch_size=BATCH)
@@ -109,6 +110,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
+    # Chat models often name their end of turn in the generation config alone.
     ends = {tokenizer.eos_token_id, _turn_end(tokenizer), *configured}
     return sorted(end for end in ends if end is not None)
 

@@ -35,6 +35,7 @@ def content(cell: Any) -> bytes:
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             reason = getattr(error, "strerror", None) or "it is not in the zip file, or that is damaged"
             raise DataError(f"names {cell}, which can't be read ({reason}); correct the path") from None
+    # An image of Pillow, as the API may hand over; the name of its class would import Pillow.
     if hasattr(cell, "save"):
         stream = io.BytesIO()
         cell.save(stream, format="PNG")  # loses nothing

@@ -33,15 +33,16 @@ SHOWN = 20
 UNLABELLED = (-1, -100)
 
 
-def id_lists(values: Sequence[Any], column: str, state: State) -> list[list[int]]:
-    """Return the ids of each row's list of labels, which may repeat; raise like `ids`."""
-    texts_of = _list_reader(values, repeated=True)
+def id_lists(values: Sequence[Any], column: str, state: State, *, repeated: bool = True) -> list[list[int]]:
+    """Return the ids of each row's list of labels, which may have one twice if `repeated`; raise like `ids`."""
+    texts_of = _list_reader(values, repeated=repeated)
 
     def read(value: Any) -> list[int]:
         row_texts = texts_of(value)
         found = {text: id_of(text, state.id_of) for text in set(row_texts)}
         if state.names and None in found.values():
             _refuse(unknown(next(text for text in row_texts if found[text] is None), state.names))
+        # Unknown ones are left only where no names are known: ids say nothing then.
         return [found[text] or 0 for text in row_texts]
 
     return _each(values, column, 0, read)
@@ -69,18 +70,8 @@ def ids(values: Sequence[Any], column: str, targets: State) -> list[int]:
 
 def multi_hot(values: Sequence[Any], column: str, targets: State) -> list[list[float]]:
     """Return a row of C cells, 0.0 or 1.0, for each list of labels; raise like `ids`."""
-    texts_of = _list_reader(values)
-
-    def read(value: Any) -> list[float]:
-        row_cells = [0.0] * len(targets.names)
-        for text in texts_of(value) if targets.names else ():
-            found = id_of(text, targets.id_of)
-            if found is None:
-                _refuse(unknown(text, targets.names))
-            row_cells[found] = 1.0
-        return row_cells
-
-    return _each(values, column, 0, read)
+    found = id_lists(values, column, targets, repeated=False)
+    return [[float(index in row) for index in range(len(targets.names))] for row in found]
 
 
 def cells(rows: Mapping[str, Sequence[Any]], start: int = 0) -> list[list[float]]:
@@ -169,6 +160,7 @@ def _text_reader(values: Sequence[Any]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if is_missing(value):
             _refuse(f"is null: the row has no label{hint}")
+        # Not `isinstance`: True is an integer, but another label than 1.
         if type(value) is not type(first):
             _refuse(f"holds {_kind(value)}, but the rows before hold labels like {first!r}; use one type")
         return _text(value)

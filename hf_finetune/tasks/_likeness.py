@@ -91,6 +91,7 @@ def like(text: str, names: Sequence[str]) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _levelled(names: tuple[str, ...]) -> dict[str, str]:
+    # Of names that are alike, the first one is what a message shows.
     return {level(name): name for name in reversed(names)}
 
 

@@ -44,6 +44,7 @@ class Chat:
             DataError: This is no list of `{role, content, ...}` turns, or no list of tools.
         """
         turns = [_turn(number, turn) for number, turn in enumerate(_listed(messages, "the messages"), start=1)]
+        # `_weight` takes the key out of the turn, as templates would render it or refuse it.
         muted = [index for index, turn in enumerate(turns) if not _weight(index + 1, turn)]
         listed = [] if tools is None or is_blank(tools) else _listed(tools, "the tools")
         return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted))

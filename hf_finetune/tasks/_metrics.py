@@ -66,11 +66,6 @@ def calibration(rows: Array, bins: int = BINS) -> Calibration:
         return Calibration(edges, counts, sure / counts, hits / counts)
 
 
-def ece(rows: Array, bins: int = BINS) -> float:
-    """Return expected calibration error of (N, C + 1) rows, logits then label id; NaN without a counted row."""
-    return calibration(rows, bins).error
-
-
 def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
     """Return probabilities (N, C) of (N, C) logits, and what follows from them.
 
@@ -119,7 +114,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
         {
             "loss": -log_probabilities[np.arange(len(truth)), truth].mean(),
             "accuracy": sk.accuracy_score(truth, predicted),
-            "ece": ece(np.column_stack([logits, labels])),
+            "ece": calibration(np.column_stack([logits, labels])).error,
             "matthews": sk.matthews_corrcoef(truth, predicted) if np.ptp(truth) else math.nan,
             **_f1_averages(truth, predicted),
             **_rankings(hits[:, ranked], np.exp(log_probabilities[:, ranked])),
@@ -189,6 +184,7 @@ def regression(predictions: Array, labels: Array) -> dict[str, float]:
     if np.ptp(labels) > 0:
         found["r2"] = sk.r2_score(labels, predictions)
     if np.ptp(labels) > 0 and np.ptp(predictions) > 0:
+        # scipy warns of a spread near the rounding error, which nobody could do anything about.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.NearConstantInputWarning)
             found["pearson"] = stats.pearsonr(labels, predictions).statistic

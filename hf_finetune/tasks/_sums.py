@@ -134,6 +134,7 @@ def of_numbers(predicted: Array, labels: Array) -> Sums:
 def _of_errors(added: Array) -> dict[str, Array]:
     rows, squares, distances, y, yy, p, pp, yp = added
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Variances times rows, by sums of squares: exact enough, as the values are centred.
         spread_y, spread_p = yy - y**2 / rows, pp - p**2 / rows
         return {
             "loss": squares / rows,

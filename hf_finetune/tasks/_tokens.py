@@ -198,6 +198,7 @@ def packed(features: list[Any], pad: int) -> Batch:
     first label of each document is `IGNORE`, so that nothing is predicted across documents.
     """
     ids = [[token for document in row for token in document["input_ids"]] for row in features]
+    # Else the last token of a document would be asked for the first one of the next.
     labels = [[label for document in row for label in (IGNORE, *document["labels"][1:])] for row in features]
     width = _width([len(row) for row in ids])
     # The padding counts from 0, too, which makes a document of it.
@@ -280,6 +281,7 @@ def _second_logits(model: Any, documents: list[torch.Tensor]) -> tuple[torch.Ten
 def _width(lengths: list[int]) -> int:
     import torch
 
+    # On a CPU it would only be more padding.
     multiple = MULTIPLE_ON_GPU if torch.cuda.is_available() else 1
     return -(-max(lengths) // multiple) * multiple
 

@@ -319,6 +319,7 @@ class Task(Plugin):
 
     def blank(self, rows: Rows) -> list[bool]:
         """Tell which rows of a batch hold nothing to read."""
+        # A missing target is no blank row, but an error of its own.
         columns = [rows[name] for name in self.asked_columns()]
         return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
 

@@ -269,6 +269,7 @@ class CausalLM(Task):
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad rows on the right; lists of documents are joined, each list to one row."""
+        # Decoders often have no pad token; whatever stands there is masked.
         pad = next((token for token in (processor.pad_token_id, processor.eos_token_id) if token is not None), 0)
         return _tokens.packed(features, pad) if isinstance(features[0], list) else _tokens.padded(features, pad)
 
@@ -316,6 +317,7 @@ class CausalLM(Task):
         if mask is None:
             return {**batch, "labels": batch["input_ids"]}
         mask = mask.clone()
+        # A fast path that ignores the mask gives other numbers here, and is found out.
         mask[:, -max(1, mask.shape[1] // 4) :] = 0
         return {**batch, "attention_mask": mask, "labels": batch["input_ids"].masked_fill(mask == 0, IGNORE)}
 
@@ -405,6 +407,7 @@ class CausalLM(Task):
 
         if rows is None or not self.generate_rows:
             return None
+        # The same rows at every evaluation, so that their scores can be compared.
         first = rows[: self.generate_rows]
         references = self.references(first, self.generate_rows)
         generation.right_answers(references, self.answer_pattern)  # now, not at the first evaluation

@@ -184,6 +184,7 @@ class TokenClassification(Task):
             labels = batch["labels"]
             nats = -log_shares.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
             found |= {"truth": labels, "nats": nats}
+            # A word without a true tag is not scored.
             begins = begins & (labels != IGNORE)
         return {**{name: value.where(begins, IGNORE) for name, value in found.items()}, "words": batch["words"]}
 
@@ -264,6 +265,7 @@ class TokenClassification(Task):
             row = [OUTSIDE] * int(count)
             for word, tag in zip(words[read].tolist(), tags[read].tolist(), strict=True):
                 row[word] = state.names[tag]
+            # A row that is cut down to nothing is surely outside.
             found.append({"tags": row, "score": float(f"{confidence[read].min(initial=1.0):.8g}")})
         return found
 
@@ -295,6 +297,7 @@ def spans(tags: Iterable[str]) -> Iterable[tuple[int, int, str]]:
     type are one entity.
     """
     start, open_kind, last = 0, "", -1
+    # One word more ends the entity that a row ends with.
     for index, tag in enumerate(itertools.chain(tags, [OUTSIDE])):
         prefix, _, kind = tag.partition("-") if tag[:2] in ("B-", "I-") else ("", "", "" if tag == OUTSIDE else tag)
         if open_kind and (kind != open_kind or prefix == "B"):
