@@ -65,7 +65,20 @@ class Options:
 
     def check(self, run: str) -> None:
         """Refuse everything that can't work with this run folder, in one report."""
-        refusals = [self._folder(Path(run))]
+        folder, source, why = Path(self.to).resolve(), Path(run).resolve(), None
+        if Path.cwd().is_relative_to(folder):
+            why = "is the folder you are in, or holds it; name another folder"
+        elif folder == source or source.is_relative_to(folder) or folder.is_relative_to(source / "adapter"):
+            why = "would replace the run, or a part of it; name another folder"
+        elif folder.exists() and not folder.is_dir():
+            why = "is a file; name a folder"
+        elif folder.exists() and any(folder.iterdir()):
+            # Only a folder that `merge` wrote is ever replaced: the name may be mistyped.
+            if not (folder / REPORT).is_file():
+                why = "holds files that `merge` did not write; name another folder"
+            elif not self.overwrite:
+                why = "exists already; give --overwrite to replace it"
+        refusals = [] if why is None else [f"--to {self.to}: {why}"]
         if not SIZE.fullmatch(self.shard_size):
             refusals.append(f"--shard-size {self.shard_size}: write a number and KB, MB, GB or TB, e.g. 5GB")
         for option, is_asked in (("--quantize", self.quantize is not None), ("--onnx", self.onnx)):
@@ -76,24 +89,9 @@ class Options:
         named = [("--to", self.to), *(("--data", file) for file in self.data)]
         refusals += [f"{option} {path}: {why}" for option, path in named if (why := outside(path)) is not None]
         findings = Findings()
-        for refusal in filter(None, refusals):
+        for refusal in refusals:
             findings.add(RecipeError(refusal))
         findings.raise_errors()
-
-    def _folder(self, run: Path) -> str | None:
-        folder, source, why = Path(self.to).resolve(), run.resolve(), None
-        if Path.cwd().is_relative_to(folder):
-            why = "is the folder you are in, or holds it; name another folder"
-        elif folder == source or source.is_relative_to(folder) or folder.is_relative_to(source / "adapter"):
-            why = "would replace the run, or a part of it; name another folder"
-        elif folder.exists() and not folder.is_dir():
-            why = "is a file; name a folder"
-        elif folder.exists() and any(folder.iterdir()):
-            if not (folder / REPORT).is_file():
-                why = "holds files that `merge` did not write; name another folder"
-            elif not self.overwrite:
-                why = "exists already; give --overwrite to replace it"
-        return None if why is None else f"--to {self.to}: {why}"
 
 
 @dataclass

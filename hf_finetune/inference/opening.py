@@ -98,7 +98,18 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
     if (why := outside(place)) is not None:
         raise RecipeError(Problem(why, file=place))
     folder = RunFolder(place)
-    _refuse_unfinished(folder)
+    if not folder.path.is_dir() or not folder.recipe.is_file():
+        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "does not exist"
+        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
+    state, reason = folder.condition()
+    if state != "done":
+        reason = reason.partition("\n")[0]
+        how = "wait for it" if state == "running" else "run the training command again to resume it"
+        what = f"{state}: {reason}" if reason and state != "running" else state
+        raise CheckpointError(Problem(f"the run is not finished ({what}); {how}", file=str(folder.path)))
+    if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
+        message = "the adapter is missing, though the run is finished; restore it, or train anew with --restart"
+        raise CheckpointError(Problem(message, file=str(folder.adapter)))
     # A whole block has keys that the model depends on; a list of label columns in place of one is another problem.
     for word in overrides:
         key, _, value = word.partition("=")
@@ -111,22 +122,6 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
     moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept.started_in)
     words = [f"{key}={json.dumps(value)}" for key, value in moved]
     return Recipe.load(str(folder.recipe), [*words, *overrides])
-
-
-def _refuse_unfinished(folder: RunFolder) -> None:
-    if not folder.path.is_dir() or not folder.recipe.is_file():
-        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "does not exist"
-        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
-    state, reason = folder.condition()
-    if state == "running":
-        raise CheckpointError(Problem("the run is not finished (running); wait for it", file=str(folder.path)))
-    if state != "done":
-        reason = reason.partition("\n")[0]
-        message = f"the run is not finished ({f'{state}: {reason}' if reason else state})"
-        raise CheckpointError(Problem(f"{message}; run the training command again to resume it", file=str(folder.path)))
-    if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
-        message = "the adapter is missing, though the run is finished; restore it, or train anew with --restart"
-        raise CheckpointError(Problem(message, file=str(folder.adapter)))
 
 
 def _moved(recipe: Recipe, folder: RunFolder, started_in: Path | None) -> Iterator[tuple[str, str | list[str]]]:

@@ -46,7 +46,18 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         for part, want, out in zip(*(torch.split(whole, size) for whole in (hidden, wanted, gradient)), strict=True):
             logits = torch.nn.functional.linear(part, head.weight, head.bias).float()
-            total += _sum_and_gradient(logits, want, smoothing)
+            index, classes = want[:, None], logits.shape[1]
+            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            chosen = logits.gather(1, index)
+            loss = (normaliser - chosen).sum() * (1 - smoothing)
+            if smoothing:
+                loss = loss + (normaliser - logits.mean(dim=1, keepdim=True)).sum() * smoothing
+            total += loss
+            # In the place of the logits comes their gradient, softmax minus target: nothing else of their size is held.
+            logits.sub_(normaliser).exp_()
+            if smoothing:
+                logits.sub_(smoothing / classes)
+            logits.scatter_add_(1, index, torch.full_like(chosen, smoothing - 1))
             torch.mm(logits.to(part.dtype), head.weight, out=out)
         ctx.save_for_backward(gradient)
         return total
@@ -61,21 +72,6 @@ class _HeadLoss(torch.autograd.Function):
 def _chunk(vocabulary: int, device: torch.device) -> int:
     size = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
     return max(FEW, size if device.type == "cpu" else min(size, MANY))
-
-
-def _sum_and_gradient(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
-    """Return the summed loss of (N, V) float32 logits, which become the gradient: softmax minus target."""
-    index, classes = wanted[:, None], logits.shape[1]
-    normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-    chosen = logits.gather(1, index)
-    loss = (normaliser - chosen).sum() * (1 - smoothing)
-    if smoothing:
-        loss = loss + (normaliser - logits.mean(dim=1, keepdim=True)).sum() * smoothing
-    logits.sub_(normaliser).exp_()
-    if smoothing:
-        logits.sub_(smoothing / classes)
-    logits.scatter_add_(1, index, torch.full_like(chosen, smoothing - 1))
-    return loss
 
 
 class FastHead:

@@ -55,7 +55,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.nonzero.default:
             made = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
         else:
-            made = func(*_all_true(func, args), **(kwargs or {}))
+            if func in BY_MASK:
+                # How many elements a mask would pick is unknown; all of them is the most.
+                indices: list[torch.Tensor | None] = []
+                for index in args[1]:
+                    if index is None or index.dtype != torch.bool:
+                        indices.append(index)
+                    else:
+                        indices += [index.new_zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
+                args = (args[0], indices, *args[2:])
+            made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -91,19 +100,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         account, size = self._entries.pop(key)
         self._live[account] -= size
         self._total -= size
-
-
-def _all_true(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments in which a mask that picks elements picks all: how many it would is unknown, and this is the most."""
-    if func not in BY_MASK:
-        return args
-    indices: list[torch.Tensor | None] = []
-    for index in args[1]:
-        if index is None or index.dtype != torch.bool:
-            indices.append(index)
-        else:
-            indices += [index.new_zeros(index.numel(), dtype=torch.long) for _ in range(index.ndim)]
-    return (args[0], indices, *args[2:])
 
 
 def fake(model: nn.Module, device: str) -> list[torch.Tensor]:
