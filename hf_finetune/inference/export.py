@@ -17,7 +17,6 @@ import transformers
 from torch import nn
 
 from hf_finetune.adapters import _peft as peft
-from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.inference import weights
 from hf_finetune.inference.load import Finished
@@ -53,9 +52,7 @@ def quantise(source: Path, run: Finished, bits: str, folder: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     with torch.device("meta"), silence():
         outline = getattr(transformers, run.recipe.task.auto_model).from_config(config, trust_remote_code=False)
-    output = output_embedding(outline)
-    # Heads and the output layer stay as they are: they are few weights, and much of an answer hangs on them.
-    kept = [*load.find_heads(outline), *(name for name, module in outline.named_modules() if module is output)]
+    kept = load.never_quantised(outline)
     settings = transformers.TorchAoConfig(_config(outline, bits), modules_to_not_convert=kept)
     options = {"dtype": torch.bfloat16} if bits == "int4" else {}
     network = weights.load(source, run, quantization_config=settings, **options)

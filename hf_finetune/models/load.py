@@ -40,6 +40,12 @@ def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def never_quantised(model: PreTrainedModel) -> list[str]:
+    """Return the paths of heads and output embedding: they are few weights, and much of an answer hangs on them."""
+    output = output_embedding(model)
+    return [*find_heads(model), *(path for path, module in model.named_modules() if module is output)]
+
+
 def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     """Return the paths of the modules with missing weights: a head, or a pooler; a ModelError where more is missing."""
     paths = [path for path, _ in model.named_modules() if any(key.rpartition(".")[0] == path for key in missing)]
@@ -370,8 +376,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
     auto, dtype = getattr(transformers, recipe.task.auto_model), machine.base_dtype(frozen=recipe.adapter.freezes_base)
     options: dict[str, Any] = {}
     if recipe.model.quantization is not None:
-        outline, make = _outline(recipe, config), cast("Any", transformers.BitsAndBytesConfig)
-        output = output_embedding(outline)
+        make = cast("Any", transformers.BitsAndBytesConfig)
         options["device_map"] = {"": machine.place}
         options["quantization_config"] = make(
             load_in_4bit=recipe.model.quantization == "nf4",
@@ -381,10 +386,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
             bnb_4bit_compute_dtype=dtype,
             # FSDP2 shards floating point numbers only; accelerate would leave bytes whole on every rank.
             bnb_4bit_quant_storage=dtype if machine.is_sharded else torch.uint8,
-            llm_int8_skip_modules=[
-                *find_heads(outline),
-                *(name for name, module in outline.named_modules() if module is output),
-            ],
+            llm_int8_skip_modules=never_quantised(_outline(recipe, config)),
         )
     with reading(recipe.model), silence():
         model, info = auto.from_pretrained(
