@@ -169,7 +169,7 @@ def test_only_answers_to_the_same_rows_are_compared() -> None:
 
         def scored(count: int, pattern: str) -> Any:
             answers = {"exact_match": np.ones(count)} if count else {}
-            task: Any = SimpleNamespace(answer_pattern=pattern)
+            task: Any = SimpleNamespace(answer_rule=pattern)
             return Scored(task, State(), {}, np.arange(5), np.arange(count), answers)
 
         *both, told = inference_evaluate._same_answers(scored(5, "x"), scored(rows, pattern), "other")
