@@ -68,6 +68,6 @@ def test_a_shipped_recipe_runs(
     done = Run(tmp_path / "run", outcome)
     assert done.status["state"] == "done"
     assert done.lines("train")[0]["step"] == 1
-    assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {
-        "adapter_config.json", "adapter_model.safetensors", "README.md"
-    }  # fmt: skip
+    peft = {"adapter_config.json", "adapter_model.safetensors"}
+    weights = {"config.json", "model.safetensors"} if recipe.adapter.kind == "full" else peft
+    assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {*weights, "README.md"}

@@ -11,7 +11,7 @@ from benchmarks import rows
 MOST = 400
 """Bytes a row, lasting and passing ones: a hash, a label, a few numbers, and their sorted copies. The tokens of a row
 of this test alone were 1,000, when they were counted in memory all at once."""
-FEW, MANY = 50_000, 200_000
+FEW, MANY = 100_000, 250_000
 
 
 @pytest.mark.slow
