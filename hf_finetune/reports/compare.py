@@ -138,6 +138,8 @@ def _read(path: str) -> Run:
     state, reason = folder.condition()
     lines = journal.read(folder.metrics)
     evaluated, metrics = _last_metrics(lines)
+    block = tree.get("task")
+    known = discover("hf_finetune.tasks", Task).get(str(block.get("kind") if isinstance(block, dict) else None))
     # The last is the summary's, of the whole run; of a run that did not get there, that of its newest log.
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
     return Run(
@@ -150,7 +152,8 @@ def _read(path: str) -> Run:
         metrics=metrics,
         seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
         samples_per_second=speeds[-1] if speeds else None,
-        headline=_headline(tree.get("task")),
+        # An unknown task has the loss alone.
+        headline=known.headline if known is not None and issubclass(known, Task) else ("loss",),
     )
 
 
@@ -178,13 +181,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _headline(block: Any) -> tuple[str, ...]:
-    """Return the main metrics of the task; an unknown one has the loss alone."""
-    kind = block.get("kind") if isinstance(block, dict) else None
-    known = discover("hf_finetune.tasks", Task).get(str(kind))
-    return known.headline if known is not None and issubclass(known, Task) else ("loss",)
 
 
 # A comparison as a table for a terminal, as JSON, or as markdown.

@@ -260,6 +260,11 @@ def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str,
     """Collect what the template prints besides examples and plan."""
     # Not `reports`: what was read of a stream for the examples is no count of it.
     reports, facts, listed = prepared.counted, prepared.facts, list(findings)
+    fates = []  # name, meaning and a number for each split
+    for field, name, meaning in FATES:
+        counts = [_part(int(getattr(report, field, 0)), report.rows) for report in reports.values()]
+        if field not in RARE or any(part["number"] for part in counts):
+            fates.append((name, meaning, counts))
     strikes, frequent = list(_strikes(facts, reports, recipe.data.checks)), list(_frequent(facts))
     return {
         "recipe": recipe,
@@ -269,7 +274,7 @@ def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str,
         "errors": len(findings.errors),
         "warnings": len(findings.warnings),
         "splits": list(reports),
-        "fates": list(_fates(reports)),
+        "fates": fates,
         "balance": _balance(facts, reports),
         "lengths": list(_lengths(facts, reports, recipe.data.max_length)),
         "repeated": [strike for strike in strikes if strike["check"] in REPEATED],
@@ -285,14 +290,6 @@ def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str,
 def _part(number: int, whole: int) -> dict[str, float]:
     """Pair a count with its share in percent."""
     return {"number": number, "share": 100 * number / whole if whole else 0.0}
-
-
-def _fates(reports: Mapping[str, SplitReport]) -> Iterator[tuple[str, str, list[dict[str, float]]]]:
-    """Say what became of the rows: name, meaning and a number for each split."""
-    for field, name, meaning in FATES:
-        counts = [(int(getattr(report, field, 0)), report.rows) for report in reports.values()]
-        if field not in RARE or any(count for count, _ in counts):
-            yield name, meaning, [_part(count, rows) for count, rows in counts]
 
 
 def _balance(facts: Mapping[str, Facts], reports: Mapping[str, SplitReport]) -> dict[str, Any] | None:
