@@ -24,7 +24,11 @@ Rank = Annotated[int, Field(ge=1, le=65_536)]
 class AdaLora(Adapter):
     """Low-rank updates in SVD form; unimportant ranks are pruned while training."""
 
-    usual_rates: ClassVar[Rates | None] = Rates(5e-4, 2.2e-3, "Zhang et al. 2023, arXiv 2303.10512, appendix")
+    usual_rates: ClassVar[Rates | None] = (
+        5e-4,
+        2.2e-3,
+        "Zhang et al. 2023, arXiv 2303.10512, appendix",
+    )
 
     init_r: Rank = 12
     """Rank of every layer at the start."""

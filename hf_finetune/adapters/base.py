@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 State = dict[str, "torch.Tensor"]
+# Least and greatest learning rate that a method was published with, for AdamW or Adafactor, and where.
+Rates = tuple[float, float, str]
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,6 @@ class Setting:
     """Label names in the order of their ids; empty for a task without, and where nobody asks."""
     batches: Callable[[], Iterable[Batch]] = field(default=lambda: ())
     """A few training batches on the model's device, for data-driven initialisation."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates that a method was published with, for AdamW or Adafactor."""
-
-    least: float
-    most: float
-    source: str
 
 
 class Adapter(Plugin):

@@ -17,7 +17,11 @@ class Full(Adapter):
     """Train the whole model; what is saved is a complete model folder."""
 
     freezes_base: ClassVar[bool] = False
-    usual_rates: ClassVar[Rates | None] = Rates(1e-5, 5e-5, "BERT and RoBERTa, arXiv 1810.04805 and 1907.11692")
+    usual_rates: ClassVar[Rates | None] = (
+        1e-5,
+        5e-5,
+        "BERT and RoBERTa, arXiv 1810.04805 and 1907.11692",
+    )
 
     def why_not_quantized(self) -> str | None:
         """Quantised weights take no gradient."""

@@ -38,7 +38,11 @@ EVA_ROWS = 4_096
 class Lora(Adapter):
     """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
 
-    usual_rates: ClassVar[Rates | None] = Rates(6e-5, 5e-4, "Hu et al. 2021, arXiv 2106.09685, appendix D")
+    usual_rates: ClassVar[Rates | None] = (
+        6e-5,
+        5e-4,
+        "Hu et al. 2021, arXiv 2106.09685, appendix D",
+    )
 
     r: Rank | None = None
     """Rank of the update; null is 8, or what `from` has."""

@@ -245,14 +245,14 @@ def advice(recipe: Recipe) -> Iterator[Problem]:
     """Warn of settings that may train and yet come to nothing; that is not certain, so they are not errors."""
     rate, usual = recipe.training.learning_rate, recipe.adapter.usual_rates
     if usual is not None and recipe.training.optimizer in LIKE_ADAM:
-        most, least = _plain(usual.most), _plain(usual.least)
-        spread = most if usual.least == usual.most else f"{least} to {most}"
-        usual_for = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({usual.source})"
-        if rate > ABOVE * usual.most:
-            message = f"{_plain(rate)} is too high {usual_for}; the loss will hardly fall, start with {most}"
+        least, most, source = usual
+        spread = _plain(most) if least == most else f"{_plain(least)} to {_plain(most)}"
+        usual_for = f"for adapter.kind {recipe.adapter.kind}, published with {spread} ({source})"
+        if rate > ABOVE * most:
+            message = f"{_plain(rate)} is too high {usual_for}; the loss will hardly fall, start with {_plain(most)}"
             yield Problem(message, key="training.learning_rate")
-        elif rate < usual.least / BELOW:
-            message = f"{_plain(rate)} is too low {usual_for}; the model will hardly change, start with {most}"
+        elif rate < least / BELOW:
+            message = f"{_plain(rate)} is too low {usual_for}; the model will hardly change, start with {_plain(most)}"
             yield Problem(message, key="training.learning_rate")
     if not recipe.data.has_validation:
         message = "is not given, so nothing will show whether the model learns or only memorises; name a split, or set "

@@ -23,8 +23,6 @@ SHORT = 16
 # So many shapes of chats are all probed for one batch of rows. Probing every further shape would take as long as
 # rendering, so of those only chats with a kind of turn that no probed chat had are probed; see `kinds`.
 FEW = 64
-# Characters of a dropped text that a message shows.
-SHOWN = 40
 # Keys of a turn that are looked for one by one.
 READ = {"role", "content", "tool_calls", *REASONING}
 # Keys of a turn that hold nothing for the model to read.
@@ -41,18 +39,6 @@ class Lost:
     check: str | None = None
     """The check of `data.checks` that counts it; None where the row can't be used."""
     is_reasoning: bool = False
-    said: str = ""
-    """The text that is lost."""
-
-    def __str__(self) -> str:
-        """For people, without the remedy."""
-        said = " ".join(self.said.split())
-        return self.kind + (f" {said if len(said) <= SHOWN else said[:SHOWN] + '...'!r}" if self.said else "")
-
-    @property
-    def kind(self) -> str:
-        """The same without the text, so that one message stands for all rows that lose such a thing."""
-        return f"{self.at}: the chat template drops {self.what}"
 
 
 # Finds which contents and reasonings of a chat are dropped whatever they say: (index of the turn, key).
@@ -109,7 +95,10 @@ def check(found: tuple[Lost, ...]) -> None:
     """
     for one in found:
         if one.check is None:
-            raise DataError(f"{one.kind}; name a model whose template takes it, or remove it")
+            # Not the text: one message stands for all rows that lose such a thing.
+            raise DataError(
+                f"{one.at}: the chat template drops {one.what}; name a model whose template takes it, or remove it"
+            )
 
 
 def _of_turn(
@@ -121,19 +110,19 @@ def _of_turn(
     if not thought:
         alone = is_blank(content) and "tool_calls" not in turn
         what = "its reasoning" + (", and it says nothing else" if alone else "")
-        yield Lost(at, what, None if alone else "dropped_reasoning", is_reasoning=True, said=reasoning)
+        yield Lost(at, what, None if alone else "dropped_reasoning", is_reasoning=True)
     if isinstance(content, str):
         if content.strip() and (not text.holds(content) or (index, "content") in gone):
             yield from _of_content(turn, at, content, text)
     elif content is not None and not text.holds(json.dumps(content, ensure_ascii=False)):
-        yield Lost(at, f"its content, which is no text ({type(content).__name__})", said=str(content))
+        yield Lost(at, f"its content, which is no text ({type(content).__name__})")
     for call in turn.get("tool_calls", []):
         yield from _of_call(call, at, text)
     for key, value in turn.items():
         if key in READ or key in MUTE or is_blank(value) or (key == "name" and turn["role"] in {"tool", "function"}):
             continue
         if not (text.holds(value) if isinstance(value, str) else key in template):
-            yield Lost(at, f"its {key}", "dropped_keys", said=str(value))
+            yield Lost(at, f"its {key}", "dropped_keys")
 
 
 def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> Iterator[Lost]:
@@ -142,11 +131,11 @@ def _of_content(turn: Mapping[str, Any], at: str, content: str, text: Text) -> I
     if mark and (not after.strip() or text.holds(after)):
         thought = before.replace("<think>", "", 1)
         if thought.strip() and not text.holds(thought):
-            yield Lost(at, "the reasoning in its content", "dropped_reasoning", is_reasoning=True, said=thought)
+            yield Lost(at, "the reasoning in its content", "dropped_reasoning", is_reasoning=True)
     elif turn.get("tool_calls"):
-        yield Lost(at, "the text beside its tool calls", "dropped_keys", said=content)
+        yield Lost(at, "the text beside its tool calls", "dropped_keys")
     else:
-        yield Lost(at, "its content", said=content)
+        yield Lost(at, "its content")
 
 
 def _of_call(call: Any, at: str, text: Text) -> Iterator[Lost]:
@@ -158,7 +147,7 @@ def _of_call(call: Any, at: str, text: Text) -> Iterator[Lost]:
             yield Lost(at, f"the JSON of the arguments of {name!r}, writing them as Python does")
         for value in _leaves(given):
             if value.strip() and not text.holds(value) and repr(value)[1:-1] not in text.text:
-                yield Lost(at, f"values of the arguments of {name!r}", said=value)
+                yield Lost(at, f"values of the arguments of {name!r}")
     elif isinstance(given, str) and given.strip() and not text.holds(given):
         yield Lost(at, f"the arguments of {name!r}")
 
