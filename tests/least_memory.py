@@ -12,8 +12,7 @@ from pathlib import Path
 
 from hf_finetune import device
 from hf_finetune.errors import Findings
-from hf_finetune.pipeline import plan
-from hf_finetune.pipeline.examine import examine
+from hf_finetune.pipeline.examine import examine, fit
 from hf_finetune.recipe import Recipe
 
 
@@ -25,7 +24,7 @@ def main() -> None:
     parts = examine(made, device.survey(made), Findings())
     assert parts.job is not None
     assert parts.outline is not None
-    job, _ = plan.fit(parts.job, parts.outline, None, Findings())
+    job, _ = fit(parts.job, parts.outline, None, Findings())
     told = [job.division.micro_batch, job.machine.activation_checkpointing]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
 

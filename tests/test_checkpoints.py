@@ -21,7 +21,7 @@ import pytest
 
 from hf_finetune.errors import CheckpointError, StorageError
 from hf_finetune.run.ranks import Ranks
-from hf_finetune.run.store import MANIFEST, Facts, Found, Store, verify
+from hf_finetune.run.store import MANIFEST, Facts, Store, verify
 
 FACTS = Facts(recipe="r" * 64, data="d" * 64, model="m" * 40, versions={"torch": "2.13.0"}, more={"batch": 8})
 FILES = ("adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "deep/shard_0")
@@ -60,21 +60,29 @@ def read(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
+def newest(made: Store) -> tuple[int, list[tuple[str, str]]]:
+    """The step of the newest whole checkpoint, 0 for none, and the newer ones that are not whole."""
+    found = made.newest()
+    return 0 if found is None else found.step, made.skipped
+
+
 # Commit ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_found_with_its_facts_and_files(tmp_path: Path) -> None:
     path = filled(tmp_path, 10).write(20, body(20), FACTS)
-    found = store(tmp_path).newest()
-    assert (found.path, found.step, found.skipped) == (path, 20, ())
-    assert found.manifest is not None
-    assert (found.manifest.facts, found.manifest.step, found.manifest.world_size) == (FACTS, 20, 1)
-    sizes = {name: (file.size, file.sha256) for name, file in found.manifest.files.items()}
-    assert sizes == {n: (len(c), hashlib.sha256(c).hexdigest()) for n, c in content(20).items()}
+    made = store(tmp_path)
+    found = made.newest()
+    assert found is not None
+    assert (made.path(found.step), made.skipped) == (path, [])
+    assert (found.facts, found.step, found.world_size) == (FACTS, 20, 1)
+    assert found.sizes == {name: len(data) for name, data in content(20).items()}
+    assert found.hashes == {name: hashlib.sha256(data).hexdigest() for name, data in content(20).items()}
 
 
 def test_an_empty_folder_has_no_checkpoint_and_is_a_start(tmp_path: Path) -> None:
-    assert store(tmp_path / "new").resume_point() == Found(None, None, ())
+    made = store(tmp_path / "new")
+    assert (made.resume_point(), made.skipped) == (None, [])
 
 
 def test_an_error_in_the_body_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: Path) -> None:
@@ -87,7 +95,7 @@ def test_an_error_in_the_body_leaves_the_earlier_checkpoint_and_nothing_else(tmp
     with pytest.raises(KeyError, match="adapter"):
         made.write(20, fail, FACTS)
     assert names(tmp_path) == ["checkpoint-10"]
-    assert made.newest().step == 10
+    assert newest(made)[0] == 10
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -238,10 +246,9 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 def outcome(folder: Path, old: int, new: int) -> str:
     made = store(folder, keep=1)
-    found = made.newest()
-    assert found.skipped == ()
-    assert found.path is not None
-    held = read(found.path)
+    step, skipped = newest(made)
+    assert skipped == []
+    held = read(made.path(step))
     assert held in (content(old), content(new + 1))
     assert set(names(folder)) <= {"checkpoint-5", f"checkpoint-{old}", f"checkpoint-{new}"}
     assert all(verify(made.path(step)).step == step for step in made.steps())
@@ -252,7 +259,7 @@ def outcome(folder: Path, old: int, new: int) -> str:
 
 def write_for_ever(folder: str) -> None:
     made = store(Path(folder))
-    for step in range(made.newest().step + 1, 10**6):
+    for step in range(newest(made)[0] + 1, 10**6):
         made.write(step, body(step), FACTS)
 
 
@@ -260,10 +267,10 @@ def test_killed_again_and_again_at_random_times_a_run_goes_on_from_a_whole_check
     process = multiprocessing.get_context("spawn").Process(target=fork_and_kill, args=(str(tmp_path), 20))
     process.start()
     process.join()
-    found = store(tmp_path).newest()
+    made = store(tmp_path)
+    step, skipped = newest(made)
     assert process.exitcode == 0
-    assert found.path is not None
-    assert (read(found.path), found.skipped) == (content(found.step), ())
+    assert (read(made.path(step)), skipped) == (content(step), [])
 
 
 def fork_and_kill(folder: str, times: int) -> None:
@@ -275,9 +282,9 @@ def fork_and_kill(folder: str, times: int) -> None:
         time.sleep(chance.uniform(0.01, 0.15 if last else 1.0))  # a busy machine may take long over the first one
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        found = store(Path(folder)).newest()
-        assert (found.skipped, found.step >= last) == ((), True)
-        last = found.step
+        step, skipped = newest(store(Path(folder)))
+        assert (skipped, step >= last) == ([], True)
+        last = step
     assert last > 0
 
 
@@ -292,9 +299,9 @@ def test_a_flipped_bit_is_found_by_the_name_of_the_file(tmp_path: Path, name: st
     for offset in (0, len(whole) // 2, len(whole) - 1):
         for bit in range(8):
             file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1 << bit]) + whole[offset + 1 :])
-            found = made.newest()
-            assert (found.step, found.skipped[0][0]) == (10, "checkpoint-20")
-            assert found.skipped[0][1].startswith(f"{name}: ")
+            step, skipped = newest(made)
+            assert (step, skipped[0][0]) == (10, "checkpoint-20")
+            assert skipped[0][1].startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "deep/shard_0", MANIFEST])
@@ -302,17 +309,18 @@ def test_a_deleted_or_cut_file_is_found_by_its_name(tmp_path: Path, name: str) -
     made = filled(tmp_path, 10, 20)
     file = tmp_path / "checkpoint-20" / name
     os.truncate(file, 7)
-    assert (made.newest().step, made.newest().skipped[0][1].partition(":")[0]) == (10, name)
+    step, skipped = newest(made)
+    assert (step, skipped[0][1].partition(":")[0]) == (10, name)
     file.unlink()
-    assert made.newest().skipped[0][1].startswith(f"{name}: is missing")
+    assert newest(made)[1][0][1].startswith(f"{name}: is missing")
 
 
 def test_a_file_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
     made = filled(tmp_path, 10)
     (tmp_path / "checkpoint-10" / "evil.bin").touch()
-    assert made.newest().skipped == (
+    assert newest(made)[1] == [
         ("checkpoint-10", "evil.bin: is not in the manifest, so nothing vouches for it; move it elsewhere"),
-    )
+    ]
 
 
 def test_a_file_replaced_by_a_link_to_its_twin_is_refused(tmp_path: Path) -> None:
@@ -320,20 +328,20 @@ def test_a_file_replaced_by_a_link_to_its_twin_is_refused(tmp_path: Path) -> Non
     file = tmp_path / "checkpoint-10" / "optimizer.pt"
     file.rename(tmp_path / "twin")
     file.symlink_to(tmp_path / "twin")
-    assert "is not a plain file" in made.newest().skipped[0][1]
+    assert "is not a plain file" in newest(made)[1][0][1]
 
 
 def test_a_link_to_a_checkpoint_is_none(tmp_path: Path) -> None:
     made = filled(tmp_path, 10)
     (tmp_path / "checkpoint-10").rename(tmp_path / "elsewhere")
     (tmp_path / "checkpoint-10").symlink_to(tmp_path / "elsewhere")
-    assert made.newest().skipped == (("checkpoint-10", "it is a symbolic link"),)
+    assert newest(made)[1] == [("checkpoint-10", "it is a symbolic link")]
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     made = filled(tmp_path, 10)
     (tmp_path / "checkpoint-10").rename(tmp_path / "checkpoint-99")
-    assert made.newest().skipped == (("checkpoint-99", "MANIFEST.json: it describes checkpoint-10"),)
+    assert newest(made)[1] == [("checkpoint-99", "MANIFEST.json: it describes checkpoint-10")]
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -407,7 +415,7 @@ def test_the_newest_stay_by_step_not_by_time(tmp_path: Path) -> None:
     made = filled(tmp_path, 9, 10, 100)
     for step, when in ((9, 3), (10, 1), (100, 1)):
         os.utime(tmp_path / f"checkpoint-{step}", (when, when))
-    assert made.newest().step == 100
+    assert newest(made)[0] == 100
     store(tmp_path, keep=2).write(101, body(101), FACTS)
     assert names(tmp_path) == ["checkpoint-100", "checkpoint-101"]
 
@@ -423,10 +431,10 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(tmp_path: Path) -> N
     filled(tmp_path, 10, 20, 40)
     (tmp_path / "checkpoint-40" / "optimizer.pt").unlink()
     made = store(tmp_path, keep=2)
-    assert made.newest().step == 20
+    assert newest(made)[0] == 20
     made.write(30, body(30), FACTS)
     assert names(tmp_path) == ["checkpoint-20", "checkpoint-30", "checkpoint-40"]
-    assert made.newest().step == 30
+    assert newest(made)[0] == 30
     made.write(50, body(50), FACTS)
     assert names(tmp_path) == ["checkpoint-30", "checkpoint-50"]
 
@@ -475,8 +483,8 @@ def test_a_full_disk_is_told_with_the_bytes_and_spares_the_earlier_checkpoint(sm
             assert "\n" not in str(caught.value)
             assert caught.value.exit_code == 5
         else:
-            made.write(made.newest().step + 1, bulk(kilobytes), FACTS)
-    assert (names(small), made.newest().step) == (["checkpoint-1", "checkpoint-2", "checkpoint-3"], 3)
+            made.write(newest(made)[0] + 1, bulk(kilobytes), FACTS)
+    assert (names(small), newest(made)[0]) == (["checkpoint-1", "checkpoint-2", "checkpoint-3"], 3)
 
 
 def test_torch_and_safetensors_on_a_full_disk_are_storage_errors(small: Path) -> None:
@@ -503,7 +511,7 @@ def test_a_limit_on_the_size_of_files_is_a_storage_error(tmp_path: Path) -> None
             made.write(2, bulk(100), FACTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert made.newest().step == 1
+    assert newest(made)[0] == 1
 
 
 def test_the_first_checkpoint_is_measured_by_the_estimate(tmp_path: Path) -> None:
@@ -519,7 +527,7 @@ def test_a_read_only_disk_is_told(small: Path) -> None:
         made.write(2, body(2), FACTS)
     with pytest.raises(StorageError, match="Read-only file system"):
         store(small)
-    assert made.newest().step == 1
+    assert newest(made)[0] == 1
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from test_checkpoints import newest
 
 from hf_finetune.errors import CheckpointError, FinetuneError, PeerError, StorageError
-from hf_finetune.run.ranks import Group, Ranks, together
-from hf_finetune.run.store import Facts, Found, Store, verify
+from hf_finetune.run.ranks import Group, Ranks, on_first, together
+from hf_finetune.run.store import Facts, Store, verify
 
 T = TypeVar("T")
 FACTS = Facts(recipe="r", data="d", model="m")
@@ -98,7 +99,7 @@ def test_on_a_shared_disk_one_rank_commits_the_files_of_all(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     manifest = verify(tmp_path / "checkpoint-3")
     assert manifest.world_size == 4
-    assert sorted(manifest.files) == ["adapter.safetensors", *(f"rng_state_{rank}.pth" for rank in range(4))]
+    assert sorted(manifest.sizes) == ["adapter.safetensors", *(f"rng_state_{rank}.pth" for rank in range(4))]
 
 
 def nodes(folder: Path, disks: Mapping[int, str], *steps: int) -> Callable[[Ranks], Store]:
@@ -112,7 +113,7 @@ TWO_NODES = {0: "a", 1: "a", 2: "b", 3: "b"}
 def test_on_a_disk_a_node_the_first_rank_of_each_node_commits(tmp_path: Path) -> None:
     stores = on_threads([0, 1, 0, 1], nodes(tmp_path, TWO_NODES, 7))
     assert [store.is_writer for store in stores if isinstance(store, Store)] == [True, False, True, False]
-    held = {disk: sorted(verify(tmp_path / disk / "checkpoint-7").files) for disk in "ab"}
+    held = {disk: sorted(verify(tmp_path / disk / "checkpoint-7").sizes) for disk in "ab"}
     assert held["a"] == ["adapter.safetensors", "rng_state_0.pth", "rng_state_1.pth"]
     assert held["b"] == ["adapter.safetensors", "rng_state_2.pth", "rng_state_3.pth"]
 
@@ -126,12 +127,10 @@ def test_a_checkpoint_counts_only_where_it_is_whole_on_all_disks(tmp_path: Path)
     on_threads([0, 1, 0, 1], nodes(tmp_path, TWO_NODES, 7, 8))
     (tmp_path / "b" / "checkpoint-8" / "rng_state_3.pth").unlink()
     (tmp_path / "a" / "checkpoint-9").mkdir()
-    results = on_threads([0, 1, 0, 1], lambda ranks: nodes(tmp_path, TWO_NODES)(ranks).newest())
-    found = [result for result in results if isinstance(result, Found)]
-    assert [(one.step, one.path) for one in found] == [(7, tmp_path / disk / "checkpoint-7") for disk in "aabb"]
+    found = on_threads([0, 1, 0, 1], lambda ranks: newest(nodes(tmp_path, TWO_NODES)(ranks)))
     uncommitted = "MANIFEST.json: is missing: the checkpoint was never committed; it is missing on the disk of rank 2"
-    skipped = (("checkpoint-9", uncommitted), ("checkpoint-8", "rng_state_3.pth: is missing"))
-    assert [one.skipped for one in found] == [skipped] * 4
+    skipped = [("checkpoint-9", uncommitted), ("checkpoint-8", "rng_state_3.pth: is missing")]
+    assert found == [(7, skipped)] * 4
 
 
 def test_no_disk_rotates_before_all_have_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +141,16 @@ def test_no_disk_rotates_before_all_have_committed(tmp_path: Path, monkeypatch: 
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(old, new)
 
-    def work(ranks: Ranks) -> Found:
+    def work(ranks: Ranks) -> tuple[int, list[tuple[str, str]]]:
         store = Store(tmp_path / TWO_NODES[ranks.rank], ranks, keep=1)
         store.write(1, body(ranks, 1), FACTS)
         with pytest.raises(StorageError, match="Input/output error"):
             store.write(2, body(ranks, 2), FACTS)
-        return store.newest()
+        return newest(store)
 
     monkeypatch.setattr(os, "rename", failing)
-    found = [result for result in on_threads([0, 1, 0, 1], work) if isinstance(result, Found)]
-    skipped = (("checkpoint-2", "it is missing on the disk of rank 2"),)
-    assert [(one.step, one.skipped) for one in found] == [(1, skipped)] * 4
+    skipped = [("checkpoint-2", "it is missing on the disk of rank 2")]
+    assert on_threads([0, 1, 0, 1], work) == [(1, skipped)] * 4
 
 
 def test_ranks_that_do_not_see_the_disk_of_their_node_are_told(tmp_path: Path) -> None:
@@ -237,7 +235,7 @@ def test_files_that_a_rank_renames_while_another_is_done_are_no_trouble(tmp_path
         return wrote(tmp_path)(ranks).write(2, write, FACTS)
 
     assert on_threads([0, 1, 2], work) == [tmp_path / "checkpoint-2"] * 3
-    assert sorted(verify(tmp_path / "checkpoint-2").files) == ["0", "1", "2"]
+    assert sorted(verify(tmp_path / "checkpoint-2").sizes) == ["0", "1", "2"]
 
 
 def test_all_ranks_refuse_to_start_from_scratch(tmp_path: Path) -> None:
@@ -245,6 +243,15 @@ def test_all_ranks_refuse_to_start_from_scratch(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1" / "MANIFEST.json").unlink()
     results = on_threads([0, 1], lambda ranks: wrote(tmp_path)(ranks).resume_point())
     assert [type(result) for result in results] == [CheckpointError, CheckpointError]
+
+
+def test_what_the_first_rank_does_alone_all_learn_and_all_raise() -> None:
+    def refuse() -> None:
+        raise StorageError("full")
+
+    assert on_threads([0, 1, 0], lambda ranks: on_first(ranks, lambda: ranks.rank + 7)) == [7, 7, 7]
+    results = on_threads([0, 1, 0], lambda ranks: on_first(ranks, refuse))
+    assert [(type(result), str(result)) for result in results] == [(StorageError, "full")] * 3
 
 
 # Processes ---------------------------------------------------------------------------------------------------------
@@ -287,7 +294,7 @@ def agree_and_shard(ranks: Group, folder: Path) -> dict[str, Any]:
         store.write(2, lambda _: _raise(OSError(28, "No space left on device")) if ranks.rank else None, FACTS)
     except StorageError as error:
         said["full"] = "No space left on device" in str(error)
-    said["after"] = store.newest().step
+    said["after"] = newest(store)[0]
     said["shards"] = _save_and_load_shards(store)
     impatient = Group(ranks.rank, timedelta(seconds=2))
     try:
@@ -388,7 +395,6 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_checkpoint(
     assert sorted(codes, key=str) == [-signal.SIGKILL, 0]
     (survivor,) = said
     assert said[survivor].startswith(f"rank {1 - survivor} of 2 died or did not answer")
-    found = on_threads([0], lambda ranks: Store(tmp_path / "checkpoints", ranks, keep=1).newest())[0]
-    assert not isinstance(found, BaseException)
-    assert (found.step, found.skipped) == (1, ())
+    found = on_threads([0], lambda ranks: newest(Store(tmp_path / "checkpoints", ranks, keep=1)))
+    assert found == [(1, [])]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]

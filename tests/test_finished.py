@@ -88,8 +88,7 @@ def test_labels_come_back_with_every_spelling_they_have_in_the_data(tmp_path: Pa
     targets = State(("no", "yes"), (3, 4), (1.0, 0.5), {"no": 0, "yes": 1, "0": 0, "1": 1})
     run_folder.write_targets(tmp_path / "targets.json", targets)
     kept = run_folder.read_targets(tmp_path / "targets.json")
-    assert kept is not None
-    assert (kept.targets, kept.started_in) == (targets, Path.cwd())
+    assert kept == (targets, Path.cwd())
     assert [file.name for file in tmp_path.iterdir()] == ["targets.json"]
 
 

@@ -22,8 +22,8 @@ from hf_finetune.cli import main
 from hf_finetune.data.job import Job
 from hf_finetune.errors import Findings, RecipeError, Stopped
 from hf_finetune.models.memory import bound
-from hf_finetune.pipeline import plan
-from hf_finetune.pipeline.examine import examine
+from hf_finetune.pipeline import examine as pipeline_examine
+from hf_finetune.pipeline.examine import MARGIN, Made, choose, examine, search, step_bytes
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock
 from hf_finetune.run.lock import Choice
@@ -57,46 +57,65 @@ def ready(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str]) -> Call
     return lambda *overrides: prepared(tmp_path, text, *overrides)
 
 
+@pytest.fixture
+def needed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The estimate of a step, made once for each way to take it."""
+
+    def find(job: Job, rows: int, *, again: bool) -> int:
+        if (rows, again) not in KNOWN:
+            KNOWN[rows, again] = step_bytes(job, rows, again=again)
+        return KNOWN[rows, again]
+
+    monkeypatch.setattr(pipeline_examine, "step_bytes", find)
+    return find
+
+
+def values(made: Made) -> tuple[int, bool]:
+    return made["micro_batch"].value, made["activation_checkpointing"].value
+
+
 def searched(made: Ready, free: int) -> tuple[int, bool]:
-    found = plan._Search(*made, free, KNOWN).fit().made
-    return found["micro_batch"].value, found["activation_checkpointing"].value
+    return values(search(*made, free)[0])
 
 
 def test_where_memory_is_plenty_nothing_is_estimated(ready: Callable[..., Ready]) -> None:
     why = "by rule: there is plenty of memory"
-    found = plan.choose(*ready(), 10**9).made
+    found, _ = choose(*ready(), 10**9)
     assert found == {"micro_batch": Choice(16, why), "activation_checkpointing": Choice(False, why)}
-    unknown = plan.choose(*ready(), None).made["micro_batch"]
-    assert unknown == Choice(16, "by rule: how much memory is free is unknown")
+    unknown, _ = choose(*ready(), None)
+    assert unknown["micro_batch"] == Choice(16, "by rule: how much memory is free is unknown")
 
 
-def test_rows_are_halved_until_they_fit_and_then_recomputed(ready: Callable[..., Ready]) -> None:
+def test_rows_are_halved_until_they_fit_and_then_recomputed(
+    ready: Callable[..., Ready], needed: Callable[..., int]
+) -> None:
     made = ready()
-    search = plan._Search(*made, 0, KNOWN)
     for rows, again in ((16, False), (8, False), (4, False), (2, False), (2, True), (1, True)):
-        just_enough = int(search.needed(rows, again=again) / plan.MARGIN) + 1
+        just_enough = int(needed(made[0], rows, again=again) / MARGIN) + 1
         assert searched(made, just_enough) == (rows, again)
     for again in (False, True):
-        needed = [KNOWN[rows, again] for rows in (16, 8, 4, 2, 1) if (rows, again) in KNOWN]
-        assert needed == sorted(needed, reverse=True)
+        found = [KNOWN[rows, again] for rows in (16, 8, 4, 2, 1) if (rows, again) in KNOWN]
+        assert found == sorted(found, reverse=True)
     assert all(KNOWN[rows, True] < KNOWN[rows, False] for rows in (2, 16))
 
 
+@pytest.mark.usefixtures("needed")
 def test_where_nothing_fits_the_most_frugal_way_is_kept(ready: Callable[..., Ready]) -> None:
-    found = plan._Search(*ready(), 1000, KNOWN).fit()
-    assert (found.made["micro_batch"].value, found.made["activation_checkpointing"].value) == (1, True)
-    assert found.lacking == KNOWN[1, True] > 1000
+    found, lacking = search(*ready(), 1000)
+    assert values(found) == (1, True)
+    assert lacking == KNOWN[1, True] > 1000
 
 
+@pytest.mark.usefixtures("needed")
 def test_a_model_that_can_not_recompute_takes_fewer_rows(
     ready: Callable[..., Ready], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = ready()
     monkeypatch.setattr(type(made[1]), "supports_gradient_checkpointing", False)
-    found = plan._Search(*made, 1000, KNOWN).fit().made
-    assert (found["micro_batch"].value, found["activation_checkpointing"].value) == (1, False)
+    assert searched(made, 1000) == (1, False)
 
 
+@pytest.mark.usefixtures("needed")
 def test_what_the_recipe_says_stays(ready: Callable[..., Ready]) -> None:
     asked = ready("training.micro_batch=8")
     assert searched(asked, 1_500_000) == (8, False)
@@ -105,7 +124,7 @@ def test_what_the_recipe_says_stays(ready: Callable[..., Ready]) -> None:
     assert searched(ready("training.activation_checkpointing=true"), 300_000) == (2, True)
     both = ready("training.micro_batch=8", "training.activation_checkpointing=true")
     asked_for = {"micro_batch": Choice(8, "asked for"), "activation_checkpointing": Choice(True, "asked for")}
-    assert plan.choose(*both, 1).made == asked_for
+    assert choose(*both, 1) == (asked_for, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -116,7 +135,7 @@ def test_the_bound_is_above_the_estimate(precision: str, tmp_path: Path, tiny_ll
     job, outline = prepared(tmp_path, text, f"training.precision={precision}", "data.checks.leakage=off")
     assert job.lengths is not None
     longest = int(job.lengths.max())
-    found = plan._Search(job, outline, 1).needed(16, again=False)
+    found = step_bytes(job, 16, again=False)
     assert found < bound(outline, job.machine, (16, longest)) < 10 * found
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_is_too_short_for_one_step_is_not_done(
 
 def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that are infinite in the backward pass, of a loss that is finite."""
-    original = FinetuneTrainer._loss
+    original = FinetuneTrainer.compute_loss
 
     def infinite(*arguments: Any, **options: Any) -> Any:
         found = original(*arguments, **options)
@@ -100,7 +100,7 @@ def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    monkeypatch.setattr(FinetuneTrainer, "_loss", infinite)
+    monkeypatch.setattr(FinetuneTrainer, "compute_loss", infinite)
 
 
 def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(

@@ -31,8 +31,6 @@ from hf_finetune.errors import DataError, Problem
 from hf_finetune.training import peers
 from hf_finetune.training.peers import Watch
 
-peers._agreed_name = lambda: "launch"
-
 def tell(failure):
     (folder / f"told-{rank}").write_text(f"{failure.rank} {failure.exit_code} {failure.reason}")
 
@@ -44,7 +42,7 @@ def meet():
 folder, rank, size, timeout = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 """
 WATCHED = """
-with Watch(folder, rank, size, tell, timeout) as watch:
+with Watch(folder, "launch", rank, size, on_failure=tell, timeout=timeout) as watch:
     watch.progress(17, "training")
     meet()
 """
@@ -53,7 +51,7 @@ GLOO = """
 import torch
 from torch import distributed
 distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-with Watch(folder, rank, size, tell, timeout) as watch:
+with Watch(folder, "launch", rank, size, on_failure=tell, timeout=timeout) as watch:
     watch.progress(17, "training")
     distributed.all_reduce(torch.ones(1))
     meet()
@@ -293,15 +291,14 @@ def test_who_says_in_the_status_that_a_peer_failed(
 def test_the_time_limit_is_a_positive_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("HF_FINETUNE_PEER_TIMEOUT", text)
     with pytest.raises(RecipeError, match="HF_FINETUNE_PEER_TIMEOUT is"):
-        Watch(tmp_path, 0, 2, lambda failure: None)
+        Watch(tmp_path, "launch", 0, 2, on_failure=lambda failure: None)
 
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Rank 0 of two, whose thread does not run."""
-    monkeypatch.setattr(peers, "_agreed_name", lambda: "launch")
     monkeypatch.setattr(Watch, "_run", lambda this: None)
-    return Watch(tmp_path, 0, 2, lambda failure: None, timeout=5).__enter__()
+    return Watch(tmp_path, "launch", 0, 2, on_failure=lambda failure: None, timeout=5).__enter__()
 
 
 def beat(this: Watch, **changes: Any) -> None:
@@ -384,23 +381,22 @@ def test_a_lost_connection_without_a_culprit_says_where_the_ranks_are(
 
 
 def test_one_process_has_nobody_to_watch(tmp_path: Path) -> None:
-    with Watch(tmp_path, 0, 1, lambda failure: None) as this:
+    with Watch(tmp_path, "launch", 0, 1, on_failure=lambda failure: None) as this:
         this.progress(1, "training")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_earlier_launches_left_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_agreed_name", lambda: "launch")
+def test_what_earlier_launches_left_goes(tmp_path: Path) -> None:
     (tmp_path / ".ranks" / "old").mkdir(parents=True)
     for name in ("7.json", "old/failure.json"):
         (tmp_path / ".ranks" / name).touch()
-    with Watch(tmp_path, 0, 2, lambda failure: None):
+    with Watch(tmp_path, "launch", 0, 2, on_failure=lambda failure: None):
         pass
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [".ranks", ".ranks/launch"]
 
 
 def test_many_ranks_hardly_touch_the_shared_folder(tmp_path: Path) -> None:
-    assert Watch(tmp_path, 17, 512, lambda failure: None).every > 10
+    assert Watch(tmp_path, "launch", 17, 512, on_failure=lambda failure: None).every > 10
 
 
 def test_a_run_folder_that_is_gone_accuses_nobody(alone: Watch) -> None:

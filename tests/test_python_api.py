@@ -54,6 +54,24 @@ def test_importing_the_package_is_instant_and_names_load_when_they_are_used() ->
     assert set(hf_finetune.__all__) <= set(dir(hf_finetune))
 
 
+MODULES = 110
+"""Most modules of the package that a plain run loads."""
+UNUSED = ("cli", "hub", "inference.merge", "inference.opening", "pipeline.plan", "reports.data")
+"""Begin the names of modules that it has no use for: a Hub, a finished run, the plan that `check` shows."""
+
+
+@pytest.mark.slow
+def test_a_run_loads_what_it_uses(checkout: Path) -> None:
+    code = (
+        "import sys; from hf_finetune import train; train('recipes/quickstart.yaml', ['training.steps=3'])\n"
+        "print(*(name for name in sys.modules if name.startswith('hf_finetune.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert [name for name in loaded if name.removeprefix("hf_finetune.").startswith(UNUSED)] == []
+    assert len(loaded) < MODULES
+
+
 def test_the_documented_examples_run(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/python.md"))
     blocks = re.findall(r"(<!-- needs: \w+ -->\n)?```python\n(.*?)```", page, re.DOTALL)

@@ -14,7 +14,7 @@ import pytest
 
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.run import status as run_status
-from hf_finetune.run.folder import RunFolder, Start
+from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.status import State, Status
 from hf_finetune.run.store import Facts, Store
@@ -43,13 +43,13 @@ def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:
 def test_the_same_finished_run_is_not_done_again(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "done")
-    assert folder.take("a: 1\n", restart=False).kind == "done"
+    assert folder.take("a: 1\n", restart=False)[0] == "done"
 
 
 def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "a: 1\n", "failed")
-    assert folder.take("a: 1\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\n", restart=False) == ("resume", [])
 
 
 @pytest.mark.parametrize("ended", ["failed", "done"])
@@ -70,9 +70,9 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, en
 def test_an_allowed_change_goes_on_and_is_said(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     finished(folder, "training: {steps: 3}\n", "failed")
-    start = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
-    assert start.kind == "resume"
-    assert "training.steps was 3, is 9" in start.notes[0]
+    begins, changes = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    assert begins == "resume"
+    assert "training.steps was 3, is 9" in changes[0]
 
 
 def test_a_finished_run_is_extended_from_its_last_state_or_left_alone(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_finished_run_is_extended_from_its_last_state_or_left_alone(tmp_path: 
         folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
     (folder.checkpoints / "checkpoint-3").mkdir()
     (folder.checkpoints / "checkpoint-3" / "MANIFEST.json").touch()
-    start = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
-    assert start.kind == "extend"
+    begins, _ = folder.take("training: {steps: 9}\n", restart=False, allowed=["training.steps"])
+    assert begins == "extend"
     assert (folder.recipe.read_text(), state(folder)) == ("training: {steps: 3}\n", "done")
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_recipe_is_one_line_or_proven_by_a_checkpoint(tmp_path: Path, 
         folder.take("a: 1\nb: 2\n", restart=False)
     facts = Facts(recipe=hashlib.sha256(b"a: 1\nb: 2\n").hexdigest(), data="", model="")
     Store(folder.checkpoints, Ranks(), 1).write(3, lambda place: None, facts)
-    assert folder.take("a: 1\nb: 2\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\nb: 2\n", restart=False) == ("resume", [])
     assert folder.recipe.read_text() == "a: 1\nb: 2\n"
     folder.release()
     folder.recipe.write_bytes(left)
@@ -157,7 +157,7 @@ def test_a_lock_that_nobody_holds_is_a_run_that_was_killed(tmp_path: Path) -> No
     status = Status(folder.status)
     status._write("running", exit_code=None, reason=None)
     folder.release()
-    assert folder.inspect("a: 1\n", restart=False) == Start("resume")
+    assert folder.inspect("a: 1\n", restart=False) == ("resume", [])
 
 
 def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
@@ -176,7 +176,7 @@ def test_a_run_on_another_host_goes_on_as_long_as_its_heart_beats(
         folder.inspect("a: 1\n", restart=False)
     status._stop.set()
     status._thread.join()
-    assert folder.inspect("a: 1\n", restart=False) == Start("resume"), "killed a moment ago"
+    assert folder.inspect("a: 1\n", restart=False) == ("resume", []), "killed a moment ago"
 
 
 def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_what_a_run_left_that_was_killed_while_it_wrote_is_swept(tmp_path: Path)
     kept = [folder.path / name for name in (".ranks/.1.json.6", ".gitignore", "observations/x.1")]
     for file in (*left, *kept):
         file.touch()
-    assert folder.take("a: 1\n", restart=False) == Start("resume")
+    assert folder.take("a: 1\n", restart=False) == ("resume", [])
     assert [file.exists() for file in (*left, *kept)] == [False, False, True, True, True]
 
 

@@ -53,7 +53,7 @@ class Spoilt(torch.autograd.Function):
     def backward(ctx, gradient):
         return gradient * float("inf")
 
-plain = trainer.FinetuneTrainer._loss
+plain = trainer.FinetuneTrainer.compute_loss
 
 def spoil(self, model, *arguments, **options):
     loss = plain(self, model, *arguments, **options)
@@ -66,7 +66,7 @@ def spoil(self, model, *arguments, **options):
         return loss
     return loss * float("nan") if fault == "loss" else Spoilt.apply(loss)
 
-trainer.FinetuneTrainer._loss = spoil
+trainer.FinetuneTrainer.compute_loss = spoil
 from hf_finetune.cli.main import main
 sys.exit(main())
 """

@@ -197,7 +197,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
         reason = f"the run was made on a {choices.device}" if choices else "run.lock.json is missing or damaged"
         warn(f"{reason}: precision and attention are those of this machine, numbers may differ in the last digits")
     machine = replace(machine, attention=load.attention(recipe, machine))
-    targets = State() if kept is None else kept.targets
+    targets = State() if kept is None else kept[0]
     if kept is None and "id2label" in recipe.task.model_options(targets):
         message = "is missing: an earlier version made this run and kept no labels; train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.targets)))

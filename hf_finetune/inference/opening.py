@@ -119,7 +119,7 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(Problem(reason, file="command line", key=key))
     kept = run_folder.read_targets(folder.targets)
     # Relative paths of the stored recipe belong to the working directory of the run, those of overrides to this one.
-    moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept.started_in)
+    moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept[1])
     words = [f"{key}={json.dumps(value)}" for key, value in moved]
     return Recipe.load(str(folder.recipe), [*words, *overrides])
 

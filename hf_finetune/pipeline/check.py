@@ -136,12 +136,12 @@ def check(
     # from its lock, which only they can tell.
     if reading.recipe is not None and (repeat is not None or not findings.exit_code):
         from hf_finetune import device
-        from hf_finetune.pipeline import plan as pipeline_plan
-        from hf_finetune.pipeline.examine import examine
+        from hf_finetune.pipeline.examine import examine, fit_alone
         from hf_finetune.pipeline.plan import plan
         from hf_finetune.training import locking
 
         with log.quietly():
+            # As one process on this machine: `check` joins no ranks.
             machine = device.alone(reading.recipe)
             if repeat is not None:
                 machine = repeat.as_locked(machine, reading.recipe)
@@ -153,7 +153,7 @@ def check(
                     result.notes += repeat.notes_on_rows(parts.prepared.fingerprint)
             if parts.job is not None and parts.outline is not None and not findings.exit_code:
                 with findings.collect():
-                    job, chosen = pipeline_plan.ahead(parts.job, parts.outline)
+                    job, chosen = fit_alone(parts.job, parts.outline)
                     result.plan, result.numbers = plan(job, parts.looked, chosen, findings)
     result.findings = findings.located(reading.locate)
     return result
@@ -176,6 +176,7 @@ def read(
     Raises:
         RecipeError: The lock can't be used, or the repeat would write into the locked run.
     """
+    # A lock brings its recipe along; one that is given besides must resolve to the same.
     if isinstance(locked, str | os.PathLike):
         path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else ""
         lock, reading = run_lock.read_repeat(os.fspath(locked), path or None, overrides)
@@ -215,6 +216,7 @@ def look(
     if found := paths.problems(recipe):
         named.add(RecipeError(found))
     findings.merge(named)
+    # Without the libraries only the heads of files can be read; `examine` reads the rows.
     if not named.blame("data") and (missing := readers.problems(recipe)):
         findings.add(DataError(missing))
     if (board := _given(recipe, "tracking", "folder")) is not None:

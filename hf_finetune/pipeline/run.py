@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_finetune import log
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
-from hf_finetune.inference import merge as inference_merge
-from hf_finetune.inference import opening
-from hf_finetune.inference.merge import Report
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `train` makes a `Run`, too, and needs nothing of what opens one
+    from hf_finetune.inference.merge import Report
     from hf_finetune.inference.predict import Predictor
     from hf_finetune.reports.run import Outcome
 
@@ -69,6 +67,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, dict[str, float]]:
         """The final metrics by split: `run.metrics["validation"]["accuracy"]`."""
+        # The process that trained has them in memory, and needs no file for them.
         if self.outcome is not None:
             return self.outcome.scores
         from hf_finetune.reports.run import RunData
@@ -105,6 +104,9 @@ class Run:
         Raises:
             FinetuneError: The data, the base model or another run can't be used.
         """
+        from hf_finetune.inference import opening
+
+        # Everything that can be wrong is said before torch loads.
         files = _words(data)
         others = [os.fspath(other) for other in against if other != "base"]
         look_at = split or opening.HELD_OUT
@@ -128,12 +130,13 @@ class Run:
         """
         given = list(rows)
         lines = bool(given) and all(isinstance(row, str) for row in given)
-        from hf_finetune.inference import predict
+        from hf_finetune.inference import opening, predict
         from hf_finetune.inference.load import open_run
         from hf_finetune.inference.rows import LINE
 
         found: list[dict[str, Any]] = []
         with log.quietly():
+            # Weights stay loaded for the next call; the length of answers is fixed when a predictor is made.
             if max_new_tokens not in self._predictors:
                 opening.look(str(self.folder), self.overrides)
                 opened = open_run(str(self.folder), self.overrides)
@@ -168,6 +171,9 @@ class Run:
         Raises:
             FinetuneError: Something does not load, or is not the run's model.
         """
+        from hf_finetune.inference import merge as inference_merge
+        from hf_finetune.inference import opening
+
         files = _words(data)
         opening.look(str(self.folder), self.overrides, files=files)
         asked = inference_merge.Options(to=os.fspath(to), data=tuple(files), **options)
@@ -203,6 +209,8 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
         RecipeError: There is no run, or an override is wrong.
         CheckpointError: The run is not finished, or its adapter is missing.
     """
+    from hf_finetune.inference import opening
+
     return Run(path, opening.read(os.fspath(path), overrides), overrides=overrides)
 
 

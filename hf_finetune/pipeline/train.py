@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, set_seed
 
 from hf_finetune import device, log
@@ -31,20 +32,19 @@ from hf_finetune.errors import (
     Findings,
     FinetuneError,
     OutOfMemoryError,
+    PeerError,
     Problem,
     RecipeError,
     Stopped,
 )
-from hf_finetune.hub import best, push
 from hf_finetune.inference import saving
 from hf_finetune.log import phase, say
 from hf_finetune.log.lines import Message
 from hf_finetune.models import load, memory, sharded, tuning
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.tuning import Bench
-from hf_finetune.pipeline import plan
 from hf_finetune.pipeline.check import Source, look, read
-from hf_finetune.pipeline.examine import examine
+from hf_finetune.pipeline.examine import examine, fit
 from hf_finetune.pipeline.run import Run
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
@@ -52,13 +52,15 @@ from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import Outcome
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
-from hf_finetune.run.folder import RunFolder, Start
+from hf_finetune.run import ranks as run_ranks
+from hf_finetune.run.folder import Begins, RunFolder
 from hf_finetune.run.lock import Choice, Choices, Repeat
+from hf_finetune.run.ranks import Ranks, on_first
 from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Flops, matmul_peak
 from hf_finetune.tracking.tracker import Tracker
-from hf_finetune.training import arguments, locking
+from hf_finetune.training import locking
 from hf_finetune.training import resume as training_resume
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import StopRequest
@@ -66,6 +68,9 @@ from hf_finetune.training.loop import EvaluationStopped
 from hf_finetune.training.peers import Failure, Watch
 from hf_finetune.training.resume import Checkpointing
 from hf_finetune.training.trainer import FinetuneTrainer
+
+if TYPE_CHECKING:
+    from hf_finetune.hub.best import BestUploads  # a run that uploads nothing loads nothing of `hub`
 
 # Settings of `speed` whose outcome is kept in the lock, each by its own name.
 PATHS = tuple(name for name in Speed.model_fields if name != "compile")
@@ -80,9 +85,13 @@ class Training:
     findings: Findings
     folder: RunFolder
     stop: StopRequest
+    ranks: Ranks
     repeat: Repeat | None = None
     """The locked run that this one repeats."""
-    start: Start = field(init=False)
+    begins: Begins = field(init=False)
+    """The way it begins in its folder."""
+    notes: list[str] = field(default_factory=list)
+    """Differences from the run that is resumed or repeated, all of them allowed."""
     before: Choices | None = None
     """Choices that were made when the run began, if it is resumed or repeated."""
     status: Status = field(init=False)
@@ -177,30 +186,41 @@ def _train(
     recipe = reading.checked()
     machine = device.survey(recipe)
     machine = machine if repeat is None else repeat.as_locked(machine, recipe)
-    run = Training(recipe, machine, findings, RunFolder(recipe.output), StopRequest(), repeat)
-    with run.stop.listening():
+    # These two make process groups of their own, on all ranks in this order.
+    stop, ranks = StopRequest(), run_ranks.join(machine.local_rank, device.wait_timeout())
+    run = Training(recipe, machine, findings, RunFolder(recipe.output), stop, ranks, repeat)
+    with stop.listening():
+        # First of all, so that two runs never prepare data for one folder.
         take_folder(run, resume=resume, restart=restart, allow_change=allow_change)
-        if run.start.kind == "done":
-            if machine.is_main:
-                push.once_more(run.folder, recipe)
+        if run.begins == "done":
+            push_again(run)
             return Run(run.folder.path, recipe)
         go_on_as_it_began(run)
-        run.status = Status(run.folder.status, is_silent=run.start.kind == "extend")
+        run.status = Status(run.folder.status, is_silent=run.begins == "extend")
         with run.folder.status_kept(run.status) if machine.is_main else nullcontext():
+            # Ranks watch each other until all have written what is theirs. An upload comes after that: it is rank 0's
+            # alone, may take hours, and no other rank waits for it.
             with ExitStack() as stack:
-                run.watch = stack.enter_context(_peers_watched(run))
+                on_failure = partial(peer_failed, run.status, machine)
+                launch = on_first(ranks, lambda: uuid.uuid4().hex[:12])
+                run.watch = Watch(run.folder.path, launch, machine.rank, machine.world_size, on_failure=on_failure)
+                stack.enter_context(run.watch)
+                # All that can be refused is refused before weights load, which takes longest.
                 prepare_data(run)
                 find_checkpoint(run)
                 load_model(run)
+                # Not before: a run that is refused leaves its journals as they were.
                 stack.enter_context(observed(run))
                 make_trainer(run)
-                with _out_of_memory_explained(run), best.uploaded(run.trainer, run.folder) as uploads:
+                with _out_of_memory_explained(run), best_uploaded(run) as uploads:
                     take_fast_paths(run)
                     write_lock(run)
                     train_and_evaluate(run)
                     save_and_compare(run)
-                outcome = report(run, uploads.problems)
-            if machine.is_main:
+                outcome = report(run, () if uploads is None else uploads.problems)
+            if recipe.hub is not None and machine.is_main:
+                from hf_finetune.hub import push
+
                 push.after_training(run.folder, recipe)
     return Run(run.folder.path, recipe, outcome)
 
@@ -212,66 +232,61 @@ def take_folder(run: Training, *, resume: bool, restart: bool, allow_change: Seq
     """Take the run folder on rank 0; all ranks learn what there is to do, or why nothing can be done.
 
     Raises:
-        FinetuneError: The folder can't be taken; with everything else that is wrong with the run.
+        FinetuneError: It belongs to something else, or a repeat differs from its lock; with everything else that is
+            wrong with the run.
     """
-    found: list[Start | FinetuneError] = [Start("new")]
+
+    def take() -> tuple[Begins, list[str]]:
+        allowed = [key for key in allow_change if run.repeat is None or not key.startswith(run_lock.KEYS)]
+        run_folder.refuse_unknown(allowed)
+        notes = [] if run.repeat is None else locking.refuse_drift(run.repeat, run.recipe, run.machine)
+        if not resume and not restart and run.folder.previous() is not None:
+            message = f"{run.folder.path} holds a run already; restart moves it aside, or name another folder"
+            raise RecipeError(Problem(message, key="output"))
+        begins, changes = run.folder.take(run.recipe.dump(), restart=restart, allowed=allowed)
+        if begins == "done":
+            how = "or give --restart to run it anew"
+            say(f"{run.folder.path} already holds this run, finished; see {run.folder.report}, {how}")
+        return begins, [*notes, *changes]
+
     if not run.findings.blame("output"):
-        if run.machine.is_main:
-            try:
-                found = [_claimed(run, resume=resume, restart=restart, allow_change=allow_change)]
-            except FinetuneError as error:
-                # Every rank must raise it: one that waits for a rank that is gone ends in a traceback.
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], Start):
-            run.start = found[0]
+        try:
+            run.begins, run.notes = on_first(run.ranks, take)
+        except PeerError:
+            raise  # nobody is there to look at the rest together
+        except FinetuneError as error:
+            run.findings.add(error)
+        else:
             return
-        run.findings.add(found[0])
     # Before it is refused, so that one report has all that is wrong.
     examine(run.recipe, run.machine, run.findings)
     run.findings.raise_errors()
 
 
-def _claimed(run: Training, *, resume: bool, restart: bool, allow_change: Sequence[str]) -> Start:
-    """Take the folder, or refuse to.
+def push_again(run: Training) -> None:
+    """Upload a finished run whose upload had failed, because its command was given again."""
+    if run.recipe.hub is not None and run.machine.is_main:
+        from hf_finetune.hub import push
 
-    Raises:
-        FinetuneError: It belongs to something else, or a repeat differs from its lock.
-    """
-    allowed = [key for key in allow_change if run.repeat is None or not key.startswith("lock.")]
-    run_folder.refuse_unknown(allowed)
-    notes = [] if run.repeat is None else locking.refuse_drift(run.repeat, run.recipe, run.machine)
-    if not resume and not restart and run.folder.previous() is not None:
-        message = f"{run.folder.path} holds a run already; restart moves it aside, or name another folder"
-        raise RecipeError(Problem(message, key="output"))
-    start = run.folder.take(run.recipe.dump(), restart=restart, allowed=allowed)
-    if start.kind == "done":
-        how = "or give --restart to run it anew"
-        say(f"{run.folder.path} already holds this run, finished; see {run.folder.report}, {how}")
-    return replace(start, notes=(*notes, *start.notes))
+        push.once_more(run.folder, run.recipe)
 
 
 def go_on_as_it_began(run: Training) -> None:
     """Take over what was chosen when the run began, so that it is resumed, or repeated, with the same arithmetic."""
-    folder, machine, is_resumed = run.folder, run.machine, run.start.kind in ("resume", "extend")
-    kept: list[Choices | None] = [None]
-    if machine.is_main and is_resumed:
-        kept = [run_lock.choices(folder.run_lock)]
-        same_memory = folder.has_checkpoints and locking.is_same_memory(folder.run_lock, machine)
-        if kept[0] is not None and not same_memory:
-            kept = [kept[0].without("micro_batch", "activation_checkpointing")]
-    broadcast_object_list(kept)
-    choices: Choices | None = kept[0] if run.repeat is None else run.repeat.lock.choices
+    folder, machine, is_resumed = run.folder, run.machine, run.begins in ("resume", "extend")
+
+    def kept() -> Choices | None:
+        found = run_lock.choices(folder.run_lock) if is_resumed else None
+        if found is None or (folder.has_checkpoints and locking.is_same_memory(folder.run_lock, machine)):
+            return found
+        return found.without("micro_batch", "activation_checkpointing")
+
+    choices = on_first(run.ranks, kept) if run.repeat is None else run.repeat.lock.choices
     if choices is not None and choices.device == machine.device:
         run.machine, run.before = choices.onto(machine, run.recipe), choices
     elif run.repeat is not None or (is_resumed and folder.has_checkpoints):
         why = "is missing or damaged" if choices is None else f"is of a {choices.device}"
         run.say(f"note: {folder.run_lock.name} {why}: its choices are made anew, the next steps may differ in bits")
-
-
-def _peers_watched(run: Training) -> Watch:
-    on_failure = partial(peer_failed, run.status, run.machine)
-    return Watch(run.folder.path, run.machine.rank, run.machine.world_size, on_failure)
 
 
 def peer_failed(status: Status, machine: Machine, failure: Failure) -> None:
@@ -300,49 +315,39 @@ def prepare_data(run: Training) -> None:
     Raises:
         FinetuneError: Everything that is wrong, at once; of the kind with the lowest exit code.
     """
-    parts = examine(run.recipe, run.machine, run.findings, _first_day(run))
+
+    def first_day() -> str:
+        """Find the day on which the run began, as YYYY-MM-DD."""
+        if run.begins in ("resume", "extend"):
+            if (kept := run_lock.day(run.folder.run_lock)) is not None:
+                return kept
+            with suppress(OSError):
+                return date.fromtimestamp(run.folder.recipe.stat().st_mtime).isoformat()
+        return date.today().isoformat()
+
+    def extend() -> None:
+        """Put a finished run aside and go on from its last state."""
+        training_resume.extend(run.folder, job)
+        run.status.start()
+
+    # Chat templates print the day: it must be the same on all ranks, and after midnight.
+    parts = examine(run.recipe, run.machine, run.findings, on_first(run.ranks, first_day))
     run.findings.raise_errors()
     if parts.outline is None or parts.job is None:
         raise AssertionError("a part that can't be made has an error")
-    run.recipe, run.machine, run.outline = parts.recipe, parts.machine, parts.outline
-    if run.start.kind == "extend":
-        _extend(run, parts.job)
-    notes = [*run.start.notes]
+    run.recipe, run.machine, run.outline, job = parts.recipe, parts.machine, parts.outline, parts.job
+    if run.begins == "extend":  # not before: a finished run stays as it is while anything can be wrong
+        on_first(run.ranks, extend)
+        run.status.is_silent = False
     if run.repeat is not None:
-        notes += run.repeat.notes_on_rows(parts.job.prepared.fingerprint)
-    run.job, chosen = plan.fit(parts.job, run.outline, run.before, run.findings)
+        run.notes += run.repeat.notes_on_rows(job.prepared.fingerprint)
+    run.job, chosen = fit(job, run.outline, run.before, run.findings)
     run.machine = run.job.machine
     run.choices = Choices.ruled(run.recipe, run.machine, run.before)
     for name, made in chosen.items():
         run.choices = run.choices.plus(name, made)
-    for note in notes:
+    for note in run.notes:
         run.say(f"note: {note}")
-
-
-def _first_day(run: Training) -> str:
-    """Find the day on which the run began, as YYYY-MM-DD, the same on all ranks: chat templates print it."""
-    day = [date.today().isoformat()]
-    if run.machine.is_main and run.start.kind in ("resume", "extend"):
-        kept = run_lock.day(run.folder.run_lock)
-        with suppress(OSError):
-            day = [kept or date.fromtimestamp(run.folder.recipe.stat().st_mtime).isoformat()]
-    broadcast_object_list(day)
-    return day[0]
-
-
-def _extend(run: Training, job: Job) -> None:
-    """Put a finished run aside and go on from its last state; all ranks learn why where that can't be done."""
-    failed: list[FinetuneError | None] = [None]
-    if run.machine.is_main:
-        try:
-            training_resume.extend(run.folder, job)
-            run.status.start()
-        except FinetuneError as error:
-            failed = [error]
-    broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
-    run.status.is_silent = False
 
 
 def find_checkpoint(run: Training) -> None:
@@ -351,7 +356,7 @@ def find_checkpoint(run: Training) -> None:
     Raises:
         CheckpointError: No checkpoint is whole, or they are of other data, another model or other sharding.
     """
-    run.checkpointing = training_resume.open_checkpoints(run.job, run.folder, run.stop, run.say)
+    run.checkpointing = Checkpointing(run.job, run.folder, run.ranks, stop=run.stop, status=run.status, tell=run.say)
 
 
 # ---- model, adapter, and the fastest way to train them here ----
@@ -363,6 +368,7 @@ def load_model(run: Training) -> None:
     run.say(f"run folder {recipe.output}: {machine.describe()}")
     for line in [*reports_run.data_lines(job.prepared), *(f"warning: {problem}" for problem in run.findings.warnings)]:
         run.say(line)
+    # Without the rank: fresh heads and adapters must be the same on all of them.
     set_seed(recipe.training.seed)
     with phase("loading the model"):
         loaded = sharded.load(recipe, job.targets, machine, job.tokenizer, run.outline)
@@ -386,6 +392,7 @@ def load_model(run: Training) -> None:
         began = time.perf_counter()
         with phase("choosing the attention"):
             attention = tuning.choose_attention(run.bench)
+        # Told apart from training time in the report: a resumed run does not choose again.
         run.probe_seconds += time.perf_counter() - began
         run.machine = replace(machine, attention=attention.value)
         run.job = replace(job, machine=run.machine)
@@ -397,7 +404,7 @@ def observed(run: Training) -> Iterator[None]:
     """Open metrics.jsonl and TensorBoard, and cut them where the checkpoint ends."""
     run.tracker = Tracker(run.recipe, run.folder, run.status, run.machine)
     try:
-        training_resume.resume(run.checkpointing, run.tracker, run.status, run.say)
+        run.checkpointing.resume(run.tracker)
         yield
     except Stopped:
         run.tracker.close(is_stopped=True)
@@ -411,17 +418,28 @@ def make_trainer(run: Training) -> None:
     recipe, machine, job = run.recipe, run.machine, run.job
     if machine.zero_stage:
         sharded.read_no_code()
-    options = arguments.training_arguments(job, run.folder.checkpoints)
+    options = training_trainer.training_arguments(job, run.folder.checkpoints)
     callbacks = [*recipe.adapter.callbacks(), *run.tracker.callbacks(job.prepared, job.tokenizer)]
     trainer = run.trainer = FinetuneTrainer(
         run.adapted, options, job, checkpointing=run.checkpointing, callbacks=callbacks
     )
+    # The accelerator is the Trainer's, and what FSDP is told must be told before training wraps the model.
     sharded.suit(trainer.accelerator, run.adapted, machine)
+    # Where the trainer is, the other ranks learn; it knows nothing of them itself.
     trainer.progress = run.watch.progress  # type: ignore[method-assign]
     trainer.throughput.flops = Flops.of(run.adapted)
     trainer.throughput.peak = matmul_peak(machine) * machine.world_size
     observing = Observing(recipe, job.prepared, machine, run.folder.observations, run.tracker.record)
     observing.watch(trainer, run.say)
+
+
+def best_uploaded(run: Training) -> AbstractContextManager[BestUploads | None]:
+    """Upload each best checkpoint while the body trains, where the recipe has a `hub`."""
+    if run.recipe.hub is None:
+        return nullcontext()
+    from hf_finetune.hub import best
+
+    return best.uploaded(run.trainer, run.folder)
 
 
 def take_fast_paths(run: Training) -> None:
@@ -440,6 +458,7 @@ def take_fast_paths(run: Training) -> None:
     paths = trainer.paths = models_paths.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
     if paths.taken:
         run.say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
+    # Compiling comes last: it is timed with the paths that are taken, and compiles them, too.
     began = time.perf_counter()
     known = None if before is None or run.recipe.speed.compile != "auto" else before.made.get("compiled")
     if known is None:
@@ -489,6 +508,7 @@ def train_and_evaluate(run: Training) -> None:
     set_seed(run.recipe.training.seed + run.machine.rank)
     run.resumed_at = trainer.steps_done()  # before that checkpoint makes room for newer ones
     started = time.perf_counter()
+    # A stop inside an evaluation of `train_on` saves and returns; one inside the final evaluation comes out of it.
     with run.stop.deferred(), suppress(EvaluationStopped):
         trainer.train_on()
         run.seconds = time.perf_counter() - started
@@ -498,6 +518,7 @@ def train_and_evaluate(run: Training) -> None:
             run.scores = training_trainer.final(trainer, run.job.prepared)
     if trainer.stopped:
         raise Stopped.by(trainer.stopped)
+    # Rank 0 saves, reads back, draws and reports, while the others wait.
     device.limit_collectives(device.wait_timeout())
 
 
@@ -537,6 +558,7 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         not_taken=trainer.guard.not_taken,
     )
     summary = reports_run.summary_entry(outcome)
+    # Report and card are made of the journal, so that its last line comes first.
     run.tracker.finish(summary)
     if machine.is_main:
         found = reports_run.write(outcome, run.tracker.lines)
@@ -563,12 +585,11 @@ def _out_of_memory_explained(run: Training) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        # A model in training mode inside training: all else is an evaluation, of which there is one in training, too.
         trainer, job, length = run.trainer, run.job, run.recipe.data.max_length
         if trainer.is_in_train and run.adapted.training:
             what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
-            hint = (
-                "halve training.micro_batch (the optimisation stays the same) or set training.activation_checkpointing"
-            )
+            hint = "halve training.micro_batch (which changes no result) or set training.activation_checkpointing"
         else:
             rows = rows_of(length, *job.eval_batch(all_logits=trainer.paths.makes_all_logits))
             what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"

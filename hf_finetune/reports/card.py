@@ -313,7 +313,7 @@ def complete(run: RunData) -> None:
         recipe = lock.as_trained(run.recipe, run.folder.run_lock)
         if kept is None:
             raise ValueError(f"{run.folder.targets.name} is missing")
-        write_atomically(folder / FILE, card(recipe, kept.targets, code, run, images))
+        write_atomically(folder / FILE, card(recipe, kept[0], code, run, images))
     except MISHAPS as error:
         shutil.rmtree(folder / IMAGES, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error

@@ -46,6 +46,15 @@ def sync_file(file: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make a folder and everything below it durable."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+
+
 def as_umask_says(folder: Path) -> None:
     """Give every file below a folder the permissions that a new file would have there.
 
@@ -88,11 +97,7 @@ def write_atomically(file: Path, content: str | bytes, *, durable: bool = False)
 def put_in_place(staging: Path, final: Path) -> None:
     """Make a finished folder durable and rename it into place; an earlier one is moved aside first, then removed."""
     as_umask_says(staging)
-    for path in [*staging.rglob("*"), staging]:
-        if path.is_dir():
-            sync_folder(path)
-        elif path.is_file():
-            sync_file(path)
+    sync_tree(staging)
     old = final.with_name(f".{final.name}.old")
     discard(old)
     if final.exists():
@@ -187,8 +192,12 @@ def delete(folder: Path) -> None:
 
 def free_bytes(place: Path) -> int:
     """Return the bytes that this user may still write where a folder is, or was."""
-    existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(place)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -24,7 +23,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run import invocation
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run import status as run_status
-from hf_finetune.run.files import TEMPORARY, discard, sync_folder, write_atomically
+from hf_finetune.run.files import TEMPORARY, discard, nearest_existing, sync_folder, write_atomically, writing
 from hf_finetune.run.status import Status
 from hf_finetune.run.store import MANIFEST, Manifest
 from hf_finetune.tasks.base import State
@@ -33,14 +32,9 @@ from hf_finetune.tasks.base import State
 RANKS = ".ranks"
 
 
-@dataclass(frozen=True)
-class Start:
-    """The way a run begins in its folder."""
-
-    kind: Literal["new", "resume", "extend", "done"]
-    """`extend`: the folder holds results, and a changed recipe is to train on from the state behind them."""
-    notes: tuple[str, ...] = ()
-    """Changes since the run began that are allowed."""
+Begins = Literal["new", "resume", "extend", "done"]
+"""The way a run begins in its folder; `extend`: it holds results, and a changed recipe is to train on from the state
+behind them."""
 
 
 class RunFolder:
@@ -103,13 +97,16 @@ class RunFolder:
             return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {last}"
         return status.get("state", "unknown"), str(status.get("reason") or "")
 
-    def inspect(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+    def inspect(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> tuple[Begins, list[str]]:
         """Find out how a run would begin here, without leaving a trace.
 
         Args:
             recipe_yaml: The resolved recipe; empty text where it has mistakes, and then its changes don't count.
             restart: An earlier run would be moved aside.
             allowed: Keys of the recipe that may differ from those of an earlier run.
+
+        Returns:
+            The way it would begin, and a sentence for each change that is allowed and was made.
 
         Raises:
             CheckpointError: The folder holds a run of a recipe that differs in more than `allowed`.
@@ -125,34 +122,35 @@ class RunFolder:
         if previous is not None and (who := _user(self.lock, self.status)) is not None:
             message = f"{self.path} belongs to a run that is going on{who}; stop it, or name another folder"
             raise RecipeError(Problem(message, key="output"))
-        start = Start("new")
+        begins: Begins = "new"
+        changes: list[str] = []
         if previous is not None and recipe_yaml and not restart and not self._never_trained(previous):
-            notes = tuple(self._allowed_changes(recipe_yaml, allowed))
-            start = Start("resume", notes)
-            if notes and (previous["state"] == "done" or self.adapter.exists()):
+            changes = self._changes(recipe_yaml, allowed)
+            begins = "resume"
+            if changes and (previous["state"] == "done" or self.adapter.exists()):
                 self.last_state(previous)
-                start = Start("extend", notes)
+                begins = "extend"
             elif previous["state"] == "done":
-                start = Start("done")
-        if start.kind != "done":
+                begins = "done"
+        if begins != "done":
             refuse_unwritable(self.path, "output")
-        return start
+        return begins, changes
 
-    def take(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> Start:
+    def take(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> tuple[Begins, list[str]]:
         """Take the folder for a run: lock it, and write the resolved recipe. Arguments and result as of `inspect`.
 
         Raises:
             RecipeError: See `inspect`; another run may also have been faster.
             StorageError: The folder can't be written.
         """
-        start = self.inspect(recipe_yaml, restart=restart, allowed=allowed)
+        begins, changes = self.inspect(recipe_yaml, restart=restart, allowed=allowed)
         try:
             previous = self.previous()
-            if start.kind == "done":
+            if begins == "done":
                 if not _is_whole(self._stored_recipe()):
                     write_atomically(self.recipe, recipe_yaml, durable=True)
-                return start
-            if previous is not None and start.kind == "new" and not self._never_trained(previous):
+                return begins, changes
+            if previous is not None and begins == "new" and not self._never_trained(previous):
                 self.real.rename(self.free_name())
                 self.real.mkdir()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -161,14 +159,14 @@ class RunFolder:
                 if TEMPORARY.fullmatch(path.name) and path.parent.name != RANKS:
                     path.unlink(missing_ok=True)
             discard(self.successor)
-            if start.kind != "extend":  # a finished run stays as it is until nothing can be wrong any more
+            if begins != "extend":  # a finished run stays as it is until nothing can be wrong any more
                 write_atomically(self.recipe, recipe_yaml, durable=True)
             sync_folder(self.real.parent)
         except RecipeError:
             raise
         except OSError as error:
             raise StorageError(Problem(f"{self.path} can't be written: {error.strerror}", key="output")) from error
-        return start
+        return begins, changes
 
     def _stored_recipe(self) -> str:
         try:
@@ -176,7 +174,7 @@ class RunFolder:
         except (OSError, ValueError):
             return ""
 
-    def _allowed_changes(self, recipe_yaml: str, allowed: Sequence[str]) -> list[str]:
+    def _changes(self, recipe_yaml: str, allowed: Sequence[str]) -> list[str]:
         """Return the changes since the run in this folder began that are allowed.
 
         Raises:
@@ -344,11 +342,6 @@ def refuse_unwritable(folder: Path, key: str) -> None:
         raise StorageError(Problem(message, key=key)) from error
 
 
-def nearest_existing(path: Path) -> Path:
-    """Return the path itself, or the nearest folder above it that is there."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
 # A recipe, compared with that of the run that it is to resume. `Key.resume` of a field says if its key may change.
 
 
@@ -410,15 +403,6 @@ def _is_whole(text: str) -> bool:
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class StoredTargets:
-    """The content of `targets.json`."""
-
-    targets: State
-    started_in: Path
-    """The working directory of the run, to which relative paths of its recipe belong."""
-
-
 def write_targets(file: Path, targets: State) -> None:
     """Write `targets.json`, whole or not at all.
 
@@ -426,14 +410,15 @@ def write_targets(file: Path, targets: State) -> None:
         StorageError: The disk does not take it.
     """
     stored = {"version": VERSION, "targets": targets.to_json(), "started_in": str(Path.cwd())}
-    try:
+    with writing(file):
         write_atomically(file, json.dumps(stored, indent=1, ensure_ascii=False) + "\n", durable=True)
-    except OSError as error:
-        raise StorageError(f"{file} can't be written: {error.strerror or error}") from error
 
 
-def read_targets(file: Path) -> StoredTargets | None:
+def read_targets(file: Path) -> tuple[State, Path] | None:
     """Read `targets.json`; None where there is none.
+
+    Returns:
+        The targets, and the working directory of the run, to which relative paths of its recipe belong.
 
     Raises:
         CheckpointError: The file is damaged, or of a later version.
@@ -443,7 +428,7 @@ def read_targets(file: Path) -> StoredTargets | None:
         if stored["version"] != VERSION:
             message = f"is of version {stored['version']}, this program knows {VERSION}; use the one that wrote it"
             raise CheckpointError(Problem(message, file=str(file)))
-        return StoredTargets(State.from_json(stored["targets"]), Path(stored["started_in"]))
+        return State.from_json(stored["targets"]), Path(stored["started_in"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -42,11 +42,7 @@ def resume_command() -> str | None:
     if not _words:
         return None
     words = [word for word in _words if word != RESTART]
-    return shlex.join([*_program(), *words])
-
-
-def _program() -> list[str]:
-    """Find what stood before the words: that of the launcher, else of this process."""
+    # What stood before them: the launcher's words, else this process's.
     for line in (_parent, sys.orig_argv):
         is_launcher = any(Path(word).name in LAUNCHERS for word in line)
         for tail in (_words, _words[1:]):  # `hf_finetune.launch` adds the verb
@@ -63,5 +59,5 @@ def _program() -> list[str]:
             first = Path(before[0])
             if first.is_absolute() and first.is_relative_to(Path.cwd()):
                 first = first.relative_to(Path.cwd())
-            return [str(first), *before[1:]]
-    return ["hf-finetune"]
+            return shlex.join([str(first), *before[1:], *words])
+    return shlex.join(["hf-finetune", *words])

@@ -21,9 +21,9 @@ from hf_finetune.config.problems import shown
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.section import key_of
 from hf_finetune.config.yamlfile import OVERRIDE
-from hf_finetune.errors import CheckpointError, Problem, RecipeError, StorageError
+from hf_finetune.errors import CheckpointError, Problem, RecipeError
 from hf_finetune.recipe import Recipe
-from hf_finetune.run.files import write_atomically
+from hf_finetune.run.files import write_atomically, writing
 
 if TYPE_CHECKING:
     from hf_finetune.device import Machine  # it loads torch, and a lock is also read where nothing is trained
@@ -200,10 +200,8 @@ class Lock(_Part):
         Raises:
             StorageError: It can't be written.
         """
-        try:
+        with writing(file):
             write_atomically(file, json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n", durable=True)
-        except OSError as error:
-            raise StorageError(Problem(f"{file} can't be written: {error.strerror}", key="output")) from error
 
 
 def read(file: str) -> Lock:
@@ -212,9 +210,22 @@ def read(file: str) -> Lock:
     Raises:
         RecipeError: The file is missing, is no lock, is damaged, or of another version.
     """
-    content = _document(file)
-    version = content.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or "choices" not in content:
+    if (refusal := outside(file)) is not None:
+        raise _refused(file, refusal)
+    try:
+        with Path(file).open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        content = json.loads(raw) if len(raw) <= MAX_BYTES else None
+    except FileNotFoundError:
+        raise _refused(file, "no such file; give the run.lock.json of a run") from None
+    except IsADirectoryError:
+        raise _refused(file, "is a folder; give the run.lock.json inside it") from None
+    except (ValueError, RecursionError):
+        raise _refused(file, "is not JSON: damaged, or not a run.lock.json; take a copy that is whole") from None
+    except OSError as error:
+        raise _refused(file, f"can't be read ({error.strerror}); give the run.lock.json of a run") from None
+    version = content.get("version") if isinstance(content, dict) and "choices" in content else None
+    if not isinstance(version, int) or isinstance(version, bool):
         raise _refused(file, "is not a run.lock.json of hf_finetune; give that of a run folder")
     if version < VERSION:
         how = "train the recipe.yaml beside it: that writes a new lock"
@@ -252,31 +263,6 @@ def choices(file: Path) -> Choices | None:
         return TypeAdapter(Choices).validate_python(json.loads(file.read_text(encoding="utf-8"))["choices"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _document(file: str) -> dict[str, Any]:
-    """Read the JSON object in a file.
-
-    Raises:
-        RecipeError: It holds none.
-    """
-    if (refusal := outside(file)) is not None:
-        raise _refused(file, refusal)
-    try:
-        with Path(file).open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-        content = json.loads(raw) if len(raw) <= MAX_BYTES else None
-    except FileNotFoundError:
-        raise _refused(file, "no such file; give the run.lock.json of a run") from None
-    except IsADirectoryError:
-        raise _refused(file, "is a folder; give the run.lock.json inside it") from None
-    except (ValueError, RecursionError):
-        raise _refused(file, "is not JSON: damaged, or not a run.lock.json; take a copy that is whole") from None
-    except OSError as error:
-        raise _refused(file, f"can't be read ({error.strerror}); give the run.lock.json of a run") from None
-    if not isinstance(content, dict):
-        raise _refused(file, "is not a run.lock.json of hf_finetune; give that of a run folder")
-    return content
 
 
 def _refused(file: str, message: str) -> RecipeError:

@@ -140,6 +140,13 @@ def together(ranks: Ranks, action: Callable[[], T]) -> list[T]:
     return [value for value, _ in outcomes]  # type: ignore[misc]  # no rank failed, so each has its result
 
 
+def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Do something on rank 0; all ranks get its result, or raise its error as of `together`."""
+    # The others must raise, too: one that waits for a rank that is gone ends in a traceback.
+    results = together(ranks, lambda: action() if ranks.rank == 0 else None)
+    return results[0]  # type: ignore[return-value]  # rank 0's is the action's
+
+
 def writers(folder: Path, ranks: Ranks) -> tuple[int, ...]:
     """Find out which rank writes for which disk, by leaving files; every rank calls this.
 

@@ -55,16 +55,6 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class File:
-    """One file of a checkpoint."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """In hex."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The description of one checkpoint."""
 
@@ -72,18 +62,19 @@ class Manifest:
     world_size: int
     """Processes that wrote it."""
     facts: Facts
-    files: Mapping[str, File]
-    """By path relative to the checkpoint, with `/`."""
-
-    @property
-    def size(self) -> int:
-        """Return the bytes of all files together."""
-        return sum(file.size for file in self.files.values())
+    sizes: Mapping[str, int]
+    """Bytes of each file, by its path relative to the checkpoint, with `/`."""
+    hashes: Mapping[str, str]
+    """SHA-256 in hex, by the same."""
 
     def render(self) -> bytes:
         """Write this manifest in its only form as a file."""
-        content = {"format": FORMAT, **asdict(self)}
-        return json.dumps({"checksum": _checksum(content), **content}, indent=1, sort_keys=True).encode() + b"\n"
+        files = {name: {"sha256": self.hashes[name], "size": size} for name, size in self.sizes.items()}
+        own = {"step": self.step, "world_size": self.world_size, "facts": asdict(self.facts)}
+        content: dict[str, Any] = {"format": FORMAT, **own, "files": files}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        checksum = hashlib.sha256(canonical.encode()).hexdigest()
+        return json.dumps({"checksum": checksum, **content}, indent=1, sort_keys=True).encode() + b"\n"
 
     @staticmethod
     def parse(raw: bytes) -> Manifest:
@@ -94,20 +85,22 @@ class Manifest:
         """
         try:
             content = json.loads(raw)
-            del content["checksum"]
             if content["format"] != FORMAT:
                 raise _unfit(MANIFEST, f"its format is {content['format']!r}, this version reads {FORMAT}")
-            files = {name: File(**entry) for name, entry in content["files"].items()}
-            manifest = Manifest(content["step"], content["world_size"], Facts(**content["facts"]), files)
-            numbers = [manifest.step, manifest.world_size, *(file.size for file in files.values())]
+            sizes = {name: entry["size"] for name, entry in content["files"].items()}
+            hashes = {name: entry["sha256"] for name, entry in content["files"].items()}
+            manifest = Manifest(content["step"], content["world_size"], Facts(**content["facts"]), sizes, hashes)
+            numbers = [manifest.step, manifest.world_size, *sizes.values()]
             # Its own rendering, with its checksum, is the only spelling: a changed space is damage, too.
             is_whole = manifest.render() == raw and all(type(number) is int for number in numbers)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise _unfit(MANIFEST, "it is damaged: no manifest can be read from it") from error
         if not is_whole:
             raise _unfit(MANIFEST, "it is damaged: it does not match its own checksum")
-        for name in files:
-            if not _is_inside(name):
+        for name in sizes:
+            path = PurePosixPath(name)
+            is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
+            if not is_plain or name in {".", MANIFEST} or "\\" in name or "\0" in name:
                 raise _unfit(MANIFEST, f"it names {name!r}, which is not a plain path inside the checkpoint")
         return manifest
 
@@ -124,8 +117,7 @@ def seal(folder: Path, step: int, world_size: int, facts: Facts) -> Manifest:
     hashes = run_files.digests(folder, list(sizes), durable=True)
     if run_files.listing(folder) != sizes:
         raise StorageError(Problem(f"{folder}: another process still writes into it"))
-    files = {name: File(size, hashes[name]) for name, size in sizes.items()}
-    manifest = Manifest(step, world_size, facts, files)
+    manifest = Manifest(step, world_size, facts, sizes, hashes)
     with (folder / MANIFEST).open("xb") as stream:
         stream.write(manifest.render())
         stream.flush()
@@ -149,63 +141,32 @@ def verify(folder: Path) -> Manifest:
         manifest = Manifest.parse((folder / MANIFEST).read_bytes())
         if folder.name != f"checkpoint-{manifest.step}":
             raise _unfit(MANIFEST, f"it describes checkpoint-{manifest.step}")
-        _compare(sizes, manifest.files)
-        hashes = run_files.digests(folder, list(manifest.files), durable=False)
+        for name, size in manifest.sizes.items():
+            if name not in sizes:
+                raise _unfit(name, "is missing")
+            if sizes[name] != size:
+                raise _unfit(name, f"is damaged: it has {sizes[name]:,} bytes, the manifest says {size:,}")
+        for name in sizes:
+            if name not in manifest.sizes:
+                raise _unfit(name, "is not in the manifest, so nothing vouches for it; move it elsewhere")
+        # Last, as it reads every byte.
+        hashes = run_files.digests(folder, list(sizes), durable=False)
     except StorageError as error:
         raise CheckpointError(error.problems) from error
     except OSError as error:
         raise _unfit(str(error.filename or folder), f"can't be read: {error.strerror}") from error
-    for name, file in manifest.files.items():
-        if hashes[name] != file.sha256:
+    for name, sha256 in manifest.hashes.items():
+        if hashes[name] != sha256:
             raise _unfit(name, "is damaged: its SHA-256 is not the manifest's")
     return manifest
-
-
-def _compare(sizes: Mapping[str, int], files: Mapping[str, File]) -> None:
-    for name, file in files.items():
-        if name not in sizes:
-            raise _unfit(name, "is missing")
-        if sizes[name] != file.size:
-            raise _unfit(name, f"is damaged: it has {sizes[name]:,} bytes, the manifest says {file.size:,}")
-    for name in sizes:
-        if name not in files:
-            raise _unfit(name, "is not in the manifest, so nothing vouches for it; move it elsewhere")
 
 
 def _unfit(file: str, why: str) -> CheckpointError:
     return CheckpointError(Problem(why, file=file))
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    is_plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
-    return is_plain and name not in {".", MANIFEST} and "\\" not in name and "\0" not in name
-
-
 # A checkpoint is expected to need so many times the bytes of the one before.
 GROWTH = 1.2
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest whole checkpoint."""
-
-    path: Path | None
-    """Its folder; None where there is no checkpoint."""
-    manifest: Manifest | None
-    """From this rank's disk (from the writer's, where another rank writes)."""
-    skipped: tuple[tuple[str, str], ...]
-    """Newer ones that are not whole, newest first: name of the folder and reason."""
-
-    @property
-    def step(self) -> int:
-        """Its step, or 0."""
-        return 0 if self.manifest is None else self.manifest.step
 
 
 class Store:
@@ -226,6 +187,8 @@ class Store:
             raise ValueError(f"keep is {keep}: at least one checkpoint must be kept")
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self._needed = estimate
+        self.skipped: list[tuple[str, str]] = []
+        """Checkpoints that `newest` found not to be whole, newest first: name of the folder and reason."""
         self._damaged: set[int] = set()
         self._writers = writers(folder, ranks)
         """By rank, the rank that writes for its disk."""
@@ -297,8 +260,11 @@ class Store:
         self._on_each_disk(lambda: self._rotate(step, protect))
         return self.path(step)
 
-    def newest(self) -> Found:
-        """Find the newest checkpoint that is whole on every disk; all ranks find the same.
+    def newest(self) -> Manifest | None:
+        """Find the newest checkpoint that is whole on every disk; all ranks find the same, and fill `skipped`.
+
+        Returns:
+            Its manifest, from this rank's disk (from the writer's, where another rank writes).
 
         Raises:
             StorageError: The folder can't be read.
@@ -318,28 +284,28 @@ class Store:
             except CheckpointError as error:
                 return str(error)
 
-        skipped: list[tuple[str, str]] = []
+        self.skipped = []
         for step in sorted(set().union(*together(self.ranks, steps)), reverse=True):
             verdicts = together(self.ranks, verdict)
             reasons = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, str)))
             read = verdicts[self._writers[self.ranks.rank]]
             if not reasons and isinstance(read, Manifest):
-                self._needed = max(self._needed, int(read.size * GROWTH))
-                return Found(self.path(step), read, tuple(skipped))
+                self._needed = max(self._needed, int(sum(read.sizes.values()) * GROWTH))
+                return read
             self._damaged.add(step)
-            skipped.append((self.path(step).name, "; ".join(reasons)))
-        return Found(None, None, tuple(skipped))
+            self.skipped.append((self.path(step).name, "; ".join(reasons)))
+        return None
 
-    def resume_point(self) -> Found:
-        """Find the checkpoint to resume from; its path is None only where there is no checkpoint at all.
+    def resume_point(self) -> Manifest | None:
+        """Find the checkpoint to resume from as `newest`; None only where there is no checkpoint at all.
 
         Raises:
             CheckpointError: There are checkpoints, and none is whole.
             StorageError: The folder can't be read.
         """
         found = self.newest()
-        if found.path is None and found.skipped:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
+        if found is None and self.skipped:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped)
             message = (
                 f"{self.folder} holds no checkpoint that is whole ({reasons}); refusing to start from scratch: "
                 f"give --restart to move the run aside and do so"
@@ -385,7 +351,7 @@ class Store:
         sealed = seal(staging, step, self.ranks.world_size, facts)
         for rank, names in enumerate(unseen):
             # A network file system may show a file to others late: then it would be in no manifest.
-            lost = set(names) - sealed.files.keys() if self._writers[rank] == self.ranks.rank else ()
+            lost = set(names) - sealed.sizes.keys() if self._writers[rank] == self.ranks.rank else ()
             if lost:
                 reason = f"{sorted(lost)[0]}, seen by rank {rank}, is not there for rank {self.ranks.rank}"
                 raise run_files.failure(self.folder, self._needed, reason)

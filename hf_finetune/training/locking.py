@@ -21,7 +21,7 @@ from hf_finetune import __version__, device
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.config.paths import cache_folder, is_commit, resolve
 from hf_finetune.data import sources
-from hf_finetune.data.sources import HubSplit, Origin
+from hf_finetune.data.sources import HubSplit
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, DataError, ModelError, Problem, RecipeError
 from hf_finetune.log import phase
@@ -73,19 +73,17 @@ def of_data(recipe: Recipe, *, asks: bool = False) -> dict[str, Input]:
         recipe: Names them.
         asks: Ask the Hub, or its cache, for the commits of data sets whose revision is none.
     """
-    streams = recipe.data.streaming
-    return {
-        origin.key: _of_split(origin, asks=asks, whole=not (streams and ".train" in origin.key))
-        for origin in sources.locate(recipe.data)
-    }
-
-
-def _of_split(origin: Origin, *, asks: bool, whole: bool) -> Input:
-    if isinstance(origin, HubSplit):
-        commit = _pinned(origin.commit) if asks else _pinned(origin.revision)
-        where = Input(source=origin.source, subset=origin.subset, split=origin.split)
-        return where.model_copy(update={"asked": origin.revision, "commit": commit})
-    return Input(files=list(_hashed(origin.files, [digest.hex() for digest in origin.digests(whole=whole)])))
+    found: dict[str, Input] = {}
+    for origin in sources.locate(recipe.data):
+        if isinstance(origin, HubSplit):
+            asked, commit = origin.revision, _pinned(origin.commit if asks else origin.revision)
+            place = Input(source=origin.source, subset=origin.subset, split=origin.split, asked=asked, commit=commit)
+        else:
+            # A stream may be larger than what can be read before the first step: both its ends stand for it.
+            whole = not (recipe.data.streaming and ".train" in origin.key)
+            place = Input(files=list(_hashed(origin.files, [digest.hex() for digest in origin.digests(whole=whole)])))
+        found[origin.key] = place
+    return found
 
 
 def _pinned(revision: str | None) -> str | None:

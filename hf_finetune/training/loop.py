@@ -115,22 +115,19 @@ class ResumableTrainer(Trainer):
         elif self.is_sharded:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
-            if is_writer and not self.is_deepspeed_enabled:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
         elif is_writer:
             resume.save_trained(self.accelerator.unwrap_model(self.model), self.job.adapter, folder)
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        if not is_writer:
+            return
+        # The Trainer writes the scaler, and a sharded run's schedule, on rank 0 alone; each disk needs them.
+        if not self.is_deepspeed_enabled:
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
-        if is_writer:
-            # The Trainer writes the scaler, and a sharded run's schedule, on rank 0 alone; each disk needs them.
-            if (scaler := self.accelerator.scaler) is not None:
-                torch.save(scaler.state_dict(), folder / SCALER)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            self._progress().write(folder)
-
-    def _progress(self) -> Progress:
+        if (scaler := self.accelerator.scaler) is not None:
+            torch.save(scaler.state_dict(), folder / SCALER)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
         patience = [c.early_stopping_patience_counter for c in self._stoppers()]
-        return Progress(
+        progress = Progress(
             step=self.state.global_step,
             world_size=self.args.world_size,
             total_loss=float(self._total_loss_scalar),
@@ -144,6 +141,7 @@ class ResumableTrainer(Trainer):
             throughput=asdict(self.throughput.total),
             stream=[] if self.streamed is None else [int(count) for count in self.streamed.tolist()],
         )
+        progress.write(folder)
 
     # ---- reading ----
 

@@ -17,7 +17,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -114,7 +113,7 @@ class Heartbeat:
 class Watch:
     """The other ranks, watched from start to end of a run; for a run of one process it does nothing.
 
-        with Watch(folder, rank, world_size, on_failure) as watch:
+        with Watch(folder, launch, rank, world_size, on_failure=...) as watch:
             watch.progress(step, "training")
 
     Where another rank dies, fails or hangs, one rank of each node says so on stderr, every rank calls `on_failure`, and
@@ -123,6 +122,8 @@ class Watch:
 
     Args:
         folder: The run folder; it exists.
+        launch: A name of this launch alone, the same on every rank: what earlier ones left in the folder counts for
+            nothing.
         rank: Of this process.
         world_size: Number of ranks.
         on_failure: Called once before the process ends, from another thread, for ten seconds at most.
@@ -137,12 +138,14 @@ class Watch:
     def __init__(
         self,
         folder: Path,
+        launch: str,
         rank: int,
         world_size: int,
+        *,
         on_failure: Callable[[Failure], None],
         timeout: float | None = None,
     ) -> None:
-        self.folder, self.rank, self.world_size = folder / RANKS, rank, world_size
+        self.folder, self.rank, self.world_size = folder / RANKS / launch, rank, world_size
         self.timeout = device.peer_timeout() if timeout is None else timeout
         self.every = min(max(HEARTBEAT_S, world_size / FEW), self.timeout / 4)
         self._on_failure = on_failure
@@ -176,12 +179,9 @@ class Watch:
         """
         if self._stop.is_set():
             return self
-        # A name of this launch alone: what earlier ones left in the folder counts for nothing.
-        launch = _agreed_name()
-        parent, self.folder = self.folder, self.folder / launch
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in parent.iterdir() if self._is_first_of_node else ():
+            for old in self.folder.parent.iterdir() if self._is_first_of_node else ():
                 if old != self.folder:
                     shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         except OSError as error:
@@ -400,15 +400,6 @@ def _own_failure(rank: int, error: BaseException | None) -> Failure | None:
         lines = "\n".join(f"rank {rank}: {problem}" for problem in error.problems)
         return Failure(rank, lines, error.exit_code, is_own=True)
     return Failure(rank, f"rank {rank}: {type(error).__name__}: {_first_line(error)}", 1, is_own=True)
-
-
-def _agreed_name() -> str:
-    """Return a new name, the same on every rank."""
-    from accelerate.utils import broadcast_object_list
-
-    names = [uuid.uuid4().hex[:12]]
-    broadcast_object_list(names)
-    return names[0]
 
 
 def _read(file: Path, kind: type[Any]) -> Any:

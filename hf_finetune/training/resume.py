@@ -20,17 +20,16 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_finetune import device
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data.job import Job
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, Problem, StorageError
 from hf_finetune.log import say
 from hf_finetune.models import pretrained, sharded
-from hf_finetune.run import ranks as run_ranks
-from hf_finetune.run.files import discard, sync_file, sync_folder, write_atomically
+from hf_finetune.run.files import discard, sync_folder, sync_tree, write_atomically
 from hf_finetune.run.folder import RANKS, RunFolder
 from hf_finetune.run.journal import keep_lines
+from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.status import Status
 from hf_finetune.run.store import Facts, Manifest, Store, verify
 from hf_finetune.tracking import records
@@ -189,28 +188,15 @@ def durable_lines(file: Path) -> int:
 # The checkpoint that a run resumes from, and what both must have in common.
 
 
-@dataclass
 class Checkpointing:
-    """Checkpoints of a run: the store, the one to resume from, and when the next one is due."""
-
-    store: Store
-    facts: Facts
-    stop: StopRequest
-    journals: tuple[Path, ...]
-    """Files that grow line by line; a checkpoint notes their lengths."""
-    pace: Pace
-    resume_from: Path | None = None
-    committed: Callable[[int], None] = field(default=lambda step: None)
-    """Called with the step of each checkpoint."""
-
-
-def open_checkpoints(job: Job, folder: RunFolder, stop: StopRequest, tell: Callable[[str], None]) -> Checkpointing:
-    """Open the folder of checkpoints, and find the one to resume from.
+    """Checkpoints of a run: the store, the one to resume from, and when the next one is due.
 
     Args:
         job: The run.
         folder: Its folder.
+        ranks: All of them open it at the same time.
         stop: How the ranks agree to stop.
+        status: Learns of each checkpoint.
         tell: Says something on rank 0.
 
     Raises:
@@ -218,53 +204,53 @@ def open_checkpoints(job: Job, folder: RunFolder, stop: StopRequest, tell: Calla
             other sharding, or of more steps than this recipe has.
         StorageError: The folder can't be written.
     """
-    ranks = run_ranks.join(job.machine.local_rank, device.wait_timeout())
-    store = Store(folder.checkpoints, ranks, job.recipe.saving.keep)
-    made_from, found = facts(job), store.resume_point()
-    for name, reason in found.skipped:
-        tell(f"warning: {name} is not used: {reason}")
-    if found.manifest is not None and found.path is not None:
-        check(found.path, found.manifest, made_from, job.machine, tell)
-        done, total, training = found.manifest.step, job.length.total_steps, job.recipe.training
-        if done > total:
-            how = "give more, or --restart to start anew"
-            message = f"{done} steps are trained already, and this recipe has {total}; {how}"
-            raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
-    return Checkpointing(
-        store=store,
-        facts=made_from,
-        stop=stop,
-        journals=(folder.metrics, folder.samples),
-        resume_from=found.path,
-        pace=Pace(job.recipe.saving, tell),
-    )
 
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        ranks: Ranks,
+        *,
+        stop: StopRequest,
+        status: Status,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.stop, self.status, self.tell = stop, status, tell
+        self.journals = (folder.metrics, folder.samples)
+        """Files that grow line by line; a checkpoint notes their lengths."""
+        self.pace = Pace(job.recipe.saving, tell)
+        self.store = Store(folder.checkpoints, ranks, job.recipe.saving.keep)
+        self.facts = facts(job)
+        self.resume_from: Path | None = None
+        found = self.store.resume_point()
+        for name, reason in self.store.skipped:
+            tell(f"warning: {name} is not used: {reason}")
+        if found is not None:
+            self.resume_from = self.store.path(found.step)
+            check(self.resume_from, found, self.facts, job.machine, tell)
+            total, training = job.length.total_steps, job.recipe.training
+            if found.step > total:
+                how = "give more, or --restart to start anew"
+                message = f"{found.step} steps are trained already, and this recipe has {total}; {how}"
+                raise CheckpointError(Problem(message, key="training.steps" if training.steps else "training.epochs"))
 
-def resume(checkpointing: Checkpointing, tracker: Tracker, status: Status, tell: Callable[[str], None]) -> None:
-    """Cut the journals where the checkpoint ends, and say where that is.
+    def resume(self, tracker: Tracker) -> None:
+        """Cut the journals that a tracker writes where the checkpoint ends, and say where that is."""
+        if self.resume_from is None:
+            if tracker.folder.metrics.exists():
+                self.status.reached(0, None)
+                self.tell("no checkpoint was written before the earlier run ended: starting again at step 0")
+            PartialState().wait_for_everyone()  # until every rank has looked
+            tracker.start({}, 0)
+            return
+        progress = Progress.read(self.resume_from)
+        self.committed(progress.step)
+        tracker.start(progress.lines, progress.step)
+        self.tell(f"resuming from {self.resume_from} at step {progress.step}")
 
-    Args:
-        checkpointing: Knows the checkpoint.
-        tracker: Writes the journals.
-        status: Learns of the checkpoint, and of each later one.
-        tell: Says something on rank 0.
-    """
-
-    def committed(step: int) -> None:
-        status.reached(step, f"{checkpointing.store.folder.name}/{checkpointing.store.path(step).name}")
-
-    checkpointing.committed = committed
-    if checkpointing.resume_from is None:
-        if tracker.folder.metrics.exists():
-            status.reached(0, None)
-            tell("no checkpoint was written before the earlier run ended: starting again at step 0")
-        PartialState().wait_for_everyone()  # until every rank has looked
-        tracker.start({}, 0)
-        return
-    progress = Progress.read(checkpointing.resume_from)
-    committed(progress.step)
-    tracker.start(progress.lines, progress.step)
-    tell(f"resuming from {checkpointing.resume_from} at step {progress.step}")
+    def committed(self, step: int) -> None:
+        """Note that the checkpoint of a step counts."""
+        self.status.reached(step, f"{self.store.folder.name}/{self.store.path(step).name}")
 
 
 def facts(job: Job) -> Facts:
@@ -377,8 +363,4 @@ def _fill(folder: RunFolder, last: Path, recipe_yaml: str) -> None:
         keep_lines(new / journal.name, progress.lines.get(journal.name, 0))
     write_atomically(new / folder.recipe.name, recipe_yaml)
     Status(new / folder.status.name).write_resumable(progress.step, f"{folder.checkpoints.name}/{last.name}")
-    for path in [*new.rglob("*"), new]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            sync_file(path)
+    sync_tree(new)

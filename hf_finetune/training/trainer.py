@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from hf_finetune.data.job import COUNTS, Job
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.errors import DivergedError, Problem
 from hf_finetune.models.paths import Paths
+from hf_finetune.recipe import Recipe
 from hf_finetune.run.journal import of_phase
 from hf_finetune.tasks._generation import answer_together, until
-from hf_finetune.tasks.base import Prompts
+from hf_finetune.tasks.base import METRICS
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Throughput
 from hf_finetune.training.callbacks import Guard
@@ -81,16 +83,13 @@ class FinetuneTrainer(ResumableTrainer):
         if self.job.batches is not None and (done := self.steps_done()):
             # The Trainer skips what was trained on; which batches these are follows from the epoch.
             self.job.batches.set_epoch(done // self.steps_per_epoch())
-        return replace(self.job, train=self._from_its_place(self.job.train)).loader(pin=self.args.device.type == "cuda")
-
-    def _from_its_place(self, train: Any) -> Any:
-        """Return the training set; a stream from where the run resumes. Of a set, the Trainer skips the beginning."""
-        start, done = self.checkpointing.resume_from, self.steps_done()
-        if not isinstance(train, batches.StreamedBatches) or start is None:
-            return train
-        stream = Progress.read(start).stream
-        self.streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
-        return replace(train, done=done, used=tuple(stream[: self.job.division.batch_size]))
+        train: Any = self.job.train
+        # Of a stream nothing is skipped: it goes on where the lanes of the checkpoint ended.
+        if isinstance(train, batches.StreamedBatches) and (start := self.checkpointing.resume_from) is not None:
+            stream = Progress.read(start).stream
+            self.streamed = torch.tensor(stream, dtype=torch.float64) if stream else None
+            train = replace(train, done=self.steps_done(), used=tuple(stream[: self.job.division.batch_size]))
+        return replace(self.job, train=train).loader(pin=self.args.device.type == "cuda")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Load this rank's part of an encoded split."""
@@ -128,22 +127,13 @@ class FinetuneTrainer(ResumableTrainer):
         counts = ranks[:, :5].sum(0)
         self.throughput.count(counts[1:].tolist())
         if streamed:
-            self._count_streamed(ranks[:, 5:])
+            before = [] if self.streamed is None else [self.streamed[None]]
+            self.streamed = batches.merged(torch.cat([*before, ranks[:, 5:]]))
+            train: Any = self.job.train
+            train.stream.report = batches.report(self.streamed)
         return counts[0].to(torch.float32).to(device)
 
-    def _count_streamed(self, ranks: torch.Tensor) -> None:
-        """Note what the ranks used up of the stream for the next step; float64, a row a rank."""
-        before = [] if self.streamed is None else [self.streamed[None]]
-        self.streamed = batches.merged(torch.cat([*before, ranks]))
-        train: Any = self.job.train
-        train.stream.report = batches.report(self.streamed)
-
-    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        """Time the forward pass; see `_loss`."""
-        with self.times.part(FORWARD):
-            return self._loss(*arguments, **options)
-
-    def _loss(
+    def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
@@ -155,36 +145,36 @@ class FinetuneTrainer(ResumableTrainer):
         The shares of all micro-batches of all ranks add up to the loss; times the world size, because the gradients
         of the ranks are averaged.
         """
-        batch = {key: value for key, value in inputs.items() if key not in COUNTS}
-        task, targets = self.job.task, self.job.targets
-        items = task.count(batch, targets) if num_items_in_batch is None else num_items_in_batch
-        found = task.loss(self.paths.forward(model), batch, targets)
-        # A global batch without a single item has a loss of 0, not 0/0.
-        share = self.args.world_size / torch.clamp(torch.as_tensor(items), min=1e-8)
-        loss = found.sum / torch.clamp(torch.as_tensor(items), min=1e-8) * self.args.world_size
-        for name, value in (found.logs or {}).items():
-            self._logged[name] = self._logged.get(name, 0.0) + value.detach() * share
-        adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
-        penalty = self.job.adapter.penalty(adapted)
-        if penalty is not None:
-            loss = loss + penalty / self.current_gradient_accumulation_steps
+        with self.times.part(FORWARD):
+            batch = {key: value for key, value in inputs.items() if key not in COUNTS}
+            task, targets = self.job.task, self.job.targets
+            items = task.count(batch, targets) if num_items_in_batch is None else num_items_in_batch
+            found = task.loss(self.paths.forward(model), batch, targets)
+            # A global batch without a single item has a loss of 0, not 0/0.
+            share = self.args.world_size / torch.clamp(torch.as_tensor(items), min=1e-8)
+            loss = found.sum / torch.clamp(torch.as_tensor(items), min=1e-8) * self.args.world_size
+            for name, value in (found.logs or {}).items():
+                self._logged[name] = self._logged.get(name, 0.0) + value.detach() * share
+            adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
+            penalty = self.job.adapter.penalty(adapted)
+            if penalty is not None:
+                loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Train on one micro-batch; its share of the loss is added up on the device, so that nothing waits for it."""
         self.progress(self.state.global_step, "training")
-        if self.paths.is_unproven:
-            self._prove_paths(*arguments[:2])
+        if (
+            self.paths.is_unproven
+        ):  # of a sharded model: all ranks compare them with the plain ones before the first step
+            model, inputs = arguments[:2]
+            rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.paths.prove(model.eval(), rows)
         with self.times.micro_batch():
             loss: torch.Tensor = super().training_step(*arguments, **options)
         self.step_loss = self.step_loss + loss
         return loss
-
-    def _prove_paths(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Compare the fast paths of a sharded model with the plain ones; all ranks do, before the first step."""
-        rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self.paths.prove(model.eval(), rows)
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log, with the steps that were not taken so far, if any, and the scale of the loss in fp16."""
@@ -213,6 +203,10 @@ class FinetuneTrainer(ResumableTrainer):
         return made
 
     # ---- evaluation ----
+    #
+    # Not the loop of `inference.load`: that has one process with a whole model, and this one rows that are spread over
+    # ranks, weights that may be sharded, and a stop on which all ranks agree at every batch. What follows from logits
+    # is in one place all the same: both call the task's `predict` and `metrics`.
 
     def evaluate_split(self, split: str, encoded: Any, prefix: str) -> dict[str, float]:
         """Evaluate a split other than the one that is watched in training; metrics carry `prefix_`."""
@@ -275,18 +269,92 @@ class FinetuneTrainer(ResumableTrainer):
             raise DivergedError(Problem(f"{message}; lower training.learning_rate"))
         if self._look is not None:
             metrics |= self._look.score(ids, predictions, self.job.collate)
-        questions = self.job.questions.get(self._split)
-        return metrics | self._answers(questions) if questions is not None else metrics
+        if (questions := self.job.questions.get(self._split)) is not None:
+            tokenizer, most = self.job.tokenizer, questions.max_new_tokens
+            # A rank may stop in the middle of an answer, but all must get to where they agree on it.
+            with self.accelerator.autocast(), until(self.is_asked_to_stop):
+                answers = answer_together(self.bare_model, tokenizer, questions.prompts, max_new_tokens=most)
+            self.stop_evaluation_if_asked()
+            scores = questions.score(answers)
+            metrics |= {name: sum(values) / len(values) for name, values in scores.items() if values}
+        return metrics
 
-    def _answers(self, questions: Prompts) -> dict[str, float]:
-        """Generate and score answers to the split's questions."""
-        model = self.bare_model
-        with self.accelerator.autocast(), until(self.is_asked_to_stop):
-            answers = answer_together(
-                model, self.job.tokenizer, questions.prompts, max_new_tokens=questions.max_new_tokens
-            )
-        self.stop_evaluation_if_asked()
-        return {name: sum(values) / len(values) for name, values in questions.score(answers).items() if values}
+
+# The one place where a recipe's keys become transformers' TrainingArguments.
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor", "sgd": "sgd"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def training_arguments(job: Job, checkpoints: Path) -> TrainingArguments:
+    """Make the TrainingArguments of a run on this machine.
+
+    Args:
+        job: Recipe, machine, division and length.
+        checkpoints: Folder for the Trainer's checkpoints.
+    """
+    recipe, machine, division, length = job.recipe, job.machine, job.division, job.length
+    training = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=division.micro_batch,
+        gradient_accumulation_steps=division.accumulation,
+        max_steps=length.total_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        warmup_steps=length.warmup_steps,
+        optim=OPTIMIZERS[training.optimizer],
+        weight_decay=training.weight_decay,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        max_grad_norm=training.max_grad_norm or 0.0,
+        bf16=machine.precision == "bf16",
+        fp16=machine.precision == "fp16",
+        seed=training.seed,
+        logging_steps=training.log_every,
+        logging_first_step=True,
+        # The default shows NaN as 0.0.
+        logging_nan_inf_filter=False,
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=machine.device == "cpu",
+        remove_unused_columns=False,
+        # DDP would lay its buckets out anew after the first backward pass, in the order in which gradients came. Where
+        # a number lies in a bucket decides in which order an all-reduce adds it up over three ranks or more, so that a
+        # resumed run would take its first step with other bits. With this on, the first layout stays (torch 2.13,
+        # `Reducer::should_rebuild_buckets`), for a walk through the graph at each step.
+        ddp_find_unused_parameters=True,
+        # Keep the process group that `hardware` made, with its timeout.
+        accelerator_config={"use_configured_state": True},
+        **_cadence(recipe),
+    )
+    # Only here: on its way in, transformers demands equal intervals of saving and evaluating; `FinetuneTrainer` saves
+    # at every new best evaluation instead.
+    arguments.load_best_model_at_end = training.best_metric is not None
+    # One process never drives several GPUs through DataParallel: that is what `accelerate launch` is for.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _cadence(recipe: Recipe) -> dict[str, Any]:
+    """Say when to evaluate and to save."""
+    training, every = recipe.training, recipe.saving.every
+    options: dict[str, Any] = {"eval_on_start": recipe.data.has_validation and training.eval_at_start}
+    eval_every = training.eval_every if recipe.data.has_validation else None
+    # Checkpoints by the clock and the last one are `ResumableTrainer`'s, and so is the removal of old ones.
+    for what, when in (("eval", eval_every), ("save", None if every == "auto" else every)):
+        options[f"{what}_strategy"] = "no" if when is None else "epoch" if when == "epoch" else "steps"
+        if options[f"{what}_strategy"] == "steps":
+            options[f"{what}_steps"] = when
+    if training.best_metric is not None:
+        options |= {
+            "metric_for_best_model": training.best_metric,
+            "greater_is_better": METRICS[training.best_metric].greater,
+        }
+        if every in (None, "auto"):
+            options["save_strategy"] = "best"
+    return options
 
 
 # The final metrics: of the model that is saved, on the validation and the test split.

@@ -61,7 +61,7 @@ def test_k2_two_processes_killed_once(lab: Lab) -> None:
 @pytest.mark.parametrize("parts", [4, 2])
 def test_k2_three_processes_add_up_in_the_same_order(lab: Lab, parts: int) -> None:
     # DDP's first step has another layout of gradients than those after it, unless it looks for unused parameters:
-    # see training/arguments.py.
+    # see training/trainer.py.
     job = lab.job(f"training.micro_batch={parts}", ranks=3)
     assert job.go(kill("logged", 13)).codes == [-signal.SIGKILL] * 3
     resume(lab, job, at=10)

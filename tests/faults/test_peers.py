@@ -86,7 +86,7 @@ WORK = {
     "inference.saving.verify": 0,
     "reports.run.write": 0,
     "run.store.seal": 0,
-    "pipeline.plan.choose": 0,
+    "pipeline.examine.choose": 0,
     "data.prepare.prepare": 1,
     "models.load.load": 1,
 }
