@@ -589,7 +589,8 @@ def _out_of_memory_explained(run: Training) -> Iterator[None]:
         trainer, job, length = run.trainer, run.job, run.recipe.data.max_length
         if trainer.is_in_train and run.adapted.training:
             what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
-            hint = "halve training.micro_batch (which changes no result) or set training.activation_checkpointing"
+            less = "halve training.micro_batch (the optimisation stays the same)"
+            hint = f"{less} or set training.activation_checkpointing"
         else:
             rows = rows_of(length, *job.eval_batch(all_logits=trainer.paths.makes_all_logits))
             what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"
