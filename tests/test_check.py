@@ -123,7 +123,7 @@ def test_recipe_mistakes_take_a_moment_and_no_torch(verb: str, recipe: Path) -> 
     assert f"{recipe}:4: adapter.dropuot: unknown key; did you mean 'dropout'?" in done.stderr
     modules = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert modules & {"torch", "transformers", "datasets", "peft", "accelerate", "numpy", "pandas"} == set()
-    assert seconds < 1  # of processor time, as this machine may be busy; under half a second on a quiet one
+    assert seconds < 2  # of processor time: under half a second on a quiet machine, twice as much beside other work
 
 
 def test_findings_for_machines(recipe: Path, check: Callable[..., Any]) -> None:

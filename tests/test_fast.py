@@ -341,7 +341,9 @@ def test_fifty_steps_of_a_language_model_are_those_of_the_plain_paths() -> None:
             steps.append(loss.item())
         found.append(steps)
     assert found[0][-1] < 0.9 * found[0][0]
-    assert found[1] == pytest.approx(found[0], rel=5e-3)
+    # Rounding differs, and every step feeds on it; by how much at the end depends on the processor.
+    assert found[1][:40] == pytest.approx(found[0][:40], rel=5e-3)
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
 
 
 def padded() -> dict[str, torch.Tensor]:
