@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
+from pydantic.fields import FieldInfo
 
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.config import problems, reading, yamlfile
@@ -26,7 +28,8 @@ from hf_finetune.config.blocks import (
 from hf_finetune.config.paths import NO_COMMIT, is_commit
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.reference import markdown, schema
-from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, union
+from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, discover, union
+from hf_finetune.config.yamlfile import KeyPath
 from hf_finetune.tasks._tokens import PACKED_ATTENTION
 from hf_finetune.tasks.base import Task
 
@@ -40,6 +43,13 @@ else:
     AnyAdapter = SerializeAsAny[union("hf_finetune.adapters", Adapter)]
 
 
+ADAPTERS: Mapping[str, type[Adapter]] = discover("hf_finetune.adapters", Adapter)  # type: ignore[assignment]
+TASKS: Mapping[str, type[Task]] = discover("hf_finetune.tasks", Task)  # type: ignore[assignment]
+DEFAULT_ADAPTER, DEFAULT_EPOCHS = "lora", 3
+RECIPE, NUMBER = "{recipe}", "{n}"
+"""Places in `output`: for the name of the recipe's file, and for a number that `run.folder.numbered` chooses."""
+
+
 class Recipe(Section):
     """One fine-tuning run."""
 
@@ -51,9 +61,9 @@ class Recipe(Section):
     """The pretrained model that is adapted."""
     data: Annotated[Data, Key(finished="free")]
     """The training, validation and test rows."""
-    adapter: Annotated[AnyAdapter, STUDY]
-    """The PEFT method, or full fine-tuning."""
-    training: Annotated[Training, STUDY]
+    adapter: Annotated[AnyAdapter, STUDY] = Field(default_factory=lambda: ADAPTERS[DEFAULT_ADAPTER]())
+    """The PEFT method, or full fine-tuning; LoRA by default. A kind alone is enough: `adapter: lora`."""
+    training: Annotated[Training, STUDY] = Field(default_factory=lambda: Training(epochs=DEFAULT_EPOCHS))
     """The optimisation."""
     checkpoints: Annotated[Checkpoints | Literal["off"] | None, OUTSIDE] = Checkpoints()
     """Checkpoints on the way; `off` or null keeps only those for `training.best_metric`, and the state of a run that is
@@ -64,8 +74,9 @@ class Recipe(Section):
     """Pictures, examples and records of the run."""
     hub: Annotated[Hub | None, OUTSIDE] = None
     """Upload of the finished adapter; null uploads nothing."""
-    output: Annotated[Name, OUTSIDE]
-    """The run folder: everything this run writes."""
+    output: Annotated[Name, OUTSIDE] = f"runs/{RECIPE}-{NUMBER}"
+    """The run folder: everything this run writes. `{recipe}` is the name of the recipe's file; `{n}` is the number of
+    the run: that of the latest run of this very recipe, which is resumed or finished, else the next free one."""
     require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
     """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
 
@@ -231,14 +242,64 @@ class Recipe(Section):
         return self
 
 
+def fill(tree: dict[str, Any], unread: Container[KeyPath], file: str) -> dict[str, str]:
+    """Fill in the defaults that depend on other keys, so that the recipe that is kept has their values.
+
+    None depends on the data or the machine: the same recipe is the same training everywhere. `hf-finetune init` looks
+    at the data, and writes what follows from them into the recipe.
+
+    Args:
+        tree: A recipe as its files and overrides say it; is changed.
+        unread: Keys that are given, but with nothing that can be used.
+        file: The recipe's file, which gives the run folder its name.
+
+    Returns:
+        Each key that the training depends on, with value and reason.
+    """
+    filled: dict[str, str] = {}
+    if "adapter" not in tree and ("adapter",) not in unread:
+        tree["adapter"] = {"kind": DEFAULT_ADAPTER}
+        filled["adapter"] = DEFAULT_ADAPTER
+    training, kinds = tree.setdefault("training", {}), [_kind(tree, "adapter"), _kind(tree, "task")]
+    if not isinstance(training, dict) or ("training",) in unread:
+        return filled
+
+    def put(key: str, value: float, why: str = "") -> None:
+        if key not in training and ("training", key) not in unread:
+            training[key] = value
+            filled[f"training.{key}"] = f"{value:g}".replace("e-0", "e-") + why
+
+    put("batch_size", Training.model_fields["batch_size"].default)
+    data = tree.get("data")
+    # A stream has no known end: the rule about it says what to write.
+    is_stream = isinstance(data, dict) and data.get("streaming") is True
+    has_length = any(training.get(key) is not None or ("training", key) in unread for key in ("steps", "epochs"))
+    if not has_length and not is_stream:
+        training.pop("epochs", None)
+        put("epochs", DEFAULT_EPOCHS)
+    if kinds[0] in ADAPTERS and kinds[1] in TASKS:
+        is_new_head = not TASKS[kinds[1]].predicts_next_token
+        put("learning_rate", ADAPTERS[kinds[0]].default_rates[is_new_head], f" ({kinds[0]}, {kinds[1]})")
+    output = tree.get("output", Recipe.model_fields["output"].default)
+    if isinstance(output, str) and ("output",) not in unread:
+        tree["output"] = output.replace(RECIPE, Path(file).stem)
+    return filled
+
+
+def _kind(tree: Mapping[str, Any], block: str) -> str:
+    """Give the kind of a block; empty where it has none that is text."""
+    kind = tree[block].get("kind") if isinstance(tree.get(block), dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
 def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
     """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result."""
-    return reading.read(Recipe, path, overrides)
+    return reading.read(Recipe, path, overrides, fill=fill)
 
 
 def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
     """Read a recipe that stands inside another file, `file`; like `read`."""
-    return reading.read(Recipe, file, overrides, text)
+    return reading.read(Recipe, file, overrides, text, fill=fill)
 
 
 def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading[Recipe]:
@@ -249,7 +310,19 @@ def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading
 
 def json_schema() -> dict[str, Any]:
     """Make the JSON Schema (2020-12) of a recipe file; where `extends` is given, nothing else is required."""
-    return schema(Recipe.model_json_schema())
+    whole = Recipe.model_json_schema()
+    # A kind alone is enough where its block requires nothing.
+    for name, kinds in (("task", TASKS), ("adapter", ADAPTERS)):
+        field = whole["properties"][name]
+        short = [
+            kind for kind, block in kinds.items() if not any(map(FieldInfo.is_required, block.model_fields.values()))
+        ]
+        if short:
+            whole["properties"][name] = {
+                "anyOf": [{k: v for k, v in field.items() if k != "description"}, {"enum": short}],
+                "description": field.get("description", ""),
+            }
+    return schema(whole)
 
 
 def reference() -> str:

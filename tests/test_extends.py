@@ -204,7 +204,7 @@ def test_a_problem_that_is_found_later_gets_the_place_of_its_key(read: Read) -> 
 
 
 def test_what_could_be_read_is_there_although_there_are_problems(read: Read) -> None:
-    found = read(BASE.replace("r: 16", "r: x").replace("output: runs/base\n", ""))
+    found = read(BASE.replace("r: 16", "r: x").replace("output: runs/base\n", "output:\n"))
     assert found.recipe is None
     assert found.partial.model.name == "some/model"
     assert found.partial.data.has_validation

@@ -16,6 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_finetune import recipe as recipe_module
 from hf_finetune.config import yamlfile
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.recipe import Recipe, json_schema
@@ -90,14 +91,15 @@ def test_one_mistake_one_line(load: Load) -> None:
         ("kind: lora", "kind: lorra", "11: adapter.kind: unknown kind 'lorra'; did you mean 'lora'?"),
         ("  kind: lora\n", "", "10: adapter: needs a kind; known: adalora, full, ia3, lora"),
         ("kind: lora", "kind: 5", "11: adapter.kind: must be text, not 5; known: "),
-        ("  kind: lora\n  r: 16", "  lora", "10: adapter: must be a block of keys with a kind, not 'lora'; known"),
+        ("  kind: lora\n  r: 16", "  - a", "10: adapter: must be a block of keys with a kind, not a list; known"),
+        ("adapter:\n  kind: lora\n  r: 16", "adapter: lorra", "10: adapter.kind: unknown kind 'lorra'; did you mean"),
         ("epochs: 3", "epochs: 0", "14: training.epochs: must be more than 0.0, not 0"),
         ("epochs: 3", "epochs: .inf", "14: training.epochs: must be a finite number, not .inf"),
         ("epochs: 3", "epochs: yes", "14: training.epochs: must be a number (more than 0.0 and at most 10000.0), not"),
         ("size: 64", "size: 1.5", "15: training.batch_size: must be a whole number (at least 1), not 1.5"),
         ("size: 64", "size: '64'", "15: training.batch_size: must be a whole number (at least 1), not '64'; remove"),
         ("size: 64", "size:", "15: training.batch_size: must be a whole number (at least 1), not null"),
-        ("  batch_size: 64\n", "", "13: training.batch_size: is missing; add a whole number (at least 1)"),
+        ("  name: some/model\n", "  revision: a\n", "5: model.name: is missing; add text"),
         ("name: some/model", "name: 12345", "6: model.name: must be text, not 12345; put it in quotes"),
         ("name: some/model", "name: ''", "6: model.name: must not be empty text, not ''"),
         ("  name: some/model", "  - a", "5: model: must be a block of keys with name, not a list"),
@@ -135,8 +137,41 @@ def test_all_mistakes_come_in_one_report_by_line(load: Load) -> None:
         ["x.yaml:11", "adapter.r"],
         ["command line", "'nonsense' is no override; write key.path=value"],
         ["command line", "training.log_every"],
-        ["x.yaml", "output"],
     ]
+
+
+SHORT = VALID[: VALID.index("adapter:")]
+
+
+def test_task_model_and_data_are_a_recipe(load: Load) -> None:
+    made = load(SHORT)
+    assert (made.adapter.kind, made.training.batch_size, made.training.epochs) == ("lora", 16, 3)
+    assert made.output == "runs/x-{n}"
+    assert load(made.dump()) == made
+    chat = "task: {kind: causal_lm, messages: chat}"
+    for text, rate in [
+        (SHORT, 5e-4),
+        (SHORT + "adapter: lora\n", 5e-4),
+        (SHORT + "adapter: full\n", 2e-5),
+        (SHORT + "adapter: {kind: ia3}\n", 3e-3),
+        (chat + SHORT[SHORT.index("\nmodel:") :], 2e-4),
+        (SHORT + "training: {learning_rate: 0.1, steps: 5}\n", 0.1),
+    ]:
+        assert load(text).training.learning_rate == rate
+    assert load(SHORT + "training: {steps: 5}\n").training.epochs is None
+    assert load(VALID, "adapter=full").adapter.kind == "full"
+    assert load(SHORT, "adapter=full").training.learning_rate == 2e-5
+    assert load(SHORT, "output=a/{recipe}").output == "a/x"
+
+
+def test_what_was_filled_in_is_said_with_its_reason(load: Load) -> None:
+    load(SHORT + "training: {epochs: 2}\n")
+    assert recipe_module.read("x.yaml").notes == [
+        "not given, so by default: adapter lora, training.batch_size 16, "
+        "training.learning_rate 0.0005 (lora, text_classification)"
+    ]
+    load(VALID)
+    assert not recipe_module.read("x.yaml").notes
 
 
 def test_rules_between_fields_are_checked_although_other_fields_are_wrong(load: Load) -> None:
@@ -199,9 +234,7 @@ def test_a_recipe_is_made_of_plain_values_too(load: Load) -> None:
     assert Recipe.from_dict(tree, ["training.seed=7"]) == load(VALID, "training.seed=7")
     with pytest.raises(RecipeError) as caught:
         Recipe.from_dict(tree | {"training": {"epohcs": 3, "batch_size": 8}, "output": 5})
-    assert {problem.key for problem in caught.value.problems} == {
-        "output", "training.epohcs", "training.learning_rate"
-    }  # fmt: skip
+    assert {problem.key for problem in caught.value.problems} == {"output", "training.epohcs"}
     assert Recipe.from_dict(tree | {"output": Path("läufe/😀")}).output == "läufe/😀"
 
 
@@ -293,12 +326,12 @@ def test_json_schema_takes_what_load_takes(load: Load) -> None:
     VALIDATOR.check_schema(json_schema())
     assert fits(VALID)
     assert VALIDATOR.is_valid(json.loads(load().model_dump_json()))
+    assert fits(VALID[: VALID.index("adapter:")])
+    assert fits(VALID[: VALID.index("adapter:")] + "adapter: lora\n")
     for old, new in [
         ("kind: lora", "kind: lorra"),
         ("r: 16", "rr: 16"),
         ("epochs: 3", "epochs: '3'"),
-        ("output: runs/x", ""),
-        ("  batch_size: 64\n", ""),
         ("output:", "seed: 1\noutput:"),
         ("  name: some/model", "  revision: abc"),
     ]:

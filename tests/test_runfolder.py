@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
+from hf_finetune.recipe import Recipe
 from hf_finetune.run import status as run_status
-from hf_finetune.run.folder import RunFolder
+from hf_finetune.run.folder import RunFolder, numbered
 from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.status import State, Status
 from hf_finetune.run.store import Facts, Store
@@ -31,6 +32,42 @@ def finished(folder: RunFolder, recipe: str, ended: State, step: int = 3) -> Non
     status = Status(folder.status)
     status.step = step
     status.finish(ended, 0 if ended == "done" else 1)
+    folder.release()
+
+
+def test_a_recipe_finds_its_own_run_or_the_next_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def recipe(epochs: int, log_every: int = 10) -> Recipe:
+        tree = {
+            "task": {"kind": "text_classification", "text": "text", "label": "label"},
+            "model": {"name": "some/model"},
+            "data": {"train": "train.csv"},
+            "training": {"epochs": epochs, "log_every": log_every},
+        }
+        return Recipe.from_dict(tree)
+
+    def ran(made: Recipe, ended: State, step: int = 3) -> str:
+        output = numbered(made)
+        finished(RunFolder(output), made.model_copy(update={"output": output}).dump(), ended, step)
+        return output
+
+    assert ran(recipe(1), "failed") == "runs/recipe-1"
+    assert ran(recipe(2), "done") == "runs/recipe-2"
+    # Each recipe finds its own, stopped or done, whichever came last; what may change freely makes no other run.
+    assert [numbered(recipe(1)), numbered(recipe(2)), numbered(recipe(1, 5))] == [
+        "runs/recipe-1", "runs/recipe-2", "runs/recipe-1"
+    ]  # fmt: skip
+    assert numbered(recipe(3)) == "runs/recipe-3"
+    assert numbered(recipe(3), allowed=["training.epochs"]) == "runs/recipe-2"
+    assert numbered(recipe(1), anew=True) == "runs/recipe-3"
+    # A run that ended before its first step, most likely at a mistake, leaves its number to the next.
+    assert ran(recipe(3), "failed", step=0) == "runs/recipe-3"
+    assert numbered(recipe(4)) == "runs/recipe-3"
+    # A run that is going on is nobody else's, and still that of its recipe.
+    folder = RunFolder("runs/recipe-3")
+    folder.take(recipe(3).model_copy(update={"output": "runs/recipe-3"}).dump(), restart=False)
+    assert [numbered(recipe(3)), numbered(recipe(4))] == ["runs/recipe-3", "runs/recipe-4"]
     folder.release()
 
 

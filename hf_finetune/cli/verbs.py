@@ -42,7 +42,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     from hf_finetune.pipeline.check import check, read
 
     recipe, overrides = given(arguments)
-    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change, anew=arguments.restart)
     is_json = arguments.format == "json"
     if is_json:  # what it does meanwhile is no part of the document
         log.open_for(arguments.log_format, quiet=True)
@@ -155,7 +155,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     from hf_finetune.pipeline.check import look, read
 
     recipe, overrides = given(arguments)
-    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change)
+    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change, anew=arguments.restart)
     # Another process may have taken the run folder already.
     is_late = reading.recipe is not None and _is_worker()
     found = look(reading, folder=not is_late, restart=arguments.restart, allowed=arguments.allow_change)

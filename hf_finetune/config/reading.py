@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -53,6 +53,11 @@ class Layer:
     def add(self, document: Document, file: str) -> None:
         """Take over the problems of a file, and take its secrets out of it."""
         self.files.append(file)
+        # `adapter: lora` is short for `adapter: {kind: lora}`.
+        for name in keys(self.root):
+            if self.is_variant((name,)) and isinstance(document.value.get(name), str):
+                document.value[name] = {"kind": document.value[name]}
+                document.lines[(name, "kind")] = document.lines[(name,)]
         self.problems += document.problems
         self.unread |= document.unread
         for where, message in credentials.scrub(document.value):
@@ -70,7 +75,7 @@ class Layer:
         for part in path:
             below = below[part]
         kind = above.get("kind")
-        if self._is_variant(path) and isinstance(kind, str) and below.get("kind", kind) != kind:
+        if self.is_variant(path) and isinstance(kind, str) and below.get("kind", kind) != kind:
             # Another task or adapter: what the base says of the first one would only be unknown keys of this one.
             below.clear()
             self.origin.forget(path)
@@ -109,7 +114,7 @@ class Layer:
         changes = key not in block or block[key] != value
         about = key_of(self.root, dotted)
         names = [*(about.owns if changes else ()), *(about.replaces if value is not None else ())]
-        if key == "kind" and self._is_variant(path[:-1]) and changes and isinstance(value, str):
+        if key == "kind" and self.is_variant(path[:-1]) and changes and isinstance(value, str):
             names += [name for name in block if name != "kind"]
         dropped = {}
         for name in names:
@@ -120,7 +125,7 @@ class Layer:
                     dropped[rival] = dotted
         return dropped
 
-    def _is_variant(self, path: KeyPath) -> bool:
+    def is_variant(self, path: KeyPath) -> bool:
         """Tell the blocks whose keys depend on their `kind`."""
         info = keys(self.root).get(str(path[0])) if len(path) == 1 else None
         return info is not None and any(option.tag is not None for option in options(info))
@@ -210,6 +215,9 @@ def _override(key: str, text: str, given: Container[str], layer: Layer) -> None:
     if path[0] == EXTENDS:
         raise RecipeError("is for recipe files, it can't be overridden; write a file that extends the other")
     document = yamlfile.parse(text, OVERRIDE)
+    if layer.is_variant(path) and isinstance(document.value, str):
+        _override(f"{key}.kind", text, given, layer)
+        return
     # In a tree of its own, as what a credential is depends on the keys above it.
     alone: dict[str, Any] = {path[-1]: document.value}
     for part in reversed(path[:-1]):
@@ -297,13 +305,18 @@ class Reading(Generic[Block]):
     origin: Origin
     dropped: dict[str, str] = field(default_factory=dict)
     """Keys that an override made meaningless, each with the key that was overridden."""
+    filled: dict[str, str] = field(default_factory=dict)
+    """Keys that are not given and whose default depends on others, each with its value and the reason."""
 
     @property
     def notes(self) -> list[str]:
-        """A sentence for each dropped key."""
-        return [
+        """A sentence for each dropped key, and one for all that was filled in."""
+        notes = [
             f"{key} of the recipe is not used, because {owner} was overridden" for key, owner in self.dropped.items()
         ]
+        if self.filled:
+            notes.append(f"not given, so by default: {', '.join(f'{key} {why}' for key, why in self.filled.items())}")
+        return notes
 
     def locate(self, problem: Problem) -> Problem:
         """Add the file and line of the key that a problem names; one that has a file or no key stays as it is."""
@@ -343,7 +356,14 @@ class Reading(Generic[Block]):
         return list(leaves(self.checked().model_dump(mode="json"), ()))
 
 
-def read(model: type[Block], path: str, given: Sequence[str], text: str | None = None) -> Reading[Block]:
+def read(
+    model: type[Block],
+    path: str,
+    given: Sequence[str],
+    text: str | None = None,
+    *,
+    fill: Callable[[dict[str, Any], Container[KeyPath], str], dict[str, str]] = lambda tree, unread, file: {},
+) -> Reading[Block]:
     """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result.
 
     Args:
@@ -351,6 +371,8 @@ def read(model: type[Block], path: str, given: Sequence[str], text: str | None =
         path: The YAML file.
         given: Each `key.path=value`, the value in YAML.
         text: The recipe itself, where it stands inside the file and is not all of it.
+        fill: Puts defaults that depend on other keys into the tree, except for the keys that are given illegibly, and
+            says why.
     """
 
     def hidden(problem: Problem) -> Problem:
@@ -362,6 +384,8 @@ def read(model: type[Block], path: str, given: Sequence[str], text: str | None =
     except RecipeError as error:
         return Reading(None, list(map(hidden, error.problems)), None, Origin(path))
     override(given, layer)
+    # Where a file of the chain can't be read, an absent key may be given there.
+    filled = fill(layer.tree, layer.unread, path) if layer.complete else {}
     recipe: Block | None = None
     try:
         recipe = model.model_validate(layer.tree, by_alias=True, by_name=False)
@@ -383,4 +407,4 @@ def read(model: type[Block], path: str, given: Sequence[str], text: str | None =
         dict.fromkeys(map(hidden, layer.problems)),
         key=lambda p: (p.line is None, rank.get(p.file, len(rank)) if p.line else 0, p.line or 0),
     )
-    return Reading(None if problems else recipe, problems, partial, layer.origin, layer.dropped)
+    return Reading(None if problems else recipe, problems, partial, layer.origin, layer.dropped, filled)

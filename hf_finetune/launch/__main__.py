@@ -37,7 +37,7 @@ def _train(words: list[str]) -> int:
     from hf_finetune.pipeline.check import read
 
     arguments = parse(words)
-    reading, _ = read(*given(arguments), arguments.locked)
+    reading, _ = read(*given(arguments), arguments.locked, arguments.allow_change, anew=arguments.restart)
     if reading.recipe is None:
         launch.replace(words)  # one process prints the mistakes, and ends with the right code
     # Before anything starts, so that a probe finds the run from the beginning.

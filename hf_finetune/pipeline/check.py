@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import log
@@ -19,6 +19,7 @@ from hf_finetune.config.yamlfile import Origin
 from hf_finetune.data import readers
 from hf_finetune.errors import DataError, Findings, Problem, RecipeError
 from hf_finetune.recipe import Recipe
+from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.lock import Repeat
@@ -129,7 +130,7 @@ def check(
     Raises:
         RecipeError: The lock can't be used.
     """
-    reading, repeat = read(recipe, overrides, locked, allow_change)
+    reading, repeat = read(recipe, overrides, locked, allow_change, anew=restart)
     findings = look(reading, restart=restart, allowed=allow_change)
     result = CheckResult(reading.recipe, findings, list(reading.notes))
     # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
@@ -164,18 +165,39 @@ def read(
     overrides: Sequence[str] = (),
     locked: str | os.PathLike[str] | Repeat | None = None,
     allow_change: Sequence[str] = (),
+    *,
+    anew: bool = False,
 ) -> tuple[Reading[Recipe], Repeat | None]:
-    """Read a recipe from whatever it is given as; its mistakes are in the reading, and raise nothing.
+    """Read a recipe from whatever it is given as, and choose the number of its run folder where it leaves that open.
+
+    Its mistakes are in the reading, and raise nothing.
 
     Args:
         recipe: See `check`.
         overrides: Each `key.path=value`.
         locked: See `check`; the recipe must resolve to that of the lock.
-        allow_change: Keys that begin with `lock.` are for the repeat.
+        allow_change: Keys that may differ from those of an earlier run; those that begin with `lock.` are for the
+            repeat.
+        anew: No earlier run is resumed: the run folder gets a number of its own.
 
     Raises:
         RecipeError: The lock can't be used, or the repeat would write into the locked run.
     """
+    reading, repeat = _read(recipe, overrides, locked, allow_change)
+    if reading.recipe is not None and paths.outside(reading.recipe.output) is None:
+        output = run_folder.numbered(reading.recipe, allowed=allow_change, anew=anew)
+        if output != reading.recipe.output:
+            settled = reading.recipe.model_copy(update={"output": output})
+            reading = replace(reading, recipe=settled, partial=settled)
+    return reading, repeat
+
+
+def _read(
+    recipe: Source,
+    overrides: Sequence[str],
+    locked: str | os.PathLike[str] | Repeat | None,
+    allow_change: Sequence[str],
+) -> tuple[Reading[Recipe], Repeat | None]:
     # A lock brings its recipe along; one that is given besides must resolve to the same.
     if isinstance(locked, str | os.PathLike):
         path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else ""

@@ -161,7 +161,7 @@ def train(
         Stopped: A signal ended the run, with a checkpoint to resume from: a SystemExit, and a KeyboardInterrupt if it
             was Ctrl-C.
     """
-    reading, repeat = read(recipe, overrides, locked, allow_change)
+    reading, repeat = read(recipe, overrides, locked, allow_change, anew=restart or not resume)
     findings = look(reading, folder=False)
     if reading.recipe is None:
         findings.located(reading.locate).raise_errors()
@@ -188,6 +188,7 @@ def _train(
     machine = machine if repeat is None else repeat.as_locked(machine, recipe)
     # These two make process groups of their own, on all ranks in this order.
     stop, ranks = StopRequest(), run_ranks.join(machine.local_rank, device.wait_timeout())
+    recipe = recipe.model_copy(update={"output": on_first(ranks, lambda: recipe.output)})  # rank 0 chose its number
     run = Training(recipe, machine, findings, RunFolder(recipe.output), stop, ranks, repeat)
     with stop.listening():
         # First of all, so that two runs never prepare data for one folder.

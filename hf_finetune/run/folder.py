@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -19,7 +20,7 @@ from hf_finetune.config.problems import shown
 from hf_finetune.config.section import key_of
 from hf_finetune.errors import CheckpointError, FinetuneError, Problem, PushError, RecipeError, Stopped, StorageError
 from hf_finetune.log import say
-from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import NUMBER, Recipe
 from hf_finetune.run import invocation
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run import status as run_status
@@ -96,6 +97,23 @@ class RunFolder:
             last = status.get("heartbeat")
             return "lost", f"it was killed, or its machine is gone; its last heartbeat was at {last}"
         return status.get("state", "unknown"), str(status.get("reason") or "")
+
+    def holds(self, recipe_yaml: str, allowed: Sequence[str]) -> bool:
+        """Tell if this folder holds a run of the recipe; arguments as of `inspect`."""
+        try:
+            self._changes(recipe_yaml, allowed)
+        except FinetuneError:
+            return False
+        return True
+
+    @property
+    def is_free(self) -> bool:
+        """Tell that a run that never trained is all there is, and that nobody uses it any more."""
+        try:
+            previous = self.previous()
+        except FinetuneError:
+            return False
+        return previous is None or (self._never_trained(previous) and _user(self.lock, self.status) is None)
 
     def inspect(self, recipe_yaml: str, *, restart: bool, allowed: Sequence[str] = ()) -> tuple[Begins, list[str]]:
         """Find out how a run would begin here, without leaving a trace.
@@ -291,6 +309,35 @@ class RunFolder:
         while (target := self.real.with_name(f"{self.real.name}.old-{number}")).exists():
             number += 1
         return target
+
+
+def numbered(recipe: Recipe, *, allowed: Sequence[str] = (), anew: bool = False) -> str:
+    """Choose the number in the name of a run folder, without leaving a trace.
+
+    It is that of the latest run of this very recipe, so that the same command resumes it or finds it finished; else
+    the next free one, so that a recipe can be edited and run.
+
+    Args:
+        recipe: With `{n}` in `output`, or with a name that is given.
+        allowed: Keys that may differ from those of the earlier run.
+        anew: Begin a new run in any case.
+    """
+    parts = Path(recipe.output).parts
+    place = next((index for index, part in enumerate(parts) if NUMBER in part), None)
+    if place is None:
+        return recipe.output
+    pattern = re.compile(r"([0-9]{1,9})".join(map(re.escape, parts[place].split(NUMBER, 1))))
+    parent, numbers = Path(*parts[:place]), list[int]()
+    with suppress(OSError):  # there is no such folder yet
+        numbers = sorted(
+            (int(found[1]) for entry in parent.iterdir() if (found := pattern.fullmatch(entry.name))), reverse=True
+        )
+    for number in () if anew else numbers:
+        output = recipe.output.replace(NUMBER, str(number))
+        folder, dump = RunFolder(output), recipe.model_copy(update={"output": output}).dump()
+        if folder.holds(dump, allowed) or (number == numbers[0] and folder.is_free):
+            return output
+    return recipe.output.replace(NUMBER, str(max(numbers, default=0) + 1))
 
 
 def _user(lock: Path, status: Path) -> str | None:

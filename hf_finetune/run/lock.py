@@ -518,8 +518,9 @@ def read_repeat(file: str, path: str | None, overrides: Sequence[str]) -> tuple[
     recipe = pinned(reading.recipe, lock)
     first, output = str(yamlfile.parse(lock.recipe.whole, file).value["output"]), recipe.output
     is_given = any(override.partition("=")[0] == "output" for override in overrides)
-    if not is_given and output == first:
-        output = f"{output.rstrip('/')}{SUFFIX}"
+    # A number would be that of the locked run, whose recipe is the same.
+    if recipe_module.NUMBER in output or (output == first and not is_given):
+        output = f"{first.rstrip('/')}{SUFFIX}"
     taken = [Path(file).parent, *([Path(first)] if Path(first).exists() else [])]
     if any(Path(output).resolve() == folder.resolve() for folder in taken):
         message = f"{output} holds the locked run, which a repeat leaves alone; give output=ANOTHER_FOLDER"
