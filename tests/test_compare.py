@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -88,14 +89,14 @@ def test_an_unfinished_run_is_shown_with_its_last_evaluation_and_never_best(
     running = folder(tmp_path / "c", [*lines, {"step": 4, "phase": "train", "samples_per_second": 7.0}], "preempted")
     with (Path(running) / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 5, "phase": "tr')
-    assert command(*two, running) == 0
+    assert command(two[0], running) == 0
     out = capsys.readouterr().out
     rows = list(cells(out))
-    assert ["state", "done", "done", "preempted"] in rows
-    assert ["steps", "10", "10", "4"] in rows
-    assert ["metrics of", "the end", "the end", "step 1"] in rows
-    assert ["validation_loss", "0.5000 *", "0.6000", "0.1000"] in rows
-    assert ["validation_accuracy", "0.8000", "0.9000 *", "-"] in rows
+    assert ["state", "done", "preempted"] in rows
+    assert ["steps", "10", "4"] in rows
+    assert ["metrics of", "the end", "step 1"] in rows
+    assert ["validation_loss", "0.5000", "0.1000"] in rows
+    assert ["validation_accuracy", "0.8000", "-"] in rows
     assert f"{running}: preempted: it was preempted" in out
 
 
@@ -117,9 +118,79 @@ def test_json_holds_everything(two: list[str], tmp_path: Path, capsys: pytest.Ca
     told = json.loads(capsys.readouterr().out)
     assert [run["state"] for run in told["runs"]] == ["done", "done", "failed"]
     assert told["runs"][2]["metrics"] == {"validation_loss": "nan"}
-    assert told["differences"] == {"adapter.r": [4, 8, 4]}
-    assert told["best"] == {"validation_loss": [0], "validation_accuracy": [1]}
+    assert told["sorted_by"] == "validation_accuracy"
+    assert told["differences"] == {"adapter.r": [8, 4, 4]}
+    assert told["best"] == {"validation_loss": [1], "validation_accuracy": [0]}
     assert told["runs"][0]["recipe"]["training.learning_rate"] == 0.001
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A folder of six runs: three finished, one in a folder below, two broken."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name, accuracy, r in (("a", 0.8, 4), ("b", 0.9, 8), ("c", 0.85, 16)):
+        folder(runs / name, done(1 - accuracy / 2, accuracy, test_accuracy=1 - accuracy), r=r)
+    (runs / "below").mkdir()
+    folder(runs / "below" / "d", [{"step": 3, "phase": "eval", "loss": 0.6, "accuracy": 0.82}], "interrupted")
+    for name, content in (("bad", "a: ["), ("worse", "\x00")):
+        (runs / name).mkdir()
+        (runs / name / "recipe.yaml").write_text(content)
+        (runs / name / "status.json").write_text("{{{")
+        (runs / name / "metrics.jsonl").write_text('[1]\n{"phase": 3}\n')
+    (runs / ".hidden").mkdir()
+    return runs
+
+
+def test_a_folder_of_runs_makes_a_leaderboard(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(str(many)) == 0
+    out = capsys.readouterr().out
+    rows = list(cells(out))
+    assert [row[0] for row in rows[3:9]] == ["b", "c", "below/d", "a", "bad", "worse"]
+    assert rows[3][1:3] == ["done", "0.9000 *"]
+    assert rows[5][1:3] == ["interrupted", "0.8200"]
+    assert rows[7][1:3] == ["broken", "-"]
+    assert "6 runs, 3 finished, greatest validation_accuracy first" in out
+    assert f"{many}/bad: broken: can't be read" in out
+    assert command(str(many), "--sort", "test_accuracy") == 0
+    assert [row[0] for row in list(cells(capsys.readouterr().out))[3:6]] == ["a", "c", "b"]
+    assert command(str(many / "a"), str(many / "b"), "--sort", "loss") == 0
+    assert [row[0] for row in list(cells(capsys.readouterr().out))[3:5]] == ["b", "a"]
+    assert command(str(many), "--sort", "acuracy") == 2
+    assert "--sort: no run has the metric 'acuracy'" in capsys.readouterr().err
+
+
+def test_a_leaderboard_fits_its_terminal_and_says_what_it_leaves_out(
+    many: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_finetune.log.text.width", lambda: 60)
+    assert command(str(many)) == 0
+    out = capsys.readouterr().out
+    table, remarks = out.split("\n\n")
+    assert max(map(len, table.splitlines())) <= 60
+    assert "learning" not in out  # equal in all of them
+    assert ["c", "done", "0.8500", "16"] in list(cells(table))
+    assert "columns do not fit" in " ".join(remarks.split())
+
+
+def test_every_format_of_a_leaderboard_has_all_of_it(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(str(many), "--format", "csv") == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [Path(row["run"]).name for row in rows] == ["b", "c", "d", "a", "bad", "worse"]
+    assert (rows[0]["adapter.r"], rows[0]["validation_accuracy"], rows[4]["adapter.r"]) == ("8", "0.9", "")
+    assert command(str(many), "--format", "md") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[2].startswith("| b | done | 0.9000 |")
+
+
+def test_runs_are_sorted_by_what_they_were_selected_by(many: Path) -> None:
+    for name in ("a", "b", "c"):
+        file = many / name / "recipe.yaml"
+        file.write_text(file.read_text().replace("learning_rate", "best_metric: loss, learning_rate"))
+    ranked = compare([str(many)])
+    assert ranked.sort == "validation_loss"
+    assert [Path(run.path).name for run in ranked.runs][:3] == ["b", "c", "a"]
 
 
 def test_no_text_breaks_out_of_its_cell(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

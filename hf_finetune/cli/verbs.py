@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import os
@@ -432,17 +431,23 @@ def run_push(arguments: argparse.Namespace) -> None:
 
 # hf-finetune compare
 
-HELP_COMPARE = "compare runs: recipe differences, metrics, speed"
+HELP_COMPARE = "two runs side by side, or a leaderboard of many"
 DESCRIPTION_COMPARE = """\
-Compare runs by their folders: keys of the recipe that differ, metrics (the best is marked), steps, time, speed, state.
-A run that is not finished is shown with its last evaluation.
+Compare runs by their folders. Two runs stand side by side: keys of the recipe that differ, metrics (the best is
+marked), steps, time, speed, state. Three or more, or a folder of runs, make a leaderboard: one line a run, the best
+first, with the keys that differ; what does not fit the terminal is left out and counted.
+A run that is not finished is shown with its last evaluation; in a folder, a run that can't be read is listed as broken.
 """
 
 
 def declare_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder")
-    parser.add_argument("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
+    parser.add_argument("runs", metavar="RUN|FOLDER", nargs="+", help="run folder, or a folder of runs")
+    text = "sort a leaderboard by this, e.g. loss or test_accuracy; by default what the runs were selected by"
+    parser.add_argument("--sort", metavar="METRIC", help=text)
+    text = "csv, json and md have every column; markdown is md"
+    forms = ("text", "csv", "json", "md", "markdown")
+    parser.add_argument("--format", choices=forms, default="text", help=text)
     text = "every metric, e.g. those of each class; not the main ones only"
     parser.add_argument("--all", action="store_true", help=text)
 
@@ -451,16 +456,17 @@ def run_compare(arguments: argparse.Namespace) -> None:
     """Print the comparison."""
     from hf_finetune.reports import compare
 
-    compared = compare.compare(arguments.runs, everything=arguments.all)
-    show(compare.render(compared, arguments.format))
+    compared = compare.compare(arguments.runs, everything=arguments.all, sort=arguments.sort)
+    show(compare.render(compared, arguments.format.replace("markdown", "md")))
 
 
 # hf-finetune tensorboard
 
 HELP_TENSORBOARD = "watch a run in TensorBoard, or make its events again"
 DESCRIPTION_TENSORBOARD = """\
-Start TensorBoard on a run, or on a folder of runs. With --rebuild, show nothing, but write the run's events anew from
-metrics.jsonl, samples.jsonl and observations/: after a kill, a full disk, or where `tracking.tensorboard` was false.
+Start TensorBoard on a run, or on a folder of runs; Ctrl-C ends it. With --rebuild, show nothing, but write the
+run's events anew from metrics.jsonl, samples.jsonl and observations/: after a kill, a full disk, or where
+`tracking.tensorboard` was false.
 """
 
 
@@ -468,6 +474,10 @@ def declare_tensorboard(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("run_folder", metavar="RUN", help="run folder; without --rebuild, also a folder of several")
     parser.add_argument("--rebuild", action="store_true", help="write the events anew from what the run folder holds")
+    text = "by default 6006, or the next that is free; 0 takes any"
+    parser.add_argument("--port", metavar="N", type=int, help=text)
+    text = "address to listen on, e.g. 0.0.0.0 for all of this machine; by default only this machine can look"
+    parser.add_argument("--host", metavar="ADDRESS", help=text)
 
 
 def run_tensorboard(arguments: argparse.Namespace) -> None:
@@ -478,7 +488,7 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
     """
     from hf_finetune.recipe import Recipe
     from hf_finetune.run.folder import RunFolder
-    from hf_finetune.tracking.logdir import LogDir
+    from hf_finetune.tracking.logdir import LogDir, serve
 
     folder = RunFolder(arguments.run_folder)
     if arguments.rebuild:
@@ -489,14 +499,13 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
         events, command = rebuild(folder), f"hf-finetune tensorboard {arguments.run_folder}"
         say(f"{events:,} events of {folder.path} are written anew; see them with: {command}")
         return
-    if importlib.util.find_spec("tensorboard") is None:
-        raise RecipeError(Problem("TensorBoard is not installed; pip install tensorboard"))
     if not folder.path.is_dir():
-        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run"))
-    is_run = folder.recipe.is_file()
-    logdir = LogDir.of(Recipe.load(str(folder.recipe)), folder).folder if is_run else str(folder.path)
-    # This process becomes TensorBoard, so that signals and the exit code are its own.
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", logdir])  # noqa: S606 - no shell
+        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run, or a folder of runs"))
+    place = LogDir.of(Recipe.load(str(folder.recipe)), folder) if folder.recipe.is_file() else LogDir(str(folder.path))
+    if folder.recipe.is_file() and not place.is_remote and not place.event_files():
+        log.warn(f"{place.folder} holds no events yet; after training, --rebuild writes them from metrics.jsonl")
+    options = [f"--{name}={value}" for name in ("port", "host") if (value := getattr(arguments, name)) is not None]
+    serve(place.folder, arguments.run_folder, options)
 
 
 # hf-finetune schema

@@ -1,20 +1,31 @@
-"""`hf-finetune compare`: runs side by side, from their folders alone; no torch, no model, no data."""
+"""`hf-finetune compare`: two runs side by side, or a leaderboard of many, from their folders alone.
+
+No torch, no model, no data.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_finetune.config import yamlfile
-from hf_finetune.config.section import discover
+from hf_finetune.config.problems import suggestion
+from hf_finetune.config.section import discover, key_of
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.log import lines as log_lines
 from hf_finetune.log import text as log_text
 from hf_finetune.log.lines import clock, jsonable, printable
+from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal, status
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
@@ -32,13 +43,13 @@ class Run:
     path: str
     """The folder, as it was given."""
     state: str
-    """running, done, failed, preempted, interrupted, lost or unknown: see `RunFolder.condition`."""
+    """running, done, failed, preempted, interrupted, lost or unknown: see `RunFolder.condition`; or broken."""
     reason: str | None
     """Why it did not come to its end."""
-    recipe: dict[str, Any]
-    """Dotted key -> value; empty blocks and lists are values."""
-    step: int | None
-    evaluated: int | None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value; empty blocks and lists are values. Empty itself where the run is broken."""
+    step: int | None = None
+    evaluated: int | None = None
     """The step that the metrics are of."""
     metrics: dict[str, float] = field(default_factory=dict)
     """`validation_accuracy`, `test_loss`, ...: final ones, or those of the last evaluation."""
@@ -60,56 +71,138 @@ class Comparison:
     Args:
         runs: At least one.
         everything: Every metric, e.g. those of each class; not only those that a run prints itself.
+        sort: The metric that a leaderboard is sorted by, e.g. `accuracy` or `test_accuracy`; None takes the runs' own.
+        is_ranked: Make a leaderboard: runs as rows, the best first.
+
+    Raises:
+        RecipeError: No run has the metric.
     """
 
-    def __init__(self, runs: list[Run], *, everything: bool = False) -> None:
+    def __init__(
+        self, runs: list[Run], *, everything: bool = False, sort: str | None = None, is_ranked: bool = False
+    ) -> None:
+        self.is_ranked = is_ranked
+        self.sort = _sort_metric(runs, sort) if is_ranked else None
+        """The metric that the runs are sorted by; None where they have none."""
+        if self.sort is not None:
+            metric, is_greater_better = self.sort, _is_greater_better(self.sort)
+            runs = sorted(runs, key=lambda run: _place(run.metrics.get(metric), is_greater_better))
         self.runs = runs
         # Where a run was written is no setting, and stands above its column.
         keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
         rows = {key: [run.recipe.get(key, ABSENT) for run in runs] for key in keys}
+        known = [number for number, run in enumerate(runs) if run.recipe]
         self.differences: dict[str, list[Any]] = {
             # Types too: to Python, 1, 1.0 and true are equal.
             key: row
             for key, row in rows.items()
-            if any(type(row[0]) is not type(v) or row[0] != v for v in row[1:])
+            if len({(type(row[number]), repr(row[number])) for number in known}) > 1
         }
         """Recipe key -> values; `ABSENT` where a recipe has no such key."""
         present = dict.fromkeys(name for run in runs for name in run.metrics)
         main = dict.fromkeys(name for run in runs for name in run.headline)
         chosen = [name for split in ("validation", "test") for short in main if (name := f"{split}_{short}") in present]
-        chosen += [name for name in present if name not in chosen] if everything else []
+        chosen += [name for name in present if name not in chosen and (everything or name == self.sort)]
         self.metrics: dict[str, list[float | None]] = {name: [run.metrics.get(name) for run in runs] for name in chosen}
         """`validation_loss`, ... -> values."""
         self.best = {name: found for name, row in self.metrics.items() if (found := _best(name, row, runs))}
         """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart."""
 
 
-def compare(folders: Sequence[str], *, everything: bool = False) -> Comparison:
-    """Put runs side by side.
+def compare(folders: Sequence[str], *, everything: bool = False, sort: str | None = None) -> Comparison:
+    """Put two runs side by side, or rank more than two.
 
     Args:
-        folders: Run folders.
+        folders: Run folders, or folders of runs, whose runs are ranked however few they are.
         everything: See `Comparison`.
+        sort: The metric to rank them by; with it, two runs are ranked, too.
 
     Raises:
-        RecipeError: Folders hold no run, or their recipes can't be read; all of them are named.
+        RecipeError: Folders hold no run, or their recipes can't be read; all of them are named. In a folder of runs,
+            those are listed as broken.
     """
     runs: list[Run] = []
     problems: list[Problem] = []
+    is_ranked = sort is not None
     for folder in folders:
+        if found := [] if _is_run(Path(folder)) else list(_runs_below(Path(folder))):
+            is_ranked = True
         try:
-            runs.append(_read(folder))
+            runs += [_listed(str(path)) for path in found] if found else [_read(folder)]
         except RecipeError as error:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    return Comparison(runs, everything=everything)
+    return Comparison(runs, everything=everything, sort=sort, is_ranked=is_ranked or len(runs) > 2)
+
+
+DEEPEST = 3
+"""Folders between a folder of runs and a run, at most."""
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("recipe.yaml", "status.json", "metrics.jsonl"))
+
+
+def _runs_below(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+    """Find the runs in a folder by their files; hidden folders and what can't be read are left out."""
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return
+    for path in inside:
+        if _is_run(path):
+            yield path
+        elif depth > 1 and not path.is_symlink():
+            yield from _runs_below(path, depth - 1)
+
+
+def _listed(path: str) -> Run:
+    """Read a run of a folder; one that can't be read is broken, and listed as that."""
+    try:
+        return _read(path)
+    except RecipeError as error:
+        return Run(path, "broken", "; ".join(problem.message for problem in error.problems))
+
+
+def _sort_metric(runs: Sequence[Run], asked: str | None) -> str | None:
+    """Find the metric to sort by, with its split.
+
+    Raises:
+        RecipeError: No run has the one that is asked for.
+    """
+    present = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    if asked is not None:
+        for name in (asked.replace("/", "_"), f"validation_{asked}", f"test_{asked}"):
+            if name in present:
+                return name
+        known = suggestion(asked, present) if present else "; these runs have no metrics yet"
+        raise RecipeError(Problem(f"no run has the metric {asked!r}{known}", key="--sort"))
+    # What most runs were selected by; else what their task prints first that says more than the loss.
+    own = Counter(best for run in runs if (best := run.recipe.get("training.best_metric")) is not None)
+    printed = Counter(name for run in runs for name in run.headline if METRICS.get(name, Metric()).greater)
+    for short in [*(str(name) for name, _ in own.most_common()), *(name for name, _ in printed.most_common()), "loss"]:
+        for split in ("validation", "test"):
+            if (name := f"{split}_{short}") in present:
+                return name
+    return None
+
+
+def _is_greater_better(name: str) -> bool | None:
+    """Tell by the name of a metric, split and all; None where neither is known to be."""
+    return METRICS.get(name.partition("_")[2].partition(".")[0], Metric()).greater
+
+
+def _place(value: float | None, is_greater_better: bool | None) -> tuple[bool, float]:
+    """Give the key to sort by: the best first, runs without a number last."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return True, 0.0
+    return False, value if is_greater_better is False else -value
 
 
 def _best(name: str, row: Sequence[float | None], runs: Sequence[Run]) -> list[int]:
     """Find the best runs; only finished ones compete, and only where one is better than another."""
-    short = name.partition("_")[2]
-    is_greater_better = METRICS.get(short, Metric()).greater
+    is_greater_better = _is_greater_better(name)
     values = {n: value for n, value in enumerate(row) if value is not None and math.isfinite(value) and runs[n].is_done}
     if is_greater_better is None or len(set(values.values())) < 2:
         return []
@@ -187,8 +280,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """Write the comparison as `text`, `json` or `markdown`."""
+    """Write the comparison as `text`, `csv`, `json` or `md`."""
     runs = comparison.runs
+    if form == "csv":
+        return _csv(comparison)
     if form == "json":
         # Every field is named here, because other programs read it: names of the dataclass may change.
         described = [
@@ -208,10 +303,17 @@ def render(comparison: Comparison, form: str) -> str:
         differences = {
             key: [None if value is ABSENT else value for value in row] for key, row in comparison.differences.items()
         }
-        document = {"runs": described, "differences": differences, "best": comparison.best}
+        document = {
+            "runs": described,
+            "differences": differences,
+            "best": comparison.best,
+            "sorted_by": comparison.sort,
+        }
         return json.dumps(jsonable(document), indent=2, default=str)
+    if comparison.is_ranked:
+        return _ranking(comparison, form)
     sections = _sections(comparison)
-    if form == "markdown":
+    if form == "md":
         blocks = []
         for title, rows in sections:
             heads = " | ".join(log_text.cell(run.path) for run in runs)
@@ -225,12 +327,7 @@ def render(comparison: Comparison, form: str) -> str:
         [[name, *(text + (" *" if n in best else "") for n, text in enumerate(texts))] for name, texts, best in rows]
         for _, rows in sections
     ]
-    remarks = ["* best of the finished runs"] if comparison.best else []
-    if not comparison.differences and len(runs) > 1:
-        remarks.append("the recipes are the same")
-    for run in runs:
-        if not run.is_done and run.reason:
-            remarks.append(f"{printable(run.path)}: {run.state}: {printable(run.reason.splitlines()[0])}")
+    remarks = _remarks(comparison)
     lines = [*log_text.text(["", *(run.path for run in runs)], bodies), *(["", *remarks] if remarks else [])]
     return "\n".join(lines)
 
@@ -260,3 +357,116 @@ def _sections(comparison: Comparison) -> list[tuple[str, list[Row]]]:
         for key, row in comparison.differences.items()
     ]
     return [section for section in (("outcome", outcome), ("metrics", metrics), ("recipe", settings)) if section[1]]
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """Say what the marks mean, and why runs did not come to their end."""
+    remarks = ["* best of the finished runs"] if comparison.best else []
+    if not comparison.differences and sum(bool(run.recipe) for run in comparison.runs) > 1:
+        remarks.append("the recipes are the same")
+    for run in comparison.runs:
+        if not run.is_done and run.reason:
+            remarks.append(f"{printable(run.path)}: {run.state}: {printable(run.reason.splitlines()[0])}")
+    return remarks
+
+
+# A leaderboard: runs are rows.
+
+LONGEST = 20
+"""Characters of a value in a column of a terminal."""
+GAP = 3
+"""Spaces between two columns."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a leaderboard."""
+
+    name: str
+    texts: list[str]
+    rank: tuple[int, int]
+    """The lower, the more it tells: the first is left out last."""
+
+    @property
+    def head(self) -> str:
+        """Break the name after split or block, so that narrow numbers get a narrow column."""
+        split, separator, rest = self.name.partition("_")
+        if split in ("validation", "test") and separator:
+            return f"{split}\n{rest}"
+        block, _, key = self.name.rpartition(".")
+        return f"{block}\n{key}" if block else self.name
+
+    @property
+    def width(self) -> int:
+        """Count the characters of the longest line."""
+        return max(map(len, [*self.head.split("\n"), *self.texts]))
+
+
+def _columns(comparison: Comparison, longest: int, mark: str) -> list[Column]:
+    """Make all columns but that of the names, in the order in which they stand."""
+    runs = comparison.runs
+    columns = []
+    if not all(run.is_done for run in runs):
+        columns.append(Column("state", [run.state for run in runs], (0, 0)))
+    for number, (name, row) in enumerate(comparison.metrics.items()):
+        best = comparison.best.get(name, [])
+        texts = [log_text.number(value) + (mark if n in best else "") for n, value in enumerate(row)]
+        columns.append(Column(name, texts, (0, 1) if name == comparison.sort else (4, number)))
+    columns.sort(key=lambda column: column.rank)
+    for key, row in comparison.differences.items():
+        texts = ["-" if value is ABSENT else yamlfile.inline(value) for value in row]
+        # A hyperparameter with many values says more than one that a single run has changed.
+        rank = 1 if key_of(Recipe, key).study else 3
+        columns.append(Column(key, [log_text.shortened(text, longest) for text in texts], (rank, -len(set(texts)))))
+    columns.append(Column("time", ["-" if run.seconds is None else clock(run.seconds) for run in runs], (2, 0)))
+    return columns
+
+
+def _ranking(comparison: Comparison, form: str) -> str:
+    """Write the leaderboard as text that fits the terminal, or as markdown with all of it."""
+    runs, sort = comparison.runs, comparison.sort
+    # The folder that all have in common says nothing about any.
+    above = os.path.commonpath([str(Path(run.path).absolute()) for run in runs]) if len(runs) > 1 else ""
+    names = [os.path.relpath(run.path, above) if above else run.path for run in runs]
+    if form == "md":
+        columns = _columns(comparison, log_text.UNLIMITED, "")
+        rows = list(zip(names, *(column.texts for column in columns), strict=True))
+        return log_text.markdown(["run", *(column.name for column in columns)], rows)
+    columns = _columns(comparison, LONGEST, " *")
+    left = log_text.width() - max(map(len, map(printable, [*names, "run"])))
+    shown = set[str]()
+    for column in sorted(columns, key=lambda column: column.rank):
+        if (needed := column.width + GAP) <= left or column.rank[0] == 0:
+            shown.add(column.name)
+            left -= needed
+    rows = list(zip(names, *(column.texts for column in columns if column.name in shown), strict=True))
+    heads = ["run", *(column.head for column in columns if column.name in shown)]
+    finished = sum(run.is_done for run in runs)
+    order = ""
+    if sort is not None:
+        first = {True: "greatest", False: "lowest", None: "greatest"}[_is_greater_better(sort)]
+        order = f", {first} {sort} first (--sort METRIC for another)"
+    remarks = [f"{len(runs)} runs, {finished} finished{order}", *_remarks(comparison)]
+    if hidden := [column.name for column in columns if column.name not in shown]:
+        remarks.append(f"{len(hidden)} columns do not fit ({', '.join(hidden)}); --format csv has them all")
+    columns_of_terminal = log_text.width()
+    wrapped = [log_lines.wrapped(printable(remark), columns_of_terminal) for remark in remarks]
+    return "\n".join([*log_text.text(heads, [rows]), "", *wrapped])
+
+
+def _csv(comparison: Comparison) -> str:
+    """Write one line a run, with every metric shown and every key that differs; numbers are not rounded."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    fixed = ["run", "state", "steps", "seconds", "samples_per_second"]
+    writer.writerow([*fixed, *comparison.metrics, *comparison.differences])
+    for number, run in enumerate(comparison.runs):
+        settings = [row[number] for row in comparison.differences.values()]
+        plain = ["" if value is ABSENT else _plain(value) for value in settings]
+        measured = [row[number] for row in comparison.metrics.values()]
+        writer.writerow([run.path, run.state, run.step, run.seconds, run.samples_per_second, *measured, *plain])
+    return stream.getvalue().rstrip("\n")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else yamlfile.inline(value)

@@ -1,4 +1,4 @@
-"""The folder of events: `tensorboard/` of the run folder, another folder, or an object store.
+"""The folder of events: `tensorboard/` of the run folder, another folder, or an object store; and TensorBoard on it.
 
 Needs no torch, which tensorboardX imports: `check` and `hf-finetune tensorboard` answer in a moment.
 """
@@ -8,9 +8,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.folder import RunFolder, refuse_unwritable
@@ -89,3 +94,49 @@ def check(folder: str) -> None:
         is_installed = False
     if not is_installed:
         raise RecipeError(Problem(f"{address[1]}:// needs {package}; pip install {package}", key=KEY))
+
+
+_SERVED = re.compile(r"TensorBoard \S+ at (http\S+)")
+
+
+def serve(logdir: str, shown: str, options: list[str]) -> None:
+    """Run TensorBoard until it ends, or Ctrl-C ends it.
+
+    Args:
+        logdir: Folder or address of events.
+        shown: Name of the run, or of the folder of runs, for people.
+        options: Further arguments of TensorBoard.
+
+    Raises:
+        RecipeError: It is not installed, or does not start, e.g. because the port is taken.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError(Problem("TensorBoard is not installed; pip install tensorboard"))
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, *options]
+    said, address = list[str](), None
+    before = signal.signal(signal.SIGTERM, end)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as board:  # noqa: S603 - no shell
+        try:
+            with log.phase("starting TensorBoard"):
+                # It says much before that, of TensorFlow and its loaders, which helps only where it does not start.
+                for line in board.stderr or ():
+                    said.append(line.strip())
+                    if address := _SERVED.search(line):
+                        break
+            if address is not None:
+                log.say(f"TensorBoard of {shown}: {address[1]} (Ctrl-C ends it)")
+            for line in board.stderr or ():
+                log.tell(log.lines.Message(line.rstrip(), stream="stderr"))
+            code = board.wait()
+        except KeyboardInterrupt:  # which the terminal sends to both; this is how TensorBoard is ended
+            code = 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            board.terminate()
+    if code:
+        reason = next((line for line in reversed(said) if line), f"exit code {code}")
+        raise RecipeError(Problem(f"TensorBoard ended: {reason.removeprefix('ERROR: ')}"))

@@ -1,0 +1,47 @@
+"""`hf-finetune tensorboard`: a real TensorBoard, started, asked, and ended."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from hf_finetune.errors import RecipeError
+from hf_finetune.tracking import logdir
+
+
+def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "hf_finetune",
+        "tensorboard",
+        str(classifier),
+        "--port",
+        "0",
+        "--host",
+        "127.0.0.1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        line = started.stdout.readline()
+        found = re.fullmatch(rf"TensorBoard of {classifier}: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+        assert found, line
+        with urlopen(found[1], timeout=60) as answer:
+            assert answer.status == 200
+        started.send_signal(signal.SIGINT)
+        assert started.communicate(timeout=60) == ("", "")
+    assert started.returncode == 0
+
+
+def test_why_tensorboard_does_not_start_is_said(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"TensorBoard ended: .*999999"):
+        logdir.serve(str(classifier), "it", ["--port=999999"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install tensorboard"):
+        logdir.serve(str(classifier), "it", [])
