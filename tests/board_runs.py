@@ -33,7 +33,7 @@ def shown(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tag in events.Tags()["scalars"]:
         # Weights are drawn a moment before the line of their step.
-        timed = tag.partition("/")[0].removesuffix("_per_class") in PHASES
+        timed = tag.partition("/")[0].removeprefix("zoom_").removesuffix("_per_class") in PHASES
         found[tag] = [(event.step, event.wall_time if timed else 0, event.value) for event in events.Scalars(tag)]
     for tag in events.Tags()["tensors"]:
         found[tag] = [(event.step, event.tensor_proto.SerializeToString()) for event in events.Tensors(tag)]

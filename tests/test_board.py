@@ -33,13 +33,16 @@ from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import read
 from hf_finetune.run.status import Status
 from hf_finetune.tracking import events, predictions, records, tensorboard
-from hf_finetune.tracking.events import EventWriter
+from hf_finetune.tracking.events import EventWriter, place
 from hf_finetune.tracking.logdir import LogDir, check
 from hf_finetune.tracking.records import Record
-from hf_finetune.tracking.tensorboard import MARGIN, cell, metric_tag, rebuild, table
+from hf_finetune.tracking.tensorboard import MARGIN, TELLING, cell, metric_tag, rebuild, table
 from hf_finetune.tracking.tracker import Tracker
 
 killing = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+TOP = {"train/loss", "eval/accuracy"}
 
 
 def newest(folder: Path, kind: str) -> Record:
@@ -52,11 +55,26 @@ def newest(folder: Path, kind: str) -> Record:
 def test_every_line_is_there_once_at_its_time(classifier: Path) -> None:
     events = events_of(classifier)
     lines = read(classifier / "metrics.jsonl")
-    for phase, metric in (("train", "loss"), ("train", "seconds_step"), ("eval", "accuracy")):
+    for phase, metric in (("train", "loss"), ("train", "seconds_step"), ("eval", "accuracy"), ("eval", "ece")):
         expected = [(line["step"], line["time"], line[metric]) for line in lines if line["phase"] == phase]
-        seen = [(event.step, event.wall_time, event.value) for event in events.Scalars(f"{phase}/{metric}")]
+        tag = place(f"{phase}/{metric}", TOP)
+        seen = [(event.step, event.wall_time, event.value) for event in events.Scalars(tag)]
         assert seen == pytest.approx(np.array(expected))
         assert len(seen) > 1
+
+
+def test_the_first_page_has_loss_scores_and_rates_and_nothing_else(classifier: Path, chatter: Path) -> None:
+    shown = {"train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"}
+    for folder, scores in (
+        (classifier, ("accuracy", "f1_macro", "matthews")),
+        (chatter, ("perplexity", "token_accuracy")),
+    ):
+        tags = events_of(folder).Tags()
+        cards = {*tags["scalars"], *tags["images"], *tags["histograms"]}
+        assert {tag for tag in cards if not tag.startswith("zoom_")} == shown | {f"eval/{name}" for name in scores}
+        # TensorBoard sorts groups by name and opens the first two.
+        assert sorted({tag.partition("/")[0] for tag in cards})[:2] == ["eval", "train"]
+        assert len(cards) > 50
 
 
 def test_metrics_of_classes_fold_by_metric(classifier: Path) -> None:
@@ -64,7 +82,7 @@ def test_metrics_of_classes_fold_by_metric(classifier: Path) -> None:
     names = [key.removeprefix("f1.") for key in line if key.startswith("f1.")]
     assert names
     for name in names:
-        event = events_of(classifier).Scalars(f"eval_per_class/f1/{name}")[-1]
+        event = events_of(classifier).Scalars(f"zoom_eval_per_class/f1/{name}")[-1]
         assert (event.step, event.value) == (line["step"], pytest.approx(line[f"f1.{name}"]))
 
 
@@ -86,20 +104,20 @@ def test_pr_curves_are_those_of_scikit_learn(classifier: Path) -> None:
 
 
 def test_images_are_pictures(classifier: Path) -> None:
-    for tag in ("eval/confusion_matrix", "eval/reliability"):
+    for tag in ("zoom_eval/confusion_matrix", "zoom_eval/reliability"):
         drawn = events_of(classifier).Images(tag)
         steps = [line["step"] for line in read(classifier / "metrics.jsonl") if line["phase"] == "eval"]
         assert [image.step for image in drawn] == steps
-        assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300 for image in drawn)
+        assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width == 350 for image in drawn)
 
 
 def test_histograms_hold_every_value(classifier: Path) -> None:
     record = newest(classifier, "predictions")
     logits = record.arrays["rows"][:, 1]
-    drawn = events_of(classifier).Histograms(f"eval_logits/{record.facts['names'][1]}")[-1].histogram_value
+    drawn = events_of(classifier).Histograms(f"zoom_eval_logits/{record.facts['names'][1]}")[-1].histogram_value
     assert (drawn.num, drawn.min, drawn.max) == pytest.approx((len(logits), logits.min(), logits.max()))
     sure = special.softmax(record.arrays["rows"][:, :-1].astype(float), axis=1).max(axis=1)
-    right = events_of(classifier).Histograms("eval_confidence/right")[-1].histogram_value
+    right = events_of(classifier).Histograms("zoom_eval_confidence/right")[-1].histogram_value
     assert right.num == (record.arrays["rows"][:, :-1].argmax(1) == record.arrays["rows"][:, -1]).sum()
     assert right.max <= sure.max() + 1e-6
 
@@ -135,10 +153,10 @@ def test_weights_have_histograms_and_numbers(classifier: Path) -> None:
     drawn = events_of(classifier)
     assert {"weights", "gradients"} <= {tag.partition("/")[0] for tag in record.facts["tags"]}
     for tag, counts in zip(record.facts["tags"], record.arrays["counts"], strict=True):
-        found = drawn.Histograms(tag)[-1]
+        found = drawn.Histograms(f"zoom_{tag}")[-1]
         assert (found.step, found.histogram_value.num) == (record.step, counts.sum())
     for tag, value in record.facts["scalars"].items():
-        assert drawn.Scalars(tag)[-1].value == pytest.approx(value)
+        assert drawn.Scalars(f"zoom_{tag}")[-1].value == pytest.approx(value)
     assert {"update_to_weight", "norm_b"} <= {tag.partition("/")[0] for tag in record.facts["scalars"]}
 
 
@@ -146,10 +164,10 @@ def test_data_have_lengths_and_labels(classifier: Path) -> None:
     record = newest(classifier, "data")
     drawn = events_of(classifier)
     for split in ("train", "validation"):
-        lengths = drawn.Histograms(f"data_lengths/{split}")[0].histogram_value
+        lengths = drawn.Histograms(f"zoom_data_lengths/{split}")[0].histogram_value
         assert lengths.num == record.arrays[f"lengths.{split}"].sum()
         counts = list(record.facts["labels"][split].values())
-        assert drawn.Histograms(f"data_labels/{split}")[0].histogram_value.bucket[1:] == counts
+        assert drawn.Histograms(f"zoom_data_labels/{split}")[0].histogram_value.bucket[1:] == counts
 
 
 def test_texts_are_there(classifier: Path) -> None:
@@ -179,10 +197,13 @@ def test_the_session_has_keys_metrics_and_a_good_end(classifier: Path) -> None:
     end = metadata.parse_session_end_info_plugin_data(found["_hparams_/session_end_info"])
     assert end.status == 1  # success
     experiment = metadata.parse_experiment_plugin_data(found["_hparams_/experiment"])
+    # The tab shows these first, and five of them until somebody chooses.
+    assert {info.name for info in experiment.hparam_infos if info.differs} == TELLING
+    assert [info.display_name for info in experiment.metric_infos][:2] == ["loss", "accuracy"]
     tags = [info.name.tag for info in experiment.metric_infos]
     scalars = events_of(classifier).Tags()["scalars"]
-    assert tags[0] == "final/loss"
-    assert {"final/accuracy", "summary/seconds"} <= {tag for tag in tags if tag in scalars}
+    assert tags[0] == "zoom_final/loss"
+    assert {"zoom_final/accuracy", "zoom_summary/seconds"} <= {tag for tag in tags if tag in scalars}
 
 
 def test_charts_show_train_and_validation_together(classifier: Path) -> None:
@@ -194,7 +215,7 @@ def test_charts_show_train_and_validation_together(classifier: Path) -> None:
     tags = events_of(classifier).Tags()["scalars"]
     shared = list(charts["loss (train, validation)"].multiline.tag)
     assert [tag for tag in tags if any(re.match(pattern, tag) for pattern in shared)] == [
-        "train/loss", "eval/loss", "final/loss"
+        "train/loss", "eval/loss", "zoom_final/loss"
     ]  # fmt: skip
     margin = charts["loss on validation, 95 % interval"].margin.series[0]
     assert {margin.value, margin.lower, margin.upper} <= set(tags)
@@ -202,11 +223,12 @@ def test_charts_show_train_and_validation_together(classifier: Path) -> None:
 
 def test_the_interval_is_around_the_loss(classifier: Path) -> None:
     drawn = events_of(classifier)
-    for tag in MARGIN:
+    margin = [f"zoom_{tag}" for tag in MARGIN]
+    for tag in margin:
         assert len(drawn.Scalars(tag)) == len(drawn.Scalars("eval/loss"))
-    middle = [event.value for event in drawn.Scalars(MARGIN[0])]
+    middle = [event.value for event in drawn.Scalars(margin[0])]
     assert middle == pytest.approx([event.value for event in drawn.Scalars("eval/loss")], rel=1e-5)
-    assert all(low.value < value for low, value in zip(drawn.Scalars(MARGIN[1]), middle, strict=True))
+    assert all(low.value < value for low, value in zip(drawn.Scalars(margin[1]), middle, strict=True))
 
 
 def test_equal_weights_give_the_interval_of_a_mean() -> None:
@@ -223,14 +245,14 @@ def test_equal_weights_give_the_interval_of_a_mean() -> None:
 def test_tokens_have_colours(chatter: Path) -> None:
     row = newest(chatter, "tokens").facts["rows"][0]
     drawn = events_of(chatter)
-    assert drawn.Images("eval_tokens/example_1")[-1].step == newest(chatter, "tokens").step
+    assert drawn.Images("zoom_eval_tokens/example_1")[-1].step == newest(chatter, "tokens").step
     text = texts(chatter, "eval_tokens/example_1")[-1].split("\n\n")[1]
     assert len(re.findall("[🟩🟨🟧🟥]", text)) == sum(loss is not None for loss in row["losses"]) > 0
 
 
 def test_a_language_model_has_loss_by_position_and_entropy(chatter: Path) -> None:
-    assert events_of(chatter).Images("eval/loss_by_position")
-    assert {"eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
+    assert events_of(chatter).Images("zoom_eval/loss_by_position")
+    assert {"zoom_eval/example_entropy", "eval/perplexity"} <= set(events_of(chatter).Tags()["scalars"])
     losses, tokens = predictions.of(newest(chatter, "predictions")).losses()
     line = [line for line in read(chatter / "metrics.jsonl") if line["phase"] == "eval"][-1]
     assert float((losses * tokens).sum() / tokens.sum()) == pytest.approx(line["loss"], rel=1e-5)
@@ -296,7 +318,7 @@ def test_a_run_that_goes_on_shows_nothing_twice_and_nothing_later(
     tracker.close(is_stopped=is_stopped)
     drawn = events_of(folder.path)
     assert [event.step for event in drawn.Scalars("train/loss")] == [1, 2, 3, 4, 5]
-    assert {image.step for image in drawn.Images("eval/confusion_matrix")} == {5}
+    assert {image.step for image in drawn.Images("zoom_eval/confusion_matrix")} == {5}
     assert [event.step for event in drawn.Tensors("environment/text_summary")] == [0, 5]
     assert not (folder.tensorboard / "projector_config.pbtxt").exists()
     assert len(list(folder.tensorboard.glob("*tfevents*"))) == 1

@@ -60,7 +60,7 @@ def test_tensorboard_reads_the_same_numbers(run: Runner) -> None:
     events.Reload()
     losses = {event.step: event.value for event in events.Scalars("train/loss")}
     assert losses == pytest.approx({line["step"]: line["loss"] for line in done.lines("train")})
-    assert {"train/grad_norm", "train/learning_rate", "train/tokens_per_second", "eval/accuracy"} <= set(
+    assert {"train/grad_norm", "train/learning_rate", "zoom_train/tokens_per_second", "eval/accuracy"} <= set(
         events.Tags()["scalars"]
     )
 

@@ -60,6 +60,8 @@ TIMES = ("data", "forward", "backward", "optimizer")
 
 # Characters of a line of tokens, and tokens that are drawn in all.
 COLUMNS, TOKENS = 78, 400
+# Characters of a line on a card of TensorBoard.
+CARD_COLUMNS = 38
 # Nats at which a token has the strongest colour: as improbable as a guess among 400 tokens.
 STRONGEST = 6.0
 # From the largest to the smallest value, from which on an axis is logarithmic.
@@ -149,12 +151,13 @@ def positions(arrays: Mapping[str, Array]) -> Figure:
 
 
 @drawn
-def tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def tokens(rows: Sequence[Mapping[str, Any]], columns: int = COLUMNS) -> Figure:
     """Draw texts with each token coloured by its loss; tokens that are not counted are grey.
 
     Args:
         rows: Each with `tokens` (texts) and `losses` (nats or None), of equal length, as in a record of kind `tokens`;
             the first `TOKENS` tokens are drawn.
+        columns: Characters of a line.
     """
     from matplotlib.patches import Rectangle
 
@@ -165,17 +168,17 @@ def tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for text, loss in zip(row["tokens"], row["losses"], strict=True):
             if len(placed) == TOKENS:
                 break
-            shown = harmless(text).replace(" ", "▁")[:COLUMNS]
-            if column + len(shown) > COLUMNS:
+            shown = harmless(text).replace(" ", "▁")[:columns]
+            if column + len(shown) > columns:
                 column, line = 0, line + 1
             placed.append((shown, loss, column, line))
             column += len(shown)
             if "\n" in text:
                 column, line = 0, line + 1
         line += 2
-    figure, axes = blank(0.5 + 0.19 * max(line, 1), 7.2)
+    figure, axes = blank(0.5 + 0.19 * max(line, 1), 7.2 * columns / COLUMNS)
     axes.set_axis_off()
-    axes.set_xlim(0, COLUMNS)
+    axes.set_xlim(0, columns)
     axes.set_ylim(line + 0.2, -0.6)
     for text, loss, x, y in placed:
         shade = 0.65 * strength(loss)
@@ -185,7 +188,8 @@ def tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.text(x, y, text, family="DejaVu Sans Mono", size=8.2, color=ink, va="center", ha="left")
     cut = sum(len(row["tokens"]) for row in rows) > len(placed)
     first = f", the first {len(placed)} tokens" if cut else ""
-    axes.set_title(f"tokens by loss: no colour 0, strongest {STRONGEST:g} nats and more{first}")
+    between = "\n" if columns < COLUMNS else " "
+    axes.set_title(f"tokens by loss: no colour 0,{between}strongest {STRONGEST:g} nats and more{first}")
     return figure
 
 

@@ -38,6 +38,9 @@ DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 # Inches of a chart, and dots an inch of a PNG: it is some 900 wide.
 WIDTH, DPI = 4.8, 188
+# Inches and dots an inch of a PNG on a card of TensorBoard, which is 350 dots wide there: scaled ones lose every second
+# line of a letter, because TensorBoard leaves pixels out instead of mixing them.
+CARD_WIDTH, CARD_DPI = 3.5, 100
 # Characters of a label beside an axis.
 NAME_CHARACTERS = 18
 # Parts of file names of fonts with many scripts, which are tried first: a machine may have thousands, and each is read.
@@ -139,7 +142,7 @@ def short_name(name: object) -> str:
     return shortened(harmless(str(name)), NAME_CHARACTERS)
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     """Draw the figure as PNG on white; the same bytes for the same figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -153,10 +156,22 @@ def png(figure: Figure) -> bytes:
             )
         _lacking.update(lacking)
         figure.patch.set(facecolor="#ffffff", visible=True)
-        figure.dpi = DPI
+        figure.dpi = dpi
         canvas: Any = FigureCanvasAgg(figure)
         canvas.print_png(stream, metadata={"Software": None})
     return stream.getvalue()
+
+
+def card(figure: Figure) -> bytes:
+    """Draw the figure as PNG for a card of TensorBoard, where its texts are as large as those of the page.
+
+    One that is wider than usual, such as a matrix of many classes, keeps its size: "Show actual image size" shows it.
+    """
+    width, height = figure.get_size_inches()
+    if width <= WIDTH:
+        figure.set_size_inches(CARD_WIDTH, height * max(CARD_WIDTH / width, 0.8))
+        return png(figure, CARD_DPI)
+    return png(figure)
 
 
 def svg(figure: Figure, name: str = "chart", about: str = "") -> str:

@@ -30,7 +30,7 @@ from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
 from hf_finetune.tracking import charts, figures, predictions, records
-from hf_finetune.tracking.events import EventWriter
+from hf_finetune.tracking.events import EventWriter, place
 from hf_finetune.tracking.logdir import EMBEDDINGS, KEY, PROJECTOR, LogDir, check
 from hf_finetune.tracking.predictions import Classes
 from hf_finetune.tracking.records import Record
@@ -45,6 +45,12 @@ PATIENCE = 60.0
 HEAD = frozenset({"step", "phase", "time"})
 # Metrics of each class: `f1.<label>` in metrics.jsonl.
 PER_CLASS = ("precision", "recall", "f1", "support")
+# Besides the metrics that a task prints, what the first page shows of training.
+TOP = ("learning_rate", "grad_norm")
+# Hyperparameters that the tab shows first.
+TELLING = frozenset({"adapter.kind", "adapter.r", "training.batch_size", "training.epochs", "training.learning_rate"})
+# The field `differs` (7) of a hyperparameter, true: TensorBoard shows those first.
+DIFFERS = b"\x38\x01"
 RATES = ("summary/seconds", "summary/samples_per_second", "summary/tokens_per_second", "summary/peak_memory")
 
 MARGIN = ("margin/loss", "margin/loss_lower", "margin/loss_upper")
@@ -81,6 +87,7 @@ class Board:
         self.recipe = recipe
         self.folder = folder
         self.writer = writer
+        self.writer.top = top(recipe)
         self._has_begun = self._has_ended = False
         self._times: dict[tuple[str, int], float] = {}
         self._undrawn: set[str] = set()
@@ -90,7 +97,7 @@ class Board:
         """Begin, and draw a run as far as it is: lines of metrics.jsonl, records and samples."""
         self.writer.wait, self._has_begun = PATIENCE, True
         # What kind of run this is: its hyperparameters, and which curves belong together.
-        experiment, session, _ = summary.hparams(hyperparameters(self.recipe), dict.fromkeys(compared(self.recipe)))
+        experiment, session = session_of(self.recipe)
         stored = list(records.stored(self.folder.observations, "environment"))
         with self.writer.at(0, stored[0].facts.get("time", time.time()) if stored else time.time()):
             # Not `add_hparams`, which writes into a folder of its own, and only of runs that went well.
@@ -252,11 +259,38 @@ def headline(recipe: Recipe) -> list[str]:
     return [metric for metric in recipe.task.headline if metric in recipe.task.best_metrics]
 
 
+def top(recipe: Recipe) -> frozenset[str]:
+    """List the tags that TensorBoard opens on: loss, scores, learning rate, gradient norm."""
+    scores = headline(recipe)
+    return frozenset(f"eval/{name}" for name in scores) | {f"train/{name}" for name in (*scores, *TOP)}
+
+
+def session_of(recipe: Recipe) -> tuple[Any, Any]:
+    """Make the summaries of the HParams tab: its columns, and the values of this run."""
+    experiment, session, _ = summary.hparams(hyperparameters(recipe), dict.fromkeys(compared(recipe)))
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.metric_infos:
+        phase, _, name = info.name.tag.partition("/")
+        info.display_name = (
+            name if phase == "final" else f"{phase} {name}" if phase == "test" else name.replace("_", " ")
+        )
+        info.name.tag = place(info.name.tag, top(recipe))
+    for info in data.experiment.hparam_infos:
+        if info.name in TELLING:
+            # TensorBoard shows the first five of these, by name: of `differs`, a field that tensorboardX 2.6 lacks.
+            info.MergeFromString(DIFFERS)
+    plugin.content = data.SerializeToString()
+    return experiment, session
+
+
 def layout(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     """Lay out the Custom Scalars tab: learning curves, the margin of the loss, speed, and classes."""
+    opened = top(recipe)
 
     def lines(*tags: str) -> list[Any]:
-        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]  # TensorBoard reads regular expressions
+        # TensorBoard reads regular expressions.
+        return ["Multiline", [f"^{re.escape(place(tag, opened))}$" for tag in tags]]
 
     curves = {"loss (train, validation)": lines("train/loss", "eval/loss", "final/loss")}
     for metric in headline(recipe):
@@ -269,9 +303,9 @@ def layout(recipe: Recipe) -> dict[str, dict[str, list[Any]]]:
     }
     return {
         "learning curves": curves,
-        "margins": {"loss on validation, 95 % interval": ["Margin", list(MARGIN)]},
+        "margins": {"loss on validation, 95 % interval": ["Margin", [place(tag, opened) for tag in MARGIN]]},
         "speed and stability": speed,
-        "classes": {name: ["Multiline", [f"eval_per_class/{name}/"]] for name in PER_CLASS[:3]},
+        "classes": {name: ["Multiline", [place(f"eval_per_class/{name}/", opened)]] for name in PER_CLASS[:3]},
     }
 
 
@@ -326,7 +360,7 @@ def draw_charts(writer: EventWriter, record: Record) -> None:
     """Draw the record's charts that TensorBoard has no interactive ones of."""
     for chart in charts.record_charts(record):
         if chart.on_board:
-            writer.add_png(f"{record.phase}/{chart.name}", figures.png(chart.draw()))
+            writer.add_png(f"{record.phase}/{chart.name}", figures.card(chart.draw()))
 
 
 def draw_predictions(writer: EventWriter, record: Record) -> None:
@@ -377,7 +411,7 @@ def draw_tokens(writer: EventWriter, record: Record) -> None:
         if not row["tokens"]:
             continue
         tag = f"{record.phase}_tokens/example_{number}"
-        writer.add_png(tag, figures.png(charts.tokens([row])))
+        writer.add_png(tag, figures.card(charts.tokens([row], charts.CARD_COLUMNS)))
         tokens = zip(row["tokens"], row["losses"], strict=True)
         coloured = " ".join(f"{square(loss)}{cell(token.replace(' ', '▁'))}" for token, loss in tokens)
         counted = [
