@@ -263,6 +263,21 @@ def test_answers_are_a_table_at_each_evaluation(chatter: Path) -> None:
     steps = sorted({line["step"] for line in lines})
     assert [event.step for event in events_of(chatter).Tensors("samples/text_summary")] == steps
     assert texts(chatter, "samples")[-1].count("\n| ") == 1 + len(lines) // len(steps)
+    assert texts(chatter, "samples")[0].startswith("| prompt | reference | answer | end |\n")
+    assert all(re.fullmatch(r"\w+ equals \w+ \.", line["reference"]) for line in lines)
+
+
+def test_answers_stand_beside_those_of_the_base_model(chatter: Path, tmp_path: Path) -> None:
+    folder = RunFolder(str(shutil.copytree(chatter, tmp_path / "run")))
+    lines = folder.samples.read_text().splitlines(keepends=True)
+    untrained = [json.dumps({**json.loads(line), "step": 0, "answer": "from the base"}) + "\n" for line in lines[:2]]
+    folder.samples.write_text("".join([*untrained, *lines]))
+    rebuild(folder)
+    shown = texts(folder.path, "samples")
+    assert shown[0].startswith("| prompt | reference | answer | end |\n")
+    for text in shown[1:]:
+        assert text.startswith("| prompt | reference | base model | answer | end |\n")
+        assert text.count("from the base") == 2
 
 
 # ---- again, and again ----

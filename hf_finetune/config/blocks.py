@@ -459,6 +459,11 @@ class Tracking(Section):
 
     Another folder, or what tensorboardX can write to: `s3://`, `gs://` with its client installed.
     """
+    also: list[Literal["wandb", "mlflow", "trackio", "csv"]] = Field([], max_length=4)
+    """Other trackers that get every number of `metrics.jsonl`, and the settings that are learned with.
+
+    `csv` writes `metrics.csv` in the run folder. The others must be installed, and take keys and addresses from their
+    own environment variables."""
     histograms: Often = 1
     """Adapter weights, gradients, size of the updates, logits and confidence."""
     images: Often = 1
@@ -478,6 +483,12 @@ class Tracking(Section):
     def _folder_is_not_ignored(self) -> Self:
         if self.folder is not None and not self.tensorboard:
             raise ValueError("folder would be ignored: tensorboard is false; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_are_named_once(self) -> Self:
+        if len(set(self.also)) < len(self.also):
+            raise ValueError("also names a tracker twice; name it once")
         return self
 
 

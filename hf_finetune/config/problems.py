@@ -224,7 +224,7 @@ HINTS = {
     "per_device_train_batch_size": _BATCH,
     "push_to_hub": "write hub: {repo: OWNER/NAME}, or upload a finished run with hf-finetune push RUN",
     "remove_unused_columns": "only the columns that the task names are read; remove it",
-    "report_to": "TensorBoard files and metrics.jsonl are always written; remove it",
+    "report_to": "TensorBoard files and metrics.jsonl are always written; remove it, or name others in tracking.also",
     "resume_from_checkpoint": "not part of a recipe; to go on training an adapter, name its run in adapter.from",
     "save_strategy": "write checkpoints.every: N, epoch or auto, or checkpoints: off",
     "task_type": "write task.kind, e.g. causal_lm or text_classification",

@@ -23,7 +23,7 @@ from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.lock import Repeat
-from hf_finetune.tracking import logdir
+from hf_finetune.tracking import logdir, others
 
 if TYPE_CHECKING:
     from hf_finetune.pipeline.examine import Parts
@@ -244,6 +244,8 @@ def look(
     if (board := _given(recipe, "tracking", "folder")) is not None:
         with findings.collect():
             logdir.check(board)
+    with findings.collect():
+        others.check(_given(recipe, "tracking", "also") or [])
     if _given(recipe, "hub", "repo") is not None:
         from hf_finetune.hub.push import why_not  # loads the client of the Hub, which most recipes do without
 

@@ -78,7 +78,7 @@ def read(file: Path) -> list[Entry]:
 
 
 def read_samples(file: Path) -> list[Entry]:
-    """Read samples.jsonl (step, prompt, answer, ended); damaged lines are left out, with one warning."""
+    """Read samples.jsonl (step, prompt, answer, ended, reference); damaged lines are left out, with one warning."""
     return _lines(file, "answer")
 
 

@@ -177,6 +177,8 @@ class Prompts:
     max_new_tokens: int
     score: Callable[[list[Any]], dict[str, list[float]]] = lambda answers: {}
     """Values of which metrics are the means, one a `Generation`, in the order of `prompts`."""
+    references: Sequence[str] = ()
+    """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
 
 
 OutputKind = Literal["text", "texts", "number", "numbers", "truth"]

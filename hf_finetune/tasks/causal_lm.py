@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.config.blocks import changed
 from hf_finetune.config.section import ASK, SEEN, Key
-from hf_finetune.errors import ModelError, Problem
+from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _texts, _tokens
 from hf_finetune.tasks._chat import Renderer
@@ -348,15 +348,20 @@ class CausalLM(Task):
         """Return fixed prompts, or those of the first validation rows; none without validation rows."""
         if rows is None or not self.sample_prompts:
             return None
+        references: list[str] = []
         if isinstance(self.sample_prompts, int):
-            ids = self.prompts(rows[: self.sample_prompts], processor, self.sample_prompts)
+            first = rows[: self.sample_prompts]
+            ids = self.prompts(first, processor, self.sample_prompts)
+            if self.text is None:
+                with suppress(DataError):  # a chat may end in a call of a tool, which is no text to show
+                    references = self.references(first, self.sample_prompts)
         elif self._is_chat(processor):
             renderer = self.renderer(processor)
             texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
             ids = _tokens.prompt_ids(processor, texts, plain=False)
         else:
             ids = _tokens.prompt_ids(processor, self._guarded(self.sample_prompts, processor), plain=True)
-        return Prompts(ids, self.max_new_tokens)
+        return Prompts(ids, self.max_new_tokens, references=references)
 
     def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
         """Return token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.

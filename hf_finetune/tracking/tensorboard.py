@@ -90,6 +90,8 @@ class Board:
         self.writer.top = top(recipe)
         self._has_begun = self._has_ended = False
         self._times: dict[tuple[str, int], float] = {}
+        self._untrained: dict[str, str] = {}
+        """Answers at step 0, by prompt."""
         self._undrawn: set[str] = set()
         """Kinds of records of which a warning said that they can't be drawn."""
 
@@ -133,10 +135,19 @@ class Board:
             self.writer.add_scalars_of_line(found)
 
     def add_samples(self, lines: Iterable[Mapping[str, Any]], step: int) -> None:
-        """Show answers to the fixed prompts, lines of samples.jsonl."""
-        rows = [(line["prompt"], line["answer"], "ended" if line["ended"] else "cut off") for line in lines]
+        """Show answers to the fixed prompts, lines of samples.jsonl, beside those of the data and of the base model."""
+        rows = []
+        for line in lines:
+            if step == 0:  # nothing is trained yet
+                self._untrained[line["prompt"]] = line["answer"]
+            base = self._untrained.get(line["prompt"], "") if step else ""
+            end = "ended" if line["ended"] else "cut off"
+            rows.append((line["prompt"], line.get("reference", ""), base, line["answer"], end))
+        columns = ("prompt", "reference", "base model", "answer", "end")
+        kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
         with self.writer.at(step, self._time("eval", step)):
-            self.writer.add_text("samples", table(("prompt", "answer", "end"), rows))
+            text = table([columns[index] for index in kept], ([row[index] for index in kept] for row in rows))
+            self.writer.add_text("samples", text)
 
     def add_lock(self) -> None:
         """Show run.lock.json, which exists once everything is chosen."""

@@ -23,12 +23,12 @@ from hf_finetune.run.journal import Appender, Entry
 from hf_finetune.run.status import Status
 from hf_finetune.tasks._generation import answer_together
 from hf_finetune.tasks.base import Prompts
-from hf_finetune.tracking import records
+from hf_finetune.tracking import others, records
 from hf_finetune.tracking.events import EventWriter
 from hf_finetune.tracking.logdir import LogDir
 from hf_finetune.tracking.observing import environment
 from hf_finetune.tracking.records import Record
-from hf_finetune.tracking.tensorboard import Board
+from hf_finetune.tracking.tensorboard import Board, hyperparameters
 
 
 class Tracker(TrainerCallback):
@@ -47,6 +47,8 @@ class Tracker(TrainerCallback):
         """Of metrics.jsonl; the file may have lost some."""
         has_board = machine.is_main and recipe.tracking.tensorboard
         self.board = Board(recipe, folder, EventWriter(LogDir.of(recipe, folder))) if has_board else None
+        also = recipe.tracking.also if machine.is_main else []
+        self.others = others.of(also, folder.path, hyperparameters(recipe))
         self.console = Console(recipe.task.headline)
         self._metrics, self._samples = Appender(folder.metrics), Appender(folder.samples)
         self._is_recordless = False
@@ -79,6 +81,8 @@ class Tracker(TrainerCallback):
             journal.keep_lines(file, lines.get(file.name, 0))
         self.lines = journal.read(self.folder.metrics)
         records.forget_after(self.folder.observations, step if step else -1)
+        for other in self.others:
+            other.start(self.lines)
         # After `forget_after`: one of each process stays, at the step where it began.
         self._write(environment(self.machine, step))
         if self.board is not None:
@@ -99,6 +103,8 @@ class Tracker(TrainerCallback):
         self._add(line)
         if self.board is not None:
             self.board.add(line)
+        for other in self.others:
+            other.add(line, args, state, control)
         self.console.show(line, state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -128,23 +134,28 @@ class Tracker(TrainerCallback):
             self.board.add_lock()
 
     def finish(self, summary: Entry) -> None:
-        """Write the summary row and close the event file, on rank 0."""
+        """Write the summary row, and end what is shown of the run, on rank 0."""
         if not self.machine.is_main:
             return
         line = {**summary, "time": journal.now()}
         self._add(line)
         if self.board is not None:
             self.board.conclude(line)
+        for other in self.others:
+            other.add(line, None, None, None)
+            other.close(is_done=True)
         self.close()
 
     def close(self, *, is_stopped: bool = False) -> None:
-        """Close the event file; later calls do nothing.
+        """End what is shown of the run; later calls do nothing.
 
         Args:
             is_stopped: The run was preempted or interrupted, which is no failure.
         """
         if self.board is not None:
             self.board.close("unknown" if is_stopped else "failure")
+        for other in self.others:
+            other.close(is_done=False)
 
     def _add(self, line: Entry) -> None:
         self.lines.append(line)
@@ -183,9 +194,11 @@ class Samples(TrainerCallback):
         with machine.autocast(model.device.type):
             answers = answer_together(model, self.tokenizer, prompts, max_new_tokens=self.prompts.max_new_tokens)
         if machine.is_main:
+            shown = [{"reference": text} for text in self.prompts.references] or [{}] * len(prompts)
             found = [
                 {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": one.text, "ended": one.ended}
-                for prompt, one in zip(prompts, answers, strict=True)
+                | more
+                for prompt, one, more in zip(prompts, answers, shown, strict=True)
             ]
             self.tracker.add_samples(found, self._step)
 
