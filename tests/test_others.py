@@ -28,7 +28,7 @@ SHORT = (
 SECRET = "0123456789abcdef" * 3
 
 
-def needs(name: str) -> Any:
+def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}: pip install {name}")
 
 
