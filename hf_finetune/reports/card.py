@@ -100,7 +100,12 @@ def public_recipe(recipe: Recipe) -> str:
             if key_of(type(recipe), f"{prefix}{name}").card
         }
 
-    tree = shown(recipe.model_dump(mode="json", exclude_defaults=True))
+    whole, given = recipe.model_dump(mode="json"), recipe.model_dump(mode="json", exclude_defaults=True)
+    # These decide what was learned, also where the recipe leaves them to their defaults.
+    given["adapter"] = {"kind": recipe.adapter.kind} | given.get("adapter", {})
+    told = {key: whole["training"][key] for key in ("epochs", "steps", "batch_size", "learning_rate")}
+    given["training"] = {key: value for key, value in told.items() if value is not None} | given.get("training", {})
+    tree = shown(given)
     if hub_base(recipe) is None and not recipe.model.name.startswith(PACKAGE):
         tree["model"]["name"] = LOCAL
     for part in (tree["data"], *tree["data"].get("mix", ())):
