@@ -40,7 +40,7 @@ def hf_finetune(*arguments: str, launcher: tuple[str, ...] = ("-m", "hf_finetune
 def test_a_recipe_alone_means_train(recipe: str, tmp_path: Path) -> None:
     done = hf_finetune(recipe, "training.epochs=1")
     assert done.returncode == 0, done.stderr
-    assert "watch it with       tensorboard --logdir" in done.stdout
+    assert "  hf-finetune tensorboard " in done.stdout
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     assert [line for line in done.stderr.splitlines() if line.strip()] == []
 
@@ -147,7 +147,7 @@ def test_two_processes_print_once(recipe: str) -> None:
     done = hf_finetune("--log-format", "json", recipe, "training.epochs=1", *QUICK, launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["level"] for line in done.stdout.splitlines()].count("error") == 0
-    assert done.stdout.count("watch it with") == 1
+    assert done.stdout.count("hf-finetune tensorboard") == 1
     assert "2 x cpu" in done.stdout
 
 

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from hf_finetune import log
 from hf_finetune.models import attention, kernels
 from hf_finetune.models import paths as models_paths
 from hf_finetune.models.kernels import FastHead
@@ -513,7 +514,9 @@ def test_with_dropout_and_in_bf16_as_much_is_learned(run: Callable[..., Run]) ->
 def test_what_is_taken_is_said_and_what_is_switched_off_is_not(
     run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    log.open_for(verbose=True)
     run("training.steps=1", "speed.cheap_dropout=false", "training.precision=bf16")
+    log.open_for()
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fast paths: "))
     assert "fused lora" in said
     assert "dropout" not in said

@@ -169,30 +169,27 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
     assert "48.4%" in dict(reports_run.cost(replace(run, lines=lines)))["Matmul peak"]
 
 
-def test_the_summary_tells_how_to_watch_only_what_can_be_watched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: Any = {
-        "steps": 1,
-        "resumed_at": 0,
-        "not_taken": 0,
-        "seconds": 1.0,
-        "rates": {},
-        "peak_memory": None,
-        "scores": {},
-    }
-    found |= {"reload_difference": 0.0}
+def test_the_summary_ends_with_the_commands_that_fit_the_run(tmp_path: Path) -> None:
+    found: Any = {"steps": 1, "resumed_at": 0, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None}
+    found |= {"scores": {}, "reload_difference": 0.0}
 
-    def last_line(**tracking: Any) -> str:
-        made = reported.recipe(tmp_path, CLASSES).model_copy(update={"tracking": Tracking(**tracking)})
+    def commands(kind: Any, **changes: Any) -> list[str]:
+        made = reported.recipe(tmp_path, kind).model_copy(update=changes)
         outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("runs/a b"), **found)
-        return reports_run.summary_lines(outcome)[-1]
+        lines = reports_run.summary_lines(outcome)
+        first = next(n for n, line in enumerate(lines) if line.startswith("  next "))
+        place = "hf-finetune "
+        return [line[line.index(place) :].removeprefix(place) for line in lines[first:]]
 
-    assert last_line().endswith("  tensorboard --logdir 'runs/a b/tensorboard'")
-    assert last_line(folder="elsewhere").endswith("  tensorboard --logdir elsewhere")
-    assert "tensorboard" not in last_line(tensorboard=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "  pip install tensorboard; tensorboard --logdir " in last_line()
+    assert commands(CLASSES) == [
+        "predict 'runs/a b' --input FILE",
+        "evaluate 'runs/a b' --against base",
+        "merge 'runs/a b' --to FOLDER",
+        "push 'runs/a b' --repo OWNER/NAME",
+        "tensorboard 'runs/a b'",
+    ]
+    assert commands(CLASSES, tracking=Tracking(tensorboard=False))[-1].startswith("push")
+    assert "chat 'runs/a b'" in commands({"kind": "causal_lm", "prompt": "question", "completion": "answer"})
 
 
 def test_ten_thousand_rows_take_two_seconds_at_most() -> None:

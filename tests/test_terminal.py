@@ -95,7 +95,7 @@ def objects(text: str) -> list[dict[str, Any]]:
 def test_a_run_shows_bars_and_leaves_nothing_but_its_lines(recipe: str, live: Callable[[], Terminal]) -> None:
     screen = live()
     assert main(recipe, "training.epochs=2", "checkpoints.every=2") == 0
-    wait_for("watch it with", screen)
+    wait_for("hf-finetune tensorboard", screen)
     for phase in (
         "reading data",
         f"tokenising train {BAR}",
@@ -335,7 +335,8 @@ def test_plain_lines_are_what_they_were(recipe: str, capfd: pytest.CaptureFixtur
     step = rf"step 1/2  epoch 0\.50  {values}  \d:\d\d left"
     assert [bool(re.fullmatch(step, line)) for line in lines if line.startswith("step 1")] == [True]
     assert any(re.fullmatch(rf"eval at step 2  loss {number}  accuracy {number} .*", line) for line in lines)
-    assert lines[-1].startswith("  watch it with       tensorboard --logdir")
+    assert lines[-1].endswith(f"  hf-finetune tensorboard {Path(recipe).parent / 'run'}")
+    assert not [line for line in lines if line.startswith(("chosen here", "fast paths"))]
 
 
 def test_a_quiet_run_says_nothing_and_a_quiet_check_what_is_wrong(

@@ -119,6 +119,8 @@ def _add_common(parser: Parser) -> None:
     help_format = "json: every line of stdout and stderr is one JSON object, for log collectors"
     group.add_argument(_FORMAT, choices=("text", "json"), help=help_format)
     group.add_argument("--quiet", action="store_true", help="say warnings, errors and what was asked for, nothing else")
+    text = "say more, e.g. which precision and fast paths were chosen, and why"
+    group.add_argument("--verbose", action="store_true", help=text)
     group.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
 
 
@@ -133,7 +135,7 @@ def complete(words: list[str]) -> list[str]:
 def open_terminal(words: list[str]) -> None:
     """Print as the words say, before they are known to be right: mistakes in them are printed in that manner, too."""
     is_json = f"{_FORMAT}=json" in words or (_FORMAT, "json") in pairwise(words)
-    log.open_for("json" if is_json else "text", quiet="--quiet" in words)
+    log.open_for("json" if is_json else "text", quiet="--quiet" in words, verbose="--verbose" in words)
 
 
 # Every rank of a node finds these; its first one prints them.

@@ -85,7 +85,8 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
         say(f"note: {note}")
     width = max(map(len, result.plan), default=0)
     for name, text in result.plan.items():
-        tell(Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}")))
+        line = Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}"))
+        (log.detail if name == "chosen" else tell)(line)
     counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
     tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
     keys = max((len(key) for key, _, _ in origins), default=0)
@@ -172,7 +173,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     if repeat is not None:
         log.say(f"note: repeats the run of {repeat.file} in {reading.recipe.output}")
     # Imported after the recipe is known to be right: this takes seconds.
-    with log.phase("starting", is_told=False):
+    with log.phase("loading libraries"):
         from hf_finetune.pipeline.train import train
 
     train(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
@@ -229,7 +230,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         split=(arguments.split or opening.HELD_OUT) if is_read else None,
         columns=arguments.by,
     )
-    from hf_finetune.inference import evaluate
+    with log.phase("loading libraries"):
+        from hf_finetune.inference import evaluate
 
     if arguments.lm_eval:
         evaluate.run_lm_eval(
@@ -296,7 +298,8 @@ def run_predict(arguments: argparse.Namespace) -> None:
     rows.find(arguments.input, arguments.input_format)
     if arguments.output != "-":
         opening.refuse_output(arguments.output, restart=arguments.restart)
-    from hf_finetune.inference import predict
+    with log.phase("loading libraries"):
+        from hf_finetune.inference import predict
 
     options = predict.Options(
         run=arguments.run_folder,
@@ -336,7 +339,8 @@ def run_chat(arguments: argparse.Namespace) -> None:
     from hf_finetune.inference import opening
 
     opening.look(arguments.run_folder, arguments.overrides)
-    from hf_finetune.inference import chat
+    with log.phase("loading libraries"):
+        from hf_finetune.inference import chat
 
     chat.run(
         arguments.run_folder,
@@ -378,9 +382,12 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(arguments: argparse.Namespace) -> None:
     """Merge."""
-    from hf_finetune.inference import merge, opening
+    from hf_finetune.inference import opening
 
     opening.look(arguments.run_folder, arguments.overrides, files=arguments.data)
+    with log.phase("loading libraries"):
+        from hf_finetune.inference import merge
+
     options = merge.Options(
         to=arguments.to,
         dtype=arguments.dtype,

@@ -234,6 +234,8 @@ def run(
         model = Classifier(Labels(opened, opened.serve(opened.model())))
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
+        recipe = opened.recipe
+        log.say(f"{place}: {recipe.task.kind}, {recipe.model.name} fine-tuned by {recipe.adapter.kind}")
         log.say(model.help)
         _talk(model)
         return

@@ -32,15 +32,24 @@ _handler = Lines()
 _logger.addHandler(_handler)
 
 
-def open_for(log_format: Literal["text", "json"] | None = None, *, quiet: bool = False) -> None:
-    """Print in this manner until `close`; `quiet` leaves warnings, errors, and what the command was given to print."""
+def open_for(log_format: Literal["text", "json"] | None = None, *, quiet: bool = False, verbose: bool = False) -> None:
+    """Print in this manner until `close`.
+
+    Args:
+        log_format: Lines for people, or JSON lines.
+        quiet: Leave warnings, errors, and what the command was given to print.
+        verbose: Print details, too: see `detail`.
+    """
     level = logging.ERROR if rank() else logging.WARNING if quiet else logging.INFO
+    _logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose and level == logging.INFO:
+        level = logging.DEBUG
     if log_format == "json":
         _use(JsonLines(level))
-    elif level == logging.INFO and _is_live():
+    elif level <= logging.INFO and _is_live():
         from hf_finetune.log.live import Display
 
-        _use(Display())
+        _use(Display(level))
     else:
         _use(Lines(level))
 
@@ -92,6 +101,11 @@ def tell(message: Message) -> None:
     # The level of the record only decides whether it is printed; the message has its own.
     level = logging.CRITICAL if message.is_asked_for else logging.getLevelNamesMapping()[message.level.upper()]
     _logger.log(level, "%s", message.text, extra={"structured": message})
+
+
+def detail(message: Message) -> None:
+    """Print what few people want to know, where `--verbose` asks for it."""
+    _logger.debug("%s", message.text, extra={"structured": message})
 
 
 def say(line: str) -> None:

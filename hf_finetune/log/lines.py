@@ -138,8 +138,8 @@ def clock(seconds: float) -> str:
 
 LEAST = 20
 """Columns below which nothing is broken: no word would fit."""
-# In backticks, or at the end of a line behind a colon: a command must stay in one piece to be copied.
-_COMMAND = re.compile(r"`[^`\n]+`|(?<=: )(?:\S*/)?(?:hf-finetune|accelerate|torchrun|python[\d.]*) .+$")
+# In backticks, or at the end of a line, alone or behind a colon: a command must stay in one piece to be copied.
+_COMMAND = re.compile(r"`[^`\n]+`|(?:^|(?<=: ))(?:\S*/)?(?:hf-finetune|accelerate|torchrun|python[\d.]*) .+$")
 # Before the text of an indented line stand spaces, and its name where it has a column of its own.
 _HEAD = re.compile(r"(\s+)(?:\S+(?: \S+)*\s{2,})?")
 _GAP, _SINGLE = re.compile(r"(?<=\S)( {2,})(?=\S)"), re.compile(r"(?<=\S) (?=\S)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import importlib
 import io
+import logging
 import os
 import sys
 import threading
@@ -31,8 +32,8 @@ _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 class Display(Lines):
     """Plain lines, and below them a bar for each phase that is running."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, level: int = logging.INFO) -> None:
+        super().__init__(level)
         self._lock = threading.RLock()
         self._phases: list[Phase] = []
         self._live: live.Live | None = None

@@ -136,10 +136,11 @@ def check(
     # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
     # from its lock, which only they can tell.
     if reading.recipe is not None and (repeat is not None or not findings.exit_code):
-        from hf_finetune import device
-        from hf_finetune.pipeline.examine import examine, fit_alone
-        from hf_finetune.pipeline.plan import plan
-        from hf_finetune.training import locking
+        with log.phase("loading libraries"):
+            from hf_finetune import device
+            from hf_finetune.pipeline.examine import examine, fit_alone
+            from hf_finetune.pipeline.plan import plan
+            from hf_finetune.training import locking
 
         with log.quietly():
             # As one process on this machine: `check` joins no ranks.

@@ -456,9 +456,10 @@ def take_fast_paths(run: Training) -> None:
     # A path that is younger than the run was not taken when it began, either.
     left_out = {name: False for name in PATHS if then and not then.get(name, False)}
     allowed = run.recipe.model_copy(update={"speed": run.recipe.speed.model_copy(update=left_out)})
-    paths = trainer.paths = models_paths.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
-    if paths.taken:
-        run.say("fast paths: " + ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items()))
+    with phase("comparing fast paths"):
+        paths = trainer.paths = models_paths.take(trainer.bare_model, allowed, run.machine, run.job.targets, batch)
+    shown = ", ".join(f"{name.replace('_', ' ')} ({what})" for name, what in paths.taken.items())
+    log.detail(Message(f"fast paths: {shown or 'none'}"))
     # Compiling comes last: it is timed with the paths that are taken, and compiles them, too.
     began = time.perf_counter()
     known = None if before is None or run.recipe.speed.compile != "auto" else before.made.get("compiled")
@@ -472,7 +473,7 @@ def take_fast_paths(run: Training) -> None:
         paths.compile(run.bench.base)
     run.probe_seconds += paths.seconds + time.perf_counter() - began
     run.choices = run.choices.plus("compiled", known)
-    run.say(f"chosen here: {run.choices.describe()}")
+    log.detail(Message(f"chosen here: {run.choices.describe()}"))
     taken = {name: name in paths.taken for name in PATHS if getattr(run.recipe.speed, name)}
     if other := [name for name, was in then.items() if taken.get(name, was) != was]:
         run.say(f"warning: {', '.join(other)}: not as when the run began, the next steps may differ in bits")
@@ -562,9 +563,9 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
     # Report and card are made of the journal, so that its last line comes first.
     run.tracker.finish(summary)
     if machine.is_main:
-        found = reports_run.write(outcome, run.tracker.lines)
-        if found is not None:
-            card.complete(found)
+        with phase("writing the report"):
+            if (found := reports_run.write(outcome, run.tracker.lines)) is not None:
+                card.complete(found)
         lines = reports_run.summary_lines(outcome)
         log.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(run.folder.path)}))
     PartialState().wait_for_everyone()
@@ -590,8 +591,7 @@ def _out_of_memory_explained(run: Training) -> Iterator[None]:
         trainer, job, length = run.trainer, run.job, run.recipe.data.max_length
         if trainer.is_in_train and run.adapted.training:
             what = f"training with {job.division.micro_batch} rows of up to {length} tokens"
-            less = "halve training.micro_batch (the optimisation stays the same)"
-            hint = f"{less} or set training.activation_checkpointing"
+            hint = "halve training.micro_batch (the same optimisation) or set training.activation_checkpointing"
         else:
             rows = rows_of(length, *job.eval_batch(all_logits=trainer.paths.makes_all_logits))
             what = f"evaluating with {rows} rows of {length} tokens, or as many tokens in more rows"

@@ -5,10 +5,9 @@ A report never fails a run: what can't be drawn or written is warned about once.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -24,6 +23,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
 from hf_finetune.run import journal
+from hf_finetune.run import lock as run_lock
 from hf_finetune.run.files import write_atomically
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
@@ -168,9 +168,6 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if rates:
         speed = f"{rates['samples_per_second']:.1f} samples/s, {rates['tokens_per_second']:.0f} tokens/s"
         rows.append(("speed", f"{speed}, {rates['padding_share']:.1%} padding"))
-    if "matmul_share" in rates:
-        share, peak = rates["matmul_share"], rates["matmul_peak"]
-        rows.append(("matmul peak", f"{share:.1%} of {peak / 1e12:.3g} TFLOP/s, measured here"))
     if outcome.peak_memory is not None:
         rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
     for split, scores in outcome.scores.items():
@@ -180,16 +177,26 @@ def summary_lines(outcome: Outcome) -> list[str]:
     else:
         apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
         rows.append(("saved and reloaded", f"{folder.adapter} ({apart})"))
-    page = f", {folder.page.name}" if recipe.tracking.report else ""
-    rows += [("report", f"{folder.report}{page}"), ("run folder", str(folder.path))]
-    if recipe.tracking.tensorboard:
-        from hf_finetune.tracking.logdir import LogDir
-
-        watch = f"tensorboard --logdir {shlex.quote(LogDir.of(recipe, folder).folder)}"
-        is_installed = importlib.util.find_spec("tensorboard") is not None
-        rows.append(("watch it with", watch if is_installed else f"pip install tensorboard; {watch}"))
+    pages = f"{folder.page}, {folder.report.name}; pictures in {folder.plots.name}/"
+    rows += [("report", pages if recipe.tracking.report else str(folder.report))]
+    rows += [("" if number else "next", command) for number, command in enumerate(_next_commands(outcome))]
     width = max(len(name) for name, _ in rows)
     return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def _next_commands(outcome: Outcome) -> Iterator[str]:
+    """Give the commands that one is likely to want now, to be copied."""
+    recipe, place = outcome.recipe, shlex.quote(str(outcome.folder.path))
+    yield f"hf-finetune predict {place} --input FILE"
+    if recipe.task.generates:
+        yield f"hf-finetune chat {place}"
+    is_scored = recipe.data.has_validation or recipe.data.test is not None
+    yield f"hf-finetune evaluate {place} {'--against base' if is_scored else '--data FILE'}"
+    yield f"hf-finetune merge {place} --to FOLDER"
+    if recipe.hub is None:
+        yield f"hf-finetune push {place} --repo OWNER/NAME"
+    if recipe.tracking.tensorboard:
+        yield f"hf-finetune tensorboard {place}"
 
 
 # Data of one run for its reports: metrics, observations, sample answers and environment, read from its folder.
@@ -449,6 +456,11 @@ def setup(run: RunData) -> Pairs:
         part, whole = summary["trained_parameters"], summary["parameters"]
         rows.append(("Parameters", f"{part:,} of {whole:,} trained ({part / whole:.2%})"))
     rows += [("Machine", machine)] if machine else []
+    if (choices := run_lock.choices(run.folder.run_lock)) is not None:
+        paths: dict[str, bool] = choices.value("fast_paths") or {}
+        rows.append(("Chosen here", choices.without("fast_paths").describe()))
+        if taken := [name.replace("_", " ") for name, was in paths.items() if was]:
+            rows.append(("Fast paths", ", ".join(taken)))
     rows += [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
     if "step" in summary:
         skipped = summary.get("steps_not_taken", 0)

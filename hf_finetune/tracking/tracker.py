@@ -15,6 +15,7 @@ from hf_finetune import log
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine
 from hf_finetune.log import say, warn
+from hf_finetune.log import text as log_text
 from hf_finetune.log.lines import Message, Phase, clock
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
@@ -263,10 +264,16 @@ class Console(TrainerCallback):
                 "samples_per_second": "{:.1f} samples/s",
                 "tokens_per_second": "{:.0f} tokens/s",
             }
-            values = [shown.format(line[name]) for name, shown in formats.items() if name in line]
-            self._training.detail = "  ".join(values)
+            values = {name: shown.format(line[name]) for name, shown in formats.items() if name in line}
+            self._training.detail = "  ".join(values.values())
             left = f"{clock(self._training.left() or 0.0)} left"
-            text = "  ".join([f"step {line['step']}/{state.max_steps}", f"epoch {line['epoch']:.2f}", *values, left])
+            head = [f"step {line['step']}/{state.max_steps}", f"epoch {line['epoch']:.2f}"]
+            text = "  ".join([*head, *values.values(), left])
+            # A narrow terminal gets one line a step, too.
+            for least in ("tokens_per_second", "grad_norm", "learning_rate"):
+                if len(text) > log_text.width():
+                    values.pop(least, None)
+                    text = "  ".join([*head, *values.values(), left])
         else:
             scores = [f"{name} {line[name]:.4f}" for name in self.headline if name in line]
             text = "  ".join([f"{phase:>4} at step {line['step']}", *scores])
