@@ -175,7 +175,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if outcome.reload_difference is None:
         rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
     else:
-        apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
+        apart = "its logits are equal"
+        if outcome.reload_difference:
+            apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
         rows.append(("saved and reloaded", f"{folder.adapter} ({apart})"))
     pages = f"{folder.page}, {folder.report.name}; pictures in {folder.plots.name}/"
     rows += [("report", pages if recipe.tracking.report else str(folder.report))]
