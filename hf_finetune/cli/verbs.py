@@ -85,8 +85,9 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
         say(f"note: {note}")
     width = max(map(len, result.plan), default=0)
     for name, text in result.plan.items():
-        line = Message(f"{name}: {text}", "plan", fields={name: text}, line=printable(f"  {name:<{width}}  {text}"))
-        (log.detail if name == "chosen" else tell)(line)
+        shown = printable(f"  {name:<{width}}  {text}")
+        print_it = log.detail if name == "chosen" else tell
+        print_it(Message(f"{name}: {text}", "plan", fields={name: text}, line=shown))
     counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
     tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
     keys = max((len(key) for key, _, _ in origins), default=0)
