@@ -202,3 +202,22 @@ def test_a_tracker_that_refuses_costs_one_warning(
     done = run(*SHORT, f"tracking.also=[{name}]")
     assert done.status["state"] == "done"
     assert capsys.readouterr().err.count(f"{name} gets no more numbers") == 1
+
+
+@pytest.mark.parametrize("name", ["csv", *(pytest.param(name, marks=needs(name)) for name in others.CALLBACKS)])
+def test_a_tracker_changes_no_number(
+    name: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (
+        ("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri()), ("MLFLOW_ALLOW_FILE_STORE", "true"),
+        ("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("TRACKIO_DIR", str(tmp_path)),
+    ):  # fmt: skip
+        monkeypatch.setenv(key, value)
+    losses = [
+        [
+            line.get("loss")
+            for line in read(run(*SHORT, f"tracking.also=[{also}]", restart=True).folder / "metrics.jsonl")
+        ]
+        for also in (name, "")
+    ]
+    assert losses[0] == losses[1]
