@@ -52,11 +52,12 @@ def test_a_recipe_that_can_run_gets_a_plan(recipe: Path, check: Callable[..., An
     code, out, err = check(recipe)
     assert (code, err) == (0, "")
     names = " ".join(line.split()[0] for line in out.splitlines()[:-1])
-    assert names == "task model train validation labels steps padding machine chosen memory checkpoints disk"
+    assert names == "task model train validation labels steps padding machine memory checkpoints disk"
     assert "72 rows" in out
     assert "10 steps of 16 rows" in out
     assert out.splitlines()[-1].endswith("this recipe can run")
     assert not (recipe.parent / "run").exists()
+    assert "\n  chosen " in check(recipe, "--verbose")[1]
 
 
 def test_of_a_stream_the_first_rows_are_looked_at(recipe: Path, check: Callable[..., Any]) -> None:

@@ -516,7 +516,7 @@ def test_what_is_taken_is_said_and_what_is_switched_off_is_not(
 ) -> None:
     log.open_for(verbose=True)
     run("training.steps=1", "speed.cheap_dropout=false", "training.precision=bf16")
-    log.open_for()
+    log.close()
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fast paths: "))
     assert "fused lora" in said
     assert "dropout" not in said

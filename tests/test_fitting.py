@@ -239,7 +239,7 @@ def test_the_plan_says_what_would_be_chosen_and_what_is_too_much(
 ) -> None:
     ready()
     monkeypatch.setenv("HF_FINETUNE_MEMORY", "1kB")
-    main.main(["check", str(tmp_path / "recipe.yaml")])
+    main.main(["check", "--verbose", str(tmp_path / "recipe.yaml")])
     told = capsys.readouterr()
     assert "chosen       micro batch 1 (estimated: 1 row needs " in told.out
     assert "of up to 1\n" in told.out
