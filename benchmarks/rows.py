@@ -7,7 +7,7 @@ these is a process of its own, with a new cache, and is watched with all the pro
 
     check         `hf-finetune check`: everything that is known before weights load; fills the cache
     train         `hf-finetune` of the same recipe, three steps, from that cache
-    preparation   `hf_finetune.data.prepare.prepare` alone, with the seconds of each of its phases
+    preparation   `hf_finetune.data.prepare.prepare` alone
     datasets.map  `load_dataset` of the same file, and `map` with the same tokenizer and as many processes
 
 `memory` is what nobody can take back: the peak of the proportional share of anonymous and shared memory, added up over
@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,28 +239,19 @@ def _megabytes(count: int) -> int:
 
 
 def preparation(recipe: Path) -> dict[str, Any]:
-    """Prepare the data of a recipe with a new cache; seconds in all and of each phase."""
+    """Prepare the data of a recipe with a new cache, and time it in seconds."""
     from hf_finetune import device
     from hf_finetune.data import prepare
-    from hf_finetune.log.lines import Phase
     from hf_finetune.models import pretrained
     from hf_finetune.recipe import Recipe
-
-    phases: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
-        began = time.perf_counter()
-        yield Phase(name, total, unit)
-        phases[name] = round(time.perf_counter() - began, 1)
 
     with tempfile.TemporaryDirectory(dir=recipe.parent) as cache:
         read = Recipe.load(str(recipe), [f"data.cache={cache}"])
         machine = device.alone(read)
         tokenizer = pretrained.load_tokenizer(read.model)
         began = time.perf_counter()
-        prepare.prepare(read, tokenizer, machine, timed)
-        return {"seconds": round(time.perf_counter() - began, 1), "phases": phases}
+        prepare.prepare(read, tokenizer, machine)
+        return {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def plain_map(recipe: Path, workers: int) -> dict[str, Any]:
