@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
 
 
@@ -31,12 +32,30 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         RecipeError: There is neither a recipe nor a lock.
     """
     path, overrides = arguments.recipe, list(arguments.overrides)
+    if getattr(arguments, "data", None) is not None:
+        return _made(arguments, path, overrides)
     if arguments.locked is None:
         if path is None:
             raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
     elif path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
         path, overrides = None, [path, *overrides]
     return path or "", overrides
+
+
+def _made(arguments: argparse.Namespace, path: str | None, overrides: list[str]) -> tuple[str, list[str]]:
+    """Make the recipe of `train --data`, or find the one that the same command made before."""
+    from hf_finetune.pipeline.init import init
+
+    if path is not None and "=" in path and not Path(path).exists():  # the first override
+        path, overrides = None, [path, *overrides]
+    if path is not None or arguments.locked is not None:
+        raise RecipeError("--data makes the recipe; leave RECIPE and --locked out, or --data")
+    if arguments.model is None:
+        raise RecipeError("--data needs --model NAME: a Hub id or a folder")
+    recipe, says = init(arguments.data, kind=arguments.task, model=arguments.model)
+    for sentence in [*says, f"the recipe is {recipe}"]:
+        log.say(sentence)
+    return recipe, overrides
 
 
 def add_run(parser: argparse.ArgumentParser, example: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -134,11 +135,49 @@ def _answer(text: str) -> None:
     tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
 
 
+# hf-finetune init
+
+HELP_INIT = "write a first recipe for a file of rows or a folder of images"
+DESCRIPTION_INIT = """\
+Write a first recipe: the task is recognised by the columns and what they hold, and each choice stands there with its
+reason.
+Read are csv, tsv, json, jsonl, parquet and txt files, folders with a training file, and folders or zip files with
+a folder of images for each label.
+"""
+
+
+def declare_init(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("place", metavar="DATA", help="file or folder")
+    add("--task", metavar="KIND", help="task, e.g. text_classification; by default the likeliest")
+    add("--model", metavar="NAME", help="Hub id or folder; by default a small one for the task")
+    add("-o", "--output", metavar="RECIPE", help="by default named after the data")
+    add("--overwrite", action="store_true", help="replace another recipe that is there")
+
+
+def run_init(arguments: argparse.Namespace) -> None:
+    """Write it."""
+    from hf_finetune.pipeline.init import init
+
+    recipe, says = init(
+        arguments.place,
+        kind=arguments.task,
+        model=arguments.model,
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+    )
+    for sentence in [*says, f"wrote {recipe}"]:
+        say(sentence)
+    say(f"next: hf-finetune check {shlex.quote(recipe)}, then: hf-finetune train {shlex.quote(recipe)}")
+
+
 # hf-finetune train
 
 HELP_TRAIN = "fine-tune"
 DESCRIPTION_TRAIN = """\
 Fine-tune. The same command resumes a run that was stopped, and does nothing where it is finished.
+Without a recipe: hf-finetune train --model NAME --data FILE writes one as `init` does, and trains it.
 On several devices: hf-finetune train --processes auto RECIPE ...
 With --locked a run is repeated bit for bit, or refused with all that differs.
 """
@@ -148,6 +187,9 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_recipe(parser)
     text = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
+    parser.add_argument("--data", metavar="DATA", help="make the recipe for this file or folder, as `init` does")
+    parser.add_argument("--model", metavar="NAME", help="with --data: Hub id or folder")
+    parser.add_argument("--task", metavar="KIND", help="with --data: the task; by default the likeliest")
     parser.add_argument("--processes", metavar="N|auto", type=processes, help=text)
 
 
@@ -550,6 +592,7 @@ class Verb(NamedTuple):
 
 
 VERBS = (
+    Verb("init", HELP_INIT, DESCRIPTION_INIT, declare_init, run_init),
     Verb("train", HELP_TRAIN, DESCRIPTION_TRAIN, declare_train, run_train),
     Verb("check", HELP_CHECK, DESCRIPTION_CHECK, declare_check, run_check),
     Verb("evaluate", HELP_EVALUATE, DESCRIPTION_EVALUATE, declare_evaluate, run_evaluate),
