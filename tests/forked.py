@@ -20,7 +20,7 @@ from typing import IO, Any
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-PATIENCE = 90.0
+PATIENCE = 240.0
 """Seconds that anything may take."""
 Stream = int | IO[Any] | None
 

@@ -38,7 +38,7 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         if path is None:
             raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
     elif path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
-        path, overrides = None, [path, *overrides]
+        overrides, path = [path, *overrides], None
     return path or "", overrides
 
 
@@ -47,7 +47,7 @@ def _made(arguments: argparse.Namespace, path: str | None, overrides: list[str])
     from hf_finetune.pipeline.init import init
 
     if path is not None and "=" in path and not Path(path).exists():  # the first override
-        path, overrides = None, [path, *overrides]
+        overrides, path = [path, *overrides], None
     if path is not None or arguments.locked is not None:
         raise RecipeError("--data makes the recipe; leave RECIPE and --locked out, or --data")
     if arguments.model is None:

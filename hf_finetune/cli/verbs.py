@@ -141,8 +141,8 @@ HELP_INIT = "write a first recipe for a file of rows or a folder of images"
 DESCRIPTION_INIT = """\
 Write a first recipe: the task is recognised by the columns and what they hold, and each choice stands there with its
 reason.
-Read are csv, tsv, json, jsonl, parquet and txt files, folders with a training file, and folders or zip files with
-a folder of images for each label.
+It reads csv, tsv, json, jsonl, parquet and txt files, folders with a training file, and folders or zip files with a
+folder of images for each label.
 """
 
 
@@ -160,13 +160,8 @@ def run_init(arguments: argparse.Namespace) -> None:
     """Write it."""
     from hf_finetune.pipeline.init import init
 
-    recipe, says = init(
-        arguments.place,
-        kind=arguments.task,
-        model=arguments.model,
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-    )
+    given = {"kind": arguments.task, "model": arguments.model, "output": arguments.output}
+    recipe, says = init(arguments.place, **given, overwrite=arguments.overwrite)
     for sentence in [*says, f"wrote {recipe}"]:
         say(sentence)
     say(f"next: hf-finetune check {shlex.quote(recipe)}, then: hf-finetune train {shlex.quote(recipe)}")
