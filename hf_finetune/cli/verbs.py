@@ -139,8 +139,7 @@ def _answer(text: str) -> None:
 
 HELP_INIT = "write a first recipe for a file of rows or a folder of images"
 DESCRIPTION_INIT = """\
-Write a first recipe: the task is recognised by the columns and what they hold, and each choice stands there with its
-reason.
+Write a first recipe: the task is recognised by the columns and their values, and each choice comes with its reason.
 It reads csv, tsv, json, jsonl, parquet and txt files, folders with a training file, and folders or zip files with a
 folder of images for each label.
 """
@@ -162,9 +161,9 @@ def run_init(arguments: argparse.Namespace) -> None:
 
     given = {"kind": arguments.task, "model": arguments.model, "output": arguments.output}
     recipe, says = init(arguments.place, **given, overwrite=arguments.overwrite)
-    for sentence in [*says, f"wrote {recipe}"]:
+    named = shlex.quote(recipe)
+    for sentence in [*says, f"wrote {recipe}", f"next: hf-finetune check {named}, then: hf-finetune train {named}"]:
         say(sentence)
-    say(f"next: hf-finetune check {shlex.quote(recipe)}, then: hf-finetune train {shlex.quote(recipe)}")
 
 
 # hf-finetune train
@@ -172,7 +171,7 @@ def run_init(arguments: argparse.Namespace) -> None:
 HELP_TRAIN = "fine-tune"
 DESCRIPTION_TRAIN = """\
 Fine-tune. The same command resumes a run that was stopped, and does nothing where it is finished.
-Without a recipe: hf-finetune train --model NAME --data FILE writes one as `init` does, and trains it.
+Without a recipe, --model NAME --data FILE writes one as `init` does.
 On several devices: hf-finetune train --processes auto RECIPE ...
 With --locked a run is repeated bit for bit, or refused with all that differs.
 """
@@ -181,11 +180,11 @@ With --locked a run is repeated bit for bit, or refused with all that differs.
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_recipe(parser)
-    text = "processes to start on this machine; auto: one for each visible GPU, one on a CPU"
-    parser.add_argument("--data", metavar="DATA", help="make the recipe for this file or folder, as `init` does")
-    parser.add_argument("--model", metavar="NAME", help="with --data: Hub id or folder")
-    parser.add_argument("--task", metavar="KIND", help="with --data: the task; by default the likeliest")
-    parser.add_argument("--processes", metavar="N|auto", type=processes, help=text)
+    add = parser.add_argument
+    add("--data", metavar="DATA", help="make the recipe for this file or folder, as `init` does")
+    add("--model", metavar="NAME", help="with --data: Hub id or folder")
+    add("--task", metavar="KIND", help="with --data: the task; by default the likeliest")
+    add("--processes", metavar="N|auto", type=processes, help="on this machine; auto: one a visible GPU, one on a CPU")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
