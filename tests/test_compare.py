@@ -170,7 +170,7 @@ def test_a_leaderboard_fits_its_terminal_and_says_what_it_leaves_out(
     assert max(map(len, table.splitlines())) <= 60
     assert "learning" not in out  # equal in all of them
     assert ["c", "done", "0.8500", "16", "1:15"] in list(cells(table))
-    assert "columns do not fit" in " ".join(remarks.split())
+    assert "they do not fit" in " ".join(remarks.split())
 
 
 def test_every_format_of_a_leaderboard_has_all_of_it(many: Path, capsys: pytest.CaptureFixture[str]) -> None:

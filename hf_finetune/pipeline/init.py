@@ -353,7 +353,12 @@ def look(place: str, table: Path) -> Source:
         found = reading.find(str(path), None).rows(())
         path = _write_table(table, [{"text": row.cells["text"]} for row in found if not row.fault])
         return _read(path, {}, written=str(path))
-    return _read(path, _beside(path))
+    splits = {}
+    for split, names in (("validation", VALIDATIONS), ("test", TESTS)):
+        candidates = [path.with_name(path.name.replace("train", name)) for name in names if "train" in path.name]
+        if (file := next((file for file in candidates if file.is_file()), None)) is not None:
+            splits[split] = str(file)
+    return _read(path, splits)
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -380,16 +385,6 @@ def _write_table(table: Path, rows: Sequence[Mapping[str, str]]) -> Path:
     with writing(file):
         write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
-
-
-def _beside(path: Path) -> dict[str, str]:
-    """Find the validation and test files that belong to a training file."""
-    found = {}
-    for split, names in (("validation", VALIDATIONS), ("test", TESTS)):
-        candidates = [path.with_name(path.name.replace("train", name)) for name in names if "train" in path.name]
-        if (file := next((file for file in candidates if file.is_file()), None)) is not None:
-            found[split] = str(file)
-    return found
 
 
 def _read(path: Path, splits: Mapping[str, str], written: str = "") -> Source:

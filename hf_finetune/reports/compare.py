@@ -446,9 +446,9 @@ def _ranking(comparison: Comparison, form: str) -> str:
     if sort is not None:
         first = {True: "greatest", False: "lowest", None: "greatest"}[_is_greater_better(sort)]
         order = f", {first} {sort} first (--sort METRIC for another)"
-    remarks = [f"{len(runs)} runs, {finished} finished{order}", *_remarks(comparison)]
+    remarks = [f"{len(runs)} run{'s' * (len(runs) != 1)}, {finished} finished{order}", *_remarks(comparison)]
     if hidden := [column.name for column in columns if column.name not in shown]:
-        remarks.append(f"{len(hidden)} columns do not fit ({', '.join(hidden)}); --format csv has them all")
+        remarks.append(f"left out, as they do not fit: {', '.join(hidden)}; --format csv has all columns")
     columns_of_terminal = log_text.width()
     wrapped = [log_lines.wrapped(printable(remark), columns_of_terminal) for remark in remarks]
     return "\n".join([*log_text.text(heads, [rows]), "", *wrapped])
