@@ -55,7 +55,7 @@ def test_a_repeat_is_the_same_bits_and_leaves_the_run_alone(
 
 
 def test_what_was_chosen_by_measuring_is_taken_over(
-    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "WORTH", 1)  # every run is long enough to measure
     monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
@@ -68,9 +68,9 @@ def test_what_was_chosen_by_measuring_is_taken_over(
     made["fast_paths"]["value"]["fused_lora"] = False
     lock.write_text(json.dumps(content))
     assert go("train", "--locked", lock, f"output={tmp_path / 'run'}", *QUICK) == 0
-    told = capsys.readouterr().out
-    assert f"attention {other} (measured, long ago)" in told
-    assert "fused lora" not in told
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"attention {other} (measured, long ago)" in report
+    assert "fused lora" not in report
     assert not (tmp_path / "cache" / "tuning").exists()
     kept = json.loads((tmp_path / "run" / "run.lock.json").read_text())["choices"]
     assert kept == content["choices"]

@@ -74,13 +74,11 @@ def test_a_short_run_goes_by_rules_and_leaves_no_memo(run: Runner, own_cache: Pa
 
 
 @pytest.mark.usefixtures("long")
-def test_a_long_run_measures_and_the_next_one_remembers(
-    run: Runner, own_cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = chosen(run("training.steps=2")).made["attention"]
-    said = capsys.readouterr().out
+def test_a_long_run_measures_and_the_next_one_remembers(run: Runner, own_cache: Path) -> None:
+    done = run("training.steps=2")
+    first, report = chosen(done).made["attention"], (done.folder / "report.md").read_text()
     assert re.fullmatch(r"measured, (eager|sdpa) takes \d+\.\d\d x the time", first.why)
-    assert f"attention {first.value} ({first.why})" in said
+    assert f"attention {first.value} ({first.why})" in report
     (kept,) = own_cache.glob("attention-*.json")
     seconds = json.loads(kept.read_text())
     assert min(seconds, key=lambda name: seconds[name]) == first.value
