@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import CLASSIFIER, FOUR, LANGUAGE_MODEL, TWO, batch, build, loaded, logits, recipe, train
 from pydantic import ValidationError
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.adalora import AdaLora
@@ -338,6 +339,14 @@ def test_adalora_refuses_a_run_without_room_for_its_phases(tiny_bert: str) -> No
     build(recipe(tiny_bert, adapter), steps=1)
     with pytest.raises(RecipeError, match="0 steps are too few"):
         build(recipe(tiny_bert, adapter), steps=0)
+
+
+def test_a_convolutional_model_has_no_embedding_and_says_what_can_be_trained() -> None:
+    with torch.device("meta"):
+        model = MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25))
+    assert targets.tied(model, ["convolution"], ()) == []
+    with pytest.raises(ModelError, match=r"no linear layer outside its heads; .* adapter: full"):
+        targets.matched(model, targets.ALL_LINEAR, ["classifier"], "adapter.target_modules")
 
 
 def test_targets_are_checked_without_weights(tiny_bert: str) -> None:

@@ -57,7 +57,8 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
     linear = {path: module for path, module in outside.items() if is_linear[path] and module is not output}
     if spec == ALL_LINEAR:
         if not linear:
-            raise ModelError(Problem("the model has no linear layer outside its heads", key=key))
+            how = "name convolutions in adapter.target_modules, or train all of it: adapter: full"
+            raise ModelError(Problem(f"the model has no linear layer outside its heads; {how}", key=key))
         return linear
     leaves = Counter(path.rpartition(".")[2] for path in linear)
     found: dict[str, nn.Module] = {}
@@ -87,6 +88,15 @@ def base_model(adapted: Any) -> Any:
     return adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
 
 
+def input_embedding(model: Any) -> nn.Module | None:
+    """Return the layer that turns ids, or patches, into the first hidden states, if there is one."""
+    try:
+        layer: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:  # transformers finds none in most convolutional models
+        return None
+    return layer
+
+
 def output_embedding(model: Any) -> nn.Module | None:
     """Return the layer that turns the last hidden states of a language model into logits, if there is one."""
     layer: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -101,7 +111,7 @@ def tied(model: Any, spec: str | Iterable[str], full: Iterable[str]) -> list[str
         spec: `all-linear`, which takes neither embedding, a pattern, or names.
         full: Names of modules that are trained in full: with one of the two among them, they share nothing any more.
     """
-    ends: list[Any] = [model.get_input_embeddings(), output_embedding(model)]
+    ends: list[Any] = [input_embedding(model), output_embedding(model)]
     if spec == ALL_LINEAR or None in ends or ends[0].weight is not ends[1].weight:
         return []
     found = [path for path, module in model.named_modules() if any(module is end for end in ends)]

@@ -27,7 +27,7 @@ from torch import distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_finetune import device
-from hf_finetune.adapters._targets import base_model, output_embedding
+from hf_finetune.adapters._targets import base_model, input_embedding, output_embedding
 from hf_finetune.device import Machine
 from hf_finetune.errors import CheckpointError, ModelError, Problem, RecipeError
 from hf_finetune.models import load as models_load
@@ -314,7 +314,7 @@ def untie(adapted: nn.Module) -> None:
     layers have changed: that fails, or trains something else. Each rank calls it.
     """
     base = base_model(adapted)
-    embeddings = (base.get_input_embeddings(), output_embedding(base))
+    embeddings = (input_embedding(base), output_embedding(base))
     is_adapted = any(type(layer).__module__.startswith("peft.") for layer in embeddings)
     seen: set[nn.Parameter] = set()
     is_tied = False
@@ -336,7 +336,7 @@ def units(base: PreTrainedModel, asked: list[str] | None = None) -> list[str]:
     sharded inside one that is already (`BertEmbeddings` and its kind). Asked for are those of the launcher's
     configuration.
     """
-    embedding, lists = base.get_input_embeddings(), [m for m in base.modules() if isinstance(m, nn.ModuleList)]
+    embedding, lists = input_embedding(base), [m for m in base.modules() if isinstance(m, nn.ModuleList)]
     layers = max(lists, key=len, default=nn.ModuleList())
     kinds = set(asked or base._no_split_modules or ()) or {type(module).__name__ for module in layers}
     found = {type(module).__name__ for module in base.modules()} & kinds
