@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -178,6 +179,9 @@ def execute(script: str, folder: Path, tools: str, **more: str) -> subprocess.Co
     """Run commands; the code is that of this checkout, whatever is installed."""
     own = {"PATH": tools, "PYTHONPATH": str(ROOT), "ACCELERATE_LOG_LEVEL": "error", **more}
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    # It shows the board until Ctrl-C, which comes once: not to a group as well.
+    ended = f"timeout --foreground --preserve-status -s INT 30 {sys.prefix}/bin/hf-finetune tensorboard --port 0 "
+    script = re.sub(r"(?m)^hf-finetune tensorboard (?!.*--rebuild)", ended, script)
     words = ["bash", "-c", f"set -euo pipefail\n{script}"]
     return subprocess.run(words, cwd=folder, env={**os.environ, **own}, check=False, **pipes)
 
