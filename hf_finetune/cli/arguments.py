@@ -32,22 +32,19 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
         RecipeError: There is neither a recipe nor a lock.
     """
     path, overrides = arguments.recipe, list(arguments.overrides)
-    if getattr(arguments, "data", None) is not None:
-        return _made(arguments, path, overrides)
-    if arguments.locked is None:
-        if path is None:
-            raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
-    elif path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
-        overrides, path = [path, *overrides], None
-    return path or "", overrides
+    makes_recipe = getattr(arguments, "data", None) is not None
+    if makes_recipe or arguments.locked is not None:
+        if path is not None and "=" in path and not Path(path).exists():  # the first override, where no recipe stands
+            overrides, path = [path, *overrides], None
+    elif path is None:
+        raise RecipeError("no recipe is given; name a YAML file, or --locked RUN/run.lock.json")
+    return (_made(arguments, path), overrides) if makes_recipe else (path or "", overrides)
 
 
-def _made(arguments: argparse.Namespace, path: str | None, overrides: list[str]) -> tuple[str, list[str]]:
+def _made(arguments: argparse.Namespace, path: str | None) -> str:
     """Make the recipe of `train --data`, or find the one that the same command made before."""
     from hf_finetune.pipeline.init import init
 
-    if path is not None and "=" in path and not Path(path).exists():  # the first override
-        overrides, path = [path, *overrides], None
     if path is not None or arguments.locked is not None:
         raise RecipeError("--data makes the recipe; leave RECIPE and --locked out, or --data")
     if arguments.model is None:
@@ -55,7 +52,7 @@ def _made(arguments: argparse.Namespace, path: str | None, overrides: list[str])
     recipe, says = init(arguments.data, kind=arguments.task, model=arguments.model)
     for sentence in [*says, f"the recipe is {recipe}"]:
         log.say(sentence)
-    return recipe, overrides
+    return recipe
 
 
 def add_run(parser: argparse.ArgumentParser, example: str) -> None:
