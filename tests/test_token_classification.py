@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_finetune.errors import RowsError
+from hf_finetune.tasks._texts import as_list
 from hf_finetune.tasks.base import IGNORE, State
 from hf_finetune.tasks.token_classification import TokenClassification, spans
 
@@ -131,3 +132,12 @@ def test_rows_that_do_not_fit_are_refused(rows: Any, complaint: str, tokenizer: 
 def test_lists_in_csv_are_json(tokenizer: Any) -> None:
     (row,) = make().features({"w": ['["film", "plot"]'], "t": ['["O", "B-x"]']}, tokenizer, STATE, 32)
     assert [label for label in row["labels"] if label != IGNORE] == [2, 0]
+
+
+@pytest.mark.parametrize("cell", ["[" * 100_000, f"[{'1' * 5_000}]", "[1", '"a"', None, 1])
+def test_a_cell_that_is_no_list_is_none_and_no_traceback(cell: Any) -> None:
+    assert as_list(cell) is None
+
+
+def test_a_cell_is_a_list_or_the_json_text_of_one() -> None:
+    assert as_list(["a", "b"]) == as_list('["a", "b"]') == ["a", "b"]

@@ -479,7 +479,7 @@ HELP_COMPARE = "two runs side by side, or a leaderboard of many"
 DESCRIPTION_COMPARE = """\
 Compare runs by their folders. Two runs stand side by side: keys of the recipe that differ, metrics (the best is
 marked), steps, time, speed, state. Three or more, or a folder of runs, make a leaderboard: one line a run, the best
-first, with the keys that differ; what does not fit the terminal is left out and counted.
+first, with the keys that differ; what does not fit the terminal is left out and named.
 A run that is not finished is shown with its last evaluation; in a folder, a run that can't be read is listed as broken.
 """
 

@@ -25,6 +25,7 @@ from hf_finetune.inference import rows as reading
 from hf_finetune.recipe import TASKS
 from hf_finetune.run.files import write_atomically, writing
 from hf_finetune.tasks._messages import Chat
+from hf_finetune.tasks._texts import as_list
 
 SAMPLE = 100_000  # rows whose values are looked at; all are counted
 MOST_CLASSES = 1_000
@@ -108,13 +109,9 @@ class Column:
         """The values, where they are lists, or the same as JSON text."""
         found = []
         for value in self.values:
-            try:
-                decoded = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-            except ValueError:
+            if (read := as_list(value)) is None:
                 return []
-            if not isinstance(decoded, list | tuple):
-                return []
-            found.append(list(decoded))
+            found.append(read)
         return found
 
 

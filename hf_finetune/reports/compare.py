@@ -136,12 +136,13 @@ def compare(folders: Sequence[str], *, everything: bool = False, sort: str | Non
     return Comparison(runs, everything=everything, sort=sort, is_ranked=is_ranked or len(runs) > 2)
 
 
+# Folders between a folder of runs and a run, at most.
 DEEPEST = 3
-"""Folders between a folder of runs and a run, at most."""
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("recipe.yaml", "status.json", "metrics.jsonl"))
+    folder = RunFolder(str(path))
+    return any(file.is_file() for file in (folder.recipe, folder.status, folder.metrics))
 
 
 def _runs_below(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
@@ -372,10 +373,10 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 # A leaderboard: runs are rows.
 
+# Characters of a value in a column of a terminal.
 LONGEST = 20
-"""Characters of a value in a column of a terminal."""
+# Spaces between two columns.
 GAP = 3
-"""Spaces between two columns."""
 
 
 @dataclass(frozen=True)
@@ -433,7 +434,8 @@ def _ranking(comparison: Comparison, form: str) -> str:
         rows = list(zip(names, *(column.texts for column in columns), strict=True))
         return log_text.markdown(["run", *(column.name for column in columns)], rows)
     columns = _columns(comparison, LONGEST, " *")
-    left = log_text.width() - max(map(len, map(printable, [*names, "run"])))
+    width = log_text.width()
+    left = width - max(map(len, map(printable, [*names, "run"])))
     shown = set[str]()
     for column in sorted(columns, key=lambda column: column.rank):
         if (needed := column.width + GAP) <= left or column.rank[0] == 0:
@@ -449,8 +451,7 @@ def _ranking(comparison: Comparison, form: str) -> str:
     remarks = [f"{len(runs)} run{'s' * (len(runs) != 1)}, {finished} finished{order}", *_remarks(comparison)]
     if hidden := [column.name for column in columns if column.name not in shown]:
         remarks.append(f"left out, as they do not fit: {', '.join(hidden)}; --format csv has all columns")
-    columns_of_terminal = log_text.width()
-    wrapped = [log_lines.wrapped(printable(remark), columns_of_terminal) for remark in remarks]
+    wrapped = [log_lines.wrapped(printable(remark), width) for remark in remarks]
     return "\n".join([*log_text.text(heads, [rows]), "", *wrapped])
 
 

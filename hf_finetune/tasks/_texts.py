@@ -39,6 +39,15 @@ def checked(values: Sequence[Any], column: str) -> list[str]:
     return list(values)
 
 
+def as_list(value: Any) -> list[Any] | None:
+    """Return a cell that is a list, or the JSON text of one; None for all else."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets without end
+        return None
+    return read if isinstance(read, list) else None
+
+
 def lists(values: Sequence[Any], column: str, what: str, bad: BadRows) -> list[list[str]]:
     """Return the lists of texts of a column, also where they are JSON text; an empty list where there is none.
 
@@ -50,11 +59,8 @@ def lists(values: Sequence[Any], column: str, what: str, bad: BadRows) -> list[l
     """
     found = []
     for row, value in enumerate(values):
-        try:
-            read = json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError:
-            read = None
-        if not isinstance(read, list) or not all(isinstance(text, str) for text in read):
+        read = as_list(value)
+        if read is None or not all(isinstance(text, str) for text in read):
             bad.add(row, f'column {column!r} holds no list of {what}; write it as a list of texts, e.g. ["a", "b"]')
             read = []
         found.append(read)

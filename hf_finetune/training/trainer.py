@@ -151,8 +151,10 @@ class FinetuneTrainer(ResumableTrainer):
             items = task.count(batch, targets) if num_items_in_batch is None else num_items_in_batch
             found = task.loss(self.paths.forward(model), batch, targets)
             # A global batch without a single item has a loss of 0, not 0/0.
-            share = self.args.world_size / torch.clamp(torch.as_tensor(items), min=1e-8)
-            loss = found.sum / torch.clamp(torch.as_tensor(items), min=1e-8) * self.args.world_size
+            divisor = torch.clamp(torch.as_tensor(items), min=1e-8)
+            share = self.args.world_size / divisor
+            # Divided first: multiplied by `share`, the loss would have other bits.
+            loss = found.sum / divisor * self.args.world_size
             for name, value in (found.logs or {}).items():
                 self._logged[name] = self._logged.get(name, 0.0) + value.detach() * share
             adapted: Any = self.model  # not wrapped for distribution: nothing to look for at every micro-batch
@@ -164,9 +166,8 @@ class FinetuneTrainer(ResumableTrainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         """Train on one micro-batch; its share of the loss is added up on the device, so that nothing waits for it."""
         self.progress(self.state.global_step, "training")
-        if (
-            self.paths.is_unproven
-        ):  # of a sharded model: all ranks compare them with the plain ones before the first step
+        # Of a sharded model, all ranks compare the fast paths with the plain ones before the first step.
+        if self.paths.is_unproven:
             model, inputs = arguments[:2]
             rows = self._prepare_inputs({key: value for key, value in inputs.items() if key not in COUNTS})
             with torch.no_grad(), self.compute_loss_context_manager():
