@@ -25,6 +25,8 @@ KEY = "tracking.folder"
 CLIENTS = {"s3": ("boto3", "boto3"), "gs": ("google.cloud.storage", "google-cloud-storage")}
 # The projector's list of tensors, whose name is TensorBoard's, and the folder of the tensors.
 PROJECTOR, EMBEDDINGS = "projector_config.pbtxt", "embeddings"
+# Seconds that TensorBoard has to end in.
+GRACE = 5
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 
@@ -137,6 +139,10 @@ def serve(logdir: str, shown: str, options: list[str]) -> None:
         finally:
             signal.signal(signal.SIGTERM, before)
             board.terminate()
+            try:
+                board.wait(GRACE)
+            except subprocess.TimeoutExpired:  # its threads may hang while it ends; it has nothing to lose
+                board.kill()
     if code:
         reason = next((line for line in reversed(said) if line), f"exit code {code}")
         raise RecipeError(Problem(f"TensorBoard ended: {reason.removeprefix('ERROR: ')}"))
