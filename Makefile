@@ -20,6 +20,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+# Empty to see all that pip says: make PIP_QUIET= demo
+PIP_QUIET ?= -qq
 WORKERS ?= 2
 # Further options of pytest for the test targets, e.g. PYTEST_OPTIONS=--last-failed
 PYTEST_OPTIONS ?=
@@ -31,7 +33,9 @@ AUDIT ?=
 ENV ?= .venv
 
 TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-INSTALL = -m pip install --disable-pip-version-check $(TORCH_FLAGS)
+# Errors only. Modules are compiled when they are first imported: most never are, and compiling all takes as long as
+# unpacking them.
+INSTALL = -m pip install $(PIP_QUIET) --no-compile --disable-pip-version-check $(TORCH_FLAGS)
 RACE = HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.race $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH)
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
@@ -41,8 +45,21 @@ FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\
 .PHONY: demo test test-slow test-faults test-jobs test-lowest bench-quick bench lint audit sbom docs lock clean
 .DELETE_ON_ERROR:
 
+# What to install with, the constraints, the extras.
+define install
+	@echo "installing torch, transformers and what they need into $(@D): one to three minutes, 1.5 GB, more with CUDA"
+	@began=$$(date +%s); $(1) $(INSTALL) -c $(2) -e '.[$(3)]' || \
+		{ echo "pip failed; see all of what it does: make PIP_QUIET= $(MAKECMDGOALS)" >&2; exit 1; }; \
+		echo "installed in $$(($$(date +%s) - began)) s"
+endef
+
 demo: .venv/demo.stamp
-	. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml --restart
+	@echo "training recipes/quickstart.yaml: which customers' problems are solved? Under a minute on two cores"
+	@. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml --restart
+	@echo
+	@echo "Half of the messages are solved, so guessing is right half the time. The commands above need the environment:"
+	@echo "    . .venv/bin/activate"
+	@echo "Next: your own data, docs/first-recipe.md; whether all works on this machine, make test."
 
 # Threads of torch that wait for each other spin, and several tests run at once: one would wait on another's time.
 test test-slow test-faults test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
@@ -91,20 +108,20 @@ docs: .venv-docs/docs.stamp
 	touch $@
 
 .venv/demo.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	.venv/bin/python $(INSTALL) -c constraints.txt -e '.[demo]'
-	touch $@
+	$(call install,.venv/bin/python,constraints.txt,demo)
+	@touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	.venv/bin/python $(INSTALL) -c constraints.txt -e '.[test]'
-	touch $@ .venv/demo.stamp
+	$(call install,.venv/bin/python,constraints.txt,test)
+	@touch $@ .venv/demo.stamp
 
 .venv-lowest/test.stamp: pyproject.toml constraints-lowest.txt | .venv-lowest/bin/python
-	.venv-lowest/bin/python $(INSTALL) -c constraints-lowest.txt -e '.[test]'
-	touch $@
+	$(call install,.venv-lowest/bin/python,constraints-lowest.txt,test)
+	@touch $@
 
 %/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $*
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $*
 
 lock:
 	rm -rf .venv-lock

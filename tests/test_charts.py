@@ -245,7 +245,7 @@ def test_every_ink_is_a_variable_of_the_page() -> None:
 
 
 def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import hf_finetune.tracking.charts, sys; print({'matplotlib', 'sklearn', 'torch'} & set(sys.modules))"
+    code = "import hf_finetune.tracking.charts, sys; print({'matplotlib', 'scipy', 'torch'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from importlib import metadata
 from itertools import chain
@@ -80,6 +82,22 @@ def test_what_is_locked_is_what_is_tested() -> None:
         name: version for name, version in tested.items() if name in here(CPU)
     }
     assert all(pin.public == tested.get(pin.name, pin.public) for pin in CUDA)
+
+
+@pytest.mark.lint
+def test_what_is_imported_is_installed_without_extras() -> None:
+    brought = metadata.packages_distributions()
+    locked = here(CPU)
+    missing = {}
+    for file in (ROOT / "hf_finetune").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"hf_finetune"}:
+                if not {normal(name) for name in brought.get(top, [])} & locked.keys():
+                    missing[top] = file.name
+    # Each is looked for, and its absence told, before weights are loaded.
+    assert missing.keys() <= {"deepspeed", "lm_eval", "onnxruntime", "torchao"}, missing
 
 
 @pytest.mark.parametrize("pins", [CPU, CUDA], ids=["cpu", "cuda"])

@@ -219,7 +219,7 @@ class Classifier(Task):
         """Predicted beside true labels; of several labels, how sure the model was of the one most surely wrong."""
         import numpy as np
 
-        from hf_finetune.tasks import _metrics
+        from hf_finetune.tasks import _metrics, _sums
 
         logits, labels = predictions["logits"].astype(np.float64), predictions["labels"]
         # A regression without a truth has NaN, the others `IGNORE`.
@@ -230,7 +230,7 @@ class Classifier(Task):
             error = np.abs(logits[:, 0] - labels)
             return Judged(places, _numbers(labels), _numbers(logits[:, 0]), error, error > 0)
         names = state.names
-        probabilities, chosen = _metrics.decide(self.problem, logits, self.threshold)
+        probabilities, chosen = _sums.decide(self.problem, logits, self.threshold)
         if self.problem == "multi_label":
             truth = labels > 0.5
             # A label that was left out was left out with 1 - p.
@@ -265,7 +265,7 @@ class Classifier(Task):
         import numpy as np
 
         from hf_finetune.errors import DivergedError
-        from hf_finetune.tasks import _metrics
+        from hf_finetune.tasks import _metrics, _sums
 
         logits = predictions["logits"].astype(np.float64)
         if not np.isfinite(logits).all():
@@ -273,7 +273,7 @@ class Classifier(Task):
         if self.problem == "regression":
             return [{"value": _short(value)} for value in logits[:, 0].tolist()]
         outputs, names = [], state.names
-        for row, shares, decision in zip(logits, *_metrics.decide(self.problem, logits, self.threshold), strict=True):
+        for row, shares, decision in zip(logits, *_sums.decide(self.problem, logits, self.threshold), strict=True):
             best = int(row.argmax())
             label: Any = names[decision] if self.problem == "single_label" else _metrics.named(decision, names)
             each = {f"probability.{name}": _short(p) for name, p in zip(names, shares.tolist(), strict=True)}

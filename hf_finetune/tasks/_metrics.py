@@ -1,4 +1,6 @@
-"""Metrics of a whole split, by scikit-learn and scipy, as plain finite floats.
+"""Metrics of a whole split, as plain finite floats.
+
+What follows from sums over rows is computed by `_sums`, in one place for metrics and intervals.
 
 Shapes: N rows, C classes, B bins. A metric that is undefined on the split (ROC-AUC where a class is absent, a
 correlation with a constant) is left out. Masked rows (label `IGNORE`, NaN for regression) are not counted.
@@ -13,13 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
-from sklearn import metrics as sk
 
 from hf_finetune.errors import DivergedError
+from hf_finetune.tasks import _sums
+from hf_finetune.tasks._sums import Array, decide
 from hf_finetune.tasks.base import IGNORE
-
-Array = np.ndarray[Any, Any]
 
 # As in table 1 of Guo et al. 2017, On Calibration of Modern Neural Networks.
 BINS = 15
@@ -57,7 +57,7 @@ def calibration(rows: Array, bins: int = BINS) -> Calibration:
     rows = rows[rows[:, -1] >= 0]
     logits, labels = rows[:, :-1], rows[:, -1].astype(int)
     edges = np.linspace(0.0, 1.0, bins + 1)
-    confidence = special.softmax(logits, axis=1).max(axis=1, initial=0.0)
+    confidence = decide("single_label", logits, 0.0)[0].max(axis=1, initial=0.0)
     right = (logits.argmax(axis=1) == labels).astype(float)
     # A value on an edge belongs to the bin below it; 0.0 alone would fall out at the left.
     places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
@@ -66,17 +66,24 @@ def calibration(rows: Array, bins: int = BINS) -> Calibration:
         return Calibration(edges, counts, sure / counts, hits / counts)
 
 
-def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
-    """Return probabilities (N, C) of (N, C) logits, and what follows from them.
+def ranked(hits: Array, scores: Array) -> tuple[Array, Array]:
+    """Count from the highest score down, once for each distinct score, as rows of equal scores have no order.
+
+    Args:
+        hits: (N,) 1 or true where the row has the label.
+        scores: (N,).
 
     Returns:
-        Probabilities; the likeliest class of each row, (N,) ids, for `single_label`, else cells (N, C) that are true
-        where a label's probability reaches the threshold.
+        Hits, and rows, with at least that score.
     """
-    if problem == "single_label":
-        return special.softmax(logits, axis=1), logits.argmax(axis=1)
-    probabilities = special.expit(logits)
-    return probabilities, probabilities >= threshold
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))
+    return np.cumsum(hits[order])[ends], ends + 1
+
+
+def average_precision(found: Array, rows: Array) -> float:
+    """Return the area below the steps of precision over recall, of what `ranked` counts."""
+    return float((np.diff(found, prepend=0) * found / rows).sum() / found[-1])
 
 
 def named(cells: Array, names: Sequence[str]) -> list[str]:
@@ -104,23 +111,18 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
     logits, labels = _counted(logits, labels, labels != IGNORE)
     if not len(labels):
         return {}
-    truth = labels.astype(int)
-    log_probabilities = special.log_softmax(logits, axis=1)
-    predicted = decide("single_label", logits, 0.0)[1]
-    hits = np.eye(len(names), dtype=np.int8)[truth]
+    truth, classes = labels.astype(int), len(names)
+    probabilities, predicted = decide("single_label", logits, 0.0)
+    hits = np.eye(classes, dtype=np.int8)[truth]
     # Of two classes, the areas are those of class 1, as scikit-learn's of a binary problem.
-    ranked = slice(1, None) if len(names) == 2 else slice(None)
-    return _finite(
-        {
-            "loss": -log_probabilities[np.arange(len(truth)), truth].mean(),
-            "accuracy": sk.accuracy_score(truth, predicted),
-            "ece": calibration(np.column_stack([logits, labels])).error,
-            "matthews": sk.matthews_corrcoef(truth, predicted) if np.ptp(truth) else math.nan,
-            **_f1_averages(truth, predicted),
-            **_rankings(hits[:, ranked], np.exp(log_probabilities[:, ranked])),
-            **_per_class(truth, predicted, names),
-        }
-    )
+    shown = slice(1, None) if classes == 2 else slice(None)
+    counts = [np.bincount(ids, minlength=classes) for ids in (truth, predicted, truth[truth == predicted])]
+    seen = counts[0] + counts[1] > 0
+    found = _sums.of_labels(logits, labels, names).whole()
+    if not np.ptp(truth):
+        del found["matthews"]  # would be 0
+    found |= {"ece": calibration(np.column_stack([logits, labels])).error}
+    return _finite(found | _rankings(hits[:, shown], probabilities[:, shown]) | _per_class(*counts, seen, names))
 
 
 def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: float) -> dict[str, float]:
@@ -143,18 +145,10 @@ def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: f
     if not len(labels):
         return {}
     truth = labels.astype(int)
-    probabilities, cells = decide("multi_label", logits, threshold)
-    predicted = cells.astype(int)
-    return _finite(
-        {
-            "loss": (np.logaddexp(0.0, logits) - logits * truth).mean(),
-            "accuracy": sk.accuracy_score(truth, predicted),
-            "hamming_loss": sk.hamming_loss(truth, predicted),
-            **_f1_averages(truth, predicted),
-            **_rankings(truth, probabilities),
-            **_per_class(truth, predicted, names),
-        }
-    )
+    probabilities, predicted = decide("multi_label", logits, threshold)
+    counts = [cells.sum(axis=0) for cells in (truth, predicted, truth * predicted)]
+    found = _sums.of_cells(logits, labels, names, threshold).whole()
+    return _finite(found | _rankings(truth, probabilities) | _per_class(*counts, np.ones(len(names)), names))
 
 
 def regression(predictions: Array, labels: Array) -> dict[str, float]:
@@ -173,17 +167,15 @@ def regression(predictions: Array, labels: Array) -> dict[str, float]:
     predictions, labels = _counted(predictions, labels, ~np.isnan(labels))
     if not len(labels):
         return {}
-    error = sk.mean_squared_error(labels, predictions)
-    found = {
-        "loss": error,
-        "mse": error,
-        "rmse": math.sqrt(error),
-        "mae": sk.mean_absolute_error(labels, predictions),
-    }
+    gaps = predictions - labels
+    error = np.square(gaps).mean()
+    found = {"loss": error, "mse": error, "rmse": math.sqrt(error), "mae": np.abs(gaps).mean()}
     # Both divide by the spread of the labels, correlations also by that of the predictions.
     if np.ptp(labels) > 0:
-        found["r2"] = sk.r2_score(labels, predictions)
+        found["r2"] = 1 - error / labels.var()
     if np.ptp(labels) > 0 and np.ptp(predictions) > 0:
+        from scipy import stats  # takes half a second to import
+
         # scipy warns of a spread near the rounding error, which nobody could do anything about.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.NearConstantInputWarning)
@@ -201,34 +193,27 @@ def _counted(logits: Array, labels: Array, kept: Array) -> tuple[Array, Array]:
     return logits, labels
 
 
-def _f1_averages(truth: Array, predicted: Array) -> dict[str, float]:
-    averages = ("macro", "micro", "weighted")
-    return {f"f1_{average}": sk.f1_score(truth, predicted, average=average, zero_division=0) for average in averages}
-
-
 def _rankings(hits: Array, probabilities: Array) -> dict[str, float]:
     """ROC-AUC and average precision, averaged over the columns of (N, C); nothing where a class has no row, or all."""
     if not np.ptp(hits, axis=0).all():
         return {}
-    if hits.shape[1] == 1:
-        hits, probabilities = hits[:, 0], probabilities[:, 0]
-    return {
-        "roc_auc": sk.roc_auc_score(hits, probabilities, average="macro"),
-        "pr_auc": sk.average_precision_score(hits, probabilities, average="macro"),
-    }
+    areas = []
+    for found, rows in map(ranked, hits.T, probabilities.T):
+        wrong = rows - found
+        roc = np.trapezoid(np.append(0, found), np.append(0, wrong)) / (found[-1] * wrong[-1])
+        areas.append((roc, average_precision(found, rows)))
+    return dict(zip(("roc_auc", "pr_auc"), np.mean(areas, axis=0), strict=True))
 
 
-def _per_class(truth: Array, predicted: Array, names: Sequence[str]) -> dict[str, float]:
-    """Precision, recall, F1 and support by class; only the support (0) of one that nobody has and nobody predicted."""
-    labels = range(len(names))
-    predicted_names = {names[label] for label in (np.unique(predicted) if predicted.ndim == 1 else labels)}
-    columns = sk.precision_recall_fscore_support(truth, predicted, labels=labels, average=None, zero_division=0)
-    found = {}
-    for name, precision, recall, f1, support in zip(names, *columns, strict=True):
-        found[f"support.{name}"] = support
-        if support or name in predicted_names:
-            found |= {f"precision.{name}": precision, f"recall.{name}": recall, f"f1.{name}": f1}
-    return found
+def _per_class(truth: Array, predicted: Array, hits: Array, seen: Array, names: Sequence[str]) -> dict[str, float]:
+    """Precision, recall, F1 and support of each class, from counts (C,); all but support NaN where it is not `seen`.
+
+    A share of nothing is 0.
+    """
+    columns = {"precision": hits / np.maximum(predicted, 1), "recall": hits / np.maximum(truth, 1)}
+    columns |= {"f1": 2 * hits / np.maximum(truth + predicted, 1)}
+    columns = {metric: np.where(seen, values, np.nan) for metric, values in columns.items()} | {"support": truth}
+    return {f"{metric}.{name}": of for metric, each in columns.items() for name, of in zip(names, each, strict=True)}
 
 
 def _finite(found: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +34,21 @@ class Sums:
         return {name: float(of[0]) for name, of in found.items() if name == "loss" or not np.isnan(of[0])}
 
 
+def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
+    """Return probabilities (N, C) of (N, C) logits, and what follows from them.
+
+    Returns:
+        Probabilities; the likeliest class of each row, (N,) ids, for `single_label`, else cells (N, C) that are true
+        where a label's probability reaches the threshold.
+    """
+    from scipy import special
+
+    if problem == "single_label":
+        return special.softmax(logits, axis=1), logits.argmax(axis=1)
+    probabilities = special.expit(logits)
+    return probabilities, probabilities >= threshold
+
+
 def of_means(columns: Mapping[str, Array]) -> Sums:
     """Return the sums of which the metrics are plain means over rows.
 
@@ -48,9 +62,7 @@ def of_means(columns: Mapping[str, Array]) -> Sums:
 
 def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
     """Return the sums of rows with one label: (N, C) logits, and (N,) ids; negative ones are left out."""
-    from scipy import sparse
-
-    from hf_finetune.tasks._metrics import decide  # here, as a start would load scikit-learn for nothing
+    from scipy import sparse, special
 
     kept = labels >= 0
     logits, labels = logits[kept].astype(np.float64), labels[kept].astype(int)
@@ -81,8 +93,6 @@ def of_labels(logits: Array, labels: Array, names: Sequence[str]) -> Sums:
 
 def of_cells(logits: Array, cells: Array, names: Sequence[str], threshold: float) -> Sums:
     """Sums of rows with any number of labels: (N, C) logits and cells; rows with a negative cell are left out."""
-    from hf_finetune.tasks._metrics import decide
-
     kept = (cells >= 0).all(axis=1)
     logits, truth = logits[kept].astype(np.float64), cells[kept].astype(np.float64)
     predicted = decide("multi_label", logits, threshold)[1].astype(np.float64)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special
 
 from hf_finetune.tasks import _sums
 from hf_finetune.tasks._sums import Sums
@@ -195,8 +194,8 @@ def probabilities(rows: Array, classes: int) -> tuple[Array, Array]:
     kept = (labels >= 0).all(axis=1)
     logits, labels = logits[kept], labels[kept]
     if labels.shape[1] == 1:
-        return special.softmax(logits, axis=1), labels.astype(int) == np.arange(classes)
-    return special.expit(logits), labels > 0.5
+        return _sums.decide("single_label", logits, 0.0)[0], labels.astype(int) == np.arange(classes)
+    return _sums.decide("multi_label", logits, 0.0)[0], labels > 0.5
 
 
 @drawn
@@ -278,15 +277,18 @@ def precision_recall(rows: Array, names: Sequence[str]) -> Figure:
         rows: (N, C + 1), logits, then the label's id; or (N, 2 C), logits, then cells of 0 and 1.
         names: Of the C classes; of more than `CURVES`, those with the lowest average precision are drawn.
     """
-    from sklearn.metrics import average_precision_score, precision_recall_curve
+    from hf_finetune.tasks._metrics import average_precision, ranked
 
     scores, hits = probabilities(rows, len(names))
     kept = [index for index in range(len(names)) if hits[:, index].any()]
-    means = {index: float(average_precision_score(hits[:, index], scores[:, index])) for index in kept}
+    counts = {index: ranked(hits[:, index], scores[:, index]) for index in kept}
+    means = {index: average_precision(*counts[index]) for index in kept}
     shown = sorted(sorted(kept, key=lambda index: means[index])[:CURVES])
     figure, axes = blank(3.4)
     for place, index in enumerate(shown):
-        precision, recall, _ = precision_recall_curve(hits[:, index], scores[:, index])
+        found, seen = counts[index]
+        # Backwards, to where no row is predicted.
+        precision, recall = np.append((found / seen)[::-1], 1.0), np.append((found / found[-1])[::-1], 0.0)
         some = np.unique(np.linspace(0, len(recall) - 1, min(len(recall), POINTS)).round().astype(int))
         look: dict[str, Any] = {"color": SERIES[place], "linestyle": DASHES[place], "drawstyle": "steps-post"}
         axes.plot(recall[some], precision[some], label=f"{short_name(names[index])}  AP {means[index]:.3f}", **look)

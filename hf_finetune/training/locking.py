@@ -111,7 +111,7 @@ def _hashed(files: Sequence[str], hashes: Iterable[str]) -> Iterable[File]:
 # Those that take part in every run, besides torch and this one.
 PACKAGES = (
     "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors", "tensorboardX",
-    "huggingface_hub", "scikit-learn", "scipy",
+    "huggingface_hub", "scipy",
 )  # fmt: skip
 # Time limit of git.
 GIT_SECONDS = 10
