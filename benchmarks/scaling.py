@@ -153,9 +153,9 @@ def load_of(kind: Literal["lora", "full"], folder: Path, rows: int, length: int)
         length: Tokens of each.
     """
     lora = {"kind": "lora", "r": R, "target_modules": "all-linear"}
-    sharded = _estimate(_recipe(folder, lora, rows, length), (rows, length), is_sharded=True)
+    sharded = estimate(recipe(folder, lora, rows, length), (rows, length), is_sharded=True)
     own = lora if kind == "lora" else {"kind": "full"}
-    whole = _estimate(_recipe(folder, own, rows, length), (rows, length), is_sharded=False)
+    whole = estimate(recipe(folder, own, rows, length), (rows, length), is_sharded=False)
     trained, weights = whole.parameters
     operations = _operations(kind, flops.weights(str(folder), "chat", R), rows * length)
     lasting = (whole.parts["weights"], whole.parts["optimiser state"])
@@ -163,7 +163,7 @@ def load_of(kind: Literal["lora", "full"], folder: Path, rows: int, length: int)
     return Load(weights, trained, _block(folder), *lasting, *activations, operations)
 
 
-def _estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: bool) -> Estimate:
+def estimate(recipe: dict[str, Any], shape: tuple[int, int], *, is_sharded: bool) -> Estimate:
     """Of one GPU."""
     from hf_finetune.device import Machine
     from hf_finetune.models import memory as models_memory
@@ -201,7 +201,8 @@ def _block(folder: Path) -> int:
     return int(max(sum(parameter.numel() for parameter in module.parameters()) for module in modules))
 
 
-def _recipe(folder: Path, adapter: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
+def recipe(folder: Path, adapter: dict[str, Any], rows: int, length: int) -> dict[str, Any]:
+    """Return a recipe for a model folder: plain text, one micro-batch a step."""
     return {
         "task": {"kind": "causal_lm", "text": "text", "sample_prompts": 0},
         "model": {"name": str(folder)},

@@ -78,7 +78,7 @@ class Recipe(Section):
     """The run folder: everything this run writes. `{recipe}` is the name of the recipe's file; `{n}` is the number of
     the run: that of the latest run of this very recipe, which is resumed or finished, else the next free one."""
     require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
-    """Refuse a model or a data set on the Hub whose `revision` is no commit (40 digits): tags and branches move."""
+    """Refuse a model or a data set on the Hub whose `revision` is not a commit (40 digits): tags and branches move."""
 
     def summary(self) -> list[tuple[str, str]]:
         """Name the settings that decide about the data, for reports; those that are not used are left out."""

@@ -30,7 +30,7 @@ def head(facts: dict[str, Any], results: list[Result]) -> str:
         f"Largest square matrix product, all threads: {peaks} TFLOP/s; shares are of the greater one. Load average "
         f"before the runs: {_spread(loads, '.1f')}; share of the cores that other processes took meanwhile: "
         f"{_spread(others, '.0%')}. Numbers are medians over the seeds, with (least..most); ratios are medians of the "
-        "ratios round by round. Rates hold training, with whatever a system tries out or compiles for it; `whole "
+        "ratios round by round. Rates hold training, with what a system tries out and compiles for it; `whole "
         "command` also imports, loading, tokenisation and saving. Tokens are those of the data, without padding. "
         "Memory is the peak of resident memory above what the imports take; it is compared where micro-batches are "
         "equal. Quality is measured by one evaluator, in "

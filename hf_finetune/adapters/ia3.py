@@ -31,7 +31,7 @@ class IA3(Adapter):
     modules_to_save: targets.Names | None = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
     continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
-    """Run or adapter folder whose (IA)3 adapter goes on training; its targets are kept."""
+    """Run or adapter folder whose (IA)3 adapter is trained further; its targets are kept."""
 
     @model_validator(mode="after")
     def _subset(self) -> Self:

@@ -74,7 +74,7 @@ class Lora(Adapter):
     """Tokens whose embeddings are trained, as the tokenizer writes them, e.g. `<|im_end|>`; with an output layer of its
     own weights, its rows for them too."""
     continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
-    """Run or adapter folder whose LoRA goes on training here; settings that contradict it are errors."""
+    """Run or adapter folder whose LoRA is trained further; settings that contradict it are errors."""
 
     @model_validator(mode="after")
     def _continuation(self) -> Self:

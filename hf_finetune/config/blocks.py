@@ -231,7 +231,7 @@ class LossSpike(Section):
 
 
 class Training(Section):
-    """The optimisation. It is the same whatever machine runs it."""
+    """The optimisation. It is the same on every machine."""
 
     epochs: Annotated[Annotated[float, Field(gt=0.0, le=10_000.0)] | None, Key(resume="ask", replaces=("steps",))] = (
         None
@@ -341,7 +341,7 @@ class Checkpoints(Section):
     """Minutes between two checkpoints, more where saving would otherwise take over 1 % of the time; null does not look
     at the clock."""
     every: Every | Literal["auto"] | None = "auto"
-    """Steps between two checkpoints, or `epoch`: these are written whatever they cost. `auto` writes one at the end of
+    """Steps between two checkpoints, or `epoch`: these are written at any cost. `auto` writes one at the end of
     each epoch, except where that would take over 1 % of the time; null writes none by steps."""
     keep: Count = 2
     """Number of checkpoints to keep, also after the run: the last one lets it be extended. The best is kept too."""
@@ -410,7 +410,7 @@ class Hub(Section):
     tag: Tag | None = None
     """Tag of the version that is uploaded; null is `run-` and the id of the run."""
     every: Literal["best"] | None = None
-    """`best`: also upload each checkpoint that is the best so far (`training.best_metric`) while training goes on."""
+    """`best`: also upload each checkpoint that is the best so far (`training.best_metric`) during training."""
     timeout: Seconds = 600.0
     """Seconds that an upload may take in all, with everything that is tried again."""
 

@@ -67,12 +67,12 @@ HEAD = """\
 
 Every key of a recipe. Made from its schema by `hf-finetune schema --format markdown`; do not edit.
 
-A recipe is one YAML file. Keys that are not listed here are errors, and so are values of another type: `"5"` is no
-number. Whatever has a default may be left out. Any value can be replaced on the command line,
+A recipe is one YAML file. Keys that are not listed here are errors, and so are values of another type: `"5"` is not a
+number. A key with a default may be left out. Any value can be replaced on the command line,
 `training.learning_rate=1e-4`; `extends: base.yaml` puts a recipe on top of another one.
 
-*On resume* says which keys may change when a run is resumed or made longer: freely, or where `--allow-change KEY` says
-that training may from there on be another one. All others make another run.
+*On resume* says which keys may change when a run is resumed or made longer: freely, or with `--allow-change KEY`,
+because training may be another one from there on. All others make another run.
 """
 _RESUME = {"free": "free", "ask": "`--allow-change`", "never": "", None: ""}
 _BOUNDS = {

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _get_model_class
 
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.adapters.base import Setting
@@ -343,7 +344,8 @@ def attention(recipe: Recipe, machine: Machine) -> str:
     with silence():
         check_attention(recipe, config)
     mapping = getattr(transformers, recipe.task.auto_model)._model_mapping
-    if machine.attention != "sdpa" or type(config) not in mapping or mapping[type(config)]._supports_sdpa:
+    # A family may have several classes for one task, e.g. DeiT: the library's own function takes the right one.
+    if machine.attention != "sdpa" or type(config) not in mapping or _get_model_class(config, mapping)._supports_sdpa:
         return machine.attention
     if recipe.model.attention == "auto":
         return "eager"

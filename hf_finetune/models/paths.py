@@ -247,9 +247,9 @@ def take(adapted: torch.nn.Module, recipe: Recipe, machine: Machine, targets: St
         adapted.train(was_training)
     if not paths.taken:
         return paths
-    difference = max(
-        float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True)
-    )
+    # A prompt of one token has no next token to compare.
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.numel()]
+    difference = max((float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs), default=0.0)
     tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
     if not difference <= tolerance:
         paths.remove()

@@ -1,0 +1,104 @@
+"""Families of models that docs/tasks.md says are tried: one tiny model of each is trained, saved, reloaded and used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import ROOT
+
+from hf_finetune import train
+from hf_finetune.config.section import discover
+from hf_finetune.tasks.base import Task
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "max_position_embeddings": 64, "bos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "eos_token_id": 2}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "albert": {**SMALL, "embedding_size": 16},
+    "bert": SMALL,
+    "deberta-v2": {**SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64},
+    "electra": {**SMALL, "embedding_size": 16},
+    "modernbert": {**SMALL, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 16},
+    "mpnet": SMALL,
+    "roberta": {**SMALL, "max_position_embeddings": 66},
+    "xlm-roberta": {**SMALL, "max_position_embeddings": 66},
+}
+DECODERS: dict[str, dict[str, Any]] = {
+    "gemma2": GROUPED,
+    "gemma3_text": GROUPED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": None, "eos_token_id": 2},
+    "gpt_neox": {**SMALL, "eos_token_id": 2},
+    "granite": GROUPED,
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "smollm3": GROUPED,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "deit": {**SMALL, "image_size": 32, "patch_size": 8},
+    "dinov2": {**SMALL, "image_size": 32, "patch_size": 8},
+    "vit": {**SMALL, "image_size": 32, "patch_size": 8},
+}
+KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
+FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "images": VISION}
+
+
+TASKS = {
+    "encoders": {"kind": "text_classification", "text": "text", "label": "label"},
+    "decoders": {"kind": "causal_lm", "text": "text", "sample_prompts": 0, "max_new_tokens": 4},
+    "images": {"kind": "image_classification", "image": "image", "label": "label"},
+}
+
+
+@pytest.mark.parametrize(("kind", "family"), [(kind, name) for kind, names in FAMILIES.items() for name in names])
+def test_a_family_is_trained_and_used(
+    kind: str, family: str, tmp_path: Path, model_of: Callable[[Task], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+
+    monkeypatch.chdir(tmp_path)
+    processor: Any = AutoProcessor.from_pretrained(model_of(KINDS[TASKS[kind]["kind"]].model_validate(TASKS[kind])))
+    rows = [{"text": f"the film is {word} .", "label": word, "image": f"{word}.png"} for word in ("good", "dull")] * 6
+    for row in rows:
+        Image.new("RGB", (32, 32), "white" if row["label"] == "good" else "black").save(row["image"])
+    sizes = FAMILIES[kind][family] | ({} if kind == "images" else {"vocab_size": len(processor)})
+    auto: Any = AutoModelForCausalLM if kind == "decoders" else AutoModel
+    auto.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained("base")
+    processor.save_pretrained("base")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(
+        {
+            "task": TASKS[kind],
+            "model": {"name": "base"},
+            "data": {"train": "rows.jsonl", "validation": "rows.jsonl"}
+            | {"max_length": 48, "checks": {"duplicates": "off", "leakage": "off", "unknown_tokens": "off"}},
+            "adapter": "lora",
+            "training": {"steps": 2, "batch_size": 4},
+            "tracking": {"images": False, "report": False},
+            "output": "run",
+        }
+    )
+    assert run.predict([rows[0]])
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_the_page_names_the_families_that_are_tried() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    table = page.partition("## Models tried")[2].partition("\n## ")[0]
+    cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
+    named = re.findall(r"`([\w-]+)`", " ".join(cells))
+    assert set(named) == {name for names in FAMILIES.values() for name in names}
