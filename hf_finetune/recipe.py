@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
@@ -46,6 +47,12 @@ else:
 ADAPTERS: Mapping[str, type[Adapter]] = discover("hf_finetune.adapters", Adapter)  # type: ignore[assignment]
 TASKS: Mapping[str, type[Task]] = discover("hf_finetune.tasks", Task)  # type: ignore[assignment]
 DEFAULT_ADAPTER, DEFAULT_EPOCHS = "lora", 3
+MOST_ROWS = 50_000
+"""Training rows from which on the rules ask for no more."""
+SMALL = 512
+"""Hidden size below which a model takes a higher learning rate, as in `recipes/quickstart.yaml`."""
+CONVOLUTIONS = 1e-3
+"""Learning rate of a convolutional model that is trained whole."""
 RECIPE, NUMBER = "{recipe}", "{n}"
 """Places in `output`: for the name of the recipe's file, and for a number that `run.folder.numbered` chooses."""
 
@@ -242,46 +249,111 @@ class Recipe(Section):
         return self
 
 
-def fill(tree: dict[str, Any], unread: Container[KeyPath], file: str) -> dict[str, str]:
+class Seen(NamedTuple):
+    """Facts that the rules for defaults ask for, as far as they are known; None where they are not."""
+
+    rows: int | None = None
+    """Training rows."""
+    hidden_size: int | None = None
+    """Of the model."""
+    positions: int | None = None
+    """Most tokens that the model takes."""
+    has_linear: bool = True
+    """It has linear layers besides its heads."""
+
+    @property
+    def counted(self) -> str:
+        """The rows, as a reason."""
+        return f"{MOST_ROWS:,} rows or more" if (self.rows or 0) >= MOST_ROWS else f"{self.rows:,} rows"
+
+
+Look = Callable[[Mapping[str, Any]], Seen]
+"""Tells what can be known of the data and the model that a recipe's tree names."""
+
+
+def unseen(tree: Mapping[str, Any]) -> Seen:
+    """Look at nothing."""
+    return Seen()
+
+
+def usual_adapter(seen: Seen) -> tuple[str, str]:
+    """Choose the adapter, and say why."""
+    if not seen.has_linear:
+        return "full", "no linear layers for LoRA"
+    return DEFAULT_ADAPTER, ""
+
+
+def usual_batch(seen: Seen) -> tuple[int, str]:
+    """Choose the global batch, and say why."""
+    if seen.rows is None:
+        return Training.model_fields["batch_size"].default, ""
+    return 8 if seen.rows < 1_000 else 16 if seen.rows < 10_000 else 32, seen.counted
+
+
+def usual_epochs(seen: Seen) -> tuple[int, str]:
+    """Choose the passes over the training rows, and say why."""
+    if seen.rows is None:
+        return DEFAULT_EPOCHS, ""
+    epochs = 10 if seen.rows < 500 else 5 if seen.rows < 5_000 else 3 if seen.rows < MOST_ROWS else 1
+    return epochs, seen.counted
+
+
+def usual_rate(seen: Seen, adapter: str, task: str) -> tuple[float, str]:
+    """Choose the learning rate by the kinds of adapter and task, and say why."""
+    if not seen.has_linear and not ADAPTERS[adapter].freezes_base:
+        return CONVOLUTIONS, "a convolutional model, trained whole"
+    rates, is_new_head = ADAPTERS[adapter].default_rates, not TASKS[task].predicts_next_token
+    if seen.hidden_size is not None and seen.hidden_size < SMALL:
+        return rates[2], f"{adapter}, small model: hidden size {seen.hidden_size}"
+    return rates[is_new_head], f"{adapter}, {task}"
+
+
+def fill(tree: dict[str, Any], unread: Container[KeyPath], file: str, look: Look = unseen) -> dict[str, str]:
     """Fill in the defaults that depend on other keys, so that the recipe that is kept has their values.
 
-    None depends on the data or the machine: the same recipe is the same training everywhere. `hf-finetune init` looks
-    at the data, and writes what follows from them into the recipe.
+    None depends on the machine: the same recipe on the same data is the same training everywhere.
 
     Args:
         tree: A recipe as its files and overrides say it; is changed.
         unread: Keys that are given, but with nothing that can be used.
         file: The recipe's file, which gives the run folder its name.
+        look: Tells what can be known of data and model; is asked only where a default depends on them.
 
     Returns:
         Each key that the training depends on, with value and reason.
     """
     filled: dict[str, str] = {}
-    if "adapter" not in tree and ("adapter",) not in unread:
-        tree["adapter"] = {"kind": DEFAULT_ADAPTER}
-        filled["adapter"] = DEFAULT_ADAPTER
-    training, kinds = tree.setdefault("training", {}), [_kind(tree, "adapter"), _kind(tree, "task")]
-    if not isinstance(training, dict) or ("training",) in unread:
-        return filled
-
-    def put(key: str, value: float, why: str = "") -> None:
-        if key not in training and ("training", key) not in unread:
-            training[key] = value
-            filled[f"training.{key}"] = f"{value:g}".replace("e-0", "e-") + why
-
-    put("batch_size", Training.model_fields["batch_size"].default)
-    data = tree.get("data")
+    training, data = tree.setdefault("training", {}), tree.get("data")
+    is_readable = isinstance(training, dict) and ("training",) not in unread
+    lacking = [f"training.{key}" for key in ("batch_size", "learning_rate") if is_readable and key not in training]
     # A stream has no known end: the rule about it says what to write.
     is_stream = isinstance(data, dict) and data.get("streaming") is True
-    has_length = any(training.get(key) is not None or ("training", key) in unread for key in ("steps", "epochs"))
-    if not has_length and not is_stream:
-        training.pop("epochs", None)
-        put("epochs", DEFAULT_EPOCHS)
-    if kinds[0] in ADAPTERS and kinds[1] in TASKS:
-        is_new_head = not TASKS[kinds[1]].predicts_next_token
-        put("learning_rate", ADAPTERS[kinds[0]].default_rates[is_new_head], f" ({kinds[0]}, {kinds[1]})")
+    lengths = ("steps", "epochs")
+    if is_readable and not is_stream and not any(training.get(key) is not None for key in lengths):
+        lacking += ["training.epochs"] if ("training", "steps") not in unread else []
+    lacking += ["adapter"] if "adapter" not in tree else []
+    lacking = [key for key in lacking if tuple(key.split(".")) not in unread]
+    seen = look(tree) if lacking else Seen()
+
+    def say(key: str, value: float | str, why: str) -> None:
+        text = value if isinstance(value, str) else f"{value:g}".replace("e-0", "e-")
+        filled[key] = f"{text} ({why})" if why else text
+
+    if "adapter" in lacking:
+        kind, why = usual_adapter(seen)
+        tree["adapter"] = {"kind": kind}
+        say("adapter", kind, why)
+    adapter, task = _kind(tree, "adapter"), _kind(tree, "task")
+    rules = {"training.batch_size": partial(usual_batch, seen), "training.epochs": partial(usual_epochs, seen)}
+    if adapter in ADAPTERS and task in TASKS:
+        rules["training.learning_rate"] = partial(usual_rate, seen, adapter, task)
+    for key, rule in rules.items():
+        if key in lacking:
+            value, why = rule()
+            training[key.partition(".")[2]] = value
+            say(key, value, why)
     output = tree.get("output", Recipe.model_fields["output"].default)
-    if isinstance(output, str) and ("output",) not in unread:
+    if is_readable and isinstance(output, str) and ("output",) not in unread:
         tree["output"] = output.replace(RECIPE, Path(file).stem)
     return filled
 
@@ -292,20 +364,26 @@ def _kind(tree: Mapping[str, Any], block: str) -> str:
     return kind if isinstance(kind, str) else ""
 
 
-def read(path: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
-    """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result."""
-    return reading.read(Recipe, path, overrides, fill=fill)
+def read(path: str, overrides: Sequence[str] = (), look: Look = unseen) -> Reading[Recipe]:
+    """Read a recipe file, what it extends, and `key.path=value` overrides; problems are part of the result.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `key.path=value`, the value in YAML.
+        look: See `fill`.
+    """
+    return reading.read(Recipe, path, overrides, fill=partial(fill, look=look))
 
 
-def read_text(text: str, file: str, overrides: Sequence[str] = ()) -> Reading[Recipe]:
+def read_text(text: str, file: str, overrides: Sequence[str] = (), look: Look = unseen) -> Reading[Recipe]:
     """Read a recipe that stands inside another file, `file`; like `read`."""
-    return reading.read(Recipe, file, overrides, text, fill=fill)
+    return reading.read(Recipe, file, overrides, text, fill=partial(fill, look=look))
 
 
-def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Reading[Recipe]:
+def read_dict(tree: Mapping[str, Any], overrides: Sequence[str] = (), look: Look = unseen) -> Reading[Recipe]:
     """Read a recipe of plain values, as a YAML file would hold them; like `read`."""
     # JSON is YAML: so a dict goes the way of a file, and its mistakes are reported in the same words.
-    return read_text(json.dumps(tree, ensure_ascii=False, default=str), "recipe", overrides)
+    return read_text(json.dumps(tree, ensure_ascii=False, default=str), "recipe", overrides, look)
 
 
 def json_schema() -> dict[str, Any]:

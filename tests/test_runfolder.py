@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import QUICK, RECIPE
+from forked import Child, Server, ranks
 
 from hf_finetune.errors import CheckpointError, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
@@ -69,6 +73,31 @@ def test_a_recipe_finds_its_own_run_or_the_next_number(tmp_path: Path, monkeypat
     folder.take(recipe(3).model_copy(update={"output": "runs/recipe-3"}).dump(), restart=False)
     assert [numbered(recipe(3)), numbered(recipe(4))] == ["runs/recipe-3", "runs/recipe-4"]
     folder.release()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_number_and_resume_after_a_kill(
+    tmp_path: Path, server: Server, tiny_bert: str, reviews: Callable[[int], str]
+) -> None:
+    recipe = RECIPE.format(model=tiny_bert, data=reviews(96), output="runs/{recipe}-{n}")
+    (tmp_path / "mine.yaml").write_text(recipe + "checkpoints: {every: 1}\n")
+    words = ["train", "mine.yaml", "training.epochs=40", *QUICK]
+
+    def start(*more: str) -> list[Child]:
+        return [server.start(*words, *more, env=os.environ | rank, cwd=tmp_path) for rank in ranks(2)]
+
+    children, first = start(), RunFolder(str(tmp_path / "runs/mine-1"))
+    while not (first.checkpoints / "checkpoint-2" / "MANIFEST.json").exists():
+        assert all(child.poll() is None for child in children), [child.output for child in children]
+        time.sleep(0.05)
+    for child in children:
+        child.send(signal.SIGKILL)
+        child.wait()
+    children = start()
+    assert [child.wait() for child in children] == [0, 0], [child.output for child in children]
+    assert "resuming from" in children[0].output
+    assert [child.wait() for child in start("training.epochs=1")] == [0, 0]
+    assert sorted(path.name for path in first.path.parent.iterdir()) == ["mine-1", "mine-2"]
 
 
 def test_a_new_folder_is_made_with_its_recipe(tmp_path: Path) -> None:

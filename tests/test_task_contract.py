@@ -22,6 +22,7 @@ import pytest
 from hf_finetune import Run, check, load_run, train
 from hf_finetune.config.section import discover
 from hf_finetune.errors import Stopped
+from hf_finetune.pipeline.init import init
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import METRICS, State, Task
 
@@ -100,6 +101,16 @@ def trained(
 @every_task
 def test_a_recipe_can_be_checked_without_weights(kind: str, recipe: Callable[..., Any], tmp_path: Path) -> None:
     assert check(recipe(kind, tmp_path / "run")).problems == []
+
+
+@every_task
+def test_init_recognises_the_rows_of_the_task(kind: str, recipe: Callable[..., Any], tmp_path: Path) -> None:
+    made = recipe(kind, tmp_path / "run")
+    written, _ = init(made["data"]["train"], model=made["model"]["name"], output=str(tmp_path / "recipe.yaml"))
+    checked = check(written, [f"output={tmp_path / 'run'}"])
+    assert checked.ok, str(checked)
+    assert checked.recipe is not None
+    assert checked.recipe.task.model_dump(exclude_unset=True).items() <= made["task"].items()
 
 
 @every_task

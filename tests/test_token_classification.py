@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_finetune.errors import RowsError
-from hf_finetune.tasks._texts import as_list
+from hf_finetune.tasks._proposals import as_list
 from hf_finetune.tasks.base import IGNORE, State
 from hf_finetune.tasks.token_classification import TokenClassification, spans
 

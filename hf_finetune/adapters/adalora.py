@@ -29,7 +29,7 @@ class AdaLora(Adapter):
         2.2e-3,
         "Zhang et al. 2023, arXiv 2303.10512, appendix",
     )
-    default_rates: ClassVar[tuple[float, float]] = (5e-4, 1e-3)
+    default_rates: ClassVar[tuple[float, float, float]] = (5e-4, 1e-3, 2e-3)
 
     init_r: Rank = 12
     """Rank of every layer at the start."""

@@ -45,8 +45,9 @@ class Adapter(Plugin):
     """The pretrained weights stay as they are, and may be kept in a lower precision."""
     usual_rates: ClassVar[Rates | None] = None
     """`check` warns of a learning rate far from these."""
-    default_rates: ClassVar[tuple[float, float]]
-    """The learning rate where the recipe gives none: of a language model, and of a model with a new head."""
+    default_rates: ClassVar[tuple[float, float, float]]
+    """The learning rate where the recipe gives none: of a language model, of a model with a new head, and of a small
+    model."""
 
     def why_not_quantized(self) -> str | None:
         """Return the reason why this method can't work on quantised base weights, or None where it can."""

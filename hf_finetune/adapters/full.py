@@ -22,7 +22,7 @@ class Full(Adapter):
         5e-5,
         "BERT and RoBERTa, arXiv 1810.04805 and 1907.11692",
     )
-    default_rates: ClassVar[tuple[float, float]] = (2e-5, 2e-5)
+    default_rates: ClassVar[tuple[float, float, float]] = (2e-5, 2e-5, 2e-4)
 
     def why_not_quantized(self) -> str | None:
         """Quantised weights take no gradient."""

@@ -22,7 +22,7 @@ class IA3(Adapter):
     """Scale activations by learned vectors; very few trained weights."""
 
     usual_rates: ClassVar[Rates | None] = (3e-3, 3e-3, "Liu et al. 2022, arXiv 2205.05638")
-    default_rates: ClassVar[tuple[float, float]] = (3e-3, 3e-3)
+    default_rates: ClassVar[tuple[float, float, float]] = (3e-3, 3e-3, 3e-3)
 
     target_modules: targets.Names | None = None
     """Layers that get a vector, by the last part of their path; null takes PEFT's choice for the model type."""

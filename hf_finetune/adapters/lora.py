@@ -43,7 +43,7 @@ class Lora(Adapter):
         5e-4,
         "Hu et al. 2021, arXiv 2106.09685, appendix D",
     )
-    default_rates: ClassVar[tuple[float, float]] = (2e-4, 5e-4)
+    default_rates: ClassVar[tuple[float, float, float]] = (2e-4, 5e-4, 1e-3)
 
     r: Rank | None = None
     """Rank of the update; null is 8, or what `from` has."""

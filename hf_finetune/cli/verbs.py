@@ -137,18 +137,18 @@ def _answer(text: str) -> None:
 
 # hf-finetune init
 
-HELP_INIT = "write a first recipe for a file of rows or a folder of images"
+HELP_INIT = "write a first recipe for a file, a folder of images, or a data set of the Hub"
 DESCRIPTION_INIT = """\
 Write a first recipe: the task is recognised by the columns and their values, and each choice comes with its reason.
-It reads csv, tsv, json, jsonl, parquet and txt files, folders with a training file, and folders or zip files with a
-folder of images for each label.
+It reads csv, tsv, json, jsonl, parquet and txt files, also packed (gz, bz2, xz, zip), folders with a training file,
+folders or zip files with a folder of images for each label, and data sets of the Hub.
 """
 
 
 def declare_init(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    add("place", metavar="DATA", help="file or folder")
+    add("place", metavar="DATA", help="file, folder, or data set of the Hub: owner/name or owner/name:subset")
     add("--task", metavar="KIND", help="task, e.g. text_classification; by default the likeliest")
     add("--model", metavar="NAME", help="Hub id or folder; by default a small one for the task")
     add("-o", "--output", metavar="RECIPE", help="by default named after the data")
@@ -181,7 +181,7 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_recipe(parser)
     add = parser.add_argument
-    add("--data", metavar="DATA", help="make the recipe for this file or folder, as `init` does")
+    add("--data", metavar="DATA", help="make the recipe for these data, as `init` does")
     add("--model", metavar="NAME", help="with --data: Hub id or folder")
     add("--task", metavar="KIND", help="with --data: the task; by default the likeliest")
     add("--processes", metavar="N|auto", type=processes, help="on this machine; auto: one a visible GPU, one on a CPU")

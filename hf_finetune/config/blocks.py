@@ -236,19 +236,20 @@ class Training(Section):
     epochs: Annotated[Annotated[float, Field(gt=0.0, le=10_000.0)] | None, Key(resume="ask", replaces=("steps",))] = (
         None
     )
-    """Passes over the training rows; give this or `steps`. With neither there are 3."""
+    """Passes over the training rows; give this or `steps`. With neither, a rule goes by the number of rows, else 3."""
     steps: Annotated[Count | None, Key(resume="ask", replaces=("epochs",))] = None
     """Optimiser steps; give this or `epochs`."""
     batch_size: Count = 16
     """Global batch: rows of one optimiser step (packed sequences where `data.packing` is on), across every device and
-    accumulation step."""
+    accumulation step. Where it is not given, a rule goes by the number of local training rows."""
     micro_batch: Annotated[Count | Literal["auto"], FREE] = "auto"
     """Rows of one forward pass on one device; accumulation follows from it. `auto` takes as many as a device is kept
     busy with, and halves them until the estimated memory fits what is free."""
     # No single default: what is right for LoRA ruins a model that is trained whole. `recipe.fill` knows the adapter.
     learning_rate: Annotated[Annotated[float, Field(gt=0.0, le=10.0)], ASK] = Field(default_factory=lambda: 2e-4)
-    """Peak learning rate. By default 2e-4 for LoRA on a language model and 5e-4 for LoRA with a new head, 5e-4 and 1e-3
-    for AdaLoRA, 3e-3 for (IA)3, 2e-5 where all weights are trained."""
+    """Peak learning rate. By default 2e-4 for LoRA on a language model, 5e-4 for LoRA with a new head and 1e-3 for LoRA
+    on a small model; 5e-4, 1e-3 and 2e-3 for AdaLoRA; 3e-3 for (IA)3; 2e-5 where all weights are trained, or 2e-4 of a
+    small model."""
     schedule: Annotated[Literal["linear", "cosine", "constant"], ASK] = "linear"
     """Shape of the learning rate after warmup; linear and cosine end at 0."""
     warmup_ratio: Annotated[Share, Key(resume="ask", replaces=("warmup_steps",))] = 0.0

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,13 +34,17 @@ HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 SECONDS = 10.0  # time that the Hub may take to answer
 
 
-def settle(recipe: Recipe) -> None:
-    """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the recipe needs the Hub and it can't be reached.
+def settle(named: Recipe | Sequence[str]) -> None:
+    """Go on with what is cached, as with HF_HUB_OFFLINE=1, if the Hub is needed and can't be reached.
 
     It is asked once a process, since each of many requests would wait for itself.
+
+    Args:
+        named: Models and data sets; those of a recipe.
     """
-    parts = (recipe.data, *(recipe.data.mix or ()))
-    named = [recipe.model.name, *(part.source for part in parts if part.source is not None)]
+    if isinstance(named, Recipe):
+        parts = (named.data, *(named.data.mix or ()))
+        named = [named.model.name, *(part.source for part in parts if part.source is not None)]
     local = (Path(os.path.expanduser(name)) for name in named if not name.startswith(PACKAGE))  # noqa: PTH111 (any user)
     if constants.HF_HUB_OFFLINE or all(place.exists() for place in local):
         return
@@ -253,9 +257,13 @@ class HubSplit:
             raise DataError(Problem(message, key="data.revision", file=self.source))
         return builder
 
+    def known_splits(self) -> list[str]:
+        """Return the splits that the data set has; some tell them only after they were downloaded."""
+        return list(self._builder().info.splits or {})
+
     def _known_split(self, builder: Any) -> str:
-        """Return the split, if the data set has it; some tell their splits only after they were downloaded."""
-        known = list(builder.info.splits or {})
+        """Return the split, if the data set has it."""
+        known = self.known_splits()
         for part in self.split.split("+"):
             name = part.partition("[")[0]
             if known and name not in known:
@@ -267,6 +275,23 @@ class HubSplit:
 @functools.cache  # each one asks the Hub anew for the commit and the files
 def _builder(source: str, subset: str | None, revision: str | None) -> Any:
     return datasets.load_dataset_builder(source, subset, revision=revision)
+
+
+def subsets(source: str) -> list[str]:
+    """Return the subsets of a data set of which one must be named; none where that can't be known."""
+    try:
+        names = datasets.get_dataset_config_names(source)
+    except (*READING_ERRORS, HTTP_ERROR):
+        return []  # reading it says more
+    return [] if "default" in names or len(names) < 2 else names
+
+
+def undecoded(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield rows in which images and sounds are as their files hold them."""
+    for name, kind in rows.features.items():
+        if isinstance(kind, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(name, type(kind)(decode=False))
+    yield from rows
 
 
 Origin = LocalFiles | HubSplit

@@ -18,6 +18,7 @@ from hf_finetune.config.reading import Reading
 from hf_finetune.config.yamlfile import Origin
 from hf_finetune.data import readers
 from hf_finetune.errors import DataError, Findings, Problem, RecipeError
+from hf_finetune.pipeline import defaults
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
@@ -184,13 +185,29 @@ def read(
     Raises:
         RecipeError: The lock can't be used, or the repeat would write into the locked run.
     """
-    reading, repeat = _read(recipe, overrides, locked, allow_change)
-    if reading.recipe is not None and paths.outside(reading.recipe.output) is None:
-        output = run_folder.numbered(reading.recipe, allowed=allow_change, anew=anew)
-        if output != reading.recipe.output:
-            settled = reading.recipe.model_copy(update={"output": output})
-            reading = replace(reading, recipe=settled, partial=settled)
+    reading, repeat = _read(recipe, overrides, locked, allow_change, defaults.look)
+    if log.rank():
+        return reading, repeat  # the first rank chooses for all
+    reading = _settled(reading, allow_change, anew=anew)
+    if reading.filled and repeat is None and not anew and not isinstance(recipe, Reading):
+        # A run may have begun with defaults that looked at no data: before they did, or because there were none here.
+        plain = _settled(_read(recipe, overrides, None, (), recipe_module.unseen)[0], allow_change, anew=False)
+        if plain.recipe is not None and plain.recipe != reading.recipe and _holds(plain.recipe, allow_change):
+            reading = reading if reading.recipe is not None and _holds(reading.recipe, allow_change) else plain
     return reading, repeat
+
+
+def _holds(recipe: Recipe, allowed: Sequence[str]) -> bool:
+    return RunFolder(recipe.output).holds(recipe.dump(), allowed)
+
+
+def _settled(reading: Reading[Recipe], allowed: Sequence[str], *, anew: bool) -> Reading[Recipe]:
+    """Choose the number of the run folder."""
+    if reading.recipe is None or paths.outside(reading.recipe.output) is not None:
+        return reading
+    output = run_folder.numbered(reading.recipe, allowed=allowed, anew=anew)
+    settled = reading.recipe.model_copy(update={"output": output})
+    return replace(reading, recipe=settled, partial=settled)
 
 
 def _read(
@@ -198,21 +215,22 @@ def _read(
     overrides: Sequence[str],
     locked: str | os.PathLike[str] | Repeat | None,
     allow_change: Sequence[str],
+    look: recipe_module.Look,
 ) -> tuple[Reading[Recipe], Repeat | None]:
     # A lock brings its recipe along; one that is given besides must resolve to the same.
     if isinstance(locked, str | os.PathLike):
         path = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else ""
-        lock, reading = run_lock.read_repeat(os.fspath(locked), path or None, overrides)
+        lock, reading = run_lock.read_repeat(os.fspath(locked), path or None, overrides, look)
         allowed = tuple(key for key in allow_change if key.startswith(run_lock.KEYS))
         return reading, Repeat(os.fspath(locked), lock, allowed)
     if isinstance(recipe, Reading):
         return recipe, locked
     if isinstance(recipe, str | os.PathLike):
-        return recipe_module.read(os.fspath(recipe), overrides), locked
+        return recipe_module.read(os.fspath(recipe), overrides, look), locked
     if isinstance(recipe, Recipe) and not overrides:
         return Reading(recipe, [], recipe, Origin("")), locked
     tree = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
-    return recipe_module.read_dict(tree, overrides), locked
+    return recipe_module.read_dict(tree, overrides, look), locked
 
 
 def look(

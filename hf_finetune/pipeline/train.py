@@ -188,7 +188,7 @@ def _train(
     machine = machine if repeat is None else repeat.as_locked(machine, recipe)
     # These two make process groups of their own, on all ranks in this order.
     stop, ranks = StopRequest(), run_ranks.join(machine.local_rank, device.wait_timeout())
-    recipe = recipe.model_copy(update={"output": on_first(ranks, lambda: recipe.output)})  # rank 0 chose its number
+    recipe = on_first(ranks, lambda: recipe)  # rank 0 chose the number of its folder, and defaults
     run = Training(recipe, machine, findings, RunFolder(recipe.output), stop, ranks, repeat)
     with stop.listening():
         # First of all, so that two runs never prepare data for one folder.

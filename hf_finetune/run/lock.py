@@ -22,7 +22,7 @@ from hf_finetune.config.reading import Reading
 from hf_finetune.config.section import key_of
 from hf_finetune.config.yamlfile import OVERRIDE
 from hf_finetune.errors import CheckpointError, Problem, RecipeError
-from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import Look, Recipe
 from hf_finetune.run.files import write_atomically, writing
 
 if TYPE_CHECKING:
@@ -498,21 +498,23 @@ class Repeat:
         raise CheckpointError(Problem(f"{message}; train without --locked", key="data", file=self.file))
 
 
-def read_repeat(file: str, path: str | None, overrides: Sequence[str]) -> tuple[Lock, Reading[Recipe]]:
+def read_repeat(
+    file: str, path: str | None, overrides: Sequence[str], look: Look = recipe_module.unseen
+) -> tuple[Lock, Reading[Recipe]]:
     """Read a lock, and the recipe of the repeat: that of the lock, with every revision as the commit that it meant.
 
     Args:
         file: The lock.
         path: A recipe that must resolve to that of the lock; None takes the lock's own.
         overrides: Each `key.path=value`.
+        look: See `recipe.fill`.
 
     Raises:
         RecipeError: The lock can't be used, or the repeat would write into the locked run.
     """
     lock = read(file)
-    reading = (
-        recipe_module.read(path, overrides) if path else recipe_module.read_text(lock.recipe.whole, file, overrides)
-    )
+    text = lock.recipe.whole
+    reading = recipe_module.read(path, overrides, look) if path else recipe_module.read_text(text, file, overrides)
     if reading.recipe is None:
         return lock, reading
     recipe = pinned(reading.recipe, lock)

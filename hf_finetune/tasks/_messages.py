@@ -17,6 +17,7 @@ SPEAKERS = ("assistant", "user")
 ROLES = (*SPEAKERS, "system", "tool")
 # What other formats call `SPEAKERS`.
 OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
+USERS = {"human", "prompter"}  # those among them that ask
 # Keys that hold what the assistant thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Types of a part of `content` that holds text.
@@ -62,6 +63,30 @@ class Chat:
     def answers(self) -> list[int]:
         """Indices of the assistant's turns."""
         return [index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+
+
+def said(turn: Any) -> str:
+    """Return the text of a turn, in whatever format."""
+    return str(turn.get("content") or turn.get("value") or "") if isinstance(turn, Mapping) else ""
+
+
+def from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
+    """Write the turns of ShareGPT, `{from, value}` with speakers such as human and gpt, as `{role, content}`.
+
+    Raises:
+        DataError: A turn is something else, or its speaker is not known.
+    """
+    found = []
+    for number, turn in enumerate(turns, start=1):
+        speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, Mapping) else None
+        content = (turn.get("value") or turn.get("content")) if isinstance(turn, Mapping) else None
+        plain = str(speaker).strip().lower()
+        role = "user" if plain in USERS else "assistant" if plain in OTHER_NAMES else plain
+        if role not in ROLES or not isinstance(content, str):
+            raise DataError(f"turn {number} of {speaker!r} can't be written as {{role, content}}; remove the row")
+        weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
+        found.append({"role": role, "content": content, **weight})
+    return found
 
 
 def _listed(value: Any, what: str) -> list[Any]:

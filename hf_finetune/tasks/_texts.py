@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -10,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import BadRows, Problem, RecipeError
+from hf_finetune.tasks._proposals import as_list
 from hf_finetune.tasks.base import Batch, Features
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ def checked(values: Sequence[Any], column: str) -> list[str]:
             bad.add(row, f"column {column!r} holds half a surrogate pair, which is no character; write the text anew")
     bad.raise_any()
     return list(values)
-
-
-def as_list(value: Any) -> list[Any] | None:
-    """Return a cell that is a list, or the JSON text of one; None for all else."""
-    try:
-        read = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets without end
-        return None
-    return read if isinstance(read, list) else None
 
 
 def lists(values: Sequence[Any], column: str, what: str, bad: BadRows) -> list[list[str]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from hf_finetune.config.section import Plugin
+from hf_finetune.tasks._proposals import Cells, Proposal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,6 +257,18 @@ class Task(Plugin):
     """Metrics that may select the best model; `METRICS` has them all."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are printed, in this order, where they exist."""
+    files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """A column of files, and the suffixes of these, e.g. `{"image": (".png",)}`: `init` makes a table of a folder of
+    such files in folders called by their labels."""
+
+    @classmethod
+    def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
+        """Propose a block for columns that nobody has described, for `init`; None where they are not for this task.
+
+        Args:
+            columns: By name, in the order of the data.
+        """
+        return None
 
     @property
     def title(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -14,9 +15,10 @@ from hf_finetune.config.blocks import changed
 from hf_finetune.config.section import ASK, SEEN, Key
 from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _losses, _texts, _tokens
+from hf_finetune.tasks import _losses, _messages, _proposals, _texts, _tokens
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._fidelity import Lost
+from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
     IGNORE,
     REMARKS,
@@ -45,6 +47,12 @@ Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 CONTINUED = 32
 # Predictions: sums over the counted tokens of a row.
 SUMS = ("nats", "tokens", "right")
+# Names that columns mostly have, the likeliest first.
+CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
+PROMPTS = ("prompt", "question", "instruction", "input", "query", "source", "problem")
+ANSWERS = ("completion", "answer", "response", "output", "target", "reply", "summary", "solution")
+# A small model for `init`.
+SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "0.5B parameters, with a chat template")
 
 
 class CausalLM(Task):
@@ -101,6 +109,12 @@ class CausalLM(Task):
     one. Null compares the whole texts without surrounding white space."""
     max_new_tokens: Annotated[Annotated[int, Field(ge=1, le=1_048_576)], SEEN] = 256
     """Most tokens of a generated answer."""
+
+    @classmethod
+    def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
+        """Take chats, prompts and answers, or plain text; of preference pairs the chosen answers."""
+        finders = (_chat, _chosen, _prompts, _pair, _plain)
+        return next((found for finder in finders if (found := finder(columns)) is not None), None)
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -443,3 +457,91 @@ def _stacked(predictions: Predictions) -> Any:
     import numpy as np
 
     return np.stack([predictions[name] for name in SUMS], axis=1).astype(np.float32)
+
+
+# What `init` recognises.
+
+
+def _chat(columns: Mapping[str, Cells]) -> Proposal | None:
+    column = _proposals.first(CHATS, columns)
+    if column is None or not column.lists:
+        return None
+    tools = {"tools": "tools"} if "tools" in columns else {}
+    found = Proposal(
+        {"messages": column.name, **tools},
+        f"{column.name} holds chats: turns with role and content",
+        confidence=0.9,
+        used=[column.name, *tools],
+        model=SMALL,
+        texts=[" ".join(map(_messages.said, chat)) for chat in column.lists],
+    )
+    try:
+        _messages.Chat.parse(column.lists[0])
+    except DataError as error:
+        try:
+            _messages.Chat.parse(_messages.from_sharegpt(column.lists[0]))
+        except DataError:
+            return replace(found, refusal=str(error))
+    else:
+        return found
+
+    def rewrite(row: Mapping[str, Any]) -> dict[str, Any]:
+        chat = _messages.from_sharegpt(_proposals.as_list(row[column.name]) or [])
+        return {column.name: chat, **{name: row[name] for name in tools}}
+
+    return replace(found, says=f"{column.name} holds chats as ShareGPT writes them", rewrite=rewrite)
+
+
+def _chosen(columns: Mapping[str, Cells]) -> Proposal | None:
+    chosen = _proposals.first(("chosen",), columns)
+    if chosen is None or "rejected" not in {name.lower() for name in columns}:
+        return None
+    what = "chosen and rejected are preference pairs, and there is no task for them yet"
+    says, prompt = f"{what}: this trains on the chosen answers alone", _proposals.first(PROMPTS, columns)
+    found = _chat({CHATS[0]: chosen}) if chosen.lists else None
+    if prompt is not None and prompt.texts and chosen.texts:
+        names = [prompt.name, chosen.name]
+        found = _of_texts(dict(zip(("prompt", "completion"), names, strict=True)), says, 0.6, columns, names)
+    if found is None or found.refusal:
+        how = "to train on the chosen answers alone, write them as messages, or as prompt and completion"
+        return Proposal({}, what, confidence=0.6, used=[chosen.name], model=SMALL, refusal=f"{what}; {how}")
+    return replace(found, says=says, confidence=0.6)
+
+
+def _prompts(columns: Mapping[str, Cells]) -> Proposal | None:
+    prompt, answer = _proposals.first(PROMPTS, columns), _proposals.first(ANSWERS, columns)
+    if prompt is None or answer is None or not prompt.texts or not answer.texts:
+        return None
+    # A question with a few possible answers is a classifier's.
+    if answer.is_class and not answer.is_text:
+        return None
+    template, used = prompt.name, [prompt.name, answer.name]
+    more = columns.get("input") or columns.get("context")
+    if more is not None and more not in (prompt, answer) and more.values and prompt.name in ("instruction", "question"):
+        template = f"{{{prompt.name}}}\n\n{{{more.name}}}"
+        used.append(more.name)
+    says = f"pairs of {prompt.name} and {answer.name}"
+    return _of_texts({"prompt": template, "completion": answer.name}, says, 0.7, columns, used)
+
+
+def _pair(columns: Mapping[str, Cells]) -> Proposal | None:
+    texts = [column.name for column in columns.values() if column.is_text]
+    if len(texts) != 2 or _proposals.first(_proposals.TEXTS, {name: columns[name] for name in texts}) is not None:
+        return None
+    says = f"two columns of text, and none of labels: {texts[0]} is asked, {texts[1]} is answered; exchange them if not"
+    return _of_texts({"prompt": texts[0], "completion": texts[1]}, says, 0.3, columns, texts)
+
+
+def _plain(columns: Mapping[str, Cells]) -> Proposal | None:
+    column = _proposals.main_text(columns)
+    if column is None:
+        return None
+    says = f"{column.name} is text, with no column of labels or answers"
+    return _of_texts({"text": column.name}, says, 0.1, columns, [column.name])
+
+
+def _of_texts(
+    task: dict[str, Any], says: str, confidence: float, columns: Mapping[str, Cells], used: list[str]
+) -> Proposal:
+    texts = _proposals.joined(columns, used)
+    return Proposal(task, says, confidence=confidence, used=used, model=SMALL, texts=texts)

@@ -11,12 +11,14 @@ from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.errors import BadRows, DataError
-from hf_finetune.tasks import _image
+from hf_finetune.tasks import _image, _proposals
 from hf_finetune.tasks._classifier import Classifier
+from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
 
 # Pixels of a patch's side, by which the size of an image is told: as of most vision transformers.
 PATCH = 16
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class ImageClassification(Classifier):
@@ -29,11 +31,29 @@ class ImageClassification(Classifier):
     peft_task: ClassVar[str | None] = None
     pipeline: ClassVar[str] = "image-classification"
     token_ids: ClassVar[str | None] = None
+    files: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": SUFFIXES}
     content: ClassVar[str] = "digest"
 
     image: Name
     """Column of the images: paths, relative to the working directory and perhaps into a zip file
     (`photos.zip/cats/1.jpg`), or the bytes of files."""
+
+    @classmethod
+    def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
+        """Take names of image files, or images themselves, and classes, lists of labels, or decimals."""
+        image = next((cells for cells in columns.values() if cells.are_files(SUFFIXES) or _is_image(cells)), None)
+        found = None if image is None else _proposals.target(columns, [image])
+        if image is None or found is None:
+            return None
+        block, says, best = found
+        return Proposal(
+            {"image": image.name, **block},
+            f"{image.name} holds images, {says}",
+            confidence=0.9,
+            used=[image.name, block["label"]],
+            model=("google/vit-base-patch16-224-in21k", "86M parameters"),
+            best_metric=best,
+        )
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
@@ -114,3 +134,15 @@ class ImageClassification(Classifier):
     @staticmethod
     def _pixels(files: list[bytes], processor: Any) -> Batch:
         return dict(processor(images=[_image.opened(file) for file in files], return_tensors="pt"))
+
+
+def _is_image(cells: Cells) -> bool:
+    """Tell that the first cell holds an image, as parquet files and data sets of the Hub do."""
+    cell = next((value for value in cells.values if value is not None), None)
+    if not isinstance(cell, bytes) and not (isinstance(cell, Mapping) and isinstance(cell.get("bytes"), bytes)):
+        return False
+    try:
+        _image.opened(_image.content(cell))
+    except DataError:
+        return False
+    return True

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.errors import BadRows
-from hf_finetune.tasks import _texts
+from hf_finetune.tasks import _proposals, _texts
 from hf_finetune.tasks._classifier import Classifier
+from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
+
+# Names that two columns of a pair mostly have.
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"))
 
 
 class TextClassification(Classifier):
@@ -22,6 +27,30 @@ class TextClassification(Classifier):
 
     text: Name | Annotated[list[Name], Field(min_length=1, max_length=2)]
     """Column of the text, or two columns that are read as a pair, e.g. `[premise, hypothesis]`."""
+
+    @classmethod
+    def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
+        """Take a text, or a pair of known names, and classes, lists of labels, or decimals."""
+        named = {column.name.lower(): column for column in columns.values() if column.texts}
+        pair = next((pair for pair in PAIRS if set(pair) <= set(named)), None)
+        text = _proposals.main_text(columns)
+        if text is None:
+            return None
+        read = [named[name] for name in pair] if pair else [text]
+        if (found := _proposals.target(columns, read)) is None:
+            return None
+        block, says, best = found
+        names = [column.name for column in read]
+        texts = _proposals.joined(columns, names)
+        return Proposal(
+            {"text": names[0] if len(names) == 1 else names, **block},
+            says,
+            confidence=0.5,
+            used=[*names, block["label"]],
+            model=_proposals.encoder(texts),
+            texts=texts,
+            best_metric=best,
+        )
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:

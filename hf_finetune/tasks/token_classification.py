@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import Key
 from hf_finetune.errors import BadRows
-from hf_finetune.tasks import _labels, _losses, _texts
+from hf_finetune.tasks import _labels, _losses, _proposals, _texts
+from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
     IGNORE,
     Batch,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Tag of a word that belongs to no entity.
 OUTSIDE = "O"
+# Names that columns mostly have, the likeliest first.
+WORDS, TAGS = ("words", "tokens"), ("tags", "ner_tags", "labels", "pos_tags")
 
 
 class TokenClassification(Task):
@@ -58,6 +61,25 @@ class TokenClassification(Task):
     """Token of a word that is trained: its first one, or all of them. Its first one always tells the word's tag."""
     label_smoothing: Share = 0.0
     """Share of each target that is spread over all tags."""
+
+    @classmethod
+    def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
+        """Take words and tags by their names, where both are lists of the same length."""
+        words, tags = _proposals.first(WORDS, columns), _proposals.first(TAGS, columns)
+        if words is None or tags is None or not (words.lists and tags.lists):
+            return None
+        if any(len(one) != len(two) for one, two in zip(words.lists, tags.lists, strict=True)):
+            return None
+        texts = [" ".join(map(str, row)) for row in words.lists]
+        return Proposal(
+            {"words": words.name, "tags": tags.name},
+            f"{tags.name} holds one tag for each word of {words.name}",
+            confidence=0.9,
+            used=[words.name, tags.name],
+            model=_proposals.encoder(texts, cased=True),
+            texts=texts,
+            best_metric="f1",
+        )
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
