@@ -344,7 +344,10 @@ def fill(tree: dict[str, Any], unread: Container[KeyPath], file: str, look: Look
         tree["adapter"] = {"kind": kind}
         say("adapter", kind, why)
     adapter, task = _kind(tree, "adapter"), _kind(tree, "task")
-    rules = {"training.batch_size": partial(usual_batch, seen), "training.epochs": partial(usual_epochs, seen)}
+    rules: dict[str, Callable[[], tuple[float, str]]] = {
+        "training.batch_size": partial(usual_batch, seen),
+        "training.epochs": partial(usual_epochs, seen),
+    }
     if adapter in ADAPTERS and task in TASKS:
         rules["training.learning_rate"] = partial(usual_rate, seen, adapter, task)
     for key, rule in rules.items():

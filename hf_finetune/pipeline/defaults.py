@@ -45,11 +45,11 @@ def of_model(name: str) -> Seen:
     return Seen(
         hidden_size=size if isinstance(size, int) else None,
         positions=most if isinstance(most, int) else None,
-        has_linear=_has_linear(folder),
+        has_linear=has_linear(folder),
     )
 
 
-def _has_linear(folder: Path) -> bool:
+def has_linear(folder: Path) -> bool:
     """Tell whether any weight is a matrix besides embeddings and heads; True where that can't be read."""
     try:
         with (folder / "model.safetensors").open("rb") as stream:
@@ -75,20 +75,14 @@ def _rows(data: Mapping[str, Any]) -> int | None:
             return None
         count = 0
         for file in files:
-            count += _count(file, MOST_ROWS - count)
+            if file.lower().endswith(".parquet"):
+                from pyarrow import parquet
+
+                count += int(parquet.ParquetFile(file).metadata.num_rows)
+            elif count < MOST_ROWS:
+                with readers.opened(file, Path(file).suffix.lower().removeprefix(".")) as (rows, _):
+                    count += sum(1 for _ in islice(rows, MOST_ROWS - count))
     except (OSError, ValueError, TypeError, RuntimeError, FinetuneError):
         return None
     limit = data.get("limit")
     return min(count, limit) if isinstance(limit, int) else count
-
-
-def _count(file: str, most: int) -> int:
-    if most <= 0:
-        return 0
-    form = Path(file).suffix.lower().removeprefix(".")
-    if form == "parquet":
-        from pyarrow import parquet
-
-        return min(most, int(parquet.ParquetFile(file).metadata.num_rows))
-    with readers.opened(file, form) as (rows, _):
-        return sum(1 for _ in islice(rows, most))

@@ -12,11 +12,11 @@ import lzma
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.paths import is_commit, refuse_outside
@@ -32,7 +32,7 @@ SAMPLE = 100_000  # rows whose values are looked at; all are counted
 FILES = 100  # rows whose files are looked at, where the data hold them
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a")
 NO_AUDIO = f"sound files, and no task reads them yet. Kinds: {', '.join(TASKS)}"
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 HELD_OUT = {"validation": ("validation", "valid", "dev", "val", "eval"), "test": ("test",)}
 """Names that splits mostly have, the likeliest first."""
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
@@ -70,15 +70,14 @@ def recognise(columns: Mapping[str, Cells], kind: str | None) -> tuple[str, Prop
 # ---- the data ----
 
 
-@dataclass
-class Found:
+class Found(NamedTuple):
     """Rows that a recipe can be made for."""
 
     data: dict[str, Any]
     """Where they are: keys of the block `data`."""
     rows: dict[str, Rows]
     """Of each split."""
-    wrote: list[str] = field(default_factory=list)
+    wrote: Sequence[str] = ()
     """Tables that had to be made."""
 
 
@@ -130,16 +129,16 @@ def find(place: str, tables: Tables) -> Found:
     path = Path(place)
     if not path.exists():
         if (named := HUB.fullmatch(place)) is not None and path.suffix.lower() not in (*SUFFIXES, ".txt", *PACKED):
-            return _on_hub(named[1], named[2])
+            return on_hub(named[1], named[2])
         raise DataError(Problem("is no file or folder here, and no data set of the Hub (owner/name)", file=place))
     if path.is_dir():
-        path = _main_file(path)
+        path = main_file(path)
     if path.suffix.lower() in (*PACKED, ".zip"):
-        unpacked = _unpacked(path, tables)
-        if unpacked is not None:
-            return unpacked
+        table = unpacked(path, tables)
+        if table is not None:
+            return table
     if path.is_dir() or path.suffix.lower() == ".zip":
-        return tables.write_rows(_in_folders(path))
+        return tables.write_rows(in_folders(path))
     if path.suffix.lower() == ".txt":
         lines = reading.find(str(path), None).rows(())
         return tables.write_rows({"train": ({"text": row.cells["text"]} for row in lines if not row.fault)})
@@ -154,7 +153,7 @@ def find(place: str, tables: Tables) -> Found:
     return Found(dict(files), {split: partial(_rows, file) for split, file in files.items()})
 
 
-def _main_file(folder: Path) -> Path:
+def main_file(folder: Path) -> Path:
     """Find the training file of a folder, or the only one; the folder itself where there are only files of rows.
 
     Raises:
@@ -170,7 +169,7 @@ def _main_file(folder: Path) -> Path:
     return trains[0] if trains else folder
 
 
-def _unpacked(path: Path, tables: Tables) -> Found | None:
+def unpacked(path: Path, tables: Tables) -> Found | None:
     """Unpack a table; None for a zip file of other things.
 
     Raises:
@@ -194,7 +193,7 @@ def _unpacked(path: Path, tables: Tables) -> Found | None:
     return Found({"train": file}, {"train": partial(_rows, file)}, [file])
 
 
-def _in_folders(path: Path) -> dict[str, list[dict[str, str]]]:
+def in_folders(path: Path) -> dict[str, list[dict[str, str]]]:
     """Return a row for each file below a folder, or in a zip file, by split: the file, and the folder that it lies in.
 
     Raises:
@@ -237,7 +236,7 @@ def _rows(file: str) -> Iterator[Mapping[str, Any]]:
         yield row.cells
 
 
-def _on_hub(source: str, subset: str | None) -> Found:
+def on_hub(source: str, subset: str | None) -> Found:
     """Load a data set of the Hub, as training does; what is cached needs no network.
 
     Raises:
@@ -372,7 +371,7 @@ def _block(name: str, keys: Mapping[str, tuple[Any, str]]) -> list[str]:
 def name_of(place: str) -> str:
     """Name the recipe after the data: after their folder where the file is called train or data."""
     path = Path(place).absolute()
-    stem = path.name.partition(".")[0].replace(":", "-") if path.is_file() or not path.exists() else path.name
+    stem = (Path(path.stem).stem if path.suffix.lower() in PACKED else path.stem).replace(":", "-")
     stem = path.parent.name if stem.lower() in ("train", "data", "images") and path.is_file() else stem
     return f"{stem or 'recipe'}.yaml"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,18 @@ def content(cell: Any) -> bytes:
         cell.save(stream, format="PNG")  # loses nothing
         return stream.getvalue()
     raise DataError("holds no image; write the path of a file, or its bytes")
+
+
+def are_images(cells: Sequence[Any]) -> bool:
+    """Tell that the first cell with something in it holds an image, as parquet files and data sets of the Hub do."""
+    cell = next((value for value in cells if value is not None), None)
+    if not isinstance(cell, bytes) and not (isinstance(cell, Mapping) and isinstance(cell.get("bytes"), bytes)):
+        return False
+    try:
+        opened(content(cell))
+    except DataError:
+        return False
+    return True
 
 
 def opened(file: bytes) -> Image:

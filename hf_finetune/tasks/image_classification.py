@@ -41,7 +41,9 @@ class ImageClassification(Classifier):
     @classmethod
     def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
         """Take names of image files, or images themselves, and classes, lists of labels, or decimals."""
-        image = next((cells for cells in columns.values() if cells.are_files(SUFFIXES) or _is_image(cells)), None)
+        image = next(
+            (cells for cells in columns.values() if cells.are_files(SUFFIXES) or _image.are_images(cells.values)), None
+        )
         found = None if image is None else _proposals.target(columns, [image])
         if image is None or found is None:
             return None
@@ -134,15 +136,3 @@ class ImageClassification(Classifier):
     @staticmethod
     def _pixels(files: list[bytes], processor: Any) -> Batch:
         return dict(processor(images=[_image.opened(file) for file in files], return_tensors="pt"))
-
-
-def _is_image(cells: Cells) -> bool:
-    """Tell that the first cell holds an image, as parquet files and data sets of the Hub do."""
-    cell = next((value for value in cells.values if value is not None), None)
-    if not isinstance(cell, bytes) and not (isinstance(cell, Mapping) and isinstance(cell.get("bytes"), bytes)):
-        return False
-    try:
-        _image.opened(_image.content(cell))
-    except DataError:
-        return False
-    return True
