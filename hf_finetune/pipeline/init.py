@@ -287,7 +287,10 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
         says.append(f"left out: {', '.join(left)}")
     for split in [split for split in found.rows if split != "train"]:
         row = next(iter(found.rows[split]()), {})
-        if any(row.get(name) in (None, "", -1) for name in proposal.used):
+        # Labels that are kept secret are -1.
+        used = {name: row.get(name) for name in proposal.used}
+        secret = any(cell == -1 and "-1" not in columns[name].counts for name, cell in used.items())
+        if secret or any(cell is None or cell == "" for cell in used.values()):
             says.append(f"left out: {found.data.pop(split)}, whose rows lack columns or labels")
             del found.rows[split]
     if proposal.rewrite is not None:

@@ -87,8 +87,10 @@ class Cells:
         return found
 
     def are_files(self, suffixes: tuple[str, ...]) -> bool:
-        """Tell that the values are names of files with these suffixes."""
-        return bool(self.texts) and all(text.lower().endswith(suffixes) for text in self.texts)
+        """Tell that the values are files with these suffixes, by name or as `datasets` keeps them."""
+        kept = [cell["path"] for cell in self.values if isinstance(cell, Mapping) and cell.get("path")]
+        names = self.texts or list(map(str, kept))
+        return bool(names) and all(name.lower().endswith(suffixes) for name in names)
 
     def __str__(self) -> str:
         if self.lists:
