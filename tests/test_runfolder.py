@@ -81,7 +81,7 @@ def test_two_processes_share_a_number_and_resume_after_a_kill(
 ) -> None:
     recipe = RECIPE.format(model=tiny_bert, data=reviews(96), output="runs/{recipe}-{n}")
     (tmp_path / "mine.yaml").write_text(recipe + "checkpoints: {every: 1}\n")
-    words = ["train", "mine.yaml", "training.epochs=40", *QUICK]
+    words = ["train", "mine.yaml", "training.epochs=8", *QUICK]
 
     def start(*more: str) -> list[Child]:
         return [server.start(*words, *more, env=os.environ | rank, cwd=tmp_path) for rank in ranks(2)]
