@@ -6,6 +6,7 @@
 #   make test-faults   more runs that are killed, stopped, starved and damaged: docs/reliability.md
 #   make test-jobs     the image, Kubernetes, Slurm, several nodes, an installation from the lock; needs Debian and root
 #   make test-lowest   `make test` with the lowest versions that pyproject.toml admits
+#   make test-newest  `make test` with the newest releases, pre-releases too, whatever pyproject.toml admits
 #   make bench-quick   hf_finetune against its peers, small: ten minutes at most on two cores
 #   make bench         all of it: BENCH="--sst2 FOLDER --gsm8k FOLDER --llama FOLDER"; goes on where it was stopped
 #   make lint          style, format, types
@@ -42,7 +43,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 # pip's lines without this project, without pip, and without the local tags of builds, e.g. +cpu.
 FREEZE = -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed -E 's/\+[A-Za-z0-9.]+$$//'
 
-.PHONY: demo test test-slow test-faults test-jobs test-lowest bench-quick bench lint audit sbom docs lock clean
+.PHONY: demo test test-slow test-faults test-jobs test-lowest test-newest bench-quick bench lint audit sbom docs lock clean
 .DELETE_ON_ERROR:
 
 # What to install with, the constraints, the extras.
@@ -62,7 +63,7 @@ demo: .venv/demo.stamp
 	@echo "Next: your own data, docs/first-recipe.md; whether all works on this machine, make test."
 
 # Threads of torch that wait for each other spin, and several tests run at once: one would wait on another's time.
-test test-slow test-faults test-lowest: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-faults test-lowest test-newest: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: .venv/test.stamp
 	.venv/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu"
@@ -78,6 +79,15 @@ test-jobs: .venv/test.stamp
 
 test-lowest: .venv-lowest/test.stamp
 	.venv-lowest/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu and not lint"
+
+# Anew each time: what was newest last week is not. pip names the bounds that are passed, and goes on.
+test-newest: DIRECT = $(shell sed -n '/^dependencies/,/^]/s/^ *"\([^>]*\)>=.*/\1/p' pyproject.toml)
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(INSTALL) -e '.[test]'
+	.venv-newest/bin/python $(INSTALL) --upgrade --pre $(DIRECT)
+	.venv-newest/bin/python $(PYTEST) -m "not slow and not faults and not jobs and not gpu and not lint"
 
 # Anew each time, and within ten minutes, of which making .venv takes some.
 bench-quick: BEGAN := $(shell date +%s)
