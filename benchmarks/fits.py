@@ -48,16 +48,16 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="also put the table between the marks of this file")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    heads = ["model", "weights", "method", *(f"{gpu} GB" for gpu in GPUS)]
+    heads = ["model", "method", *(f"{gpu} GB" for gpu in GPUS)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     with tempfile.TemporaryDirectory() as place:
         folder = scaling.outline(Path(place), LLAMA_1B)
         for name in options.only:
             configuration(name).save_pretrained(folder)
             for method in METHODS:
-                weights, needs = estimates(folder, method)
+                needs = estimates(folder, method)
                 cells = " | ".join(longest(needs, gpu * USABLE * 1e9) for gpu in GPUS)
-                lines.append(f"| {name} | {weights / 1e9:.1f} G | {method} | {cells} |")
+                lines.append(f"| {name} | {method} | {cells} |")
                 sys.stderr.write(f"{lines[-1]} {[f'{need / 1e9:.1f}' for need in needs.values()]}\n")
     text = "\n".join(lines) + "\n"
     sys.stdout.write(text)
@@ -82,19 +82,17 @@ def configuration(name: str) -> Any:
     )
 
 
-def estimates(folder: Path, method: str) -> tuple[int, dict[int, int]]:
-    """Count the weights, and estimate the bytes for each length, up to the first that no GPU here has room for."""
+def estimates(folder: Path, method: str) -> dict[int, int]:
+    """Estimate the bytes for each length, up to the first that no GPU here has room for."""
     adapter, quantization = METHODS[method]
     needs: dict[int, int] = {}
-    weights = 0
     for length in LENGTHS:
         recipe = scaling.recipe(folder, adapter, 1, length)
         recipe["model"]["quantization"] = quantization
-        found = scaling.estimate(recipe, (1, length), is_sharded=False)
-        needs[length], weights = found.total, found.parameters[1]
-        if found.total > GPUS[-1] * USABLE * 1e9:
+        needs[length] = scaling.estimate(recipe, (1, length), is_sharded=False).total
+        if needs[length] > GPUS[-1] * USABLE * 1e9:
             break
-    return weights, needs
+    return needs
 
 
 def longest(needs: dict[int, int], memory: float) -> str:

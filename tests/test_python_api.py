@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -37,8 +39,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def checkout(tmp_path: Path, tiny_bert: str, reviews: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which recipes/quickstart.yaml is a small recipe."""
-    (tmp_path / "recipes").mkdir()
-    recipe = RECIPE.format(model=tiny_bert, data=reviews(96), output="runs/quickstart")
+    folder = tmp_path / "recipes" / "quickstart"
+    folder.mkdir(parents=True)
+    lines = Path(reviews(96)).read_text(encoding="utf-8").splitlines()
+    rows = [json.dumps(row) + "\n" for row in csv.DictReader(lines)]
+    for split, part in (("train", rows[:72]), ("validation", rows[72:]), ("test", rows[72:])):
+        (folder / f"{split}.jsonl").write_text("".join(part))
+    recipe = RECIPE.format(model=tiny_bert, data=folder / "train.jsonl", output="runs/quickstart")
+    recipe = recipe.replace("validation_share: 0.25", f"validation: {folder / 'validation.jsonl'}")
     (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -92,7 +100,10 @@ def test_the_notebook_runs(checkout: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in code), "it shows a run to those who only read it"
+    for cell in code:
+        cell.outputs = []
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(checkout)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
@@ -103,6 +114,19 @@ def test_the_notebook_runs(checkout: Path) -> None:
     assert len(shown) == 1, "one output for the progress, updated in place"
     assert "<pre>" in str(shown[0].data), "bars were drawn in it"
     assert "step 10/10" in str(trained.outputs)
+
+
+def test_the_script_runs(
+    checkout: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / "examples" / "train.py"
+    overrides = [f"model.name={tiny_bert}", "data.max_length=32", "training.epochs=1"]
+    monkeypatch.setattr(sys, "argv", [str(script), *overrides])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "test accuracy 0." in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [str(script), "training.epochs=0"])
+    with pytest.raises(SystemExit, match=r"training\.epochs: must be more than 0"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def test_check_returns_problems_as_objects(checkout: Path) -> None:
