@@ -129,7 +129,12 @@ def find(place: str, tables: Tables) -> Found:
     path = Path(place)
     if not path.exists():
         if (named := HUB.fullmatch(place)) is not None and path.suffix.lower() not in (*SUFFIXES, ".txt", *PACKED):
-            return on_hub(named[1], named[2])
+            try:
+                return on_hub(named[1], named[2])
+            except DataError as error:
+                reason = "; ".join(problem.message for problem in error.problems)
+                message = f"is no file or folder here, and as a data set of the Hub: {reason}"
+                raise DataError(Problem(message, file=place)) from None
         raise DataError(Problem("is no file or folder here, and no data set of the Hub (owner/name)", file=place))
     if path.is_dir():
         path = main_file(path)
