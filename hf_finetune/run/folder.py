@@ -165,7 +165,7 @@ class RunFolder:
         try:
             previous = self.previous()
             if begins == "done":
-                if not _is_whole(self._stored_recipe()):
+                if not _is_whole(self.stored_recipe()):
                     write_atomically(self.recipe, recipe_yaml, durable=True)
                 return begins, changes
             if previous is not None and begins == "new" and not self._never_trained(previous):
@@ -186,7 +186,8 @@ class RunFolder:
             raise StorageError(Problem(f"{self.path} can't be written: {error.strerror}", key="output")) from error
         return begins, changes
 
-    def _stored_recipe(self) -> str:
+    def stored_recipe(self) -> str:
+        """Return the text of `recipe.yaml`; empty where it can't be read."""
         try:
             return self.recipe.read_text(encoding="utf-8")
         except (OSError, ValueError):
@@ -198,7 +199,7 @@ class RunFolder:
         Raises:
             CheckpointError: Something else changed, or nothing says what the run was.
         """
-        stored = self._stored_recipe()
+        stored = self.stored_recipe()
         if _is_whole(stored):
             return refuse_changes(stored, recipe_yaml, allowed)
         if (lock := run_lock.find(self.run_lock)) is not None:
@@ -332,12 +333,30 @@ def numbered(recipe: Recipe, *, allowed: Sequence[str] = (), anew: bool = False)
         numbers = sorted(
             (int(found[1]) for entry in parent.iterdir() if (found := pattern.fullmatch(entry.name))), reverse=True
         )
+    trained = _training_numbers(recipe.dump())
     for number in () if anew else numbers:
         output = recipe.output.replace(NUMBER, str(number))
-        folder, dump = RunFolder(output), recipe.model_copy(update={"output": output}).dump()
-        if folder.holds(dump, allowed) or (number == numbers[0] and folder.is_free):
+        folder = RunFolder(output)
+        # Most of many runs differ in a number of `training`: it is told without parsing all of their recipes.
+        before = _training_numbers(folder.stored_recipe())
+        differing = (f"training.{key}" for key in trained.keys() & before.keys() if trained[key] != before[key])
+        is_other = any(key_of(Recipe, key).resume != "free" and key not in allowed for key in differing)
+        if not is_other and folder.holds(recipe.model_copy(update={"output": output}).dump(), allowed):
+            return output
+        if number == numbers[0] and folder.is_free:
             return output
     return recipe.output.replace(NUMBER, str(max(numbers, default=0) + 1))
+
+
+def _training_numbers(recipe_yaml: str) -> dict[str, float]:
+    """Read the numbers in the block `training` of a resolved recipe off its lines."""
+    block = re.search(r"^training:\n((?:  .*\n)*)", recipe_yaml, re.MULTILINE)
+    lines = re.findall(r"^  (\w+): ([-+.\de]+)$", block[1] if block else "", re.MULTILINE)
+    found = {}
+    for key, number in lines:
+        with suppress(ValueError):
+            found[key] = float(number)
+    return found
 
 
 def _user(lock: Path, status: Path) -> str | None:
