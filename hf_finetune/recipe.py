@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -86,6 +86,11 @@ class Recipe(Section):
     the run: that of the latest run of this very recipe, which is resumed or finished, else the next free one."""
     require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
     """Refuse a model or a data set on the Hub whose `revision` is not a commit (40 digits): tags and branches move."""
+
+    @property
+    def title(self) -> str:
+        """A name of the run, for people: the end of `output`, which is that of the recipe where nothing else is said."""
+        return PurePath(self.output).name.removesuffix(f"-{NUMBER}")
 
     def summary(self) -> list[tuple[str, str]]:
         """Name the settings that decide about the data, for reports; those that are not used are left out."""

@@ -53,12 +53,17 @@ def started(profile: Path, *, loopback: bool = False) -> Iterator[Any]:
     started.quit()
 
 
-def visit(browser: Any, page: Path, width: int = 1400, scheme: str = "light") -> Any:
-    """Open a page in a window of a width, with a preference for light or dark."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+def resize(browser: Any, width: int, height: int, scheme: str) -> None:
+    """Give the window a size, and a preference for light or dark."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     preference = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
+
+
+def visit(browser: Any, page: Path, width: int = 1400, scheme: str = "light") -> Any:
+    """Open a page in a window of a width, with a preference for light or dark."""
+    resize(browser, width, 900, scheme)
     browser.get_log("browser")
     browser.get_log("performance")
     browser.get(page.as_uri())

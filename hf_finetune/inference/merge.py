@@ -20,6 +20,7 @@ from hf_finetune.config.paths import outside, resolve
 from hf_finetune.errors import Findings, ModelError, RecipeError
 from hf_finetune.log import phase, tell
 from hf_finetune.log.lines import Message
+from hf_finetune.log.text import number
 from hf_finetune.run import files
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Report:
         headline = self.run.recipe.task.headline
         for name, found in self.metrics.items():
             label = f"{name} in fp32" if name == ADAPTER else name
-            line = f"  {label:<19} " + "  ".join(f"{key} {found[key]:.4f}" for key in headline if key in found)
+            line = f"  {label:<19} " + "  ".join(f"{key} {number(found[key])}" for key in headline if key in found)
             if name not in (RUN, ADAPTER):
                 change = self.change(name)
                 line += f"   ({', '.join(f'{key} {change[key]:+.4f}' for key in headline if key in change)})"

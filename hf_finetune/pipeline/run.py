@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_finetune import log
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.log.text import number
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal
 from hf_finetune.run.folder import RunFolder
@@ -56,7 +57,7 @@ class Run:
 
     def __repr__(self) -> str:
         shown = [name for name in self.recipe.task.headline if name in next(iter(self.metrics.values()), {})]
-        scores = [f"{split} {name} {found[name]:.4f}" for split, found in self.metrics.items() for name in shown]
+        scores = [f"{split} {name} {number(found[name])}" for split, found in self.metrics.items() for name in shown]
         return f"<Run {self.folder}: {', '.join(scores) or 'no metrics'}>"
 
     @property

@@ -25,7 +25,7 @@ def environment() -> jinja2.Environment:
     """Load this room's templates. Whatever they print is escaped, and characters that can't be seen are written out."""
     import jinja2
 
-    from hf_finetune.log.text import exact, harmless
+    from hf_finetune.log.text import exact, harmless, number
 
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_finetune.reports", "."),
@@ -36,7 +36,7 @@ def environment() -> jinja2.Environment:
         # Not `isinstance`: drawings are Markup, a subclass, and stay as they are.
         finalize=lambda value: harmless(value) if type(value) is str else value,
     )
-    made.filters["exact"] = exact
+    made.filters |= {"exact": exact, "number": number}
     return made
 
 
@@ -69,12 +69,8 @@ def html(run: RunData, charts: Sequence[tuple[Chart, Markup]]) -> str:
             "#" + "".join(f"{round(back + part * (front - back)):02x}" for back, front in pairs) for part in parts
         ]
     context = found | {
-        "headline": [
-            (result.split, name, result.scores[name])
-            for result in found["results"]
-            # Filtered before it is cut: a regression has none of the first four.
-            for name in [name for name in run.recipe.task.headline if name in result.scores][:4]
-        ],
+        # Of every split and yardstick, as a column: a row for each metric of the whole split.
+        "metrics": list(dict.fromkeys(name for result in found["results"] for name in result.overall)),
         "per_class": reports_run.PER_CLASS,
         "charts": {name: [(chart, svg) for chart, svg in charts if chart.section == name] for name in SECTIONS},
         "evaluations": found["evaluations"][-EVALUATIONS:],

@@ -18,7 +18,7 @@ from hf_finetune import log
 from hf_finetune.data.batches import Division
 from hf_finetune.errors import Problem
 from hf_finetune.log.lines import clock
-from hf_finetune.log.text import bullets, cell, fenced, harmless, markdown, shortened
+from hf_finetune.log.text import bullets, cell, fenced, harmless, markdown, number, shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
@@ -171,14 +171,11 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if outcome.peak_memory is not None:
         rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
     for split, scores in outcome.scores.items():
-        rows.append((split, "  ".join(f"{name} {scores[name]:.4f}" for name in recipe.task.headline if name in scores)))
+        rows.append((split, "  ".join(f"{name} {number(scores[name])}" for name in recipe.task.headline if name in scores)))
     if outcome.reload_difference is None:
         rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
     else:
-        apart = "its logits are equal"
-        if outcome.reload_difference:
-            apart = f"logits differ by {outcome.reload_difference:.1e} of the largest"
-        rows.append(("saved and reloaded", f"{folder.adapter} ({apart})"))
+        rows.append(("saved and reloaded", f"{folder.adapter} ({_apart(outcome.reload_difference)})"))
     pages = f"{folder.page}, {folder.report.name}; pictures in {folder.plots.name}/"
     rows += [("report", pages if recipe.tracking.report else str(folder.report))]
     rows += [("" if number else "next", command) for number, command in enumerate(_next_commands(outcome))]
@@ -417,6 +414,8 @@ class Result:
 
 def of(run: RunData) -> dict[str, Any]:
     """Collect everything that both reports show."""
+    from hf_finetune.reports import verdict
+
     measure = tracking_charts.learned(run.weights)
     evaluations = run.of("eval")
     steps = [(int(step), list(group)) for step, group in groupby(run.samples, key=lambda sample: sample["step"])]
@@ -424,6 +423,10 @@ def of(run: RunData) -> dict[str, Any]:
         "recipe": run.recipe,
         "summary": run.recipe.summary(),
         "setup": setup(run),
+        "machinery": machinery(run),
+        "headline": verdict.headline(run),
+        "untrained": list(verdict.untrained(run)),
+        "hints": list(verdict.hints(run)),
         "results": results(run),
         "evaluations": evaluations,
         "evaluated": [name for name in run.recipe.task.headline if any(name in line for line in evaluations)],
@@ -452,27 +455,37 @@ def rows_of(run: RunData, kind: str) -> list[tuple[str, list[Mapping[str, Any]]]
 
 
 def setup(run: RunData) -> Pairs:
-    """Name parameters, machine, data and steps."""
+    """Name parameters, machine, and steps."""
     summary, machine, rows = run.summary, dict(run.environment).get("machine"), []
     if "parameters" in summary:
         part, whole = summary["trained_parameters"], summary["parameters"]
         rows.append(("Parameters", f"{part:,} of {whole:,} trained ({part / whole:.2%})"))
-    rows += [("Machine", machine)] if machine else []
+    if "step" in summary:
+        skipped = summary.get("steps_not_taken", 0)
+        note = f"; {skipped:,} were not taken, as loss or gradient was not finite" if skipped else ""
+        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{note}"))
+    return rows + ([("Machine", machine)] if machine else [])
+
+
+def machinery(run: RunData) -> Pairs:
+    """Name what was chosen for this machine, and how data and saved weights were verified."""
+    summary, rows = run.summary, []
     if (choices := run_lock.choices(run.folder.run_lock)) is not None:
         paths: dict[str, bool] = choices.value("fast_paths") or {}
         rows.append(("Chosen here", choices.without("fast_paths").describe()))
         if taken := [name.replace("_", " ") for name, was in paths.items() if was]:
             rows.append(("Fast paths", ", ".join(taken)))
     rows += [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
-    if "step" in summary:
-        skipped = summary.get("steps_not_taken", 0)
-        note = f"; {skipped:,} were not taken, as loss or gradient was not finite" if skipped else ""
-        rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{note}"))
     if "reload_difference" in summary:
-        rows.append(("Reloaded", f"logits differ by {summary['reload_difference']:.1e} of the largest"))
+        rows.append(("Reloaded", _apart(summary["reload_difference"])))
     if "read_back" in summary:
         rows.append(("Read back", "every bit of the saved weights is equal"))
     return rows
+
+
+def _apart(difference: float) -> str:
+    """Say how far the logits of the saved model are from those in memory."""
+    return f"logits differ by {difference:.1e} of the largest" if difference else "its logits are equal"
 
 
 def cost(run: RunData) -> Pairs:
@@ -521,7 +534,11 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
     """
     found = of(run)
     facts, names = found["facts"], found["evaluated"]
-    blocks = [f"# {cell(run.recipe.output)}", *listed("", [*found["summary"], *found["setup"]])]
+    blocks = [f"# {cell(run.recipe.title)}"]
+    if (shown := found["headline"]) is not None:
+        blocks += [cell(shown["sentence"]), *listed("", ((name, number(bar)) for name, bar in shown["yardsticks"]))]
+    blocks += ["## What to try next", bullets(found["hints"])] if found["hints"] else []
+    blocks += listed("## Run", [*found["summary"], *found["setup"]])
     blocks += ["## Data", bullets(facts.get("rows", ())) or "What became of the rows is not known any more."]
     blocks.append("## Findings")
     if facts:
@@ -536,13 +553,13 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
     blocks += [f"![{chart.title}](plots/{chart.name}.png)" for chart in charts]
     if found["evaluations"]:
         rows = [
-            [str(line["step"]), *(f"{line.get(name, float('nan')):.4f}" for name in names)]
+            [str(line["step"]), *(number(line.get(name)) for name in names)]
             for line in found["evaluations"]
         ]
         blocks += ["## Evaluations", markdown(["step", *names], rows)]
     for split, mistakes in found["mistakes"]:
         rows = [
-            [str(row["row"]), row["label"], row["predicted"], f"{row['confidence']:.3g}", _cut(row["text"])]
+            [str(row["row"]), row["label"], row["predicted"], number(row["confidence"]), _cut(row["text"])]
             for row in mistakes
         ]
         blocks.append(f"## Worst mistakes on {split}")
@@ -558,7 +575,7 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
         place = f"in `{run.folder.adapter}`, or with its path for `folder`"
         blocks += ["## How to load it", f"Run this {place}.", fenced(found["loading"], "python")]
     blocks += ["## What is missing", bullets(found["missing"])] if found["missing"] else []
-    blocks += listed("## Environment", found["environment"])
+    blocks += listed("## Environment", [*found["machinery"], *found["environment"]])
     blocks += ["## Recipe", fenced(run.recipe.dump(), "yaml")]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -567,16 +584,15 @@ def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
     """Write the scores of a split, overall and by class, with their intervals."""
     bounds, method = result.intervals.bounds, result.intervals.method
     rows = [
-        [name, f"{value:.6g}", "{:.4g} to {:.4g}".format(*bounds[name]) if name in bounds else ""]
+        [name, number(value), " to ".join(map(number, bounds.get(name, ())))]
         for name, value in result.overall.items()
     ]
     blocks = [markdown([result.split, "value", "95 % interval"], rows)]
     if result.classes:
-        formats = dict.fromkeys(PER_CLASS, "{:.4f}") | {"support": "{:,.0f}"}
         rows = []
         for name in result.classes[:most_classes]:
-            values = {column: result.scores.get(f"{column}.{name}") for column in PER_CLASS}
-            rows.append([name, *("" if v is None else formats[column].format(v) for column, v in values.items())])
+            *values, support = (result.scores.get(f"{column}.{name}") for column in PER_CLASS)
+            rows.append([name, *map(number, values), f"{support:,.0f}"])
         blocks.append(markdown([f"{result.split}, by class", *PER_CLASS], rows))
     return [*blocks, *([f"Intervals: {method}."] if method else [])]
 

@@ -6,8 +6,9 @@ A task says by `Plot.kind` which layout its rows have; nothing here asks which t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -44,6 +45,8 @@ POINTS = 400
 DOTS = 2000
 # Classes that get an interactive curve and a histogram of their logits: of more, those with the most rows.
 LISTED = 50
+# Probability of a label that no training row has.
+LEAST = 1e-6
 
 
 class Rows:
@@ -70,6 +73,25 @@ class Rows:
         found = sums.of_rows[list(self.loss_and_weight)]
         losses, weights = found.toarray() if hasattr(found, "toarray") else found
         return losses / weights, weights
+
+    def blind(self, counts: Sequence[int], rows: int) -> tuple[str, Rows] | None:
+        """Predict the same rows without reading any: a yardstick.
+
+        Args:
+            counts: (C,) training rows of each label.
+            rows: All training rows.
+
+        Returns:
+            How it predicts, and its predictions; None where there is no such yardstick.
+        """
+        return None
+
+    def _instead(self, values: Any) -> Self:
+        """Return a copy with these predictions of every row."""
+        made, columns = copy(self), np.size(values)
+        made.rows = self.rows.astype(np.float64)
+        made.rows[:, :columns] = values
+        return made
 
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield what is shown as a histogram: `<group>/<name>` and values."""
@@ -100,6 +122,11 @@ class Numbers(Rows):
     def sums(self) -> Sums:
         """Sums of errors."""
         return _sums.of_numbers(*self.rows.T)
+
+    def blind(self, counts: Sequence[int], rows: int) -> tuple[str, Rows] | None:
+        """Predict the mean, the best of all constants."""
+        labels = self.rows[np.isfinite(self.rows[:, 1]), 1]
+        return ("always the mean", self._instead(labels.mean(dtype=np.float64))) if len(labels) else None
 
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield predictions, and how far each is above the truth."""
@@ -142,6 +169,12 @@ class Cells(Classes):
         logits, cells = np.split(self.rows, 2, axis=1)
         return _sums.of_cells(logits, cells, self.names, self.threshold)
 
+    def blind(self, counts: Sequence[int], rows: int) -> tuple[str, Rows] | None:
+        """Predict for each label its share of the training rows."""
+        if not any(counts):
+            return None
+        return "each label as often as in training", self._instead(special.logit(np.clip(np.array(counts) / rows, LEAST, 1 - LEAST)))
+
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield the logits of each class, and how sure the model is of each cell."""
         yield from super().histograms()
@@ -157,6 +190,13 @@ class Labels(Classes):
     def sums(self) -> Sums:
         """Sums of labels."""
         return _sums.of_labels(self.rows[:, :-1], self.rows[:, -1], self.names)
+
+    def blind(self, counts: Sequence[int], rows: int) -> tuple[str, Rows] | None:
+        """Predict each label with its share of the training rows, so that the commonest is always chosen."""
+        if not any(counts):
+            return None
+        logits = np.log(np.clip(np.array(counts) / rows, LEAST, 1))
+        return f"always {short_name(self.names[int(logits.argmax())])}", self._instead(logits)
 
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield the logits of each class, and how sure the model is where it is right, and where it is wrong."""

@@ -275,7 +275,7 @@ class Console(TrainerCallback):
                     values.pop(least, None)
                     text = "  ".join([*head, *values.values(), left])
         else:
-            scores = [f"{name} {line[name]:.4f}" for name in self.headline if name in line]
+            scores = [f"{name} {log_text.number(line[name])}" for name in self.headline if name in line]
             text = "  ".join([f"{phase:>4} at step {line['step']}", *scores])
             self._training.outcome = text.strip()
         # In JSON lines the message carries the whole line, not only what is printed.
