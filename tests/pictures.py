@@ -35,6 +35,7 @@ PICTURES = {
     "tensorboard-dark": ("board", 1280, 860, "dark"),
     "tensorboard-phone": ("board", 390, 844, "light"),
     "tensorboard-phone-dark": ("board", 390, 844, "dark"),
+    "projector": ("projector", 1280, 860, "light"),
 }
 COLOURS = 128  # of a picture: text and flat areas need no more, and it is a third of the size
 
@@ -52,7 +53,7 @@ def main(run: str = "runs/quickstart", folder: str = "docs/images", *names: str)
             found = re.search(r"http://\S+", line)
         assert found, "TensorBoard did not start"
         pages = {"report": Path(run, "report.html").resolve().as_uri(), "data": data.as_uri()}
-        pages["board"] = f"{found[0]}#timeseries"
+        pages |= {"board": f"{found[0]}#timeseries", "projector": f"{found[0]}#projector"}
         session = browsing.started(Path(scratch, "profile"), loopback=True)
         browser = next(session)
         try:
@@ -61,7 +62,7 @@ def main(run: str = "runs/quickstart", folder: str = "docs/images", *names: str)
                 browsing.resize(browser, width, height, scheme)
                 browser.get("about:blank")
                 browser.get(pages[page])
-                time.sleep(12 if page == "board" else 0.5)
+                time.sleep(12 if page in ("board", "projector") else 0.5)
                 keep(browser, Path(folder, f"{name}.png"))
         finally:
             session.close()

@@ -34,7 +34,7 @@ from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import State
 
 _FACTS = TypeAdapter(dict[str, Facts])
-FORMAT = 6  # raised whenever what an entry holds changes
+FORMAT = 7  # raised whenever what an entry holds changes
 STARTED = time.time()  # time of the import. Ranks meet before they prepare data, so a failure of this launch is later
 POLL_S = 0.5  # seconds between two looks of a rank that waits for an entry
 

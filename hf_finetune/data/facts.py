@@ -29,8 +29,10 @@ Array = np.ndarray[Any, Any]
 SHOWN = 10  # rows that a tally remembers
 BINS = 32  # bins of the lengths up to `TAIL`; one more holds those beyond
 TAIL = 99.5  # percentile of the lengths above which they share a bin
-FREQUENT = 20  # tokens that are listed for each label
-LABELS = 50  # commonest labels whose frequent tokens are listed
+TOKENS = 20  # tokens that are listed for each label
+LABELS = 50  # commonest labels whose tokens are listed
+NOTABLE = 1.96  # z-score from which on a token is distinctive of a label
+PRIOR = 0.1  # weight of the tokens of all rows in those of a label: ten of ten stand out, three of three do not
 END = 4  # trained tokens at the end of a row, one of which should end the turn: templates put a little behind it
 STRETCH_TOKENS, STRETCH_ROWS = 1 << 20, 100_000
 """Most tokens and rows that are looked at together; a longer row is looked at alone."""
@@ -56,8 +58,9 @@ class Facts:
     lengths: tuple[int, ...] = ()  # rows in each bin
     labels: Mapping[str, int] = field(default_factory=dict)
     """Kept rows of each label by name (multi_label: its positive cells); empty without labels."""
-    frequent: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
-    """Label name ('' for tasks without) -> texts of the most frequent tokens, special ones left out, with counts."""
+    telling: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    """Label name -> its most distinctive tokens: text, how often in rows of the label, and in all rows. For tasks
+    without labels, '' -> the most frequent tokens. Special tokens are left out."""
 
 
 def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], encoder: Encoder) -> dict[str, Facts]:
@@ -132,10 +135,10 @@ class _Counting:
             counts = np.bincount(self.labels, minlength=len(names)) if one else self.labels.sum(axis=0)
             self.counts = dict(zip(names, counts.tolist(), strict=True))
         self.listed = sorted(names, key=lambda name: -self.counts[name])[:LABELS] if self.counts else [""]
-        """Labels whose frequent tokens are counted."""
+        """Labels whose tokens are counted."""
         self.tokenizer: Any = None if encoder.task.token_ids is None else tokenizer_of(encoder.processor)
         """None where rows are not made of tokens."""
-        self.frequent = np.zeros((len(self.listed), len(self.tokenizer or ())), dtype=np.int64)
+        self.token_counts = np.zeros((len(self.listed), len(self.tokenizer or ())), dtype=np.int64)
         self.endings = list(encoder.task.endings(encoder.processor))
         empty = np.ones(len(split.rows), dtype=bool)
         empty[encoding.faulty] = False
@@ -182,7 +185,7 @@ class _Counting:
         edges = list(range(0, most + step, step))
         edges += [longest + 1] if edges[-1] <= longest else []
         bins = tuple(np.histogram(lengths, bins=np.array(edges))[0].tolist())
-        return Facts(tallies, tuple(edges), bins, self.counts, self._frequent())
+        return Facts(tallies, tuple(edges), bins, self.counts, self._telling())
 
     def _place(self, row: int) -> tuple[str, int]:
         """Return the source of an encoded row, and its number there."""
@@ -256,9 +259,9 @@ class _Counting:
                 label = names.index(name)
                 rows = rows[labels == label if labels.ndim == 1 else labels[:, label]]
             found = np.bincount(stretch.tokens(rows))
-            if len(found) > self.frequent.shape[1]:  # tokens that the tokenizer does not count among its own
-                self.frequent = np.pad(self.frequent, ((0, 0), (0, len(found) - self.frequent.shape[1])))
-            self.frequent[place, : len(found)] += found
+            if len(found) > self.token_counts.shape[1]:  # tokens that the tokenizer does not count among its own
+                self.token_counts = np.pad(self.token_counts, ((0, 0), (0, len(found) - self.token_counts.shape[1])))
+            self.token_counts[place, : len(found)] += found
 
     def _compare(self) -> Array:
         """Find the kept rows with the tokens of another one; of a language model, labels are tokens too."""
@@ -300,19 +303,33 @@ class _Counting:
             parts.append(values[self.encoding.kept[start : start + len(values)]])
         return np.concatenate(parts)
 
-    def _frequent(self) -> dict[str, tuple[tuple[str, int], ...]]:
-        """Return the most frequent tokens of each label, special ones left out."""
-        counts, tokenizer = self.frequent, self.tokenizer
+    def _telling(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
+        """Return the most distinctive tokens of each label; the most frequent ones where there are not two labels.
+
+        Distinctive are the largest z-scores of the log-odds of a token in rows of the label and in the others, with
+        `PRIOR` of all rows as prior, so that neither rare nor common tokens come out on top (Monroe, Colaresi, Quinn 2008: Fightin'
+        Words, equations 15, 18 and 22).
+        """
+        counts, tokenizer = self.token_counts, self.tokenizer
         if tokenizer is None:
             return {}
         # Chat templates bring tokens that are special without being one of the tokenizer's named ones.
         special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
         counts[:, [index for index in special if index < counts.shape[1]]] = 0
-        found = {}
-        for name, count in zip(self.listed, counts, strict=True):
-            top = np.argsort(-count, kind="stable")[:FREQUENT]
+        whole, found = counts.sum(axis=0), {}
+        used = np.flatnonzero(whole)  # a vocabulary has more
+        whole = whole[used]
+        for name, count in zip(self.listed, counts[:, used], strict=True):
+            scores = count + NOTABLE
+            if len(self.listed) > 1:
+                mine, others = count + PRIOR * whole, whole - count + PRIOR * whole
+                with np.errstate(divide="ignore"):  # of a single token
+                    odds = np.log(mine / (mine.sum() - mine)) - np.log(others / (others.sum() - others))
+                scores = odds / np.sqrt(1 / mine + 1 / others)
+            top = [at for at in np.argsort(-scores, kind="stable")[:TOKENS] if scores[at] >= NOTABLE]
             if self.labels is None or self.counts[name]:
-                found[name] = tuple((str(tokenizer.decode([int(i)])), int(count[i])) for i in top if count[i])
+                listed = ((str(tokenizer.decode([int(used[at])])), int(count[at]), int(whole[at])) for at in top)
+                found[name] = tuple(listed)
         # In the order of the labels, not of their counts.
         return {name: found[name] for name in self.encoder.targets.names or [""] if name in found} or found
 

@@ -237,7 +237,7 @@ def _text(tokenizer: Any, id_: int) -> str:
 # Shown at most.
 EXAMPLES, FINDINGS = 8, 300
 LABELS_DRAWN, LABELS_LISTED = 12, 200
-CLASSES, FREQUENT = 24, 12  # labels, and the most frequent tokens of each
+CLASSES, TOKENS = 24, 12  # labels, and tokens of each
 REPEATED = ("leakage", "duplicates", "conflicting_labels")  # checks about rows that occur more than once
 OF_TOKENS = ("unknown_tokens",)  # checks that count tokens; the others count rows
 # Field of a split's report, its name and meaning.
@@ -265,7 +265,7 @@ def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str,
         counts = [_part(int(getattr(report, field, 0)), report.rows) for report in reports.values()]
         if field not in RARE or any(part["number"] for part in counts):
             fates.append((name, meaning, counts))
-    strikes, frequent = list(_strikes(facts, reports, recipe.data.checks)), list(_frequent(facts))
+    strikes, telling = list(_strikes(facts, reports, recipe.data.checks)), list(_telling(facts))
     return {
         "recipe": recipe,
         "summary": recipe.summary(),
@@ -279,8 +279,8 @@ def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str,
         "lengths": list(_lengths(facts, reports, recipe.data.max_length)),
         "repeated": [strike for strike in strikes if strike["check"] in REPEATED],
         "strikes": [strike for strike in strikes if strike["check"] not in REPEATED],
-        "frequent": frequent[:CLASSES],
-        "more_frequent": len(frequent) - CLASSES,
+        "telling": telling[:CLASSES],
+        "more_telling": len(telling) - CLASSES,
         "fold": FOLD,
         "fingerprint": prepared.fingerprint,
         "version": hf_finetune.__version__,
@@ -352,16 +352,17 @@ def _strikes(
             yield {"check": check, "level": str(level), "unit": unit, "splits": splits}
 
 
-def _frequent(facts: Mapping[str, Facts]) -> Iterator[dict[str, Any]]:
-    """List frequent tokens of the training rows, or of the first split where those are streamed, by label."""
+def _telling(facts: Mapping[str, Facts]) -> Iterator[dict[str, Any]]:
+    """List the tokens that tell labels apart in the training rows, or in the first split where those are streamed."""
     found = facts.get("train") or next(iter(facts.values()), None)
     if found is None:
         return
-    for label, tokens in sorted(found.frequent.items(), key=lambda table: -found.labels.get(table[0], 0)):
-        if tokens:
-            most = tokens[0][1]
-            shown = [(exact(token).replace(" ", SPACE), _part(n, most)) for token, n in tokens[:FREQUENT]]
-            yield {"label": label, "tokens": shown}
+    for label, tokens in sorted(found.telling.items(), key=lambda table: -found.labels.get(table[0], 0)):
+        most = tokens[0][1] if tokens else 1
+        # A bar is a token's share of those in all rows; without labels, of the most frequent token.
+        shown = [(exact(token).replace(" ", SPACE), _part(n, of if label else most), of) for token, n, of in tokens]
+        if tokens or label:
+            yield {"label": label, "tokens": shown[:TOKENS]}
 
 
 # `check --show N`: training rows as the model will see them, as lines for a terminal or a file.

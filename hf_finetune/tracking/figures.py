@@ -10,10 +10,12 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from hf_finetune.log import warn
@@ -172,6 +174,28 @@ def card(figure: Figure) -> bytes:
         figure.set_size_inches(CARD_WIDTH, height * max(CARD_WIDTH / width, 0.8))
         return png(figure, CARD_DPI)
     return png(figure)
+
+
+def sprites(labels: Sequence[str], size: int) -> bytes:
+    """Draw a square of one colour a label for each row, line by line into one large square, as PNG.
+
+    Args:
+        labels: Of the rows; the commonest have the colours of the charts.
+        size: Pixels across a square.
+    """
+    import numpy as np
+    from matplotlib import colormaps, image
+    from matplotlib.colors import to_rgb
+
+    names = [name for name, _ in Counter(labels).most_common()]
+    shades = [*map(to_rgb, SERIES), *(shade[:3] for shade in colormaps["tab20"].colors)]  # type: ignore[attr-defined]
+    across = ceil(sqrt(len(labels)))
+    colours = np.ones((across * across, 3))
+    colours[: len(labels)] = [shades[names.index(label) % len(shades)] for label in labels]
+    stream = io.BytesIO()
+    pixels = colours.reshape(across, across, 3).repeat(size, axis=0).repeat(size, axis=1)
+    image.imsave(stream, pixels, format="png", metadata={"Software": None})
+    return stream.getvalue()
 
 
 def svg(figure: Figure, name: str = "chart", about: str = "") -> str:

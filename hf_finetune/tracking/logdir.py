@@ -11,7 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,20 @@ def check(folder: str) -> None:
 _SERVED = re.compile(r"TensorBoard \S+ at (http\S+)")
 
 
+@contextmanager
+def named(logdir: LogDir, run: str) -> Iterator[str]:
+    """Yield a folder in which TensorBoard finds the events under the name of the run, and not as `.`.
+
+    Events in an object store have no other folder than their own, and keep that name.
+    """
+    if logdir.is_remote:
+        yield logdir.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="hf-finetune-") as parent:
+        Path(parent, run).symlink_to(Path(logdir.folder).absolute(), target_is_directory=True)
+        yield parent
+
+
 def serve(logdir: str, shown: str, options: list[str]) -> None:
     """Run TensorBoard until it ends, or Ctrl-C ends it.
 
@@ -130,7 +147,8 @@ def serve(logdir: str, shown: str, options: list[str]) -> None:
                     if address := _SERVED.search(line):
                         break
             if address is not None:
-                log.say(f"TensorBoard of {shown}: {address[1]} (Ctrl-C ends it)")
+                # Smoothed, as by default, the last of three evaluations would look worse than it was.
+                log.say(f"TensorBoard of {shown}: {address[1]}?smoothing=0 (Ctrl-C ends it)")
             for line in board.stderr or ():
                 log.tell(log.lines.Message(line.rstrip(), stream="stderr"))
             code = board.wait()

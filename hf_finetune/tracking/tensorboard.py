@@ -56,6 +56,9 @@ RATES = ("summary/seconds", "summary/samples_per_second", "summary/tokens_per_se
 MARGIN = ("margin/loss", "margin/loss_lower", "margin/loss_upper")
 # The 97.5 % quantile of a standard normal variable.
 NORMAL = 1.959964
+# Pixels across a point of the projector. Points are pictures, one for each row, because the projector opens without
+# colours: only a click on "Color by" brings those of the labels.
+SPRITE = 16
 # Bins of a histogram.
 BINS = 40
 # Points of a PR curve; tensorboardX takes no more.
@@ -461,10 +464,13 @@ def draw_embeddings(writer: EventWriter, record: Record) -> None:
     folders = {one: f"{EMBEDDINGS}/{one.replace(':', '-')}" for one in writer.embeddings}
     listed = "".join(
         f"embeddings {{\n  tensor_name: {json.dumps(one)}\n  tensor_path: {json.dumps(folder + '/tensors.tsv')}\n"
-        f"  metadata_path: {json.dumps(folder + '/metadata.tsv')}\n}}\n"
+        f"  metadata_path: {json.dumps(folder + '/metadata.tsv')}\n  sprite {{\n"
+        f"    image_path: {json.dumps(folder + '/sprites.png')}\n"
+        f"    single_image_dim: {SPRITE}\n    single_image_dim: {SPRITE}\n  }}\n}}\n"
         for one, folder in folders.items()
     )
     writer.add_file(f"{folders[name]}/tensors.tsv", stream.getvalue())
+    writer.add_file(f"{folders[name]}/sprites.png", figures.sprites([str(label) for label in labels], SPRITE))
     writer.add_file(f"{folders[name]}/metadata.tsv", ("\n".join(lines) + "\n").encode())
     writer.add_file(PROJECTOR, listed.encode())
 
