@@ -89,7 +89,7 @@ class Recipe(Section):
 
     @property
     def title(self) -> str:
-        """A name of the run, for people: the end of `output`, which is that of the recipe where nothing else is said."""
+        """A name of the run, for people: the end of `output`, by default the name of the recipe's file."""
         return PurePath(self.output).name.removesuffix(f"-{NUMBER}")
 
     def summary(self) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from board_runs import Told, events_of, shown, texts
 from models import machine, recipe
+from PIL import Image
 from scipy import special
 from sklearn import metrics as sk
 from tensorboard.plugins.hparams import metadata
@@ -187,6 +188,11 @@ def test_embeddings_are_in_the_projector(classifier: Path) -> None:
     assert vectors == pytest.approx(record.arrays["vectors"].astype(float), rel=1e-3)
     metadata = folder.with_name("metadata.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in metadata] == ["label", *record.facts["labels"]]
+    # A square for each point, of the colour of its label: the projector opens without colours of its own.
+    sprites = np.asarray(Image.open(folder.with_name("sprites.png")).convert("RGB"))[8::16, 8::16].reshape(-1, 3)
+    assert re.findall(r"single_image_dim: (\d+)", listed) == ["16", "16"]
+    pairs = {(label, tuple(shade)) for label, shade in zip(record.facts["labels"], sprites.tolist(), strict=False)}
+    assert len(pairs) == len({label for label, _ in pairs}) == len({shade for _, shade in pairs}) == 2
 
 
 def test_the_session_has_keys_metrics_and_a_good_end(classifier: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -30,10 +31,12 @@ def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         assert started.stdout is not None
         line = started.stdout.readline()
-        found = re.fullmatch(rf"TensorBoard of {classifier}: (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)
+        found = re.fullmatch(rf"TensorBoard of {classifier}: (http://127\.0\.0\.1:\d+/)\S* \(Ctrl-C ends it\)\n", line)
         assert found, line
         with urlopen(found[1], timeout=60) as answer:
             assert answer.status == 200
+        with urlopen(f"{found[1]}data/runs", timeout=60) as answer:
+            assert json.load(answer) == [classifier.name], "by its name, and not as `.`"
         started.send_signal(signal.SIGINT)
         assert started.communicate(timeout=60) == ("", "")
     assert started.returncode == 0

@@ -85,12 +85,14 @@ def test_numbers_have_neither_labels_nor_conflicts(facts: Any) -> None:
     assert list(found.tallies) == ["duplicates"]
 
 
-def test_frequent_tokens_by_label_leave_special_ones_out(facts: Any) -> None:
-    write_json("train.jsonl", [{"text": "good good film", "label": "a"}, {"text": "bad bad bad film", "label": "b"}])
-    frequent = facts(train="train.jsonl")["train"].frequent
-    assert frequent == {"a": (("good", 2), ("film", 1)), "b": (("bad", 3), ("film", 1))}
+def test_telling_tokens_are_those_of_one_label_and_no_special_ones(facts: Any) -> None:
+    rows = [{"text": "good good film", "label": "a"}, {"text": "bad bad bad film", "label": "b"}]
+    write_json("train.jsonl", rows * 4)
+    assert facts(train="train.jsonl")["train"].telling == {"a": (("good", 8, 8),), "b": (("bad", 12, 12),)}
+    write_json("train.jsonl", rows)  # twice is no evidence
+    assert facts(train="train.jsonl")["train"].telling == {"a": (), "b": ()}
     write_json("texts.jsonl", [{"text": "good film"}, {"text": "good"}])
-    assert facts(TEXTS, train="texts.jsonl")["train"].frequent == {"": (("good", 2), ("film", 1))}
+    assert facts(TEXTS, train="texts.jsonl")["train"].telling == {"": (("good", 2, 2), ("film", 1, 1))}
 
 
 def test_lengths_are_those_before_cutting(facts: Any) -> None:

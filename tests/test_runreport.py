@@ -19,7 +19,7 @@ from scipy import stats
 from hf_finetune.config.blocks import Tracking
 from hf_finetune.log import text as log_text
 from hf_finetune.recipe import Recipe
-from hf_finetune.reports import intervals
+from hf_finetune.reports import intervals, verdict
 from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import RunData
 from hf_finetune.run.folder import RunFolder
@@ -28,6 +28,7 @@ from hf_finetune.tasks._sums import Sums
 from hf_finetune.tasks.base import State
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.token_classification import TokenClassification
+from hf_finetune.tracking import predictions
 from hf_finetune.tracking.records import Record
 
 if TYPE_CHECKING:
@@ -255,10 +256,54 @@ def test_an_older_record_is_not_taken_for_the_newest(tmp_path: Path) -> None:
 
 def test_markdown_has_scores_with_intervals(tmp_path: Path) -> None:
     text = reports_run.text(data_of(reported.classifier(tmp_path), CLASSES), [])
-    assert re.search(r"\| accuracy \| 0\.8 \| 0\.\d+ to 0\.\d+ \|", text)
+    assert re.search(r"\| accuracy \| 0\.8000 \| 0\.\d{4} to 0\.\d{4} \|", text)
     assert "Intervals: 95% percentile bootstrap, 1,000 resamples of 80 rows." in text
     assert "| row | label | predicted | confidence | text |" in text
     assert "| layer.1 | 0.002 |" in text
+
+
+def with_data(folder: RunFolder, **facts: Any) -> RunFolder:
+    """Add what is known of the training rows: 60 of 100 are called bad."""
+    labels = {"good": 30, "bad": 60, EVIL: 10}
+    known = {"labels": {"train": labels}, "kept": {"train": 100}, "cut": {"train": 0}} | facts
+    Record("data", "train", 0, facts=known).write(folder.observations)
+    return folder
+
+
+def test_the_headline_stands_beside_models_that_learned_nothing(tmp_path: Path) -> None:
+    run = data_of(with_data(reported.classifier(tmp_path)), CLASSES)
+    before = {"step": 0, "phase": "eval", "loss": 1.1, "accuracy": 0.3}
+    shown = verdict.headline(replace(run, lines=[before, *run.lines]))
+    record = run.record("predictions", "test")
+    assert shown is not None
+    assert record is not None
+    truth = record.arrays["rows"][:, -1]
+    assert (shown["metric"], shown["split"], shown["value"]) == ("accuracy", "test", 0.8)
+    assert shown["bounds"] == run.intervals["test"].bounds["accuracy"]
+    assert shown["yardsticks"] == [("before training, validation", 0.3), ("always bad, test", np.mean(truth == 1))]
+    blind = {name: scores for name, _, scores in verdict.untrained(run)}["always bad"]
+    assert blind["loss"] == pytest.approx(-np.log(np.array([0.3, 0.6, 0.1])[truth.astype(int)]).mean())
+
+
+def test_a_regression_is_measured_against_the_mean() -> None:
+    rows = cells(200)[:, :2]
+    found = predictions.of(Record("predictions", "eval", 1, {"rows": rows}, {"problem": "regression"})).blind([], 0)
+    assert found is not None
+    sums = found[1].sums()
+    assert sums is not None
+    assert sums.whole()["mse"] == pytest.approx(rows[:, 1].var())
+
+
+def test_what_to_try_next_comes_from_facts(tmp_path: Path) -> None:
+    run = data_of(with_data(reported.classifier(tmp_path), cut={"train": 7}), CLASSES)
+    lines = [line | {"loss": 0.3} if (line["phase"], line["step"]) == ("eval", 10) else line for line in run.lines]
+    lines[-2] = lines[-2] | {"support.bad": 12.0, "recall.bad": 0.0, "accuracy": 0.45}
+    told = list(verdict.hints(replace(run, lines=lines)))
+    assert [
+        re.findall(pattern, " ".join(told)) for pattern in (r"lowest at step 10 of 20", r"7 of 100", r"bad \(12 rows\)")
+    ] == [["lowest at step 10 of 20"], ["7 of 100"], ["bad (12 rows)"]]
+    quiet = data_of(reported.speaker(tmp_path / "other"), CHAT)
+    assert list(verdict.hints(quiet)) == []
 
 
 def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:

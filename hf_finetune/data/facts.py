@@ -307,8 +307,8 @@ class _Counting:
         """Return the most distinctive tokens of each label; the most frequent ones where there are not two labels.
 
         Distinctive are the largest z-scores of the log-odds of a token in rows of the label and in the others, with
-        `PRIOR` of all rows as prior, so that neither rare nor common tokens come out on top (Monroe, Colaresi, Quinn 2008: Fightin'
-        Words, equations 15, 18 and 22).
+        `PRIOR` of all rows as prior, so that neither rare nor common tokens come out on top (Monroe, Colaresi, Quinn
+        2008: Fightin' Words, equations 15, 18 and 22).
         """
         counts, tokenizer = self.token_counts, self.tokenizer
         if tokenizer is None:

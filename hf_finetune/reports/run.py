@@ -171,7 +171,9 @@ def summary_lines(outcome: Outcome) -> list[str]:
     if outcome.peak_memory is not None:
         rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
     for split, scores in outcome.scores.items():
-        rows.append((split, "  ".join(f"{name} {number(scores[name])}" for name in recipe.task.headline if name in scores)))
+        rows.append(
+            (split, "  ".join(f"{name} {number(scores[name])}" for name in recipe.task.headline if name in scores))
+        )
     if outcome.reload_difference is None:
         rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
     else:
@@ -424,9 +426,7 @@ def of(run: RunData) -> dict[str, Any]:
         "summary": run.recipe.summary(),
         "setup": setup(run),
         "machinery": machinery(run),
-        "headline": verdict.headline(run),
-        "untrained": list(verdict.untrained(run)),
-        "hints": list(verdict.hints(run)),
+        **verdict.of(run),
         "results": results(run),
         "evaluations": evaluations,
         "evaluated": [name for name in run.recipe.task.headline if any(name in line for line in evaluations)],
@@ -464,18 +464,17 @@ def setup(run: RunData) -> Pairs:
         skipped = summary.get("steps_not_taken", 0)
         note = f"; {skipped:,} were not taken, as loss or gradient was not finite" if skipped else ""
         rows.append(("Steps", f"{summary['step']:,}, each of {run.recipe.training.batch_size} rows{note}"))
-    return rows + ([("Machine", machine)] if machine else [])
+    return [*rows, ("Machine", machine)] if machine else rows
 
 
 def machinery(run: RunData) -> Pairs:
     """Name what was chosen for this machine, and how data and saved weights were verified."""
-    summary, rows = run.summary, []
+    summary, rows = run.summary, [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
     if (choices := run_lock.choices(run.folder.run_lock)) is not None:
         paths: dict[str, bool] = choices.value("fast_paths") or {}
         rows.append(("Chosen here", choices.without("fast_paths").describe()))
         if taken := [name.replace("_", " ") for name, was in paths.items() if was]:
             rows.append(("Fast paths", ", ".join(taken)))
-    rows += [("Data fingerprint", run.facts["fingerprint"])] if run.facts else []
     if "reload_difference" in summary:
         rows.append(("Reloaded", _apart(summary["reload_difference"])))
     if "read_back" in summary:
@@ -484,7 +483,6 @@ def machinery(run: RunData) -> Pairs:
 
 
 def _apart(difference: float) -> str:
-    """Say how far the logits of the saved model are from those in memory."""
     return f"logits differ by {difference:.1e} of the largest" if difference else "its logits are equal"
 
 
@@ -552,10 +550,7 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
     blocks += ["## Result", *(block for result in found["results"] for block in tables_of(result))]
     blocks += [f"![{chart.title}](plots/{chart.name}.png)" for chart in charts]
     if found["evaluations"]:
-        rows = [
-            [str(line["step"]), *(number(line.get(name)) for name in names)]
-            for line in found["evaluations"]
-        ]
+        rows = [[str(line["step"]), *(number(line.get(name)) for name in names)] for line in found["evaluations"]]
         blocks += ["## Evaluations", markdown(["step", *names], rows)]
     for split, mistakes in found["mistakes"]:
         rows = [
@@ -584,8 +579,7 @@ def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
     """Write the scores of a split, overall and by class, with their intervals."""
     bounds, method = result.intervals.bounds, result.intervals.method
     rows = [
-        [name, number(value), " to ".join(map(number, bounds.get(name, ())))]
-        for name, value in result.overall.items()
+        [name, number(value), " to ".join(map(number, bounds.get(name, ())))] for name, value in result.overall.items()
     ]
     blocks = [markdown([result.split, "value", "95 % interval"], rows)]
     if result.classes:
@@ -599,8 +593,7 @@ def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
 
 def listed(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
     """Write names and values below a title; nothing without them."""
-    body = bullets(f"{name}: {value}" for name, value in rows)
-    return [title, body] if body else []
+    return [title, body] if (body := bullets(f"{name}: {value}" for name, value in rows)) else []
 
 
 def _cut(value: Any) -> str:

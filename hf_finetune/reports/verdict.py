@@ -25,6 +25,11 @@ WIDE = 0.1
 ENDED, NAMED = 0.9, 3
 
 
+def of(run: RunData) -> dict[str, Any]:
+    """Collect what both reports show of it."""
+    return {"headline": headline(run), "untrained": list(untrained(run)), "hints": list(hints(run))}
+
+
 def headline(run: RunData) -> dict[str, Any] | None:
     """Choose the number that says most of the run, on the test split where there is one; None for a run without scores.
 
@@ -116,6 +121,7 @@ def hints(run: RunData) -> Iterator[str]:
                 "try more epochs or another training.learning_rate."
             )
     if shown["is_share"] and high - low > WIDE:
-        yield f"{metric} on {result.split} is known to {number((high - low) / 2)} only: more rows there tell runs apart."
+        sure = number((high - low) / 2)
+        yield f"{metric} on {result.split} is only known to about {sure} either way: more rows there tell runs apart."
     if (ended := result.scores.get("ended")) is not None and ended < ENDED:
         yield f"{1 - ended:.0%} of the answers on {result.split} were cut off: try a larger limit of new tokens."

@@ -173,7 +173,9 @@ class Cells(Classes):
         """Predict for each label its share of the training rows."""
         if not any(counts):
             return None
-        return "each label as often as in training", self._instead(special.logit(np.clip(np.array(counts) / rows, LEAST, 1 - LEAST)))
+        return "each label as often as in training", self._instead(
+            special.logit(np.clip(np.array(counts) / rows, LEAST, 1 - LEAST))
+        )
 
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield the logits of each class, and how sure the model is of each cell."""
