@@ -25,14 +25,13 @@ DESK, PHONE = (1280, 860), (390, 844)
 PICTURES = {
     "report": ("report", DESK, "light"),
     "report-phone": ("report", PHONE, "dark"),
-    "data": ("data", DESK, "dark"),
+    "data": ("data#labels", DESK, "dark"),
     "data-phone": ("data", PHONE, "light"),
     "tensorboard": ("timeseries", DESK, "light"),
     "tensorboard-phone": ("timeseries", PHONE, "dark"),
-    "tensorboard-curves": ("custom_scalars", DESK, "light"),
-    "projector": ("projector", DESK, "dark"),
+    "projector": ("projector", DESK, "light"),
 }
-BOARD = ("timeseries", "custom_scalars", "projector")
+BOARD = ("timeseries", "projector")
 SECONDS = 15.0  # until the pages of TensorBoard are drawn
 COLOURS = 128  # text and flat areas need no more
 
@@ -49,6 +48,7 @@ def main(run: str = "runs/quickstart", folder: str = "docs/images", *names: str)
             address = re.search(r"http://\S+", board.stdout.readline())
             assert address is not None, "TensorBoard did not start"
             pages = {"report": Path(run, "report.html").resolve().as_uri(), "data": data.as_uri()}
+            pages["data#labels"] = f"{pages['data']}#labels"
             pages |= {tab: f"{address[0]}#{tab}" for tab in BOARD}
             browser = next(session)
             browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
