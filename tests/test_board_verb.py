@@ -14,6 +14,7 @@ import pytest
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.tracking import logdir
+from hf_finetune.tracking.logdir import LogDir
 
 
 def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path) -> None:
@@ -44,7 +45,7 @@ def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path
 
 def test_why_tensorboard_does_not_start_is_said(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"TensorBoard ended: .*999999"):
-        logdir.serve(str(classifier), "it", ["--port=999999"])
+        logdir.serve(LogDir(str(classifier)), "it", ["--port=999999"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install tensorboard"):
-        logdir.serve(str(classifier), "it", [])
+        logdir.serve(LogDir(str(classifier)), "it", [])

@@ -532,7 +532,7 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
     """
     from hf_finetune.recipe import Recipe
     from hf_finetune.run.folder import RunFolder
-    from hf_finetune.tracking.logdir import LogDir, named, serve
+    from hf_finetune.tracking.logdir import LogDir, serve
 
     folder = RunFolder(arguments.run_folder)
     if arguments.rebuild:
@@ -545,15 +545,11 @@ def run_tensorboard(arguments: argparse.Namespace) -> None:
         return
     if not folder.path.is_dir():
         raise RecipeError(Problem(f"{folder.path} is not a folder; name a run, or a folder of runs"))
-    options = [f"--{name}={value}" for name in ("port", "host") if (value := getattr(arguments, name)) is not None]
-    if not folder.recipe.is_file():  # several runs, which TensorBoard calls by their folders
-        serve(str(folder.path), arguments.run_folder, options)
-        return
-    place = LogDir.of(Recipe.load(str(folder.recipe)), folder)
-    if not place.is_remote and not place.event_files():
+    place = LogDir.of(Recipe.load(str(folder.recipe)), folder) if folder.recipe.is_file() else LogDir(str(folder.path))
+    if folder.recipe.is_file() and not place.is_remote and not place.event_files():
         log.warn(f"{place.folder} holds no events yet; after training, --rebuild writes them from metrics.jsonl")
-    with named(place, folder.path.absolute().name) as parent:
-        serve(parent, arguments.run_folder, options)
+    options = [f"--{name}={value}" for name in ("port", "host") if (value := getattr(arguments, name)) is not None]
+    serve(place, arguments.run_folder, options, folder.path.absolute().name if folder.recipe.is_file() else "")
 
 
 # hf-finetune schema

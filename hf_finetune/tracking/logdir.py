@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,27 +102,14 @@ def check(folder: str) -> None:
 _SERVED = re.compile(r"TensorBoard \S+ at (http\S+)")
 
 
-@contextmanager
-def named(logdir: LogDir, run: str) -> Iterator[str]:
-    """Yield a folder in which TensorBoard finds the events under the name of the run, and not as `.`.
-
-    Events in an object store have no other folder than their own, and keep that name.
-    """
-    if logdir.is_remote:
-        yield logdir.folder
-        return
-    with tempfile.TemporaryDirectory(prefix="hf-finetune-") as parent:
-        Path(parent, run).symlink_to(Path(logdir.folder).absolute(), target_is_directory=True)
-        yield parent
-
-
-def serve(logdir: str, shown: str, options: list[str]) -> None:
+def serve(logdir: LogDir, shown: str, options: list[str], run: str = "") -> None:
     """Run TensorBoard until it ends, or Ctrl-C ends it.
 
     Args:
-        logdir: Folder or address of events.
+        logdir: The events.
         shown: Name of the run, or of the folder of runs, for people.
         options: Further arguments of TensorBoard.
+        run: Name of the only run in `logdir`; empty where there are several, which have the names of their folders.
 
     Raises:
         RecipeError: It is not installed, or does not start, e.g. because the port is taken.
@@ -135,10 +120,16 @@ def serve(logdir: str, shown: str, options: list[str]) -> None:
     def end(number: int, frame: Any) -> None:
         sys.exit(128 + number)
 
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, *options]
+    parent = tempfile.TemporaryDirectory(prefix="hf-finetune-")
+    place = logdir.folder
+    if run and not logdir.is_remote:
+        # The folder of a run would be called `.`; below another one it has a name.
+        Path(parent.name, run).symlink_to(Path(place).absolute(), target_is_directory=True)
+        place = parent.name
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", place, *options]
     said, address = list[str](), None
     before = signal.signal(signal.SIGTERM, end)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as board:  # noqa: S603 - no shell
+    with parent, subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as board:  # noqa: S603 - no shell
         try:
             with log.phase("starting TensorBoard"):
                 # It says much before that, of TensorFlow and its loaders, which helps only where it does not start.

@@ -173,9 +173,8 @@ class Cells(Classes):
         """Predict for each label its share of the training rows."""
         if not any(counts):
             return None
-        return "each label as often as in training", self._instead(
-            special.logit(np.clip(np.array(counts) / rows, LEAST, 1 - LEAST))
-        )
+        shares = np.clip(np.array(counts) / rows, LEAST, 1 - LEAST)
+        return "each label as often as in training", self._instead(np.log(shares / (1 - shares)))
 
     def histograms(self) -> Iterator[tuple[str, Array]]:
         """Yield the logits of each class, and how sure the model is of each cell."""
