@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ return poor;
 """Texts with less contrast than WCAG 2.2 asks for, 4.5 : 1."""
 
 
-def started(profile: Path, *, loopback: bool = False) -> Iterator[Any]:
+def started(profile: Path, *, loopback: bool = False) -> Generator[Any, None, None]:
     """A browser that reaches no host, or this one alone; HF_FINETUNE_BROWSER=required makes its absence a failure."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
