@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -36,11 +37,15 @@ def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path
         assert found, line
         with urlopen(found[1], timeout=60) as answer:
             assert answer.status == 200
-        with urlopen(f"{found[1]}data/runs", timeout=60) as answer:
-            assert json.load(answer) == [classifier.name], "by its name, and not as `.`"
+        runs, end = [], time.monotonic() + 60
+        while not runs and time.monotonic() < end:  # the events are read in the background
+            with urlopen(f"{found[1]}data/runs", timeout=60) as answer:
+                runs = json.load(answer)
+            time.sleep(0.1)
         started.send_signal(signal.SIGINT)
         assert started.communicate(timeout=60) == ("", "")
     assert started.returncode == 0
+    assert runs == [classifier.name], "by its name, and not as `.`"
 
 
 def test_why_tensorboard_does_not_start_is_said(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
