@@ -56,11 +56,9 @@ endef
 
 demo: .venv/demo.stamp
 	@echo "training recipes/quickstart.yaml: which customers' problems are solved? Under a minute on two cores"
-	@. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml --restart
-	@echo
-	@echo "Half of the messages are solved, so guessing is right half the time. The commands above need the environment:"
-	@echo "    . .venv/bin/activate"
-	@echo "Next: your own data, docs/first-recipe.md; whether all works on this machine, make test."
+	@. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml training.log_every=25 --restart
+	@echo "Half of the messages are solved: a guess is right for half of them. Before the commands above: . .venv/bin/activate"
+	@echo "Next: your own data, docs/first-recipe.md. Does everything work on this machine? make test"
 
 # Threads of torch that wait for each other spin, and several tests run at once: one would wait on another's time.
 test test-slow test-faults test-lowest test-newest: export OMP_WAIT_POLICY ?= PASSIVE

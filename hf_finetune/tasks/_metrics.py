@@ -122,7 +122,7 @@ def single_label(logits: Array, labels: Array, names: Sequence[str]) -> dict[str
     if not np.ptp(truth):
         del found["matthews"]  # would be 0
     found |= {"ece": calibration(np.column_stack([logits, labels])).error}
-    return _finite(found | _rankings(hits[:, shown], probabilities[:, shown]) | _per_class(*counts, seen, names))
+    return _finite(found | _rankings(hits[:, shown], probabilities[:, shown]) | _per_class(counts, seen, names))
 
 
 def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: float) -> dict[str, float]:
@@ -148,7 +148,7 @@ def multi_label(logits: Array, labels: Array, names: Sequence[str], threshold: f
     probabilities, predicted = decide("multi_label", logits, threshold)
     counts = [cells.sum(axis=0) for cells in (truth, predicted, truth * predicted)]
     found = _sums.of_cells(logits, labels, names, threshold).whole()
-    return _finite(found | _rankings(truth, probabilities) | _per_class(*counts, np.ones(len(names)), names))
+    return _finite(found | _rankings(truth, probabilities) | _per_class(counts, np.ones(len(names)), names))
 
 
 def regression(predictions: Array, labels: Array) -> dict[str, float]:
@@ -205,11 +205,15 @@ def _rankings(hits: Array, probabilities: Array) -> dict[str, float]:
     return dict(zip(("roc_auc", "pr_auc"), np.mean(areas, axis=0), strict=True))
 
 
-def _per_class(truth: Array, predicted: Array, hits: Array, seen: Array, names: Sequence[str]) -> dict[str, float]:
-    """Precision, recall, F1 and support of each class, from counts (C,); all but support NaN where it is not `seen`.
+def _per_class(counts: Sequence[Array], seen: Array, names: Sequence[str]) -> dict[str, float]:
+    """Precision, recall, F1 and support of each class; all but support are NaN where it is not `seen`.
 
-    A share of nothing is 0.
+    Args:
+        counts: Truth, predictions and hits, each (C,). A share of nothing is 0.
+        seen: (C,).
+        names: Of the C classes.
     """
+    truth, predicted, hits = counts
     columns = {"precision": hits / np.maximum(predicted, 1), "recall": hits / np.maximum(truth, 1)}
     columns |= {"f1": 2 * hits / np.maximum(truth + predicted, 1)}
     columns = {metric: np.where(seen, values, np.nan) for metric, values in columns.items()} | {"support": truth}
