@@ -345,7 +345,9 @@ def attention(recipe: Recipe, machine: Machine) -> str:
         check_attention(recipe, config)
     mapping = getattr(transformers, recipe.task.auto_model)._model_mapping
     # A family may have several classes for one task, e.g. DeiT: the library's own function takes the right one.
-    if machine.attention != "sdpa" or type(config) not in mapping or _get_model_class(config, mapping)._supports_sdpa:
+    if machine.attention != "sdpa" or type(config) not in mapping:
+        return machine.attention
+    if cast("Any", _get_model_class)(config, mapping)._supports_sdpa:
         return machine.attention
     if recipe.model.attention == "auto":
         return "eager"
