@@ -280,7 +280,7 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
     if kind is not None and kind not in TASKS:
         raise RecipeError(f"--task {kind}: unknown kind; known: {', '.join(TASKS)}")
     found = find(place, tables)
-    columns, count = _columns(found.rows["train"])
+    columns, count = columns_of(found.rows["train"])
     if not count:
         raise DataError(Problem("has 0 rows", file=place))
     try:
@@ -328,7 +328,7 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
     return "\n".join(lines) + "\n", says
 
 
-def _columns(rows: Rows) -> tuple[dict[str, Cells], int]:
+def columns_of(rows: Rows) -> tuple[dict[str, Cells], int]:
     """Look at the first rows by columns, and count all."""
     sample: dict[str, list[Any]] = {}
     count = 0
