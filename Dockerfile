@@ -27,6 +27,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && /build/bin/pip install --require-hashes -r requirements/build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY hf_finetune hf_finetune
+COPY recipes recipes
 # Without pip in the end: what runs can't install.
 RUN /build/bin/hatchling build -t wheel -d /dist \
     && /opt/hf_finetune/bin/pip install --no-deps --no-index /dist/*.whl \

@@ -26,7 +26,7 @@ import pytest
 import yaml
 from documents import ROOT, Block
 from forked import Server
-from test_recipes_run import stand_in
+from test_recipes_run import splits, stand_in
 
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Task
@@ -120,15 +120,15 @@ def _shrink(path: Path, folder: Path, model_of: Callable[[Task], str]) -> None:
     """A shipped recipe on a tiny model, for two steps on a few local rows with the columns that it names."""
     recipe = Recipe.load(str(path))
     told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    splits = [split for split in ("train", "validation", "test") if getattr(recipe.data, split)]
+    named = splits(recipe)
     rows = folder / "recipes" / path.stem
     rows.mkdir(parents=True)
-    for number, split in enumerate(splits):
+    for number, split in enumerate(named):
         made = [stand_in(recipe, number, index, folder) | {"family": "xy"[index % 2]} for index in range(24)]
         lines = [json.dumps(row) for row in made]
         (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     told["model"] = {"name": model_of(recipe.task)}
-    told["data"] = {split: f"recipes/{path.stem}/{split}.jsonl" for split in splits}
+    told["data"] = {split: f"recipes/{path.stem}/{split}.jsonl" for split in named}
     told["data"] |= {"max_length": 64, "checks": {"unknown_tokens": "off"}}
     told["training"] = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "eval_every": 1}
     if recipe.task.generates:

@@ -1,73 +1,153 @@
-"""Every shipped recipe runs for two steps, on a tiny model and local rows with the columns that it names."""
+"""The gallery: every recipe runs for two steps, on a tiny model and local rows with the columns that it names."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import WORDS, Run
+from conftest import QUICK, WORDS, Run
 from PIL import Image
+from test_chat import TOOLS
 
-from hf_finetune.pipeline.check import check
+from hf_finetune.pipeline import gallery
+from hf_finetune.pipeline.check import check, look, read
 from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Task
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+if TYPE_CHECKING:
+    from forked import Server
 
-FEW = ("quickstart", "qwen_sft_lora")
+RECIPES = list(gallery.files().values())
+
+FEW = ("quickstart", "tool_calls")
 """A classifier and a language model for `make test`; the others are in `make test-slow`."""
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 5
+
+def splits(recipe: Recipe) -> list[str]:
+    """The splits that a recipe names."""
+    named = {"train": True, "validation": recipe.data.validation, "test": recipe.data.test}
+    return [split for split, files in named.items() if files]
 
 
 def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> dict[str, Any]:
     """A row with the columns that a recipe names, unlike any other of its splits; files are written into `folder`."""
     words = f"{WORDS[4 + split]} {WORDS[20 + index]} the film is good . #### 7".split()
-    columns = recipe.task.columns()
+    task: Any = recipe.task
+    columns = task.columns()
     is_tagged = any(column.kind == "words" for column in columns.values())
     row: dict[str, Any] = {}
     for name, column in columns.items():
         if column.kind == "image":
             row[name] = f"{split}-{index}.png"
             Image.new("RGB", (30 + index, 20 + split), "grey").save(folder / row[name])
+        elif column.kind == "chat" and name == task.tools:
+            row[name] = [TOOL]
+        elif column.kind == "chat":
+            call = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]}
+            answer: dict[str, Any] = {"role": "assistant", "content": "good .", **(call if task.tools else {})}
+            row[name] = [{"role": "user", "content": " ".join(words)}, answer]
+        elif column.kind == "number":
+            row[name] = index / 4
+        elif is_tagged and column.kind == "label":
+            row[name] = ["O", "B-x", *["O"] * (len(words) - 2)]
+        elif column.kind == "label" and isinstance(task.label, list):
+            row[name] = int((index + len(row)) % 3 == 0)
         elif column.kind == "label":
-            row[name] = ["O", "B-x", *["O"] * (len(words) - 2)] if is_tagged else "ab"[index % 2]
+            label = "ab"[index % 2]
+            row[name] = [label] if task.problem == "multi_label" else label
         else:
             row[name] = words if column.kind == "words" else " ".join(words)
     return row
+
+
+@pytest.fixture(scope="module")
+def tool_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str) -> str:
+    """Folder of the tiny language model with a chat template that knows tools."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TOOLS.replace("</s>", "<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.stem, marks=[] if path.stem in FEW else pytest.mark.slow) for path in RECIPES]
 )
 def test_a_shipped_recipe_runs(
-    path: Path, tmp_path: Path, model_of: Callable[[Task], str], monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, model_of: Callable[[Task], str], tool_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.load(str(path))
+    task: Any = recipe.task
     monkeypatch.chdir(tmp_path)
-    name = model_of(recipe.task)
-    splits = [split for split in ("train", "validation", "test") if getattr(recipe.data, split)]
-    for number, split in enumerate(splits):
+    # The schemas of tools take room.
+    name, length = (tool_llama, 128) if getattr(task, "tools", None) else (model_of(task), 64)
+    overrides = [f"model.name={name}", "data.source=null", f"data.max_length={length}", "data.limit=16", "output=run"]
+    for number, split in enumerate(splits(recipe)):
         rows = [stand_in(recipe, number, index) for index in range(24)]
         Path(f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    named = [f"data.{split}={split}.jsonl" for split in splits]
-    length = ["training.epochs=null", "training.steps=2", "training.batch_size=8", "training.eval_every=1"]
-    small = [f"model.name={name}", "data.source=null", "data.max_length=64", "task.generate_rows=2"]
-    small = [*small, "task.max_new_tokens=4"] if recipe.task.generates else small[:-1]
-    overrides = [*small, *named, *length, "output=run", "data.limit=16", "data.checks.unknown_tokens=off"]
-    checked = check(path, overrides)
-    assert list(checked.findings) == []
-    assert checked.plan["steps"].startswith("2 steps of 8 rows")
-    outcome = train(Recipe.load(str(path), overrides)).outcome
+        if split == "train" and recipe.data.mix:
+            overrides.append("data.mix=[{train: train.jsonl, weight: 0.8}, {train: train.jsonl, weight: 0.2}]")
+        else:
+            overrides.append(f"data.{split}={split}.jsonl")
+    overrides += ["training.epochs=null", "training.steps=2", "training.batch_size=8", "training.eval_every=2"]
+    # What the tiny models and two steps leave no room for.
+    if recipe.task.generates:
+        overrides += ["task.max_new_tokens=4", f"task.generate_rows={min(2, task.generate_rows)}"]
+    if recipe.adapter.kind == "lora":
+        overrides += ["adapter.r=4"]
+    if recipe.training.early_stopping:
+        overrides += ["training.early_stopping.patience=1", "training.eval_every=1"]
+    overrides += ["data.checks.unknown_tokens=off", "checkpoints=off", "tracking.tensorboard=false", *QUICK]
+    reading, _ = read(path, overrides)
+    assert list(look(reading)) == []
+    outcome = train(reading).outcome
     done = Run(tmp_path / "run", outcome)
     assert done.status["state"] == "done"
     assert done.lines("train")[0]["step"] == 1
     peft = {"adapter_config.json", "adapter_model.safetensors"}
     weights = {"config.json", "model.safetensors"} if recipe.adapter.kind == "full" else peft
     assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {*weights, "README.md"}
+
+
+def test_the_gallery_fits_a_terminal_and_the_page_lists_it() -> None:
+    assert len(RECIPES) >= 15
+    assert max(map(len, gallery.shown().splitlines())) <= 80
+    page = (gallery.FOLDER.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | `{task}` | {purpose} |" for name, task, purpose in gallery.listed()]
+    assert re.findall(r"^\| `\w+` \| `\w+` \| .* \|$", page, re.MULTILINE) == rows
+
+
+def test_a_recipe_is_listed_shown_and_copied(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        done = server.run("recipes", *words, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    assert "wnut17_ner" not in run("list", "--task", "causal_lm")[1]
+    for words, says in [
+        (["show", "mnli_pair"], "did you mean 'mnli_pairs'?"),
+        (["copy", "x"], "`hf-finetune recipes list` names them all"),
+        (["copy"], "needs the NAME"),
+        (["list", "sst2_lora"], "takes no name"),
+        (["--task", "text_clasification"], "did you mean 'text_classification'?"),
+    ]:
+        code, _, error = run(*words)
+        assert (code, says in error) == (2, True), error
+    assert run("show", "mnli_pairs")[1] == (gallery.FOLDER / "mnli_pairs.yaml").read_text(encoding="utf-8")
+    assert "next: hf-finetune check quickstart.yaml" in run("copy", "quickstart")[1]
+    # Its rows came along.
+    assert check("quickstart.yaml").problems == []
+    assert run("copy", "sst2_lora", "-o", "quickstart.yaml")[0] == 2
+    assert run("copy", "sst2_lora", "-o", "quickstart.yaml", "--overwrite")[0] == 0

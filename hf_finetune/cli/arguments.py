@@ -95,6 +95,11 @@ def processes(word: str) -> str:
     return word
 
 
+def is_worker() -> bool:
+    """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
+    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
+
+
 PORT = 29_500  # torchrun's own default
 
 

@@ -1,6 +1,7 @@
 """The command line: arguments -> one function per verb; one line per error, and the exit code.
 
 hf-finetune init DATA [--task KIND] [--model NAME] [-o RECIPE] [--overwrite]
+hf-finetune recipes [list [--task KIND] | show NAME | copy NAME [-o RECIPE] [--overwrite]]
 hf-finetune train RECIPE [key.path=value ...] [--processes N|auto] [--restart]
 hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report FILE.html] [--format text|json]
 hf-finetune evaluate RUN [key.path=value ...] [--data FILE | --split NAME] [--by COLUMN] [--against RUN|base]

@@ -8,12 +8,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hf_finetune import log
-from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, number, processes
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes
+from hf_finetune.errors import RecipeError
 from hf_finetune.log import say, show, tell
 from hf_finetune.log.lines import Level, Message, printable
 
@@ -51,7 +51,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     if arguments.explain and reading.recipe is not None:
         origins = reading.explain()
     elif arguments.explain:
-        _answer("no values to explain: correct the errors first")
+        log.answer("no values to explain: correct the errors first")
     # Before anything is printed, as a row of a stream may be unreadable: what is found then belongs to the findings.
     if arguments.show:
         with result.findings.collect():
@@ -60,16 +60,8 @@ def run_check(arguments: argparse.Namespace) -> None:
         with result.findings.collect():
             _write_report(result, arguments.report)
     if is_json:
-        document = {
-            "exit_code": result.exit_code,
-            "findings": [finding.as_json() for finding in result.findings],
-            "notes": result.notes,
-            "plan": result.plan,
-            "numbers": result.numbers,
-            "origins": [{"key": key, "value": value, "origin": origin} for key, value, origin in origins],
-            "rows": rows,
-        }
-        show(json.dumps(document, indent=2))
+        explained = [{"key": key, "value": value, "origin": origin} for key, value, origin in origins]
+        show(json.dumps({**result.as_json(), "origins": explained, "rows": rows}, indent=2))
     else:
         _print(result, origins, rows)
     if result.exit_code:
@@ -103,14 +95,10 @@ def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[
 
 
 def _rows(result: CheckResult, count: int, *, colour: bool) -> list[str]:
-    """Give rows as the model will see them, as lines of text.
-
-    Raises:
-        DataError: A streamed row can't be read.
-    """
+    """Give rows as the model will see them, as lines of text; a streamed row may be unreadable: a DataError."""
     parts = result.parts
     if parts is None or parts.prepared is None:
-        _answer("no rows to show: correct the errors first")
+        log.answer("no rows to show: correct the errors first")
         return []
     from hf_finetune.reports import data
 
@@ -121,18 +109,13 @@ def _write_report(result: CheckResult, file: str) -> None:
     """Write the page also of data with mistakes: that is when it is needed most."""
     parts = result.parts
     if parts is None or parts.prepared is None:
-        _answer(f"{file} is not written: the data could not be read; correct the errors first")
+        log.answer(f"{file} is not written: the data could not be read; correct the errors first")
         return
     from hf_finetune.reports import data
 
     plan = list(result.plan.items())
     data.write(file, parts.recipe, parts.prepared, tokenizer=parts.tokenizer, findings=result.findings, plan=plan)
     tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))
-
-
-def _answer(text: str) -> None:
-    """Say why something that was asked for is not given."""
-    tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
 
 
 # hf-finetune init
@@ -161,9 +144,48 @@ def run_init(arguments: argparse.Namespace) -> None:
 
     given = {"kind": arguments.task, "model": arguments.model, "output": arguments.output}
     recipe, says = init(arguments.place, **given, overwrite=arguments.overwrite)
+    _say_next(recipe, says)
+
+
+def _say_next(recipe: str, says: Sequence[str]) -> None:
     named = shlex.quote(recipe)
     for sentence in [*says, f"wrote {recipe}", f"next: hf-finetune check {named}, then: hf-finetune train {named}"]:
         say(sentence)
+
+
+# hf-finetune recipes
+
+HELP_RECIPES = "list recipes to begin with, print one, or copy one to edit"
+DESCRIPTION_RECIPES = """\
+The gallery: recipes for every task and method, each tested. `list` names them, `show NAME` prints one, and
+`copy NAME` writes it as a file for you to edit.
+"""
+
+
+def declare_recipes(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("action", choices=("list", "show", "copy"), help="list if not given", nargs="?", default="list")
+    add("name", metavar="NAME", nargs="?", help="of a recipe: for show and copy")
+    add("--task", metavar="KIND", help="list only recipes of this task")
+    add("-o", "--output", metavar="RECIPE", help="file to write; by default NAME.yaml")
+    add("--overwrite", action="store_true", help="replace another recipe that is there")
+
+
+def run_recipes(arguments: argparse.Namespace) -> None:
+    """List, print or copy."""
+    from hf_finetune.pipeline import gallery
+
+    action, name = arguments.action, arguments.name
+    if (name is None) != (action == "list"):
+        what = f"takes no name; print the recipe with: show {name}" if name else "needs the NAME of a recipe"
+        raise RecipeError(f"recipes {action} {what}")
+    if action == "show":
+        show(gallery.find(name).read_text(encoding="utf-8").rstrip())
+    elif action == "copy":
+        _say_next(*gallery.copy(name, arguments.output, overwrite=arguments.overwrite))
+    else:
+        show(gallery.shown(arguments.task))
 
 
 # hf-finetune train
@@ -194,13 +216,13 @@ def run_train(arguments: argparse.Namespace) -> None:
     recipe, overrides = given(arguments)
     reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change, anew=arguments.restart)
     # Another process may have taken the run folder already.
-    is_late = reading.recipe is not None and _is_worker()
+    is_late = reading.recipe is not None and is_worker()
     found = look(reading, folder=not is_late, restart=arguments.restart, allowed=arguments.allow_change)
     if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
         found.located(reading.locate).raise_errors()
     if reading.recipe is None:
         raise AssertionError("a recipe that can't be read has a problem")
-    several = arguments.processes is not None and not _is_worker()
+    several = arguments.processes is not None and not is_worker()
     if several and Node.of(os.environ, arguments.processes).needs_launcher:
         log.close()  # the live display belongs to the processes
         command = [sys.executable, "-m", "hf_finetune.launch", *arguments.words]
@@ -214,11 +236,6 @@ def run_train(arguments: argparse.Namespace) -> None:
         from hf_finetune.pipeline.train import train
 
     train(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
-
-
-def _is_worker() -> bool:
-    """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
-    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
 
 
 # hf-finetune evaluate
@@ -525,31 +542,11 @@ def declare_tensorboard(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tensorboard(arguments: argparse.Namespace) -> None:
-    """Show a run, or a folder of runs; or write the events of a run again.
+    """Show a run, or a folder of runs; or write the events of a run again."""
+    from hf_finetune.tracking.logdir import watch
 
-    Raises:
-        FinetuneError: The folder holds no run, its events can't be written, or there is no TensorBoard.
-    """
-    from hf_finetune.recipe import Recipe
-    from hf_finetune.run.folder import RunFolder
-    from hf_finetune.tracking.logdir import LogDir, serve
-
-    folder = RunFolder(arguments.run_folder)
-    if arguments.rebuild:
-        if not folder.recipe.is_file():
-            raise RecipeError(Problem(f"{folder.path} is not a run folder; name one"))
-        from hf_finetune.tracking.tensorboard import rebuild
-
-        events, command = rebuild(folder), f"hf-finetune tensorboard {arguments.run_folder}"
-        say(f"{events:,} events of {folder.path} are written anew; see them with: {command}")
-        return
-    if not folder.path.is_dir():
-        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run, or a folder of runs"))
-    place = LogDir.of(Recipe.load(str(folder.recipe)), folder) if folder.recipe.is_file() else LogDir(str(folder.path))
-    if folder.recipe.is_file() and not place.is_remote and not place.event_files():
-        log.warn(f"{place.folder} holds no events yet; after training, --rebuild writes them from metrics.jsonl")
     options = [f"--{name}={value}" for name in ("port", "host") if (value := getattr(arguments, name)) is not None]
-    serve(place, arguments.run_folder, options, folder.path.absolute().name if folder.recipe.is_file() else "")
+    watch(arguments.run_folder, options, rebuild=arguments.rebuild)
 
 
 # hf-finetune schema
@@ -581,12 +578,12 @@ class Verb(NamedTuple):
     help: str
     description: str
     declare: Callable[[argparse.ArgumentParser], None]
-    """Add the arguments."""
     run: Callable[[argparse.Namespace], None]
 
 
 VERBS = (
     Verb("init", HELP_INIT, DESCRIPTION_INIT, declare_init, run_init),
+    Verb("recipes", HELP_RECIPES, DESCRIPTION_RECIPES, declare_recipes, run_recipes),
     Verb("train", HELP_TRAIN, DESCRIPTION_TRAIN, declare_train, run_train),
     Verb("check", HELP_CHECK, DESCRIPTION_CHECK, declare_check, run_check),
     Verb("evaluate", HELP_EVALUATE, DESCRIPTION_EVALUATE, declare_evaluate, run_evaluate),

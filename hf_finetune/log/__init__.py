@@ -117,6 +117,11 @@ def say(line: str) -> None:
         tell(Message(line))
 
 
+def answer(text: str) -> None:
+    """Say why something that was asked for is not given."""
+    tell(Message(text, stream="stderr", line=f"hf_finetune: {printable(text)}", is_asked_for=True))
+
+
 def show(document: str) -> None:
     """Print a document that a command was given to print, as it is."""
     _handler.show(document)

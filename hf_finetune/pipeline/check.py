@@ -95,6 +95,16 @@ class CheckResult:
         """
         self.findings.raise_errors()
 
+    def as_json(self) -> dict[str, Any]:
+        """Give all of it as plain values."""
+        return {
+            "exit_code": self.exit_code,
+            "findings": [finding.as_json() for finding in self.findings],
+            "notes": self.notes,
+            "plan": self.plan,
+            "numbers": self.numbers,
+        }
+
     def __str__(self) -> str:
         found = [f"{finding.level}: {finding.problem}" for finding in self.findings]
         return "\n".join([*found, *(f"{name}: {text}" for name, text in self.plan.items()), self.verdict])

@@ -404,9 +404,19 @@ def init(
     file = Path(output or name_of(place))
     refuse_outside([("DATA", place), ("--output", str(file))])
     text, says = propose(place, kind=kind, model=model, tables=Tables(file.with_suffix(""), overwrite))
-    if file.exists() and not overwrite and file.read_bytes() != text.encode():
-        message = "is there already, and another one; give --overwrite to replace it, or -o ANOTHER.yaml"
-        raise RecipeError(Problem(message, file=str(file)))
-    with writing(file):
-        write_atomically(file, text)
+    write(file, text, overwrite=overwrite)
     return str(file), says
+
+
+def write(file: Path, text: str, *, overwrite: bool) -> None:
+    """Write a recipe, where there is none that says something else.
+
+    Raises:
+        FinetuneError: There is one, or the file can't be written.
+    """
+    with writing(file):
+        if file.exists() and not overwrite and file.read_bytes() != text.encode():
+            message = "is there already, and another one; give --overwrite to replace it, or -o ANOTHER.yaml"
+            raise RecipeError(Problem(message, file=str(file)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)

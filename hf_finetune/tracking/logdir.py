@@ -99,6 +99,35 @@ def check(folder: str) -> None:
         raise RecipeError(Problem(f"{address[1]}:// needs {package}; pip install {package}", key=KEY))
 
 
+def watch(place: str, options: list[str], *, rebuild: bool) -> None:
+    """Show a run, or a folder of runs, in TensorBoard; or write the events of a run again.
+
+    Args:
+        place: The folder.
+        options: Further arguments of TensorBoard.
+        rebuild: Write the events, and show nothing.
+
+    Raises:
+        FinetuneError: The folder holds no run, its events can't be written, or there is no TensorBoard.
+    """
+    folder = RunFolder(place)
+    if rebuild:
+        if not folder.recipe.is_file():
+            raise RecipeError(Problem(f"{folder.path} is not a run folder; name one"))
+        from hf_finetune.tracking import tensorboard  # loads torch
+
+        events, command = tensorboard.rebuild(folder), f"hf-finetune tensorboard {place}"
+        log.say(f"{events:,} events of {folder.path} are written anew; see them with: {command}")
+        return
+    if not folder.path.is_dir():
+        raise RecipeError(Problem(f"{folder.path} is not a folder; name a run, or a folder of runs"))
+    of_run = folder.recipe.is_file()
+    board = LogDir.of(Recipe.load(str(folder.recipe)), folder) if of_run else LogDir(str(folder.path))
+    if of_run and not board.is_remote and not board.event_files():
+        log.warn(f"{board.folder} holds no events yet; after training, --rebuild writes them from metrics.jsonl")
+    serve(board, place, options, folder.path.absolute().name if of_run else "")
+
+
 _SERVED = re.compile(r"TensorBoard \S+ at (http\S+)")
 
 

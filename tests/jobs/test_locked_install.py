@@ -71,3 +71,15 @@ def test_the_whole_set_installs_without_a_network_and_is_consistent(python: str,
     assert done.returncode == 0, done.stderr[-3000:]
     (locked,) = [pin.version for pin in read(LOCK) if pin.name == "torch" and "== 'linux'" in pin.marker]
     assert done.stdout.strip() == locked
+
+
+def test_the_wheel_holds_the_gallery(python: str, tmp_path: Path) -> None:
+    lock = ["--require-hashes", "--requirement", str(ROOT / "requirements" / "build.txt")]
+    done = run([python, "-m", "pip", "install", "--quiet", *lock], PIP_CONSTRAINT="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run([python, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
+    code = "from hf_finetune.pipeline import gallery; gallery.copy('quickstart'); print(gallery.FOLDER)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'hf_finetune' / 'recipes'}\n"
+    assert (tmp_path / "quickstart" / "train.jsonl").is_file()
