@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,12 @@ class Run:
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
         return status
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave a test out, and say so, once the time that the whole run has is used up."""
+    if time.time() > float(os.environ.get("TESTS_UNTIL", "inf")):
+        pytest.skip("left out: the time given by TESTS_UNTIL is used up")
 
 
 @pytest.fixture(scope="session", autouse=True)
