@@ -2,7 +2,7 @@
 
 `python -m forkserver SOCKET`, started by `forked.Server`. One connection a process: three descriptors and a line of
 JSON go in (`Order`), the process id comes out, and the exit code when it has ended (negative: the signal). The server
-computes nothing and starts no thread (those of allocators know of forks), so that a forked child is as good as a new
+loads and starts no thread (those of allocators know of forks), so that a forked child is as good as a new
 process: its own session, streams, environment, signals and exit. What differs: what the libraries read of the
 environment as they load, e.g. HF_ENDPOINT, was read long ago.
 """
@@ -26,6 +26,8 @@ LOADED = [
     "rich.progress",
     "hf_finetune.inference.predict",
     "hf_finetune.inference.chat",
+    "hf_finetune.cli.verbs",
+    "hf_finetune.reports.run",
     "tensorboardX",
     "torch.distributed",
     "torch.nn.parallel",
@@ -33,6 +35,7 @@ LOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "peft.tuners.lora",
+    "peft.utils.merge_utils",
     "datasets.packaged_modules.csv.csv",
     "faults.plugins",
 ]
@@ -101,6 +104,8 @@ def anew(number: int) -> io.TextIOWrapper:
 if __name__ == "__main__":
     for module in LOADED:
         importlib.import_module(module)
+    # It compiles 900 patterns the first time, a fifth of what a tiny run costs.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("bert")
     gc.freeze()
     given, three = serve(sys.argv[1])
     become(given, three)
