@@ -122,6 +122,21 @@ def signalled_while_it_waits(rank: int, store: str, told: Any) -> None:
     distributed.destroy_process_group()
 
 
+def test_a_signal_inside_a_finaliser_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def finalise() -> None:
+        Finalised()
+        time.sleep(10)
+
+    with pytest.raises(Stopped) as stopped, StopRequest().listening():
+        finalise()
+    assert stopped.value.code == 143
+
+
 def test_a_signal_that_comes_while_the_ranks_compare_is_not_lost(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     told = context.Queue()

@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 5.0
 # The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice.
 COPY_S = 0.5
+AGAIN_S = 0.05
 STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
 _PR_SET_PDEATHSIG = 1
 
@@ -53,6 +54,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._group: Any = None
         self._process = os.getpid()
+        self._dropped: Stopped | None = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Flags live on the host; a GPU's group would have to copy them.
             self._group = distributed.new_group(backend="gloo", timeout=device.collective_timeout())
@@ -65,9 +67,24 @@ class StopRequest:
             return
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         _follow_parent()
+        hook, again = sys.unraisablehook, list[threading.Timer]()
+
+        def unraisable(found: Any) -> None:
+            """Send the signal once more, a moment later: Python drops what is raised inside a finaliser."""
+            if not isinstance(found.exc_value, Stopped):
+                hook(found)
+                return
+            self._dropped = found.exc_value
+            again.append(threading.Timer(AGAIN_S, os.kill, (self._process, self._own)))
+            again[-1].start()
+
+        sys.unraisablehook = unraisable
         try:
             yield
         finally:
+            sys.unraisablehook = hook
+            for timer in again:
+                timer.cancel()
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
@@ -111,6 +128,9 @@ class StopRequest:
         if os.getpid() != self._process:
             # A forked worker: Python swallows what is raised right after a fork, and the pool would wait for ever.
             os._exit(128 + number)
+        if self._dropped is not None:
+            dropped, self._dropped = self._dropped, None
+            raise dropped
         now = time.monotonic()
         if number == self._own and now - self._since < self._echo:
             return
