@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hf_finetune import check, train
-from hf_finetune.errors import DataError, RowsError
+from hf_finetune.errors import DataError, RowsError, Stopped
 from hf_finetune.tasks import _image
 from hf_finetune.tasks.base import State
 from hf_finetune.tasks.image_classification import ImageClassification
@@ -104,3 +106,56 @@ def test_a_file_that_changed_is_read_again(tiny_vit: str, tmp_path: Path) -> Non
     (problem,) = check(recipe | {"output": str(tmp_path / "other")}).problems
     assert "rows.csv" in str(problem)
     assert "no image" in str(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "r": 2, "target_modules": ["convolution"]}])
+def test_running_statistics_are_those_of_the_checkpoint(
+    adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch normalisation keeps what training changes outside the weights."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor, set_seed
+
+    from hf_finetune.training.trainer import FinetuneTrainer
+
+    set_seed(0)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**shape, num_labels=2)).save_pretrained(tmp_path / "model")
+    draw = np.random.default_rng(0)
+    for name, label in ((f"{place}.png", "ab"[place % 2]) for place in range(24)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        pixels = draw.integers(0, 128, (32, 32, 3)) + 96 * (label == "b")
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / label / name)
+    lines = [f"{file},{file.parent.name}" for file in sorted(tmp_path.glob("[ab]/*.png"))]
+    (tmp_path / "train.csv").write_text("\n".join(["image,label", *lines[:8], *lines[12:20]]) + "\n")
+    (tmp_path / "validation.csv").write_text("\n".join(["image,label", *lines[8:12], *lines[20:]]) + "\n")
+    made = {
+        "task": {"kind": "image_classification", "image": "image", "label": "label"},
+        "model": {"name": str(tmp_path / "model")},
+        "data": {split: str(tmp_path / f"{split}.csv") for split in ("train", "validation")},
+        "adapter": adapter,
+        "training": {"steps": 6, "batch_size": 8, "learning_rate": 3e-2, "precision": "fp32", "log_every": 1}
+        | {"eval_every": 1, "best_metric": "loss"},
+        "checkpoints": {"every": 2},
+        "tracking": {"images": False, "report": False},
+    }
+    whole = train({**made, "output": str(tmp_path / "whole")})
+    best = min(line["loss"] for line in whole.history if line["phase"] == "eval")
+    assert whole.metrics["validation"]["loss"] == pytest.approx(best, rel=1e-5)
+    assert whole.evaluate(split="validation")["metrics"]["loss"]["value"] == pytest.approx(best, rel=1e-5)
+
+    step = FinetuneTrainer.training_step
+
+    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", stopping)
+    with pytest.raises(Stopped):
+        train({**made, "output": str(tmp_path / "stopped")})
+    monkeypatch.undo()
+    resumed = train({**made, "output": str(tmp_path / "stopped")})
+    weights = [next(run.adapter.glob("*.safetensors")).read_bytes() for run in (whole, resumed)]
+    assert weights[0] == weights[1]

@@ -138,6 +138,18 @@ def train_in_fp32(adapted: PeftModel) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     heads_in_fp32(adapted)
+    _hold_statistics(adapted)
+
+
+def _hold_statistics(adapted: nn.Module) -> None:
+    """Keep frozen batch normalisation as it will be used: its running statistics are the base's, not the adapter's."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    for module in adapted.modules():
+        if isinstance(module, _NormBase) and not any(p.requires_grad for p in module.parameters()):
+            # `train()` of the model reaches every module, before each step.
+            held = module.eval()
+            module.train = lambda mode=True, held=held: held  # type: ignore[method-assign,misc]
 
 
 def heads_in_fp32(adapted: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data.job import Job
@@ -91,7 +92,7 @@ class Progress:
 
 def save_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Write the trained weights and the adapter's own state; one rank does it."""
-    tensors = {name: p.detach().contiguous().cpu() for name, p in adapted.named_parameters() if p.requires_grad}
+    tensors = {name: value.detach().contiguous().cpu() for name, value in _learned(adapted).items()}
     tensors |= {f"{_EXTRA}{name}": value.contiguous().cpu() for name, value in adapter.state(adapted).items()}
     # Tied weights are one parameter under one name; a clone keeps safetensors from seeing views of one storage.
     save_file({name: value.clone() for name, value in tensors.items()}, folder / TRAINED)
@@ -105,7 +106,7 @@ def load_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
     """
     tensors = load_file(folder / TRAINED)
     extra = {name.removeprefix(_EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(_EXTRA)}
-    own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    own = _learned(adapted)
     odd = sorted(own.keys() ^ tensors.keys()) or [name for name, p in own.items() if p.shape != tensors[name].shape]
     if odd:
         message = f"holds other weights than this run trains, e.g. {odd[0]}; give --restart to start anew"
@@ -114,6 +115,15 @@ def load_trained(adapted: nn.Module, adapter: Adapter, folder: Path) -> None:
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
     adapter.load_state(adapted, extra)
+
+
+def _learned(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what training changes: trained weights, and running statistics of normalisation that is trained."""
+    found: dict[str, torch.Tensor] = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    for place, module in adapted.named_modules():
+        if isinstance(module, _NormBase) and any(p.requires_grad for p in module.parameters()):
+            found |= {f"{place}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
+    return found
 
 
 # Settings of each group of weights, which the recipe may change; the rest is state.
