@@ -132,22 +132,18 @@ def quiet() -> Iterator[None]:
 
 
 def train_in_fp32(adapted: PeftModel) -> None:
-    """Cast what is trained to fp32."""
+    """Cast what is trained to fp32, and let nothing else change."""
+    from torch.nn.modules.batchnorm import _NormBase
+
     # `autocast_adapter_dtype` of PEFT casts its own layers, not the copies behind `modules_to_save`.
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     heads_in_fp32(adapted)
-    _hold_statistics(adapted)
-
-
-def _hold_statistics(adapted: nn.Module) -> None:
-    """Keep frozen batch normalisation as it will be used: its running statistics are the base's, not the adapter's."""
-    from torch.nn.modules.batchnorm import _NormBase
-
     for module in adapted.modules():
         if isinstance(module, _NormBase) and not any(p.requires_grad for p in module.parameters()):
-            # `train()` of the model reaches every module, before each step.
+            # Frozen batch normalisation stays as it will be used: its running statistics are the base's, not the
+            # adapter's. `train()` of the model reaches every module, before each step.
             held = module.eval()
             module.train = lambda mode=True, held=held: held  # type: ignore[method-assign,misc]
 

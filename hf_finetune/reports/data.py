@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ import hf_finetune
 from hf_finetune.config.blocks import Checks
 from hf_finetune.data.batches import PackedRows, Rows, lengths_of, pack
 from hf_finetune.data.facts import Facts
+from hf_finetune.data.prepare import Prepared
 from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Stream
 from hf_finetune.errors import Findings, Problem, StorageError, numbers
@@ -26,9 +27,6 @@ from hf_finetune.reports import html as reports_html
 from hf_finetune.run.files import write_atomically
 from hf_finetune.tasks.base import IGNORE, tokenizer_of
 from hf_finetune.tracking import charts, figures
-
-if TYPE_CHECKING:
-    from hf_finetune.data.prepare import Prepared
 
 
 def write(

@@ -413,7 +413,10 @@ def _read(
             if declared is not None and id_of(text, declared[1]) is None:
                 what = unknown(text, declared[0])
             elif declared is None and _is_integer(text) and text.startswith("-"):
-                what = _negative(text)
+                listed = f"list {text} in task.labels if it is"
+                usual = f"which usually means that the row has no label; remove it, or {listed} one"
+                is_usual = text in map(str, UNLABELLED)
+                what = f"holds {text}, " + (usual if is_usual else f"a negative label; {listed} meant")
             else:
                 continue
             for row, row_texts in enumerate(rows_texts, start):
@@ -434,12 +437,6 @@ def _read(
         if (number := id_of(text, ids_of)) is not None:
             counts[number] += count
     return State(names=names, counts=tuple(counts), id_of=ids_of)
-
-
-def _negative(text: str) -> str:
-    usual = f"which usually means that the row has no label; remove it, or list {text} in task.labels if it is one"
-    reason = usual if text in map(str, UNLABELLED) else f"a negative label; list {text} in task.labels if it is meant"
-    return f"holds {text}, {reason}"
 
 
 def _scan(train: Dataset, columns: Sequence[str], see: Callable[[Mapping[str, list[Any]], int], object]) -> None:
