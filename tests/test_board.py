@@ -315,16 +315,18 @@ def test_a_run_that_goes_on_is_left_alone(run: Callable[..., Any]) -> None:
     with pytest.raises(RecipeError, match="belongs to a run that is going on"):
         rebuild(RunFolder(str(done.folder)))
     holder.release()
-    verbs.run_tensorboard(argparse.Namespace(run_folder=str(done.folder), rebuild=True))
+    verbs.run_tensorboard(argparse.Namespace(run_folder=str(done.folder), rebuild=True, port=None, host=None))
     assert len(events_of(done.folder).Scalars("train/loss")) == len(done.lines("train"))
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(RecipeError, match="is not a run folder"):
-            verbs.run_tensorboard(argparse.Namespace(run_folder=str(folder), rebuild=True))
+            verbs.run_tensorboard(argparse.Namespace(run_folder=str(folder), rebuild=True, port=None, host=None))
     with pytest.raises(RecipeError, match="is not a folder; name a run"):
-        verbs.run_tensorboard(argparse.Namespace(run_folder=str(tmp_path / "none"), rebuild=False))
+        verbs.run_tensorboard(
+            argparse.Namespace(run_folder=str(tmp_path / "none"), rebuild=False, port=None, host=None)
+        )
 
 
 @pytest.mark.parametrize(("is_stopped", "expected"), [(False, 2), (True, 0)], ids=["failure", "unknown"])

@@ -135,7 +135,7 @@ def _shrink(path: Path, folder: Path, model_of: Callable[[Task], str]) -> None:
         told["task"] |= {"generate_rows": 2, "max_new_tokens": 4}
     (folder / "recipes" / path.name).write_text(yaml.safe_dump(told))
     if path.stem.startswith("gsm8k"):
-        shutil.copytree(rows, folder / "gsm8k")
+        shutil.copytree(rows, folder / "gsm8k", dirs_exist_ok=True)
         shutil.copy(rows / "validation.jsonl", folder / "gsm8k" / "test.jsonl")
 
 

@@ -399,7 +399,7 @@ def test_a_run_without_records_says_what_is_missing(tmp_path: Path) -> None:
     folder = reported.write(tmp_path, CLASSES, [], reported.lines({"loss": 1.0, "accuracy": 0.5}))
     page = reported.page(folder, reported.recipe(tmp_path, CLASSES))
     assert "The predictions on validation were not kept" in page
-    assert '<td class="n">0.5</td>' in page
+    assert '<td class="n">0.5000</td>' in page
     assert page.count("<svg") == 5
 
 
@@ -417,8 +417,8 @@ def test_a_real_run_leaves_its_report(run: Runner) -> None:
     assert {"loss.png", "confusion_matrix-validation.png", "reliability-validation.png"} <= images
     assert set(re.findall(r"\(plots/([\w.-]+)\)", text)) == images
     accuracy = done.outcome.scores["validation"]["accuracy"]
-    assert f"| accuracy | {accuracy:.6g} |" in text
-    assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.6g}</td>' in page
+    assert f"| accuracy | {accuracy:.4f} |" in text
+    assert f'<th scope="row">accuracy</th><td class="n">{accuracy:.4f}</td>' in page
     assert done.outcome.prepared.fingerprint in page
     assert "PeftModel.from_pretrained(model, folder)" in page
     assert reported.page(done.outcome.folder, Recipe.load(str(done.folder / "recipe.yaml"))) == page

@@ -323,7 +323,7 @@ class _Counting:
             scores = count + NOTABLE
             if len(self.listed) > 1:
                 mine, others = count + PRIOR * whole, whole - count + PRIOR * whole
-                with np.errstate(divide="ignore"):  # of a single token
+                with np.errstate(divide="ignore", invalid="ignore"):  # of a single token
                     odds = np.log(mine / (mine.sum() - mine)) - np.log(others / (others.sum() - others))
                 scores = odds / np.sqrt(1 / mine + 1 / others)
             top = [at for at in np.argsort(-scores, kind="stable")[:TOKENS] if scores[at] >= NOTABLE]
