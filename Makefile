@@ -55,9 +55,9 @@ define install
 endef
 
 demo: .venv/demo.stamp
-	@echo "training recipes/quickstart.yaml: which customers' problems are solved? Under a minute on two cores"
+	@echo "training recipes/quickstart.yaml: which customers' problems are solved? A minute or two on two cores"
 	@. .venv/bin/activate && hf-finetune train --processes auto recipes/quickstart.yaml training.log_every=25 --restart
-	@echo "Half of the messages are solved: a guess is right for half of them. Before the commands above: . .venv/bin/activate"
+	@echo "A guess is right for half of the messages: compare the test accuracy. Before the commands above: . .venv/bin/activate"
 	@echo "Next: your own data, docs/first-recipe.md. Does everything work on this machine? make test"
 
 # Threads of torch that wait for each other spin, and several tests run at once: one would wait on another's time.

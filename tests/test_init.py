@@ -168,6 +168,12 @@ def test_a_data_set_of_the_hub_is_read_as_training_reads_it(
         init("nothing.csv")
 
 
+def test_a_csv_with_semicolons_is_no_column_of_text() -> None:
+    Path("semicolons.csv").write_text("comment;score\nso nice;3\nbad;1\n")
+    with pytest.raises(DataError, match=r"semicolons.csv:1: its fields are separated by semicolons"):
+        init("semicolons.csv")
+
+
 def test_a_model_without_linear_layers_is_trained_whole() -> None:
     from transformers import MobileNetV2Config, MobileNetV2ImageProcessor, MobileNetV2Model
 

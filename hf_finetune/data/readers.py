@@ -475,7 +475,9 @@ def _header_problems(header: Sequence[str], columns: Sequence[str], file: str) -
     repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]
     found = [Problem(f"names column {name!r} twice in its header", file=file, line=1) for name in repeated]
     missing = missing_columns(header, columns, file)
-    if len(header) == 1 and header[0].count(";") >= max(1, len(columns) - 1) and missing:
+    # Nobody has named columns to `init`.
+    is_odd = missing or (not columns and re.fullmatch(r"[\w ]+(;[\w ]+)+", header[0]))
+    if len(header) == 1 and header[0].count(";") >= max(1, len(columns) - 1) and is_odd:
         return [Problem("its fields are separated by semicolons; write it with commas", file=file, line=1)]
     # Texts and numbers where names should be.
     named = all(re.fullmatch(r"(?![\d.-]+$)[\w.-]{1,40}", name) for name in header)

@@ -112,7 +112,10 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
         raise CheckpointError(Problem(message, file=str(folder.adapter)))
     # A whole block has keys that the model depends on; a list of label columns in place of one is another problem.
     for word in overrides:
-        key, _, value = word.partition("=")
+        key, is_override, value = word.partition("=")
+        if not is_override:
+            message = f"{word!r} is no override (key.path=value); texts are read from a pipe, or a file (--input)"
+            raise RecipeError(Problem(message, file="command line"))
         may = key_of(Recipe, key).finished
         if may == "never" or key in Recipe.model_fields or (may == "name" and value.startswith("[")):
             reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"

@@ -305,14 +305,16 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
     seen = defaults.of_model(chosen)._replace(rows=count)
     (adapter, adapter_why), (batch, _), (epochs, _) = usual_adapter(seen), usual_batch(seen), usual_epochs(seen)
     data: dict[str, tuple[Any, str]] = {key: (value, "") for key, value in found.data.items()}
+    kept = count
     if "validation" not in data:
         share = 0.2 if count < 500 else 0.1 if count < 20_000 else 0.05
+        kept -= round(share * count)
         data["validation_share"] = (share, f"there is no validation file; {round(share * count):,} rows are held out")
     if proposal.texts:
         data["max_length"] = _length(proposal, seen, chats=TASKS[kind].generates)
     training = {
         "batch_size": (batch, f"{count:,} rows"),
-        "epochs": (epochs, f"{count:,} rows: about {max(1, count // batch) * epochs:,} steps"),
+        "epochs": (epochs, f"{kept:,} rows: about {-(-kept // batch) * epochs:,} steps"),
         "learning_rate": usual_rate(seen, adapter, kind),
         "warmup_ratio": (0.06, "the first steps are careful"),
         "best_metric": (proposal.best_metric, "the checkpoint that is kept"),
@@ -416,7 +418,7 @@ def write(file: Path, text: str, *, overwrite: bool) -> None:
     """
     with writing(file):
         if file.exists() and not overwrite and file.read_bytes() != text.encode():
-            message = "is there already, and another one; give --overwrite to replace it, or -o ANOTHER.yaml"
+            message = "is there already, and says something else; give --overwrite to replace it, or -o ANOTHER.yaml"
             raise RecipeError(Problem(message, file=str(file)))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)

@@ -543,7 +543,8 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
         # Everything that `data.checks` counted, whatever its level.
         rows = [[name, level, *(f"{n:,}" for n in splits.values())] for name, level, splits in facts["findings"]]
         heads = ["check", "level", *(facts["findings"][0][2] if rows else ())]
-        blocks.append(markdown(heads, rows) if rows else "None of `data.checks` found anything.")
+        nothing = "" if facts["warnings"] else "None of `data.checks` found anything."
+        blocks.append(markdown(heads, rows) if rows else nothing)
         blocks.append(bullets(facts["warnings"]))
     else:
         blocks.append("Not known any more.")

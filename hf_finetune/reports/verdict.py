@@ -108,7 +108,7 @@ def hints(run: RunData) -> Iterator[str]:
     rows = {name: result.scores[f"support.{name}"] for name in result.classes}
     never = [f"{name} ({n:,.0f} rows)" for name, n in rows.items() if n and result.scores.get(f"recall.{name}") == 0]
     if never:
-        more = f" and {len(never) - NAMED:,} labels more" if len(never) > NAMED else ""
+        more = f" and {len(never) - NAMED:,} more labels" if len(never) > NAMED else ""
         weights = ", or task.class_weights: balanced" if run.recipe.task.remedy("imbalance") else ""
         listed = ", ".join(never[:NAMED])
         yield f"On {result.split}, no row of {listed}{more} is recognised: try more rows of such labels{weights}."
