@@ -37,7 +37,8 @@ def test_the_verb_starts_tensorboard_and_ctrl_c_ends_it_quietly(classifier: Path
         assert found, line
         with urlopen(found[1], timeout=60) as answer:
             assert answer.status == 200
-        runs, end = [], time.monotonic() + 60
+        runs: list[str] = []
+        end = time.monotonic() + 60
         while not runs and time.monotonic() < end:  # the events are read in the background
             with urlopen(f"{found[1]}data/runs", timeout=60) as answer:
                 runs = json.load(answer)

@@ -56,7 +56,7 @@ KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
 FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "images": VISION}
 
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "encoders": {"kind": "text_classification", "text": "text", "label": "label"},
     "decoders": {"kind": "causal_lm", "text": "text", "sample_prompts": 0},
     "images": {"kind": "image_classification", "image": "image", "label": "label"},
@@ -71,7 +71,9 @@ def test_a_family_is_trained_and_used(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
     monkeypatch.chdir(tmp_path)
-    processor: Any = AutoProcessor.from_pretrained(model_of(KINDS[TASKS[kind]["kind"]].model_validate(TASKS[kind])))
+    processors: Any = AutoProcessor
+    chosen = TASKS[kind]
+    processor = processors.from_pretrained(model_of(KINDS[str(chosen["kind"])].model_validate(chosen)))
     rows = [{"text": f"the film is {word} .", "label": word, "image": f"{word}.png"} for word in ("good", "dull")] * 6
     for row in rows:
         Image.new("RGB", (32, 32), "white" if row["label"] == "good" else "black").save(row["image"])

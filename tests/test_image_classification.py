@@ -120,8 +120,8 @@ def test_running_statistics_are_those_of_the_checkpoint(
 
     set_seed(0)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
-    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    ResNetForImageClassification(ResNetConfig(**shape, num_labels=2)).save_pretrained(tmp_path / "model")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
     draw = np.random.default_rng(0)
     for name, label in ((f"{place}.png", "ab"[place % 2]) for place in range(24)):
         (tmp_path / label).mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from hf_finetune.errors import DivergedError
 from hf_finetune.tasks import _metrics as metrics
+from hf_finetune.tasks._sums import Array
 
 RANDOM = np.random.default_rng(0)
 NAMES = ("bad", "fair", "good")
@@ -26,7 +27,7 @@ def _no_warnings() -> object:
         yield
 
 
-def softmax(logits: metrics.Array) -> metrics.Array:
+def softmax(logits: Array) -> Array:
     return torch.tensor(logits).double().softmax(1).numpy()
 
 

@@ -194,7 +194,8 @@ def sprites(labels: Sequence[str], size: int) -> bytes:
     colours[: len(labels)] = [shades[names.index(label) % len(shades)] for label in labels]
     stream = io.BytesIO()
     pixels = colours.reshape(across, across, 3).repeat(size, axis=0).repeat(size, axis=1)
-    image.imsave(stream, pixels, format="png", metadata={"Software": None})
+    unsigned: Any = {"Software": None}  # matplotlib's stubs know no None, which leaves its version out
+    image.imsave(stream, pixels, format="png", metadata=unsigned)
     return stream.getvalue()
 
 
