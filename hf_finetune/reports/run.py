@@ -540,7 +540,6 @@ def text(run: RunData, charts: Sequence[Chart]) -> str:
     blocks += ["## Data", bullets(facts.get("rows", ())) or "What became of the rows is not known any more."]
     blocks.append("## Findings")
     if facts:
-        # Everything that `data.checks` counted, whatever its level.
         rows = [[name, level, *(f"{n:,}" for n in splits.values())] for name, level, splits in facts["findings"]]
         heads = ["check", "level", *(facts["findings"][0][2] if rows else ())]
         nothing = "" if facts["warnings"] else "None of `data.checks` found anything."
