@@ -273,7 +273,7 @@ def with_data(folder: RunFolder, **facts: Any) -> RunFolder:
 def test_the_headline_stands_beside_models_that_learned_nothing(tmp_path: Path) -> None:
     run = data_of(with_data(reported.classifier(tmp_path)), CLASSES)
     before = {"step": 0, "phase": "eval", "loss": 1.1, "accuracy": 0.3}
-    shown = verdict.headline(replace(run, lines=[before, *run.lines]))
+    shown = verdict.of(replace(run, lines=[before, *run.lines]))["headline"]
     record = run.record("predictions", "test")
     assert shown is not None
     assert record is not None
@@ -298,12 +298,12 @@ def test_what_to_try_next_comes_from_facts(tmp_path: Path) -> None:
     run = data_of(with_data(reported.classifier(tmp_path), cut={"train": 7}), CLASSES)
     lines = [line | {"loss": 0.3} if (line["phase"], line["step"]) == ("eval", 10) else line for line in run.lines]
     lines[-2] = lines[-2] | {"support.bad": 12.0, "recall.bad": 0.0, "accuracy": 0.45}
-    told = list(verdict.hints(replace(run, lines=lines)))
+    told = verdict.of(replace(run, lines=lines))["hints"]
     assert [
         re.findall(pattern, " ".join(told)) for pattern in (r"lowest at step 10 of 20", r"7 of 100", r"bad \(12 rows\)")
     ] == [["lowest at step 10 of 20"], ["7 of 100"], ["bad (12 rows)"]]
     quiet = data_of(reported.speaker(tmp_path / "other"), CHAT)
-    assert list(verdict.hints(quiet)) == []
+    assert verdict.of(quiet)["hints"] == []
 
 
 def test_markdown_can_not_be_broken_by_texts(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Everything is read off the run folder; where a fact is missing, nothing is said 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hf_finetune.log.text import number
@@ -24,14 +24,23 @@ WIDE = 0.1
 # Share of generated answers that should end by themselves, and labels that are named.
 ENDED, NAMED = 0.9, 3
 
+Yardstick = tuple[str, str, Mapping[str, float]]
+"""Name, split and metrics."""
+
 
 def of(run: RunData) -> dict[str, Any]:
     """Collect what both reports show of it."""
-    return {"headline": headline(run), "untrained": list(untrained(run)), "hints": list(hints(run))}
+    yardsticks = list(untrained(run))
+    shown = headline(run, yardsticks)
+    return {"headline": shown, "untrained": yardsticks, "hints": list(hints(run, shown))}
 
 
-def headline(run: RunData) -> dict[str, Any] | None:
+def headline(run: RunData, yardsticks: Iterable[Yardstick]) -> dict[str, Any] | None:
     """Choose the number that says most of the run, on the test split where there is one; None for a run without scores.
+
+    Args:
+        run: The run.
+        yardsticks: See `untrained`.
 
     Returns:
         `metric`, `split`, `value`, `bounds` (None where it has none), `sentence`: all of these, `is_share`; `others`:
@@ -46,7 +55,6 @@ def headline(run: RunData) -> dict[str, Any] | None:
     metric = next((name for name in ordered if name in last.scores), None)
     if metric is None:
         return None
-    yardsticks = [(f"{name}, {split}", scores) for name, split, scores in untrained(run)]
     value, bounds = last.scores[metric], last.intervals.bounds.get(metric)
     sure = f" ({CONFIDENCE:.0%} interval {number(bounds[0])} to {number(bounds[1])})" if bounds else ""
     return {
@@ -60,11 +68,11 @@ def headline(run: RunData) -> dict[str, Any] | None:
             *((metric, one.split, one.scores[metric]) for one in found[:-1] if metric in one.scores),
             *((name, last.split, last.scores[name]) for name in printed if name != metric),
         ],
-        "yardsticks": [(name, scores[metric]) for name, scores in yardsticks if metric in scores],
+        "yardsticks": [(f"{name}, {split}", scores[metric]) for name, split, scores in yardsticks if metric in scores],
     }
 
 
-def untrained(run: RunData) -> Iterator[tuple[str, str, Mapping[str, float]]]:
+def untrained(run: RunData) -> Iterator[Yardstick]:
     """Yield yardsticks, as name, split and metrics: the model before training, and one that reads no row."""
     first = next((line for line in run.of("eval") if line["step"] == 0), None)
     if first is not None and run.phases.get("validation"):
@@ -79,8 +87,8 @@ def untrained(run: RunData) -> Iterator[tuple[str, str, Mapping[str, float]]]:
             yield blind[0], split, sums.whole()
 
 
-def hints(run: RunData) -> Iterator[str]:
-    """Say what to try next, from facts at hand; nothing where nothing stands out."""
+def hints(run: RunData, shown: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say what to try next, from facts at hand and the headline; nothing where nothing stands out."""
     seen = [(line["step"], line["loss"]) for line in run.of("eval") if line["step"] and "loss" in line]
     if len(seen) > 1:
         (best, least), (_, before), (last, loss) = min(seen, key=lambda pair: pair[1]), seen[-2], seen[-1]
@@ -102,7 +110,7 @@ def hints(run: RunData) -> Iterator[str]:
             f"{cut:,} of {kept:,} training rows ({cut / kept:.1%}) are cut to data.max_length "
             f"{run.recipe.data.max_length:,}: try a larger one, if what matters may stand at the end."
         )
-    if (shown := headline(run)) is None:
+    if shown is None:
         return
     result, metric, value = results(run)[-1], shown["metric"], shown["value"]
     rows = {name: result.scores[f"support.{name}"] for name in result.classes}
