@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_S = 5.0
 # The same without one: `timeout` signals its command and then the whole group, and keys are pressed twice.
 COPY_S = 0.5
+# After so many seconds a signal that Python dropped is sent once more.
 AGAIN_S = 0.05
 STOPPING = "stopping after this step, with a checkpoint; a second signal stops at once, without one"
 _PR_SET_PDEATHSIG = 1
