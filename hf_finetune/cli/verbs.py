@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hf_finetune import log
+from hf_finetune.cli import serving
 from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes
 from hf_finetune.errors import RecipeError
 from hf_finetune.log import say, show, tell
@@ -593,5 +594,7 @@ VERBS = (
     Verb("push", HELP_PUSH, DESCRIPTION_PUSH, declare_push, run_push),
     Verb("compare", HELP_COMPARE, DESCRIPTION_COMPARE, declare_compare, run_compare),
     Verb("tensorboard", HELP_TENSORBOARD, DESCRIPTION_TENSORBOARD, declare_tensorboard, run_tensorboard),
+    Verb("serve", serving.HELP_SERVE, serving.DESCRIPTION_SERVE, serving.declare_serve, serving.run_serve),
+    Verb("keys", serving.HELP_KEYS, serving.DESCRIPTION_KEYS, serving.declare_keys, serving.run_keys),
     Verb("schema", HELP_SCHEMA, DESCRIPTION_SCHEMA, declare_schema, run_schema),
 )

@@ -1,0 +1,107 @@
+"""The verbs of the service: `serve` and `keys`."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from pathlib import Path
+
+from hf_finetune import log
+from hf_finetune.errors import Problem, RecipeError
+
+HELP_SERVE = "a fine-tuning API for any client of OpenAI's, with a queue that outlives restarts"
+DESCRIPTION_SERVE = """\
+Serve OpenAI's fine-tuning API: files, jobs, events, checkpoints, models. Everything is kept in ROOT; jobs go on when
+the service is stopped, and are found again. The first start prints an API key. ROOT/models.yaml names the base models:
+  qwen-0.5b: Qwen/Qwen2.5-0.5B-Instruct
+  reviews: {name: models/minilm, recipe: {adapter: {r: 8}}}
+"""
+HELP_KEYS = "create, list and revoke the API keys of a service"
+DESCRIPTION_KEYS = """\
+A key belongs to a project, whose files, jobs and models no other project sees. It is printed once; its hash is kept.
+"""
+
+
+def declare_serve(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    _add_root(parser)
+    add(
+        "--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs TLS or a proxy"
+    )
+    add("--port", type=int, default=8000, help="port; 0 takes a free one")
+    add("--tls", nargs=2, metavar=("CERTIFICATE", "KEY"), help="files for https")
+    add("--behind-proxy", action="store_true", help="a proxy in front of this service does TLS")
+    add("--slots", type=int, help="jobs that train side by side on a machine without GPUs; default 1")
+    add("--rebuild", action="store_true", help="make the database anew from the folders of ROOT; keys are not in them")
+
+
+def declare_keys(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("action", choices=("create", "list", "revoke"))
+    parser.add_argument("key", nargs="?", metavar="ID", help="the key to revoke, as `list` shows it")
+    _add_root(parser)
+    parser.add_argument("--project", default="default", help="of a new key")
+    parser.add_argument("--name", default="", help="of a new key, to tell it from others")
+
+
+def _add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", required=True, metavar="FOLDER", help="everything that the service keeps")
+    parser.add_argument("--database", metavar="URL", help="SQLAlchemy URL; default: SQLite inside ROOT")
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    """Serve until a signal ends it."""
+    refuse_open(arguments.host, has_tls=bool(arguments.tls), behind_proxy=arguments.behind_proxy)
+    _needs_extra()
+    from hf_finetune.service import server
+    from hf_finetune.service.store import DEFAULT_PROJECT, Store
+
+    store = Store(Path(arguments.root), arguments.database)
+    store.base_models()  # a mistake in it is said now
+    if arguments.rebuild:
+        log.say(f"{store.rebuild():,} jobs were found in {store.root / 'runs'}")
+    if not store.list_keys():
+        log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {store.create_key(DEFAULT_PROJECT, 'first')}")
+    server.run(store, arguments.host, arguments.port, tls=arguments.tls, slots=arguments.slots)
+
+
+def run_keys(arguments: argparse.Namespace) -> None:
+    """Manage keys."""
+    _needs_extra()
+    from hf_finetune.service.store import Store
+
+    store = Store(Path(arguments.root), arguments.database)
+    if arguments.action == "create":
+        log.show(store.create_key(arguments.project, arguments.name))
+    elif arguments.action == "list":
+        for key in store.list_keys():
+            state = "revoked" if key["revoked_at"] else "valid"
+            log.show(f"{key['id']}  {state:7}  {key['project']}  {key['name']}".rstrip())
+    elif arguments.key is None or not store.revoke_key(arguments.key):
+        raise RecipeError(Problem(f"there is no valid key {arguments.key or ''!r}; `list` shows the ids", key="ID"))
+
+
+def refuse_open(host: str, *, has_tls: bool, behind_proxy: bool) -> None:
+    """Refuse to send keys over a network in the clear.
+
+    Raises:
+        RecipeError: The address is not this machine's own, and there is neither TLS nor a proxy.
+    """
+    try:
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local and not has_tls and not behind_proxy:
+        message = "others can reach this address, and keys would go in the clear; give --tls CERTIFICATE KEY, or "
+        raise RecipeError(Problem(message + "--behind-proxy where a proxy does TLS", key="--host"))
+
+
+def _needs_extra() -> None:
+    import importlib.util
+
+    missing = [
+        name for name in ("fastapi", "uvicorn", "sqlalchemy", "python_multipart") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise RecipeError(f"the service needs {', '.join(missing)}; pip install 'hf-finetune[service]'")

@@ -1,0 +1,1 @@
+"""Where jobs run: one file a kind of place."""

@@ -1,0 +1,57 @@
+"""The server process: address, places for jobs, and a graceful end."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from hf_finetune import log
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.service import answers, api
+from hf_finetune.service.executors.local import Local
+from hf_finetune.service.store import Store
+from hf_finetune.service.supervisor import Supervisor
+
+
+def run(store: Store, host: str, port: int, *, tls: Sequence[str] | None = None, slots: int | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; jobs that run go on, and the next start finds them.
+
+    Args:
+        store: The root folder.
+        host: Address.
+        port: 0 takes a free one.
+        tls: Files of certificate and key.
+        slots: Jobs that train side by side without GPUs; None: one.
+
+    Raises:
+        RecipeError: The address is taken.
+    """
+    app = api.make(store, Supervisor(store, Local(), places(slots)))
+    app.include_router(answers.routes)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            message = f"{host}:{port} can't be used: {error.strerror}; give another --port"
+            raise RecipeError(Problem(message, key="--port")) from None
+        files = {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]} if tls else {}
+        config = uvicorn.Config(app, log_level="warning", server_header=False, **files)
+        address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
+        log.say(f"fine-tuning API: {address}/v1 (Ctrl-C ends it; jobs go on)")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def places(slots: int | None) -> list[dict[str, str]]:
+    """List the environments of the places where jobs train: one for each GPU, else for each slot of the CPU."""
+    # In a process of its own: torch would stay in this one, with all its memory.
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    count = int(subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or 0)  # noqa: S603
+    if count and slots is None:
+        return [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ""}] * (slots or 1)

@@ -1,0 +1,350 @@
+"""The files of the service, which are the truth, and the database, which is an index of them.
+
+    ROOT/service.db                 keys, files and jobs; made anew by `serve --rebuild`
+    ROOT/models.yaml                the base models that jobs may name
+    ROOT/files/ID/file.json, data   an upload
+    ROOT/runs/ID/job.json           a job, and beside it what its worker writes: see `service.worker`
+
+Whatever a caller was told is on the disk before: a job or a file is written, then indexed, then answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+
+from hf_finetune.config import yamlfile
+from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.run.files import discard, write_atomically
+
+FINAL = ("succeeded", "failed", "cancelled")
+"""States that a job never leaves."""
+DEFAULT_PROJECT = "default"
+
+_tables = sql.MetaData()
+KEYS = sql.Table(
+    "keys",
+    _tables,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("project", sql.String(64), nullable=False),
+    sql.Column("digest", sql.String(64), nullable=False, unique=True),
+    sql.Column("name", sql.String(200), nullable=False),
+    sql.Column("created_at", sql.Integer, nullable=False),
+    sql.Column("revoked_at", sql.Integer),
+)
+FILES = sql.Table(
+    "files",
+    _tables,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("project", sql.String(64), nullable=False, index=True),
+    sql.Column("purpose", sql.String(32), nullable=False),
+    sql.Column("expires_at", sql.Integer),
+    sql.Column("document", sql.Text, nullable=False),
+)
+JOBS = sql.Table(
+    "jobs",
+    _tables,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("project", sql.String(64), nullable=False, index=True),
+    sql.Column("state", sql.String(32), nullable=False, index=True),
+    sql.Column("wanted", sql.String(16), nullable=False),
+    sql.Column("priority", sql.Integer, nullable=False),
+    sql.Column("model", sql.String(300), index=True),
+    sql.Column("request_key", sql.String(300), unique=True),
+    sql.Column("document", sql.Text, nullable=False),
+)
+
+
+def new_id(prefix: str) -> str:
+    """Make an id; ids of one prefix sort by the time at which they were made."""
+    return f"{prefix}{time.time_ns():016x}{secrets.token_hex(6)}"
+
+
+class Store:
+    """The root folder and the database.
+
+    Args:
+        root: Is made where it is missing.
+        database: SQLAlchemy URL; None takes SQLite inside the root.
+
+    Raises:
+        RecipeError: The database can't be opened.
+    """
+
+    def __init__(self, root: Path, database: str | None = None) -> None:
+        self.root = root.absolute()
+        for folder in ("files", "runs"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        self.engine = sql.create_engine(database or f"sqlite:///{self.root / 'service.db'}")
+        if self.engine.dialect.name == "sqlite":
+            sql.event.listen(self.engine, "connect", _as_index)
+        try:
+            _tables.create_all(self.engine)
+        except sql.exc.SQLAlchemyError as error:
+            reason = str(error).partition("\n")[0]
+            raise RecipeError(Problem(f"the database can't be opened: {reason}", key="--database")) from None
+
+    # ---- keys ----
+
+    def create_key(self, project: str, name: str) -> str:
+        """Make an API key of a project; it is returned once, and only its hash is kept."""
+        token = f"hf-{secrets.token_urlsafe(32)}"
+        made = {"id": new_id("key_"), "project": project, "digest": _digest(token), "name": name, "created_at": now()}
+        with self.engine.begin() as connection:
+            connection.execute(KEYS.insert().values(made))
+        return token
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """List all keys, without what they are."""
+        with self.engine.connect() as connection:
+            found = connection.execute(KEYS.select().order_by(KEYS.c.id)).mappings()
+            return [{name: value for name, value in row.items() if name != "digest"} for row in found]
+
+    def revoke_key(self, key: str) -> bool:
+        """Revoke a key by its id; False where there is none that is valid."""
+        with self.engine.begin() as connection:
+            valid = (KEYS.c.id == key) & KEYS.c.revoked_at.is_(None)
+            return connection.execute(KEYS.update().where(valid).values(revoked_at=now())).rowcount > 0
+
+    def project_of(self, token: str) -> str | None:
+        """Tell the project of an API key; None for one that is unknown or revoked.
+
+        Keys are random and long, so a plain hash keeps them; the lookup compares hashes, whose time tells nothing.
+        """
+        valid = (KEYS.c.digest == _digest(token)) & KEYS.c.revoked_at.is_(None)
+        with self.engine.connect() as connection:
+            return connection.execute(sql.select(KEYS.c.project).where(valid)).scalar()
+
+    # ---- files ----
+
+    def folder_of_file(self, file: str) -> Path:
+        """Give the folder of an upload; the id must come from the database."""
+        return self.root / "files" / file
+
+    def add_file(self, project: str, document: Mapping[str, Any]) -> None:
+        """Keep an upload whose bytes lie in its folder already."""
+        kept = json.dumps({"project": project, **document})
+        write_atomically(self.folder_of_file(document["id"]) / "file.json", kept, durable=True)
+        with self.engine.begin() as connection:
+            connection.execute(FILES.insert().values(_file_row(json.loads(kept))))
+
+    def file(self, project: str, file: str) -> dict[str, Any] | None:
+        """Look up an upload of a project; one that has expired is gone."""
+        fits = (FILES.c.id == file) & (FILES.c.project == project) & _not_expired()
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(FILES.c.document).where(fits)).scalar()
+        return None if found is None else json.loads(found)
+
+    def files(self, project: str, purpose: str | None, page: Page) -> tuple[list[dict[str, Any]], bool]:
+        """List uploads; returns a page, and whether there are more."""
+        fits = (FILES.c.project == project) & _not_expired()
+        if purpose is not None:
+            fits &= FILES.c.purpose == purpose
+        with self.engine.connect() as connection:
+            return page.of(connection, FILES, fits)
+
+    def delete_file(self, file: str) -> None:
+        """Forget an upload; jobs that read it have links of their own."""
+        with self.engine.begin() as connection:
+            connection.execute(FILES.delete().where(FILES.c.id == file))
+        discard(self.folder_of_file(file))
+
+    def expired_files(self) -> list[str]:
+        """List uploads whose time is over."""
+        with self.engine.connect() as connection:
+            return list(connection.execute(sql.select(FILES.c.id).where(~_not_expired())).scalars())
+
+    # ---- jobs ----
+
+    def folder_of_job(self, job: str) -> Path:
+        """Give the folder of a job; the id must come from the database."""
+        return self.root / "runs" / job
+
+    def add_job(self, document: Mapping[str, Any], request_key: str | None) -> str:
+        """Keep a new job; of two with the same `request_key` the first is kept. Returns the id of the one that is."""
+        write_job(self.folder_of_job(document["id"]), document)
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(JOBS.insert().values({**_job_row(document), "request_key": request_key}))
+        except sql.exc.IntegrityError:
+            discard(self.folder_of_job(document["id"]))
+            with self.engine.connect() as connection:
+                found = sql.select(JOBS.c.id).where(JOBS.c.request_key == request_key)
+                return str(connection.execute(found).scalar_one())
+        return str(document["id"])
+
+    def requested(self, request_key: str) -> str | None:
+        """Find the job that a request has made already."""
+        with self.engine.connect() as connection:
+            return connection.execute(sql.select(JOBS.c.id).where(JOBS.c.request_key == request_key)).scalar()
+
+    def job(self, job: str, project: str | None = None) -> dict[str, Any] | None:
+        """Look up a job, of one project if that is given."""
+        fits = JOBS.c.id == job
+        if project is not None:
+            fits &= JOBS.c.project == project
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(JOBS.c.document).where(fits)).scalar()
+        return None if found is None else json.loads(found)
+
+    def job_of_model(self, project: str, model: str) -> dict[str, Any] | None:
+        """Look up the job that made a model."""
+        fits = (JOBS.c.project == project) & (JOBS.c.model == model)
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(JOBS.c.document).where(fits)).scalar()
+        return None if found is None else json.loads(found)
+
+    def models(self, project: str) -> list[dict[str, Any]]:
+        """List the jobs that have made a model."""
+        fits = (JOBS.c.project == project) & JOBS.c.model.is_not(None)
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(JOBS.c.document).where(fits).order_by(JOBS.c.id)).scalars()
+            return [json.loads(document) for document in found]
+
+    def jobs(self, project: str, metadata: Mapping[str, str | None], page: Page) -> tuple[list[dict[str, Any]], bool]:
+        """List jobs, newest first; returns a page, and whether there are more.
+
+        Args:
+            project: Whose they are.
+            metadata: Pairs that jobs must have.
+            page: Limits.
+        """
+        fits = JOBS.c.project == project
+        with self.engine.connect() as connection:
+            if not metadata:
+                return page.of(connection, JOBS, fits)
+            # Few jobs have metadata that are asked for; both databases would need JSON functions of their own.
+            rows = connection.execute(page.ordered(JOBS, fits)).scalars()
+            found = [job for job in map(json.loads, rows) if _has(job.get("metadata") or {}, metadata)]
+            return found[: page.limit], len(found) > page.limit
+
+    def active(self) -> list[dict[str, Any]]:
+        """List all jobs that have not ended, by priority, then age."""
+        fits = JOBS.c.state.not_in([*FINAL, "paused"]) | (JOBS.c.wanted != "run") & JOBS.c.state.not_in(FINAL)
+        ordered = sql.select(JOBS.c.document).where(fits).order_by(JOBS.c.priority.desc(), JOBS.c.id)
+        with self.engine.connect() as connection:
+            return [json.loads(document) for document in connection.execute(ordered).scalars()]
+
+    def change(self, job: str, states: Sequence[str], **fields: Any) -> dict[str, Any] | None:
+        """Change a job if it is in one of the states; all at once, or not at all.
+
+        Returns:
+            The job as it is now; None where it was in no such state.
+        """
+        with self.engine.begin() as connection:
+            # Writing first takes the lock, in every database: two processes never change one job at the same time.
+            connection.execute(JOBS.update().where(JOBS.c.id == job).values(priority=JOBS.c.priority))
+            row = sql.select(JOBS.c.document).where(JOBS.c.id == job)
+            document = json.loads(connection.execute(row).scalar_one())
+            if document["state"] not in states:
+                return None
+            document |= fields
+            write_job(self.folder_of_job(job), document)
+            connection.execute(JOBS.update().where(JOBS.c.id == job).values(_job_row(document)))
+        return document
+
+    def rebuild(self) -> int:
+        """Make the index of files and jobs anew from the folders; keys are not in them. Returns the number of jobs."""
+        files = [json.loads(path.read_bytes()) for path in sorted((self.root / "files").glob("*/file.json"))]
+        jobs = [json.loads(path.read_bytes()) for path in sorted((self.root / "runs").glob("*/job.json"))]
+        with self.engine.begin() as connection:
+            connection.execute(FILES.delete())
+            connection.execute(JOBS.delete())
+            if files:
+                connection.execute(FILES.insert(), [_file_row(file) for file in files])
+            if jobs:
+                connection.execute(JOBS.insert(), [{**_job_row(job), "request_key": None} for job in jobs])
+        return len(jobs)
+
+    # ---- base models ----
+
+    def base_models(self) -> dict[str, dict[str, Any]]:
+        """Read `models.yaml`: name -> `name` (Hub id or folder) and `recipe`, the defaults of its jobs.
+
+        Raises:
+            RecipeError: The file is wrong.
+        """
+        file = self.root / "models.yaml"
+        if not file.exists():
+            return {}
+        found = yamlfile.parse(file.read_text(encoding="utf-8"), str(file)).value
+        if not isinstance(found, dict):
+            raise RecipeError(Problem("must map names to models, e.g. `tiny: {name: models/tiny}`", file=str(file)))
+        models = {}
+        for name, value in found.items():
+            entry = {"name": value} if isinstance(value, str) else value
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+                raise RecipeError(Problem("must have a name: a Hub id or a folder", key=str(name), file=str(file)))
+            if entry.keys() - {"name", "recipe"}:
+                raise RecipeError(Problem("takes name and recipe, nothing else", key=str(name), file=str(file)))
+            models[str(name)] = entry
+        return models
+
+
+class Page:
+    """A page of a list: so many entries after one."""
+
+    def __init__(self, limit: int, after: str | None = None, *, newest_first: bool = True) -> None:
+        self.limit, self.after, self.newest_first = limit, after, newest_first
+
+    def ordered(self, table: sql.Table, fits: Any) -> Any:
+        """Select the documents that come after."""
+        if self.after is not None:
+            fits &= table.c.id < self.after if self.newest_first else table.c.id > self.after
+        order = table.c.id.desc() if self.newest_first else table.c.id
+        return sql.select(table.c.document).where(fits).order_by(order)
+
+    def of(self, connection: sql.Connection, table: sql.Table, fits: Any) -> tuple[list[dict[str, Any]], bool]:
+        """Read the page; tell whether there are more."""
+        rows = list(connection.execute(self.ordered(table, fits).limit(self.limit + 1)).scalars())
+        return [json.loads(row) for row in rows[: self.limit]], len(rows) > self.limit
+
+
+def now() -> int:
+    """Seconds since the epoch, as the API has them."""
+    return int(time.time())
+
+
+def write_job(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write `job.json`."""
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "job.json", json.dumps(document, indent=1), durable=True)
+
+
+def _job_row(document: Mapping[str, Any]) -> dict[str, Any]:
+    columns = ("id", "project", "state", "wanted", "priority")
+    return {
+        **{name: document[name] for name in columns},
+        "model": document.get("fine_tuned_model"),
+        "document": json.dumps(document),
+    }
+
+
+def _file_row(document: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: document[name] for name in ("id", "project", "purpose")}
+    return {**row, "expires_at": document.get("expires_at"), "document": json.dumps(document)}
+
+
+def _not_expired() -> Any:
+    return FILES.c.expires_at.is_(None) | (FILES.c.expires_at > now())
+
+
+def _has(metadata: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool:
+    return all(metadata.get(name) == value for name, value in wanted.items())
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _as_index(connection: Any, record: Any) -> None:
+    """Let readers and a writer work side by side, and writers wait for each other."""
+    for pragma in ("journal_mode=WAL", "busy_timeout=30000", "synchronous=NORMAL"):
+        connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,188 @@
+"""The process of one job: `python -m hf_finetune.service.worker FOLDER LOCK [--check]`.
+
+It makes the recipe, checks it, and trains it, in the folder of the job:
+
+    job.json       the job, written by the service
+    data/          links to the uploads, so that no path of the host is in any message
+    recipe.yaml    made of the job
+    checked.json   the plan, once nothing is wrong
+    run/           the run folder
+    exit.json      how the worker ended: `code`, and `problems` with message, key, file and line
+    log.jsonl      what was printed
+
+The same worker started again goes on with the run. Its starter holds a lock for it on `worker.lock`: whoever can take
+that lock knows that the worker is gone, also after the service itself was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_finetune import log
+from hf_finetune.config import yamlfile
+from hf_finetune.data.readers import SUFFIXES
+from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.inference import rows
+from hf_finetune.run.files import write_atomically
+
+RECIPE, CHECKED, EXIT, RUN, LOG, DATA, LOCK = (
+    "recipe.yaml",
+    "checked.json",
+    "exit.json",
+    "run",
+    "log.jsonl",
+    "data",
+    "worker.lock",
+)
+SPLITS = {"training_file": "train", "validation_file": "validation"}
+"""Fields of a job -> splits of a recipe."""
+
+
+def main(folder: str, *, only_check: bool) -> int:
+    """Work on a job to the end; write and return the exit code."""
+    os.chdir(folder)
+    Path(LOCK).write_text(str(os.getpid()))
+    log.open_for("json")
+    code, problems = 1, list[Problem]()
+    try:
+        _work(only_check=only_check)
+        code = 0
+    except FinetuneError as error:
+        code, problems = error.exit_code, list(error.problems)
+        log.report(problems, code)
+    except SystemExit as end:  # a signal; the run has its checkpoint
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception as error:  # noqa: BLE001 - a bug is a result, too: the job must not be tried for ever
+        log.crash(error)
+        problems = [Problem(f"the trainer failed: {type(error).__name__}; its log has the rest")]
+    finally:
+        ended = {"code": code, "problems": [asdict(problem) for problem in problems]}
+        write_atomically(Path(EXIT), json.dumps(ended, indent=1), durable=True)
+        log.close()
+    return code
+
+
+def _work(*, only_check: bool) -> None:
+    job = json.loads(Path("job.json").read_bytes())
+    if not Path(RECIPE).exists():
+        write_atomically(Path(RECIPE), yamlfile.document(recipe_of(job)), durable=True)
+    overrides = job["overrides"]
+    if not Path(CHECKED).exists():
+        from hf_finetune.pipeline.check import check
+
+        found = check(RECIPE, overrides)
+        found.raise_errors()
+        if found.recipe is None:
+            raise AssertionError("a recipe without errors can be read")
+        training = found.recipe.training
+        steps = {name: found.numbers[f"{name}_steps"] for name in ("total", "epoch")}
+        epochs = training.epochs or steps["total"] / (steps["epoch"] or steps["total"])
+        chosen = {"epochs": epochs, "batch_size": training.batch_size, "learning_rate": training.learning_rate}
+        checked = {
+            "plan": found.plan,
+            "numbers": found.numbers,
+            "chosen": chosen,
+            "seed": training.seed,
+            "warnings": [str(problem) for problem in found.warnings],
+        }
+        write_atomically(Path(CHECKED), json.dumps(checked, indent=1), durable=True)
+    if not only_check:
+        from hf_finetune.pipeline.train import train
+
+        train(RECIPE, overrides)
+
+
+def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the recipe of a job: for its data, then as its base model and the job itself say, its hyperparameters last.
+
+    Raises:
+        DataError: The task can't be told from the data, or is another than the job says.
+    """
+    data = {split: next(Path(DATA).glob(f"{split}.*")) for field, split in SPLITS.items() if job.get(field)}
+    recipe = _proposed(str(data["train"]), job["base"]["name"])
+    _put(recipe, {"data": {split: str(file) for split, file in data.items()}, "output": RUN})
+    if "validation" not in data:  # every row of the training file is trained on, as at OpenAI
+        recipe["data"].pop("validation_share", None)
+        recipe["training"].pop("best_metric", None)
+    recipe["training"]["seed"] = job["seed"]
+    is_classifier = recipe["task"]["kind"].endswith("classification")
+    if job.get("job_type") is not None and is_classifier != (job["job_type"] == "classifier"):
+        message = f"job_type is {job['job_type']}, and the data are for {recipe['task']['kind']}"
+        raise DataError(Problem(message, file=str(data["train"])))
+    if isinstance(recipe.get("adapter"), str):
+        recipe["adapter"] = {"kind": recipe["adapter"]}
+    for blocks in (job["base"].get("recipe") or {}, job.get("recipe") or {}):
+        if "steps" in (blocks.get("training") or {}):
+            recipe["training"].pop("epochs", None)
+        _put(recipe, blocks)
+    training, asked = recipe["training"], job["hyperparameters"]
+    if asked.get("n_epochs", "auto") != "auto":
+        training.pop("steps", None)
+        training["epochs"] = asked["n_epochs"]
+    if asked.get("batch_size", "auto") != "auto":
+        training["batch_size"] = asked["batch_size"]
+    if asked.get("learning_rate_multiplier", "auto") != "auto":
+        from hf_finetune.recipe import read_dict
+
+        usual = read_dict(recipe).partial
+        if usual is not None:
+            training["learning_rate"] = usual.training.learning_rate * asked["learning_rate_multiplier"]
+    return recipe
+
+
+def _put(recipe: dict[str, Any], blocks: Mapping[str, Any]) -> None:
+    """Lay blocks over a recipe: their keys win."""
+    for name, block in blocks.items():
+        if isinstance(block, Mapping) and isinstance(recipe.get(name), dict):
+            _put(recipe[name], block)
+        else:
+            recipe[name] = block
+
+
+def _proposed(train: str, model: str) -> dict[str, Any]:
+    """Make a recipe for data as `hf-finetune init` does, so that `auto` is what it would choose."""
+    from hf_finetune.pipeline import init
+
+    try:
+        text, _ = init.propose(train, kind=None, model=model, tables=init.Tables(Path(DATA, "table"), overwrite=True))
+    except DataError:
+        # OpenAI's own form is known by a single row; the check names each row that is wrong.
+        first = next((row.cells for row in rows.find(train, None).rows(()) if not row.fault), {})
+        if "messages" not in first:
+            raise
+        return {"task": {"kind": "causal_lm", "messages": "messages"}, "model": {"name": model}, "training": {}}
+    recipe: dict[str, Any] = yamlfile.parse(text, train).value
+    return recipe
+
+
+def suffix_of(filename: str) -> str:
+    """Give the ending of an upload's name that says how it is read; OpenAI's own uploads are JSON lines.
+
+    Args:
+        filename: As the caller gave it; nothing but its ending is used.
+    """
+    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if filename.lower().endswith(suffix)), "")
+
+
+def link(files: Iterable[tuple[str, Path, str]], folder: Path) -> None:
+    """Link uploads into the folder of a job, where they stay when the upload is deleted.
+
+    Args:
+        files: Split, the file, and the ending of its name.
+        folder: Of the job.
+    """
+    (folder / DATA).mkdir(parents=True, exist_ok=True)
+    for split, file, suffix in files:
+        (folder / DATA / f"{split}{suffix}").hardlink_to(file)
+
+
+if __name__ == "__main__":
+    # The lock that this process inherited; a data loader's process must not, which may outlive it.
+    os.set_inheritable(int(sys.argv[2]), False)
+    sys.exit(main(sys.argv[1], only_check="--check" in sys.argv[3:]))
