@@ -57,10 +57,10 @@ def run_serve(arguments: argparse.Namespace) -> None:
     from hf_finetune.service import server
     from hf_finetune.service.store import DEFAULT_PROJECT, Store
 
-    store = Store(Path(arguments.root), arguments.database)
+    store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
     store.base_models()  # a mistake in it is said now
     if arguments.rebuild:
-        log.say(f"{store.rebuild():,} jobs were found in {store.root / 'runs'}")
+        log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
     if not store.list_keys():
         log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {store.create_key(DEFAULT_PROJECT, 'first')}")
     server.run(store, arguments.host, arguments.port, tls=arguments.tls, slots=arguments.slots)

@@ -10,11 +10,13 @@ Whatever a caller was told is on the disk before: a job or a file is written, th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,11 @@ FINAL = ("succeeded", "failed", "cancelled")
 """States that a job never leaves."""
 DEFAULT_PROJECT = "default"
 
+VERSION = 1
+"""Of the tables below; another one is refused, and `--rebuild` makes them anew."""
+
 _tables = sql.MetaData()
+SCHEMA = sql.Table("schema_version", _tables, sql.Column("version", sql.Integer, nullable=False))
 KEYS = sql.Table(
     "keys",
     _tables,
@@ -56,7 +62,7 @@ JOBS = sql.Table(
     sql.Column("state", sql.String(32), nullable=False, index=True),
     sql.Column("wanted", sql.String(16), nullable=False),
     sql.Column("priority", sql.Integer, nullable=False),
-    sql.Column("model", sql.String(300), index=True),
+    sql.Column("model", sql.String(600), index=True),
     sql.Column("request_key", sql.String(300), unique=True),
     sql.Column("document", sql.Text, nullable=False),
 )
@@ -73,23 +79,64 @@ class Store:
     Args:
         root: Is made where it is missing.
         database: SQLAlchemy URL; None takes SQLite inside the root.
+        anew: Make the index of files and jobs anew, from the folders.
 
     Raises:
-        RecipeError: The database can't be opened.
+        RecipeError: The database can't be opened, is of another version, or knows nothing of the jobs in the root.
     """
 
-    def __init__(self, root: Path, database: str | None = None) -> None:
+    def __init__(self, root: Path, database: str | None = None, *, anew: bool = False) -> None:
         self.root = root.absolute()
         for folder in ("files", "runs"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        self.engine = sql.create_engine(database or f"sqlite:///{self.root / 'service.db'}")
-        if self.engine.dialect.name == "sqlite":
-            sql.event.listen(self.engine, "connect", _as_index)
+        self.found = 0
+        """Jobs that were found in the folders, where the index was made anew."""
+        url = database or f"sqlite:///{self.root / 'service.db'}"
         try:
-            _tables.create_all(self.engine)
+            # A connection is tried before it is used: the database may have been started anew since.
+            self.engine = sql.create_engine(url, pool_pre_ping=True, pool_size=20, max_overflow=20)
+            if self.engine.dialect.name == "sqlite":
+                sql.event.listen(self.engine, "connect", _as_index)
+            # Servers that start together wait for each other: databases check first, and create then.
+            with locked(self.root / "schema.lock"), self.engine.begin() as connection:
+                self._make(connection, anew=anew)
+        except ModuleNotFoundError as error:
+            message = f"needs {error.name}; pip install 'hf-finetune[postgresql]'"
+            raise RecipeError(Problem(message, key="--database")) from None
         except sql.exc.SQLAlchemyError as error:
             reason = str(error).partition("\n")[0]
             raise RecipeError(Problem(f"the database can't be opened: {reason}", key="--database")) from None
+
+    def _make(self, connection: sql.Connection, *, anew: bool) -> None:
+        """Make the tables where they are missing; keys stay where the others are made anew."""
+        tables = sql.inspect(connection).get_table_names()
+        found = connection.execute(sql.select(SCHEMA.c.version)).scalar() if SCHEMA.name in tables else None
+        if not anew and JOBS.name in tables and found != VERSION:
+            message = f"the database is of version {found or 0}, and this program needs {VERSION}; stop all servers, and "
+            raise RecipeError(Problem(message + "give --rebuild once, which makes it of the folders", key="--database"))
+        if not anew and JOBS.name not in tables and next((self.root / "runs").glob("*/job.json"), None):
+            message = f"the database is empty, and {self.root / 'runs'} has jobs; give --rebuild once"
+            raise RecipeError(Problem(message, key="--database"))
+        if anew:
+            _tables.drop_all(connection, [SCHEMA, FILES, JOBS])
+        _tables.create_all(connection)
+        if anew or found is None:
+            connection.execute(SCHEMA.insert().values(version=VERSION))
+        if anew:
+            self._fill(connection)
+
+    def _fill(self, connection: sql.Connection) -> None:
+        """Index the files and jobs that lie in the folders; keys are not in them."""
+        files = [json.loads(path.read_bytes()) for path in sorted((self.root / "files").glob("*/file.json"))]
+        jobs = [json.loads(path.read_bytes()) for path in (self.root / "runs").glob("*/job.json")]
+        # Of two that the same request made, nobody was told of the one that never moved.
+        jobs.sort(key=lambda job: (job["state"] != "validating_files" or job["handle"] is not None, job["id"]))
+        by_request = {job.get("request_key") or job["id"]: job for job in jobs}
+        if files:
+            connection.execute(FILES.insert(), [_file_row(file) for file in files])
+        if by_request:
+            connection.execute(JOBS.insert(), [_job_row(job) for job in by_request.values()])
+        self.found = len(by_request)
 
     # ---- keys ----
 
@@ -133,6 +180,8 @@ class Store:
         kept = json.dumps({"project": project, **document})
         write_atomically(self.folder_of_file(document["id"]) / "file.json", kept, durable=True)
         with self.engine.begin() as connection:
+            # A file that a job has made may be there already: the service was killed before it told the job so.
+            connection.execute(FILES.delete().where(FILES.c.id == document["id"]))
             connection.execute(FILES.insert().values(_file_row(json.loads(kept))))
 
     def file(self, project: str, file: str) -> dict[str, Any] | None:
@@ -152,6 +201,8 @@ class Store:
 
     def delete_file(self, file: str) -> None:
         """Forget an upload; jobs that read it have links of their own."""
+        # First what `--rebuild` would bring it back by.
+        (self.folder_of_file(file) / "file.json").unlink(missing_ok=True)
         with self.engine.begin() as connection:
             connection.execute(FILES.delete().where(FILES.c.id == file))
         discard(self.folder_of_file(file))
@@ -169,10 +220,11 @@ class Store:
 
     def add_job(self, document: Mapping[str, Any], request_key: str | None) -> str:
         """Keep a new job; of two with the same `request_key` the first is kept. Returns the id of the one that is."""
+        document = {**document, "request_key": request_key}
         write_job(self.folder_of_job(document["id"]), document)
         try:
             with self.engine.begin() as connection:
-                connection.execute(JOBS.insert().values({**_job_row(document), "request_key": request_key}))
+                connection.execute(JOBS.insert().values(_job_row(document)))
         except sql.exc.IntegrityError:
             discard(self.folder_of_job(document["id"]))
             with self.engine.connect() as connection:
@@ -232,36 +284,31 @@ class Store:
         with self.engine.connect() as connection:
             return [json.loads(document) for document in connection.execute(ordered).scalars()]
 
-    def change(self, job: str, states: Sequence[str], **fields: Any) -> dict[str, Any] | None:
+    def change(
+        self, job: str, states: Sequence[str], seen: Mapping[str, Any] | None = None, /, **fields: Any
+    ) -> dict[str, Any] | None:
         """Change a job if it is in one of the states; all at once, or not at all.
 
+        Args:
+            job: Its id.
+            states: One of them it must have.
+            seen: Fields that must still have these values, too.
+            fields: The new values.
+
         Returns:
-            The job as it is now; None where it was in no such state.
+            The job as it is now; None where it was otherwise.
         """
         with self.engine.begin() as connection:
             # Writing first takes the lock, in every database: two processes never change one job at the same time.
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(priority=JOBS.c.priority))
             row = sql.select(JOBS.c.document).where(JOBS.c.id == job)
             document = json.loads(connection.execute(row).scalar_one())
-            if document["state"] not in states:
+            if document["state"] not in states or any(document[name] != value for name, value in (seen or {}).items()):
                 return None
             document |= fields
             write_job(self.folder_of_job(job), document)
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(_job_row(document)))
         return document
-
-    def rebuild(self) -> int:
-        """Make the index of files and jobs anew from the folders; keys are not in them. Returns the number of jobs."""
-        files = [json.loads(path.read_bytes()) for path in sorted((self.root / "files").glob("*/file.json"))]
-        jobs = [json.loads(path.read_bytes()) for path in sorted((self.root / "runs").glob("*/job.json"))]
-        with self.engine.begin() as connection:
-            connection.execute(FILES.delete())
-            connection.execute(JOBS.delete())
-            if files:
-                connection.execute(FILES.insert(), [_file_row(file) for file in files])
-            if jobs:
-                connection.execute(JOBS.insert(), [{**_job_row(job), "request_key": None} for job in jobs])
-        return len(jobs)
 
     # ---- base models ----
 
@@ -312,6 +359,14 @@ def now() -> int:
     return int(time.time())
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Let one process of this root at a time work; the kernel frees a killed one's lock."""
+    with file.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def write_job(folder: Path, document: Mapping[str, Any]) -> None:
     """Write `job.json`."""
     folder.mkdir(exist_ok=True)
@@ -323,6 +378,7 @@ def _job_row(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: document[name] for name in columns},
         "model": document.get("fine_tuned_model"),
+        "request_key": document.get("request_key"),
         "document": json.dumps(document),
     }
 
