@@ -154,7 +154,7 @@ def test_a_chat_model_is_trained_and_talked_to(service: Service, tmp_path: Path)
 
 def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     lines = [row] * 12
     lines[3] = {"messages": [{"role": "user", "content": 5}]}
     lines[7] = {"messages": "no chat"}

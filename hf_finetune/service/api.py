@@ -175,7 +175,7 @@ def upload(
     with (folder / "data").open("wb") as out:
         while piece := file.file.read(1 << 20):
             size += out.write(piece)
-    document = {"id": made, "filename": name, "bytes": size, "created_at": now(), "purpose": purpose}
+    document: dict[str, Any] = {"id": made, "filename": name, "bytes": size, "created_at": now(), "purpose": purpose}
     if seconds is not None:
         document["expires_at"] = document["created_at"] + seconds
     caller.store.add_file(caller.project, document)
@@ -236,15 +236,15 @@ def create(
         if FORBIDDEN.match(key):
             raise Refusal(400, f"recipe.{key} is set by this service", param=f"recipe.{key}")
     said = body.model_dump(mode="json")
-    key = idempotency_key or (body.metadata or {}).get("idempotency_key")
+    asked_by = idempotency_key or (body.metadata or {}).get("idempotency_key")
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    if key is None and x_stainless_retry_count:
+    if asked_by is None and x_stainless_retry_count:
         # The client did not hear the answer; the job of its first try is the latest one with an equal body.
         latest, _ = caller.store.jobs(caller.project, {}, Page(20))
         same = [job for job in latest if job["digest"] == digest and now() - job["created_at"] <= AGAIN]
         if same:
             return views.job(same[0])
-    request_key = None if key is None else f"{caller.project}:{key}"
+    request_key = None if asked_by is None else f"{caller.project}:{asked_by}"
     if request_key is not None and (earlier := caller.store.requested(request_key)) is not None:
         return views.job(caller.job(earlier))
     files = []

@@ -40,8 +40,10 @@ def run(store: Store, host: str, port: int, *, tls: Sequence[str] | None = None,
         except OSError as error:
             message = f"{host}:{port} can't be used: {error.strerror}; give another --port"
             raise RecipeError(Problem(message, key="--port")) from None
-        files = {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]} if tls else {}
-        config = uvicorn.Config(app, log_level="warning", server_header=False, **files)
+        certificate, key = tls or (None, None)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, ssl_certfile=certificate, ssl_keyfile=key
+        )
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
         log.say(f"fine-tuning API: {address}/v1 (Ctrl-C ends it; jobs go on)")
         uvicorn.Server(config).run(sockets=[listener])

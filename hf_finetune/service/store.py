@@ -112,8 +112,8 @@ class Store:
         tables = sql.inspect(connection).get_table_names()
         found = connection.execute(sql.select(SCHEMA.c.version)).scalar() if SCHEMA.name in tables else None
         if not anew and JOBS.name in tables and found != VERSION:
-            message = f"the database is of version {found or 0}, and this program needs {VERSION}; stop all servers, and "
-            raise RecipeError(Problem(message + "give --rebuild once, which makes it of the folders", key="--database"))
+            message = f"the database is of version {found or 0}, and this program needs {VERSION}; stop all servers, "
+            raise RecipeError(Problem(message + "and give --rebuild once: it is made of the folders", key="--database"))
         if not anew and JOBS.name not in tables and next((self.root / "runs").glob("*/job.json"), None):
             message = f"the database is empty, and {self.root / 'runs'} has jobs; give --rebuild once"
             raise RecipeError(Problem(message, key="--database"))
@@ -302,7 +302,7 @@ class Store:
             # Writing first takes the lock, in every database: two processes never change one job at the same time.
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(priority=JOBS.c.priority))
             row = sql.select(JOBS.c.document).where(JOBS.c.id == job)
-            document = json.loads(connection.execute(row).scalar_one())
+            document: dict[str, Any] = json.loads(connection.execute(row).scalar_one())
             if document["state"] not in states or any(document[name] != value for name, value in (seen or {}).items()):
                 return None
             document |= fields

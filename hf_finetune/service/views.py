@@ -80,11 +80,12 @@ def events(name: str, folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         event = json.loads(line)
         found.append({**event, "id": f"ftevent-{name.removeprefix('ftjob-')}-m{number}", "type": "message", "data": {}})
-    for number, line in enumerate(journal.read(folder / worker.RUN / "metrics.jsonl")):
-        if line["phase"] in ("train", "eval"):
-            metrics = _metrics(line)
+    for number, measured in enumerate(journal.read(folder / worker.RUN / "metrics.jsonl")):
+        if measured["phase"] in ("train", "eval"):
+            metrics = _metrics(measured)
             shown = ", ".join(f"{key.replace('_', ' ')}={value:.4g}" for key, value in metrics.items() if key != "step")
-            event = {"created_at": int(line["time"]), "level": "info", "message": f"Step {line['step']}: {shown}"}
+            said = f"Step {measured['step']}: {shown}"
+            event = {"created_at": int(measured["time"]), "level": "info", "message": said}
             more = {"id": f"ftevent-{name.removeprefix('ftjob-')}-s{number}", "type": "metrics", "data": metrics}
             found.append({**event, **more})
     found = [{"object": "fine_tuning.job.event", **event} for event in found]
