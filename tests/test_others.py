@@ -6,7 +6,9 @@ import csv
 import importlib.util
 import json
 import struct
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,30 @@ def test_a_tracker_changes_no_number(
         for also in (name, "")
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_controller_of_a_trainjob_hears_of_the_progress(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str | None, dict[str, Any]]] = []
+
+    class Controller(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            heard.append((self.headers["Authorization"], json.loads(body)["trainerStatus"]))
+            self.send_response(200)
+            self.end_headers()
+
+    (tmp_path / "token").write_text("secret-of-the-pod\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Controller) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", f"http://127.0.0.1:{server.server_port}/status")
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(tmp_path / "token"))
+        done = run(*SHORT)
+        server.shutdown()
+    assert {token for token, _ in heard} == {"Bearer secret-of-the-pod"}
+    assert (heard[0][1]["progressPercentage"], heard[-1][1]["progressPercentage"]) == (0, 100)
+    last = {one["name"]: float(one["value"]) for one in heard[-1][1]["metrics"]}
+    losses = [line["loss"] for line in read(done.folder / "metrics.jsonl") if line["phase"] == "train"]
+    assert last["loss"] == losses[-1]
+    assert "eval_final_accuracy" in last

@@ -1,7 +1,8 @@
 """Trackers besides TensorBoard, as `tracking.also` names them: each line of metrics.jsonl goes to them, too.
 
-wandb, MLflow and trackio are fed through transformers' own callbacks, with numbers alone: no weights, no arguments of
-the machine. Needs no torch before the first line, so that `check` can look whether they are installed.
+wandb, MLflow, trackio and the controller of a Kubeflow TrainJob are fed through transformers' own callbacks, with
+numbers alone: no weights, no arguments of the machine. Needs no torch before the first line, so that `check` can look
+whether they are installed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ CALLBACKS = {"wandb": "WandbCallback", "mlflow": "MLflowCallback", "trackio": "T
 ABOUT_MODELS = ("WANDB_LOG_MODEL", "WANDB_WATCH")
 # Columns with which metrics.csv begins.
 HEAD = ("step", "epoch", "time", "phase")
+# Set by Kubeflow's controller in the pods of a TrainJob that is to report its progress.
+CONTROLLER = "KUBEFLOW_TRAINER_SERVER_URL"
 
 
 def check(names: Sequence[str]) -> None:
@@ -70,7 +73,13 @@ def of(names: Sequence[str], run: Path, settings: Mapping[str, Any]) -> list[Oth
         run: The run folder, whose name the run has there.
         settings: Hyperparameters by dotted key.
     """
-    return [Csv(run / "metrics.csv") if name == "csv" else Forward(name, run, settings) for name in names]
+    found: list[Other] = [Csv(run / "metrics.csv") if name == "csv" else Forward(name, run, settings) for name in names]
+    return [*found, Kubeflow()] if _is_reporting() else found
+
+
+def _is_reporting() -> bool:
+    is_off = os.environ.get("DISABLE_KUBEFLOW_INTEGRATION", "").upper() == "TRUE"
+    return bool(os.environ.get(CONTROLLER)) and not is_off
 
 
 class Forward:
@@ -148,6 +157,41 @@ class Forward:
         if self._module is not None and self.name == "mlflow":
             known.append(self._module.MlflowException)
         return tuple(known)
+
+
+class Kubeflow:
+    """The progress and the numbers of a TrainJob, sent to the controller that started it.
+
+    transformers' callback sends at most every 5 seconds, waits 5 seconds at most, and never fails.
+    """
+
+    def __init__(self) -> None:
+        self._callback: Any = None
+        self._told: tuple[Any, Any, Any] = (None, None, None)
+
+    def start(self, lines: Sequence[Entry]) -> None:
+        """Do nothing: the controller wants to know where the run stands, not where it was."""
+
+    def add(self, line: Entry, args: Any, state: Any, control: Any) -> None:
+        """Send how far the run is, with its latest numbers."""
+        if args is not None:
+            self._told = (args, state, control)
+        if self._told[0] is None:
+            return
+        if self._callback is None:
+            from transformers.integrations import KubeflowCallback
+
+            self._callback = KubeflowCallback()
+            self._callback.on_train_begin(*self._told)
+        self._callback.on_log(*self._told, logs=flat(line))
+        self._callback.on_step_end(*self._told)
+
+    def close(self, *, is_done: bool) -> None:
+        """Say that the run is done; one that was stopped stays where it is."""
+        if self._callback is not None and is_done:
+            self._callback.on_train_end(*self._told)
+            self._callback = None
+            self._told = (None, None, None)
 
 
 class Csv:
