@@ -31,6 +31,7 @@ ABOUT_MODELS = ("WANDB_LOG_MODEL", "WANDB_WATCH")
 HEAD = ("step", "epoch", "time", "phase")
 # Set by Kubeflow's controller in the pods of a TrainJob that is to report its progress.
 CONTROLLER = "KUBEFLOW_TRAINER_SERVER_URL"
+REPORTER = "KubeflowCallback"
 
 
 def check(names: Sequence[str]) -> None:
@@ -179,9 +180,9 @@ class Kubeflow:
         if self._told[0] is None:
             return
         if self._callback is None:
-            from transformers.integrations import KubeflowCallback
+            from transformers import integrations
 
-            self._callback = KubeflowCallback()
+            self._callback = getattr(integrations, REPORTER)()
             self._callback.on_train_begin(*self._told)
         self._callback.on_log(*self._told, logs=flat(line))
         self._callback.on_step_end(*self._told)
