@@ -18,7 +18,7 @@ routes = APIRouter()
 
 
 class ChatRequest(BaseModel):
-    """What may be asked of a chat; answers are those of `hf-finetune predict`, which are greedy."""
+    """A request for the next turn of a chat; answers are those of `hf-finetune predict`, which are greedy."""
 
     model_config = ConfigDict(extra="forbid")
 

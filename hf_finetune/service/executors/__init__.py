@@ -1,1 +1,1 @@
-"""Where jobs run: one file a kind of place."""
+"""Executors: one file for each kind of place that jobs run in."""
