@@ -63,7 +63,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
     if not store.list_keys():
         log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {store.create_key(DEFAULT_PROJECT, 'first')}")
-    server.run(store, arguments.host, arguments.port, tls=arguments.tls, slots=arguments.slots)
+    options = {"tls": arguments.tls, "behind_proxy": arguments.behind_proxy, "slots": arguments.slots}
+    server.run(store, arguments.host, arguments.port, **options)
 
 
 def run_keys(arguments: argparse.Namespace) -> None:
@@ -101,7 +102,9 @@ def _needs_extra() -> None:
     import importlib.util
 
     missing = [
-        name for name in ("fastapi", "uvicorn", "sqlalchemy", "python_multipart") if not importlib.util.find_spec(name)
+        name
+        for name in ("fastapi", "uvicorn", "sqlalchemy", "python_multipart", "prometheus_client")
+        if not importlib.util.find_spec(name)
     ]
     if missing:
         raise RecipeError(f"the service needs {', '.join(missing)}; pip install 'hf-finetune[service]'")

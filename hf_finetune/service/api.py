@@ -25,6 +25,7 @@ from hf_finetune.errors import RecipeError
 from hf_finetune.run.files import discard
 from hf_finetune.service import views, worker
 from hf_finetune.service.engine import Engine
+from hf_finetune.service.sessions import COOKIE, Sessions, is_own
 from hf_finetune.service.store import FINAL, Page, Store, new_id, now
 from hf_finetune.service.supervisor import Supervisor, note
 
@@ -103,10 +104,12 @@ def make(store: Store, supervisor: Supervisor) -> FastAPI:
         supervisor.start()
         yield
         supervisor.stop()
-        app.state.engine.close()
+        for close in app.state.closing:
+            close()
 
     app = FastAPI(title="hf_finetune", lifespan=life, docs_url=None, redoc_url=None)
     app.state.store, app.state.supervisor, app.state.engine = store, supervisor, Engine()
+    app.state.sessions, app.state.closing = Sessions(store), [app.state.engine.close]
     app.include_router(_routes)
     app.middleware("http")(_limited)
     for kind, answer in ((Refusal, _refused), (RequestValidationError, _invalid), (HTTPException, _unknown)):
@@ -146,6 +149,10 @@ def _caller(request: Request, authorization: Annotated[str, Header()] = "") -> C
     scheme, _, token = authorization.partition(" ")
     store: Store = request.app.state.store
     found = store.project_of(token.strip()) if scheme.lower() == "bearer" else None
+    if not authorization and (cookie := request.cookies.get(COOKIE)):  # the web page
+        found = request.app.state.sessions.project_of(cookie)
+        if found is not None and request.method not in ("GET", "HEAD") and not is_own(request):
+            raise Refusal(403, "the CSRF token is missing or wrong; reload the page", code="csrf")
     if found is None:
         raise Refusal(401, "the API key is missing, unknown or revoked", code="invalid_api_key")
     return Caller(store, found)
@@ -278,7 +285,8 @@ def list_jobs(
     pairs = ((re.fullmatch(r"metadata\[(.+)\]", name), value) for name, value in request.query_params.items())
     metadata: dict[str, str | None] = {found[1]: value for found, value in pairs if found}
     found, more = caller.store.jobs(caller.project, metadata, Page(limit, after))
-    return views.listed([views.job(document) for document in found], more=more)
+    shown = [views.job(document, caller.store.folder_of_job(document["id"])) for document in found]
+    return views.listed(shown, more=more)
 
 
 @_routes.get("/v1/fine_tuning/jobs/{job}")
@@ -391,7 +399,7 @@ def _keys(tree: dict[str, Any], before: str = "") -> list[str]:
 
 
 async def _limited(request: Request, go_on: Callable[[Request], Awaitable[Any]]) -> Any:
-    """Refuse requests that are too large before they are read, and give each a number that logs and answers share."""
+    """Refuse requests that are too large before they are read."""
     try:
         size = int(request.headers.get("content-length", "0"))
     except ValueError:
@@ -400,7 +408,6 @@ async def _limited(request: Request, go_on: Callable[[Request], Awaitable[Any]])
         message = f"send at most {LARGEST:,} bytes, and their number in Content-Length"
         return _answer(413, message, code="request_too_large")
     answer = await go_on(request)
-    answer.headers["x-request-id"] = new_id("req_")
     if answer.status_code >= 500 and request.method == "POST":
         answer.headers["x-should-retry"] = "false"
     return answer

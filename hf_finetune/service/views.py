@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_finetune.run import journal
 from hf_finetune.run.store import MANIFEST
-from hf_finetune.service import worker
+from hf_finetune.service import progress, worker
 
 RESULTS = "fine-tune-results"
 """Purpose of files that jobs make."""
@@ -43,6 +43,8 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         "validation_file",
         "seed",
     )
+    begun = folder is not None and document["state"] in ("queued", "running", "paused")
+    reached = progress.progress(document, folder) if folder is not None and begun else None
     trained = document["numbers"].get("splits", {}).get("train", {}).get("trained_items", 0) * chosen.get("epochs", 0)
     return {
         "object": "fine_tuning.job",
@@ -54,22 +56,12 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
         "result_files": document.get("result_files", []),
         "trained_tokens": int(trained) if document["state"] == "succeeded" else None,
-        "estimated_finish": None if folder is None else _finish(document, folder),
+        "estimated_finish": reached and reached["estimated_finish"],
+        "progress": reached,
         "integrations": [],
         "metadata": document["metadata"],
         "user_provided_suffix": document["suffix"],
     }
-
-
-def _finish(document: dict[str, Any], folder: Path) -> int | None:
-    """Estimate when a running job ends, by the time of its steps so far."""
-    lines = [line for line in journal.read(folder / worker.RUN / "metrics.jsonl") if line["phase"] == "train"]
-    total = document["numbers"].get("total_steps")
-    if document["state"] != "running" or not total or len(lines) < 2:
-        return None
-    first, last = lines[0], lines[-1]
-    pace = (last["time"] - first["time"]) / max(1, last["step"] - first["step"])
-    return int(last["time"] + pace * (total - last["step"]))
 
 
 def events(name: str, folder: Path) -> list[dict[str, Any]]:
