@@ -1,4 +1,4 @@
-"""What an operator watches: numbers for Prometheus, and a line of JSON for each request.
+"""The operator's view: numbers for Prometheus, and a line of JSON for each request.
 
 A line holds no header, query or body: keys, texts and labels of users stay out of logs.
 """
