@@ -1,4 +1,4 @@
-"""The progress of a job, read off its `metrics.jsonl` without reading all of it each time.
+"""The progress of a job, read off its `metrics.jsonl` without reading all of it each time."""
 
 from __future__ import annotations
 
