@@ -37,6 +37,7 @@ from hf_finetune.tasks.base import Batch, Predictions, State, pad_token_of
 from hf_finetune.training import locking
 
 Predict = Callable[[Batch], dict[str, torch.Tensor]]  # predictions of a batch; see `Task.predict`
+Base = Callable[[Recipe, dict[str, Any], Machine], Any]  # makes a fresh base model; see `models.load.fresh_base`
 
 # PEFT puts this before the names of a model's parameters.
 PREFIX = "base_model.model."
@@ -76,13 +77,17 @@ class Finished:
     targets: State
     tokenizer: Any  # prepares rows: a tokenizer, an image processor or the like
 
-    def model(self) -> nn.Module:
-        """Load the base with the adapter, or the full model, in eval mode, on the device."""
+    def model(self, base: Base | None = None) -> nn.Module:
+        """Load the base with the adapter, or the full model, in eval mode, on the device.
+
+        Args:
+            base: Makes the fresh base; None loads it.
+        """
         from peft.utils import ModulesToSaveWrapper
 
         with phase("loading the model"):
-            base = load.fresh_base(self.recipe, self._options(), self.machine)
-            network = self.recipe.adapter.load(base, str(self.folder.adapter))
+            fresh = (base or load.fresh_base)(self.recipe, self._options(), self.machine)
+            network = self.recipe.adapter.load(fresh, str(self.folder.adapter))
             named = network.named_modules()
             heads = {path: module for path, module in named if isinstance(module, ModulesToSaveWrapper)}
             if heads:

@@ -17,7 +17,7 @@ from hf_finetune.config.paths import cache_folder, refuse_outside
 from hf_finetune.data.readers import Row
 from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, numbers
 from hf_finetune.inference import load, rows, sinks
-from hf_finetune.inference.load import Finished, Serving, open_run
+from hf_finetune.inference.load import Base, Finished, Serving, open_run
 from hf_finetune.inference.rows import LINE, STDIN, Input
 from hf_finetune.inference.sinks import MOST_FAULTS, Cells, Output, Progress, Sink
 from hf_finetune.run import files
@@ -94,8 +94,8 @@ class Predictor(ABC):
             cells = [text.split() for text in cells]
         return {name: cells} | {other: [None] * len(given) for other in optional}
 
-    def predict(self, given: Sequence[Row], *, lines: bool) -> Predicted:
-        """Predict a window of rows, or of plain lines."""
+    def encoded(self, given: Sequence[Row], *, lines: bool) -> tuple[dict[int, Any], list[str]]:
+        """Prepare those rows of a window that are fit, by their place; returns also the fault of each, or no text."""
         faults = [row.fault for row in given]
         fit = [number for number, fault in enumerate(faults) if not fault]
         encoded: list[Any] = []
@@ -109,8 +109,13 @@ class Predictor(ABC):
                     for place in struck:
                         faults[fit[place]] = faults[fit[place]] or fault
                 fit = [number for number in fit if not faults[number]]
-        answers, cut = self.answer(encoded) if fit else ([], 0)
-        outputs = dict(zip(fit, answers, strict=True))
+        return dict(zip(fit, encoded if fit else (), strict=True)), faults
+
+    def predict(self, given: Sequence[Row], *, lines: bool) -> Predicted:
+        """Predict a window of rows, or of plain lines."""
+        encoded, faults = self.encoded(given, lines=lines)
+        answers, cut = self.answer(list(encoded.values())) if encoded else ([], 0)
+        outputs = dict(zip(encoded, answers, strict=True))
         return Predicted([outputs.get(number) for number in range(len(given))], faults, cut)
 
 
@@ -153,6 +158,12 @@ class Answers(Predictor):
         self.max_new_tokens: int = max_new_tokens or task.max_new_tokens
 
     @property
+    def together(self) -> int:
+        """Prompts that are answered together."""
+        rows = self.run.recipe.training.eval_batch
+        return BATCH if rows == "auto" else rows
+
+    @property
     def kinds(self) -> Mapping[str, OutputKind]:
         """`ended` says whether the model ended the answer itself."""
         return {"generated": "text", "ended": "truth"}
@@ -163,21 +174,19 @@ class Answers(Predictor):
 
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
         """Generate."""
-        rows = self.run.recipe.training.eval_batch
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": BATCH if rows == "auto" else rows}
+        options = {"max_new_tokens": self.max_new_tokens, "batch_size": self.together}
         with self.served.running():
             found = generate(self.served.network, self.run.tokenizer, encoded, **options)
         outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]
         return outputs, sum(answer.tokens == 0 for answer in found)
 
 
-def make(run: Finished, max_new_tokens: int | None) -> Predictor:
-    """Load the model of a run, and make the predictor for its task."""
-    if run.recipe.task.generates:
-        return Answers(run, run.serve(run.model()), max_new_tokens)
-    if max_new_tokens is not None:
+def make(run: Finished, max_new_tokens: int | None, base: Base | None = None) -> Predictor:
+    """Load the model of a run, and make the predictor for its task; `base` as for `Finished.model`."""
+    if max_new_tokens is not None and not run.recipe.task.generates:
         raise RecipeError("--max-new-tokens is for language models; leave it out")
-    return Labels(run, run.serve(run.model()))
+    served = run.serve(run.model(base))
+    return Answers(run, served, max_new_tokens) if run.recipe.task.generates else Labels(run, served)
 
 
 @dataclass(frozen=True)

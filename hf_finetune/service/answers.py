@@ -1,108 +1,142 @@
-"""The models of finished jobs, asked: chats in OpenAI's form, classifications in Mistral's."""
+"""The models of finished jobs, asked: chats and completions in OpenAI's form, classifications in Mistral's."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import lru_cache
+from pathlib import Path
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.responses import Response
 
-from hf_finetune.errors import DataError, FinetuneError
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
-from hf_finetune.service import worker
+from hf_finetune.service import engine, forms, worker
 from hf_finetune.service.api import Called, Caller, Refusal
-from hf_finetune.service.store import new_id, now
+from hf_finetune.service.questions import Event, Failed, Heard, Question
 
 routes = APIRouter()
-
-
-class ChatRequest(BaseModel):
-    """A request for the next turn of a chat; answers are those of `hf-finetune predict`, which are greedy."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=0)] | None = None
-    n: Literal[1] = 1
-    stream: Literal[False] = False
-    tools: list[dict[str, Any]] | None = None
-    user: str | None = None
-
-
-class ClassificationRequest(BaseModel):
-    """Texts, or rows with the columns of the training file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    input: str | Annotated[list[str | dict[str, Any]], Field(min_length=1, max_length=4096)]
+LOOK = 0.2
+"""Seconds between two looks at whether the client is still there."""
 
 
 @routes.post("/v1/chat/completions")
-def chat(caller: Called, request: Request, body: ChatRequest) -> dict[str, Any]:
+async def chat(caller: Called, request: Request, body: forms.ChatRequest) -> Response:
     """Answer a chat."""
-    run, recipe = _opened(caller, body.model)
-    columns = recipe.task.columns()
-    asked = recipe.task.asked_columns()
-    if not recipe.task.generates:
-        raise Refusal(400, f"{body.model} is a classifier; ask /v1/classifications", param="model")
-    if len(asked) != 1:
-        raise Refusal(400, f"{body.model} reads {', '.join(asked)}, which no chat holds", param="model")
-    kind = columns[asked[0]].kind
-    row = {asked[0]: body.messages if kind == "chat" else _last_text(body.messages)}
-    if body.tools is not None:
-        row["tools"] = body.tools
-    answer = _predict(request, run, [row], body.max_completion_tokens or body.max_tokens)[0]
-    message = {"role": "assistant", "content": answer["generated"], "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": "stop" if answer["ended"] else "length"}
-    head = {"id": new_id("chatcmpl-"), "object": "chat.completion", "created": now(), "model": body.model}
-    return {**head, "choices": [{**choice, "logprobs": None}]}
+    return await _answered(caller, request, body)
+
+
+@routes.post("/v1/completions")
+async def complete(caller: Called, request: Request, body: forms.CompletionRequest) -> Response:
+    """Go on with prompts."""
+    return await _answered(caller, request, body)
 
 
 @routes.post("/v1/classifications")
-def classify(caller: Called, request: Request, body: ClassificationRequest) -> dict[str, Any]:
-    """Give the probability of each label."""
-    run, recipe = _opened(caller, body.model)
-    if recipe.task.generates:
-        raise Refusal(400, f"{body.model} generates text; ask /v1/chat/completions", param="model")
-    given = [body.input] if isinstance(body.input, str) else body.input
-    asked = recipe.task.asked_columns()
-    if len(asked) != 1 and any(isinstance(row, str) for row in given):
-        raise Refusal(400, f"{body.model} reads {', '.join(asked)}: give rows with these columns", param="input")
-    rows = [{asked[0]: row} if isinstance(row, str) else row for row in given]
-    target = next((name for name, column in recipe.task.columns().items() if column.is_target), "label")
-    results = []
-    for answer in _predict(request, run, rows, None):
-        scores = {name.removeprefix("probability."): value for name, value in answer.items() if "probability." in name}
-        results.append({target: {"scores": scores}} if scores else answer)
-    return {"id": new_id("cls_"), "model": body.model, "results": results}
+async def classify(caller: Called, request: Request, body: forms.ClassificationRequest) -> Response:
+    """Give the probability of each label of texts or rows."""
+    return await _answered(caller, request, body)
 
 
-def _opened(caller: Caller, model: str) -> tuple[Any, Recipe]:
+@routes.post("/v1/chat/classifications")
+async def classify_chats(caller: Called, request: Request, body: forms.ChatClassificationRequest) -> Response:
+    """Give the probability of each label of chats."""
+    return await _answered(caller, request, body)
+
+
+async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) -> Response:
+    run, recipe = await run_in_threadpool(_opened, caller, body.model)
+    try:
+        question = body.question(str(run), recipe)
+    except forms.Unfit as error:
+        raise Refusal(400, str(error), param=error.param) from None
+    events = _events(request, question)
+    if getattr(body, "stream", None):
+        # What is wrong is an answer of its own, and no stream.
+        first = await anext(events)
+        _refuse(first)
+        head = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        stream = _stream(forms.Writer(body), events, first)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=head)
+    heard = await _listened(request, events)
+    if heard is None:
+        return Response(status_code=499)  # nobody reads it
+    if heard.failed is not None:
+        _refuse(heard.failed)
+    return JSONResponse(forms.answer(body, recipe, heard))
+
+
+async def _events(request: Request, question: Question) -> AsyncIterator[Event]:
+    asked: engine.Engine = request.app.state.engine
+    try:
+        async with aclosing(asked.ask(question)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+    except engine.Full:
+        message = f"{engine.WAITING} requests wait already; ask again later"
+        yield Failed(503, message, code="overloaded")
+
+
+def _refuse(event: Event) -> None:
+    """Raise a failure as the answer that it is; OpenAI's client asks again where that may help."""
+    if isinstance(event, Failed):
+        again = {"retry-after": str(engine.AFTER), "x-should-retry": "true"} if event.status == 503 else None
+        raise Refusal(event.status, event.message, param=event.param, code=event.code, headers=again)
+
+
+async def _listened(request: Request, events: AsyncIterator[Event]) -> Heard | None:
+    """Hear everything; None where the client hangs up before: its answer is not written any further."""
+
+    async def listen() -> Heard:
+        heard = Heard()
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                heard.hear(event)
+        return heard
+
+    listening = asyncio.create_task(listen())
+    try:
+        while not (await asyncio.wait({listening}, timeout=LOOK))[0]:
+            if await request.is_disconnected():
+                return None
+        return listening.result()
+    finally:
+        listening.cancel()
+
+
+async def _stream(writer: forms.Writer, events: AsyncIterator[Event], first: Event) -> AsyncIterator[str]:
+    """Write server-sent events."""
+    heard = Heard()
+    heard.hear(first)
+    async with aclosing(events):  # type: ignore[type-var]
+        async for event in events:
+            heard.hear(event)
+            if isinstance(event, Failed):
+                error = {"message": event.message, "type": "server_error", "param": event.param, "code": event.code}
+                yield f"data: {json.dumps({'error': error})}\n\n"
+                return
+            if (chunk := writer.chunk(event)) is not None:
+                yield f"data: {json.dumps(chunk)}\n\n"
+    if (chunk := writer.end(heard)) is not None:
+        yield f"data: {json.dumps(chunk)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _opened(caller: Caller, model: str) -> tuple[Path, Recipe]:
     """Find the run of a model, and its recipe."""
     job = caller.store.job_of_model(caller.project, model)
     if job is None:
         raise Refusal(404, f"there is no model {model!r} that was trained here", param="model", code="model_not_found")
     run = caller.store.folder_of_job(job["id"]) / worker.RUN
-    return run, opening.read(str(run))
+    return run, recipe_of(str(run))
 
 
-def _predict(request: Request, run: Any, rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
-    try:
-        answers: list[dict[str, Any]] = request.app.state.engine.predict(run, rows, most)
-    except DataError as error:
-        raise Refusal(400, "\n".join(problem.message for problem in error.problems), param="input") from None
-    except FinetuneError as error:
-        raise Refusal(400, str(error).replace(str(run), "the model"), param="model") from None
-    return answers
-
-
-def _last_text(messages: list[dict[str, Any]]) -> str:
-    """Give what the user said last, for models that were trained on prompts."""
-    if any(turn.get("role") != "user" for turn in messages) or len(messages) != 1:
-        raise Refusal(400, "this model was trained on single prompts: give one message of the user", param="messages")
-    return str(messages[0].get("content", ""))
+@lru_cache(maxsize=256)
+def recipe_of(run: str) -> Recipe:
+    """Read the recipe of a finished run, which never changes."""
+    return opening.read(run)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -44,9 +44,17 @@ FORBIDDEN = re.compile(
 class Refusal(Exception):  # noqa: N818 - it is an answer
     """A request that is answered with an error of OpenAI's form."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.headers = status, param, code, headers or {}
 
 
 class _Body(BaseModel):
@@ -409,7 +417,7 @@ async def _limited(request: Request, go_on: Callable[[Request], Awaitable[Any]])
         return _answer(413, message, code="request_too_large")
     answer = await go_on(request)
     if answer.status_code >= 500 and request.method == "POST":
-        answer.headers["x-should-retry"] = "false"
+        answer.headers.setdefault("x-should-retry", "false")
     return answer
 
 
@@ -420,7 +428,9 @@ def _answer(status: int, message: str, *, param: str | None = None, code: str | 
 
 def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)  # noqa: S101 - starlette's type of handlers is wider
-    return _answer(error.status, str(error), param=error.param, code=error.code)
+    answer = _answer(error.status, str(error), param=error.param, code=error.code)
+    answer.headers.update(error.headers)
+    return answer
 
 
 def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -77,19 +77,15 @@ def generate(
     Returns:
         One `Generation` a prompt, in the order of `prompts`.
     """
-    ends, turn_end = end_tokens(model, tokenizer), _turn_end(tokenizer)
+    ends = Ends.of(model, tokenizer)
     answers = [Generation("", 0, ended=False)] * len(prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
-    )
     shown = phase("generating answers", len(prompts), "prompts")
-    with _undisturbed(model, greedy), shown as progress:
-        for indices, room in _batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
+    with greedy(model, tokenizer), shown as progress:
+        for indices, room in batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
             progress.done += len(indices)
             for index, tokens in zip(indices, new, strict=True):
-                answers[index] = _read(tokenizer, tokens, ends, turn_end)
+                answers[index] = _read(tokenizer, tokens, ends)
     return answers
 
 
@@ -104,6 +100,21 @@ def answer_together(
     answers = generate(model, tokenizer, mine, max_new_tokens=max_new_tokens, batch_size=BATCH)
     gathered = gather_object(list(zip(numbers, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Tokens that end an answer."""
+
+    all: frozenset[int]
+    """Every one, see `end_tokens`."""
+    of_turn: int | None
+    """The one with which training teaches the model to end an answer."""
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
+        """Find those of a model."""
+        return cls(frozenset(end_tokens(model, tokenizer)), _turn_end(tokenizer))
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -123,8 +134,16 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 @contextmanager
-def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, no gradients, and `config` for the model's own; everything is put back afterwards."""
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, the model generates the likeliest tokens, in evaluation mode; everything is put back afterwards.
+
+    Sampling settings that the model ships with are not used.
+    """
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
+    )
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -144,9 +163,14 @@ def _undisturbed(model: Any, config: GenerationConfig) -> Iterator[None]:
                 module.training = training
 
 
-def _batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
+def positions(model: Any) -> int:
+    """Return the most tokens of prompt and answer together; models without positions of their own may name no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
     """Yield the indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    limit = positions(model)
     # A batch is as wide as its longest prompt: rows of like length pad least.
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     roomy = [index for index in order if lengths[index] + max_new_tokens <= limit]
@@ -159,25 +183,29 @@ def _batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: An
 
 def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
     """New tokens of each prompt, padded by whatever stands after the first end token."""
+    inputs = padded(model, batch)
+    halt = StoppingCriteriaList([_Halt()])
+    output: torch.Tensor = model.generate(**inputs, max_new_tokens=room, stopping_criteria=halt)
+    new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return new
+
+
+def padded(model: Any, batch: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask`, (B, longest prompt), on the device of the model."""
     width = max(map(len, batch))
     pad = model.generation_config.pad_token_id
     # On the left, as answers go on at the right.
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-    halt = StoppingCriteriaList([_Halt()])
-    output: torch.Tensor = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=room, stopping_criteria=halt
-    )
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: list[int], turn_end: int | None) -> Generation:
-    stop = next((position for position, token in enumerate(new) if token in ends), None)
+def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Ends) -> Generation:
+    stop = next((position for position, token in enumerate(new) if token in ends.all), None)
     text = str(tokenizer.decode(new[:stop], skip_special_tokens=True))
     if stop is None:
         return Generation(text, len(new), ended=False)
-    return Generation(text, stop + 1, ended=new[stop] == turn_end)
+    return Generation(text, stop + 1, ended=new[stop] == ends.of_turn)
 
 
 def compare(generations: list[Generation], references: list[str], pattern: str | None) -> dict[str, list[float]]:
