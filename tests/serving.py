@@ -60,7 +60,7 @@ class Served:
             assert line, "the server has ended"
             found = re.search(r"http://127.0.0.1:\d+/v1", line)
         self.url = found[0]
-        self.client = openai.OpenAI(base_url=self.url, api_key=self.key)
+        self.client: Any = openai.OpenAI(base_url=self.url, api_key=self.key)
 
     def run(self, suffix: str) -> Path:
         """Give the run folder of a model."""

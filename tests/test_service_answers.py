@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from conftest import finished
@@ -98,13 +98,13 @@ def test_answers_are_those_of_predict(served: Served) -> None:
             answer = client.chat.completions.create(model=served.names[name], messages=row["messages"])
             assert answer.choices[0].message.content == expected["generated"]
             assert answer.choices[0].finish_reason == ("stop" if expected["ended"] else "length")
-    expected = [row["generated"] for row in predict(served.run("prompt"), ASKED, max_new_tokens=5)]
+    texts = [row["generated"] for row in predict(served.run("prompt"), ASKED, max_new_tokens=5)]
     answer = client.completions.create(model=served.names["prompt"], prompt=ASKED, max_tokens=5)
-    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.text for choice in answer.choices] == texts
     answer = client.chat.completions.create(
         model=served.names["prompt"], messages=[{"role": "user", "content": ASKED[0]}], max_tokens=5
     )
-    assert answer.choices[0].message.content == expected[0]
+    assert answer.choices[0].message.content == texts[0]
     texts = ["a good film", "the plot is dull", "it was not good , never"]
     found = post(served, "/classifications", model=served.names["label"], input=texts)
     for result, row in zip(found["results"], predict(served.run("label"), texts), strict=True):
@@ -307,10 +307,9 @@ def test_adapters_of_one_base_hold_its_weights_once(tmp_path: Path, tiny_llama: 
 
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    LlamaForCausalLM(LlamaConfig(vocab_size=90, max_position_embeddings=64, eos_token_id=2, **shape)).save_pretrained(
-        base
-    )
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config = LlamaConfig(vocab_size=90, max_position_embeddings=64, eos_token_id=2, num_attention_heads=8, **shape)
+    LlamaForCausalLM(config).save_pretrained(base)
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     assert size > 150e6
     rows = [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], "tools": None}]
@@ -330,9 +329,11 @@ def test_adapters_of_one_base_hold_its_weights_once(tmp_path: Path, tiny_llama: 
     assert psutil.Process().memory_info().rss - resident < 0.5 * size
     heard = [Heard() for _ in runs]
     for run, one in zip(runs, heard, strict=True):
-        answer(
-            models, [Question(str(run), chat_rows(["one"]))], lambda _, event, one=one: one.hear(event), lambda _: True
-        )
+
+        def say(_: int, event: Event, one: Heard = one) -> None:
+            one.hear(event)
+
+        answer(models, [Question(str(run), chat_rows(["one"]))], say, lambda _: True)
         assert one.texts[0] == predict(run, chat_rows(["one"]))[0]["generated"]
     # A budget that holds one of them: those that were asked longest ago leave.
     models.most = size

@@ -177,7 +177,7 @@ class _Draw(LogitsProcessor):
         """Tell whether any answer is more than the likeliest tokens."""
         return any(one.wish.temperature > 0 or one.wish.logprobs is not None for one in self.answers)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         for row, one in enumerate(self.answers):
             if one.reason is not None:

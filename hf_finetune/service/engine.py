@@ -58,9 +58,11 @@ class Engine:
             Full: Too many requests wait.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        number = await asyncio.to_thread(
-            self._send, question, lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
-        )
+
+        def heard(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        number = await asyncio.to_thread(self._send, question, heard)
         try:
             while True:
                 event = await events.get()

@@ -70,8 +70,8 @@ class _Generation(_Request):
     def settings(self) -> dict[str, Any]:
         """Return the fields of `Wish` that are given."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        given = {"max_tokens": self.most, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        given |= {"stop": tuple(filter(None, stop)), "logprobs": self.likeliest}
+        given: dict[str, Any] = {"max_tokens": self.most, "temperature": self.temperature, "top_p": self.top_p}
+        given |= {"seed": self.seed, "stop": tuple(filter(None, stop)), "logprobs": self.likeliest}
         return {name: value for name, value in given.items() if value is not None}
 
     def question(self, run: str, recipe: Recipe) -> Question:

@@ -29,6 +29,7 @@ from hf_finetune.inference.predict import Answers, Predictor
 from hf_finetune.models import load
 from hf_finetune.recipe import Recipe
 from hf_finetune.service.questions import Began, Done, Ended, Event, Failed, Outputs, Piece, Question
+from hf_finetune.tasks import _generation as generation
 
 SHARE = 0.4
 """Of the memory of the GPU, else of the machine, that the weights may have: training wants the rest."""
@@ -105,7 +106,7 @@ class Models:
             place = [resolve(model.name), model.revision, None if lock is None else lock.model_dump_json()]
             kind = [recipe.task.auto_model, str(dtype), machine.attention, str(machine.device), model.quantization]
             key = json.dumps([place, kind, options], default=str)
-            known = self._bases.get(key)
+            known: Any = self._bases.get(key)
             if known is None:
                 known = load.fresh_base(recipe, options, machine)
                 if model.quantization is None:
@@ -191,7 +192,7 @@ def _faults(predictor: Predictor, question: Question, encoded: dict[int, Any], f
         if fault:
             yield f"row {number}: {fault}" if several else fault
     if isinstance(predictor, Answers):
-        limit = answering.generation.positions(predictor.served.network)
+        limit = generation.positions(predictor.served.network)
         for place, prompt in encoded.items():
             if len(prompt) >= limit:
                 where = f"row {place + 1}: " if several else ""
@@ -230,5 +231,5 @@ def _generate(
         tell=tell,
         is_wanted=lambda number: is_wanted(places[number][0]),
     )
-    for (question, index), one in zip(places, answers, strict=True):
-        say(question, Ended(index, one.reason or "unwanted", len(one.tokens)))
+    for (number, index), made in zip(places, answers, strict=True):
+        say(number, Ended(index, made.reason or "unwanted", len(made.tokens)))
