@@ -35,7 +35,7 @@ class _Request(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the answer."""
+    """Settings of a stream besides those of the answer."""
 
     model_config = ConfigDict(extra="forbid")
 
