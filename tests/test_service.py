@@ -25,7 +25,7 @@ openai = pytest.importorskip("openai")
 class Service:
     """A server process and its root folder."""
 
-    def __init__(self, root: Path, classifier: str, chat: str) -> None:
+    def __init__(self, root: Path, classifier: str, chat: str, *more: str, service: Any = None) -> None:
         self.root, self.key = root, ""
         root.mkdir()
         training = {"micro_batch": 4, "precision": "fp32", "log_every": 1, "group_by_length": False}
@@ -33,18 +33,22 @@ class Service:
         recipe = {"training": training, "tracking": tracking, "checkpoints": {"every": 5}, "data": {"max_length": 32}}
         models = {"tiny": {"name": classifier, "recipe": recipe}, "llama": {"name": chat, "recipe": recipe}}
         (root / "models.yaml").write_text(json.dumps(models))
-        self.start()
+        if service is not None:
+            (root / "service.yaml").write_text(json.dumps(service))
+        self.start(*more)
 
     def start(self, *more: str) -> None:
         """Start it, and learn its address."""
         command = [sys.executable, "-m", "hf_finetune", "serve", "--root", str(self.root), "--port", "0", *more]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if found := re.search(r"shown once: (hf-\S+)", line):
-            self.key, line = found[1], self.process.stdout.readline()
-        found = re.search(r"http://127.0.0.1:\d+/v1", line)
-        assert found, line
+        said = ""
+        while (found := re.search(r"http://127.0.0.1:\d+/v1", said)) is None:
+            line = self.process.stdout.readline()
+            assert line, said
+            said += line
+        if made := re.search(r"shown once: (hf-\S+)", said):
+            self.key = made[1]
         self.client = openai.OpenAI(base_url=found[0], api_key=self.key)
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ import ipaddress
 from pathlib import Path
 
 from hf_finetune import log
+from hf_finetune.cli.arguments import count
 from hf_finetune.errors import Problem, RecipeError
 
 HELP_SERVE = "a fine-tuning API for any client of OpenAI's, with a queue that outlives restarts"
@@ -32,7 +33,12 @@ def declare_serve(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="port; 0 takes a free one")
     add("--tls", nargs=2, metavar=("CERTIFICATE", "KEY"), help="files for https")
     add("--behind-proxy", action="store_true", help="a proxy in front of this service does TLS")
-    add("--slots", type=int, help="jobs that train side by side on a machine without GPUs; default 1")
+    add("--slots", type=count("jobs"), help="jobs side by side; without it, one for each GPU, or one without GPUs")
+    add(
+        "--executor",
+        choices=("local", "slurm", "kubernetes"),
+        help="where jobs run; default: as ROOT/service.yaml says",
+    )
     add("--rebuild", action="store_true", help="make the database anew from the folders of ROOT; keys are not in them")
 
 
@@ -54,16 +60,18 @@ def run_serve(arguments: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     refuse_open(arguments.host, has_tls=bool(arguments.tls), behind_proxy=arguments.behind_proxy)
     _needs_extra()
-    from hf_finetune.service import server
+    from hf_finetune.service import server, settings
     from hf_finetune.service.store import DEFAULT_PROJECT, Store
 
     store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
     store.base_models()  # a mistake in it is said now
+    given = {name: getattr(arguments, name) for name in ("slots", "executor") if getattr(arguments, name) is not None}
+    queue = settings.load(store.root).model_copy(update=given)
     if arguments.rebuild:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
     if not store.list_keys():
         log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {store.create_key(DEFAULT_PROJECT, 'first')}")
-    options = {"tls": arguments.tls, "behind_proxy": arguments.behind_proxy, "slots": arguments.slots}
+    options = {"tls": arguments.tls, "behind_proxy": arguments.behind_proxy, "settings": queue}
     server.run(store, arguments.host, arguments.port, **options)
 
 

@@ -306,7 +306,7 @@ def retrieve(caller: Called, job: str) -> dict[str, Any]:
 
 def _want(caller: Caller, job: str, wanted: str, states: tuple[str, ...]) -> dict[str, Any]:
     before = caller.job(job)
-    changed = caller.store.change(job, states, wanted=wanted, told=False)
+    changed = caller.store.change(job, states, wanted=wanted)
     if changed is None:
         raise Refusal(400, f"the job is {before['state']}: it can't be changed by {wanted}", code="invalid_state")
     return views.job(changed)
@@ -328,7 +328,9 @@ def pause(caller: Called, job: str) -> dict[str, Any]:
 def resume(caller: Called, job: str) -> dict[str, Any]:
     """Queue a paused job; it goes on bit for bit."""
     before = caller.job(job)
-    changed = caller.store.change(job, ["paused"], state="queued", wanted="run")
+    is_checked = (caller.store.folder_of_job(job) / worker.CHECKED).exists()
+    state = "queued" if is_checked else "validating_files"
+    changed = caller.store.change(job, ["paused"], state=state, wanted="run")
     if changed is None:
         raise Refusal(400, f"the job is {before['state']}: only a paused one resumes", code="invalid_state")
     return views.job(changed)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.service import answers, api, ops
+from hf_finetune.service.executors.base import Executor
 from hf_finetune.service.executors.local import Local
+from hf_finetune.service.settings import Settings
 from hf_finetune.service.store import Store
-from hf_finetune.service.supervisor import Supervisor
+from hf_finetune.service.supervisor import Place, Supervisor
 from hf_finetune.service.web import board, pages
 
 GRACE = 20
@@ -28,7 +32,7 @@ def run(
     *,
     tls: Sequence[str] | None = None,
     behind_proxy: bool = False,
-    slots: int | None = None,
+    settings: Settings,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; jobs that run go on, and the next start finds them.
 
@@ -38,12 +42,12 @@ def run(
         port: 0 takes a free one.
         tls: Files of certificate and key.
         behind_proxy: A proxy does TLS, and requests that seem to come from this machine may be anybody's.
-        slots: Jobs that train side by side without GPUs; None: one.
+        settings: How the queue works.
 
     Raises:
         RecipeError: The address is taken.
     """
-    app = api.make(store, Supervisor(store, Local(), places(slots)))
+    app = api.make(store, Supervisor(store, executor(store, settings), places(settings), settings))
     app.state.behind_proxy, app.state.secure = behind_proxy, behind_proxy or tls is not None
     for routes in (answers.routes, pages.routes, board.routes):
         app.include_router(routes)
@@ -72,11 +76,42 @@ def run(
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def places(slots: int | None) -> list[dict[str, str]]:
-    """List the environments of the places where jobs train: one for each GPU, else for each slot of the CPU."""
+def executor(store: Store, settings: Settings) -> Executor:
+    """Make the executor that the settings name."""
+    if settings.executor == "slurm":
+        from hf_finetune.service.executors.slurm import Slurm
+
+        return Slurm(settings.slurm)
+    if settings.executor == "kubernetes":
+        from hf_finetune.service.executors.kubernetes import Kubernetes
+
+        return Kubernetes(settings.kubernetes, store.root)
+    return Local()
+
+
+def places(settings: Settings) -> list[Place]:
+    """List the places where jobs train: one for each GPU, else for each slot of the CPU, or of a scheduler."""
+    if settings.executor != "local":
+        return [Place({})] * (settings.slots or 16)
+    if settings.slots is None and (gpus := _gpus()):
+        return gpus
+    slots = settings.slots or 1
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    if slots > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Threads of jobs that train side by side would fight for the same cores.
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [Place(environment, memory // slots)] * slots
+
+
+def _gpus() -> list[Place]:
+    """List the GPUs that this process sees."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not any(Path("/dev", name).exists() for name in ("kfd", "dxg")):
+        return []
     # In a process of its own: torch would stay in this one, with all its memory.
-    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    count = int(subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or 0)  # noqa: S603
-    if count and slots is None:
-        return [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": ""}] * (slots or 1)
+    sizes = "torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())"
+    ask = [sys.executable, "-c", f"import torch; print(*({sizes}))"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+    # An operator may have given this service some of them.
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(len(found))))).split(",")
+    return [Place({"CUDA_VISIBLE_DEVICES": name}, int(size)) for name, size in zip(names, found, strict=False)]

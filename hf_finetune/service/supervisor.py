@@ -1,41 +1,73 @@
-"""The queue: starts jobs where there is room, and decides by the exit codes of their workers what comes next."""
+"""The queue: starts jobs where there is room, and decides by the exit codes of their workers what comes next.
+
+One server of a root looks after the queue at a time: the one that holds the lock on `ROOT/supervisor.lock`. The kernel
+frees a killed server's lock, and another one takes over within a quarter of a second. The lock is a file, because the
+files of ROOT are what all servers share: it also holds while a database is away.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_finetune.errors import INTERRUPTED, PREEMPTED, OutOfMemoryError, PeerError, PushError
+from hf_finetune.errors import INTERRUPTED, PREEMPTED, OutOfMemoryError, PeerError, PushError, StorageError
 from hf_finetune.run.files import discard
 from hf_finetune.service import views, worker
-from hf_finetune.service.executors.base import ALIVE, KILLED, STARTING, Executor
-from hf_finetune.service.store import Store, new_id, now
+from hf_finetune.service.executors.base import ALIVE, KILLED, Executor, Work, exit_code
+from hf_finetune.service.settings import Settings
+from hf_finetune.service.store import Store, now
 
 SECONDS = 0.25
 """Between two looks at the jobs."""
 RETRIES = 3
-"""Times that a job is queued again after its worker was lost."""
+"""Times that a job is queued again after its worker was lost, or could not write."""
+STARTING = "starting"
+"""Handle of a worker whose own one is not known: the service was killed while it started it."""
+SHARE = 0.9
+"""Of a device's memory, for jobs that share it: their need is an estimate."""
+WITH_SERVER_S = 30.0
+"""Seconds after the start of a server in which the loss of an earlier worker is that of the machine, not of the job."""
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A GPU, a part of the CPU, or a place in the queue of a scheduler."""
+
+    environment: dict[str, str]
+    """Variables of the workers that train there."""
+    memory: int | None = None
+    """Bytes; None where a scheduler knows."""
+
+
 class Supervisor:
-    """Watches the jobs of one machine.
+    """Watches all jobs of a root.
 
     Args:
         store: The jobs.
         executor: Runs them.
-        slots: Environment of each place where one job trains, e.g. the GPU that it sees.
+        places: Where they train.
+        settings: How the queue works.
     """
 
-    def __init__(self, store: Store, executor: Executor, slots: Sequence[dict[str, str]]) -> None:
-        self.store, self.executor, self.slots = store, executor, slots
+    def __init__(
+        self, store: Store, executor: Executor, places: Sequence[Place], settings: Settings | None = None
+    ) -> None:
+        self.store, self.executor, self.places = store, executor, places
+        self.settings = settings or Settings()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
+        self._began = 0.0
+        self._earlier = set[str]()
+        """Jobs whose workers an earlier server has started."""
 
     def start(self) -> None:
         """Watch from now on, in a thread."""
@@ -52,104 +84,203 @@ class Supervisor:
         return self._thread.is_alive()
 
     def _loop(self) -> None:
+        with (self.store.root / "supervisor.lock").open("a") as lock:
+            while not self._stop.wait(SECONDS):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # another server of this root does it
+                self._lead()
+
+    def _lead(self) -> None:
+        """Look after the queue until the server ends."""
         swept = 0.0
-        while not self._stop.wait(SECONDS):
+        while not self._stop.wait(SECONDS if swept else 0):
             try:
+                if not self._began:
+                    self._earlier = {job["id"] for job in self.store.active() if job["handle"] is not None}
+                    self._began = time.monotonic()
                 self.look()
-                if time.monotonic() - swept > 60:
+                if not swept or time.monotonic() - swept > 60:
                     swept = time.monotonic()
                     for file in self.store.expired_files():
                         self.store.delete_file(file)
             except Exception:
                 # A full disk, or a database that is away for a while: the next look may find them well.
                 _logger.exception("the queue could not be looked after")
+                swept = swept or time.monotonic()
 
     def look(self) -> None:
         """Look at every job once: take in those that ended, hand on what is wanted, start what there is room for."""
-        jobs = self.store.active()
-        for job in jobs:
+        for job in self.store.active():
             if job["handle"] is not None:
                 self._watch(job)
         jobs = self.store.active()
         for job in jobs:
             if job["handle"] is None and job["wanted"] != "run":
                 self._settle(job)
-        taken = {job["slot"] for job in jobs if job["handle"] is not None}
-        free = [slot for slot in range(len(self.slots)) if slot not in taken]
-        waiting = [job for job in jobs if job["handle"] is None and job["wanted"] == "run" and job["state"] != "paused"]
-        for job, slot in zip(waiting, free, strict=False):
-            self._start(job, slot)
-        is_checking = any(job["handle"] is not None and job["slot"] is None for job in jobs)
-        unchecked = [job for job in waiting[len(free) :] if job["state"] == "validating_files"]
-        if unchecked and not is_checking:
-            self._start(unchecked[0], None)
+        taken: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for job in jobs:
+            if job["handle"] is not None and job["slot"] is not None:
+                taken[job["slot"]].append(job)
+        self._fill(
+            [
+                job
+                for job in jobs
+                if job["handle"] is None and job["wanted"] == "run" and job.get("not_before", 0) <= time.time()
+            ],
+            taken,
+            is_checking=any(job["handle"] is not None and job["slot"] is None for job in jobs),
+        )
 
-    def _start(self, job: dict[str, Any], slot: int | None) -> None:
-        """Start the worker of a job: to train in a slot, or without one to check it while it waits."""
-        folder = self.store.folder_of_job(job["id"])
-        environment = {"CUDA_VISIBLE_DEVICES": ""} if slot is None else self.slots[slot]
-        # The end of an earlier worker goes first, and the handle is kept before the worker lives: should the service
-        # die in between, the worker's own lock tells what is true.
-        discard(folder / worker.EXIT)
-        if self.store.change(job["id"], [job["state"]], handle=STARTING, slot=slot) is None:
+    def _fill(
+        self, waiting: Sequence[dict[str, Any]], taken: dict[int, list[dict[str, Any]]], *, is_checking: bool
+    ) -> None:
+        """Start jobs in their order. None overtakes: small jobs that share devices would keep a large one out."""
+        coming = sum(any(job.get("stopped_at") for job in jobs) for jobs in taken.values())
+        is_full = False
+        for job in waiting:
+            place = None if is_full else self._room(job, taken)
+            if place is not None:
+                self._start(job, place)
+                taken[place].append(job)
+                continue
+            is_full = True
+            if job["state"] == "validating_files" and not is_checking:
+                self._start(job, None)
+                is_checking = True
+            if coming:
+                coming -= 1  # for this one, a place is being made free already
+            elif self.settings.preempt:
+                self._preempt(job, taken)
+
+    def _room(self, job: dict[str, Any], taken: dict[int, list[dict[str, Any]]]) -> int | None:
+        """Find a place: a free one, else one that the job may share, as far as the estimates of `check` go."""
+        found = [index for index in range(len(self.places)) if not taken[index]]
+        need = job["numbers"].get("memory_bytes")
+        if found or need is None or self.settings.jobs_per_device == 1:
+            return found[0] if found else None
+        for index, place in sorted(enumerate(self.places), key=lambda entry: len(taken[entry[0]])):
+            others = [other["numbers"].get("memory_bytes") for other in taken[index]]
+            is_known = None not in others and len(others) < self.settings.jobs_per_device
+            if is_known and place.memory is not None and sum(others, need) <= SHARE * place.memory:
+                return index
+        return None
+
+    def _preempt(self, job: dict[str, Any], taken: dict[int, list[dict[str, Any]]]) -> None:
+        """Stop the jobs of one place, if all of them are of lower priority: the lowest, and of these the youngest."""
+        below = [
+            jobs
+            for jobs in taken.values()
+            if jobs and all(other["priority"] < job["priority"] and not other.get("stopped_at") for other in jobs)
+        ]
+        if not below:
             return
+        below.sort(key=lambda jobs: max(other["id"] for other in jobs), reverse=True)
+        for other in min(below, key=lambda jobs: max(one["priority"] for one in jobs)):
+            folder = self.store.folder_of_job(other["id"])
+            if other["handle"] != STARTING and self.executor.stop(folder, other["handle"]):
+                note(folder, "The job is stopped with a checkpoint, for one of higher priority")
+                other["stopped_at"] = now()
+                self.store.change(other["id"], [other["state"]], stopped_at=other["stopped_at"])
+
+    def _start(self, job: dict[str, Any], place: int | None) -> None:
+        """Start the worker of a job: to train in a place, or to check it while it waits for one."""
+        folder = self.store.folder_of_job(job["id"])
+        # The end of an earlier worker goes first, and that one is starting is kept before it lives: should the service
+        # die in between, the executor finds out whether it does.
+        discard(folder / worker.EXIT)
+        seen = {"handle": None, "wanted": "run"}
+        if self.store.change(job["id"], [job["state"]], seen, handle=STARTING, slot=place) is None:
+            return
+        # A check sees a device, too: what fits depends on it.
+        work = Work(folder, place is None, self.places[place or 0].environment, job["priority"])
         try:
-            handle = self.executor.start(folder, only_check=slot is None, environment=environment)
+            handle = self.executor.start(work)
         except OSError as error:
-            self.store.change(job["id"], [job["state"]], handle=None, slot=None)
+            later = time.time() + self.settings.retry_seconds
+            self.store.change(job["id"], [job["state"]], handle=None, slot=None, not_before=later)
             raise OSError(f"{job['id']} could not be started: {error}") from error
         self.store.change(job["id"], [job["state"]], handle=handle)
 
     def _watch(self, job: dict[str, Any]) -> None:
-        folder = self.store.folder_of_job(job["id"])
-        code = self.executor.poll(folder, job["handle"])
+        folder, handle = self.store.folder_of_job(job["id"]), job["handle"]
+        if handle == STARTING:
+            handle = self.executor.adopt(folder)
+            if handle is None and not (folder / worker.EXIT).exists():
+                self.store.change(job["id"], [job["state"]], handle=None, slot=None)
+                return
+            if handle is not None:
+                self.store.change(job["id"], [job["state"]], handle=handle)
+        code = exit_code(folder) if handle is None else self.executor.poll(folder, handle)
         if code != ALIVE:
             self._ended(job, folder, code)
             return
         begins = job["state"] != "running" and job["slot"] is not None and (folder / worker.CHECKED).exists()
-        if begins and self.store.change(job["id"], [job["state"]], state="running", **_checked(folder)):
+        if begins and handle is not None:
             note(folder, "Fine-tuning job started")
-        if job["wanted"] != "run" and not job["told"]:
-            # A worker that only checks has nothing to keep.
-            told = self.executor.stop(folder, job["handle"], at_once=job["state"] == "validating_files")
-            self.store.change(job["id"], [job["state"]], told=told)
+            job = self.store.change(job["id"], [job["state"]], state="running", **_checked(folder)) or job
+        told = job.get("stopped_at")
+        if told and now() - told > self.settings.stop_seconds:
+            self.executor.stop(folder, handle, at_once=True)
+        elif job["wanted"] != "run" and not told and self.executor.stop(folder, handle):
+            self.store.change(job["id"], [job["state"]], stopped_at=now())
 
     def _ended(self, job: dict[str, Any], folder: Path, code: int) -> None:
         """Decide what comes after the end of a worker."""
-        free: dict[str, Any] = {"handle": None, "slot": None, "told": False}
+        free: dict[str, Any] = {"handle": None, "slot": None, "stopped_at": None}
         if (folder / worker.CHECKED).exists():
             free |= _checked(folder)
+        is_asked = job.get("stopped_at") or job["wanted"] != "run"
+        is_stopped = code in (PREEMPTED, INTERRUPTED) or (code == KILLED and is_asked)
+        micro = free.get("numbers", {}).get("micro_batch_rows", 1) // 2
         if code in (0, PushError.exit_code) and job["slot"] is not None:
             if code:
                 note(folder, "The model was trained, but not uploaded", level="warn")
             results = self._results(job, folder)
             self._finish(job, folder, "succeeded", fine_tuned_model=_name(job), result_files=results, **free)
-        elif job["wanted"] != "run":
-            self._settle(job, **free)
         elif code == 0:
-            self.store.change(job["id"], [job["state"]], state="queued", **free)
             note(folder, "Files validated, moving job to queued state")
-        elif code in (PREEMPTED, INTERRUPTED):
             self.store.change(job["id"], [job["state"]], state="queued", **free)
-            note(folder, "The job was stopped with a checkpoint, and goes on when there is room")
-        elif code in (PeerError.exit_code, KILLED) and job["attempts"] < RETRIES:
-            note(folder, "The trainer was lost; the job goes on from its last checkpoint", level="warn")
-            state = "queued" if (folder / worker.CHECKED).exists() else "validating_files"
-            self.store.change(job["id"], [job["state"]], state=state, attempts=job["attempts"] + 1, **free)
-        elif code == OutOfMemoryError.exit_code and not any("micro_batch" in given for given in job["overrides"]):
-            micro = max(1, job["numbers"].get("micro_batch_rows", 2) // 2)
-            note(folder, f"Out of memory; the job goes on with micro-batches of {micro}", level="warn")
-            overrides = [*job["overrides"], f"training.micro_batch={micro}"]
-            self.store.change(job["id"], [job["state"]], state="queued", overrides=overrides, **free)
+        elif job["wanted"] == "cancel" or (job["wanted"] == "pause" and is_stopped):
+            self._settle(job, **free)
+        elif is_stopped:
+            if not job.get("stopped_at"):  # by somebody else, who may do it again
+                free["not_before"] = time.time() + self.settings.retry_seconds
+            self._again(job, folder, "The job was stopped, and goes on from its checkpoint when there is room", **free)
+        elif code == KILLED and self._went_with_server(job):
+            self._again(
+                job, folder, "The trainer was lost with the server; the job goes on from its checkpoint", **free
+            )
+        elif code in (PeerError.exit_code, StorageError.exit_code, KILLED) and job["attempts"] < RETRIES:
+            wait = self.settings.retry_seconds * 2 ** job["attempts"]
+            free |= {"attempts": job["attempts"] + 1, "not_before": time.time() + wait}
+            why = "The trainer could not write" if code == StorageError.exit_code else "The trainer was lost"
+            said = f"{why}; the job goes on from its last checkpoint in {wait:g} s, try {free['attempts']} of {RETRIES}"
+            self._again(job, folder, said, "warn", **free)
+        elif code == OutOfMemoryError.exit_code and micro and not _is_halved(job):
+            free["overrides"] = [*job["overrides"], f"training.micro_batch={micro}"]
+            self._again(job, folder, f"Out of memory; the job goes on with micro-batches of {micro}", "warn", **free)
         else:
             self._finish(job, folder, "failed", error=_error(folder, job, code), **free)
 
+    def _went_with_server(self, job: dict[str, Any]) -> bool:
+        """Tell whether a worker was lost because the machine was; that is no fault of the job."""
+        return job["id"] in self._earlier and time.monotonic() - self._began < WITH_SERVER_S
+
+    def _again(self, job: dict[str, Any], folder: Path, why: str, level: str = "info", **fields: Any) -> None:
+        """Queue a job again."""
+        note(folder, why, level)
+        state = "queued" if (folder / worker.CHECKED).exists() else "validating_files"
+        self.store.change(job["id"], [job["state"]], state=state, **fields)
+
     def _results(self, job: dict[str, Any], folder: Path) -> list[str]:
         """Keep the metrics of each step as a file of the project."""
-        made = new_id("file-")
+        # Its id follows from the job's: should the service be killed before the job is told, there is one still.
+        made = f"file-{job['id'].removeprefix('ftjob-')}"
         content = views.results(folder).encode()
         place = self.store.folder_of_file(made)
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         (place / "data").write_bytes(content)
         document = {"id": made, "filename": "step_metrics.csv", "bytes": len(content), "created_at": now()}
         self.store.add_file(job["project"], {**document, "purpose": views.RESULTS})
@@ -158,31 +289,41 @@ class Supervisor:
     def _settle(self, job: dict[str, Any], **fields: Any) -> None:
         """Do what is wanted of a job that does not run."""
         folder = self.store.folder_of_job(job["id"])
-        free = {"handle": None, "slot": None, "told": False, **fields}
+        free = {"handle": None, "slot": None, "stopped_at": None, **fields}
         if job["wanted"] == "cancel":
             self._finish(job, folder, "cancelled", **free)
-        elif self.store.change(job["id"], [job["state"]], state="paused", wanted="run", **free):
+        elif self.store.change(
+            job["id"], [job["state"]], {"wanted": "pause"}, state="paused", wanted="run", not_before=0, **free
+        ):
             note(folder, "Fine-tuning job paused")
 
     def _finish(self, job: dict[str, Any], folder: Path, state: str, **fields: Any) -> None:
-        done = self.store.change(job["id"], [job["state"]], state=state, wanted="run", finished_at=now(), **fields)
-        if done is not None:
-            said = {"succeeded": "The job has successfully completed", "failed": "The job failed"}
-            level = "error" if state == "failed" else "info"
-            note(folder, said.get(state, f"The job was {state}"), level=level)
+        said = {"succeeded": "The job has successfully completed", "failed": "The job failed"}
+        note(folder, said.get(state, f"The job was {state}"), level="error" if state == "failed" else "info")
+        self.store.change(job["id"], [job["state"]], state=state, wanted="run", finished_at=now(), **fields)
 
 
 def note(folder: Path, message: str, level: str = "info") -> None:
-    """Add an event to a job."""
-    line = json.dumps({"created_at": now(), "level": level, "message": message})
-    with (folder / "events.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
+    """Add an event to a job; one that was the last already is not said again.
+
+    Events are written before the job changes: should the service be killed in between, it does the same once more.
+    """
+    file = folder / "events.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if not lines or json.loads(lines[-1])["message"] != message:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"created_at": now(), "level": level, "message": message}) + "\n")
 
 
 def _checked(folder: Path) -> dict[str, Any]:
     """Give what the check has chosen for a job."""
     found = json.loads((folder / worker.CHECKED).read_bytes())
     return {"chosen": found["chosen"], "numbers": found["numbers"]}
+
+
+def _is_halved(job: dict[str, Any]) -> bool:
+    """Tell whether a job goes on with smaller micro-batches already."""
+    return any(given.startswith("training.micro_batch=") for given in job["overrides"])
 
 
 def _name(job: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The process of one job: `python -m hf_finetune.service.worker FOLDER LOCK [--check]`.
+"""The process of one job: `python -m hf_finetune.service.worker FOLDER [--lock FD] [--check] [--log]`.
 
 It makes the recipe, checks it, and trains it, in the folder of the job:
 
@@ -10,14 +10,18 @@ It makes the recipe, checks it, and trains it, in the folder of the job:
     exit.json      how the worker ended: `code`, and `problems` with message, key, file and line
     log.jsonl      what was printed
 
-The same worker started again goes on with the run. Its starter holds a lock for it on `worker.lock`: whoever can take
-that lock knows that the worker is gone, also after the service itself was killed.
+The same worker started again goes on with the run. On the machine of the service, its starter holds a lock for it on
+`worker.lock`, FD: whoever can take that lock knows that the worker is gone, also after the service itself was killed.
+With `--log`, it writes `log.jsonl` itself.
 """
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -27,9 +31,9 @@ from typing import Any
 from hf_finetune import log
 from hf_finetune.config import yamlfile
 from hf_finetune.data.readers import SUFFIXES
-from hf_finetune.errors import DataError, FinetuneError, Problem
+from hf_finetune.errors import DataError, FinetuneError, Problem, Stopped
 from hf_finetune.inference import rows
-from hf_finetune.run.files import write_atomically
+from hf_finetune.run.files import discard, write_atomically
 
 RECIPE, CHECKED, EXIT, RUN, LOG, DATA, LOCK = (
     "recipe.yaml",
@@ -47,7 +51,17 @@ SPLITS = {"training_file": "train", "validation_file": "validation"}
 def main(folder: str, *, only_check: bool) -> int:
     """Work on a job to the end; write and return the exit code."""
     os.chdir(folder)
-    Path(LOCK).write_text(str(os.getpid()))
+    process = os.getpid()
+
+    def stopped(number: int, _frame: object) -> None:
+        """End a worker that does not train yet: there is nothing to keep."""
+        if os.getpid() != process:
+            os._exit(128 + number)  # a forked one, which must not write how the job ended
+        raise Stopped.by(number)
+
+    signal.signal(signal.SIGTERM, stopped)  # training has a handler of its own, and a checkpoint
+    Path(LOCK).write_text(str(process))
+    discard(Path(EXIT))  # of an earlier start, where a scheduler has started this one again
     log.open_for("json")
     code, problems = 1, list[Problem]()
     try:
@@ -62,6 +76,7 @@ def main(folder: str, *, only_check: bool) -> int:
         log.crash(error)
         problems = [Problem(f"the trainer failed: {type(error).__name__}; its log has the rest")]
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is reached, and its code is the truth
         ended = {"code": code, "problems": [asdict(problem) for problem in problems]}
         write_atomically(Path(EXIT), json.dumps(ended, indent=1), durable=True)
         log.close()
@@ -183,6 +198,20 @@ def link(files: Iterable[tuple[str, Path, str]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # The lock that this process inherited; a data loader's process must not, which may outlive it.
-    os.set_inheritable(int(sys.argv[2]), False)
-    sys.exit(main(sys.argv[1], only_check="--check" in sys.argv[3:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--lock", type=int)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--log", action="store_true")
+    given = parser.parse_args()
+    if given.lock is None:
+        # A scheduler started it, and may have started it twice: the second one waits, and finds the work done.
+        given.lock = os.open(Path(given.folder, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(given.lock, fcntl.LOCK_EX)
+    # The lock that this process inherited; a program that it starts must not, for it may outlive it.
+    os.set_inheritable(given.lock, False)
+    if given.log:
+        with Path(given.folder, LOG).open("ab") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+    sys.exit(main(given.folder, only_check=given.check))

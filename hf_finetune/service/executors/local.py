@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from hf_finetune.service import worker
-from hf_finetune.service.executors.base import ALIVE, KILLED, Executor
+from hf_finetune.service.executors.base import ALIVE, Executor, Work, exit_code
 
 
 class Local(Executor):
@@ -23,40 +21,37 @@ class Local(Executor):
     def __init__(self) -> None:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, folder: Path, *, only_check: bool, environment: Mapping[str, str]) -> str:
+    def start(self, work: Work) -> str:
         """Start a process that holds the lock from its first moment: there is no gap in which it could seem gone."""
-        with (folder / worker.LOCK).open("w") as lock, (folder / worker.LOG).open("ab") as log:
+        with (work.folder / worker.LOCK).open("a") as lock, (work.folder / worker.LOG).open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            command = [sys.executable, "-m", "hf_finetune.service.worker", str(folder), str(lock.fileno())]
+            lock.truncate(0)  # the number of an earlier worker
+            command = [sys.executable, "-m", "hf_finetune.service.worker", str(work.folder), "--lock"]
             started = subprocess.Popen(  # noqa: S603 - no shell
-                [*command, *(["--check"] * only_check)],
+                [*command, str(lock.fileno()), *(["--check"] * work.only_check)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=folder,
-                env={**os.environ, **environment},
+                cwd=work.folder,
+                env={**os.environ, **work.environment},
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
             )
-        self._started[str(started.pid)] = started
+        self._started[str(work.folder)] = started
         return str(started.pid)
+
+    def adopt(self, folder: Path) -> str | None:
+        """Find it by its lock; its number may not be there yet."""
+        return None if _is_free(folder) else (folder / worker.LOCK).read_text() or "0"
 
     def poll(self, folder: Path, handle: str) -> int | Literal["alive"]:
         """Read how it ended, once nobody holds its lock."""
-        if (own := self._started.get(handle)) is not None:
+        if (own := self._started.get(str(folder))) is not None:
             own.poll()  # an ended process of one's own stays until it is asked for
-        try:
-            with (folder / worker.LOCK).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _is_free(folder):
             return ALIVE
-        except FileNotFoundError:
-            return KILLED
-        self._started.pop(handle, None)
-        try:
-            return int(json.loads((folder / worker.EXIT).read_bytes())["code"])
-        except (OSError, ValueError, KeyError):
-            return KILLED
+        self._started.pop(str(folder), None)
+        return exit_code(folder)
 
     def stop(self, folder: Path, handle: str, *, at_once: bool = False) -> bool:
         """Send the signal, unless the worker has ended and another process may have its number."""
@@ -68,3 +63,15 @@ class Local(Executor):
                 else:
                     os.kill(int(pid), signal.SIGTERM)
         return bool(pid)
+
+
+def _is_free(folder: Path) -> bool:
+    """Tell that no worker holds the lock."""
+    try:
+        with (folder / worker.LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+    return True

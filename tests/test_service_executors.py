@@ -1,0 +1,57 @@
+"""Executors of the service that can be tried on any machine: local processes, and Kubernetes by a small API server."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from executing import Cluster, job, keeps_the_contract, until
+
+from hf_finetune.errors import RecipeError
+from hf_finetune.service import settings
+from hf_finetune.service.executors.base import ALIVE, Work
+from hf_finetune.service.executors.local import Local
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes" / "queue"
+
+
+def test_local_processes(tmp_path: Path, tiny_bert: str) -> None:
+    keeps_the_contract(Local(), Local, tmp_path, tiny_bert)
+
+
+def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubernetes = pytest.importorskip("hf_finetune.service.executors.kubernetes")
+    validate = pytest.importorskip("kubernetes_validate").validate
+    validate(yaml.safe_load((FOLDER / "role.yaml").read_text()), "1.34", strict=True)
+    (tmp_path / "job.yaml").write_text((FOLDER / "job.yaml").read_text())
+    cluster = Cluster(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(cluster.config))
+    monkeypatch.setattr(kubernetes, "EVERY_S", 0.2)
+    given = settings.Kubernetes(namespace="ml")
+    try:
+        executor = kubernetes.Kubernetes(given, tmp_path)
+        keeps_the_contract(executor, lambda: kubernetes.Kubernetes(given, tmp_path), tmp_path, tiny_bert)
+        hit = [name for name in cluster.jobs if name.startswith("ftjob-hit-")]
+        assert len(hit) == 1, "a pause suspends the Job, and resume goes on with the same"
+        # Kueue starts Jobs, and a pause takes them back.
+        queued = kubernetes.Kubernetes(given.model_copy(update={"queue": "team"}), tmp_path)
+        folder = job(tmp_path / "runs" / "ftjob-queued", tiny_bert)
+        handle = queued.start(Work(folder))
+        made = cluster.jobs[handle]
+        assert (made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], made["spec"]["suspend"]) == ("team", True)
+        assert queued.poll(folder, handle) == ALIVE, "it waits for its admission"
+        assert queued.stop(folder, handle)
+        assert handle not in cluster.jobs
+        until(lambda: queued.poll(folder, handle) == 137, folder)
+        assert cluster.refused == []
+    finally:
+        cluster.close()
+    time.sleep(0.3)
+    assert executor.poll(folder, handle) == ALIVE, "a cluster that can't be reached ends no job"
+    (tmp_path / "job.yaml").write_text(json.dumps({"kind": "Pod"}))
+    with pytest.raises(RecipeError, match="manifest of a Job"):
+        kubernetes.Kubernetes(given, tmp_path)

@@ -1,0 +1,246 @@
+"""The queue of the service: exit codes, priorities, shared devices, and servers that are killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS
+from faults.lab import rows
+from test_service import Service, wait
+
+from hf_finetune.service.executors.base import Work
+from hf_finetune.service.executors.local import Local
+from hf_finetune.service.settings import Settings
+from hf_finetune.service.store import Store
+from hf_finetune.service.supervisor import Place, Supervisor
+
+pytestmark = pytest.mark.slow
+openai = pytest.importorskip("openai")
+
+
+class Queue(Service):
+    """A server whose jobs are looked at from outside."""
+
+    def create(self, file: str, priority: int = 0, **recipe: Any) -> str:
+        """Make a job; returns its id."""
+        more = {"recipe": recipe, "priority": priority}
+        job: str = self.client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=3, extra_body=more).id
+        return job
+
+    def upload(self, text: str, name: str = "train.csv") -> str:
+        """Upload rows; returns the id of the file."""
+        file: str = self.client.files.create(file=(name, text.encode()), purpose="fine-tune").id
+        return file
+
+    def job(self, job: str) -> dict[str, Any]:
+        """What the service keeps of a job."""
+        found: dict[str, Any] = json.loads((self.root / "runs" / job / "job.json").read_text())
+        return found
+
+    def pid(self, job: str) -> int:
+        """The worker that trains a job."""
+        return int((self.root / "runs" / job / "worker.lock").read_text())
+
+    def steps(self, job: str) -> int:
+        """Steps that are logged."""
+        file = self.root / "runs" / job / "run" / "metrics.jsonl"
+        return file.read_text().count('"phase": "train"') if file.exists() else 0
+
+    def adapter(self, job: str) -> bytes:
+        """What a job has trained."""
+        return (self.root / "runs" / job / "run/adapter/adapter_model.safetensors").read_bytes()
+
+    def said(self, job: str) -> list[str]:
+        """Events, oldest first, without those of steps."""
+        lines = (self.root / "runs" / job / "events.jsonl").read_text().splitlines()
+        return [json.loads(line)["message"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str, tiny_llama: str) -> Iterator[Queue]:
+    root = tmp_path_factory.mktemp("queue") / "root"
+    made = Queue(root, tiny_bert, tiny_llama, service={"slots": 2, "retry_seconds": 0.2})
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def sentences() -> str:
+    return rows(101, 1, [word for word in WORDS if word.isalpha()])
+
+
+def training(steps: int, **more: Any) -> dict[str, Any]:
+    """A block of so many steps."""
+    return {"training": {"steps": steps, "batch_size": 8, **more}}
+
+
+def test_exit_codes_decide_what_comes_next(queue: Queue, sentences: str) -> None:
+    good, bad = queue.upload(sentences), queue.upload('{"text": "a", "label": "b"}\n' * 8 + '{"text"', "bad.jsonl")
+    final = {
+        "invalid_recipe": queue.create(good, training={"learning_rate": "much"}),
+        "invalid_training_file": queue.create(bad),
+        "invalid_model": queue.create(good, adapter={"kind": "lora", "target_modules": ["nothing"]}),
+        "diverged": queue.create(good, **training(20, learning_rate=1e30, optimizer="sgd")),
+    }
+    lost, short = queue.create(good, **training(30)), queue.create(good, **training(30, micro_batch=4))
+    for code, job in final.items():
+        failed = queue.until(job, "failed", "succeeded")
+        assert failed.error, code
+        assert failed.error.code == code, failed.error
+        assert queue.job(job)["attempts"] == 0
+    # A worker that is killed, by the kernel for all that is known, goes on; one without memory with smaller batches.
+    wait(lambda: queue.steps(lost) > 2)
+    os.kill(queue.pid(lost), signal.SIGKILL)
+    wait(lambda: queue.steps(short) > 2)
+    pid = queue.pid(short)
+    has = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (has, has))
+    for job in (lost, short):
+        assert queue.until(job, "succeeded", "failed").status == "succeeded", queue.said(job)
+    assert queue.job(lost)["attempts"] == 1
+    assert any("try 1 of 3" in said for said in queue.said(lost))
+    assert queue.job(short)["overrides"] == ["training.micro_batch=2"], queue.said(short)
+
+
+def test_a_job_of_higher_priority_takes_the_place_of_a_lower_one(queue: Queue, sentences: str) -> None:
+    file = queue.upload(sentences)
+    steps = {name: queue.create(file, low, **training(400)) for name, low in (("low", -2), ("lower", -5))}
+    wait(lambda: all(queue.steps(job) > 2 for job in steps.values()))
+    urgent = queue.create(file, 7, **training(4))
+    assert queue.until(urgent, "succeeded", "failed").status == "succeeded"
+    lower, low = queue.job(steps["lower"]), queue.job(steps["low"])
+    assert (lower["state"], low["state"]) != ("succeeded", "succeeded"), "too fast to be preempted"
+    assert "The job is stopped with a checkpoint, for one of higher priority" in queue.said(steps["lower"])
+    assert "The job is stopped with a checkpoint, for one of higher priority" not in queue.said(steps["low"])
+    # A pause of one that is being stopped, or ends, or is checked, is kept; and it costs no try.
+    early = queue.create(file, **training(4))
+    queue.client.fine_tuning.jobs.pause(early)
+    assert queue.until(early, "paused", "succeeded").status == "paused"
+    queue.client.fine_tuning.jobs.resume(early)
+    same = queue.create(file, **training(400))
+    for job in (*steps.values(), early, same):
+        assert queue.until(job, "succeeded", "failed").status == "succeeded", queue.said(job)
+        assert queue.job(job)["attempts"] == 0
+    assert queue.adapter(steps["lower"]) == queue.adapter(same), "it went on bit for bit"
+
+
+def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> None:
+    class Recorder(Local):
+        """Starts nothing: only the order is looked at."""
+
+        def start(self, work: Work) -> str:
+            started.append((work.folder.name, work.only_check))
+            return "1"
+
+        def poll(self, folder: Path, handle: str) -> Any:
+            return "alive"
+
+    started: list[tuple[str, bool]] = []
+    store = Store(tmp_path)
+    head: dict[str, Any] = {
+        "project": "default",
+        "wanted": "run",
+        "handle": None,
+        "slot": None,
+        "attempts": 0,
+        "overrides": [],
+    }
+    for number, (need, priority) in enumerate([(40, 0), (40, 0), (40, 0), (5, -1)]):
+        numbers = {"memory_bytes": need}
+        job = {**head, "id": f"ftjob-{number}", "state": "queued", "priority": priority, "numbers": numbers}
+        store.add_job(job, None)
+    supervisor = Supervisor(store, Recorder(), [Place({}, 100)], Settings(jobs_per_device=3, preempt=False))
+    supervisor.look()
+    assert started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"
+
+
+@pytest.mark.parametrize("victims", ["server", "server and workers"])
+def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
+    tmp_path: Path, tiny_bert: str, tiny_llama: str, sentences: str, victims: str
+) -> None:
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 100_000))
+    print(f"KILL_SEED={seed}")
+    draw = random.Random(seed)
+    queue = Queue(tmp_path / "root", tiny_bert, tiny_llama, service={"slots": 2})
+    file = queue.upload(sentences)
+    calm = {number: queue.create(file, **training(12, seed=number)) for number in (0, 1)}
+    for job in calm.values():
+        queue.until(job, "succeeded", "failed")
+    moments = [draw.uniform(0, 3) for _ in range(20)]
+    if victims != "server":
+        moments = [draw.uniform(0, 20) for _ in range(6)]
+    jobs: dict[int, str] = {}
+    for number, moment in enumerate(moments):
+        if number < 6:
+            killer = threading.Timer(draw.uniform(0, 0.1) if victims == "server" else 60, queue.process.kill)
+            killer.start()
+            with contextlib.suppress(openai.APIError):
+                jobs[number] = keyed(queue, file, number)
+            killer.cancel()
+        if queue.process.poll() is None:
+            time.sleep(moment)
+        queue.kill()
+        if victims != "server":
+            for folder in (queue.root / "runs").iterdir():
+                kill(folder / "worker.lock")
+        queue.start()
+    for number in range(6):
+        made = keyed(queue, file, number)
+        assert jobs.setdefault(number, made) == made, f"KILL_SEED={seed}"
+    for number, job in jobs.items():
+        assert queue.until(job, "succeeded", "failed").status == "succeeded", (seed, queue.said(job))
+        assert queue.adapter(job) == queue.adapter(calm[number % 2]), f"KILL_SEED={seed}"
+        assert queue.said(job).count("The job has successfully completed") == 1
+        assert queue.job(job)["attempts"] == 0
+    told = everything(queue)
+    assert [len(told[kind]) for kind in ("jobs", "files", "models")] == [8, 9, 10]
+    # The database is an index.
+    queue.kill()
+    for path in queue.root.glob("service.db*"):
+        path.unlink()
+    queue.start("--rebuild")
+    assert everything(queue) == told
+    assert [keyed(queue, file, number) for number in range(6)] == [jobs[number] for number in range(6)]
+    queue.close()
+
+
+def keyed(queue: Queue, file: str, number: int) -> str:
+    """Make one of six jobs, or find the one that was made already."""
+    more = {"recipe": training(12, seed=number % 2)}
+    key = {"idempotency_key": str(number)}
+    client = queue.client.with_options(max_retries=0)
+    job: str = client.fine_tuning.jobs.create(
+        model="tiny", training_file=file, seed=3, metadata=key, extra_body=more
+    ).id
+    return job
+
+
+def kill(lock: Path) -> None:
+    """Kill a worker with all that it has started, if it lives."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError), lock.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.killpg(int(stream.read()), signal.SIGKILL)
+
+
+def everything(queue: Queue) -> dict[str, Any]:
+    """All that the API lists."""
+    client = queue.client
+    return {
+        "jobs": [job.model_dump() for job in client.fine_tuning.jobs.list()],
+        "files": [file.model_dump() for file in client.files.list()],
+        "models": [model.model_dump() for model in client.models.list()],
+    }
