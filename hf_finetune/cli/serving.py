@@ -61,7 +61,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     refuse_open(arguments.host, has_tls=bool(arguments.tls), behind_proxy=arguments.behind_proxy)
     _needs_extra()
     from hf_finetune.service import server, settings
-    from hf_finetune.service.store import DEFAULT_PROJECT, Store
+    from hf_finetune.service.store import DEFAULT_PROJECT, Store, locked
 
     store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
     store.base_models()  # a mistake in it is said now
@@ -69,8 +69,10 @@ def run_serve(arguments: argparse.Namespace) -> None:
     queue = settings.load(store.root).model_copy(update=given)
     if arguments.rebuild:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
-    if not store.list_keys():
-        log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {store.create_key(DEFAULT_PROJECT, 'first')}")
+    with locked(store.root / "schema.lock"):  # of two servers that start together, one makes it
+        if not store.list_keys():
+            key = store.create_key(DEFAULT_PROJECT, "first")
+            log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {key}")
     options = {"tls": arguments.tls, "behind_proxy": arguments.behind_proxy, "settings": queue}
     server.run(store, arguments.host, arguments.port, **options)
 

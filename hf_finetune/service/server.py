@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError, OperationalError
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
@@ -54,6 +57,8 @@ def run(
     app.state.boards = board.Boards(store)
     app.state.closing.append(app.state.boards.close)
     ops.watch(app)
+    app.add_exception_handler(OperationalError, _database_away)
+    app.add_exception_handler(DataError, _no_text)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,6 +79,17 @@ def run(
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
         log.say(f"fine-tuning API: {address}/v1, page: {address}/ (Ctrl-C ends it; jobs go on)")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _database_away(request: Request, error: Exception) -> JSONResponse:
+    """Let the client try again: the database is started anew, or locked for long."""
+    said = {"message": "the database can't be reached now", "type": "server_error", "param": None, "code": None}
+    return JSONResponse({"error": said}, 503)
+
+
+def _no_text(request: Request, error: Exception) -> JSONResponse:
+    said = {"message": "a value is no text that the database takes, e.g. with a NUL", "param": None, "code": None}
+    return JSONResponse({"error": {**said, "type": "invalid_request_error"}}, 400)
 
 
 def executor(store: Store, settings: Settings) -> Executor:

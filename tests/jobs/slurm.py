@@ -65,8 +65,7 @@ class Slurm:
         """Start the daemons, and wait until all nodes are idle."""
         for name in ("munge", "controller", *(f"node{host.number}-spool" for host in self.made.hosts)):
             (self.folder / name).mkdir(mode=0o755)
-        text = CONFIGURATION.format(folder=self.folder, count=len(self.made.hosts))
-        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "slurm.conf").write_text(self.configuration())
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={self.folder}/groups\n")
         names = "".join(f"10.0.0.{host.number} node{host.number}\n" for host in self.made.hosts)
         (self.folder / "names").write_text(f"127.0.0.1 localhost\n{names}")
@@ -82,6 +81,10 @@ class Slurm:
         self.until(
             lambda: self.ask("sinfo", "--noheader", "--format=%D %t").split() == [str(len(self.made.hosts)), "idle"]
         )
+
+    def configuration(self) -> str:
+        """That of the cluster."""
+        return CONFIGURATION.format(folder=self.folder, count=len(self.made.hosts))
 
     def power_on(self, host: Host) -> None:
         """Start a node's daemon."""
