@@ -109,7 +109,7 @@ class Queue(Collector):
         for state in STATES:
             jobs.add_metric([state], counts.get(state, 0))
         yield jobs
-        places = len(self.app.state.supervisor.slots)
+        places = len(self.app.state.supervisor.places)
         yield GaugeMetricFamily("hf_finetune_slots", "Places where a job trains: GPUs, or slots of the CPU.", places)
         busy = len({job["slot"] for job in store.active() if job["handle"] is not None and job["slot"] is not None})
         yield GaugeMetricFamily("hf_finetune_slots_busy", "Places in use.", busy)
