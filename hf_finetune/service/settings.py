@@ -34,7 +34,7 @@ class Kubernetes(Section):
 
 
 class Settings(Section):
-    """How the queue works; all servers of one ROOT read the same."""
+    """Settings of the queue; all servers of one ROOT read the same."""
 
     executor: Literal["local", "slurm", "kubernetes"] = "local"
     """Jobs are processes of this machine, or go to a scheduler."""
