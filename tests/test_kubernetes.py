@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hf_finetune.cli.main import parse
 from hf_finetune.recipe import Recipe
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
@@ -51,7 +52,7 @@ def every_job() -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_manifests_fit_the_schemas() -> None:
-    for folder in ["base", *KINDS]:
+    for folder in ["base", "service", *KINDS]:
         for version in VERSIONS:
             for document in documents(folder):
                 if document["kind"] in OWN:
@@ -102,6 +103,27 @@ def test_the_pod_is_closed_and_has_what_the_image_needs() -> None:
         assert "value" not in token
         assert token["valueFrom"]["secretKeyRef"]["optional"], "offline there is none"
         assert pod["terminationGracePeriodSeconds"] >= 120
+
+
+def test_the_server_is_closed_has_its_volumes_and_is_one() -> None:
+    kinds = {document["kind"]: document for document in documents("service")}
+    spec = kinds["Deployment"]["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"}), "two servers of one root never overlap"
+    pod, labels = spec["template"]["spec"], spec["template"]["metadata"]["labels"]
+    job = jobs(documents("job"))[0]["template"]["spec"]
+    assert pod["securityContext"] == job["securityContext"]
+    assert pod["containers"][0]["securityContext"] == job["containers"][0]["securityContext"]
+    mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    claims = {one["metadata"]["name"] for one in [*documents("base"), *documents("service")] if "Claim" in one["kind"]}
+    named = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "emptyDir" not in volume}
+    assert named <= claims
+    assert kinds["Service"]["spec"]["selector"] == spec["selector"]["matchLabels"] == labels
+    arguments = parse(pod["containers"][0]["args"])
+    assert arguments.root in {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert arguments.no_first_key, "what is printed is kept by the cluster"
+    route = kinds["Ingress"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert route["name"] == kinds["Service"]["metadata"]["name"]
 
 
 def test_all_kinds_run_the_same_pod() -> None:

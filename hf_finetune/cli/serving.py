@@ -39,6 +39,7 @@ def declare_serve(parser: argparse.ArgumentParser) -> None:
         choices=("local", "slurm", "kubernetes"),
         help="where jobs run; default: as ROOT/service.yaml says",
     )
+    add("--no-first-key", action="store_true", help="print no API key at the first start, where output is kept in a log")
     add("--rebuild", action="store_true", help="make the database anew from the folders of ROOT; keys are not in them")
 
 
@@ -70,7 +71,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     if arguments.rebuild:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
     with locked(store.root / "schema.lock"):  # of two servers that start together, one makes it
-        if not store.list_keys():
+        if not arguments.no_first_key and not store.list_keys():
             key = store.create_key(DEFAULT_PROJECT, "first")
             log.say(f"API key of the project {DEFAULT_PROJECT}, shown once: {key}")
     options = {"tls": arguments.tls, "behind_proxy": arguments.behind_proxy, "settings": queue}
