@@ -91,12 +91,19 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(clients: int, seconds: float, pause: float) -> dict[str, Any]:
     """Run the clients; times in milliseconds, memory in MiB."""
     with tempfile.TemporaryDirectory() as scratch:
         server, port, key = serve(Path(scratch))
         try:
             asking = [Client(port, key) for _ in range(clients)]
+            before, used = processor(server.pid), 0.0
             until = time.monotonic() + seconds
             threads = [threading.Thread(target=one.work, args=(until, pause, "tiny")) for one in asking]
             for thread in threads:
@@ -105,6 +112,7 @@ def measure(clients: int, seconds: float, pause: float) -> dict[str, Any]:
             while any(thread.is_alive() for thread in threads):
                 time.sleep(1)
                 memory.append((sum(len(one.seen) for one in asking), resident(server.pid)))
+                used = processor(server.pid) - before
         finally:
             server.terminate()
             server.wait(60)
@@ -123,6 +131,7 @@ def measure(clients: int, seconds: float, pause: float) -> dict[str, Any]:
         "get_p95_ms": round(quantiles(gets, n=20)[18], 1),
         "get_p99_ms": round(quantiles(gets, n=100)[98], 1),
         "post_p95_ms": round(quantiles(posts, n=20)[18], 1),
+        "server_cpu_ms_per_request": round(1000 * used / len(seen), 2),
         "memory_mib": round(settled[-1][1], 1),
         "memory_growth_mib": round(settled[-1][1] - settled[0][1], 1),
         "memory_over_requests": settled[-1][0] - settled[0][0],

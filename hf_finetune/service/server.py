@@ -64,6 +64,7 @@ def run(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen(2048)  # whoever reads the address below is heard
         except OSError as error:
             message = f"{host}:{port} can't be used: {error.strerror}; give another --port"
             raise RecipeError(Problem(message, key="--port")) from None

@@ -11,17 +11,18 @@ import subprocess
 import sys
 import threading
 from functools import cache
+from importlib.resources import files
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
+import jinja2
 from fastapi import APIRouter, Form, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from hf_finetune.errors import FinetuneError
 from hf_finetune.inference import opening
-from hf_finetune.reports import html
 from hf_finetune.run import journal
 from hf_finetune.service import progress, worker
 from hf_finetune.service.api import FORBIDDEN, Called, Caller
@@ -48,12 +49,15 @@ routes = APIRouter(include_in_schema=False)
 
 
 @cache
-def _templates() -> Any:
-    import jinja2
-
-    made = html.environment()
-    made.loader = jinja2.PackageLoader("hf_finetune.service.web", "templates")
-    return made
+def _templates() -> jinja2.Environment:
+    # Not that of the reports, which would load torch into this process.
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("hf_finetune.service.web", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _page(name: str, request: Request, status: int = 200, **context: Any) -> HTMLResponse:
@@ -152,7 +156,9 @@ def static(name: str) -> Response:
     """Send a script or a style sheet; nothing in them is anybody's own."""
     headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
     if name == "page.css":  # that of the reports
-        return Response((Path(html.__file__).parent / name).read_bytes(), media_type="text/css", headers=headers)
+        return Response(
+            files("hf_finetune.reports").joinpath(name).read_bytes(), media_type="text/css", headers=headers
+        )
     known = {path.name: path for path in STATIC.iterdir() if path.suffix in KINDS}
     if name not in known:
         raise HTTPException(404, "there is no such file")

@@ -122,7 +122,10 @@ export function span(seconds) {
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-export const number = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
+export function number(value) {
+  if (value === null || value === undefined) return "–";
+  return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
+}
 
 export function named(job) {
   return job.user_provided_suffix || job.id.replace(/^ftjob-/, "").slice(-12);

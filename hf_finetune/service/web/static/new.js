@@ -38,11 +38,12 @@ function mark(level, message, param) {
   if (input) {
     input.setAttribute("aria-invalid", "true");
     const wrong = $(`${input.id}-wrong`);
-    wrong.textContent = [wrong.textContent, message].filter(Boolean).join("\n");
+    const own = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+    wrong.textContent = [wrong.textContent, own].filter(Boolean).join("\n");
     for (let box = input.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
   }
   const title = level === "error" ? "Error" : "Warning";
-  $("findings").append(h("p", { class: `finding ${level}` }, h("strong", {}, title), " ", h("span", {}, param ? `${param}: ${message}` : message)));
+  $("findings").append(h("p", { class: `finding ${level}` }, h("strong", {}, title), " ", h("span", {}, param && !message.startsWith(param) ? `${param}: ${message}` : message)));
 }
 
 function refused(error) {

@@ -76,7 +76,9 @@ function scalar(name, schema, path, forms) {
   const words = forms.flatMap(constants);
   const types = new Set(forms.map((one) => one.type).filter(Boolean));
   const onlyWords = forms.every((one) => constants(one).length || one.type === "null" || one.type === "boolean");
-  const hint = h("span", { class: "soft hint", id: `${id}-hint` }, schema.description ?? "");
+  // What stands between backticks is code.
+  const described = (schema.description ?? "").split("`").map((part, place) => (place % 2 ? h("code", {}, part) : part));
+  const hint = h("span", { class: "soft hint", id: `${id}-hint` }, ...described);
   let input;
   let value;
   if (onlyWords) {
@@ -108,8 +110,8 @@ function scalar(name, schema, path, forms) {
 
 function standard(schema) {
   if (!("default" in schema) || schema.default === null) return "as chosen for the data";
-  return typeof schema.default === "object" ? "the usual" : String(schema.default);
+  return typeof schema.default === "object" ? "as chosen for the data" : `usually ${schema.default}`;
 }
 
-const first = (description = "") => description.split(/(?<=[.;:])\s/)[0];
+const first = (description = "") => description.split(/[.;:]\s/)[0].replaceAll("`", "");
 const text = (name, schema, path) => `${path} ${schema.description ?? ""}`.toLowerCase();
