@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 
 from hf_finetune.service import worker
 from hf_finetune.service.store import Page, Store
-from hf_finetune.service.web.pages import project_of
+from hf_finetune.service.web.pages import project_of, unplaced
 
 PREFIX = "/tensorboard"
 IDLE = 900
@@ -58,7 +58,7 @@ class Board:
         self.folder = Path(tempfile.mkdtemp(prefix="hf-finetune-board-"))  # only this user may enter it
         self.socket, self.logdir = self.folder / "socket", self.folder / "runs"
         self.logdir.mkdir()
-        self.asked = time.monotonic()
+        self.asked, self.listens = time.monotonic(), False
         self.link()
         # It ends with its standard input: also when this process is killed.
         self.process = subprocess.Popen(  # noqa: S603 - no shell
@@ -70,8 +70,8 @@ class Board:
 
     def link(self) -> None:
         """Link the runs of the project, by the names that people know."""
-        jobs, _ = self.store.jobs(self.project, {}, Page(RUNS))
-        for job in jobs:
+        self.jobs, _ = self.store.jobs(self.project, {}, Page(RUNS))
+        for job in self.jobs:
             events = self.store.folder_of_job(job["id"]) / worker.RUN / "tensorboard"
             name = f"{job['suffix'] or job['model'].replace('/', '_')} {job['id'][-12:]}"
             with suppress(FileExistsError):
@@ -90,18 +90,30 @@ class Board:
             connection.request(method, path, body or None, headers)
             answer = connection.getresponse()
             found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, found, answer.read()
+            content = answer.read()
         except http.client.HTTPException as error:
             raise OSError(f"TensorBoard broke off: {error}") from error
         finally:
             connection.close()
+        # Answers about runs show recipes, and TensorBoard its own folder.
+        if found.get("content-type", "").startswith("application/json"):
+            text = content.decode().replace(str(self.logdir), "runs")
+            content = unplaced(text, self.store, self.jobs).encode()
+        return answer.status, found, content
 
     def wait(self) -> bool:
         """Wait until it listens."""
         end = time.monotonic() + PATIENCE
-        while not self.socket.exists() and self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        return self.socket.exists()
+        while not self.listens and self.process.poll() is None and time.monotonic() < end:
+            try:
+                connection = _Connection(str(self.socket), 1)
+                connection.connect()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                connection.close()
+                self.listens = True
+        return self.listens
 
     def close(self) -> None:
         """End it."""
@@ -169,7 +181,7 @@ async def board(request: Request, path: str) -> Response:
     body = await request.body()
     if len(body) > LARGEST:
         raise HTTPException(413, "the request is too large")
-    kept = {name: value for name in ("content-type", "accept-encoding") if (value := request.headers.get(name))}
+    kept = {"content-type": request.headers.get("content-type", ""), "accept-encoding": "identity"}
     target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
     def asked() -> tuple[int, dict[str, str], bytes]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Mapping
 from functools import cache
+from html import escape
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -27,6 +29,7 @@ from hf_finetune.run import journal
 from hf_finetune.service import progress, worker
 from hf_finetune.service.api import FORBIDDEN, Called, Caller
 from hf_finetune.service.sessions import COOKIE, Sessions, csrf_of, is_own, set_cookie
+from hf_finetune.service.store import Store
 from hf_finetune.tasks.base import METRICS
 
 POLICY = (
@@ -168,8 +171,22 @@ def static(name: str) -> Response:
 # ---- reports ----
 
 
-def _sandboxed(file: Path) -> Response:
-    return FileResponse(file, media_type="text/html", headers={**_CLOSED, "content-security-policy": SANDBOX})
+def unplaced(text: str, store: Store, jobs: Iterable[Mapping[str, Any]]) -> str:
+    """Put the names that callers know in the place of paths of the host, which runs of these jobs hold."""
+    names = {str(store.root / "runs"): "runs", str(store.root): ""}
+    for job in jobs:
+        base = job["base"]["name"]
+        names |= {base: job["model"], str(Path(base).absolute()): job["model"]}
+    # Longer ones first: one may begin with another.
+    for path in sorted(names, key=len, reverse=True):
+        for written in {path, escape(path)}:
+            text = text.replace(written, names[path])
+    return text
+
+
+def _sandboxed(file: Path, request: Request, job: dict[str, Any]) -> Response:
+    text = unplaced(file.read_text(encoding="utf-8"), request.app.state.store, [job])
+    return HTMLResponse(text, headers={**_CLOSED, "content-security-policy": SANDBOX})
 
 
 def _of(request: Request, job: str) -> tuple[dict[str, Any], Path] | None:
@@ -183,9 +200,9 @@ def report(request: Request, job: str) -> Response:
     """Show the run report."""
     found = _of(request, job)
     file = None if found is None else found[1] / worker.RUN / "report.html"
-    if file is None or not file.is_file():
+    if found is None or file is None or not file.is_file():
         return _framed("missing", request)
-    return _sandboxed(file)
+    return _sandboxed(file, request, found[0])
 
 
 @routes.get("/jobs/{job}/data")
@@ -211,7 +228,7 @@ def data_report(request: Request, job: str) -> Response:
                     )
     if not (folder / DATA_REPORT).is_file():
         return _framed("missing", request)
-    return _sandboxed(folder / DATA_REPORT)
+    return _sandboxed(folder / DATA_REPORT, request, found[0])
 
 
 # ---- what only the page asks ----

@@ -5,7 +5,10 @@ let turns = [[], []];
 let running = null;
 
 const chosen = () => [$("first").value, $("second").value].map((name) => models.find((one) => one.id === name)).filter(Boolean);
-const short = (model) => model.id.replace(/^ft:/, "").split(":").filter(Boolean).map((part) => part.slice(0, 28)).join(" · ");
+function short(model) {
+  const [, base, , suffix, id] = model.id.split(":");
+  return `${suffix || base} · ${base} · ${id.slice(-6)}`;
+}
 
 function inputs() {
   const model = chosen()[0];
@@ -77,6 +80,7 @@ $("form").addEventListener("submit", async (event) => {
   const asked = chosen();
   running = new AbortController();
   $("send").disabled = true;
+  $("busy").textContent = "Asking…";
   say(null);
   try {
     await Promise.all(asked.map((model, place) => (model.endpoint === "chat" ? chat(model, place, areas[0].value, running.signal) : classify(model, place, row))));
@@ -85,6 +89,7 @@ $("form").addEventListener("submit", async (event) => {
     if (error.name !== "AbortError") say(error);
   } finally {
     $("send").disabled = false;
+    $("busy").textContent = "";
     areas[0].focus();
   }
 });
