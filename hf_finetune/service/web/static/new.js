@@ -1,6 +1,8 @@
 import { $, ApiError, call, h, say } from "/static/api.js";
 import { fields } from "/static/schema.js";
 
+// Fields that are no key of the recipe.
+const OWN = ["model", "training_file", "validation_file", "suffix", "seed", "n_epochs", "batch_size", "learning_rate_multiplier"];
 const uploads = new Map();
 let recipe;
 
@@ -22,9 +24,10 @@ function clear() {
 function place(param) {
   if (!param) return null;
   const key = param.replace(/^recipe\./, "");
-  const last = param.split(".").at(-1);
-  const top = { train: "training_file", validation: "validation_file" }[key.replace(/^data[./]/, "").split(/[.:/]/)[0]] ?? last;
-  const input = /^(model|training_file|validation_file|suffix|seed|n_epochs|batch_size|learning_rate_multiplier)$/.test(top) && !param.startsWith("recipe.") ? $(top) : null;
+  const names = param.split(".").reverse();
+  const split = { train: "training_file", validation: "validation_file" }[key.replace(/^data[./]/, "").split(/[.:/]/)[0]];
+  const top = split ?? names.find((name) => OWN.includes(name));
+  const input = top && !param.startsWith("recipe.") ? $(top) : null;
   if (input) return input;
   for (let path = key; path; path = path.includes(".") ? path.slice(0, path.lastIndexOf(".")) : "") {
     const found = document.querySelector(`#recipe [data-path="${CSS.escape(path)}"]`);
@@ -38,7 +41,8 @@ function mark(level, message, param) {
   if (input) {
     input.setAttribute("aria-invalid", "true");
     const wrong = $(`${input.id}-wrong`);
-    const own = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+    // The field says where already; without the names of JSON it reads as a sentence.
+    const own = message.startsWith(`${param}: `) ? message.replaceAll(/(^|; )[\w.'[\]-]+: /g, "$1") : message;
     wrong.textContent = [wrong.textContent, own].filter(Boolean).join("\n");
     for (let box = input.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
   }
