@@ -39,7 +39,9 @@ def declare_serve(parser: argparse.ArgumentParser) -> None:
         choices=("local", "slurm", "kubernetes"),
         help="where jobs run; default: as ROOT/service.yaml says",
     )
-    add("--no-first-key", action="store_true", help="print no API key at the first start, where output is kept in a log")
+    add(
+        "--no-first-key", action="store_true", help="print no API key at the first start, where output is kept in a log"
+    )
     add("--rebuild", action="store_true", help="make the database anew from the folders of ROOT; keys are not in them")
 
 
