@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import browsing
 from PIL import Image
@@ -59,11 +60,16 @@ def main(run: str = "runs/quickstart", folder: str = "docs/images", *names: str)
                     browser.get("about:blank")  # else only the part behind `#` may change, and nothing is loaded
                     browser.get(pages[page])
                     time.sleep(SECONDS if page in BOARD else 0.5)
-                    picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-                    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(f"{folder}/{name}.png", optimize=True)
+                    keep(browser, f"{folder}/{name}.png")
             finally:
                 session.close()
                 board.terminate()
+
+
+def keep(browser: Any, file: str) -> None:
+    """Write what the window shows, in few colours."""
+    picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 if __name__ == "__main__":
