@@ -122,6 +122,7 @@ def test_the_server_is_closed_has_its_volumes_and_is_one() -> None:
     arguments = parse(pod["containers"][0]["args"])
     assert arguments.root in {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
     assert arguments.no_first_key, "what is printed is kept by the cluster"
+    assert arguments.stop_jobs, "what runs in the pod ends with it"
     route = kinds["Ingress"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
     assert route["name"] == kinds["Service"]["metadata"]["name"]
 

@@ -68,7 +68,11 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
     store.base_models()  # a mistake in it is said now
-    given = {name: getattr(arguments, name) for name in ("slots", "executor") if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name)
+        for name in ("slots", "executor", "stop_jobs")
+        if getattr(arguments, name) is not None
+    }
     queue = settings.load(store.root).model_copy(update=given)
     if arguments.rebuild:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")

@@ -48,6 +48,9 @@ class Settings(Section):
     """Until a job whose worker was lost starts again; twice as long each time."""
     stop_seconds: Seconds = 600
     """Until a worker that was asked to stop is killed; it must suffice for a step and a checkpoint."""
+    stop_jobs: bool = False
+    """A server that is told to end first stops its jobs with a checkpoint: where they would be killed with it, as in a
+    container. The next one resumes them."""
     slurm: Slurm = Slurm()
     kubernetes: Kubernetes = Kubernetes()
 

@@ -74,9 +74,20 @@ class Supervisor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching; the workers go on, and are found again."""
+        """Stop watching; the workers go on, and are found again, unless the settings say that they stop, too."""
         self._stop.set()
         self._thread.join()
+        if not self.settings.stop_jobs:
+            return
+        told, end = set[str](), time.monotonic() + self.settings.stop_seconds
+        while time.monotonic() < end:
+            working = {job["id"]: job["handle"] for job in self.store.active() if job["handle"] is not None}
+            folders = {job: self.store.folder_of_job(job) for job in working}
+            alive = [job for job in working if self.executor.poll(folders[job], working[job]) == ALIVE]
+            told |= {job for job in alive if job not in told and self.executor.stop(folders[job], working[job])}
+            if not alive:
+                return
+            time.sleep(SECONDS)
 
     @property
     def is_alive(self) -> bool:
