@@ -40,6 +40,9 @@ def declare_serve(parser: argparse.ArgumentParser) -> None:
         help="where jobs run; default: as ROOT/service.yaml says",
     )
     add(
+        "--stop-jobs", action="store_true", default=None, help="at the end, stop jobs with a checkpoint: in a container"
+    )
+    add(
         "--no-first-key", action="store_true", help="print no API key at the first start, where output is kept in a log"
     )
     add("--rebuild", action="store_true", help="make the database anew from the folders of ROOT; keys are not in them")
