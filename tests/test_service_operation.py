@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_service_web import Logged, ask
+from test_service_web import Logged, ask, sentences
 
 from hf_finetune.cli.main import parse
 from hf_finetune.service.store import Store
@@ -41,9 +41,9 @@ def test_metrics_count_and_logs_tell_no_secrets(service: Logged) -> None:
 def test_a_server_that_is_told_to_stop_its_jobs_loses_no_step(service: Logged) -> None:
     service.close()
     service.start("--stop-jobs")
-    file = service.client.files.create(file=b"text,label\n" + b"good,1\nbad,0\n" * 40, purpose="fine-tune")
+    file = service.client.files.create(file=("train.csv", sentences().encode()), purpose="fine-tune")
     training = {"steps": 300, "batch_size": 4}
-    recipe = {"training": training, "checkpoints": {"every": 1000}, "data": {"checks": {"duplicates": "off"}}}
+    recipe = {"training": training, "checkpoints": {"every": 1000}}
     job = service.client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"recipe": recipe}).id
     service.until(job, "running")
     folder = service.root / "runs" / job

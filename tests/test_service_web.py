@@ -63,6 +63,11 @@ class _Stay(HTTPRedirectHandler):
         """Show redirections as they are."""
 
 
+def sentences() -> str:
+    """Write a csv file that can be learned."""
+    return rows(101, 1, [word for word in WORDS if word.isalpha()])
+
+
 def ask(address: str, body: Any = None, method: str | None = None, **headers: str) -> tuple[int, dict[str, str], str]:
     """Send a request outside of the browser; returns status, headers and text."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -155,7 +160,7 @@ class Page:
 
 def test_a_job_by_the_form_from_upload_to_answer(service: Logged, page: Page, tmp_path: Path) -> None:
     file = tmp_path / f"{'<b>'}train.csv"
-    file.write_text(rows(101, 1, [word for word in WORDS if word.isalpha()]).replace("negative", HOSTILE))
+    file.write_text(sentences().replace("negative", HOSTILE))
     for log in ("browser", "performance"):
         page.browser.get_log(log)
     page.look("jobs")
@@ -221,11 +226,11 @@ def test_hostile_names_are_text(service: Logged, page: Page, tmp_path: Path) -> 
 
 
 def test_buttons_pause_resume_and_cancel(service: Logged, page: Page, tmp_path: Path) -> None:
-    file = service.client.files.create(file=b"text,label\n" + b"good,1\nbad,0\n" * 40, purpose="fine-tune")
-    recipe = {"training": {"steps": 2000, "batch_size": 4}, "data": {"checks": {"duplicates": "off"}}}
+    file = service.client.files.create(file=("train.csv", sentences().encode()), purpose="fine-tune")
+    recipe = {"training": {"steps": 2000, "batch_size": 4}}
     job = service.client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"recipe": recipe})
     page.open(f"/jobs/{job.id}")
-    page.until(lambda: page.text("#state") == "Training", "training", 120)
+    page.until(lambda: page.text("#state") in ("Training", "Failed"), "training", 240)
     page.until(lambda: page.text("#steps").startswith("Step"))
     page.find("#pause").click()
     page.until(lambda: page.text("#state") == "Paused", "paused", 120)
