@@ -56,7 +56,9 @@ def test_a_server_that_is_told_to_stop_its_jobs_loses_no_step(service: Logged) -
     assert service.until(job, "succeeded", "failed").status == "succeeded"
     steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 300
-    assert Store(service.root).job(job)["attempts"] == 0, "nothing was lost, so no try is used up"
+    document = Store(service.root).job(job)
+    assert document is not None
+    assert document["attempts"] == 0, "nothing was lost, so no try is used up"
 
 
 def test_deployed_servers_print_no_key() -> None:
