@@ -124,7 +124,7 @@ export function span(seconds) {
 
 export function number(value) {
   if (value === null || value === undefined) return "–";
-  return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
+  return value !== 0 && Math.abs(value) < 1e-3 ? Number(value.toPrecision(3)).toExponential() : Number(value.toPrecision(4)).toString();
 }
 
 export function named(job) {

@@ -25,12 +25,13 @@ function ticks(low, high, count, whole) {
 
 export function chart(title, series) {
   const points = series.flatMap((one) => one.points);
-  const [first, last] = [Math.min(...points.map((p) => p[0])), Math.max(...points.map((p) => p[0]))];
+  let [first, last] = [Math.min(...points.map((p) => p[0])), Math.max(...points.map((p) => p[0]))];
+  if (first === last) [first, last] = [first - 1, last + 1];
   let [low, high] = [Math.min(...points.map((p) => p[1])), Math.max(...points.map((p) => p[1]))];
   const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
   low = low >= 0 ? Math.max(0, low - room) : low - room;
   high += room;
-  const x = (step) => LEFT + ((step - first) / (last - first || 1)) * (WIDTH - LEFT - RIGHT);
+  const x = (step) => LEFT + ((step - first) / (last - first)) * (WIDTH - LEFT - RIGHT);
   const y = (value) => TOP + (1 - (value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
 
   const about = series.map((one) => `${label(one)} from ${number(one.points[0][1])} to ${number(one.points.at(-1)[1])}`);
