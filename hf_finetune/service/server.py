@@ -78,7 +78,7 @@ def run(
             ssl_keyfile=key,
         )
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
-        log.say(f"fine-tuning API: {address}/v1, page: {address}/ (Ctrl-C ends it; jobs go on)")
+        log.say(f"fine-tuning API: {address}/v1, page: {address}/ (Ctrl-C ends it; jobs keep running)")
         uvicorn.Server(config).run(sockets=[listener])
 
 
