@@ -24,12 +24,12 @@ def test_local_processes(tmp_path: Path, tiny_bert: str) -> None:
 
 
 def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(cluster.config))  # which the client reads as it is loaded
     kubernetes = pytest.importorskip("hf_finetune.service.executors.kubernetes")
     validate = pytest.importorskip("kubernetes_validate").validate
     validate(yaml.safe_load((FOLDER / "role.yaml").read_text()), "1.34", strict=True)
     (tmp_path / "job.yaml").write_text((FOLDER / "job.yaml").read_text())
-    cluster = Cluster(tmp_path)
-    monkeypatch.setenv("KUBECONFIG", str(cluster.config))
     monkeypatch.setattr(kubernetes, "EVERY_S", 0.2)
     given = settings.Kubernetes(namespace="ml")
     try:

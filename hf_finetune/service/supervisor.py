@@ -77,13 +77,15 @@ class Supervisor:
         """Stop watching; the workers go on, and are found again, unless the settings say that they stop, too."""
         self._stop.set()
         self._thread.join()
-        if not self.settings.stop_jobs:
-            return
-        told, end = set[str](), time.monotonic() + self.settings.stop_seconds
+        if not self.settings.stop_jobs or not self._began:
+            return  # another server looks after them
+        told = {job["id"] for job in self.store.active() if job.get("stopped_at")}
+        end = time.monotonic() + self.settings.stop_seconds
         while time.monotonic() < end:
             working = {job["id"]: job["handle"] for job in self.store.active() if job["handle"] is not None}
             folders = {job: self.store.folder_of_job(job) for job in working}
             alive = [job for job in working if self.executor.poll(folders[job], working[job]) == ALIVE]
+            # A second signal would end a worker without its checkpoint.
             told |= {job for job in alive if job not in told and self.executor.stop(folders[job], working[job])}
             if not alive:
                 return
