@@ -127,7 +127,10 @@ class Supervisor:
         """Look at every job once: take in those that ended, hand on what is wanted, start what there is room for."""
         for job in self.store.active():
             if job["handle"] is not None:
-                self._watch(job)
+                try:
+                    self._watch(job)
+                except OSError:  # a scheduler that does not answer for one job must not keep the others waiting
+                    _logger.exception("%s could not be looked after", job["id"])
         jobs = self.store.active()
         for job in jobs:
             if job["handle"] is None and job["wanted"] != "run":
