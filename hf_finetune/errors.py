@@ -41,6 +41,13 @@ class Problem:
         return ": ".join(part for part in (place, self.key, self.message) if part)
 
 
+@dataclass(frozen=True)
+class MissingColumn(Problem):
+    """A file of the data lacks a column; the key of the recipe that names it is to blame, where a recipe does."""
+
+    column: str = ""
+
+
 class FinetuneError(Exception):
     """Base of every error that is raised on purpose. `problems` has its findings, one or more."""
 

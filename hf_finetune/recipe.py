@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_finetune.adapters.base import Adapter
-from hf_finetune.config import problems, reading, yamlfile
+from hf_finetune.config import reading, yamlfile
 from hf_finetune.config.blocks import (
     NO_CHECKPOINTS,
     Checkpoints,
@@ -30,6 +30,7 @@ from hf_finetune.config.paths import NO_COMMIT, is_commit
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.reference import markdown, schema
 from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, discover, union
+from hf_finetune.config.suggestions import suggestion
 from hf_finetune.config.yamlfile import KeyPath
 from hf_finetune.tasks._tokens import PACKED_ATTENTION
 from hf_finetune.tasks.base import Task
@@ -175,7 +176,7 @@ class Recipe(Section):
     def _selection_has_metric(self) -> Self:
         best = self.training.best_metric
         if best is not None and best not in self.task.best_metrics:
-            known = problems.suggestion(best, list(self.task.best_metrics))
+            known = suggestion(best, list(self.task.best_metrics))
             raise ValueError(f"training.best_metric: {self.task.kind} has no metric {best!r}{known}")
         return self
 

@@ -20,6 +20,7 @@ from hf_finetune.config.blocks import Tracking
 from hf_finetune.log import text as log_text
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals, verdict
+from hf_finetune.reports import outcome as reports_outcome
 from hf_finetune.reports import run as reports_run
 from hf_finetune.reports.run import RunData
 from hf_finetune.run.folder import RunFolder
@@ -172,12 +173,12 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
 
 def test_the_summary_ends_with_the_commands_that_fit_the_run(tmp_path: Path) -> None:
     found: Any = {"steps": 1, "resumed_at": 0, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None}
-    found |= {"scores": {}, "reload_difference": 0.0}
+    found |= {"scores": {}, "reload_difference": 0.0, "kept": None}
 
     def commands(kind: Any, **changes: Any) -> list[str]:
         made = reported.recipe(tmp_path, kind).model_copy(update=changes)
         outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("runs/a b"), **found)
-        lines = reports_run.summary_lines(outcome)
+        lines = reports_outcome.summary_lines(outcome)
         first = next(n for n, line in enumerate(lines) if line.startswith("  next "))
         place = "hf-finetune "
         return [line[line.index(place) :].removeprefix(place) for line in lines[first:]]

@@ -88,6 +88,13 @@ def number(what: str, most: float = math.inf) -> Callable[[str], float]:
     return read
 
 
+def top(word: str) -> int | str:
+    """Be the type of `--top`."""
+    if word != "all" and not (word.isdecimal() and int(word) > 0):
+        raise argparse.ArgumentTypeError(f"must be a number of labels or all, not {word!r}")
+    return word if word == "all" else int(word)
+
+
 def processes(word: str) -> str:
     """Be the type of `--processes`."""
     if word != "auto" and not (word.isdecimal() and int(word) > 0):

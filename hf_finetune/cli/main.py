@@ -48,9 +48,20 @@ from hf_finetune.run import invocation
 EPILOG = """\
 A first argument that is a recipe file means `train`. `hf-finetune VERB --help` tells more.
 
-exit codes: 0 done, 2 recipe or usage, 3 data, 4 model or Hub input, 5 storage, 6 diverged, 7 out of memory,
-  8 trained, but not uploaded, 9 no valid checkpoint, or not as locked, 10 a peer died or hung, 130 interrupted,
-  143 preempted, 1 a bug
+exit codes:
+  0    done
+  2    recipe or usage
+  3    data
+  4    model, or the Hub
+  5    storage: full, read-only, gone
+  6    diverged: NaN, infinity, a loss that jumps
+  7    out of memory
+  8    trained, but not uploaded
+  9    no checkpoint that is intact and fits, or not as locked
+  10   a rank died or hangs
+  130  interrupted
+  143  stopped from outside, resumable
+  1    a bug
 """
 _FORMAT, _PROCESSES = "--log-format", "--processes"
 

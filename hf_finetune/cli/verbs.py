@@ -3,121 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hf_finetune import log
-from hf_finetune.cli import serving
-from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes
+from hf_finetune.cli import checking, serving
+from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes, top
 from hf_finetune.errors import RecipeError
-from hf_finetune.log import say, show, tell
-from hf_finetune.log.lines import Level, Message, printable
-
-if TYPE_CHECKING:
-    from hf_finetune.pipeline.check import CheckResult
-
-HELP_CHECK = "say everything that is wrong with a recipe, its data and its model; load no weights, need no GPU"
-DESCRIPTION_CHECK = f"{HELP_CHECK[0].upper()}{HELP_CHECK[1:]}."
-
-
-def declare_check(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add_recipe(parser)
-    parser.add_argument("--explain", action="store_true", help="say where each value came from")
-    text = "N training rows as the model sees them"
-    parser.add_argument("--show", metavar="N", type=count("rows", 0), default=0, help=text)
-    parser.add_argument("--report", metavar="FILE.html", help="write a page about the data")
-    text = "json: one JSON document with everything"
-    parser.add_argument("--format", choices=("text", "json"), default="text", help=text)
-
-
-def run_check(arguments: argparse.Namespace) -> None:
-    """Check; exits with the code of the gravest finding."""
-    if log.rank():
-        return  # one look is enough, and one report
-    from hf_finetune.pipeline.check import check, read
-
-    recipe, overrides = given(arguments)
-    reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change, anew=arguments.restart)
-    is_json = arguments.format == "json"
-    if is_json:  # what it does meanwhile is no part of the document
-        log.open_for(arguments.log_format, quiet=True)
-    result = check(reading, restart=arguments.restart, allow_change=arguments.allow_change, locked=repeat)
-    origins, rows = list[tuple[str, str, str]](), list[str]()
-    if arguments.explain and reading.recipe is not None:
-        origins = reading.explain()
-    elif arguments.explain:
-        log.answer("no values to explain: correct the errors first")
-    # Before anything is printed, as a row of a stream may be unreadable: what is found then belongs to the findings.
-    if arguments.show:
-        with result.findings.collect():
-            rows = _rows(result, arguments.show, colour=sys.stdout.isatty() and not is_json)
-    if arguments.report is not None:
-        with result.findings.collect():
-            _write_report(result, arguments.report)
-    if is_json:
-        explained = [{"key": key, "value": value, "origin": origin} for key, value, origin in origins]
-        show(json.dumps({**result.as_json(), "origins": explained, "rows": rows}, indent=2))
-    else:
-        _print(result, origins, rows)
-    if result.exit_code:
-        sys.exit(result.exit_code)
-
-
-def _print(result: CheckResult, origins: list[tuple[str, str, str]], rows: list[str]) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # texts may hold what the terminal's encoding lacks
-    for finding in result.findings:
-        level: Level = "error" if finding.kind else "warning"
-        tell(Message(str(finding.problem), "finding", level, "stderr", finding.as_json()))
-    for note in result.notes:
-        say(f"note: {note}")
-    width = max(map(len, result.plan), default=0)
-    for name, text in result.plan.items():
-        shown = printable(f"  {name:<{width}}  {text}")
-        print_it = log.detail if name == "chosen" else tell
-        print_it(Message(f"{name}: {text}", "plan", fields={name: text}, line=shown))
-    counts = {"errors": len(result.problems), "warnings": len(result.warnings)}
-    tell(Message(result.verdict, "verdict", fields={"exit_code": result.exit_code, **counts}))
-    keys = max((len(key) for key, _, _ in origins), default=0)
-    # Few values are longer than that; their origins just begin further right.
-    values = min(24, max((len(value) for _, value, _ in origins), default=0))
-    for key, value, origin in origins:
-        line = printable(f"{key:<{keys}}  {value:<{values}}  # {origin}")
-        fields = {"key": key, "value": value, "origin": origin}
-        tell(Message(f"{key}: {value}", "origin", fields=fields, line=line, is_asked_for=True))
-    for row in rows:
-        tell(Message(row, "row", line=row, is_asked_for=True))
-
-
-def _rows(result: CheckResult, count: int, *, colour: bool) -> list[str]:
-    """Give rows as the model will see them, as lines of text; a streamed row may be unreadable: a DataError."""
-    parts = result.parts
-    if parts is None or parts.prepared is None:
-        log.answer("no rows to show: correct the errors first")
-        return []
-    from hf_finetune.reports import data
-
-    return data.lines(parts.recipe, parts.prepared, parts.tokenizer, count, colour=colour)
-
-
-def _write_report(result: CheckResult, file: str) -> None:
-    """Write the page also of data with mistakes: that is when it is needed most."""
-    parts = result.parts
-    if parts is None or parts.prepared is None:
-        log.answer(f"{file} is not written: the data could not be read; correct the errors first")
-        return
-    from hf_finetune.reports import data
-
-    plan = list(result.plan.items())
-    data.write(file, parts.recipe, parts.prepared, tokenizer=parts.tokenizer, findings=result.findings, plan=plan)
-    tell(Message(f"data report: {file}", "report", stream="stderr", fields={"file": file}, is_asked_for=True))
-
+from hf_finetune.log import say, show
 
 # hf-finetune init
 
@@ -212,13 +109,16 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Train."""
-    from hf_finetune.pipeline.check import look, read
+    from hf_finetune.pipeline.check import check, look, read
 
     recipe, overrides = given(arguments)
     reading, repeat = read(recipe, overrides, arguments.locked, arguments.allow_change, anew=arguments.restart)
     # Another process may have taken the run folder already.
     is_late = reading.recipe is not None and is_worker()
     found = look(reading, folder=not is_late, restart=arguments.restart, allowed=arguments.allow_change)
+    if found.exit_code and reading.recipe is not None and repeat is None and not is_worker():
+        # One report has all that is wrong, also what only the libraries can tell.
+        found = check(reading, restart=arguments.restart, allow_change=arguments.allow_change).findings
     if reading.recipe is None or repeat is None:  # a repeat is refused with all that differs from its lock
         found.located(reading.locate).raise_errors()
     if reading.recipe is None:
@@ -337,6 +237,8 @@ def declare_predict(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", metavar="N", type=count("tokens"), help="most tokens of a generated answer")
     text = "put before the names of output columns; by default `predicted_` where one is taken, else nothing"
     add("--prefix", metavar="TEXT", help=text)
+    text = "likeliest labels of a row; by default all in a file, and 3 on standard output where there are more than 5"
+    add("--top", metavar="N|all", type=top, help=text)
     add("--restart", action="store_true", help="begin anew, and replace a finished output")
 
 
@@ -366,6 +268,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
         on_bad_row=arguments.on_bad_row,
         max_new_tokens=arguments.max_new_tokens,
         prefix=arguments.prefix,
+        top=arguments.top,
         restart=arguments.restart,
     )
     predict.run(options)
@@ -586,7 +489,7 @@ VERBS = (
     Verb("init", HELP_INIT, DESCRIPTION_INIT, declare_init, run_init),
     Verb("recipes", HELP_RECIPES, DESCRIPTION_RECIPES, declare_recipes, run_recipes),
     Verb("train", HELP_TRAIN, DESCRIPTION_TRAIN, declare_train, run_train),
-    Verb("check", HELP_CHECK, DESCRIPTION_CHECK, declare_check, run_check),
+    Verb("check", checking.HELP, checking.DESCRIPTION, checking.declare, checking.run),
     Verb("evaluate", HELP_EVALUATE, DESCRIPTION_EVALUATE, declare_evaluate, run_evaluate),
     Verb("predict", HELP_PREDICT, DESCRIPTION_PREDICT, declare_predict, run_predict),
     Verb("chat", HELP_CHAT, DESCRIPTION_CHAT, declare_chat, run_chat),

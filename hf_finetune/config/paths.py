@@ -7,6 +7,7 @@ These are no rules of the recipe: the recipe of a finished run must load on anot
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from hf_finetune.config.blocks import Data, Source, is_hub_id
 from hf_finetune.config.problems import shown
+from hf_finetune.config.suggestions import meant, nearest
 from hf_finetune.errors import ModelError, Problem, RecipeError
 
 VARIABLE = "HF_FINETUNE_ROOT"
@@ -63,7 +65,8 @@ def resolve(name: str) -> str:
     if not folder.is_dir():
         # A Hub id has one slash at most; what looks like a path was meant as one.
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise ModelError(Problem(f"there is no folder {name!r}; give a folder with a config.json", key=KEY))
+            hint = meant(name, holding="config.json") or "; give a folder with a config.json"
+            raise ModelError(Problem(f"there is no folder {name!r}{hint}", key=KEY))
         return name
     folder = folder.resolve()
     # With an adapter_config.json, from_pretrained would load the base that *it* names, at another revision.
@@ -99,12 +102,24 @@ def _inside_package(name: str) -> Path:
     # Found, not imported: a package of models need not be importable here.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
+        known = {*EXTRAS, *importlib.metadata.packages_distributions()}
+        near = None if package in EXTRAS else nearest(package, known, 0.8)
         how = EXTRAS.get(package, f"pip install {package.replace('_', '-')}")
+        how = f"did you mean {near!r}? Else {how}" if near else how
         raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
     for location in spec.submodule_search_locations:
         if (folder := Path(location) / path).is_dir():
             return folder
-    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}", key=KEY))
+    hint = next((hint for place in spec.submodule_search_locations if (hint := _meant_inside(Path(place), path))), "")
+    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}{hint}", key=KEY))
+
+
+def _meant_inside(folder: Path, path: str) -> str:
+    """Like `meant`, with the path as it is written inside a package; without one that is near, all models there."""
+    models = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob("config.json"))
+    if (near := nearest(path, models)) is not None:
+        return f"; did you mean {near!r}?"
+    return f"; it has {', '.join(models[:20])}" if models else "; it has no models"
 
 
 NO_COMMIT = "is no commit, which require_pinned asks for; give its 40 digits"

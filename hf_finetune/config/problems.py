@@ -20,6 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from hf_finetune.config.credentials import redacted
+from hf_finetune.config.suggestions import nearest, suggestion
 from hf_finetune.config.yamlfile import KeyPath, Origin, resolve_scalar
 from hf_finetune.errors import Problem
 
@@ -267,7 +268,9 @@ class Examination:
     def __init__(
         self, root: type[BaseModel], tree: Mapping[str, Any], origin: Origin, *, unread: set[KeyPath], complete: bool
     ) -> None:
-        self._root, self._origin, self._unread, self._complete = root, origin, set(unread), complete
+        self._root, self._origin, self._complete = root, origin, complete
+        self.unread = set(unread)
+        """Keys that are given, but illegibly, or under a name that is not theirs."""
         self._found: list[tuple[KeyPath, str]] = []
         self._missing: list[tuple[KeyPath, KeyPath, str]] = []  # blamed key, needed key, message
         self._defaults: list[tuple[KeyPath, BaseModel, str]] = []
@@ -275,13 +278,13 @@ class Examination:
         self.partial: Any = self._block(root, tree, ())
         """The outermost block with the fields that are right: reading another one raises AttributeError."""
         for path, block, name in self._defaults:
-            if not complete or path in self._unread:  # it is given, only not legibly, so its default says nothing
+            if not complete or path in self.unread:  # it is given, only not legibly, so its default says nothing
                 block.__dict__.pop(name, None)
 
     def problems(self) -> list[Problem]:
         """List what is wrong, each once: values, keys, and rules between fields."""
         for path, needed, message in self._missing:
-            if self._complete and not any(given[: len(needed)] == needed for given in self._unread):
+            if self._complete and not any(given[: len(needed)] == needed for given in self.unread):
                 self._found.append((path, message))
         for path, block in self._blocks:
             for decorator in type(block).__pydantic_decorators__.model_validators.values():
@@ -378,7 +381,7 @@ class Examination:
             misnamed = next((key for key in words if value[key] in list(kinds)), None) or nearest("kind", words)
         written = value.get(misnamed or "kind")
         if misnamed is not None:
-            self._unread.add((*path, "kind"))
+            self.unread.add((*path, "kind"))
             self._found.append(((*path, misnamed), "unknown key; did you mean 'kind'?"))
         elif written is None:
             self._missing.append((path, (*path, "kind"), f"needs a kind; known: {known}"))
@@ -406,7 +409,7 @@ class Examination:
         """Say what another tool's key is called here, else the same key elsewhere, else the nearest one."""
         if key in KEYS:
             # The value is given, only under another name: the key that was meant is not reported as missing, too.
-            self._unread.add(tuple(KEYS[key].split(".")))
+            self.unread.add(tuple(KEYS[key].split(".")))
         if key in HINTS or key in KEYS:
             return f"; {HINTS.get(key) or f'write {KEYS[key]}'}"
         # Keys at the top, and of all other blocks than this one, by their dotted names.
@@ -420,26 +423,13 @@ class Examination:
         known = list(keys(cls))
         near = nearest(key, known)
         if near is not None:
-            self._unread.add((*path, near))
+            self.unread.add((*path, near))
         if kinds := [str(option.tag) for option in variants if option.block and key in keys(option.block)]:
             return f"; it is for kind {alternatives(kinds)}"
         # Among so many keys something is always a little like the word: only what is much like it is meant.
         if near is None and (far := nearest(key, others, 0.8)) is not None:
             return f"; did you mean {others[far]!r}?"
         return suggestion(key, known)
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Find the most similar word, whatever its case."""
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=cutoff)
-    return lowered[near[0]] if near else None
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """Give `; did you mean 'x'?` for the nearest known word, else the list of known words."""
-    near = nearest(word, known)
-    return f"; known: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
 
 
 def _entry(option: Option) -> Option:

@@ -20,8 +20,9 @@ from hf_finetune.config.credentials import redacted
 from hf_finetune.config.paths import outside
 from hf_finetune.config.problems import Examination, keys, options
 from hf_finetune.config.section import key_of
+from hf_finetune.config.suggestions import meant
 from hf_finetune.config.yamlfile import OVERRIDE, Document, KeyPath, Origin, Place, indexed
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import MissingColumn, Problem, RecipeError
 
 EXTENDS = "extends"
 MAX_BASES = 10  # nobody could tell any more where a value comes from
@@ -275,7 +276,8 @@ def _base(document: Document, file: str, seen: set[str], depth: int) -> str | No
     base = str(Path(file).parent / name)
     # A symlink that leads nowhere is there, and is no regular file.
     if not os.path.lexists(base):
-        raise RecipeError(f"there is no file {base!r}; the path is relative to {file}")
+        hint = meant(base, (".yaml", ".yml")) if outside(base) is None else ""
+        raise RecipeError(f"there is no file {base!r}{hint}; the path is relative to {file}")
     if not Path(base).is_file():
         raise RecipeError(f"{base!r} is no regular file; give a recipe file")
     if (refusal := outside(base)) is not None:
@@ -319,11 +321,28 @@ class Reading(Generic[Block]):
         return notes
 
     def locate(self, problem: Problem) -> Problem:
-        """Add the file and line of the key that a problem names; one that has a file or no key stays as it is."""
+        """Add the file and line of the key that a problem names; one that has a file or no key stays as it is.
+
+        Of a column that is missing, the key is the one that names it, and the file of the data is part of the message.
+        """
+        if isinstance(problem, MissingColumn) and (named := self._names_column(problem.column)):
+            problem = Problem(f"{problem.file} {problem.message}".lstrip(), named)
         if problem.file or not problem.key:
             return problem
         file, line = self.origin.place(tuple(problem.key.split(".")))
         return replace(problem, file=file, line=line)
+
+    def _names_column(self, column: str) -> str:
+        """Find the key of the task that names a column, alone, in a list or in a template; empty where none does."""
+        task = getattr(self.partial, "task", None)
+        fields = {} if task is None else type(task).model_fields
+        for name, info in fields.items():
+            key, value = f"task.{info.alias or name}", task.__dict__.get(name)
+            if isinstance(value, list) and column in value:
+                return f"{key}.{value.index(column)}"
+            if name != "kind" and isinstance(value, str) and (value == column or f"{{{column}}}" in value):
+                return key
+        return ""
 
     def checked(self) -> Block:
         """Give the recipe.
@@ -398,6 +417,8 @@ def read(
         examined = Examination(model, layer.tree, layer.origin, unread=layer.unread, complete=layer.complete)
         partial = examined.partial
         layer.problems += examined.problems()
+        # A key that is given under another name is no default.
+        filled = {key: why for key, why in filled.items() if tuple(key.split(".")) not in examined.unread}
         if not layer.problems:
             # pydantic sees more than the examination does; better in its words than not at all.
             layer.problems += mistakes

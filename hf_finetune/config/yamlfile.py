@@ -7,11 +7,14 @@ YAML 1.2 core schema hold (https://yaml.org/spec/1.2.2/#103-core-schema).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from hf_finetune.config.suggestions import meant
 from hf_finetune.errors import Problem, RecipeError
 
 # Far above any recipe: they keep a wrong file, or one made to do harm, from filling memory or the stack.
@@ -41,7 +44,8 @@ def read(path: str) -> Document:
         with Path(path).open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(Problem("no such file; give the path of a recipe", file=path)) from None
+        hint = meant(path, (".yaml", ".yml")) or "; give the path of a recipe"
+        raise RecipeError(Problem(f"no such file{hint}", file=path)) from None
     except IsADirectoryError:
         raise RecipeError(Problem("is a folder; give the path of a recipe file", file=path)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -81,14 +85,48 @@ def parse(text: str, file: str) -> Document:
         message = f"holds the character U+{ord(text[error.position]):04X}, which YAML does not allow; remove it"
         raise RecipeError(Problem(message, file=file, line=at)) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        hint = "indent with spaces, not with tabs" if "'\\t'" in what else "correct it"
-        line = mark.line + 1 if mark else None
-        raise RecipeError(Problem(f"is not valid YAML: {what}; {hint}", file=file, line=line)) from None
+        raise RecipeError(replace(_malformed(text.split("\n"), error), file=file)) from None
     if loader.refused:
         raise RecipeError(dict.fromkeys(loader.refused))
     return Document(node, file)
+
+
+_KEY = re.compile(r"\s*(?:- +)*([^\s:#]+)(\s+\S.*)?\s*")
+"""A line with a key, and perhaps a value, but no colon."""
+
+
+def _malformed(lines: Sequence[str], error: yaml.MarkedYAMLError) -> Problem:
+    """Say what is wrong with a text that PyYAML refuses, and blame the line that has to be changed.
+
+    PyYAML takes a line without a colon for text that goes on, and complains of the next one that has one.
+    """
+    mark = error.problem_mark or error.context_mark
+    what = ", ".join(part for part in (error.context, error.problem) if part)
+    at = None if mark is None else mark.line
+    if "could not find expected ':'" in what and error.context_mark is not None:
+        at = error.context_mark.line
+        return _without_colon(lines, at) or Problem(f"is not valid YAML: {what}; add the colon", line=at + 1)
+    if "mapping values are not allowed" in what and mark is not None and at is not None:
+        if ": " in lines[at][: mark.column]:
+            message = "is not valid YAML: there is a second colon in the value; put the value in quotes"
+            return Problem(message, line=at + 1)
+        above = (n for n in range(at - 1, -1, -1) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
+        before = next(above, None)
+        if before is not None and (found := _without_colon(lines, before)) is not None:
+            return found
+        if before is not None:
+            message = f"it is indented as if it were a part of line {before + 1}, which has a value; indent both alike"
+            return Problem(f"is not valid YAML: {message}", line=at + 1)
+    hint = "indent with spaces, not with tabs" if "'\\t'" in what else "correct it"
+    return Problem(f"is not valid YAML: {what}; {hint}", line=None if at is None else at + 1)
+
+
+def _without_colon(lines: Sequence[str], at: int) -> Problem | None:
+    found = _KEY.fullmatch(lines[at])
+    if found is None:
+        return None
+    value = " and a space before the value" if found[2] else ""
+    return Problem(f"is not valid YAML: {found[1]!r} has no colon; write `{found[1]}:`{value}", line=at + 1)
 
 
 def resolve_scalar(text: str) -> str | int | float | bool | None:

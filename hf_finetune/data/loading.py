@@ -22,7 +22,7 @@ import datasets
 import pyarrow as pa
 from datasets.features.features import register_feature
 
-from hf_finetune.config.problems import suggestion
+from hf_finetune.config.suggestions import suggestion
 from hf_finetune.data import readers
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.errors import SHOWN, BadRows, DataError, Problem

@@ -20,8 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from hf_finetune.config.problems import suggestion
-from hf_finetune.errors import DataError, Problem
+from hf_finetune.config.suggestions import meant, nearest, suggestion
+from hf_finetune.errors import DataError, MissingColumn, Problem
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 MOST_FILES = 100  # files of a split that are looked at
@@ -95,7 +95,7 @@ def _match(pattern: str, key: str) -> Iterator[str | Problem]:
                 beside = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
             except (OSError, ValueError):
                 beside = []
-            near = suggestion(path.name, beside[:20]) if beside else ""
+            near = meant(path, SUFFIXES) or (suggestion(path.name, beside[:20]) if beside else "")
             yield Problem(f"no file matches {pattern!r}{near}", key=key)
 
 
@@ -488,12 +488,14 @@ def _header_problems(header: Sequence[str], columns: Sequence[str], file: str) -
 
 
 def missing_columns(have: Sequence[str], need: Sequence[str], file: str) -> list[Problem]:
-    """Return one line for each column that is missing, with the nearest name or all there are."""
-    found = []
+    """Return one line for each column that is missing, with those that are there, and the nearest."""
+    found = list[Problem]()
     for column in (column for column in need if column not in have):
-        near = suggestion(column, list(have))
-        everything = f" it has {', '.join(have)}" if "did you mean" in near else ""
-        found.append(Problem(f"has no column {column!r}{near}{everything}", file=file))
+        near = nearest(column, have)
+        hint = "" if near is None else f"; did you mean {near!r}?"
+        found.append(
+            MissingColumn(f"has no column {column!r}; it has {', '.join(have)}{hint}", file=file, column=column)
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.paths import PACKAGE, cache_folder, is_commit
-from hf_finetune.config.problems import suggestion
+from hf_finetune.config.suggestions import suggestion
 from hf_finetune.data import loading, parquet
 from hf_finetune.data.loading import Wanted
 from hf_finetune.data.readers import find

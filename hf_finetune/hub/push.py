@@ -25,6 +25,7 @@ from hf_finetune import log
 from hf_finetune.config.blocks import Hub
 from hf_finetune.config.credentials import forms, hide, known
 from hf_finetune.config.section import key_of
+from hf_finetune.config.suggestions import meant
 from hf_finetune.errors import Problem, PushError, RecipeError
 from hf_finetune.hub.worker import Order, Result
 from hf_finetune.log import phase, say, tell
@@ -125,7 +126,9 @@ def run(place: str, given: Mapping[str, Any]) -> None:
     """
     folder = RunFolder(place)
     if not folder.status.is_file() or not folder.recipe.is_file():
-        raise RecipeError(Problem(f"{folder.path} is not a run folder; give one that hf-finetune train made"))
+        hint = "" if folder.path.is_dir() else meant(place, holding=folder.recipe.name)
+        hint = hint or "; give one that hf-finetune train made"
+        raise RecipeError(Problem(f"{folder.path} is not a run folder{hint}"))
     state, _ = folder.condition()
     if state != "done":
         advice = "wait for its end" if state == "running" else f"hf-finetune train {folder.recipe} resumes it"
@@ -200,6 +203,7 @@ def push(folder: RunFolder, hub: Hub, *, command: str) -> None:
         raise PushError(Problem(f"{message}; try it again with: {command}"))
     version = f" as {result.tag}" if result.tag else ""
     text = f"uploaded to {result.url}{version}" if result.is_new else f"{result.url} already holds this{version}"
+    text += "" if hub.as_pr else "; its card says how to load it"
     fields = {"repo": hub.repo, "url": result.url, "commit": result.commit, "tag": result.tag, "new": result.is_new}
     tell(Message(text, "push", fields=fields))
 

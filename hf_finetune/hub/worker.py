@@ -7,6 +7,7 @@ gone.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -18,7 +19,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, set_client_factory
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    set_client_factory,
+)
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
@@ -26,6 +34,7 @@ from hf_finetune.config.credentials import hide
 
 # The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+NO_CONNECTION: type[Exception] = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0]).ConnectError
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 TRANSIENT = {408, 409, 412, 425, 429}  # and everything from 500 on
 HINTS = {
@@ -88,6 +97,7 @@ class Worker:
         self.deadline = time.monotonic() + order.timeout
         self.trouble = "the Hub does not answer"  # the last thing that went wrong
         self.status = 0  # of the last failed response
+        self.has_answered = False
         set_client_factory(self._client)
         self.api = HfApi()
 
@@ -119,6 +129,10 @@ class Worker:
             else:
                 # hf_xet, the storage client, raises plain RuntimeErrors.
                 may_pass = isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError) or type(cause) is RuntimeError
+            if isinstance(cause, NO_CONNECTION) and not self.has_answered:
+                # The very first request: there is no network, or the address is wrong, and waiting rarely helps.
+                why = f"{constants.ENDPOINT} can't be reached ({cause})"
+                return Result(failure=hide(f"{why}; look at the network, HF_ENDPOINT and proxies"[:400]))
             if not may_pass:
                 hint = HINTS.get(status, "").format(repo=self.order.repo)
                 return Result(failure=f"{self.trouble}; {hint}" if hint else self.trouble)
@@ -229,6 +243,7 @@ class Worker:
         Raises:
             HfHubHTTPError: The Hub asks to wait beyond the deadline; huggingface_hub would sleep for as long.
         """
+        self.has_answered = True
         if response.status_code < 400:
             return
         self.status = response.status_code

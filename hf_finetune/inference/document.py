@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_finetune.log import text
 from hf_finetune.log.lines import printable
+from hf_finetune.reports.outcome import macro_over
 from hf_finetune.run.files import write_atomically, writing
 
 VERSION = 1
@@ -89,6 +90,8 @@ def _tables(document: Mapping[str, Any], headline: Sequence[str], *, everything:
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
     notes = [document["intervals"]] if document["intervals"] else []
+    if over := macro_over({name: metric["value"] for name, metric in document["metrics"].items()}):
+        notes.append(over)
     for column, left in document["slices_not_shown"].items():
         notes.append(f"by {column}: {left['slices']:,} smaller slices with {left['rows']:,} rows are not shown")
     for versus in document["against"]:
@@ -108,9 +111,9 @@ def _chosen(metrics: Mapping[str, Any], headline: Sequence[str], *, everything: 
 
 
 def _value(metric: Mapping[str, Any], *, signed: bool = False) -> list[str]:
-    sign = "+" if signed and float(metric["value"]) > 0 else ""
-    bounds = f"{text.number(metric['low'])} .. {text.number(metric['high'])}" if "low" in metric else "-"
-    return [sign + text.number(float(metric["value"])), bounds]
+    written = text.difference if signed else text.number
+    bounds = f"{written(metric['low'])} .. {written(metric['high'])}" if "low" in metric else "-"
+    return [written(float(metric["value"])), bounds]
 
 
 def _short(metric: Mapping[str, Any] | None, narrow: bool) -> str:

@@ -172,6 +172,7 @@ class Report:
         if texts.reads_clock(self.run.tokenizer):
             day = self.run.recipe.task.day
             lines.append(f"  date                trained with {day}; a server's chat template prints its own day")
+        lines.append(f"  next                {self.run.recipe.task.auto_model}.from_pretrained({place!r}) loads it")
         fields = {key: value for key, value in self.facts().items() if key != "made_by"}
         tell(Message("\n".join(lines), "merged", fields={**fields, "folder": place}, is_asked_for=True))
 

@@ -17,6 +17,7 @@ from hf_finetune.config import paths
 from hf_finetune.config.blocks import Data, Source
 from hf_finetune.config.paths import outside, refuse_outside
 from hf_finetune.config.section import key_of
+from hf_finetune.config.suggestions import meant
 from hf_finetune.data import readers
 from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, RecipeError, StorageError
 from hf_finetune.recipe import Recipe
@@ -99,8 +100,10 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(Problem(why, file=place))
     folder = RunFolder(place)
     if not folder.path.is_dir() or not folder.recipe.is_file():
-        what = "holds no run: there is no recipe.yaml in it" if folder.path.is_dir() else "does not exist"
-        raise RecipeError(Problem(f"{what}; give the run folder, `output` of the recipe", file=str(folder.path)))
+        is_there, hint = folder.path.is_dir(), "; give the run folder, `output` of the recipe"
+        what = "holds no run: there is no recipe.yaml in it" if is_there else "does not exist"
+        hint = hint if is_there else meant(place, holding=folder.recipe.name) or hint
+        raise RecipeError(Problem(f"{what}{hint}", file=str(folder.path)))
     state, reason = folder.condition()
     if state != "done":
         reason = reason.partition("\n")[0]

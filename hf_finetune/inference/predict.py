@@ -31,6 +31,12 @@ LABELLED, GENERATED = 1024, 128
 # A window of longer texts ends sooner.
 CHARACTERS = 1 << 23
 
+# Name of the column with the probability of a label, before that of the label.
+PROBABILITY = "probability."
+TOP: dict[str, OutputKind] = {"top_labels": "texts", "top_scores": "numbers"}
+# Labels up to which a pipe gets the probability of each; of more it gets the likeliest.
+FEW, PIPED = 5, 3
+
 Outputs = dict[str, Any]  # output columns of a row, by their plain names
 
 
@@ -125,10 +131,27 @@ class Labels(Predictor):
     window = LABELLED
     cut_means = "cut to data.max_length"
 
+    def __init__(self, run: Finished, served: Serving, top: int | None = None) -> None:
+        super().__init__(run, served)
+        outputs = self.task.outputs(run.targets)
+        self._each = [name for name in outputs if name.startswith(PROBABILITY)]
+        self.top = top if top is not None and top < len(self._each) else None
+        """Labels of which the probability is given, the likeliest first; None gives that of every label."""
+
     @property
     def kinds(self) -> Mapping[str, OutputKind]:
-        """As the task names them."""
-        return self.task.outputs(self.run.targets)
+        """As the task names them; `top_labels` and `top_scores` in place of a column for each label."""
+        outputs = self.task.outputs(self.run.targets)
+        if self.top is None:
+            return outputs
+        return {name: kind for name, kind in outputs.items() if name not in self._each} | TOP
+
+    def _likeliest(self, outputs: Outputs) -> Outputs:
+        if self.top is None:
+            return outputs
+        shares = {name.removeprefix(PROBABILITY): outputs.pop(name) for name in self._each}
+        names = sorted(shares, key=lambda name: -shares[name])[: self.top]
+        return {**outputs, "top_labels": names, "top_scores": [shares[name] for name in names]}
 
     def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
         """Encode rows as in training."""
@@ -143,7 +166,7 @@ class Labels(Predictor):
         """Run the model, and let the task read its predictions."""
         found = self.run.predictions(encoded, self.served.predict)
         cut = sum(row["whole"] > self.run.recipe.data.max_length for row in encoded)
-        return self.task.decode(found, self.run.targets), cut
+        return [self._likeliest(row) for row in self.task.decode(found, self.run.targets)], cut
 
 
 class Answers(Predictor):
@@ -181,12 +204,12 @@ class Answers(Predictor):
         return outputs, sum(answer.tokens == 0 for answer in found)
 
 
-def make(run: Finished, max_new_tokens: int | None, base: Base | None = None) -> Predictor:
-    """Load the model of a run, and make the predictor for its task; `base` as for `Finished.model`."""
+def make(run: Finished, max_new_tokens: int | None, base: Base | None = None, *, top: int | None = None) -> Predictor:
+    """Load the model of a run, and make its predictor; `base` as for `Finished.model`, `top` as for `Labels`."""
     if max_new_tokens is not None and not run.recipe.task.generates:
         raise RecipeError("--max-new-tokens is for language models; leave it out")
     served = run.serve(run.model(base))
-    return Answers(run, served, max_new_tokens) if run.recipe.task.generates else Labels(run, served)
+    return Answers(run, served, max_new_tokens) if run.recipe.task.generates else Labels(run, served, top)
 
 
 @dataclass(frozen=True)
@@ -202,7 +225,15 @@ class Options:
     on_bad_row: Literal["error", "skip", "null"] = "error"
     max_new_tokens: int | None = None
     prefix: str | None = None
+    top: int | Literal["all"] | None = None
+    """Likeliest labels of a row; None gives all in a file, and a few to standard output, where a person may read."""
     restart: bool = False
+
+    def most_labels(self, run: Finished) -> int | None:
+        """Count the labels of a row whose probability is written; None for all of them."""
+        if self.top is not None or self.output != "-":
+            return None if self.top == "all" else self.top
+        return PIPED if len(run.targets.names) > FEW else None
 
     def out_format(self, source: Input) -> sinks.OutFormat:
         """Return the format asked for, that of the output's suffix, or that of the input; plain lines become jsonl."""
@@ -238,7 +269,7 @@ def run(options: Options) -> None:
     key = _key(options, opened, source, form)
     target = None if options.output == "-" else options.output
     with sinks.opened(target, key, restart=options.restart, resumable=not source.is_pipe) as output:
-        predictor = make(opened, options.max_new_tokens)
+        predictor = make(opened, options.max_new_tokens, top=options.most_labels(opened))
         if form == "tsv" and isinstance(predictor, Answers):
             raise RecipeError("generated text may hold line ends, which tsv can't; give --format csv or jsonl")
         try:
@@ -259,6 +290,7 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
         digest.update(base.model_dump_json().encode())
     machine = opened.machine
     settings = [source.form, form, options.on_bad_row, options.max_new_tokens, options.prefix]
+    settings += [options.top] if options.top is not None else []
     precision = [machine.device, machine.precision, machine.attention]
     return {"input": source.identity(), "run": digest.hexdigest(), "settings": settings, "precision": precision}
 

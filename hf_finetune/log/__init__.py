@@ -108,6 +108,11 @@ def detail(message: Message) -> None:
     _logger.debug("%s", message.text, extra={"structured": message})
 
 
+def is_verbose() -> bool:
+    """Tell that `--verbose` was given."""
+    return _logger.level <= logging.DEBUG
+
+
 def say(line: str) -> None:
     """Print one line; `note: ` and `warning: ` at its beginning are its event."""
     kind, separator, text = line.partition(": ")

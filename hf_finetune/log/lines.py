@@ -136,6 +136,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def duration(seconds: float) -> str:
+    """Format `35.2` as `35 s`, and a minute or more like `clock`."""
+    return f"{seconds:.0f} s" if seconds < 59.5 else clock(seconds)
+
+
 LEAST = 20
 """Columns below which nothing is broken: no word would fit."""
 # In backticks, or at the end of a line, alone or behind a colon: a command must stay in one piece to be copied.
@@ -246,11 +251,15 @@ class Lines(logging.Handler):
             timer.cancel()
             # Its beginning was reported then, so its end is, too.
             if phase.seconds >= LONG_S:
-                done = phase.share() if phase.total is None else f"{phase.total:,} {phase.unit}"
-                self._report(phase, f"{done} in {clock(phase.seconds)}")
+                done, took = phase.share() if phase.total is None else f"{phase.total:,} {phase.unit}", phase.seconds
+                if done:
+                    self._report(phase, f"{done} in {duration(took)}")
+                else:
+                    self.put(Message(f"{phase.name} took {duration(took)}"))
 
     def _report(self, phase: Phase, progress: str) -> None:
-        self.put(Message(" ".join(f"{phase.name}: {progress}".split())))
+        colon = "" if progress.startswith(" ") else ":"
+        self.put(Message(" ".join(f"{phase.name}{colon} {progress}".split())))
 
     def last_words(self, messages: list[Message]) -> None:
         """Say why the process ends by force, past every buffer and lock that a hung thread may hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -73,8 +74,9 @@ def text(heads: Sequence[str], sections: Sequence[Sequence[Sequence[str]]]) -> l
 
 
 def width() -> int:
-    """Count the columns of the terminal; `UNLIMITED` where stdout is none."""
-    return lines.width(sys.stdout) or UNLIMITED
+    """Count the columns of the terminal; elsewhere those that `COLUMNS` asks for, else `UNLIMITED`."""
+    asked = os.environ.get("COLUMNS", "")
+    return lines.width(sys.stdout) or (int(asked) if asked.isdecimal() and int(asked) >= lines.LEAST else UNLIMITED)
 
 
 def number(value: float | None) -> str:
@@ -82,6 +84,12 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if not value or abs(value) >= 1e-3 else f"{value:.3g}"
+
+
+def difference(value: float) -> str:
+    """Write a difference of two metrics with its sign, and the digits of `number`; 0 has none."""
+    shown = f"{value:+.4f}"
+    return shown if float(shown) else "0.0000"
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

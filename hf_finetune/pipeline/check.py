@@ -79,8 +79,12 @@ class CheckResult:
         """The last line of the report."""
         counts = ((len(self.problems), "error"), (len(self.warnings), "warning"))
         counted = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+        if not self.ok and self.recipe is None:
+            return f"{counted}; rows and model are looked at once the recipe is right"
         if not self.ok:
-            return counted
+            made = (None, None) if self.parts is None else (self.parts.prepared, self.parts.outline)
+            later = [name for name, part in zip(("rows", "layers of the model"), made, strict=True) if part is None]
+            return f"{counted}; {' and '.join(later)} are looked at once that is corrected" if later else counted
         looked = None if self.parts is None else self.parts.looked
         later = ""
         if looked is not None and not looked.whole:
@@ -144,9 +148,10 @@ def check(
     reading, repeat = read(recipe, overrides, locked, allow_change, anew=restart)
     findings = look(reading, restart=restart, allowed=allow_change)
     result = CheckResult(reading.recipe, findings, list(reading.notes))
-    # Mistakes are answered at once: the libraries take seconds to import. But a repeat is refused with all that differs
-    # from its lock, which only they can tell.
-    if reading.recipe is not None and (repeat is not None or not findings.exit_code):
+    # Mistakes of the recipe are answered at once: the libraries take seconds to import. A file that is missing must not
+    # hide what only they can tell: the rows of the other files, the layers of the model, all that differs from a lock.
+    # Without a model they can tell nothing.
+    if reading.recipe is not None and (repeat is not None or not findings.blame("model")):
         with log.phase("loading libraries"):
             from hf_finetune import device
             from hf_finetune.pipeline.examine import examine, fit_alone

@@ -62,7 +62,8 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
             check(recipe, machine)
     sources.settle(recipe)
     tokenizer = prepared = job = looked = None
-    if findings.blame("model", RecipeError):  # its name is malformed or must not be read
+    # Its name is malformed or must not be read, or nothing is there.
+    if findings.blame("model", RecipeError) or findings.blame("model.name", ModelError):
         return Parts(recipe, machine)
     with findings.collect():
         machine = replace(machine, attention=load.attention(recipe, machine))
@@ -72,8 +73,8 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
         tokenizer = pretrained.load_processor(recipe.model, recipe.task)
         task = recipe.task.on(day or date.today().isoformat(), tokenizer)
         recipe = recipe.model_copy(update={"task": task})
-    # Rows are encoded with the tokenizer: without one, nothing can be said of them.
-    if tokenizer is not None and not findings.blame("data", RecipeError):
+    # Rows are encoded with the tokenizer: without one, nothing can be said of them. Nor where a file has no rows.
+    if tokenizer is not None and not findings.blame("data"):
         with findings.collect():
             try:
                 prepared = prepare.prepare(recipe, tokenizer, machine)

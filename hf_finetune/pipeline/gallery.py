@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.paths import refuse_outside
-from hf_finetune.config.problems import nearest, suggestion
+from hf_finetune.config.suggestions import nearest, suggestion
 from hf_finetune.errors import RecipeError
 from hf_finetune.pipeline.init import write
 from hf_finetune.recipe import TASKS
@@ -32,9 +32,11 @@ def find(name: str) -> Path:
     known = files()
     name = name.removesuffix(".yaml")
     if name not in known:
-        near = nearest(name, known)
-        hint = "`hf-finetune recipes list` names them all" if near is None else f"did you mean {near!r}?"
-        raise RecipeError(f"{name!r} is no recipe of the gallery; {hint}")
+        alike = [one for one in known if name.lower() in one or one.split("_")[0] == name.lower().split("_")[0]]
+        near, listing = nearest(name, known), "`hf-finetune recipes list` names them all"
+        if near is None and name and alike:
+            listing = f"{', '.join(alike)} are; {listing}"
+        raise RecipeError(f"{name!r} is no recipe of the gallery; {f'did you mean {near!r}?' if near else listing}")
     return known[name]
 
 

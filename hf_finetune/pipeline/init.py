@@ -13,13 +13,14 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.paths import is_commit, refuse_outside
+from hf_finetune.config.suggestions import meant, suggestion
 from hf_finetune.data.readers import SUFFIXES
 from hf_finetune.errors import DataError, Problem, RecipeError
 from hf_finetune.inference import rows as reading
@@ -87,6 +88,8 @@ class Tables:
 
     stem: Path
     overwrite: bool
+    before: dict[Path, bytes | None] = field(default_factory=dict)
+    """Content of each file before it was written; None where there was none."""
 
     def write(self, name: str, content: bytes) -> str:
         """Write a file, and return its path; another one that is there already is kept.
@@ -99,9 +102,19 @@ class Tables:
         if file.exists() and not self.overwrite and file.read_bytes() != content:
             message = "is there already, and holds something else; give --overwrite to replace it, or -o ANOTHER.yaml"
             raise RecipeError(Problem(message, file=str(file)))
+        before = file.read_bytes() if file.exists() else None
         with writing(file):
             write_atomically(file, content)
+        self.before.setdefault(file, before)
         return str(file)
+
+    def undo(self) -> None:
+        """Leave the files as they were."""
+        for file, content in self.before.items():
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                write_atomically(file, content)
 
     def write_rows(self, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> Found:
         """Write a file of each split.
@@ -135,7 +148,10 @@ def find(place: str, tables: Tables) -> Found:
                 reason = "; ".join(problem.message for problem in error.problems)
                 message = f"is no file or folder here, and as a data set of the Hub: {reason}"
                 raise DataError(Problem(message, file=place)) from None
-        raise DataError(Problem("is no file or folder here, and no data set of the Hub (owner/name)", file=place))
+        hint = meant(path, (*SUFFIXES, ".txt", *PACKED, ".zip"), "") or meant(path)
+        raise DataError(
+            Problem(f"is no file or folder here, and no data set of the Hub (owner/name){hint}", file=place)
+        )
     if path.is_dir():
         path = main_file(path)
     if path.suffix.lower() in (*PACKED, ".zip"):
@@ -278,7 +294,7 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
         FinetuneError: The data can't be read, or no task fits.
     """
     if kind is not None and kind not in TASKS:
-        raise RecipeError(f"--task {kind}: unknown kind; known: {', '.join(TASKS)}")
+        raise RecipeError(f"--task {kind}: unknown kind{suggestion(kind, list(TASKS))}")
     found = find(place, tables)
     columns, count = columns_of(found.rows["train"])
     if not count:
@@ -364,9 +380,12 @@ def _length(proposal: Proposal, seen: Seen, *, chats: bool) -> tuple[int, str]:
     long = sizes[min(len(sizes) - 1, int(len(sizes) * 0.99))]
     most = min(2048 if chats else 512, seen.positions or 2048)
     # A chat template adds a header to each turn.
-    room = long // 3 + (64 if chats else 8)
-    length = min(most, max(32, -(-room // 32) * 32))
-    return length, f"99 % of the rows have {long:,} bytes at most, a token about 3"
+    tokens, special = long // 3, 64 if chats else 8
+    whole = max(32, -(-(tokens + special) // 32) * 32)
+    why = f"99 % of the rows have at most {long:,} bytes, so about {tokens:,} tokens"
+    if whole > most:
+        return most, f"{why}; {most:,} of them are read"
+    return whole, f"{why}; {special} more for {'the chat template' if chats else 'special ones'}, in steps of 32"
 
 
 def _block(name: str, keys: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -405,8 +424,13 @@ def init(
     """
     file = Path(output or name_of(place))
     refuse_outside([("DATA", place), ("--output", str(file))])
-    text, says = propose(place, kind=kind, model=model, tables=Tables(file.with_suffix(""), overwrite))
-    write(file, text, overwrite=overwrite)
+    tables = Tables(file.with_suffix(""), overwrite)
+    try:
+        text, says = propose(place, kind=kind, model=model, tables=tables)
+        write(file, text, overwrite=overwrite)
+    except BaseException:
+        tables.undo()  # a table without its recipe is of no use
+        raise
     return str(file), says
 
 

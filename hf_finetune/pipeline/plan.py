@@ -15,7 +15,7 @@ from hf_finetune.errors import Findings, Problem, StorageError
 from hf_finetune.models import memory, pretrained
 from hf_finetune.pipeline.examine import size, too_little
 from hf_finetune.recipe import Recipe
-from hf_finetune.reports import run
+from hf_finetune.reports import outcome
 from hf_finetune.run.files import free_bytes, nearest_existing
 from hf_finetune.run.lock import Choice, Choices
 
@@ -60,16 +60,16 @@ def plan(
         message = f"the run needs about {size(disk)}, {output} has {size(disk_free)} left; "
         findings.add(StorageError(Problem(f"{message}free space or name another folder", key="output")))
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
-    model = run.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(recipe)
+    model = outcome.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(recipe)
     lines = {"task": recipe.task.kind, "model": model}
-    for line in run.data_lines(prepared):
+    for line in outcome.data_lines(recipe, prepared):
         name, _, text = line.partition(": ")
         if looked is not None and name == "train":
             rows = f"all {looked.report.rows:,}" if looked.whole else f"first {looked.report.rows:,}"
             text = f"{rows} rows of a stream looked at: {text}"
         lines[name] = text
     lines |= {
-        "steps": run.plan_line(division, length),
+        "steps": outcome.plan_line(division, length),
         "padding": "unknown for a stream" if padding is None else f"{padding:.1%}",
         "machine": machine.describe(),
         "chosen": Choices(machine.device, chosen).describe(),

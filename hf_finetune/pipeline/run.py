@@ -19,7 +19,7 @@ from hf_finetune.run.folder import RunFolder
 if TYPE_CHECKING:  # `train` makes a `Run`, too, and needs nothing of what opens one
     from hf_finetune.inference.merge import Report
     from hf_finetune.inference.predict import Predictor
-    from hf_finetune.reports.run import Outcome
+    from hf_finetune.reports.outcome import Outcome
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Rows = Iterable[Mapping[str, Any] | str]

@@ -48,8 +48,9 @@ from hf_finetune.pipeline.examine import examine, fit
 from hf_finetune.pipeline.run import Run
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import card
+from hf_finetune.reports import outcome as reports_outcome
 from hf_finetune.reports import run as reports_run
-from hf_finetune.reports.run import Outcome
+from hf_finetune.reports.outcome import Outcome
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run import ranks as run_ranks
@@ -367,7 +368,7 @@ def load_model(run: Training) -> None:
     """Load the weights, apply the adapter, choose the attention."""
     recipe, machine, job = run.recipe, run.machine, run.job
     run.say(f"run folder {recipe.output}: {machine.describe()}")
-    for line in [*reports_run.data_lines(job.prepared), *(f"warning: {problem}" for problem in run.findings.warnings)]:
+    for line in [*reports_outcome.data_lines(recipe, job.prepared), *map("warning: {}".format, run.findings.warnings)]:
         run.say(line)
     # Without the rank: fresh heads and adapters must be the same on all of them.
     set_seed(recipe.training.seed)
@@ -385,8 +386,8 @@ def load_model(run: Training) -> None:
         run.adapted = load.build(recipe, loaded, setting)
     if machine.activation_checkpointing:
         load.enable_activation_checkpointing(loaded.model)
-    run.say(reports_run.model_line(recipe, load.parameter_counts(run.adapted)))
-    run.say(reports_run.plan_line(job.division, job.length))
+    run.say(reports_outcome.model_line(recipe, load.parameter_counts(run.adapted)))
+    run.say(reports_outcome.plan_line(job.division, job.length))
     if run.before is not None and "attention" in run.before.made and recipe.model.attention == "auto":
         attention = run.before.made["attention"]  # the model was loaded with it already
     else:
@@ -535,12 +536,7 @@ def save_and_compare(run: Training) -> None:
 
 
 def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
-    """Close metrics.jsonl, write report and model card, and say what the run came to.
-
-    Args:
-        run: Trained and saved.
-        problems: Warnings besides its findings.
-    """
+    """Close metrics.jsonl, write report and model card, and say what the run came to; `problems` are more warnings."""
     trainer, machine = run.trainer, run.machine
     outcome = Outcome(
         recipe=run.recipe,
@@ -553,20 +549,22 @@ def report(run: Training, problems: Sequence[Problem] = ()) -> Outcome:
         seconds=run.seconds,
         rates=trainer.throughput.rates(),
         scores=run.scores,
+        kept=trainer.state.best_global_step if run.recipe.training.best_metric else None,
         warnings=(*run.findings.warnings, *problems),
         peak_memory=memory.peak(machine.device),
         reload_difference=run.difference,
         probe_seconds=run.probe_seconds,
         not_taken=trainer.guard.not_taken,
+        step_seconds=trainer.throughput.total.seconds,
     )
-    summary = reports_run.summary_entry(outcome)
+    summary = reports_outcome.summary_entry(outcome)
     # Report and card are made of the journal, so that its last line comes first.
     run.tracker.finish(summary)
     if machine.is_main:
         with phase("writing the report"):
             if (found := reports_run.write(outcome, run.tracker.lines)) is not None:
                 card.complete(found)
-        lines = reports_run.summary_lines(outcome)
+        lines = reports_outcome.summary_lines(outcome)
         log.tell(Message("\n".join(lines), "summary", fields={**summary, "run_folder": str(run.folder.path)}))
     PartialState().wait_for_everyone()
     return outcome

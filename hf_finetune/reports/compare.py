@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from hf_finetune.config import yamlfile
-from hf_finetune.config.problems import suggestion
 from hf_finetune.config.section import discover, key_of
+from hf_finetune.config.suggestions import meant, suggestion
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.log import lines as log_lines
 from hf_finetune.log import text as log_text
@@ -60,6 +60,12 @@ class Run:
     """Metrics that its task prints, without the split."""
 
     @property
+    def task(self) -> str:
+        """Name its task, and the problem where there are several; empty where the run is broken."""
+        named = (self.recipe.get(key) for key in ("task.kind", "task.problem"))
+        return ", ".join(str(name) for name in named if name is not None)
+
+    @property
     def is_done(self) -> bool:
         """Tell whether its metrics are final."""
         return self.state == "done"
@@ -84,10 +90,20 @@ class Comparison:
         self.is_ranked = is_ranked
         self.sort = _sort_metric(runs, sort) if is_ranked else None
         """The metric that the runs are sorted by; None where they have none."""
-        if self.sort is not None:
+        self.by_task: list[Comparison] = []
+        """Leaderboards of the runs of each task, where they are of several: no metric ranks runs across tasks."""
+        # Broken runs come last.
+        tasks = sorted(dict.fromkeys(run.task for run in runs), key=lambda task: not task)
+        if is_ranked and len(tasks) > 1:
+            for task in tasks:
+                some = [run for run in runs if run.task == task]
+                asked = self.sort if sort is not None and any(self.sort in run.metrics for run in some) else None
+                self.by_task.append(Comparison(some, everything=everything, sort=asked, is_ranked=True))
+            runs = [run for one in self.by_task for run in one.runs]
+        elif self.sort is not None:
             metric, is_greater_better = self.sort, _is_greater_better(self.sort)
             runs = sorted(runs, key=lambda run: _place(run.metrics.get(metric), is_greater_better))
-        self.runs = runs
+        self.runs: list[Run] = runs
         # Where a run was written is no setting, and stands above its column.
         keys = dict.fromkeys(key for run in runs for key in run.recipe if key != "output")
         rows = {key: [run.recipe.get(key, ABSENT) for run in runs] for key in keys}
@@ -106,7 +122,14 @@ class Comparison:
         self.metrics: dict[str, list[float | None]] = {name: [run.metrics.get(name) for run in runs] for name in chosen}
         """`validation_loss`, ... -> values."""
         self.best = {name: found for name, row in self.metrics.items() if (found := _best(name, row, runs))}
-        """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart."""
+        """Metric -> numbers of the finished runs that are best, from 0; only metrics that tell runs apart. Of several
+        tasks, those that are best in theirs."""
+        if self.by_task:
+            self.best, first = {}, 0
+            for one in self.by_task:
+                for name, numbers in one.best.items():
+                    self.best.setdefault(name, []).extend(first + number for number in numbers)
+                first += len(one.runs)
 
 
 def compare(folders: Sequence[str], *, everything: bool = False, sort: str | None = None) -> Comparison:
@@ -219,7 +242,8 @@ def _read(path: str) -> Run:
     """
     folder = RunFolder(path)
     if not folder.path.is_dir():
-        raise RecipeError(Problem("there is no such folder; give the run folder, `output` of the recipe", file=path))
+        hint = meant(path, holding=folder.recipe.name) or "; give the run folder, `output` of the recipe"
+        raise RecipeError(Problem(f"there is no such folder{hint}", file=path))
     try:
         tree = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -308,11 +332,20 @@ def render(comparison: Comparison, form: str) -> str:
             "runs": described,
             "differences": differences,
             "best": comparison.best,
-            "sorted_by": comparison.sort,
+            "sorted_by": comparison.sort
+            if not comparison.by_task
+            else {one.runs[0].task: one.sort for one in comparison.by_task},
         }
         return json.dumps(jsonable(document), indent=2, default=str)
     if comparison.is_ranked:
-        return _ranking(comparison, form)
+        # The folder that all have in common says nothing about any.
+        above = os.path.commonpath([str(Path(run.path).absolute()) for run in runs]) if len(runs) > 1 else ""
+        if not comparison.by_task:
+            return _ranking(comparison, form, above)
+        titles = [one.runs[0].task or "broken" for one in comparison.by_task]
+        above_tables = [f"**{log_text.cell(title)}**\n" if form == "md" else printable(title) for title in titles]
+        tables = (_ranking(one, form, above) for one in comparison.by_task)
+        return "\n\n".join(f"{head}\n{table}" for head, table in zip(above_tables, tables, strict=True))
     sections = _sections(comparison)
     if form == "md":
         blocks = []
@@ -423,11 +456,15 @@ def _columns(comparison: Comparison, longest: int, mark: str) -> list[Column]:
     return columns
 
 
-def _ranking(comparison: Comparison, form: str) -> str:
-    """Write the leaderboard as text that fits the terminal, or as markdown with all of it."""
+def _ranking(comparison: Comparison, form: str, above: str) -> str:
+    """Write the leaderboard as text that fits the terminal, or as markdown with all of it.
+
+    Args:
+        comparison: Of runs of one task.
+        form: `text` or `md`.
+        above: The folder that names of runs leave out; empty where they are shown as they were given.
+    """
     runs, sort = comparison.runs, comparison.sort
-    # The folder that all have in common says nothing about any.
-    above = os.path.commonpath([str(Path(run.path).absolute()) for run in runs]) if len(runs) > 1 else ""
     names = [os.path.relpath(run.path, above) if above else run.path for run in runs]
     if form == "md":
         columns = _columns(comparison, log_text.UNLIMITED, "")

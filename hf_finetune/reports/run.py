@@ -6,199 +6,29 @@ A report never fails a run: what can't be drawn or written is warned about once.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_finetune import log
-from hf_finetune.data.batches import Division
-from hf_finetune.errors import Problem
 from hf_finetune.log.lines import clock
 from hf_finetune.log.text import bullets, cell, fenced, harmless, markdown, number, shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
+from hf_finetune.reports.outcome import Outcome, apart, speed
 from hf_finetune.run import journal
 from hf_finetune.run import lock as run_lock
 from hf_finetune.run.files import write_atomically
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
-from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tracking import charts as tracking_charts
 from hf_finetune.tracking import records as tracking_records
 from hf_finetune.tracking.figures import Chart
 from hf_finetune.tracking.records import Record
-
-if TYPE_CHECKING:
-    from hf_finetune.data.job import Length
-    from hf_finetune.data.prepare import Prepared
-    from hf_finetune.device import Machine
-
-
-# Lines about data, model and plan while a run starts, and what it came to at its end.
-
-
-def data_lines(prepared: Prepared) -> list[str]:
-    """Count rows and tokens of each split, and everything that was cut or dropped; then the labels."""
-    lines = []
-    for split, counts in prepared.reports.items():
-        parts = [f"{counts.kept:,} rows", f"{counts.tokens:,} tokens"]
-        parts += [f"{counts.trained:,} trained"] if counts.trained != counts.kept else []
-        parts.append(f"longest {counts.longest:,}")
-        losses = (
-            (counts.cut, "cut to max_length"),
-            (counts.dropped, "dropped as over-long"),
-            (counts.empty, "dropped without text"),
-            (counts.untrained, "dropped without a trained token"),
-            (counts.unused, "never drawn from the mix"),
-        )
-        parts += [f"{count:,} {loss}" for count, loss in losses if count]
-        lines.append(f"{split}: {', '.join(parts)}")
-    # Not `targets.counts`, which has the rows that are dropped too.
-    labels = prepared.facts["train"].labels if "train" in prepared.facts else {}
-    if labels:
-        lines.append("labels: " + ", ".join(f"{likeness.plain(name)} {count:,}" for name, count in labels.items()))
-    return lines
-
-
-def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
-    """Name the model, and how much of it is trained."""
-    trained, total = parameters
-    share = f"{trained:,} trained by {recipe.adapter.kind} ({trained / total:.2%})"
-    return f"model {recipe.model.name}: {total:,} parameters, {share}"
-
-
-def plan_line(division: Division, length: Length) -> str:
-    """Say how the global batch is divided, and how many steps there are."""
-
-    def counted(number: int, thing: str) -> str:
-        plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
-        return f"{number:,} {thing}{plural}"
-
-    return (
-        f"{counted(length.total_steps, 'step')} of {division.batch_size} rows: {counted(division.world_size, 'rank')}"
-        f" x {counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
-    )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Results of a finished run."""
-
-    recipe: Recipe
-    machine: Machine
-    folder: RunFolder
-    prepared: Prepared
-    parameters: tuple[int, int]
-    """Trained parameters, all parameters."""
-    steps: int
-    seconds: float
-    """Wall-clock seconds of training since it began or was resumed, evaluations in between included."""
-    rates: dict[str, float] = field(default_factory=dict)
-    """Whole-run samples and tokens per second, share of padding."""
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Final metrics per split."""
-    warnings: tuple[Problem, ...] = ()
-    peak_memory: int | None = None
-    """Most bytes that rank 0 had on its device (CPU: resident); None where that can't be known."""
-    reload_difference: float | None = 0.0
-    """Largest difference between the logits in memory and those of the saved model, relative to the largest logit.
-
-    None where a second model would not fit (divided or quantised weights): every bit of the saved weights was compared.
-    """
-    probe_seconds: float = 0.0
-    """Wall-clock seconds before training that went into choosing fast paths."""
-    resumed_at: int = 0
-    """The step from which this process went on; 0 if it began the run."""
-    not_taken: int = 0
-    """Steps that the optimiser did not take, because loss or gradient was not finite."""
-
-    def facts(self) -> dict[str, Any]:
-        """Collect what the report tells and no other file of the run folder does, as JSON holds it."""
-        splits, levels = self.prepared.facts, self.recipe.data.checks.model_dump()
-        struck = [name for name in levels if any(name in found.tallies for found in splits.values())]
-        counts = {
-            name: {split: found.tallies[name].count if name in found.tallies else 0 for split, found in splits.items()}
-            for name in struck
-        }
-        return {
-            "fingerprint": self.prepared.fingerprint,
-            "rows": data_lines(self.prepared),
-            "findings": [[name, str(levels[name]), counts[name]] for name in struck],
-            "warnings": [str(problem) for problem in self.warnings],
-        }
-
-
-def summary_entry(outcome: Outcome) -> Entry:
-    """Make the row that closes metrics.jsonl."""
-    trained, total = outcome.parameters
-    row: Entry = {
-        "step": outcome.steps,
-        "phase": "summary",
-        "seconds": round(outcome.seconds, 3),
-        "probe_seconds": round(outcome.probe_seconds, 3),
-        "trained_parameters": trained,
-        "parameters": total,
-        "device": outcome.machine.device,
-        "world_size": outcome.machine.world_size,
-    }
-    if outcome.not_taken:
-        row["steps_not_taken"] = outcome.not_taken
-    if outcome.reload_difference is None:
-        row["read_back"] = "equal"
-    else:
-        row["reload_difference"] = outcome.reload_difference
-    if outcome.peak_memory is not None:
-        row["peak_memory"] = outcome.peak_memory
-    scores = {f"{split}_{name}": value for split, found in outcome.scores.items() for name, value in found.items()}
-    return row | outcome.rates | scores
-
-
-def summary_lines(outcome: Outcome) -> list[str]:
-    """Write the table at the end of a run, and what to do next."""
-    recipe, folder, rates = outcome.recipe, outcome.folder, outcome.rates
-    part = f" from step {outcome.resumed_at:,} on, where the run was resumed" if outcome.resumed_at else ""
-    rows = [("steps", f"{outcome.steps:,} in {clock(outcome.seconds)}{part}")]
-    if outcome.not_taken:
-        rows.append(("steps not taken", f"{outcome.not_taken:,}, as loss or gradient was not finite"))
-    if rates:
-        speed = f"{rates['samples_per_second']:.1f} samples/s, {rates['tokens_per_second']:.0f} tokens/s"
-        rows.append(("speed", f"{speed}, {rates['padding_share']:.1%} padding"))
-    if outcome.peak_memory is not None:
-        rows.append(("peak memory", f"{outcome.peak_memory / 1e9:.2f} GB"))
-    for split, scores in outcome.scores.items():
-        rows.append(
-            (split, "  ".join(f"{name} {number(scores[name])}" for name in recipe.task.headline if name in scores))
-        )
-    if outcome.reload_difference is None:
-        rows.append(("saved and read back", f"{folder.adapter} (every bit of the weights is equal)"))
-    else:
-        rows.append(("saved and reloaded", f"{folder.adapter} ({_apart(outcome.reload_difference)})"))
-    pages = f"{folder.page}, {folder.report.name}; pictures in {folder.plots.name}/"
-    rows += [("report", pages if recipe.tracking.report else str(folder.report))]
-    rows += [("" if number else "next", command) for number, command in enumerate(_next_commands(outcome))]
-    width = max(len(name) for name, _ in rows)
-    return ["", *(f"  {name:<{width}}  {text}" for name, text in rows)]
-
-
-def _next_commands(outcome: Outcome) -> Iterator[str]:
-    """Give the commands that one is likely to want now, to be copied."""
-    recipe, place = outcome.recipe, shlex.quote(str(outcome.folder.path))
-    yield f"hf-finetune predict {place} --input FILE"
-    if recipe.task.generates:
-        yield f"hf-finetune chat {place}"
-    is_scored = recipe.data.has_validation or recipe.data.test is not None
-    yield f"hf-finetune evaluate {place} {'--against base' if is_scored else '--data FILE'}"
-    yield f"hf-finetune merge {place} --to FOLDER"
-    if recipe.hub is None:
-        yield f"hf-finetune push {place} --repo OWNER/NAME"
-    if recipe.tracking.tensorboard:
-        yield f"hf-finetune tensorboard {place}"
-
 
 # Data of one run for its reports: metrics, observations, sample answers and environment, read from its folder.
 
@@ -476,14 +306,10 @@ def machinery(run: RunData) -> Pairs:
         if taken := [name.replace("_", " ") for name, was in paths.items() if was]:
             rows.append(("Fast paths", ", ".join(taken)))
     if "reload_difference" in summary:
-        rows.append(("Reloaded", _apart(summary["reload_difference"])))
+        rows.append(("Reloaded", apart(summary["reload_difference"])))
     if "read_back" in summary:
         rows.append(("Read back", "every bit of the saved weights is equal"))
     return rows
-
-
-def _apart(difference: float) -> str:
-    return f"logits differ by {difference:.1e} of the largest" if difference else "its logits are equal"
 
 
 def cost(run: RunData) -> Pairs:
@@ -497,8 +323,7 @@ def cost(run: RunData) -> Pairs:
         device = f" of {summary['device']}" if "device" in summary else ""
         rows.append(("Cost", f"{taken * world / 3600:.3g} device-hours{device} ({world} x {clock(taken)}){part}"))
     if "samples_per_second" in summary:
-        speed = f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
-        rows += [("Speed", speed), ("Padding", f"{summary['padding_share']:.1%} of all token positions")]
+        rows.append(("Speed", ", ".join(speed(run.recipe, summary))))
     parts = {name: _mean(run, f"seconds_{name}") for name in ("data", "forward", "backward", "optimizer")}
     measured = {name: value for name, value in parts.items() if value is not None}
     if total := sum(measured.values()):

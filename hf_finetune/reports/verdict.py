@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_finetune.log.text import number
 from hf_finetune.reports.intervals import CONFIDENCE
+from hf_finetune.reports.outcome import macro_over
 from hf_finetune.reports.run import RunData, results
 from hf_finetune.tasks.base import METRICS, Metric
 from hf_finetune.tracking import predictions
@@ -43,9 +44,9 @@ def headline(run: RunData, yardsticks: Iterable[Yardstick]) -> dict[str, Any] | 
         yardsticks: See `untrained`.
 
     Returns:
-        `metric`, `split`, `value`, `bounds` (None where it has none), `sentence`: all of these, `is_share`; `others`:
-        name, split and value of it on other splits, and of other metrics; `yardsticks`: name, and its value for a model
-        that learned nothing.
+        `metric`, `split`, `value`, `bounds` (None where it has none), `over`: see `macro_over`, `sentence`: all of
+        these, `is_share`; `others`: name, split and value of it on other splits, and of other metrics; `yardsticks`:
+        name, and its value for a model that learned nothing.
     """
     if not (found := results(run)):
         return None
@@ -57,12 +58,14 @@ def headline(run: RunData, yardsticks: Iterable[Yardstick]) -> dict[str, Any] | 
         return None
     value, bounds = last.scores[metric], last.intervals.bounds.get(metric)
     sure = f" ({CONFIDENCE:.0%} interval {number(bounds[0])} to {number(bounds[1])})" if bounds else ""
+    over = macro_over(last.scores) if metric.endswith("_macro") else ""
     return {
         "metric": metric,
         "split": last.split,
         "value": value,
         "bounds": bounds,
-        "sentence": f"{metric} on {last.split}: {number(value)}{sure}",
+        "sentence": f"{metric} on {last.split}: {number(value)}{sure}" + (f"; {over}" if over else ""),
+        "over": over,
         "is_share": METRICS.get(metric, Metric()).is_share,
         "others": [
             *((metric, one.split, one.scores[metric]) for one in found[:-1] if metric in one.scores),
@@ -114,12 +117,13 @@ def hints(run: RunData, shown: Mapping[str, Any] | None) -> Iterator[str]:
         return
     result, metric, value = results(run)[-1], shown["metric"], shown["value"]
     rows = {name: result.scores[f"support.{name}"] for name in result.classes}
-    never = [f"{name} ({n:,.0f} rows)" for name, n in rows.items() if n and result.scores.get(f"recall.{name}") == 0]
+    unit = run.recipe.task.support_is
+    never = [f"{name} ({n:,.0f} {unit})" for name, n in rows.items() if n and result.scores.get(f"recall.{name}") == 0]
     if never:
         more = f" and {len(never) - NAMED:,} more labels" if len(never) > NAMED else ""
         weights = ", or task.class_weights: balanced" if run.recipe.task.remedy("imbalance") else ""
         listed = ", ".join(never[:NAMED])
-        yield f"On {result.split}, no row of {listed}{more} is recognised: try more rows of such labels{weights}."
+        yield f"On {result.split}, nothing of {listed}{more} is recognised: try more rows with such labels{weights}."
     low, high = shown["bounds"] or (value, value)
     greater = METRICS.get(metric, Metric()).greater
     for name, bar in shown["yardsticks"]:

@@ -428,7 +428,8 @@ def refuse_changes(before: str, now: str, allowed: Sequence[str]) -> list[str]:
     problems, notes = [], []
     for key, (old, new) in run_lock.differences(before, now).items():
         may = key_of(Recipe, key).resume
-        change = f"was {shown(old, plain=True)}, is {shown(new, plain=True)}"
+        was, now_is = ("not set" if value is None else shown(value, plain=True) for value in (old, new))
+        change = f"was {was}, is {now_is}"
         if may == "ask" and key in allowed:
             notes.append(f"{key} {change}, as --allow-change says: from here on this is another training")
         elif may != "free":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,13 +52,22 @@ def resume_command() -> str | None:
                 continue
             # A user types the script for what `train --processes` becomes.
             script = Path(sys.executable).with_name("hf-finetune")
-            if PROCESSES in _words and before[1:] == ["-m", "hf_finetune.launch"] and script.exists():
+            launches = PROCESSES in _words and before[1:] == ["-m", "hf_finetune.launch"]
+            if (launches and script.exists()) or (before[1:] == ["-m", "hf_finetune"] and _is_on_path(script)):
                 before = [str(script)]
             # The interpreter of a script goes without saying.
             if len(before) > 1 and Path(before[0]).name.startswith("python") and os.access(before[1], os.X_OK):
                 before = before[1:]
             first = Path(before[0])
-            if first.is_absolute() and first.is_relative_to(Path.cwd()):
+            if _is_on_path(first):
+                first = Path(first.name)
+            elif first.is_absolute() and first.is_relative_to(Path.cwd()):
                 first = first.relative_to(Path.cwd())
             return shlex.join([str(first), *before[1:], *words])
     return shlex.join(["hf-finetune", *words])
+
+
+def _is_on_path(program: Path) -> bool:
+    """Tell that the name alone starts this very program."""
+    found = shutil.which(program.name)
+    return found is not None and program.is_absolute() and Path(found).absolute() == program

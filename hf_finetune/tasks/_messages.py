@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_finetune.config.problems import nearest
+from hf_finetune.config.suggestions import nearest
 from hf_finetune.errors import DataError
 from hf_finetune.tasks.base import is_blank
 

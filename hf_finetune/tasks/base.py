@@ -244,6 +244,10 @@ class Task(Plugin):
     """The Hub's pipeline tag, e.g. `text-classification`."""
     token_ids: ClassVar[str | None] = "input_ids"  # noqa: S105 - no password
     """Feature that holds token ids; None where rows are not made of tokens."""
+    rows_are: ClassVar[str] = "rows"
+    """The word for rows in counts and rates."""
+    support_is: ClassVar[str] = "rows"
+    """The word for what the metric `support.NAME` of a label counts."""
     content: ClassVar[str] = "input_ids"
     """Feature by which equal rows are found."""
     packable: ClassVar[bool] = False

@@ -503,8 +503,11 @@ def _chosen(columns: Mapping[str, Cells]) -> Proposal | None:
         names = [prompt.name, chosen.name]
         found = _of_texts(dict(zip(("prompt", "completion"), names, strict=True)), says, 0.6, columns, names)
     if found is None or found.refusal:
-        how = "to train on the chosen answers alone, write them as messages, or as prompt and completion"
-        return Proposal({}, what, confidence=0.6, used=[chosen.name], model=SMALL, refusal=f"{what}; {how}")
+        why = "they are texts with no column of prompts beside them, so that questions and answers can't be told apart"
+        why = found.refusal if found is not None else why
+        how = "write them as messages, or as prompt and completion"
+        refusal = f"{what}; the chosen answers alone can't be taken, either: {why}; {how}"
+        return Proposal({}, what, confidence=0.6, used=[chosen.name], model=SMALL, refusal=refusal)
     return replace(found, says=says, confidence=0.6)
 
 

@@ -31,6 +31,8 @@ class ImageClassification(Classifier):
     peft_task: ClassVar[str | None] = None
     pipeline: ClassVar[str] = "image-classification"
     token_ids: ClassVar[str | None] = None
+    rows_are: ClassVar[str] = "images"
+    support_is: ClassVar[str] = "images"
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": SUFFIXES}
     content: ClassVar[str] = "digest"
 

@@ -48,6 +48,7 @@ class TokenClassification(Task):
     processor_options: ClassVar[Mapping[str, Any]] = {"add_prefix_space": True}
     peft_task: ClassVar[str | None] = "TOKEN_CLS"
     pipeline: ClassVar[str] = "token-classification"
+    support_is: ClassVar[str] = "entities"
     headline: ClassVar[tuple[str, ...]] = ("loss", "f1", "precision", "recall", "accuracy")
     best_metrics: ClassVar[tuple[str, ...]] = headline
 

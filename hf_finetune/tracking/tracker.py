@@ -50,7 +50,7 @@ class Tracker(TrainerCallback):
         self.board = Board(recipe, folder, EventWriter(LogDir.of(recipe, folder))) if has_board else None
         also = recipe.tracking.also if machine.is_main else []
         self.others = others.of(also, folder.path, hyperparameters(recipe))
-        self.console = Console(recipe.task.headline)
+        self.console = Console(recipe.task.headline, None if recipe.task.token_ids else recipe.task.rows_are)
         self._metrics, self._samples = Appender(folder.metrics), Appender(folder.samples)
         self._is_recordless = False
 
@@ -209,10 +209,11 @@ class Console(TrainerCallback):
 
     Args:
         headline: Evaluation metrics to show, in this order, where the task has them.
+        rows: The word for rows that are not made of tokens, e.g. images; None where they are.
     """
 
-    def __init__(self, headline: tuple[str, ...]) -> None:
-        self.headline = headline
+    def __init__(self, headline: tuple[str, ...], rows: str | None = None) -> None:
+        self.headline, self.rows = headline, rows
         self._training = Phase("training", unit="steps", is_told=False)
         self._evaluating: Phase | None = None
         self._has_begun = False
@@ -264,6 +265,9 @@ class Console(TrainerCallback):
                 "samples_per_second": "{:.1f} samples/s",
                 "tokens_per_second": "{:.0f} tokens/s",
             }
+            if self.rows is not None:
+                formats |= {"samples_per_second": f"{{:.1f}} {self.rows}/s"}
+                del formats["tokens_per_second"]
             values = {name: shown.format(line[name]) for name, shown in formats.items() if name in line}
             self._training.detail = "  ".join(values.values())
             left = f"{clock(self._training.left() or 0.0)} left"
@@ -276,7 +280,10 @@ class Console(TrainerCallback):
                     text = "  ".join([*head, *values.values(), left])
         else:
             scores = [f"{name} {log_text.number(line[name])}" for name in self.headline if name in line]
-            text = "  ".join([f"{phase:>4} at step {line['step']}", *scores])
+            # At the end, the best checkpoint is what was loaded, and what is saved.
+            kept = state.best_global_step if phase in ("final", "test") and state.best_model_checkpoint else None
+            of = f"at step {line['step']}" if kept is None else f"of step {kept}, the best"
+            text = "  ".join([f"{phase:>4} {of}", *scores])
             self._training.outcome = text.strip()
         # In JSON lines the message carries the whole line, not only what is printed.
         log.tell(Message(text, phase, fields=line))
