@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hf_finetune.cli import main
+from hf_finetune.errors import RecipeError
 from hf_finetune.reports.compare import compare
 
 EVIL = "a|b <i>*x*</i> \x1b[2J"
@@ -110,6 +111,32 @@ def test_runs_of_different_tasks(two: list[str], tmp_path: Path) -> None:
     assert list(compared.best) == ["validation_loss"]
     assert compared.differences["task.kind"] == ["text_classification", "causal_lm"]
     assert "task.label" in compared.differences
+
+
+def test_runs_of_several_tasks_are_ranked_by_task(
+    two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, loss in (("c", 1.5), ("d", 1.2)):
+        scores = {"validation_loss": loss, "validation_perplexity": 4.0}
+        folder(tmp_path / name, [{"step": 10, "phase": "summary", **scores}], kind="causal_lm", label="")
+    compared = compare([str(tmp_path)])
+    assert [Path(run.path).name for run in compared.runs] == ["d", "c", "b", "a"]
+    assert [one.sort for one in compared.by_task] == ["validation_loss", "validation_accuracy"]
+    assert compared.best["validation_loss"] == [0, 3], "the best of each task"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert command(str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    first, second = shown.split("text_classification\n")
+    assert first.startswith("causal_lm\n")
+    assert "accuracy" not in first
+    assert "2 runs, 2 finished, greatest validation_accuracy" in second
+    assert command(str(tmp_path), "--format", "csv") == 0
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert {"task.kind", "validation_perplexity", "validation_accuracy"} < set(header)
+    assert len(rows) == 4
+    with pytest.raises(RecipeError, match=r"no such folder; did you mean "):
+        compare([str(tmp_path / "aa")])
 
 
 def test_json_holds_everything(two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

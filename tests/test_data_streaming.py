@@ -136,7 +136,7 @@ def test_broken_files_are_named(llama: PreTrainedTokenizerBase) -> None:
         ("train.jsonl", b'{"text": "a"}\n{"text": \n', "train.jsonl:2: is no valid JSON"),
         ("train.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "train.jsonl:2: is not UTF-8 at byte 24"),
         ("train.csv", b"text,label\na,0\nb,c,1\n", "train.csv:3: has 3 fields, the header 2"),
-        ("train.jsonl", b'{"txt": "a"}\n', "train.jsonl: has no column 'text'; did you mean 'txt'?"),
+        ("train.jsonl", b'{"txt": "a"}\n', "train.jsonl: has no column 'text'; it has txt; did you mean 'txt'?"),
         ("train.jsonl", b"\n\n", "has 0 rows"),
     ]:
         Path(name).write_bytes(content)

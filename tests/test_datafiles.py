@@ -43,9 +43,9 @@ def test_every_split_is_looked_at() -> None:
     write("train.csv", "txt,label", "good,1")
     write_json("test.jsonl", [{"text": "good"}])
     assert light(train="train.csv", validation="dev.csv", test="test.jsonl") == [
-        "train.csv: data.train: has no column 'text'; did you mean 'txt'? it has txt, label",
+        "train.csv: data.train: has no column 'text'; it has txt, label; did you mean 'txt'?",
         "data.validation: no file matches 'dev.csv'; known: test.jsonl, train.csv",
-        "test.jsonl: data.test: has no column 'label'; known: text",
+        "test.jsonl: data.test: has no column 'label'; it has text",
     ]
 
 
@@ -94,7 +94,7 @@ def test_what_the_first_bytes_tell() -> None:
         ("a.csv", b"a good film,x\na bad film,y\n", "has no header: its first line is 'a good film, x'; add one"),
         ("a.csv", b"\xef\xbb\xbf \n", "has 0 rows: the file is empty"),
         ("a.json", b'{"text": ["a", "b"], "label": [0, 1]}', "is one object of lists, which is read as one row"),
-        ("a.json", b'[{"txt": "a", "label": 0}]', "has no column 'text'; did you mean 'txt'?"),
+        ("a.json", b'[{"txt": "a", "label": 0}]', "has no column 'text'; it has txt, label; did you mean 'txt'?"),
         ("a.parquet", b"garbage", "is no parquet file"),
     ]:
         Path(name).write_bytes(content)
@@ -132,7 +132,7 @@ def test_lines_of_json_that_would_be_repaired_in_silence() -> None:
         ),
         ('{"text": "a \\ud800", "label": 1}\n', [":1: 'text' holds half a surrogate pair"]),
         (ROW + '{"te\n' + ROW + "[1]\n", [":2: is no valid JSON at column 5", ":4: is no JSON object"]),
-        ('{"x": 1}\n' * 2, [": has no column 'text'; known: x", ": has no column 'label'; known: x"]),
+        ('{"x": 1}\n' * 2, [": has no column 'text'; it has x", ": has no column 'label'; it has x"]),
     ]:
         found = whole(content)
         assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines

@@ -10,6 +10,7 @@ import yaml
 from documents import ROOT
 
 from hf_finetune.adapters.base import Adapter
+from hf_finetune.cli import main
 from hf_finetune.config.section import discover
 from hf_finetune.recipe import Recipe, reference
 from hf_finetune.tasks.base import Task
@@ -29,6 +30,13 @@ RIDDLES = (
 def test_the_recipe_reference_is_current() -> None:
     """Renew it: hf-finetune schema --format markdown > docs/recipe.md."""
     assert (ROOT / "docs/recipe.md").read_text(encoding="utf-8") == reference() + "\n"
+
+
+def test_the_help_says_what_the_pages_say_of_exit_codes() -> None:
+    table = (ROOT / "docs/index.md").read_text().partition("## Exit codes")[2]
+    codes = re.findall(r"^\| (\d+) \| (.*?) \|", table, re.MULTILINE)
+    assert len(codes) > 10
+    assert re.findall(r"^  (\d+) +(.*)$", main.EPILOG, re.MULTILINE) == codes
 
 
 def test_every_plugin_has_a_section() -> None:

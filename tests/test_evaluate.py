@@ -148,6 +148,11 @@ def test_against_the_base_and_against_itself(tested: Path, capsys: pytest.Captur
     gain = (base["mcnemar"]["only_this"] - base["mcnemar"]["only_other"]) / 96
     assert base["differences"]["accuracy"]["value"] == pytest.approx(gain)
     assert all(difference["value"] == 0 for difference in itself["differences"].values())
+    text = inference_document.render(document, "text", ["loss", "accuracy"], everything=False)
+    table = text.partition("against base")[2]
+    loss = next(line.split() for line in table.splitlines() if line.split()[:1] == ["loss"])
+    assert all(re.fullmatch(r"[+-]\d\.\d{4}", loss[place]) for place in (2, 3, 5)), "signed, with the digits of values"
+    assert "0.0000 .. 0.0000" in table.partition("against ")[2]
     assert itself["mcnemar"] == {"metric": "accuracy", "only_this": 0, "only_other": 0, "p_value": 1.0}
 
 
@@ -182,7 +187,7 @@ def test_bad_rows_are_named(classifier: Path, tmp_path: Path) -> None:
     for rows, says in [
         ("text,label\na film,positive\nthe plot,splendid\n", r"row 2: column 'label' holds 'splendid', which is none"),
         ("text,label\na film,positive\nthe plot\n", r"data\.csv:3: --data: has 1 field"),
-        ("text,lable\na film,positive\n", r"has no column 'label'; did you mean 'lable'"),
+        ("text,lable\na film,positive\n", r"has no column 'label'; it has text, lable; did you mean 'lable'"),
     ]:
         (tmp_path / "data.csv").write_text(rows)
         with pytest.raises(DataError, match=says):

@@ -221,13 +221,17 @@ def test_what_has_no_task_is_refused_with_the_kinds_there_are() -> None:
     dialogues = rows_of("d.jsonl", [{"chosen": "Human: a", "rejected": "Human: b"}] * 9)
     sounds = rows_of("s.jsonl", [{"audio": f"{n}.wav", "text": "a b"} for n in range(9)])
     numbers = rows_of("n.jsonl", [{"a": n, "b": n * 2} for n in range(9)])
-    for file, says in [(dialogues, "preference pairs"), (sounds, "sound files"), (numbers, "a (9 different values)")]:
+    for file, says in [
+        (dialogues, "no column of prompts beside them"),
+        (sounds, "sound files"),
+        (numbers, "a (9 different values)"),
+    ]:
         with pytest.raises(DataError, match="Kinds: causal_lm, ") as caught:
             init(file)
         assert says in str(caught.value)
     with pytest.raises(DataError, match=r"no columns for token_classification"):
         init(reviews_csv(), kind="token_classification")
-    with pytest.raises(RecipeError, match="unknown kind; known: "):
+    with pytest.raises(RecipeError, match="unknown kind; did you mean 'text_classification'"):
         init("reviews.csv", kind="classification")
     assert not list(Path().glob("*.yaml"))
 
@@ -246,6 +250,15 @@ def test_another_recipe_is_kept_and_the_same_one_is_found_again() -> None:
     with pytest.raises(RecipeError, match=r"story\.jsonl: is there already"):
         init(plain_text())
     assert Path("story.jsonl").read_text() == "{}\n"
+    Path("story.jsonl").unlink()
+    # A recipe that is refused leaves no table behind, and a table that it replaced as it was.
+    Path("story.yaml").write_text("task: mine\n")
+    with pytest.raises(RecipeError, match=r"story\.yaml: is there already"):
+        init(plain_text())
+    assert not Path("story.jsonl").exists()
+    Path("story.yaml").unlink()
+    with pytest.raises(DataError, match=r"did you mean 'reviews\.csv'\?"):
+        init("reveiws.csv")
 
 
 def test_train_makes_the_recipe_and_finds_its_run_again(server: Any, tiny_bert: str) -> None:

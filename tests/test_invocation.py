@@ -40,3 +40,18 @@ def test_a_program_below_the_working_directory_is_named_from_there(monkeypatch: 
     program = [str(Path.cwd() / ".venv/bin/python"), "-m", "hf_finetune"]
     monkeypatch.setattr(sys, "orig_argv", [*program, *words])
     assert invocation.resume_command() == ".venv/bin/python -m hf_finetune train r.yaml"
+
+
+def test_a_program_that_its_name_alone_starts_is_named_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "r.yaml"]
+    python, script = tmp_path / "python", tmp_path / "hf-finetune"
+    for program in (python, script):
+        program.touch(mode=0o755)
+    monkeypatch.setattr(invocation, "_words", words)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for line in ([str(python), str(script)], [str(python), "-m", "hf_finetune"]):
+        monkeypatch.setattr(sys, "orig_argv", [*line, *words])
+        assert invocation.resume_command() == "hf-finetune train r.yaml"
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    assert invocation.resume_command() == f"{python} -m hf_finetune train r.yaml"

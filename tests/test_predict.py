@@ -74,6 +74,16 @@ def test_a_table_keeps_its_cells_and_its_order_whatever_their_length(predict: Pr
     assert list(rows[0]) == ["id", "text", "label", "score", "probability.negative", "probability.positive"]
 
 
+def test_the_likeliest_labels_stand_in_for_all(predict: Predict, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "text\nthe film is good\nthe film is bad\n"
+    every = list(csv.DictReader(io.StringIO(predict(text), newline="")))
+    (few,) = [objects(predict(text, to=".jsonl", top=1, restart=True))]
+    for row, shown in zip(every, few, strict=True):
+        assert list(shown) == ["text", "label", "score", "top_labels", "top_scores"]
+        assert (shown["top_labels"], shown["top_scores"]) == ([row["label"]], [float(row["score"])])
+    assert "probability.negative" in predict(text, top=2, restart=True), "no label is left out"
+
+
 def test_columns_of_the_input_are_never_overwritten(predict: Predict) -> None:
     found = objects(predict('{"text": "a film", "label": "mine", "score": 3}\n', ".jsonl"))
     assert found[0]["label"] == "mine"

@@ -172,6 +172,9 @@ def test_what_was_filled_in_is_said_with_its_reason(load: Load) -> None:
     ]
     load(VALID)
     assert not recipe_module.read("x.yaml").notes
+    # A key that is given under another name has no default.
+    Path("x.yaml").write_text(SHORT + "training: {epochs: 2, learning_rte: 1e-3, train_batch_size: 8}\n")
+    assert recipe_module.read("x.yaml").notes == ["not given, so by default: adapter lora"]
 
 
 def test_rules_between_fields_are_checked_although_other_fields_are_wrong(load: Load) -> None:

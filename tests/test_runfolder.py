@@ -131,6 +131,8 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(tmp_path: Path, en
     assert "--allow-change training.learning_rate" in first.message
     assert second.key == "training.seed"
     assert "--allow-change" not in second.message
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate: was 1\.0, is not set in the run"):
+        folder.take("training: {seed: 1}\n", restart=False)
 
 
 def test_an_allowed_change_goes_on_and_is_said(tmp_path: Path) -> None:

@@ -171,6 +171,45 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
     assert "48.4%" in dict(reports_run.cost(replace(run, lines=lines)))["Matmul peak"]
 
 
+def test_of_many_labels_a_line_has_the_commonest_and_the_rarest(tmp_path: Path) -> None:
+    report = SimpleNamespace(
+        **dict.fromkeys(("cut", "dropped", "empty", "untrained", "unused"), 0), kept=9, trained=9, tokens=70, longest=8
+    )
+    facts = {"train": SimpleNamespace(labels={f"label{number}": number for number in range(1, 60)})}
+    prepared: Any = SimpleNamespace(reports={"train": report}, facts=facts)
+    made = reported.recipe(tmp_path, CLASSES)
+    rows, labels = reports_outcome.data_lines(made, prepared)
+    assert rows == "train: 9 rows, 70 tokens, longest 8"
+    assert labels.startswith("labels: 59, most often label59 59, label58 58, ")
+    assert labels.endswith("least often label3 3, label2 2, label1 1 (--verbose names them all)")
+    assert len(labels) < 200
+    assert "label30 30" in reports_outcome.data_lines(made, prepared, every_label=True)[-1]
+    pictures = made.model_copy(update={"task": SimpleNamespace(rows_are="images", token_ids=None)})
+    assert reports_outcome.data_lines(pictures, prepared)[0] == "train: 9 images"
+    rates = {"samples_per_second": 2.0, "tokens_per_second": 394.0, "padding_share": 0.0}
+    assert reports_outcome.speed(pictures, rates) == ["2.0 images/s"]
+
+
+def test_the_summary_says_what_was_kept_and_what_it_took(tmp_path: Path) -> None:
+    made = reported.recipe(tmp_path, CLASSES)
+    made = made.model_copy(update={"training": made.training.model_copy(update={"best_metric": "f1_macro"})})
+    scores = {
+        "f1_macro": 0.5,
+        "f1.good": 0.5,
+        "f1.fair": 0.5,
+        "support.good": 9.0,
+        "support.fair": 0.0,
+        "support.bad": 0.0,
+    }
+    found: Any = {"steps": 90, "resumed_at": 60, "seconds": 20.0, "step_seconds": 75.0, "kept": 50, "rates": {}}
+    found |= {"not_taken": 0, "peak_memory": None, "scores": {"validation": scores}, "reload_difference": 0.0}
+    outcome: Any = SimpleNamespace(recipe=made, folder=RunFolder("run"), **found)
+    text = "\n".join(reports_outcome.summary_lines(outcome))
+    assert "90: 30 in 0:20 since the run was resumed at step 60; all steps together took 1:15" in text
+    assert "step 50 of 90, with the best f1_macro on validation" in text
+    assert "macro over 2 of 3 labels; 2 have no rows" in text
+
+
 def test_the_summary_ends_with_the_commands_that_fit_the_run(tmp_path: Path) -> None:
     found: Any = {"steps": 1, "resumed_at": 0, "not_taken": 0, "seconds": 1.0, "rates": {}, "peak_memory": None}
     found |= {"scores": {}, "reload_difference": 0.0, "kept": None}

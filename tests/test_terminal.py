@@ -362,7 +362,11 @@ def test_long_phases_are_told_and_short_ones_not(
     with log.phase("tokenising train", 12_000, "rows") as it:
         it.done = 3_000
         time.sleep(0.4)
-    assert capsys.readouterr().out == "tokenising train: 3,000/12,000 rows ...\ntokenising train: 12,000 rows in 0:00\n"
+    assert capsys.readouterr().out == "tokenising train: 3,000/12,000 rows ...\ntokenising train: 12,000 rows in 0 s\n"
+    with log.phase("loading libraries"):
+        time.sleep(0.4)
+    assert capsys.readouterr().out == "loading libraries ...\nloading libraries took 0 s\n"
+    assert [log_lines.duration(seconds) for seconds in (35.2, 59.7, 75)] == ["35 s", "1:00", "1:15"]
 
 
 @pytest.mark.usefixtures("closed")

@@ -94,7 +94,7 @@ class Comparison:
         """Leaderboards of the runs of each task, where they are of several: no metric ranks runs across tasks."""
         # Broken runs come last.
         tasks = sorted(dict.fromkeys(run.task for run in runs), key=lambda task: not task)
-        if is_ranked and len(tasks) > 1:
+        if is_ranked and len([task for task in tasks if task]) > 1:
             for task in tasks:
                 some = [run for run in runs if run.task == task]
                 asked = self.sort if sort is not None and any(self.sort in run.metrics for run in some) else None
