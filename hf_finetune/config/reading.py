@@ -277,7 +277,8 @@ def _base(document: Document, file: str, seen: set[str], depth: int) -> str | No
     # A symlink that leads nowhere is there, and is no regular file.
     if not os.path.lexists(base):
         hint = meant(base, (".yaml", ".yml")) if outside(base) is None else ""
-        raise RecipeError(f"there is no file {base!r}{hint}; the path is relative to {file}")
+        hint = "" if Path(file).name in hint else hint  # it can't extend itself
+        raise RecipeError(f"there is no file {base!r}; the path is relative to {file}{hint}")
     if not Path(base).is_file():
         raise RecipeError(f"{base!r} is no regular file; give a recipe file")
     if (refusal := outside(base)) is not None:

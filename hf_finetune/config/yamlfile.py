@@ -91,7 +91,7 @@ def parse(text: str, file: str) -> Document:
     return Document(node, file)
 
 
-_KEY = re.compile(r"\s*(?:- +)*([^\s:#]+)(\s+\S.*)?\s*")
+_KEY = re.compile(r"\s*(\w[^\s:#]*)(\s+[^:]*[^\s:])?\s*")
 """A line with a key, and perhaps a value, but no colon."""
 
 
@@ -106,17 +106,18 @@ def _malformed(lines: Sequence[str], error: yaml.MarkedYAMLError) -> Problem:
     if "could not find expected ':'" in what and error.context_mark is not None:
         at = error.context_mark.line
         return _without_colon(lines, at) or Problem(f"is not valid YAML: {what}; add the colon", line=at + 1)
-    if "mapping values are not allowed" in what and mark is not None and at is not None:
-        if ": " in lines[at][: mark.column]:
+    if mark is not None and ("mapping values are not allowed" in what or "expected <block end>" in what):
+        is_value = "mapping values" in what
+        if is_value and ": " in lines[mark.line][: mark.column]:
             message = "is not valid YAML: there is a second colon in the value; put the value in quotes"
-            return Problem(message, line=at + 1)
-        above = (n for n in range(at - 1, -1, -1) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
+            return Problem(message, line=mark.line + 1)
+        above = (n for n in range(mark.line - 1, -1, -1) if lines[n].strip() and not lines[n].lstrip().startswith("#"))
         before = next(above, None)
         if before is not None and (found := _without_colon(lines, before)) is not None:
             return found
-        if before is not None:
+        if before is not None and is_value:
             message = f"it is indented as if it were a part of line {before + 1}, which has a value; indent both alike"
-            return Problem(f"is not valid YAML: {message}", line=at + 1)
+            return Problem(f"is not valid YAML: {message}", line=mark.line + 1)
     hint = "indent with spaces, not with tabs" if "'\\t'" in what else "correct it"
     return Problem(f"is not valid YAML: {what}; {hint}", line=None if at is None else at + 1)
 

@@ -47,7 +47,7 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[l
     files: list[str] = []
     problems: list[Problem] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for one in _match(os.path.expanduser(str(Path(folder or "", pattern))), key):  # noqa: PTH111 (may hold any user)
+        for one in _match(os.path.expanduser(str(Path(folder or "", pattern))), folder, key):  # noqa: PTH111 (may hold any user)
             (problems if isinstance(one, Problem) else files).append(one)  # type: ignore[arg-type]
     for file in dict.fromkeys(file for file in files if files.count(file) > 1):
         problems.append(Problem("is matched twice; its rows would count twice", key=key, file=file))
@@ -68,7 +68,7 @@ def find(patterns: str | Sequence[str], folder: str | None, key: str) -> tuple[l
     return files, problems
 
 
-def _match(pattern: str, key: str) -> Iterator[str | Problem]:
+def _match(pattern: str, folder: str | None, key: str) -> Iterator[str | Problem]:
     """Yield files, or what is wrong with a name; nothing is opened, for reading a pipe would wait for ever."""
     path = Path(pattern)
     try:
@@ -89,13 +89,15 @@ def _match(pattern: str, key: str) -> Iterator[str | Problem]:
         files = [match for match in matches if not Path(match).is_dir()]
         for file in files:
             # Each name again, as it may be a pipe too; brackets in it are no pattern then.
-            yield from _match(file, key)
+            yield from _match(file, folder, key)
         if not files:
             try:
                 beside = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
             except (OSError, ValueError):
                 beside = []
             near = meant(path, SUFFIXES) or (suggestion(path.name, beside[:20]) if beside else "")
+            # A name inside `data.source` is written without it.
+            near = near.replace(f"{Path(folder).expanduser()}{os.sep}", "") if folder else near
             yield Problem(f"no file matches {pattern!r}{near}", key=key)
 
 
