@@ -83,8 +83,8 @@ class CheckResult:
             return f"{counted}; rows and model are looked at once the recipe is right"
         if not self.ok:
             made = (None, None) if self.parts is None else (self.parts.prepared, self.parts.outline)
-            later = [name for name, part in zip(("rows", "layers of the model"), made, strict=True) if part is None]
-            return f"{counted}; {' and '.join(later)} are looked at once that is corrected" if later else counted
+            parts = [name for name, part in zip(("rows", "layers of the model"), made, strict=True) if part is None]
+            return f"{counted}; {' and '.join(parts)} are looked at once that is corrected" if parts else counted
         looked = None if self.parts is None else self.parts.looked
         later = ""
         if looked is not None and not looked.whole:
