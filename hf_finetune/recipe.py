@@ -29,7 +29,7 @@ from hf_finetune.config.blocks import (
 from hf_finetune.config.paths import NO_COMMIT, is_commit
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.reference import markdown, schema
-from hf_finetune.config.section import OUTSIDE, STUDY, Key, Section, discover, union
+from hf_finetune.config.section import HOST, OUTSIDE, STUDY, Key, Section, discover, union
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.config.yamlfile import KeyPath
 from hf_finetune.tasks._tokens import PACKED_ATTENTION
@@ -61,7 +61,7 @@ RECIPE, NUMBER = "{recipe}", "{n}"
 class Recipe(Section):
     """One fine-tuning run."""
 
-    version: Annotated[int, Field(ge=1, le=1), Key(resume="free", lock="ignored")] = 1
+    version: Annotated[int, Field(ge=1, le=1), Key(resume="free", lock="ignored"), HOST] = 1
     """Format of this file."""
     task: Annotated[AnyTask, Key(study=True, finished="free")]
     """The task that the model learns, and the columns of the data."""
@@ -80,12 +80,12 @@ class Recipe(Section):
     """Faster ways to the same numbers."""
     tracking: Annotated[Tracking, OUTSIDE] = Tracking()
     """Pictures, examples and records of the run."""
-    hub: Annotated[Hub | None, OUTSIDE] = None
+    hub: Annotated[Hub | None, OUTSIDE, HOST] = None
     """Upload of the finished adapter; null uploads nothing."""
     output: Annotated[Name, OUTSIDE] = f"runs/{RECIPE}-{NUMBER}"
     """The run folder: everything this run writes. `{recipe}` is the name of the recipe's file; `{n}` is the number of
     the run: that of the latest run of this very recipe, which is resumed or finished, else the next free one."""
-    require_pinned: Annotated[bool, Key(resume="free", lock="ignored")] = False
+    require_pinned: Annotated[bool, Key(resume="free", lock="ignored"), HOST] = False
     """Refuse a model or a data set on the Hub whose `revision` is not a commit (40 digits): tags and branches move."""
 
     @property

@@ -10,6 +10,7 @@ from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.base import Adapter, Rates, Setting, State
 from hf_finetune.config.blocks import Count, Share
+from hf_finetune.config.section import TEXT
 from hf_finetune.errors import DivergedError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class AdaLora(Adapter):
     """Scale of the update."""
     dropout: Share = 0.0
     """Dropout on the adapters' input."""
-    target_modules: targets.Spec = targets.ALL_LINEAR
+    target_modules: Annotated[targets.Spec, TEXT] = targets.ALL_LINEAR
     """`all-linear`, names, or a pattern over module paths."""
     warmup_share: Share = 0.1
     """Share of all steps before the first rank is pruned (`tinit`)."""
@@ -53,7 +54,7 @@ class AdaLora(Adapter):
     """Decay of their uncertainty."""
     orthogonal_weight: Annotated[float, Field(ge=0.0, le=1e3)] = 0.5
     """Weight of the penalty that keeps the factors orthogonal."""
-    modules_to_save: targets.Names | None = None
+    modules_to_save: Annotated[targets.Names | None, TEXT] = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
 
     @model_validator(mode="after")

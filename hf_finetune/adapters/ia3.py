@@ -10,7 +10,7 @@ from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.base import Adapter, Rates, Setting
 from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import CONTENT
+from hf_finetune.config.section import CONTENT, TEXT
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ class IA3(Adapter):
     usual_rates: ClassVar[Rates | None] = (3e-3, 3e-3, "Liu et al. 2022, arXiv 2205.05638")
     default_rates: ClassVar[tuple[float, float, float]] = (3e-3, 3e-3, 3e-3)
 
-    target_modules: targets.Names | None = None
+    target_modules: Annotated[targets.Names | None, TEXT] = None
     """Layers that get a vector, by the last part of their path; null takes PEFT's choice for the model type."""
-    feedforward_modules: targets.Names | None = None
+    feedforward_modules: Annotated[targets.Names | None, TEXT] = None
     """Those of `target_modules` whose *input* is scaled instead of the output; null takes PEFT's choice."""
-    modules_to_save: targets.Names | None = None
+    modules_to_save: Annotated[targets.Names | None, TEXT] = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
     continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
     """Run or adapter folder whose (IA)3 adapter is trained further; its targets are kept."""

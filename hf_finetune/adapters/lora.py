@@ -13,7 +13,7 @@ from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.base import Adapter, Rates, Setting, State
 from hf_finetune.config.blocks import Name, Share
-from hf_finetune.config.section import CONTENT
+from hf_finetune.config.section import CONTENT, TEXT
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Lora(Adapter):
     has."""
     dropout: Share = 0.0
     """Dropout on the adapters' input."""
-    target_modules: targets.Spec | None = None
+    target_modules: Annotated[targets.Spec | None, TEXT] = None
     """`all-linear` (every linear layer but the heads), names such as [q_proj, v_proj], or a pattern that whole module
     paths must match; null is `all-linear`, or what `from` has."""
     rslora: bool = False
@@ -64,13 +64,13 @@ class Lora(Adapter):
     what is saved is plain LoRA all the same, after `pissa` and `olora` of twice the rank."""
     loraplus_ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
     """LoRA+: learning rate of the B matrices over that of the A matrices (https://arxiv.org/abs/2402.12354)."""
-    rank_pattern: dict[targets.Pattern, Rank] = Field(default_factory=dict)
+    rank_pattern: Annotated[dict[targets.Pattern, Rank], TEXT] = Field(default_factory=dict)
     """Other ranks for some layers: pattern at the end of the module path -> r."""
-    alpha_pattern: dict[targets.Pattern, Alpha] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[targets.Pattern, Alpha], TEXT] = Field(default_factory=dict)
     """Other alphas for some layers: pattern at the end of the module path -> alpha."""
-    modules_to_save: targets.Names | None = None
+    modules_to_save: Annotated[targets.Names | None, TEXT] = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
-    trainable_tokens: targets.Names | None = None
+    trainable_tokens: Annotated[targets.Names | None, TEXT] = None
     """Tokens whose embeddings are trained, as the tokenizer writes them, e.g. `<|im_end|>`; with an output layer of its
     own weights, its rows for them too."""
     continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from hf_finetune.config.problems import shown
-from hf_finetune.config.section import ASK, CONTENT, FREE, OUTSIDE, SEEN, STUDY, Key, Section
+from hf_finetune.config.section import ASK, CONTENT, FREE, HOST, OUTSIDE, SEEN, STUDY, TEXT, Key, Section
 
 Level = Literal["error", "warn", "off"]
 """`error` ends the run before weights load, `warn` is printed, `off` is only counted in the report."""
@@ -170,7 +170,7 @@ class Data(Section):
     """At most this many rows of each split, drawn by `training.seed`: for trials."""
     cache: Annotated[Name | None, OUTSIDE] = None
     """Folder of tokenised data; null is `$HF_FINETUNE_CACHE`, else `$XDG_CACHE_HOME/hf_finetune`."""
-    workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE] = None
+    workers: Annotated[Annotated[int, Field(ge=1, le=256)] | None, OUTSIDE, HOST] = None
     """Processes that tokenise; null is one for each core."""
     checks: Annotated[Checks, Key(resume="free", lock="ignored")] = Checks()
     """Checks of the data, and how serious each finding is."""
@@ -275,7 +275,7 @@ class Training(Section):
     the usual micro-batch, by the estimate, needs more memory than is free."""
     early_stopping: Annotated[EarlyStopping | None, ASK] = None
     """Stop when `best_metric` no longer improves."""
-    best_metric: Annotated[Name | None, ASK] = None
+    best_metric: Annotated[Name | None, ASK, TEXT] = None
     """Keep the checkpoint that is best by this validation metric, e.g. `accuracy` or `loss`; null keeps the last."""
     group_by_length: bool = True
     """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""

@@ -35,6 +35,9 @@ class Key:
     """The model card shows it (default), because it says something about the training."""
     study: bool | None = None
     """It is a hyperparameter that runs are compared by; false by default."""
+    caller: bool | None = None
+    """Whoever calls the service may set it; by default where its values are numbers or listed words, which name no
+    path, account, code or machine. Text must say so, for itself."""
     finished: Literal["never", "name", "free"] | None = None
     """A command may override it for a finished run: never (default), by a name but no list, or freely."""
     replaces: tuple[str, ...] = ()
@@ -45,6 +48,8 @@ class Key:
 
 ASK = Key(resume="ask")
 FREE = Key(resume="free")
+TEXT = Key(caller=True)  # text that names columns, labels, modules or tokens, or is what a model reads
+HOST = Key(caller=False)  # numbers and words that are about the machine, or accounts
 STUDY = Key(study=True)
 SEEN = Key(resume="ask", study=False)  # changes what is seen of a run, not what it learns
 CONTENT = Key(lock="content")  # says where something lies, which may lie elsewhere if it is the same
@@ -76,7 +81,7 @@ class Section(BaseModel):
 class Plugin(Section):
     """A section that stands for one variant; its `kind` is the name of the file it is declared in."""
 
-    kind: Annotated[str, Key(finished="never")] = ""
+    kind: Annotated[str, TEXT, Key(finished="never")] = ""
     """The variant: the name of its file."""
 
     @classmethod

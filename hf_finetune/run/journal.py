@@ -69,12 +69,19 @@ class Appender:
 
 
 def read(file: Path) -> list[Entry]:
-    """Read metrics.jsonl; damaged lines are left out, with one warning. This is its only reader."""
+    """Read metrics.jsonl; damaged lines are left out, with one warning."""
+    return [_as_numbers(line) for line in _lines(file, "phase")]
+
+
+def parse(text: bytes) -> Entry | None:
+    """Read one line of metrics.jsonl; None for one that is damaged."""
+    line = _entry(text, "phase")
+    return None if line is None else _as_numbers(line)
+
+
+def _as_numbers(line: Entry) -> Entry:
     special = {"nan", "inf", "-inf"}
-    return [
-        {key: float(value) if isinstance(value, str) and value in special else value for key, value in line.items()}
-        for line in _lines(file, "phase")
-    ]
+    return {key: float(value) if isinstance(value, str) and value in special else value for key, value in line.items()}
 
 
 def read_samples(file: Path) -> list[Entry]:
@@ -109,11 +116,8 @@ def _lines(file: Path, needed: str) -> list[Entry]:
     # Not `splitlines`: a label or a text may hold U+2028, which JSON does not escape.
     lines = content.split(b"\n")
     for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and needed in line:
+        line = _entry(text, needed)
+        if line is not None:
             found.append(line)
         elif text.strip() and number < len(lines):  # a kill leaves half of the last line: nothing to warn about
             damaged.append(number)
@@ -121,3 +125,11 @@ def _lines(file: Path, needed: str) -> list[Entry]:
         many = f"{len(damaged)} damaged lines are" if len(damaged) > 1 else "a damaged line is"
         warn(f"{file}:{damaged[0]}: {many} left out")
     return found
+
+
+def _entry(text: bytes, needed: str) -> Entry | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) and needed in line else None

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
 from hf_finetune.service import engine, forms, worker
-from hf_finetune.service.api import Called, Caller, Refusal
+from hf_finetune.service.calls import Called, Caller, Refusal
 from hf_finetune.service.questions import Event, Failed, Heard, Question
 
 routes = APIRouter()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune.run import journal
-from hf_finetune.service import worker
+from hf_finetune.service import history, worker
 
 NEAR = 1 << 16
 """Bytes at either end of the file that are looked at: many times the longest line."""
@@ -44,11 +44,7 @@ def progress(document: Mapping[str, Any], folder: Path) -> dict[str, Any] | None
     first, last = ends(folder)
     if not total or first is None or last is None:
         return None
-    finish = None
-    if document["state"] == "running" and last["step"] > first["step"]:
-        pace = (last["time"] - first["time"]) / (last["step"] - first["step"])
-        finish = int(last["time"] + pace * (total - last["step"]))
-    return {"step": last["step"], "total_steps": total, "estimated_finish": finish}
+    return {"step": last["step"], "total_steps": total, "estimated_finish": history.finish(document, folder)}
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:

@@ -1,9 +1,13 @@
 """The files of the service, which are the truth, and the database, which is an index of them.
 
-    ROOT/service.db                 keys, files and jobs; made anew by `serve --rebuild`
-    ROOT/models.yaml                the base models that jobs may name
-    ROOT/files/ID/file.json, data   an upload
-    ROOT/runs/ID/job.json           a job, and beside it what its worker writes: see `service.worker`
+    ROOT/service.db                     keys, files and jobs; made anew by `serve --rebuild`
+    ROOT/models.yaml                    the base models that jobs may name
+    ROOT/limits.yaml                    what each project may keep: see `service.limits`
+    ROOT/files/ID/file.json, data       an upload
+    ROOT/uploads/ID/upload.json, PART   an upload in parts that is not complete
+    ROOT/webhooks/ID                    an address that is told of ends: see `service.outbox`
+    ROOT/runs/ID/job.json               a job, and beside it what its worker writes: see `service.worker`
+    ROOT/spool                          requests that are being received, and previews; nothing in it is kept
 
 Whatever a caller was told is on the disk before: a job or a file is written, then indexed, then answered.
 """
@@ -16,7 +20,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +29,23 @@ import sqlalchemy as sql
 from hf_finetune.config import yamlfile
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.run.files import discard, write_atomically
+from hf_finetune.service import limits, outbox
+from hf_finetune.service.tables import ENDPOINTS, FILES, JOBS, KEYS, METADATA, SCHEMA, TABLES, UPLOADS, VERSION
 
 FINAL = ("succeeded", "failed", "cancelled")
 """States that a job never leaves."""
 DEFAULT_PROJECT = "default"
+FOLDERS = ("files", "runs", "spool", "uploads", "webhooks")
+LEFT = 3600
+"""Seconds after which what was left in the spool is removed."""
 
-VERSION = 1
-"""Of the tables below; another one is refused, and `--rebuild` makes them anew."""
 
-_tables = sql.MetaData()
-SCHEMA = sql.Table("schema_version", _tables, sql.Column("version", sql.Integer, nullable=False))
-KEYS = sql.Table(
-    "keys",
-    _tables,
-    sql.Column("id", sql.String(64), primary_key=True),
-    sql.Column("project", sql.String(64), nullable=False),
-    sql.Column("digest", sql.String(64), nullable=False, unique=True),
-    sql.Column("name", sql.String(200), nullable=False),
-    sql.Column("created_at", sql.Integer, nullable=False),
-    sql.Column("revoked_at", sql.Integer),
-)
-FILES = sql.Table(
-    "files",
-    _tables,
-    sql.Column("id", sql.String(64), primary_key=True),
-    sql.Column("project", sql.String(64), nullable=False, index=True),
-    sql.Column("purpose", sql.String(32), nullable=False),
-    sql.Column("expires_at", sql.Integer),
-    sql.Column("document", sql.Text, nullable=False),
-)
-JOBS = sql.Table(
-    "jobs",
-    _tables,
-    sql.Column("id", sql.String(64), primary_key=True),
-    sql.Column("project", sql.String(64), nullable=False, index=True),
-    sql.Column("state", sql.String(32), nullable=False, index=True),
-    sql.Column("wanted", sql.String(16), nullable=False),
-    sql.Column("priority", sql.Integer, nullable=False),
-    sql.Column("model", sql.String(600), index=True),
-    sql.Column("request_key", sql.String(300), unique=True),
-    sql.Column("document", sql.Text, nullable=False),
-)
+class OverQuota(Exception):  # noqa: N818 - it is an answer
+    """A project has as many jobs, files or bytes as its operator allows; the message says which."""
+
+    def __init__(self, what: str, most: int) -> None:
+        super().__init__(f"this project may have {most:,} {what.replace('_', ' ')}, and has them")
+        self.what = what
 
 
 def new_id(prefix: str) -> str:
@@ -87,7 +67,7 @@ class Store:
 
     def __init__(self, root: Path, database: str | None = None, *, anew: bool = False) -> None:
         self.root = root.absolute()
-        for folder in ("files", "runs"):
+        for folder in FOLDERS:
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self.found = 0
         """Jobs that were found in the folders, where the index was made anew."""
@@ -118,25 +98,40 @@ class Store:
             message = f"the database is empty, and {self.root / 'runs'} has jobs; give --rebuild once"
             raise RecipeError(Problem(message, key="--database"))
         if anew:
-            _tables.drop_all(connection, [SCHEMA, FILES, JOBS])
-        _tables.create_all(connection)
+            TABLES.drop_all(connection, [table for table in TABLES.sorted_tables if table is not KEYS])
+        TABLES.create_all(connection)
         if anew or found is None:
             connection.execute(SCHEMA.insert().values(version=VERSION))
         if anew:
             self._fill(connection)
 
     def _fill(self, connection: sql.Connection) -> None:
-        """Index the files and jobs that lie in the folders; keys are not in them."""
-        files = [json.loads(path.read_bytes()) for path in sorted((self.root / "files").glob("*/file.json"))]
-        jobs = [json.loads(path.read_bytes()) for path in (self.root / "runs").glob("*/job.json")]
+        """Index what lies in the folders; keys are not in them."""
+
+        def documents(pattern: str) -> list[dict[str, Any]]:
+            return [json.loads(path.read_bytes()) for path in sorted(self.root.glob(pattern))]
+
+        files, uploads = documents("files/*/file.json"), documents("uploads/*/upload.json")
+        there = {file["id"] for file in files}
+        for upload in uploads:
+            if upload["file"] in there:  # the service was killed before it could say so
+                upload["status"] = "completed"
+        jobs = documents("runs/*/job.json")
         # Of two that the same request made, nobody was told of the one that never moved.
         jobs.sort(key=lambda job: (job["state"] != "validating_files" or job["handle"] is not None, job["id"]))
-        by_request = {job.get("request_key") or job["id"]: job for job in jobs}
-        if files:
-            connection.execute(FILES.insert(), [_file_row(file) for file in files])
-        if by_request:
-            connection.execute(JOBS.insert(), [_job_row(job) for job in by_request.values()])
-        self.found = len(by_request)
+        jobs = list({job.get("request_key") or job["id"]: job for job in jobs}.values())
+        rows: dict[sql.Table, list[dict[str, Any]]] = {
+            FILES: [_file_row(file) for file in files],
+            UPLOADS: [_upload_row(upload) for upload in uploads],
+            JOBS: [_job_row(job) for job in jobs],
+            METADATA: [pair for job in jobs for pair in _metadata_rows(job)],
+        }
+        for table, found in rows.items():
+            if found:
+                connection.execute(table.insert(), found)
+        ended = [(job["project"], _end_of(job), job["finished_at"]) for job in jobs if job["state"] in FINAL]
+        outbox.fill(connection, self.root, ended)
+        self.found = len(jobs)
 
     # ---- keys ----
 
@@ -175,14 +170,30 @@ class Store:
         """Give the folder of an upload; the id must come from the database."""
         return self.root / "files" / file
 
-    def add_file(self, project: str, document: Mapping[str, Any]) -> None:
-        """Keep an upload whose bytes lie in its folder already."""
-        kept = json.dumps({"project": project, **document})
-        write_atomically(self.folder_of_file(document["id"]) / "file.json", kept, durable=True)
-        with self.engine.begin() as connection:
-            # A file that a job has made may be there already: the service was killed before it told the job so.
-            connection.execute(FILES.delete().where(FILES.c.id == document["id"]))
-            connection.execute(FILES.insert().values(_file_row(json.loads(kept))))
+    def add_file(self, project: str, document: Mapping[str, Any], *, is_limited: bool = False) -> None:
+        """Keep an upload whose bytes lie in its folder already.
+
+        Args:
+            project: Whose it is.
+            document: Of the file.
+            is_limited: It counts, though what the service itself makes may always be kept.
+
+        Raises:
+            OverQuota: There is no room for it; nothing is kept.
+        """
+        kept = {"project": project, **document}
+        folder = self.folder_of_file(document["id"])
+        write_atomically(folder / "file.json", json.dumps(kept), durable=True)
+        try:
+            with self.engine.begin() as connection:
+                # A file that a job has made may be there already: the service was killed before it told the job so.
+                connection.execute(FILES.delete().where(FILES.c.id == document["id"]))
+                connection.execute(FILES.insert().values(_file_row(kept)))
+                if is_limited:
+                    self._refuse_over(connection, project, "files", "stored_bytes")
+        except OverQuota:
+            discard(folder)
+            raise
 
     def file(self, project: str, file: str) -> dict[str, Any] | None:
         """Look up an upload of a project; one that has expired is gone."""
@@ -207,10 +218,118 @@ class Store:
             connection.execute(FILES.delete().where(FILES.c.id == file))
         discard(self.folder_of_file(file))
 
-    def expired_files(self) -> list[str]:
-        """List uploads whose time is over."""
+    def sweep(self) -> None:
+        """Delete files and uploads whose time is over, and what a killed server has left in the spool."""
         with self.engine.connect() as connection:
-            return list(connection.execute(sql.select(FILES.c.id).where(~_not_expired())).scalars())
+            files = list(connection.execute(sql.select(FILES.c.id).where(~_not_expired())).scalars())
+            over = sql.select(UPLOADS.c.id).where(UPLOADS.c.expires_at <= now())
+            uploads = list(connection.execute(over).scalars())
+        for file in files:
+            self.delete_file(file)
+        for upload in uploads:
+            with self.engine.begin() as connection:
+                connection.execute(UPLOADS.delete().where(UPLOADS.c.id == upload))
+            discard(self.folder_of_upload(upload))
+        for path in (self.root / "spool").iterdir():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < now() - LEFT:
+                    discard(path)
+
+    # ---- uploads in parts ----
+
+    def folder_of_upload(self, upload: str) -> Path:
+        """Give the folder of an upload in parts; the id must come from the database."""
+        return self.root / "uploads" / upload
+
+    def add_upload(self, document: Mapping[str, Any]) -> None:
+        """Keep a new upload, which takes the room of the file that it will be.
+
+        Raises:
+            OverQuota: There is none.
+        """
+        folder = self.folder_of_upload(document["id"])
+        with self.engine.begin() as connection:
+            connection.execute(UPLOADS.insert().values(_upload_row(document)))
+            self._refuse_over(connection, document["project"], "files", "stored_bytes")
+            folder.mkdir()
+            write_atomically(folder / "upload.json", json.dumps(document), durable=True)
+
+    def upload(self, project: str, upload: str) -> dict[str, Any] | None:
+        """Look up an upload of a project."""
+        fits = (UPLOADS.c.id == upload) & (UPLOADS.c.project == project)
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(UPLOADS.c.document).where(fits)).scalar()
+        return None if found is None else json.loads(found)
+
+    def settle_upload(
+        self,
+        upload: str,
+        status: str,
+        *,
+        file: Mapping[str, Any] | None = None,
+        data: Path | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> dict[str, Any] | None:
+        """End an upload that is pending.
+
+        Args:
+            upload: The id.
+            status: `completed` or `cancelled`.
+            file: The document of the file that it becomes.
+            data: Its bytes, which are moved.
+            parts: What it was made of.
+
+        Returns:
+            The upload as it is now; None where it has ended before.
+        """
+        with self.engine.begin() as connection:
+            connection.execute(UPLOADS.update().where(UPLOADS.c.id == upload).values(bytes=UPLOADS.c.bytes))
+            found = connection.execute(sql.select(UPLOADS.c.document).where(UPLOADS.c.id == upload)).scalar()
+            document: dict[str, Any] | None = None if found is None else json.loads(found)
+            if document is None or document["status"] != "pending":
+                return None
+            document |= {"status": status, "parts": parts}
+            if file is not None and data is not None:
+                folder = self.folder_of_file(file["id"])
+                folder.mkdir(exist_ok=True)
+                data.replace(folder / "data")
+                write_atomically(folder / "file.json", json.dumps(file), durable=True)
+                connection.execute(FILES.insert().values(_file_row(file)))
+            write_atomically(self.folder_of_upload(upload) / "upload.json", json.dumps(document), durable=True)
+            connection.execute(UPLOADS.update().where(UPLOADS.c.id == upload).values(_upload_row(document)))
+        return document
+
+    def limits(self) -> limits.Limits:
+        """Read `limits.yaml`.
+
+        Raises:
+            RecipeError: The file is wrong.
+        """
+        return limits.read(self.root)
+
+    def _refuse_over(self, connection: sql.Connection, project: str, *what: str) -> None:
+        """Refuse what a transaction has just added, where it is too much.
+
+        Raises:
+            OverQuota: It is.
+        """
+        counts = (
+            ("waiting_jobs", JOBS, JOBS.c.state.in_(["validating_files", "queued"])),
+            ("files", FILES, sql.true()),
+            ("files", UPLOADS, UPLOADS.c.bytes > 0),
+            ("stored_bytes", FILES, sql.true()),
+            ("stored_bytes", UPLOADS, UPLOADS.c.bytes > 0),
+            ("webhooks", ENDPOINTS, sql.true()),
+        )
+        quota, found = self.limits().quota(project), dict.fromkeys(what, 0)
+        for name, table, fits in counts:
+            if name in found:
+                amount = sql.func.sum(table.c.bytes) if name == "stored_bytes" else sql.func.count()
+                rows = sql.select(amount).select_from(table).where((table.c.project == project) & fits)
+                found[name] += connection.execute(rows).scalar() or 0
+        for name, number in found.items():
+            if number > getattr(quota, name):
+                raise OverQuota(name, getattr(quota, name))
 
     # ---- jobs ----
 
@@ -218,17 +337,27 @@ class Store:
         """Give the folder of a job; the id must come from the database."""
         return self.root / "runs" / job
 
-    def add_job(self, document: Mapping[str, Any], request_key: str | None) -> str:
-        """Keep a new job; of two with the same `request_key` the first is kept. Returns the id of the one that is."""
-        document = {**document, "request_key": request_key}
-        write_job(self.folder_of_job(document["id"]), document)
+    def add_job(self, document: Mapping[str, Any]) -> str:
+        """Keep a new job; of two with the same `request_key` the first is kept. Returns the id of the one that is.
+
+        Raises:
+            OverQuota: Too many wait; nothing is kept.
+        """
+        folder = self.folder_of_job(document["id"])
+        write_job(folder, document)
         try:
             with self.engine.begin() as connection:
                 connection.execute(JOBS.insert().values(_job_row(document)))
+                if pairs := _metadata_rows(document):
+                    connection.execute(METADATA.insert(), pairs)
+                self._refuse_over(connection, document["project"], "waiting_jobs")
+        except OverQuota:
+            discard(folder)
+            raise
         except sql.exc.IntegrityError:
-            discard(self.folder_of_job(document["id"]))
+            discard(folder)
             with self.engine.connect() as connection:
-                found = sql.select(JOBS.c.id).where(JOBS.c.request_key == request_key)
+                found = sql.select(JOBS.c.id).where(JOBS.c.request_key == document["request_key"])
                 return str(connection.execute(found).scalar_one())
         return str(document["id"])
 
@@ -260,22 +389,22 @@ class Store:
             found = connection.execute(sql.select(JOBS.c.document).where(fits).order_by(JOBS.c.id)).scalars()
             return [json.loads(document) for document in found]
 
-    def jobs(self, project: str, metadata: Mapping[str, str | None], page: Page) -> tuple[list[dict[str, Any]], bool]:
+    def jobs(self, project: str, metadata: Mapping[str, str] | None, page: Page) -> tuple[list[dict[str, Any]], bool]:
         """List jobs, newest first; returns a page, and whether there are more.
 
         Args:
             project: Whose they are.
-            metadata: Pairs that jobs must have.
+            metadata: Pairs that jobs must have; None lists those without any.
             page: Limits.
         """
         fits = JOBS.c.project == project
+        if metadata is None:
+            fits &= JOBS.c.id.not_in(sql.select(METADATA.c.job))
+        for name, value in (metadata or {}).items():
+            pair = (METADATA.c.name == name) & (METADATA.c.value == value)
+            fits &= JOBS.c.id.in_(sql.select(METADATA.c.job).where(pair))
         with self.engine.connect() as connection:
-            if not metadata:
-                return page.of(connection, JOBS, fits)
-            # Few jobs have metadata that are asked for; both databases would need JSON functions of their own.
-            rows = connection.execute(page.ordered(JOBS, fits)).scalars()
-            found = [job for job in map(json.loads, rows) if _has(job.get("metadata") or {}, metadata)]
-            return found[: page.limit], len(found) > page.limit
+            return page.of(connection, JOBS, fits)
 
     def active(self) -> list[dict[str, Any]]:
         """List all jobs that have not ended, by priority, then age."""
@@ -305,7 +434,10 @@ class Store:
             document: dict[str, Any] = json.loads(connection.execute(row).scalar_one())
             if document["state"] not in states or any(document[name] != value for name, value in (seen or {}).items()):
                 return None
+            ends = document["state"] not in FINAL and fields.get("state") in FINAL
             document |= fields
+            if ends:
+                outbox.announce(connection, document["project"], _end_of(document), now())
             write_job(self.folder_of_job(job), document)
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(_job_row(document)))
         return document
@@ -384,7 +516,7 @@ def _job_row(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file_row(document: Mapping[str, Any]) -> dict[str, Any]:
-    row = {name: document[name] for name in ("id", "project", "purpose")}
+    row = {name: document[name] for name in ("id", "project", "purpose", "bytes")}
     return {**row, "expires_at": document.get("expires_at"), "document": json.dumps(document)}
 
 
@@ -392,8 +524,19 @@ def _not_expired() -> Any:
     return FILES.c.expires_at.is_(None) | (FILES.c.expires_at > now())
 
 
-def _has(metadata: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool:
-    return all(metadata.get(name) == value for name, value in wanted.items())
+def _upload_row(document: Mapping[str, Any]) -> dict[str, Any]:
+    row = {name: document[name] for name in ("id", "project", "expires_at")}
+    # One that has ended takes no room any more.
+    size = document["bytes"] if document["status"] == "pending" else 0
+    return {**row, "bytes": size, "document": json.dumps(document)}
+
+
+def _metadata_rows(job: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"job": job["id"], "name": name, "value": value} for name, value in (job.get("metadata") or {}).items()]
+
+
+def _end_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    return outbox.event_of(job["id"], f"fine_tuning.job.{job['state']}")
 
 
 def _digest(token: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_finetune.errors import INTERRUPTED, PREEMPTED, OutOfMemoryError, PeerError, PushError, StorageError
 from hf_finetune.run.files import discard
-from hf_finetune.service import views, worker
+from hf_finetune.service import history, views, worker
 from hf_finetune.service.executors.base import ALIVE, KILLED, Executor, Work, exit_code
 from hf_finetune.service.settings import Settings
 from hf_finetune.service.store import Store, now
@@ -116,8 +116,7 @@ class Supervisor:
                 self.look()
                 if not swept or time.monotonic() - swept > 60:
                     swept = time.monotonic()
-                    for file in self.store.expired_files():
-                        self.store.delete_file(file)
+                    self.store.sweep()
             except Exception:
                 # A full disk, or a database that is away for a while: the next look may find them well.
                 _logger.exception("the queue could not be looked after")
@@ -253,8 +252,8 @@ class Supervisor:
         if code in (0, PushError.exit_code) and job["slot"] is not None:
             if code:
                 note(folder, "The model was trained, but not uploaded", level="warn")
-            results = self._results(job, folder)
-            self._finish(job, folder, "succeeded", fine_tuned_model=_name(job), result_files=results, **free)
+            made = {"fine_tuned_model": _name(job), "result_files": self._results(job, folder)}
+            self._finish(job, folder, "succeeded", epochs=history.epochs(folder), **made, **free)
         elif code == 0:
             note(folder, "Files validated, moving job to queued state")
             self.store.change(job["id"], [job["state"]], state="queued", **free)
@@ -294,7 +293,7 @@ class Supervisor:
         """Keep the metrics of each step as a file of the project."""
         # Its id follows from the job's: should the service be killed before the job is told, there is one still.
         made = f"file-{job['id'].removeprefix('ftjob-')}"
-        content = views.results(folder).encode()
+        content = history.results(folder).encode()
         place = self.store.folder_of_file(made)
         place.mkdir(exist_ok=True)
         (place / "data").write_bytes(content)

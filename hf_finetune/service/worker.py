@@ -132,7 +132,8 @@ def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(Problem(message, file=str(data["train"])))
     if isinstance(recipe.get("adapter"), str):
         recipe["adapter"] = {"kind": recipe["adapter"]}
-    for blocks in (job["base"].get("recipe") or {}, job.get("recipe") or {}):
+    own = job.get("recipe") or {}
+    for blocks in (job["base"].get("recipe") or {}, own):
         if "steps" in (blocks.get("training") or {}):
             recipe["training"].pop("epochs", None)
         _put(recipe, blocks)
@@ -142,6 +143,9 @@ def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
         training["epochs"] = asked["n_epochs"]
     if asked.get("batch_size", "auto") != "auto":
         training["batch_size"] = asked["batch_size"]
+    micro, batch = training.get("micro_batch"), training.get("batch_size")
+    if isinstance(micro, int) and isinstance(batch, int) and "micro_batch" not in own.get("training", {}):
+        training["micro_batch"] = min(micro, batch)  # the operator's bounds the memory, and not a caller's batch
     if asked.get("learning_rate_multiplier", "auto") != "auto":
         from hf_finetune.recipe import read_dict
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
-from hf_finetune.config.section import Key
+from hf_finetune.config.section import TEXT, Key
 from hf_finetune.tasks import _labels, _losses
 from hf_finetune.tasks.base import IGNORE, Batch, Column, Judged, Loss, OutputKind, Plot, Predictions, Rows, State, Task
 
@@ -35,16 +35,18 @@ class Classifier(Task):
         "spearman",
     )
 
-    label: Annotated[Name | Annotated[list[Name], Field(min_length=2)], Key(finished="name")]
+    label: Annotated[Name | Annotated[list[Name], Field(min_length=2)], TEXT, Key(finished="name")]
     """Column of the label. For `multi_label`: a column of lists of labels, or a list of columns of 0 and 1."""
     problem: Annotated[Literal["single_label", "multi_label", "regression"], Key(finished="never")] = "single_label"
     """One label a row, any number of labels a row, or a number."""
-    labels: Annotated[Annotated[list[Name], Field(min_length=2)] | None, Key(finished="never")] = None
+    labels: Annotated[Annotated[list[Name], Field(min_length=2)] | None, TEXT, Key(finished="never")] = None
     """Label names in the order of their ids; null reads them off the training data, in sorted order.
 
     For a column of integers the names are given to 0, 1, 2, ... unless they are integers themselves.
     """
-    class_weights: Literal["balanced"] | Annotated[dict[Name, Weight], Field(min_length=1)] | None = None
+    class_weights: Annotated[Literal["balanced"] | Annotated[dict[Name, Weight], Field(min_length=1)] | None, TEXT] = (
+        None
+    )
     """Factor of each label in the training loss, by name, for every label; for `multi_label` of its positive cells.
 
     `balanced` is rows / (labels * rows of the label) as in scikit-learn, and negatives / positives for `multi_label`.

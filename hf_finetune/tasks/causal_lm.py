@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.config.blocks import changed
-from hf_finetune.config.section import ASK, SEEN, Key
+from hf_finetune.config.section import ASK, SEEN, TEXT, Key
 from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _messages, _proposals, _texts, _tokens
@@ -66,20 +66,20 @@ class CausalLM(Task):
     generates: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
 
-    messages: Annotated[Text | None, Key(replaces=("text", "prompt", "completion", "system"))] = None
+    messages: Annotated[Text | None, TEXT, Key(replaces=("text", "prompt", "completion", "system"))] = None
     """Column of chats: lists of `{role, content}` turns, or the same as JSON text; assistant turns may have
     `tool_calls`, and `system` and `tool` turns are rendered as the chat template does."""
-    tools: Text | None = None
+    tools: Annotated[Text | None, TEXT] = None
     """Column of the tools that the assistant may call: a list of JSON schemas, or the same as JSON text."""
-    prompt: Annotated[Text | None, Key(replaces=("text", "messages", "tools"))] = None
+    prompt: Annotated[Text | None, TEXT, Key(replaces=("text", "messages", "tools"))] = None
     """Column, or a template over columns such as `"{instruction}\\n\\n{input}"`; literal braces are doubled. With a
     chat template this is the user's turn."""
-    completion: Annotated[Text | None, Key(replaces=("text", "messages", "tools"))] = None
+    completion: Annotated[Text | None, TEXT, Key(replaces=("text", "messages", "tools"))] = None
     """Column or template of what is to be written after the prompt. Without a chat template it follows the prompt as
     it is: let it start with the white space that separates them, not the prompt end with it."""
-    system: Text | None = None
+    system: Annotated[Text | None, TEXT] = None
     """System turn put before `prompt`; needs a chat template."""
-    text: Annotated[Text | None, Key(replaces=("messages", "tools", "prompt", "completion", "system"))] = None
+    text: Annotated[Text | None, TEXT, Key(replaces=("messages", "tools", "prompt", "completion", "system"))] = None
     """Column of plain text; every token is trained, and EOS is appended."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """`assistant` trains what the assistant says (or the completion) and the token that ends it, but for turns with
@@ -91,20 +91,20 @@ class CausalLM(Task):
     """Read special tokens in the text of the data, such as `<|im_end|>`, as the characters that they are written with,
     in training and in predict, evaluate and chat; by default they are what they are, and are counted by
     `data.checks.special_tokens`."""
-    date: Text | None = None
+    date: Annotated[Text | None, TEXT] = None
     """Day, as YYYY-MM-DD, that a chat template prints which asks for today's date (Llama-3.2, gpt-oss). Null is the day
     on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the probability that the training loss spreads over the whole vocabulary."""
     sample_prompts: Annotated[
-        Annotated[int, Field(ge=0, le=1000)] | list[Text], Key(resume="free", card=False, study=False)
+        Annotated[int, Field(ge=0, le=1000)] | list[Text], TEXT, Key(resume="free", card=False, study=False)
     ] = 3
     """What the model answers at each evaluation for people to read: fixed texts, or so many of the first validation
     prompts (of plain text: the first tokens)."""
     generate_rows: Annotated[Annotated[int, Field(ge=0, le=1_000_000)], ASK] = 0
     """Answers to so many held-out prompts are generated and compared: metrics `exact_match`, `ended` (share that stop
     by themselves, with the token that ends a turn) and `generated_tokens`."""
-    answer_pattern: Annotated[Text | None, ASK] = None
+    answer_pattern: Annotated[Text | None, TEXT, ASK] = None
     """Regular expression that finds the answer in generated and reference text: its last match, group 1 where there is
     one. Null compares the whole texts without surrounding white space."""
     max_new_tokens: Annotated[Annotated[int, Field(ge=1, le=1_048_576)], SEEN] = 256

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
+from hf_finetune.config.section import TEXT
 from hf_finetune.errors import BadRows, DataError
 from hf_finetune.tasks import _image, _proposals
 from hf_finetune.tasks._classifier import Classifier
@@ -36,7 +37,7 @@ class ImageClassification(Classifier):
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": SUFFIXES}
     content: ClassVar[str] = "digest"
 
-    image: Name
+    image: Annotated[Name, TEXT]
     """Column of the images: paths, relative to the working directory and perhaps into a zip file
     (`photos.zip/cats/1.jpg`), or the bytes of files."""
 

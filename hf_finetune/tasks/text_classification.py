@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
+from hf_finetune.config.section import TEXT
 from hf_finetune.errors import BadRows
 from hf_finetune.tasks import _proposals, _texts
 from hf_finetune.tasks._classifier import Classifier
@@ -25,7 +26,7 @@ class TextClassification(Classifier):
     peft_task: ClassVar[str | None] = "SEQ_CLS"
     pipeline: ClassVar[str] = "text-classification"
 
-    text: Name | Annotated[list[Name], Field(min_length=1, max_length=2)]
+    text: Annotated[Name | Annotated[list[Name], Field(min_length=1, max_length=2)], TEXT]
     """Column of the text, or two columns that are read as a pair, e.g. `[premise, hypothesis]`."""
 
     @classmethod

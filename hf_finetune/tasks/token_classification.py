@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
-from hf_finetune.config.section import Key
+from hf_finetune.config.section import TEXT, Key
 from hf_finetune.errors import BadRows
 from hf_finetune.tasks import _labels, _losses, _proposals, _texts
 from hf_finetune.tasks._proposals import Cells, Proposal
@@ -52,11 +52,11 @@ class TokenClassification(Task):
     headline: ClassVar[tuple[str, ...]] = ("loss", "f1", "precision", "recall", "accuracy")
     best_metrics: ClassVar[tuple[str, ...]] = headline
 
-    words: Name
+    words: Annotated[Name, TEXT]
     """Column of the words of a row: a list, or the same as JSON text."""
-    tags: Annotated[Name, Key(finished="name")]
+    tags: Annotated[Name, TEXT, Key(finished="name")]
     """Column of their tags: a list as long as that of the words, e.g. of `B-city`, `I-city` and `O`."""
-    labels: Annotated[Annotated[list[Name], Field(min_length=2)] | None, Key(finished="never")] = None
+    labels: Annotated[Annotated[list[Name], Field(min_length=2)] | None, TEXT, Key(finished="never")] = None
     """Names of the tags in the order of their ids; null reads them off the training data, in sorted order."""
     train_on: Literal["first", "all"] = "first"
     """Token of a word that is trained: its first one, or all of them. Its first one always tells the word's tag."""

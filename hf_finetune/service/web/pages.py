@@ -27,7 +27,8 @@ from hf_finetune.errors import FinetuneError
 from hf_finetune.inference import opening
 from hf_finetune.run import journal
 from hf_finetune.service import progress, worker
-from hf_finetune.service.api import FORBIDDEN, Called, Caller
+from hf_finetune.service.calls import Called, Caller
+from hf_finetune.service.requests import may_set
 from hf_finetune.service.sessions import COOKIE, Sessions, csrf_of, is_own, set_cookie
 from hf_finetune.service.store import Store
 from hf_finetune.tasks.base import METRICS
@@ -281,9 +282,7 @@ def _pruned(tree: Any, key: str, blocks: dict[str, Any]) -> Any:
     if "properties" in tree:
         keys = {name: f"{key}.{name}".lstrip(".") for name in tree["properties"]}
         made["properties"] = {
-            name: _pruned(tree["properties"][name], dotted, blocks)
-            for name, dotted in keys.items()
-            if not FORBIDDEN.match(dotted)
+            name: _pruned(tree["properties"][name], dotted, blocks) for name, dotted in keys.items() if may_set(dotted)
         }
     return made
 

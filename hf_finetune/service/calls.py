@@ -1,0 +1,217 @@
+"""A call of the API: whose it is, how much it may send, and how it is refused: always in OpenAI's form.
+
+A conflict with the state of a job is 400 and never 409: OpenAI's client sends a request again at 408, 409, 429 and 5xx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from hf_finetune.errors import RecipeError
+from hf_finetune.service import views
+from hf_finetune.service.sessions import COOKIE, is_own
+from hf_finetune.service.store import OverQuota, Store
+
+_logger = logging.getLogger(__name__)
+LARGEST = 16 << 20
+"""Bytes of a request that carries no file."""
+LARGEST_FILE = 8 << 30
+LARGEST_PART = 64 << 20
+"""Bytes of a part of an upload, as at OpenAI."""
+FORM = 1 << 16
+"""Bytes of a form around its file."""
+FILES = ((re.compile(r"/v1/files/?"), LARGEST_FILE), (re.compile(r"/v1/uploads/[^/]+/parts/?"), LARGEST_PART))
+"""Paths that take a file, and its most bytes."""
+IDLE = 60.0
+"""Seconds that a client may take to send the next piece of a request."""
+
+Message = MutableMapping[str, Any]
+
+
+class Refusal(Exception):  # noqa: N818 - it is an answer
+    """A request that is answered with an error of OpenAI's form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+
+class Caller:
+    """Whoever calls: what of the store is their project's."""
+
+    def __init__(self, store: Store, project: str) -> None:
+        self.store, self.project = store, project
+
+    def file(self, file: str, param: str | None = None) -> dict[str, Any]:
+        """Find an upload; `param` is the field of a body that names it, which then is a mistake of the caller."""
+        found = self.store.file(self.project, file)
+        if found is None:
+            raise Refusal(404 if param is None else 400, f"there is no file {file!r}", param=param, code="not_found")
+        return found
+
+    def job(self, job: str) -> dict[str, Any]:
+        """Find a job."""
+        found = self.store.job(job, self.project)
+        if found is None:
+            raise Refusal(404, f"there is no fine-tuning job {job!r}", code="not_found")
+        return found
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """List the models that may be used, by name."""
+        bases = {name: views.model(name, 0, "operator") for name in self.store.base_models()}
+        made = [(job["fine_tuned_model"], job["finished_at"]) for job in self.store.models(self.project)]
+        return bases | {name: views.model(name, when, self.project) for name, when in made}
+
+
+def _caller(request: Request, authorization: Annotated[str, Header()] = "") -> Caller:
+    scheme, _, token = authorization.partition(" ")
+    store: Store = request.app.state.store
+    found = store.project_of(token.strip()) if scheme.lower() == "bearer" else None
+    if not authorization and (cookie := request.cookies.get(COOKIE)):  # the web page
+        found = request.app.state.sessions.project_of(cookie)
+        if found is not None and request.method not in ("GET", "HEAD") and not is_own(request):
+            raise Refusal(403, "the CSRF token is missing or wrong; reload the page", code="csrf")
+    if found is None:
+        raise Refusal(401, "the API key is missing, unknown or revoked", code="invalid_api_key")
+    return Caller(store, found)
+
+
+Called = Annotated[Caller, Depends(_caller)]
+
+
+class Guard:
+    """ASGI middleware: cuts off requests that are too large or too slow, whatever their headers say."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Any) -> None:
+        """Hand on a request, counting what is read of it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        posts = scope["method"] == "POST"
+        most = next((size + FORM for path, size in FILES if posts and path.fullmatch(scope["path"])), LARGEST)
+        read, whole = 0, False
+
+        async def counted() -> Message:
+            nonlocal read, whole
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), IDLE)
+            except TimeoutError:
+                raise HTTPException(408, f"nothing came for {IDLE:g} seconds", {"connection": "close"}) from None
+            read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if read > most:
+                raise HTTPException(413, f"send at most {most:,} bytes", {"connection": "close"})
+            return message
+
+        async def answered(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 500 and posts:
+                given = list(message.get("headers", ()))
+                if all(name != b"x-should-retry" for name, _ in given):
+                    message["headers"] = [*given, (b"x-should-retry", b"false")]
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
+            refusal = _answer(413, f"send at most {most:,} bytes", code="request_too_large")
+            refusal.headers["connection"] = "close"
+            await refusal(scope, counted, answered)
+        else:
+            await self.app(scope, counted, answered)
+
+
+def guard(app: FastAPI) -> None:
+    """Let an application answer every error in OpenAI's form, and none with what is the host's own."""
+    app.add_middleware(Guard)
+    for kind, answer in (
+        (Refusal, _refused),
+        (RequestValidationError, _invalid),
+        (HTTPException, _unknown),
+        (OverQuota, _over_quota),
+        (RecipeError, _not_set_up),
+        (OSError, _no_space),
+        (Exception, _crashed),
+    ):
+        app.add_exception_handler(kind, answer)
+
+
+def _answer(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refusal)  # noqa: S101 - starlette's type of handlers is wider
+    return _answer(error.status, str(error), param=error.param, code=error.code, headers=error.headers)
+
+
+def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
+    return _answer(400, "; ".join(f"{field}: {said}" for field, said in found), param=found[0][0] or None)
+
+
+def _unknown(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    code = "request_too_large" if error.status_code == 413 else None
+    headers = dict(error.headers or {})
+    return _answer(
+        error.status_code, f"{request.method} {request.url.path}: {error.detail}", code=code, headers=headers
+    )
+
+
+def _over_quota(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OverQuota)  # noqa: S101
+    if error.what == "waiting_jobs":  # some end by themselves, but not within the seconds that a client waits
+        return _answer(429, str(error), code="queue_full", headers={"x-should-retry": "false"})
+    return _answer(403, f"{error}; delete some, or ask the operator", code="quota_exceeded")
+
+
+def _not_set_up(request: Request, error: Exception) -> JSONResponse:
+    # It names files of the host: the operator reads it in the log.
+    _logger.error("%s", error)
+    return _answer(500, "this service is not set up right; its operator finds the reason in its log")
+
+
+def _no_space(request: Request, error: Exception) -> JSONResponse:
+    _logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _answer(507, "the disk of this service is full; its operator must make room", code="storage_full")
+    return _crashed(request, error)
+
+
+def _crashed(request: Request, error: Exception) -> JSONResponse:
+    # Beside `Guard`: starlette answers what nobody caught outside of all middleware.
+    message, headers = "this service failed; its operator finds the reason in its log", {"x-should-retry": "false"}
+    again = None if request.method == "GET" else headers
+    return _answer(500, message, code="internal_error", headers=again)

@@ -1,0 +1,161 @@
+"""What a caller may ask for: the bodies of requests, and the keys of a recipe that are theirs to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from hf_finetune.config.problems import Option, keys, options, suggestion
+from hf_finetune.config.section import Key
+from hf_finetune.recipe import Recipe
+
+
+class Body(BaseModel):
+    """A body: what it does not name is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Hyperparameters(Body):
+    """`auto` leaves the choice to the recipe's defaults."""
+
+    n_epochs: Literal["auto"] | Annotated[int, Field(ge=1, le=50)] = "auto"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
+    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] = "auto"
+
+
+class Supervised(Body):
+    """Settings of the method."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Body):
+    """OpenAI's `method`."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised = Supervised()
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class ClassifierTarget(Body):
+    """Mistral's description of what a classifier tells."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1024)]
+    labels: Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=2)] | None = None
+    weight: float = 1.0
+    loss_function: Literal["single_class", "multi_class"] | None = None
+
+    def task(self) -> dict[str, Any]:
+        """Give the same as keys of the block `task`."""
+        found: dict[str, Any] = {"label": self.name}
+        if self.labels is not None:
+            found["labels"] = self.labels
+        if self.loss_function is not None:
+            found["problem"] = {"single_class": "single_label", "multi_class": "multi_label"}[self.loss_function]
+        return found
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class JobRequest(Body):
+    """A new job; `recipe`, `job_type`, `classifier_targets` and `priority` are not OpenAI's (`extra_body` there)."""
+
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    training_file: str
+    validation_file: str | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_. -]+$")] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    integrations: list[dict[str, Any]] | None = None
+    recipe: dict[str, Any] | None = None
+    job_type: Literal["completion", "classifier"] | None = None
+    classifier_targets: list[ClassifierTarget] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+
+    @property
+    def asked(self) -> Hyperparameters:
+        """The hyperparameters, wherever they stand."""
+        return self.hyperparameters or (self.method.supervised.hyperparameters if self.method else Hyperparameters())
+
+    def refusals(self) -> Iterator[tuple[str, str]]:
+        """Name the fields that ask for what there is not, each with the reason."""
+        if self.method is not None and self.method.type != "supervised":
+            yield "method", f"{self.method.type} is not offered here; train with supervised"
+        if self.integrations:
+            yield "integrations", "are set up by the operator of this service; leave them out"
+        targets = self.classifier_targets
+        if targets is not None:
+            if self.job_type != "classifier":
+                yield "classifier_targets", "need job_type classifier"
+            if len(targets) != 1:
+                yield "classifier_targets", "must be one; train a model for each target"
+            if any(target.weight != 1 for target in targets):
+                yield "classifier_targets.0.weight", "weighs several targets, and one is trained; leave it out"
+            task = (self.recipe or {}).get("task")
+            if isinstance(task, dict) and task.keys() & {"label", "labels", "problem"}:
+                yield "classifier_targets", "say the same as recipe.task; give one of both"
+        yield from refused([Recipe], self.recipe or {}, "recipe.")
+
+
+def refused(blocks: Sequence[type[BaseModel]], tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Name the keys of a recipe that a caller may not set, each with the reason.
+
+    A key is open where its type says that it can name no path, account, code or machine, or where the field itself
+    says so (`Key.caller`): one that somebody adds is closed until then, if it holds text.
+
+    Args:
+        blocks: Classes that the block may be.
+        tree: What was given.
+        before: The dotted key of the block, with a dot at its end.
+    """
+    for name, value in tree.items():
+        infos = [keys(block)[name] for block in blocks if name in keys(block)]
+        if not infos:
+            known = dict.fromkeys(key for block in blocks for key in keys(block))
+            yield before + name, f"is no key of a recipe{suggestion(name, list(known))}"
+            continue
+        found = [option for info in infos for option in options(info)]
+        inner = [option.block for option in found if option.block is not None]
+        if any(_said(info) is False for info in infos):
+            yield before + name, "is set by this service"
+        elif inner and isinstance(value, Mapping):
+            yield from refused(inner, value, f"{before}{name}.")
+        elif any(_said(info) is None and not _is_closed(info) for info in infos):
+            yield before + name, "is set by this service"
+        elif inner and not _is_short(value, found, infos):
+            yield before + name, "must be a block of keys"
+
+
+def may_set(dotted: str) -> bool:
+    """Tell whether a caller may set a key of a recipe, e.g. `training.epochs`."""
+    tree: Any = None
+    for part in reversed(dotted.split(".")):
+        tree = {part: tree}
+    return not list(refused([Recipe], tree))
+
+
+def _is_short(value: Any, found: Sequence[Option], infos: Sequence[FieldInfo]) -> bool:
+    """Recognise what may stand for a block: a word such as `adapter: lora` or `checkpoints: off`, or null."""
+    if value is None:
+        return any(type(None) in get_args(info.annotation) for info in infos)
+    return any(value in option.choices or value == option.tag for option in found)
+
+
+def _said(info: FieldInfo) -> bool | None:
+    said = [item.caller for item in info.metadata if isinstance(item, Key) and item.caller is not None]
+    return said[-1] if said else None
+
+
+def _is_closed(info: FieldInfo) -> bool:
+    """Tell that a field holds nothing but numbers, truths, listed words, and blocks of such."""
+    return all(option.choices or option.block or option.type in (bool, int, float) for option in options(info))
