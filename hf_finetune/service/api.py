@@ -148,7 +148,7 @@ def _want(caller: Caller, job: str, wanted: str, reached: str, states: tuple[str
     before = caller.job(job)
     if before["state"] == reached:  # the answer to an earlier request may have been lost
         return views.job(before)
-    changed = caller.store.change(job, states, wanted=wanted, told=False)
+    changed = caller.store.change(job, states, wanted=wanted)
     if changed is None:
         raise Refusal(400, f"the job is {before['state']}: it can't be changed by {wanted}", code="invalid_state")
     return views.job(changed)

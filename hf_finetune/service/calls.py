@@ -119,24 +119,28 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), IDLE)
             except TimeoutError:
-                raise HTTPException(408, f"nothing came for {IDLE:g} seconds", {"connection": "close"}) from None
+                raise HTTPException(408, f"nothing came for {IDLE:g} seconds") from None
             read += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
+            whole = not message.get("more_body", False) and read <= most
             if read > most:
-                raise HTTPException(413, f"send at most {most:,} bytes", {"connection": "close"})
+                raise HTTPException(413, f"send at most {most:,} bytes")
             return message
 
         async def answered(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 500 and posts:
+            if message["type"] == "http.response.start":
                 given = list(message.get("headers", ()))
-                if all(name != b"x-should-retry" for name, _ in given):
-                    message["headers"] = [*given, (b"x-should-retry", b"false")]
+                if message["status"] >= 500 and posts and all(name != b"x-should-retry" for name, _ in given):
+                    given.append((b"x-should-retry", b"false"))
+                if is_long and not whole:  # else all that is still sent would be read, only to be thrown away
+                    given.append((b"connection", b"close"))
+                message["headers"] = given
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        is_long = b"transfer-encoding" in headers or not length.isdigit() or int(length) > FORM
         if not length.isdigit() or int(length) > most:
             refusal = _answer(413, f"send at most {most:,} bytes", code="request_too_large")
-            refusal.headers["connection"] = "close"
             await refusal(scope, counted, answered)
         else:
             await self.app(scope, counted, answered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice, pairwise
 from math import isfinite
 from pathlib import Path
@@ -174,7 +174,7 @@ def epochs(folder: Path) -> float:
     return float(next(entries(folder), {}).get("epoch", 0.0))
 
 
-def finish(document: dict[str, Any], folder: Path) -> int | None:
+def finish(document: Mapping[str, Any], folder: Path) -> int | None:
     """Estimate when a running job ends, by the time of its last steps; pauses do not count."""
     total = document["numbers"].get("total_steps")
     if document["state"] != "running" or not total:

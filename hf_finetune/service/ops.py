@@ -21,7 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from hf_finetune.service import progress
-from hf_finetune.service.store import JOBS, Store, new_id
+from hf_finetune.service.store import Store, new_id
+from hf_finetune.service.tables import JOBS
 
 STATES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 KEY = re.compile(r"hf-[\w-]{20,}")

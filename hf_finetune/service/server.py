@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 
@@ -50,15 +50,8 @@ def run(
     Raises:
         RecipeError: The address is taken.
     """
-    app = api.make(store, Supervisor(store, executor(store, settings), places(settings), settings))
-    app.state.behind_proxy, app.state.secure = behind_proxy, behind_proxy or tls is not None
-    for routes in (answers.routes, pages.routes, board.routes):
-        app.include_router(routes)
-    app.state.boards = board.Boards(store)
-    app.state.closing.append(app.state.boards.close)
-    ops.watch(app)
-    app.add_exception_handler(OperationalError, _database_away)
-    app.add_exception_handler(DataError, _no_text)
+    queue = Supervisor(store, executor(store, settings), places(settings), settings)
+    app = make(store, queue, behind_proxy=behind_proxy, secure=tls is not None)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,6 +73,20 @@ def run(
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
         log.say(f"fine-tuning API: {address}/v1, page: {address}/ (Ctrl-C ends it; jobs keep running)")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def make(store: Store, supervisor: Supervisor, *, behind_proxy: bool = False, secure: bool = False) -> FastAPI:
+    """Make the whole application: the API, the answers of models, and the page."""
+    app = api.make(store, supervisor)
+    app.state.behind_proxy, app.state.secure = behind_proxy, behind_proxy or secure
+    for routes in (answers.routes, pages.routes, board.routes):
+        app.include_router(routes)
+    app.state.boards = board.Boards(store)
+    app.state.closing.append(app.state.boards.close)
+    ops.watch(app)
+    app.add_exception_handler(OperationalError, _database_away)
+    app.add_exception_handler(DataError, _no_text)
+    return app
 
 
 def _database_away(request: Request, error: Exception) -> JSONResponse:

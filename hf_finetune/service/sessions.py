@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sql
 
-from hf_finetune.service.store import KEYS, Store, locked, now
+from hf_finetune.service.store import Store, locked, now
+from hf_finetune.service.tables import KEYS
 
 if TYPE_CHECKING:
     from fastapi import Request, Response

@@ -327,7 +327,8 @@ def note(folder: Path, message: str, level: str = "info") -> None:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     if not lines or json.loads(lines[-1])["message"] != message:
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"created_at": now(), "level": level, "message": message}) + "\n")
+            line = {"created_at": now(), "time": time.time(), "level": level, "message": message}
+            stream.write(json.dumps(line) + "\n")
 
 
 def _checked(folder: Path) -> dict[str, Any]:
