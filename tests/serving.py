@@ -44,7 +44,7 @@ class Served:
             **{"told": False, "attempts": 0, "overrides": [], "hyperparameters": {}, "priority": 0, "seed": 1},
             **{"base": {"name": "nowhere"}, "chosen": {}, "numbers": {}, "fine_tuned_model": name, "kind": "train"},
         }
-        self.store.add_job(document, None)
+        self.store.add_job(document)
         return name
 
     def start(self) -> None:

@@ -162,7 +162,7 @@ def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> No
     for number, (need, priority) in enumerate([(40, 0), (40, 0), (40, 0), (5, -1)]):
         numbers = {"memory_bytes": need}
         job = {**head, "id": f"ftjob-{number}", "state": "queued", "priority": priority, "numbers": numbers}
-        store.add_job(job, None)
+        store.add_job(job)
     supervisor = Supervisor(store, Recorder(), [Place({}, 100)], Settings(jobs_per_device=3, preempt=False))
     supervisor.look()
     assert started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"

@@ -357,7 +357,7 @@ class Store:
         except sql.exc.IntegrityError:
             discard(folder)
             with self.engine.connect() as connection:
-                found = sql.select(JOBS.c.id).where(JOBS.c.request_key == document["request_key"])
+                found = sql.select(JOBS.c.id).where(JOBS.c.request_key == document.get("request_key"))
                 return str(connection.execute(found).scalar_one())
         return str(document["id"])
 
