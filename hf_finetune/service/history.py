@@ -1,4 +1,4 @@
-"""What a job has gone through, read from the ends of its files: a page costs what it shows, not what the run logged."""
+"""The past of a job, read from the ends of its files: a page costs what it shows, not what the run logged."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Quota(Section):
 
 
 class Webhooks(Section):
-    """Where webhooks may go besides public addresses by https."""
+    """Places that webhooks may reach besides public addresses by https."""
 
     networks: Annotated[list[IPv4Network | IPv6Network], Field(strict=False)] = Field([])
     """Private networks that may be called, by http too, e.g. `127.0.0.1/32`."""

@@ -1,4 +1,4 @@
-"""What a caller may ask for: the bodies of requests, and the keys of a recipe that are theirs to set."""
+"""Bodies of requests, and the keys of a recipe that a caller may set."""
 
 from __future__ import annotations
 

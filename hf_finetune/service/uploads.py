@@ -51,7 +51,7 @@ class FileForm(Body):
 
 
 class ExpiresAfter(Body):
-    """How long a file is kept."""
+    """The lifetime of a file."""
 
     anchor: Literal["created_at"]
     seconds: Lifetime
