@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse
 
-from hf_finetune.config.problems import suggestion
+from hf_finetune.config.suggestions import suggestion
 from hf_finetune.run.files import discard
 from hf_finetune.service import history, uploads, views, worker
 from hf_finetune.service.calls import Called, Caller, Refusal, guard

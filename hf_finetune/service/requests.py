@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from hf_finetune.config.problems import Option, keys, options, suggestion
+from hf_finetune.config.problems import Option, keys, options
 from hf_finetune.config.section import Key
+from hf_finetune.config.suggestions import suggestion
 from hf_finetune.recipe import Recipe
 
 
