@@ -37,7 +37,7 @@ tracking: {{images: false, report: false}}
 output: {output}
 """
 CHATS = """\
-task: {{kind: causal_lm, messages: messages, tools: tools, max_new_tokens: 8}}
+task: {{kind: causal_lm, messages: messages, tools: tools}}
 model: {{name: {model}}}
 data: {{train: {data}, max_length: 64, checks: {{duplicates: "off"}}}}
 adapter: {{kind: lora, r: {r}, alpha: 8, target_modules: all-linear}}
