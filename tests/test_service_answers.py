@@ -19,6 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from conftest import finished
+from forked import Server
 from serving import Served, post
 
 from hf_finetune import predict
@@ -384,3 +385,18 @@ def test_no_piece_cuts_a_character_or_a_stop_in_two() -> None:
                 pieces.append(one.add(token, None, tokenizer, Ends(frozenset(), None)))
         assert "".join(pieces) == one.text == expected
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_serve_check_tells_the_run_from_its_base(served: Served, server: Server, chats: list[Path]) -> None:
+    def check(run: str, model: str, *more: str) -> Any:
+        ask = ["serve-check", str(served.run(run)), "--url", served.url, "--model", served.names[model], *more]
+        return server.run(*ask, "--api-key-env", "SERVED_KEY", env={"SERVED_KEY": served.key})
+
+    for run in ("chat", "prompt", "label", "tags"):
+        done = check(run, run, "--rows", "6")
+        assert done.returncode == 0, (run, done.stdout, done.stderr)
+        assert "beyond the tolerance" in done.stdout
+    wrong = check("chat", "other", "--rows", "6")  # another adapter of the same base
+    assert wrong.returncode == 4, wrong.stdout
+    assert "differ by more than 0.05" in wrong.stderr
+    assert check("label", "chat").returncode == 4, "a server that refuses"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hf_finetune import log
-from hf_finetune.cli import checking, serving
+from hf_finetune.cli import checking, serve_check, serving
 from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes, top
 from hf_finetune.errors import RecipeError
 from hf_finetune.log import say, show
@@ -333,8 +333,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     text = "compare on the rows of this file, not on the run's own; may be given several times"
     add("--data", metavar="FILE", action="append", default=[], help=text)
     add("--rows", metavar="N", type=count("rows"), default=1000, help="rows for metrics, at most (1000)")
-    text = "also write DIR/int8 or DIR/int4, quantised by torchao"
-    add("--quantize", choices=("int8", "int4"), help=text)
+    add("--quantize", choices=("int8", "int4"), help="also write DIR/int8 or DIR/int4, quantised by torchao")
     add("--onnx", action="store_true", help="also write DIR/onnx/model.onnx")
 
 
@@ -498,6 +497,7 @@ VERBS = (
     Verb("compare", HELP_COMPARE, DESCRIPTION_COMPARE, declare_compare, run_compare),
     Verb("tensorboard", HELP_TENSORBOARD, DESCRIPTION_TENSORBOARD, declare_tensorboard, run_tensorboard),
     Verb("serve", serving.HELP_SERVE, serving.DESCRIPTION_SERVE, serving.declare_serve, serving.run_serve),
+    Verb("serve-check", serve_check.HELP, serve_check.DESCRIPTION, serve_check.declare, serve_check.run),
     Verb("keys", serving.HELP_KEYS, serving.DESCRIPTION_KEYS, serving.declare_keys, serving.run_keys),
     Verb("schema", HELP_SCHEMA, DESCRIPTION_SCHEMA, declare_schema, run_schema),
 )

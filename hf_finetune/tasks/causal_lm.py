@@ -228,7 +228,7 @@ class CausalLM(Task):
 
     def blank(self, rows: Rows) -> list[bool]:
         """Tell which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
-        return examples.blank(rows, self._reader)
+        return examples.blank(rows, self.reader)
 
     def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """Return EOS, and the token that ends a turn."""
@@ -274,7 +274,7 @@ class CausalLM(Task):
 
     def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[_tokens.Marked], list[tuple[Lost, ...]]]:
         """Return rows as tokens, and what the template dropped of each."""
-        reader, train_on = self._reader, self.train_on
+        reader, train_on = self.reader, self.train_on
         if self._is_chat(renderer.tokenizer):
             spoken = examples.each(rows, lambda row: renderer.spoken(reader.chat(row), train_on=train_on))
             return _tokens.mark(renderer, [text for text, _ in spoken]), [lost for _, lost in spoken]
@@ -371,7 +371,7 @@ class CausalLM(Task):
                     references = self.references(first, self.sample_prompts)
         elif self._is_chat(processor):
             renderer = self.renderer(processor)
-            texts = [renderer.text(self._reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
+            texts = [renderer.text(self.reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
             ids = _tokens.prompt_ids(processor, texts, plain=False)
         else:
             ids = _tokens.prompt_ids(processor, self._guarded(self.sample_prompts, processor), plain=True)
@@ -384,10 +384,10 @@ class CausalLM(Task):
             DataError: A row can't be rendered; the message names its number within the batch.
         """
         if self._is_chat(tokenizer):
-            renderer, reader = self.renderer(tokenizer), self._reader
+            renderer, reader = self.renderer(tokenizer), self.reader
             texts = examples.each(rows, lambda row: reader.question(row, renderer), n)
             return _tokens.prompt_ids(tokenizer, texts, plain=False)
-        pairs = examples.each(rows, self._reader.pair, n)
+        pairs = examples.each(rows, self.reader.pair, n)
         texts = self._guarded([prompt or text for prompt, text in pairs], tokenizer)
         ids = _tokens.prompt_ids(tokenizer, texts, plain=True)
         return ids if self.text is None else [row[:CONTINUED] for row in ids]
@@ -398,7 +398,7 @@ class CausalLM(Task):
         Raises:
             RowsError: Rows can't be rendered; all of them, by their number within the batch.
         """
-        reader = self._reader
+        reader = self.reader
         if self._is_chat(tokenizer):
             renderer = self.renderer(tokenizer)
             texts = examples.each(rows, lambda row: renderer.text(reader.open_chat(row), ask=True))
@@ -412,10 +412,11 @@ class CausalLM(Task):
         Raises:
             DataError: A chat has no assistant turn with text; the message names its number within the batch.
         """
-        return examples.each(rows, self._reader.reference, n)
+        return examples.each(rows, self.reader.reference, n)
 
     @property
-    def _reader(self) -> examples.Reader:
+    def reader(self) -> examples.Reader:
+        """Read the rows as this recipe names their columns."""
         return examples.Reader(
             self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text
         )
