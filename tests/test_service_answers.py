@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -400,3 +401,65 @@ def test_serve_check_tells_the_run_from_its_base(served: Served, server: Server,
     assert wrong.returncode == 4, wrong.stdout
     assert "differ by more than 0.05" in wrong.stderr
     assert check("label", "chat").returncode == 4, "a server that refuses"
+
+
+def wait(served: Served, batch: str, seconds: float = 240) -> Any:
+    """Wait until a batch has ended."""
+    end = time.monotonic() + seconds
+    while (found := served.client.batches.retrieve(batch)).status not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
+    return found
+
+
+def test_a_batch_outlives_a_kill_and_answers_each_request_once(served: Served, tmp_path: Path) -> None:
+    client, model = served.client, served.names["chat"]
+    rows = chat_rows([f"what is {word} plus {word} ?" for word in ("one", "two", "nine", "ten") * 80])
+    lines = []
+    for number, row in enumerate(rows):
+        body: dict[str, Any] = {"model": model, "messages": row["messages"], "max_tokens": 100 if number > 99 else 6}
+        body |= {"top_logprobs": 1} if number % 50 == 7 else {}
+        line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines.append(json.dumps(line) + "\n")
+    (tmp_path / "asks.jsonl").write_text("".join(lines))
+    file = client.files.create(file=(tmp_path / "asks.jsonl").open("rb"), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"of": "tests"}
+    )
+    assert batch.status == "validating"
+    folder = served.root / "runs" / batch.id
+    end = time.monotonic() + 240
+    while not (folder / "results.jsonl.partial.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(int((folder / "worker.lock").read_text()), signal.SIGKILL)
+    done = wait(served, batch.id)
+    counts = done.request_counts
+    assert (done.status, counts.total, counts.completed, counts.failed) == ("completed", 320, 313, 7)
+    answers = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    wrong = [json.loads(line) for line in client.files.content(done.error_file_id).text.splitlines()]
+    assert len({line["custom_id"] for line in [*answers, *wrong]}) == 320
+    assert {line["response"]["body"]["error"]["param"] for line in wrong} == {"top_logprobs"}
+    expected = predict(served.run("chat"), rows[:1], max_new_tokens=6)[0]["generated"]
+    assert answers[0]["response"]["body"]["choices"][0]["message"]["content"] == expected
+    assert [found.id for found in client.batches.list()] == [batch.id]
+    assert batch.id not in [job.id for job in client.fine_tuning.jobs.list()]
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.retrieve(batch.id)
+    with pytest.raises(openai.BadRequestError):
+        client.batches.cancel(batch.id)
+
+
+def test_a_batch_with_bad_lines_names_them(served: Served, tmp_path: Path) -> None:
+    good = {"custom_id": "a", "method": "POST", "url": "/v1/classifications"}
+    good["body"] = {"model": served.names["label"], "input": "a good film"}  # type: ignore[assignment]
+    lines = [good, good, {**good, "custom_id": "b", "url": "/v1/completions"}, {"custom_id": "c"}]
+    (tmp_path / "asks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n")
+    file = served.client.files.create(file=(tmp_path / "asks.jsonl").open("rb"), purpose="batch")
+    endpoint: Any = "/v1/classifications"
+    batch = served.client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
+    failed = wait(served, batch.id)
+    assert failed.status == "failed"
+    assert [error.line for error in failed.errors.data] == [2, 3, 4, 5]
+    assert str(served.root) not in failed.model_dump_json()

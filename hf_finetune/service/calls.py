@@ -70,7 +70,7 @@ class Caller:
     def job(self, job: str) -> dict[str, Any]:
         """Find a job."""
         found = self.store.job(job, self.project)
-        if found is None:
+        if found is None or found.get("kind", "train") != "train":
             raise Refusal(404, f"there is no fine-tuning job {job!r}", code="not_found")
         return found
 

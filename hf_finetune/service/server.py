@@ -16,7 +16,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.service import answers, api, ops
+from hf_finetune.service import answers, api, batches, ops
 from hf_finetune.service.executors.base import Executor
 from hf_finetune.service.executors.local import Local
 from hf_finetune.service.settings import Settings
@@ -79,7 +79,7 @@ def make(store: Store, supervisor: Supervisor, *, behind_proxy: bool = False, se
     """Make the whole application: the API, the answers of models, and the page."""
     app = api.make(store, supervisor)
     app.state.behind_proxy, app.state.secure = behind_proxy, behind_proxy or secure
-    for routes in (answers.routes, pages.routes, board.routes):
+    for routes in (answers.routes, batches.routes, pages.routes, board.routes):
         app.include_router(routes)
     app.state.boards = board.Boards(store)
     app.state.closing.append(app.state.boards.close)

@@ -389,15 +389,18 @@ class Store:
             found = connection.execute(sql.select(JOBS.c.document).where(fits).order_by(JOBS.c.id)).scalars()
             return [json.loads(document) for document in found]
 
-    def jobs(self, project: str, metadata: Mapping[str, str] | None, page: Page) -> tuple[list[dict[str, Any]], bool]:
+    def jobs(
+        self, project: str, metadata: Mapping[str, str] | None, page: Page, *, prefix: str = "ftjob-"
+    ) -> tuple[list[dict[str, Any]], bool]:
         """List jobs, newest first; returns a page, and whether there are more.
 
         Args:
             project: Whose they are.
             metadata: Pairs that jobs must have; None lists those without any.
             page: Limits.
+            prefix: Of their ids, which tells fine-tuning jobs from batches.
         """
-        fits = JOBS.c.project == project
+        fits = (JOBS.c.project == project) & JOBS.c.id.startswith(prefix, autoescape=True)
         if metadata is None:
             fits &= JOBS.c.id.not_in(sql.select(METADATA.c.job))
         for name, value in (metadata or {}).items():

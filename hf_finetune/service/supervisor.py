@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_finetune.errors import INTERRUPTED, PREEMPTED, OutOfMemoryError, PeerError, PushError, StorageError
 from hf_finetune.run.files import discard
-from hf_finetune.service import history, views, worker
+from hf_finetune.service import batch_worker, history, views, worker
 from hf_finetune.service.executors.base import ALIVE, KILLED, Executor, Work, exit_code
 from hf_finetune.service.settings import Settings
 from hf_finetune.service.store import Store, now
@@ -252,8 +252,12 @@ class Supervisor:
         if code in (0, PushError.exit_code) and job["slot"] is not None:
             if code:
                 note(folder, "The model was trained, but not uploaded", level="warn")
-            made = {"fine_tuned_model": _name(job), "result_files": self._results(job, folder)}
-            self._finish(job, folder, "succeeded", epochs=history.epochs(folder), **made, **free)
+            if job.get("kind") == batch_worker.KIND:
+                made = batch_worker.collect(self.store, job, folder)
+            else:
+                made = {"fine_tuned_model": _name(job), "result_files": self._results(job, folder)}
+                made["epochs"] = history.epochs(folder)
+            self._finish(job, folder, "succeeded", **made, **free)
         elif code == 0:
             note(folder, "Files validated, moving job to queued state")
             self.store.change(job["id"], [job["state"]], state="queued", **free)

@@ -85,6 +85,11 @@ def main(folder: str, *, only_check: bool) -> int:
 
 def _work(*, only_check: bool) -> None:
     job = json.loads(Path("job.json").read_bytes())
+    if job.get("kind", "train") == "batch":
+        from hf_finetune.service import batch_worker
+
+        batch_worker.work(job)
+        return
     if not Path(RECIPE).exists():
         write_atomically(Path(RECIPE), yamlfile.document(recipe_of(job)), durable=True)
     overrides = job["overrides"]
