@@ -128,8 +128,8 @@ class _Server:
         except (httpx2.HTTPError, ValueError) as error:
             raise ModelError(Problem(f"does not answer: {error}", file=self.options.url)) from None
         if answer.status_code != 200 or not isinstance(document, dict):
-            error = document.get("error") if isinstance(document, dict) else None
-            told = error.get("message") if isinstance(error, Mapping) else answer.text[:300]
+            said = document.get("error") if isinstance(document, dict) else None
+            told = said.get("message") if isinstance(said, Mapping) else answer.text[:300]
             raise ModelError(Problem(f"{path}: {answer.status_code}: {told}", file=self.options.url))
         return document
 
@@ -187,12 +187,12 @@ def _apart(ours: Answer, theirs: str, tokens: list[dict[str, Any]] | None, token
         if place == len(own):
             return math.inf
         top = [one["logprob"] for one in own[place]["top_logprobs"][:2]]
-        return top[0] - top[-1] if len(top) == 2 else math.inf
+        return float(top[0] - top[1]) if len(top) == 2 else math.inf
     apart = 0.0
     for mine, other in zip(own, tokens, strict=False):
         if mine["token"] != other["token"]:
             known = {one["token"]: one["logprob"] for one in mine["top_logprobs"]}
-            return max(apart, mine["logprob"] - known.get(other["token"], -math.inf))
+            return max(apart, float(mine["logprob"] - known.get(other["token"], -math.inf)))
         apart = max(apart, abs(mine["logprob"] - float(other["logprob"])))
     # One goes on where the other has ended; the token that ends an answer is in no list.
     return apart if ours.text.strip() == theirs.strip() else math.inf
@@ -210,7 +210,7 @@ def _labels(
         raise ModelError(Problem(f"answers {len(results):,} of {len(outputs):,} rows", file=server.options.url))
     for mine, other in zip(outputs, results, strict=True):
         told = (value["scores"] for value in other.values() if isinstance(value, dict) and "scores" in value)
-        scores = next(told, {})
+        scores: dict[str, Any] = next(told, {})
         own = {name.removeprefix("probability."): p for name, p in mine.items() if name.startswith("probability.")}
         if own and own.keys() == scores.keys():
             apart = max(abs(p - float(scores[name])) for name, p in own.items())
