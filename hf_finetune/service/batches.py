@@ -56,7 +56,7 @@ def create(caller: Called, body: BatchRequest) -> dict[str, Any]:
         **{"fine_tuned_model": None, "digest": "", "hyperparameters": {}, "suffix": None, "told": False},
     }
     worker.link([("input", source, ".jsonl")], caller.store.folder_of_job(made))
-    caller.store.add_job(document, None)
+    caller.store.add_job({**document, "request_key": None})
     return view(document, caller.store.folder_of_job(made))
 
 
