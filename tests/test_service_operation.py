@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_service import wait
 from test_service_web import Logged, ask, sentences
 
 from hf_finetune.cli.main import parse
@@ -45,7 +46,7 @@ def test_a_server_that_is_told_to_stop_its_jobs_loses_no_step(service: Logged) -
     training = {"steps": 300, "batch_size": 4}
     recipe = {"training": training, "checkpoints": {"every": 1000}}
     job = service.client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body={"recipe": recipe}).id
-    service.until(job, "running")
+    wait(lambda: (service.client.fine_tuning.jobs.retrieve(job).progress or {}).get("step", 0) > 5)
     folder = service.root / "runs" / job
     service.process.send_signal(signal.SIGTERM)
     service.process.wait(120)
