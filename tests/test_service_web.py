@@ -212,6 +212,23 @@ def test_a_job_by_the_form_from_upload_to_answer(service: Logged, page: Page, tm
     )
 
 
+def test_findings_of_the_check_stand_beside_their_fields(service: Logged, page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": "fine", "label": "a"}\n' * 12 + "no json\n")
+    page.open("/new")
+    page.find('#recipe [data-path="data.max_length"] input')
+    page.find("#training_file").send_keys(str(file))
+    page.find("#start").click()
+    wrong = page.until(
+        lambda: page.text("#training_file-wrong") or "/jobs/" in page.browser.current_url, "findings", 90
+    )
+    if wrong is not True:  # else the check had to wait, and the job's page has them
+        assert "train.jsonl:13" in wrong
+        assert page.find("#training_file").get_attribute("aria-invalid") == "true"
+    else:
+        page.until(lambda: "train.jsonl:13" in page.text("#reason"), "the reason", 120)
+
+
 def test_hostile_names_are_text(service: Logged, page: Page, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"messages": HOSTILE}) + "\n")

@@ -55,6 +55,17 @@ function refused(error) {
   (document.querySelector("[aria-invalid]") ?? $("start")).focus();
 }
 
+// Each line is a problem: where it is, perhaps a key, and what is wrong.
+function failed(error) {
+  for (const line of error.message.split("\n")) {
+    const [first, second] = line.split(": ");
+    const key = [second, first].find((part) => /^[a-z_]+(\.[a-z_]+)+$/.test(part ?? "") && !part.endsWith(".yaml"));
+    const file = first.match(/^data\/(train|validation)\b/);
+    mark("error", line, key ?? (file ? (file[1] === "train" ? "training_file" : "validation_file") : error.param));
+  }
+  (document.querySelector("[aria-invalid]") ?? $("start")).focus();
+}
+
 async function upload(id) {
   const file = $(id).files[0];
   if (!file) return undefined;
@@ -111,15 +122,28 @@ $("form").addEventListener("submit", (event) => {
   doing("Starting…", async () => {
     const body = await request();
     $("busy").textContent = "Starting…";
-    const job = await call("POST", "/v1/fine_tuning/jobs", body);
-    location.assign(`/jobs/${job.id}`);
+    let job = await call("POST", "/v1/fine_tuning/jobs", body);
+    // Findings of the check belong beside their fields; where it has to wait for its turn, the job's page shows them.
+    $("busy").textContent = "Checking…";
+    for (let look = 0; look < 20 && job.status === "validating_files"; look++) {
+      await new Promise((done) => setTimeout(done, 1000));
+      job = await call("GET", `/v1/fine_tuning/jobs/${job.id}`);
+    }
+    if (job.status !== "failed") location.assign(`/jobs/${job.id}`);
+    else failed(job.error);
   });
 });
 
 $("check").addEventListener("click", () => doing("Checking…", async () => {
   const body = await request();
   $("busy").textContent = "Checking: this loads the data and takes some seconds…";
-  const found = await call("POST", "/v1/fine_tuning/preview", body);
+  let found;
+  try {
+    found = await call("POST", "/v1/fine_tuning/preview", body);
+  } catch (error) {
+    if (![404, 405].includes(error.status)) throw error;
+    throw new ApiError(404, { message: "This service checks a job only when it starts; nothing is trained where something is wrong." });
+  }
   for (const one of found.problems ?? []) mark("error", one.message, one.param ?? one.key);
   for (const one of found.warnings ?? []) mark("warning", typeof one === "string" ? one : one.message);
   const plan = Object.entries(found.plan ?? {});
