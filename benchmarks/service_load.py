@@ -36,17 +36,21 @@ class Client:
         self.seen: list[tuple[str, int, float]] = []
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """Send a request, and remember how long it took."""
+        """Send a request, again where the server is busy, and remember how long each took."""
         headers = dict(self.headers)
         if isinstance(body, bytes):
             headers["content-type"] = f"multipart/form-data; boundary={BOUNDARY}"
         elif body is not None:
             body, headers["content-type"] = json.dumps(body).encode(), "application/json"
-        begun = time.perf_counter()
-        self.connection.request(method, path, body, headers)
-        answer = self.connection.getresponse()
-        content = answer.read()
-        self.seen.append((method, answer.status, time.perf_counter() - begun))
+        for attempt in range(20):
+            begun = time.perf_counter()
+            self.connection.request(method, path, body, headers)
+            answer = self.connection.getresponse()
+            content = answer.read()
+            self.seen.append((method, answer.status, time.perf_counter() - begun))
+            if answer.status != 429:
+                break
+            time.sleep(min(4, 0.5 * 2**attempt) * random.uniform(0.75, 1))  # as OpenAI's client does
         return json.loads(content)
 
     def begin(self, model: str) -> str:
@@ -126,7 +130,8 @@ def measure(clients: int, seconds: float, pause: float) -> dict[str, Any]:
         "requests": len(seen),
         "requests_per_second": round(len(seen) / seconds, 1),
         "server_errors": sum(status >= 500 for _, status, _ in seen),
-        "refused": sum(400 <= status < 500 for _, status, _ in seen),
+        "refused": sum(400 <= status < 500 and status != 429 for _, status, _ in seen),
+        "told_to_try_again": sum(status == 429 for _, status, _ in seen),
         "get_median_ms": round(median(gets), 1),
         "get_p95_ms": round(quantiles(gets, n=20)[18], 1),
         "get_p99_ms": round(quantiles(gets, n=100)[98], 1),
