@@ -32,7 +32,7 @@ openai = pytest.importorskip("openai")
 TAGS = """\
 task: {{kind: token_classification, words: words, tags: tags}}
 model: {{name: {model}}}
-data: {{train: {data}, validation_share: 0.25, max_length: 32}}
+data: {{train: {data}, max_length: 32, checks: {{duplicates: "off"}}}}
 adapter: {{kind: lora, r: 4, alpha: 8, target_modules: all-linear}}
 training: {{epochs: 2, batch_size: 16, learning_rate: 3e-3, precision: fp32, log_every: 1}}
 tracking: {{images: false, report: false}}
@@ -288,9 +288,12 @@ def test_requests_that_arrive_together_share_batches(
         assert heard.rows[0]["score"] == pytest.approx(one.rows[0]["score"], abs=1e-6)
 
 
-def test_an_answer_that_nobody_waits_for_ends(desk: Desk, passes: Counter[str], chats: list[Path]) -> None:
-    question = Question(str(chats[0]), chat_rows(["what is one ?"]), {"max_tokens": 100, "temperature": 2.0, "seed": 5})
-    whole = desk.ask(question)[0]
+def test_an_answer_that_nobody_waits_for_ends(desk: Desk, passes: Counter[str], chatter: Path) -> None:
+    settings = {"max_tokens": 90, "temperature": 2.0, "seed": 5}
+    question = Question(str(chatter), [{"question": "what is one ?"}], settings, choices=64)
+    assert desk.ask(question)[0].failed is None
+    whole = passes["LlamaModel"]
+    assert whole > 100, "it is long enough to be stopped"
     passes.clear()
     desk.own.send((1, question))
     number, event = desk.own.recv()
@@ -298,8 +301,7 @@ def test_an_answer_that_nobody_waits_for_ends(desk: Desk, passes: Counter[str], 
     while not isinstance(event, FINAL):
         number, event = desk.own.recv()
     assert number == 1
-    assert whole.written > 20
-    assert passes["LlamaModel"] < whole.written, "it did not write to the end"
+    assert passes["LlamaModel"] < whole / 2, "it did not write to the end"
 
 
 def test_adapters_of_one_base_hold_its_weights_once(tmp_path: Path, tiny_llama: str) -> None:
