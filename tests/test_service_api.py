@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,9 +16,14 @@ import pytest
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
+httpx2 = pytest.importorskip("httpx2")
 
+from hf_finetune.config.problems import keys, options  # noqa: E402
+from hf_finetune.config.section import Section  # noqa: E402
+from hf_finetune.recipe import Recipe  # noqa: E402
 from hf_finetune.service import server  # noqa: E402
 from hf_finetune.service.executors.local import Local  # noqa: E402
+from hf_finetune.service.requests import may_set, refused  # noqa: E402
 from hf_finetune.service.store import Store, new_id  # noqa: E402
 from hf_finetune.service.supervisor import Supervisor  # noqa: E402
 
@@ -164,4 +170,160 @@ def test_endless_and_oversized_requests_are_cut_off(service: Service) -> None:
     # Nobody makes the disk busy without a key: not a byte of the form is read.
     status, _, sent = _raw(service, "/v1/files", chunked, _chunks(b"x" * (1 << 20), 1 << 30), key="hf-wrong")
     assert (status, sent < most) == (401, True)
+    assert not list((service.root / "spool").iterdir())
+
+
+# ---- pages, and what other projects see ----
+
+
+def test_events_are_paged_from_the_ends_of_their_files(service: Service) -> None:
+    job = service.job()
+    run = service.store.folder_of_job(job) / "run"
+    run.mkdir()
+    lines = [
+        json.dumps(
+            {"step": step, "epoch": 0.1, "time": 1000.0 + step, "phase": "train", "loss": 1.0 if step % 7 else "nan"}
+        )
+        for step in range(1, 251)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 251, "half of a li']))
+    said = [{"created_at": 1000 + at, "time": 1000.5 + at, "level": "info", "message": str(at)} for at in (0, 100, 400)]
+    (run.parent / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    events = service.client.fine_tuning.jobs.list_events
+    for limit in (7, 1000):
+        found = list(events(job, limit=limit))
+        assert len({event.id for event in found}) == len(found) == 253
+        times = [event.data["step"] + 0.0 if event.data else float(event.message) + 0.5 for event in found]
+        assert times == sorted(times, reverse=True)
+    before = [event.id for event in events(job, limit=1000)]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('ne"}\n' + json.dumps({"step": 252, "epoch": 1, "time": 2000.0, "phase": "train", "loss": 1}) + "\n")
+    assert [event.id for event in events(job, limit=1000)][1:] == before, "ids stay while lines are added"
+
+
+def test_pages_of_jobs_and_filters_of_metadata(service: Service) -> None:
+    store, key = service.store, service.store.create_key("pages", "test")
+    jobs = [
+        service.job(project="pages", metadata={"team": "a" if n % 2 else "b", "n": str(n)} if n % 10 else None)
+        for n in range(120)
+    ]
+    listed = service.client_of(key).fine_tuning.jobs.list
+    assert [job.id for job in listed(limit=50)] == jobs[::-1]
+    assert len(list(listed(metadata={"team": "a"}, limit=7))) == 60
+    assert [job.id for job in listed(metadata={"team": "a", "n": "3"})] == [jobs[3]]
+    none = list(listed(extra_query={"metadata": "null"}, limit=5))
+    assert {job.id for job in none} == set(jobs[::10])
+    assert store.job(jobs[0], "default") is None
+
+
+def test_every_route_hides_what_other_projects_have(service: Service) -> None:
+    mine = service.client
+    upload = mine.uploads.create(bytes=1, filename="a", mime_type="", purpose="fine-tune").id
+    name = "ft:tiny:default::secret"
+    ids = {
+        "file": mine.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune").id,
+        "upload": upload,
+        "job": service.job(fine_tuned_model=name),
+        "model": name,
+    }
+    form = {"files": {"data": ("x", b"x")}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/uploads/{upload}/complete": {"json": {"part_ids": []}},
+        "/v1/uploads/{upload}/parts": form,
+    }
+    other = httpx2.Client(
+        base_url=f"http://127.0.0.1:{service.port}",
+        headers={"authorization": f"Bearer {service.store.create_key('other', 'test')}"},
+    )
+    asked = 0
+    for path, methods in service.app.openapi()["paths"].items():
+        names = set(re.findall(r"{(\w+)}", path))
+        if not path.startswith("/v1/") or not names:
+            continue
+        unknown = names - ids.keys()
+        assert not unknown, f"{path}: give this test an id of another project for {unknown}"
+        for method in methods:
+            url = path.format(**ids)
+            answer = other.request(method.upper(), url, **bodies.get(path, {}))
+            assert answer.status_code == 404, (method, path, answer.text)
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            asked += 1
+    assert asked >= 14
+    assert mine.files.retrieve(ids["file"]).id == ids["file"], "nothing was changed"
+
+
+def test_recipes_of_callers_name_no_path_account_code_or_machine(service: Service) -> None:
+    open_keys = {key for key in _keys(Recipe) if may_set(key)}
+    closed = set(_keys(Recipe)) - open_keys
+    assert closed >= {"model.name", "data.train", "data.cache", "data.workers", "adapter.from", "output", "hub.private"}
+    assert closed >= {"tracking.folder", "tracking.also", "data.mix", "model.revision", "hub", "require_pinned"}
+    assert open_keys >= {"training.epochs", "task.label", "adapter.r", "checkpoints.every", "model.quantization"}
+
+    class Newer(Section):
+        place: str | None = None
+        places: list[str] | None = None
+        size: int = 1
+
+    assert [key for key, _ in refused([Newer], {"place": "x", "places": ["x"], "size": 2})] == ["place", "places"]
+    file = service.client.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune").id
+    for recipe in ({"output": "/etc"}, {"extends": "/x"}, {"adapter": {"continue_from": "/x"}}, {"training": 5}):
+        with pytest.raises(openai.BadRequestError, match="recipe"):
+            service.client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"recipe": recipe})
+    for wrong, said in (
+        ({"method": {"type": "dpo"}}, "dpo is not offered"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        (
+            {"extra_body": {"classifier_targets": [{"name": "a"}, {"name": "b"}], "job_type": "classifier"}},
+            "must be one",
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            service.client.fine_tuning.jobs.create(model="tiny", training_file=file, **wrong)
+
+
+def _keys(block: Any, before: str = "") -> Iterator[str]:
+    for name, info in keys(block).items():
+        yield before + name
+        for option in options(info):
+            if option.block is not None:
+                yield from _keys(option.block, f"{before}{name}.")
+
+
+def test_quotas(service: Service) -> None:
+    limits = service.root / "limits.yaml"
+    limits.write_text("projects: {small: {stored_bytes: 10, files: 2}}\n")
+    client = service.client_of(service.store.create_key("small", "test"))
+    client.files.create(file=("a.jsonl", b"x" * 8), purpose="fine-tune")
+    with pytest.raises(openai.PermissionDeniedError, match="stored bytes"):
+        client.files.create(file=("b.jsonl", b"x" * 8), purpose="fine-tune")
+    with pytest.raises(openai.PermissionDeniedError, match="stored bytes"):
+        client.uploads.create(bytes=8, filename="b", mime_type="", purpose="fine-tune")
+    assert len(list(client.files.list())) == 1
+    limits.unlink()
+
+
+# ---- preview ----
+
+
+def test_a_preview_shows_plan_and_loss_mask_and_makes_no_job(service: Service, tiny_llama: str) -> None:
+    (service.root / "models.yaml").write_text(json.dumps({"tiny": {"name": tiny_llama}}))
+    turns = [{"role": "user", "content": "one plus one"}, {"role": "assistant", "content": "two ."}]
+    lines = "".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)).encode()
+    file = service.client.files.create(file=("chats.jsonl", lines), purpose="fine-tune").id
+    body = {"model": "tiny", "training_file": file, "hyperparameters": {"n_epochs": 2, "batch_size": 2}}
+    found = service.client.post("/fine_tuning/preview", body=body, cast_to=object)
+    assert found["valid"], found["findings"]
+    assert found["total_steps"] == 4
+    tokens = found["rows"][0]["tokens"]
+    trained = "".join(token["text"] for token in tokens if token["trained"])
+    assert "two" in trained
+    assert "plus" not in trained
+    assert "plus" in "".join(token["text"] for token in tokens)
+    bad = service.client.files.create(file=("bad.jsonl", lines + b'{"messages": "x"}\n'), purpose="fine-tune").id
+    found = service.client.post("/fine_tuning/preview", body={**body, "training_file": bad}, cast_to=object)
+    assert (found["valid"], found["rows"]) == (False, [])
+    assert ("data/train.jsonl", 5) in [(one["file"], one["line"]) for one in found["findings"]]
+    assert str(service.root) not in json.dumps(found)
+    assert tiny_llama not in json.dumps(found)
+    assert list(service.client.fine_tuning.jobs.list()) == []
     assert not list((service.root / "spool").iterdir())

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.run.files import discard
-from hf_finetune.service import history, uploads, views, worker
+from hf_finetune.service import history, preview, uploads, views, worker
 from hf_finetune.service.calls import Called, Caller, Refusal, guard
 from hf_finetune.service.engine import Engine
 from hf_finetune.service.requests import JobRequest
@@ -120,6 +120,23 @@ def admit(caller: Caller, body: JobRequest) -> tuple[dict[str, Any], list[tuple[
         "fine_tuned_model": None,
     }
     return document, files
+
+
+@_routes.post("/v1/fine_tuning/preview")
+def show_plan(caller: Called, body: JobRequest) -> dict[str, Any]:
+    """Tell what a job would be: its plan, what is wrong with it, and its first rows as the model sees them."""
+    document, files = admit(caller, body)
+    try:
+        found = preview.make(caller.store, document, files)
+    except preview.Busy:
+        message = f"{preview.AT_ONCE} previews are being made; try again in a moment"
+        raise Refusal(429, message, code="too_many_previews", headers={"retry-after": "5"}) from None
+    except preview.TooLong:
+        message = (
+            f"the data could not be looked at within {preview.LIMIT:g} seconds; create the job, which is checked too"
+        )
+        raise Refusal(400, message, param="training_file", code="preview_too_long") from None
+    return views.preview(document, found)
 
 
 @_routes.get("/v1/fine_tuning/jobs")

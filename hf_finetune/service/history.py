@@ -79,7 +79,6 @@ def events(job: str, folder: Path, after: str | None, limit: int) -> tuple[list[
         if own != identity:
             return [], False
     lines = [backwards(folder / EVENTS, ends[0]), backwards(folder / METRICS, ends[1])]
-    places = [_end(folder / EVENTS, ends[0]), _end(folder / METRICS, ends[1])]
     heads = [_said(lines[0]), _measured(lines[1])]
     found: list[dict[str, Any]] = []
     while any(head is not None for head in heads) and len(found) <= limit:
@@ -90,6 +89,8 @@ def events(job: str, folder: Path, after: str | None, limit: int) -> tuple[list[
             newest = 1 - newest
             head = heads[newest]
         assert head is not None  # noqa: S101 - one of both is there
+        # Ends of what is older stay where they are when lines are added, and so does the id.
+        places = [0 if older is None else older[3] for older in heads]
         places[newest] = head[0]
         name = f"ftevent-{identity}-{places[0]:x}-{places[1]:x}"
         found.append({"object": "fine_tuning.job.event", "id": name, **head[2]})
@@ -97,8 +98,8 @@ def events(job: str, folder: Path, after: str | None, limit: int) -> tuple[list[
     return found[:limit], len(found) > limit
 
 
-Head = tuple[int, float, dict[str, Any]] | None
-"""Place, time, and the event."""
+Head = tuple[int, float, dict[str, Any], int] | None
+"""Place, time, the event, and where its line ends."""
 
 
 def _said(lines: Iterator[tuple[int, bytes]]) -> Head:
@@ -108,7 +109,8 @@ def _said(lines: Iterator[tuple[int, bytes]]) -> Head:
             event = {name: line[name] for name in ("created_at", "level", "message")}
         except (ValueError, KeyError, TypeError):
             continue
-        return place, line.get("time", event["created_at"]), {**event, "type": "message", "data": {}}
+        shown = {**event, "type": "message", "data": {}}
+        return place, line.get("time", event["created_at"]), shown, place + len(text) + 1
     return None
 
 
@@ -119,14 +121,8 @@ def _measured(lines: Iterator[tuple[int, bytes]]) -> Head:
             continue
         shown = ", ".join(f"{key.replace('_', ' ')}={value:.4g}" for key, value in _named(line).items())
         event = {"created_at": int(line["time"]), "level": "info", "message": f"Step {line['step']}: {shown}"}
-        return place, line["time"], {**event, "type": "metrics", "data": metrics(line)}
+        return place, line["time"], {**event, "type": "metrics", "data": metrics(line)}, place + len(text) + 1
     return None
-
-
-def _end(file: Path, end: int | None) -> int:
-    """Find where the last whole line ends, for an id that stays when lines are added."""
-    last = next(backwards(file, end), None)
-    return 0 if last is None else last[0] + len(last[1]) + 1
 
 
 def _named(line: dict[str, Any]) -> dict[str, float]:

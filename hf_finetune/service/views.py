@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,25 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
 def listed(data: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
     """Make a list."""
     return {"object": "list", "data": list(data), "has_more": more}
+
+
+def preview(document: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Make what is answered before there is a job."""
+    # The operator's names of models, and what the host has left, are their own business.
+    shown = json.loads(json.dumps(found).replace(json.dumps(document["base"]["name"])[1:-1], document["model"]))
+    numbers = {name: value for name, value in shown["numbers"].items() if "free" not in name}
+    train, epochs = numbers.get("splits", {}).get("train", {}), shown["chosen"].get("epochs")
+    if epochs is None and numbers.get("epoch_steps"):
+        epochs = numbers["total_steps"] / numbers["epoch_steps"]
+    return {
+        "object": "fine_tuning.preview",
+        **{name: document[name] for name in ("model", "training_file", "validation_file")},
+        "valid": shown["code"] == 0,
+        "findings": shown["findings"],
+        "plan": {name: text for name, text in shown["plan"].items() if name not in ("machine", "disk")},
+        "numbers": numbers,
+        "total_steps": numbers.get("total_steps"),
+        "trained_tokens": int(train["all_tokens"] * epochs) if train and epochs else None,
+        "hyperparameters": {**shown["chosen"], "epochs": epochs},
+        "rows": shown["rows"],
+    }
