@@ -120,6 +120,7 @@ class Cluster:
     def close(self) -> None:
         """End the server and all pods."""
         self._server.shutdown()
+        self._server.server_close()
         for pod in self.pods.values():
             pod.kill()
 
@@ -162,6 +163,9 @@ class Cluster:
             self.refused.append(str(error))
             return 422, {"message": str(error)}
         name = body["metadata"]["name"]
+        for container in body["spec"]["template"]["spec"]["containers"]:
+            for quantities in container.get("resources", {}).values():
+                quantities |= {key: str(value) for key, value in quantities.items()}
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.jobs[name] = {**body, "status": {}}
         self.jobs[name]["metadata"] |= {"creationTimestamp": made, "uid": name}

@@ -25,6 +25,8 @@ from hf_finetune.service.executors.base import ALIVE, Executor, Work, exit_code
 
 EVERY_S = 2.0
 """Between two questions to the cluster."""
+PATIENCE = {"_request_timeout": 30}
+"""Seconds that an answer of the cluster may take."""
 JOB = "hf-finetune/job"
 """Label that names the job of the service."""
 PAUSED = "hf-finetune/paused"
@@ -50,7 +52,7 @@ class Kubernetes(Executor):
             raise RecipeError(Problem(f"no cluster is configured: {error}", key="kubernetes")) from None
         self._namespace, self._queue = given.namespace, given.queue
         self._template = _template(root / given.template)
-        self._batch, self._core = client.BatchV1Api(), client.CoreV1Api()
+        self._batch, self._core, self._custom = client.BatchV1Api(), client.CoreV1Api(), client.CustomObjectsApi()
         self._seen: tuple[float, dict[str, Any]] | None = None
 
     def start(self, work: Work) -> str:
@@ -62,7 +64,8 @@ class Kubernetes(Executor):
                         self._patch(job.metadata.name, paused=None, suspend=False)
                     return str(job.metadata.name)
             made = self._manifest(work)
-            self._batch.create_namespaced_job(self._namespace, made)
+            # As the operator wrote it: the typed call refuses quantities that are numbers.
+            self._custom.create_namespaced_custom_object("batch", "v1", self._namespace, "jobs", made, **PATIENCE)
             self._seen = None
         return str(made["metadata"]["name"])
 
@@ -80,7 +83,9 @@ class Kubernetes(Executor):
                     self._seen = time.monotonic(), {job.metadata.name: job for job in self._jobs()}
                 job = self._seen[1].get(handle)
                 if job is None or _is_paused(job):
-                    pods = self._core.list_namespaced_pod(self._namespace, label_selector=f"job-name={handle}").items
+                    pods = self._core.list_namespaced_pod(
+                        self._namespace, label_selector=f"job-name={handle}", **PATIENCE
+                    ).items
                     is_alive = any(pod.status.phase in ("Pending", "Running") for pod in pods)
                 else:
                     is_alive = not _is_over(job)
@@ -92,13 +97,13 @@ class Kubernetes(Executor):
         """Suspend its Job; delete it where it only checks, where Kueue decides, and where it must end at once."""
         with _reached():
             try:
-                job: Any = self._batch.read_namespaced_job(handle, self._namespace)
+                job: Any = self._batch.read_namespaced_job(handle, self._namespace, **PATIENCE)
                 only_checks = "--check" in job.spec.template.spec.containers[0].command
                 if at_once or only_checks or self._queue is not None:
                     body = client.V1DeleteOptions(
                         propagation_policy="Background", grace_period_seconds=0 if at_once else None
                     )
-                    self._batch.delete_namespaced_job(handle, self._namespace, body=body)
+                    self._batch.delete_namespaced_job(handle, self._namespace, body=body, **PATIENCE)
                 else:
                     self._patch(handle, paused="true", suspend=True)
             except ApiException as error:
@@ -110,12 +115,12 @@ class Kubernetes(Executor):
     def _jobs(self, name: str | None = None) -> list[Any]:
         """List the Jobs of the service, or of one of its jobs, newest first."""
         selector = JOB if name is None else f"{JOB}={name}"
-        found = self._batch.list_namespaced_job(self._namespace, label_selector=selector).items
+        found = self._batch.list_namespaced_job(self._namespace, label_selector=selector, **PATIENCE).items
         return sorted(found, key=lambda job: job.metadata.creation_timestamp, reverse=True)
 
     def _patch(self, name: str, *, paused: str | None, suspend: bool) -> None:
         body = {"metadata": {"annotations": {PAUSED: paused}}, "spec": {"suspend": suspend}}
-        self._batch.patch_namespaced_job(name, self._namespace, body)
+        self._batch.patch_namespaced_job(name, self._namespace, body, **PATIENCE)
         self._seen = None
 
     def _manifest(self, work: Work) -> dict[str, Any]:
