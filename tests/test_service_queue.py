@@ -22,11 +22,6 @@ from faults.lab import rows
 from test_service import Service, wait
 
 from hf_finetune import train
-from hf_finetune.service.executors.base import Work
-from hf_finetune.service.executors.local import Local
-from hf_finetune.service.settings import Settings
-from hf_finetune.service.store import Store
-from hf_finetune.service.supervisor import Place, Supervisor
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
@@ -138,36 +133,6 @@ def test_a_job_of_higher_priority_takes_the_place_of_a_lower_one(queue: Queue, s
     assert queue.adapter(steps["lower"]) == queue.adapter(same), "it went on bit for bit"
 
 
-def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> None:
-    class Recorder(Local):
-        """Starts nothing: only the order is looked at."""
-
-        def start(self, work: Work) -> str:
-            started.append((work.folder.name, work.only_check))
-            return "1"
-
-        def poll(self, folder: Path, handle: str) -> Any:
-            return "alive"
-
-    started: list[tuple[str, bool]] = []
-    store = Store(tmp_path)
-    head: dict[str, Any] = {
-        "project": "default",
-        "wanted": "run",
-        "handle": None,
-        "slot": None,
-        "attempts": 0,
-        "overrides": [],
-    }
-    for number, (need, priority) in enumerate([(40, 0), (40, 0), (40, 0), (5, -1)]):
-        numbers = {"memory_bytes": need}
-        job = {**head, "id": f"ftjob-{number}", "state": "queued", "priority": priority, "numbers": numbers}
-        store.add_job(job)
-    supervisor = Supervisor(store, Recorder(), [Place({}, 100)], Settings(jobs_per_device=3, preempt=False))
-    supervisor.look()
-    assert started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"
-
-
 @pytest.mark.parametrize("victims", ["server", "server and workers"])
 def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
     tmp_path: Path, tiny_bert: str, tiny_llama: str, *, sentences: str, victims: str, monkeypatch: pytest.MonkeyPatch
@@ -183,7 +148,7 @@ def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
     jobs: dict[int, str] = {}
     for number, moment in enumerate(moments):
         if number < 6:
-            killer = threading.Timer(draw.uniform(0, 0.1) if victims == "server" else 60, queue.process.kill)
+            killer = threading.Timer(draw.uniform(0, 0.5) if victims == "server" else 60, queue.process.kill)
             killer.start()
             with contextlib.suppress(openai.APIError):
                 jobs[number] = keyed(queue, file, number)

@@ -311,10 +311,10 @@ class Supervisor:
         free = {"handle": None, "slot": None, "stopped_at": None, **fields}
         if job["wanted"] == "cancel":
             self._finish(job, folder, "cancelled", **free)
-        elif self.store.change(
-            job["id"], [job["state"]], {"wanted": "pause"}, state="paused", wanted="run", not_before=0, **free
-        ):
-            note(folder, "Fine-tuning job paused")
+            return
+        note(folder, "Fine-tuning job paused")
+        seen = {"wanted": "pause"}  # it may have been cancelled since
+        self.store.change(job["id"], [job["state"]], seen, state="paused", wanted="run", not_before=0, **free)
 
     def _finish(self, job: dict[str, Any], folder: Path, state: str, **fields: Any) -> None:
         said = {"succeeded": "The job has successfully completed", "failed": "The job failed"}

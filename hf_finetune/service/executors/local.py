@@ -26,9 +26,8 @@ class Local(Executor):
         with (work.folder / worker.LOCK).open("a") as lock, (work.folder / worker.LOG).open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.truncate(0)  # the number of an earlier worker
-            command = [sys.executable, "-m", "hf_finetune.service.worker", str(work.folder), "--lock"]
             started = subprocess.Popen(  # noqa: S603 - no shell
-                [*command, str(lock.fileno()), *(["--check"] * work.only_check)],
+                self.command(work, lock.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -39,6 +38,11 @@ class Local(Executor):
             )
         self._started[str(work.folder)] = started
         return str(started.pid)
+
+    def command(self, work: Work, lock: int) -> list[str]:
+        """Give the command of a worker that inherits a lock."""
+        module = [sys.executable, "-m", "hf_finetune.service.worker", str(work.folder)]
+        return [*module, "--lock", str(lock), *(["--check"] * work.only_check)]
 
     def adopt(self, folder: Path) -> str | None:
         """Find it by its lock; its number may not be there yet."""
