@@ -117,9 +117,9 @@ class Supervisor:
                 if not swept or time.monotonic() - swept > 60:
                     swept = time.monotonic()
                     self.store.sweep()
-            except Exception:
+            except Exception as error:
                 # A full disk, or a database that is away for a while: the next look may find them well.
-                _logger.exception("the queue could not be looked after")
+                _logger.exception("the queue could not be looked after: %s", str(error).partition("\n")[0])
                 swept = swept or time.monotonic()
 
     def look(self) -> None:
@@ -128,8 +128,8 @@ class Supervisor:
             if job["handle"] is not None:
                 try:
                     self._watch(job)
-                except OSError:  # a scheduler that does not answer for one job must not keep the others waiting
-                    _logger.exception("%s could not be looked after", job["id"])
+                except OSError as error:  # a scheduler that refuses one job must not keep the others waiting
+                    _logger.warning("%s could not be looked after: %s", job["id"], error)
         jobs = self.store.active()
         for job in jobs:
             if job["handle"] is None and job["wanted"] != "run":
