@@ -63,7 +63,8 @@ class Slurm(Executor):
     def stop(self, folder: Path, handle: str, *, at_once: bool = False) -> bool:
         """Signal its step, or take it out of the queue."""
         if at_once:
-            _ask("scancel", handle)
+            _ask("scancel", "--state=PENDING", handle)
+            _ask("scancel", "--full", "--signal=KILL", handle)  # alone, scancel asks first, and waits
             return True
         _ask("scancel", "--state=PENDING", handle)
         # A signal to a job whose step has not begun would be lost.
