@@ -35,8 +35,15 @@ class Scripts(Local):
 def queued(store: Store, number: int, codes: list[int], **more: Any) -> str:
     """Make a job that has been checked; returns its id."""
     job = f"ftjob-{number:04}"
-    head = {"project": "default", "model": "m", "suffix": None, "base": {"name": "m"}, "error": None, "overrides": []}
-    now = {
+    head: dict[str, Any] = {
+        "project": "default",
+        "model": "m",
+        "suffix": None,
+        "base": {"name": "m"},
+        "error": None,
+        "overrides": [],
+    }
+    now: dict[str, Any] = {
         "state": "queued",
         "wanted": "run",
         "handle": None,
