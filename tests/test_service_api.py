@@ -18,14 +18,17 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx2 = pytest.importorskip("httpx2")
 
+from hf_finetune.config import paths  # noqa: E402
 from hf_finetune.config.problems import keys, options  # noqa: E402
 from hf_finetune.config.section import Section  # noqa: E402
+from hf_finetune.errors import DataError  # noqa: E402
 from hf_finetune.recipe import Recipe  # noqa: E402
 from hf_finetune.service import server  # noqa: E402
 from hf_finetune.service.executors.local import Local  # noqa: E402
 from hf_finetune.service.requests import may_set, refused  # noqa: E402
 from hf_finetune.service.store import Store, new_id  # noqa: E402
 from hf_finetune.service.supervisor import Supervisor  # noqa: E402
+from hf_finetune.tasks import _image  # noqa: E402
 
 
 class Service:
@@ -327,3 +330,15 @@ def test_a_preview_shows_plan_and_loss_mask_and_makes_no_job(service: Service, t
     assert tiny_llama not in json.dumps(found)
     assert list(service.client.fine_tuning.jobs.list()) == []
     assert not list((service.root / "spool").iterdir())
+
+
+def test_rows_of_callers_name_no_file_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, own = tmp_path / "secret.png", tmp_path / "job" / "own.png"
+    own.parent.mkdir()
+    for file in (secret, own):
+        file.write_bytes(b"x")
+    monkeypatch.setenv(paths.ROWS, str(own.parent))
+    assert _image.content(str(own)) == b"x"
+    for name in (str(secret), f"{own.parent}/../secret.png", str(tmp_path / "missing.png")):
+        with pytest.raises(DataError, match="outside of the data"):
+            _image.content(name)

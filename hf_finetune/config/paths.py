@@ -22,18 +22,20 @@ from hf_finetune.config.suggestions import meant, nearest
 from hf_finetune.errors import ModelError, Problem, RecipeError
 
 VARIABLE = "HF_FINETUNE_ROOT"
+ROWS = "HF_FINETUNE_ROWS"
+"""The same for files that rows of data name: rows of the service's callers are not the operator's."""
 
 
-def outside(path: str) -> str | None:
+def outside(path: str, variable: str = VARIABLE) -> str | None:
     """Say why a path is refused, symlinks followed, whether or not it is there; None where it may be used."""
-    root = os.environ.get(VARIABLE)
+    root = os.environ.get(variable)
     if not root:
         return None
     try:
         is_inside = Path(path).expanduser().resolve().is_relative_to(Path(root).expanduser().resolve())
     except (OSError, RuntimeError, ValueError):  # a loop of symlinks, an unknown user, a NUL
         is_inside = False
-    return None if is_inside else f"lies outside {VARIABLE}, {root}; name a path inside it"
+    return None if is_inside else f"lies outside {variable}, {root}; name a path inside it"
 
 
 def refuse_outside(named: Iterable[tuple[str, str]]) -> None:

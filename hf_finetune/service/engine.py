@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from hf_finetune.config import paths
 from hf_finetune.service.questions import FINAL, Event, Failed, Question
 
 TOGETHER = 0.01
@@ -172,6 +174,7 @@ def work(connection: Connection, memory: int | None) -> None:
             `(number, event)`.
         memory: See `Engine`.
     """
+    os.environ[paths.ROWS] = os.devnull  # rows of callers hold what they are about, and name no file of the host
     inbox = _Inbox(connection)
     from hf_finetune.service import models
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune import log
-from hf_finetune.config import yamlfile
+from hf_finetune.config import paths, yamlfile
 from hf_finetune.errors import FinetuneError, Problem
 from hf_finetune.run.files import discard, write_atomically
 from hf_finetune.service import worker
@@ -131,6 +131,7 @@ def _look() -> dict[str, Any]:
 def main(folder: str) -> None:
     """Check, and write the answer."""
     os.chdir(folder)
+    os.environ[paths.ROWS] = str(Path.cwd())
     os.nice(5)
     log.open_for("json")
     write_atomically(Path(ANSWER), json.dumps(_look()))

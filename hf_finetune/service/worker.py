@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune import log
-from hf_finetune.config import yamlfile
+from hf_finetune.config import paths, yamlfile
 from hf_finetune.data.readers import SUFFIXES
 from hf_finetune.errors import DataError, FinetuneError, Problem, Stopped
 from hf_finetune.inference import rows
@@ -51,6 +51,7 @@ SPLITS = {"training_file": "train", "validation_file": "validation"}
 def main(folder: str, *, only_check: bool) -> int:
     """Work on a job to the end; write and return the exit code."""
     os.chdir(folder)
+    os.environ[paths.ROWS] = str(Path.cwd())  # a caller's rows name no file of the host
     process = os.getpid()
 
     def stopped(number: int, _frame: object) -> None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.config.paths import ROWS, outside
 from hf_finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def content(cell: Any) -> bytes:
     if isinstance(cell, bytes | bytearray):
         return bytes(cell)
     if isinstance(cell, str) and cell.strip():
+        if outside(cell, ROWS) is not None:
+            raise DataError(f"names {cell}, which lies outside of the data; hold the image itself, e.g. in parquet")
         try:
             return _read(cell)
         except (OSError, KeyError, zipfile.BadZipFile) as error:
