@@ -212,6 +212,24 @@ def test_a_job_by_the_form_from_upload_to_answer(service: Logged, page: Page, tm
     )
 
 
+def test_a_chat_model_answers_in_the_playground(service: Logged, page: Page) -> None:
+    talk = [{"role": "user", "content": "one plus one"}, {"role": "assistant", "content": "two ."}]
+    rows_of = "".join(json.dumps({"messages": talk}) + "\n" for _ in range(12))
+    file = service.client.files.create(file=("chats.jsonl", rows_of.encode()), purpose="fine-tune")
+    recipe = {"training": {"steps": 3, "batch_size": 2}, "data": {"checks": {"duplicates": "off"}}}
+    job = service.client.fine_tuning.jobs.create(model="llama", training_file=file.id, extra_body={"recipe": recipe})
+    done = service.until(job.id, "succeeded", "failed")
+    page.open(f"/playground?{urlencode({'model': done.fine_tuned_model})}")
+    page.find("#length").clear()
+    page.find("#length").send_keys("8")
+    page.find("#inputs textarea").send_keys("one plus one\n")
+    page.until(lambda: page.all(".turn.assistant") and page.text("#busy") == "", "an answer", 120)
+    expected = service.client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "one plus one"}], max_tokens=8
+    )
+    assert page.text(".turn.assistant") == expected.choices[0].message.content
+
+
 def test_findings_of_the_check_stand_beside_their_fields(service: Logged, page: Page, tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"text": "fine", "label": "a"}\n' * 12 + "no json\n")
