@@ -220,6 +220,7 @@ def test_a_chat_model_answers_in_the_playground(service: Logged, page: Page) -> 
     job = service.client.fine_tuning.jobs.create(model="llama", training_file=file.id, extra_body={"recipe": recipe})
     done = service.until(job.id, "succeeded", "failed")
     page.open(f"/playground?{urlencode({'model': done.fine_tuned_model})}")
+    page.find("#inputs textarea")
     page.find("#length").clear()
     page.find("#length").send_keys("8")
     page.find("#inputs textarea").send_keys("one plus one\n")

@@ -137,15 +137,13 @@ $("form").addEventListener("submit", (event) => {
 $("check").addEventListener("click", () => doing("Checking…", async () => {
   const body = await request();
   $("busy").textContent = "Checking: this loads the data and takes some seconds…";
-  let found;
-  try {
-    found = await call("POST", "/v1/fine_tuning/preview", body);
-  } catch (error) {
-    if (![404, 405].includes(error.status)) throw error;
-    throw new ApiError(404, { message: "This service checks a job only when it starts; nothing is trained where something is wrong." });
+  const found = await call("POST", "/v1/fine_tuning/preview", body);
+  for (const one of found.findings) {
+    const split = /^data\/(train|validation)\b/.exec(one.file ?? "")?.[1];
+    const place = [one.file, one.line].filter((part) => part && part !== "recipe.yaml").join(":");
+    const text = [split && place, one.message].filter(Boolean).join(": ");
+    mark(one.level, text, split ? { train: "training_file", validation: "validation_file" }[split] : one.key || null);
   }
-  for (const one of found.problems ?? []) mark("error", one.message, one.param ?? one.key);
-  for (const one of found.warnings ?? []) mark("warning", typeof one === "string" ? one : one.message);
   const plan = Object.entries(found.plan ?? {});
   if (plan.length) $("findings").append(h("h3", {}, "The plan"), h("dl", {}, ...plan.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))));
   const wrong = document.querySelector("[aria-invalid]");
