@@ -20,8 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from hf_finetune.config.credentials import redacted
-from hf_finetune.config.suggestions import nearest
-from hf_finetune.config.suggestions import suggestion as suggestion  # `service.api` takes it from here
+from hf_finetune.config.suggestions import nearest, suggestion
 from hf_finetune.config.yamlfile import KeyPath, Origin, resolve_scalar
 from hf_finetune.errors import Problem
 
