@@ -228,11 +228,14 @@ def test_every_route_hides_what_other_projects_have(service: Service) -> None:
         "upload": upload,
         "job": service.job(fine_tuned_model=name),
         "model": name,
+        "endpoint": mine.webhooks.create(event_types=["batch.failed"], name="a", url="https://93.184.215.14/").id,
     }
     form = {"files": {"data": ("x", b"x")}}
     bodies: dict[str, dict[str, Any]] = {
         "/v1/uploads/{upload}/complete": {"json": {"part_ids": []}},
         "/v1/uploads/{upload}/parts": form,
+        "/v1/webhook_endpoints/{endpoint}": {"json": {}},
+        "/v1/webhook_endpoints/{endpoint}/test": {"json": {"event_type": "batch.failed"}},
     }
     other = httpx2.Client(
         base_url=f"http://127.0.0.1:{service.port}",

@@ -123,7 +123,7 @@ def _needs_extra() -> None:
 
     missing = [
         name
-        for name in ("fastapi", "uvicorn", "sqlalchemy", "python_multipart", "prometheus_client")
+        for name in ("fastapi", "uvicorn", "sqlalchemy", "python_multipart", "prometheus_client", "httpx2", "httpcore2")
         if not importlib.util.find_spec(name)
     ]
     if missing:

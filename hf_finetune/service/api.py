@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.run.files import discard
-from hf_finetune.service import history, preview, uploads, views, worker
+from hf_finetune.service import history, preview, uploads, views, webhooks, worker
 from hf_finetune.service.calls import Called, Caller, Refusal, guard
 from hf_finetune.service.engine import Engine
 from hf_finetune.service.requests import JobRequest
@@ -44,7 +44,7 @@ def make(store: Store, supervisor: Supervisor) -> FastAPI:
     app.state.store, app.state.supervisor, app.state.engine = store, supervisor, Engine()
     app.state.sessions, app.state.closing = Sessions(store), [app.state.engine.close]
     app.state.receiving = 0
-    for routes in (uploads.routes, _routes):
+    for routes in (uploads.routes, webhooks.routes, _routes):
         app.include_router(routes)
     guard(app)
     return app

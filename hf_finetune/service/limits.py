@@ -32,7 +32,7 @@ class Quota(Section):
     stored_bytes: Number = 1 << 40
     """Bytes of these; what jobs write is not counted."""
     webhooks: Number = 10
-    """Addresses that are told when a job ends."""
+    """Endpoints of webhooks."""
 
 
 class Webhooks(Section):

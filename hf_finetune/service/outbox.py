@@ -1,10 +1,10 @@
-"""Events that webhooks are told of: written in one transaction with what happened, kept until each address has them.
+"""Events for webhooks: written in one transaction with what happened, and kept until each endpoint has them.
 
-    ROOT/webhooks/ID/endpoint.json    an address, and the types of events that it wants
-    ROOT/webhooks/ID/settled.txt      a line for each event that it has, or that was given up: so that a database that
-                                      is made anew knows what is still to be told
+    ROOT/webhooks/ID/endpoint.json    an endpoint, and since when it wants which types of events
+    ROOT/webhooks/ID/settled.txt      a line for each event that was delivered or given up, so that `--rebuild` knows
+                                      which are still to be delivered
 
-An event is told at least once. Its id follows from what it is about, so that a receiver knows what it has already.
+Delivery is at least once. The id of an event follows from its subject, so that a receiver recognises a repetition.
 """
 
 from __future__ import annotations
@@ -12,29 +12,51 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sql
 
 from hf_finetune.service.tables import ENDPOINTS, OUTBOX
 
+EventType = Literal[
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "batch.completed",
+    "batch.failed",
+    "batch.cancelled",
+]
+TYPES: tuple[str, ...] = get_args(EventType)
+STATES = {"succeeded": "completed"}
+"""Of batches, which OpenAI calls otherwise than those of jobs."""
 BACKOFF = (5, 30, 120, 600, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 24 * 3600)
-"""Seconds after which a delivery is tried again; after the last one it is given up, about three days later."""
+"""Seconds until the next attempt of a delivery; after the last one it is given up, about three days later."""
 
 
-def event_of(subject: str, type_: str) -> dict[str, Any]:
-    """Name the event that something has come to its end.
+def event_of(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the event that a job or a batch has ended, which happens once."""
+    subject, state = job["id"], job["state"]
+    if subject.startswith("batch_"):
+        return {"event": f"evt_{subject}", "type": f"batch.{STATES.get(state, state)}", "subject": subject}
+    event = f"evt_{subject.partition('-')[2] or subject}"
+    return {"event": event, "type": f"fine_tuning.job.{state}", "subject": subject}
+
+
+def payload(event: Mapping[str, Any], created: int) -> bytes:
+    """Write an event as it is sent, in OpenAI's form.
 
     Args:
-        subject: Id of a job, of which there is one end.
-        type_: E.g. `fine_tuning.job.succeeded`.
+        event: Of `event_of`, or a row of the outbox.
+        created: Seconds since the epoch.
     """
-    return {"event": f"evt_{subject.partition('-')[2] or subject}", "type": type_, "subject": subject}
+    head = {"id": event["event"], "object": "event", "created_at": created, "type": event["type"]}
+    return json.dumps({**head, "data": {"id": event["subject"]}}).encode()
 
 
 def announce(connection: sql.Connection, project: str, event: Mapping[str, Any], when: int) -> None:
-    """Put an event into the outbox of every address of a project that wants it, as part of a transaction."""
+    """Put an event into the outbox for each endpoint of a project that wants it, as part of a transaction."""
     wanted = sql.select(ENDPOINTS.c.document).where(ENDPOINTS.c.project == project)
     for endpoint in map(json.loads, connection.execute(wanted).scalars().all()):
         if event["type"] in endpoint["event_types"]:
@@ -55,37 +77,39 @@ def fill(connection: sql.Connection, root: Path, ended: Iterable[tuple[str, Mapp
     settled = {endpoint["id"]: _settled(root, endpoint["id"]) for endpoint in endpoints}
     for project, event, when in ended:
         for endpoint in endpoints:
-            wants = endpoint["project"] == project and event["type"] in endpoint["event_types"]
-            if wants and when >= endpoint["created_at"] and event["event"] not in settled[endpoint["id"]]:
+            since = endpoint["event_types"].get(event["type"]) if endpoint["project"] == project else None
+            if since is not None and when >= since and event["event"] not in settled[endpoint["id"]]:
                 _insert(connection, event, endpoint["id"], when)
 
 
 def row_of(endpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the row of an address."""
+    """Make the row of an endpoint."""
     return {"id": endpoint["id"], "project": endpoint["project"], "document": json.dumps(endpoint)}
 
 
-def claim(connection: sql.Connection, now: int, lease: int, busy: Iterable[str]) -> dict[str, Any] | None:
-    """Take the delivery that has waited longest, for a while: if nothing is heard of it, it is due again.
+def next_due(
+    connection: sql.Connection, now: int, busy: Iterable[str], full: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+    """Find the delivery that is due for longest.
 
     Args:
-        connection: In a transaction.
+        connection: To the database.
         now: Seconds since the epoch.
-        lease: Seconds.
-        busy: Addresses that are being called.
+        busy: Endpoints to leave out.
+        full: Projects to leave out.
 
     Returns:
-        A row of the outbox; None where none is due.
+        Its row, and its endpoint, None where that was deleted; None where nothing is due.
     """
+    both = sql.select(OUTBOX, ENDPOINTS.c.document).outerjoin(ENDPOINTS, ENDPOINTS.c.id == OUTBOX.c.endpoint)
     due = (OUTBOX.c.next_at <= now) & OUTBOX.c.endpoint.not_in(list(busy))
-    found = connection.execute(sql.select(OUTBOX).where(due).order_by(OUTBOX.c.next_at).limit(1)).mappings().first()
+    due &= ENDPOINTS.c.project.is_(None) | ENDPOINTS.c.project.not_in(list(full))
+    found = connection.execute(both.where(due).order_by(OUTBOX.c.next_at).limit(1)).mappings().first()
     if found is None:
         return None
-    row: dict[str, Any] = {**found}
-    # Another process may have been faster: one of both changes the row that it has read.
-    mine = _is(row) & (OUTBOX.c.next_at == row["next_at"])
-    taken = connection.execute(OUTBOX.update().where(mine).values(next_at=now + lease)).rowcount
-    return row if taken else None
+    row = {**found}
+    document = row.pop("document")
+    return row, None if document is None else json.loads(document)
 
 
 def settle(connection: sql.Connection, root: Path, row: Mapping[str, Any], now: int, *, delivered: bool) -> bool:
@@ -95,13 +119,14 @@ def settle(connection: sql.Connection, root: Path, row: Mapping[str, Any], now: 
         later = {"attempts": attempts, "next_at": now + BACKOFF[attempts - 1]}
         connection.execute(OUTBOX.update().where(_is(row)).values(later))
         return True
-    # First the file: a delivery that is forgotten is made twice, one that is not made would be lost.
-    folder = root / "webhooks" / row["endpoint"]
-    if folder.is_dir():
-        with (folder / "settled.txt").open("a", encoding="ascii") as file:
-            file.write(f"{row['event']}\n")
-            file.flush()
-            os.fsync(file.fileno())
+    # First the file: a delivery that is forgotten is repeated, one that did not happen would be lost.
+    with (
+        suppress(FileNotFoundError),  # the endpoint was deleted
+        (root / "webhooks" / row["endpoint"] / "settled.txt").open("a", encoding="ascii") as file,
+    ):
+        file.write(f"{row['event']}\n")
+        file.flush()
+        os.fsync(file.fileno())
     connection.execute(OUTBOX.delete().where(_is(row)))
     return delivered
 

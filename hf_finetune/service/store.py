@@ -5,7 +5,8 @@
     ROOT/limits.yaml                    what each project may keep: see `service.limits`
     ROOT/files/ID/file.json, data       an upload
     ROOT/uploads/ID/upload.json, PART   an upload in parts that is not complete
-    ROOT/webhooks/ID                    an address that is told of ends: see `service.outbox`
+    ROOT/webhooks/ID                    an endpoint of webhooks: see `service.outbox`
+    ROOT/webhooks.key                   their signing secrets are made of it
     ROOT/runs/ID/job.json               a job, and beside it what its worker writes: see `service.worker`
     ROOT/spool                          requests that are being received, and previews; nothing in it is kept
 
@@ -129,7 +130,7 @@ class Store:
         for table, found in rows.items():
             if found:
                 connection.execute(table.insert(), found)
-        ended = [(job["project"], _end_of(job), job["finished_at"]) for job in jobs if job["state"] in FINAL]
+        ended = [(job["project"], outbox.event_of(job), job["finished_at"]) for job in jobs if job["state"] in FINAL]
         outbox.fill(connection, self.root, ended)
         self.found = len(jobs)
 
@@ -190,7 +191,7 @@ class Store:
                 connection.execute(FILES.delete().where(FILES.c.id == document["id"]))
                 connection.execute(FILES.insert().values(_file_row(kept)))
                 if is_limited:
-                    self._refuse_over(connection, project, "files", "stored_bytes")
+                    self.refuse_over(connection, project, "files", "stored_bytes")
         except OverQuota:
             discard(folder)
             raise
@@ -250,7 +251,7 @@ class Store:
         folder = self.folder_of_upload(document["id"])
         with self.engine.begin() as connection:
             connection.execute(UPLOADS.insert().values(_upload_row(document)))
-            self._refuse_over(connection, document["project"], "files", "stored_bytes")
+            self.refuse_over(connection, document["project"], "files", "stored_bytes")
             folder.mkdir()
             write_atomically(folder / "upload.json", json.dumps(document), durable=True)
 
@@ -307,7 +308,7 @@ class Store:
         """
         return limits.read(self.root)
 
-    def _refuse_over(self, connection: sql.Connection, project: str, *what: str) -> None:
+    def refuse_over(self, connection: sql.Connection, project: str, *what: str) -> None:
         """Refuse what a transaction has just added, where it is too much.
 
         Raises:
@@ -350,7 +351,7 @@ class Store:
                 connection.execute(JOBS.insert().values(_job_row(document)))
                 if pairs := _metadata_rows(document):
                     connection.execute(METADATA.insert(), pairs)
-                self._refuse_over(connection, document["project"], "waiting_jobs")
+                self.refuse_over(connection, document["project"], "waiting_jobs")
         except OverQuota:
             discard(folder)
             raise
@@ -440,7 +441,7 @@ class Store:
             ends = document["state"] not in FINAL and fields.get("state") in FINAL
             document |= fields
             if ends:
-                outbox.announce(connection, document["project"], _end_of(document), now())
+                outbox.announce(connection, document["project"], outbox.event_of(document), document["finished_at"])
             write_job(self.folder_of_job(job), document)
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(_job_row(document)))
         return document
@@ -536,10 +537,6 @@ def _upload_row(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metadata_rows(job: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"job": job["id"], "name": name, "value": value} for name, value in (job.get("metadata") or {}).items()]
-
-
-def _end_of(job: Mapping[str, Any]) -> dict[str, Any]:
-    return outbox.event_of(job["id"], f"fine_tuning.job.{job['state']}")
 
 
 def _digest(token: str) -> str:

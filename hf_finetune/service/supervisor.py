@@ -21,6 +21,7 @@ from typing import Any
 from hf_finetune.errors import INTERRUPTED, PREEMPTED, OutOfMemoryError, PeerError, PushError, StorageError
 from hf_finetune.run.files import discard
 from hf_finetune.service import batch_worker, history, views, worker
+from hf_finetune.service.delivery import Deliveries
 from hf_finetune.service.executors.base import ALIVE, KILLED, Executor, Work, exit_code
 from hf_finetune.service.settings import Settings
 from hf_finetune.service.store import Store, now
@@ -103,7 +104,8 @@ class Supervisor:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue  # another server of this root does it
-                self._lead()
+                with Deliveries(self.store):
+                    self._lead()
 
     def _lead(self) -> None:
         """Look after the queue until the server ends."""
