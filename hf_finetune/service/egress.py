@@ -71,8 +71,8 @@ def post(url: str, headers: Mapping[str, str], body: bytes, networks: Networks) 
     except core.TimeoutException:
         raise Unreachable(f"it did not answer within {LIMIT:g} seconds") from None
     except core.NetworkError as error:
-        reason = error.__cause__
-        said = "its certificate is not valid" if isinstance(reason, ssl.SSLCertVerificationError) else "no connection"
+        is_certificate = any(isinstance(reason, ssl.SSLCertVerificationError) for reason in error.args)
+        said = "its certificate is not valid" if is_certificate else "no connection"
         raise Unreachable(said) from None
     except core.ProtocolError:
         raise Unreachable("it did not answer in HTTP") from None

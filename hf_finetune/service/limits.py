@@ -8,17 +8,18 @@ webhooks: {networks: [10.1.0.0/16]}
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.section import Section
 from hf_finetune.errors import Problem, RecipeError
 
 FILE = "limits.yaml"
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(lambda value: ip_network(str(value)))]
 Number = Annotated[int, Field(ge=0, le=1 << 60)]
 
 
@@ -38,7 +39,7 @@ class Quota(Section):
 class Webhooks(Section):
     """Places that webhooks may reach besides public addresses by https."""
 
-    networks: Annotated[list[IPv4Network | IPv6Network], Field(strict=False)] = Field([])
+    networks: list[Network] = Field([])
     """Private networks that may be called, by http too, e.g. `127.0.0.1/32`."""
 
 
