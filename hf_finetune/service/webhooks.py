@@ -43,7 +43,7 @@ class EndpointRequest(Body):
 
 
 class EndpointChange(Body):
-    """What is changed of an endpoint."""
+    """The new values of an endpoint; fields that are left out stay."""
 
     event_types: Types | None = None
     name: Name | None = None
