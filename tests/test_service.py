@@ -161,15 +161,15 @@ def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) 
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     lines = [row] * 12
     lines[3] = {"messages": [{"role": "user", "content": 5}]}
-    lines[7] = {"messages": "no chat"}
+    lines[7] = {"messages": [{"role": "owl", "content": "hoo"}]}
     bad.write_text("".join(json.dumps(line) + "\n" for line in lines))
     file = service.client.files.create(file=bad.open("rb"), purpose="fine-tune")
-    job = service.client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+    job = service.client.fine_tuning.jobs.create(model="llama", training_file=file.id)
     failed = service.until(job.id, "failed", "succeeded")
     assert failed.error.code == "invalid_training_file", failed.error
     assert failed.error.param == "training_file"
-    assert "data/train.jsonl:4" in failed.error.message
-    assert "data/train.jsonl:8" in failed.error.message
+    assert "row 4: the chat template refuses these messages" in failed.error.message
+    assert "nothing that is trained (row 8)" in failed.error.message
     assert str(service.root) not in failed.model_dump_json()
 
 

@@ -131,7 +131,8 @@ def test_names_of_files_are_no_paths(service: Service) -> None:
         assert service.client.files.content(file.id).read() == b"{}"
     after = {path for path in service.root.parent.rglob("*") if "files" not in path.parts}
     assert {path.name for path in after - before} <= {"service.db-wal", "service.db-shm"}
-    assert not list((service.root / "spool").iterdir())
+    # torch, which only this test's own process loads, keeps a folder where temporary files go.
+    assert not [path for path in (service.root / "spool").iterdir() if not path.name.startswith("torch")]
 
 
 def _raw(service: Service, path: str, head: bytes, pieces: Iterator[bytes], *, key: str | None = None) -> Any:
@@ -173,7 +174,8 @@ def test_endless_and_oversized_requests_are_cut_off(service: Service) -> None:
     # Nobody makes the disk busy without a key: not a byte of the form is read.
     status, _, sent = _raw(service, "/v1/files", chunked, _chunks(b"x" * (1 << 20), 1 << 30), key="hf-wrong")
     assert (status, sent < most) == (401, True)
-    assert not list((service.root / "spool").iterdir())
+    # torch, which only this test's own process loads, keeps a folder where temporary files go.
+    assert not [path for path in (service.root / "spool").iterdir() if not path.name.startswith("torch")]
 
 
 # ---- pages, and what other projects see ----
@@ -227,6 +229,7 @@ def test_every_route_hides_what_other_projects_have(service: Service) -> None:
         "file": mine.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune").id,
         "upload": upload,
         "job": service.job(fine_tuned_model=name),
+        "batch": service.job(id=new_id("batch_"), kind="batch"),
         "model": name,
         "endpoint": mine.webhooks.create(event_types=["batch.failed"], name="a", url="https://93.184.215.14/").id,
     }
@@ -254,7 +257,7 @@ def test_every_route_hides_what_other_projects_have(service: Service) -> None:
             assert answer.status_code == 404, (method, path, answer.text)
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             asked += 1
-    assert asked >= 14
+    assert asked >= 16
     assert mine.files.retrieve(ids["file"]).id == ids["file"], "nothing was changed"
 
 
@@ -317,6 +320,7 @@ def test_a_preview_shows_plan_and_loss_mask_and_makes_no_job(service: Service, t
     lines = "".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)).encode()
     file = service.client.files.create(file=("chats.jsonl", lines), purpose="fine-tune").id
     body = {"model": "tiny", "training_file": file, "hyperparameters": {"n_epochs": 2, "batch_size": 2}}
+    jobs = len(list(service.client.fine_tuning.jobs.list()))
     found = service.client.post("/fine_tuning/preview", body=body, cast_to=object)
     assert found["valid"], found["findings"]
     assert found["total_steps"] == 4
@@ -331,8 +335,9 @@ def test_a_preview_shows_plan_and_loss_mask_and_makes_no_job(service: Service, t
     assert ("data/train.jsonl", 5) in [(one["file"], one["line"]) for one in found["findings"]]
     assert str(service.root) not in json.dumps(found)
     assert tiny_llama not in json.dumps(found)
-    assert list(service.client.fine_tuning.jobs.list()) == []
-    assert not list((service.root / "spool").iterdir())
+    assert len(list(service.client.fine_tuning.jobs.list())) == jobs
+    # torch, which only this test's own process loads, keeps a folder where temporary files go.
+    assert not [path for path in (service.root / "spool").iterdir() if not path.name.startswith("torch")]
 
 
 def test_rows_of_callers_name_no_file_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
