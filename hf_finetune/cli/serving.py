@@ -40,6 +40,12 @@ def declare_serve(parser: argparse.ArgumentParser) -> None:
         help="where jobs run; default: as ROOT/service.yaml says",
     )
     add(
+        "--engine",
+        type=_engine,
+        metavar="vllm=URL",
+        help="a vLLM server that generates the answers of LoRA adapters whose base it serves; default: own",
+    )
+    add(
         "--stop-jobs", action="store_true", default=None, help="at the end, stop jobs with a checkpoint: in a container"
     )
     add(
@@ -55,6 +61,15 @@ def declare_keys(parser: argparse.ArgumentParser) -> None:
     _add_root(parser)
     parser.add_argument("--project", default="default", help="of a new key")
     parser.add_argument("--name", default="", help="of a new key, to tell it from others")
+
+
+def _engine(word: str) -> str:
+    from hf_finetune.service.settings import Settings
+
+    try:
+        return Settings(engine=word).engine
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be own or vllm=URL, not {word!r}") from None
 
 
 def _add_root(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +88,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     store.base_models()  # a mistake in it is said now
     given = {
         name: getattr(arguments, name)
-        for name in ("slots", "executor", "stop_jobs")
+        for name in ("slots", "executor", "engine", "stop_jobs")
         if getattr(arguments, name) is not None
     }
     queue = settings.load(store.root).model_copy(update=given)

@@ -91,6 +91,11 @@ class Answer:
         self.told = max(self.told, certain)
         return piece
 
+    def end(self, reason: Reason) -> str:
+        """End it where whoever generates the tokens says so; returns the characters that were not told yet."""
+        piece, self.reason, self.told = self.text[self.told :], reason, len(self.text)
+        return piece
+
     def _certain(self, tokenizer: Any) -> int:
         """Count the characters that no further token can change."""
         certain = len(self.text.rstrip(REPLACEMENT))

@@ -16,9 +16,9 @@ from starlette.responses import Response
 
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
-from hf_finetune.service import engine, forms, worker
+from hf_finetune.service import engine, forms, vllm, worker
 from hf_finetune.service.calls import Called, Caller, Refusal
-from hf_finetune.service.questions import Event, Failed, Heard, Question
+from hf_finetune.service.questions import Declined, Event, Failed, Heard, Question
 
 routes = APIRouter()
 LOOK = 0.2
@@ -55,7 +55,7 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
         question = body.question(str(run), recipe)
     except forms.Unfit as error:
         raise Refusal(400, str(error), param=error.param) from None
-    events = _events(request, question)
+    events = _events(request, question, recipe)
     if getattr(body, "stream", None):
         # What is wrong is an answer of its own, and no stream.
         first = await anext(events)
@@ -71,15 +71,22 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
     return JSONResponse(forms.answer(body, recipe, heard))
 
 
-async def _events(request: Request, question: Question) -> AsyncIterator[Event]:
-    asked: engine.Engine = request.app.state.engine
-    try:
-        async with aclosing(asked.ask(question)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
-    except engine.Full:
-        message = f"{engine.WAITING} requests wait already; ask again later"
-        yield Failed(503, message, code="overloaded")
+async def _events(request: Request, question: Question, recipe: Recipe) -> AsyncIterator[Event]:
+    """Ask the engine that takes the question."""
+    state = request.app.state
+    engines = [state.forwarding] if state.forwarding is not None and vllm.takes(recipe) else []
+    for asked in (*engines, state.engine):
+        try:
+            async with aclosing(asked.ask(question)) as events:
+                async for event in events:
+                    if isinstance(event, Declined):
+                        break
+                    yield event
+                else:
+                    return
+        except engine.Full:
+            yield Failed(503, f"{asked.most} requests wait already; ask again later", code="overloaded")
+            return
 
 
 def _refuse(event: Event) -> None:

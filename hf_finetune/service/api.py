@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.run.files import discard
-from hf_finetune.service import history, preview, uploads, views, webhooks, worker
+from hf_finetune.service import history, preview, uploads, views, vllm, webhooks, worker
 from hf_finetune.service.calls import Called, Caller, Refusal, guard
 from hf_finetune.service.engine import Engine
 from hf_finetune.service.requests import JobRequest
@@ -23,6 +23,8 @@ from hf_finetune.service.sessions import Sessions
 from hf_finetune.service.store import FINAL, Page, Store, new_id, now
 from hf_finetune.service.supervisor import Supervisor, note
 
+FORWARDED = 2048
+"""Requests that may wait for another server, which answers many at the same time."""
 AGAIN = 60
 """Seconds in which an equal request that a client sends again makes no second job."""
 
@@ -41,8 +43,13 @@ def make(store: Store, supervisor: Supervisor) -> FastAPI:
     # Forms are spooled by Starlette where Python keeps temporary files: on the disk that is watched, and the root's.
     tempfile.tempdir = str(store.root / "spool")
     app = FastAPI(title="hf_finetune", lifespan=life, docs_url=None, redoc_url=None)
-    app.state.store, app.state.supervisor, app.state.engine = store, supervisor, Engine()
+    settings = supervisor.settings
+    app.state.store, app.state.supervisor, app.state.engine = store, supervisor, Engine(settings.memory)
     app.state.sessions, app.state.closing = Sessions(store), [app.state.engine.close]
+    app.state.forwarding = None
+    if settings.engine_url is not None:
+        app.state.forwarding = Engine(most=FORWARDED, url=settings.engine_url)
+        app.state.closing.append(app.state.forwarding.close)
     app.state.receiving = 0
     for routes in (uploads.routes, webhooks.routes, _routes):
         app.include_router(routes)
@@ -235,14 +242,17 @@ def retrieve_model(caller: Called, model: str) -> dict[str, Any]:
 
 
 @_routes.delete("/v1/models/{model:path}")
-def delete_model(caller: Called, model: str) -> dict[str, Any]:
+def delete_model(caller: Called, request: Request, model: str) -> dict[str, Any]:
     """Delete what a job has trained; the job itself stays."""
     job = caller.store.job_of_model(caller.project, model)
     if job is None:
         raise Refusal(404, f"there is no model {model!r} that was trained here", code="model_not_found")
     caller.store.change(job["id"], FINAL, fine_tuned_model=None)
+    run = caller.store.folder_of_job(job["id"]) / worker.RUN
+    if (url := request.app.state.supervisor.settings.engine_url) is not None:
+        vllm.unregister(url, run)
     for folder in ("adapter", "checkpoints"):
-        discard(caller.store.folder_of_job(job["id"]) / worker.RUN / folder)
+        discard(run / folder)
     return {"id": model, "object": "model", "deleted": True}
 
 

@@ -43,10 +43,13 @@ class Engine:
     Args:
         memory: Bytes of weights that stay loaded; None takes a share of the machine's memory.
         most: Requests that may wait.
+        url: Address of a server like vLLM that generates the tokens; None does that in the process.
     """
 
-    def __init__(self, memory: int | None = None, most: int = WAITING) -> None:
-        self._memory, self._most = memory, most
+    def __init__(self, memory: int | None = None, most: int = WAITING, *, url: str | None = None) -> None:
+        self.most = most
+        self._target: Callable[..., None] = work if url is None else forward
+        self._given = memory if url is None else url
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._heard: dict[int, Callable[[Event], None]] = {}
@@ -95,7 +98,7 @@ class Engine:
 
     def _send(self, question: Question, heard: Callable[[Event], None]) -> int:
         with self._lock:
-            if len(self._heard) >= self._most:
+            if len(self._heard) >= self.most:
                 raise Full
             number = next(self._numbers)
             self._heard[number] = heard
@@ -125,7 +128,7 @@ class Engine:
     def _start(self) -> None:
         context = get_context("spawn")  # a fork would have this process's threads in pieces, and no CUDA
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self._memory), name="engine", daemon=True)
+        self._process = context.Process(target=self._target, args=(theirs, self._given), name="engine", daemon=True)
         self._process.start()
         theirs.close()
         threading.Thread(target=self._listen, args=(self._process, self._connection), daemon=True).start()
@@ -196,6 +199,15 @@ def work(connection: Connection, memory: int | None) -> None:
             traceback.print_exc()
             for place in range(len(batch)):
                 say(place, Failed(500, "the model failed; the operator finds the reason in the log of the service"))
+
+
+def forward(connection: Connection, url: str) -> None:
+    """Be the process that lets another server generate the tokens; see `work`."""
+    os.environ[paths.ROWS] = os.devnull
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from hf_finetune.service import forwarding
+
+    forwarding.serve(connection, url)
 
 
 class _Inbox:

@@ -162,14 +162,14 @@ class _Asked:
 
 def _answer(predictor: Predictor, questions: Sequence[Question], say: Say, is_wanted: Callable[[int], bool]) -> None:
     asked: list[_Asked] = []
+    limit = generation.positions(predictor.served.network)
     for number, question in enumerate(questions):
-        encoded, faults = predictor.encoded([Row(n, dict(row)) for n, row in enumerate(question.rows, 1)], lines=False)
-        found = "; ".join(_faults(predictor, question, encoded, faults))
-        if found:
-            say(number, Failed(400, found, "input" if question.settings is None else "messages"))
+        encoded = encode(predictor, question, limit)
+        if isinstance(encoded, Failed):
+            say(number, encoded)
             continue
-        say(number, Began(sum(map(_size, encoded.values()))))
-        asked += [_Asked(number, place, row) for place, row in encoded.items()]
+        say(number, Began(sum(map(_size, encoded))))
+        asked += [_Asked(number, place, row) for place, row in enumerate(encoded)]
     heard = dict.fromkeys(one.question for one in asked)
     if isinstance(predictor, Answers):
         _generate(predictor, questions, asked, say, is_wanted)
@@ -185,14 +185,40 @@ def _size(encoded: Any) -> int:
     return len(encoded) if isinstance(encoded, list) else int(encoded["size"])
 
 
-def _faults(predictor: Predictor, question: Question, encoded: dict[int, Any], faults: Sequence[str]) -> Iterator[str]:
+def encode(predictor: Predictor, question: Question, limit: int) -> list[Any] | Failed:
+    """Prepare the rows of a question, in their order; those of a language model become token ids.
+
+    Args:
+        predictor: Of the run.
+        question: To the run.
+        limit: Most tokens of a prompt and its answer together.
+
+    Returns:
+        The rows, or what is wrong with them.
+    """
+    encoded, faults = predictor.encoded([Row(n, dict(row)) for n, row in enumerate(question.rows, 1)], lines=False)
+    if found := "; ".join(_faults(predictor, question, encoded, faults, limit=limit)):
+        return Failed(400, found, "input" if question.settings is None else "messages")
+    return list(encoded.values())
+
+
+def wishes(predictor: Answers, question: Question) -> list[Wish]:
+    """Give the settings of the answers to one row, one for each choice."""
+    given = {"max_tokens": predictor.max_new_tokens, **(question.settings or {})}
+    seed = given.get("seed")
+    seeds = [None if seed is None else seed + choice for choice in range(question.choices)]
+    return [Wish(**{**given, "seed": seed}) for seed in seeds]
+
+
+def _faults(
+    predictor: Predictor, question: Question, encoded: dict[int, Any], faults: Sequence[str], *, limit: int
+) -> Iterator[str]:
     """Yield what is wrong with the rows of a question."""
     several = len(question.rows) > 1
     for number, fault in enumerate(faults, 1):
         if fault:
             yield f"row {number}: {fault}" if several else fault
     if isinstance(predictor, Answers):
-        limit = generation.positions(predictor.served.network)
         for place, prompt in encoded.items():
             if len(prompt) >= limit:
                 where = f"row {place + 1}: " if several else ""
@@ -208,13 +234,11 @@ def _generate(
 ) -> None:
     """Answer prompts, each as often as its question wants."""
     tokenizer = predictor.run.tokenizer
-    prompts, wishes, places = list[list[int]](), list[Wish](), list[tuple[int, int]]()
+    prompts, wished, places = list[list[int]](), list[Wish](), list[tuple[int, int]]()
     for one in asked:
         question = questions[one.question]
-        given = {"max_tokens": predictor.max_new_tokens, **(question.settings or {})}
-        for choice in range(question.choices):
-            seed = given.get("seed")
-            wishes.append(Wish(**{**given, "seed": None if seed is None else seed + choice}))
+        for choice, wish in enumerate(wishes(predictor, question)):
+            wished.append(wish)
             prompts.append(one.encoded)
             places.append((one.question, one.place * question.choices + choice))
 
@@ -226,7 +250,7 @@ def _generate(
         predictor.served,
         tokenizer,
         prompts,
-        wishes,
+        wished,
         together=predictor.together,
         tell=tell,
         is_wanted=lambda number: is_wanted(places[number][0]),

@@ -74,8 +74,13 @@ class Failed:
     code: str | None = None
 
 
-Event = Began | Piece | Ended | Outputs | Done | Failed
-FINAL = (Done, Failed)
+@dataclass(frozen=True)
+class Declined:
+    """Another process must be asked; nothing was said before."""
+
+
+Event = Began | Piece | Ended | Outputs | Done | Failed | Declined
+FINAL = (Done, Failed, Declined)
 """Kinds of events after which no other comes."""
 
 
@@ -107,7 +112,7 @@ class Heard:
                 self.rows = rows
             case Failed():
                 self.failed = event
-            case Done():
+            case Done() | Declined():
                 pass
 
     @property

@@ -1,17 +1,20 @@
-"""`ROOT/service.yaml`: where jobs run, how many side by side, and what is tried again."""
+"""`ROOT/service.yaml`: where jobs run, how many side by side, what is tried again, and what answers."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from hf_finetune.config import reading
 from hf_finetune.config.section import Section
 
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
+ENGINE = r"vllm=(https?://[^\s/]+(?:/\S*)?)"
+"""Anything but the own engine."""
 
 
 class Slurm(Section):
@@ -34,7 +37,7 @@ class Kubernetes(Section):
 
 
 class Settings(Section):
-    """Settings of the queue; all servers of one ROOT read the same."""
+    """Settings of the queue and of the answers; all servers of one ROOT read the same."""
 
     executor: Literal["local", "slurm", "kubernetes"] = "local"
     """Jobs are processes of this machine, or go to a scheduler."""
@@ -51,8 +54,18 @@ class Settings(Section):
     stop_jobs: bool = False
     """A server that is told to end first stops its jobs with a checkpoint: where they would be killed with it, as in a
     container. The next one resumes them."""
+    engine: Annotated[str, Field(pattern=f"^(own|{ENGINE})$")] = "own"
+    """`vllm=URL`: that server generates the answers of LoRA adapters whose base it serves."""
+    memory: ByteSize | None = None
+    """Weights that stay loaded for answers, e.g. `8GB`; null is 40 % of the memory of the GPU, or of the machine."""
     slurm: Slurm = Slurm()
     kubernetes: Kubernetes = Kubernetes()
+
+    @property
+    def engine_url(self) -> str | None:
+        """Address of the server that generates answers, where there is one."""
+        found = re.fullmatch(ENGINE, self.engine)
+        return None if found is None else found[1]
 
 
 def load(root: Path) -> Settings:
