@@ -195,12 +195,17 @@ class VLLM:
             self.written += 1
             if token not in ends:
                 new.append(token)
-            whole = self.tokenizer.decode(new, skip_special_tokens=True)
+            whole = str(self.tokenizer.decode(new, skip_special_tokens=True))
             if token in ends or any(stop in whole for stop in body.stop):
                 reason = "stop"
             elif len(ids) - len(body.prompt) == body.max_tokens:
                 reason = "length"
-            choice = {"index": 0, "text": whole[len(text) :], "finish_reason": reason, "token_ids": [token]}
+            choice: dict[str, Any] = {
+                "index": 0,
+                "text": whole[len(text) :],
+                "finish_reason": reason,
+                "token_ids": [token],
+            }
             text = whole
             if body.logprobs is not None:
                 assert body.return_tokens_as_token_ids
