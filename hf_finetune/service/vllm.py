@@ -49,7 +49,7 @@ def name_of(run: Path) -> str:
 def unregister(url: str, run: Path) -> None:
     """Let the server forget an adapter; where it can't be reached, it will have forgotten after its next start."""
     try:
-        with httpx2.Client(**_options(url)) as client:
+        with httpx2.Client(**_options(url) | {"timeout": CONNECT}) as client:  # somebody waits for the deletion
             answer = client.post("/v1/unload_lora_adapter", json={"lora_name": name_of(run)})
         if answer.status_code not in (200, 404):
             _logger.warning("the server of --engine keeps %s: %s", name_of(run), _said(answer))
