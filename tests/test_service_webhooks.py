@@ -201,6 +201,8 @@ def test_endpoints_are_managed_by_openais_client(service: Service, receiver: Rec
     receiver.script = [status(503)]
     assert client.webhooks.test(first.id, event_type=ENDED[1]).status_code == 503
     new = client.webhooks.rotate_secret(first.id, keep_old_secret_active_for_24_hours=True)
+    again = client.webhooks.rotate_secret(first.id, extra_headers={"x-stainless-retry-count": "1"})
+    assert again.signing_secret == new.signing_secret
     client.webhooks.test(first.id, event_type=ENDED[0])
     receiver.seen = receiver.seen[-1:]
     for secret in (new.signing_secret, first.signing_secret):
@@ -243,6 +245,7 @@ def test_other_projects_see_no_endpoint(service: Service) -> None:
         lambda: other.webhooks.update(made, name="y"),
         lambda: other.post(f"/webhook_endpoints/{made}", body={}, cast_to=object),
         lambda: other.webhooks.rotate_secret(made),
+        lambda: other.post(f"/webhook_endpoints/{made}/rotate_secret", cast_to=object),
         lambda: other.webhooks.test(made, event_type=ENDED[0]),
         lambda: other.webhooks.delete(made),
     ]
@@ -273,7 +276,12 @@ def test_only_public_addresses_are_called(tmp_path: Path, monkeypatch: pytest.Mo
         names(monkeypatch, lambda: answers.pop(0))
         made = client.webhooks.create(event_types=list(ENDED), name="x", url="https://hook.example/")
         connected = list[Any]()
-        monkeypatch.setattr("socket.create_connection", lambda *given, **_: connected.append(given))
+
+        def refuse(*given: Any, **_: Any) -> None:
+            connected.append(given)
+            raise OSError(given)
+
+        monkeypatch.setattr("socket.create_connection", refuse)
         with pytest.raises(openai.BadRequestError, match="public address"):
             client.webhooks.test(made.id, event_type=ENDED[0])
         assert (answers, connected) == ([], [])

@@ -23,7 +23,7 @@ from hf_finetune.service.tables import ENDPOINTS, OUTBOX
 
 routes = APIRouter()
 AGAIN = 60
-"""Seconds in which an equal request that a client sends again makes no second endpoint."""
+"""Seconds in which a request that a client sends again makes no second endpoint or secret."""
 DAY = 24 * 3600
 AT_ONCE = 4
 """Requests that may look up names or call endpoints at the same time: others wait for them in threads."""
@@ -82,7 +82,7 @@ def create(caller: Called, body: EndpointRequest, x_stainless_retry_count: Annot
     _make_key(store)
     document: dict[str, Any] = {
         **{"id": new_id("we_"), "project": caller.project, "created_at": when, "updated_at": when, **said},
-        **{"event_types": dict.fromkeys(_unique(body.event_types), when), "secret": 0, "old_until": 0},
+        **{"event_types": dict.fromkeys(_unique(body.event_types), when), "secret": 0, "rotated_at": 0, "old_until": 0},
     }
     answer = _view(store, document, has_secret=True)
     with store.engine.begin() as connection:
@@ -140,12 +140,15 @@ def delete(caller: Called, endpoint: str) -> dict[str, Any]:
 
 
 @routes.post("/v1/webhook_endpoints/{endpoint}/rotate_secret")
-def rotate_secret(caller: Called, endpoint: str, body: Rotation | None = None) -> dict[str, Any]:
+def rotate_secret(
+    caller: Called, endpoint: str, body: Rotation | None = None, x_stainless_retry_count: Annotated[int, Header()] = 0
+) -> dict[str, Any]:
     """Replace the secret of an endpoint; for a day, events may be signed with both."""
     with _changed(caller, endpoint) as document:
-        document["secret"] += 1
-        keeps = body is not None and body.keep_old_secret_active_for_24_hours
-        document["old_until"] = now() + DAY if keeps else 0
+        # The answer to an earlier try may have been lost: another rotation would drop the secret that is kept.
+        if not x_stainless_retry_count or now() - document["rotated_at"] > AGAIN:
+            keeps = body is not None and body.keep_old_secret_active_for_24_hours
+            document |= {"secret": document["secret"] + 1, "rotated_at": now(), "old_until": now() + DAY * keeps}
     return _view(caller.store, document, has_secret=True)
 
 
