@@ -6,18 +6,19 @@ It is stricter than vLLM: a setting that a request leaves out is an error, becau
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -109,18 +110,16 @@ class VLLM:
         assert not self.thread.is_alive()
 
     def app(self) -> FastAPI:
-        app = FastAPI()
+        def counted(request: Request) -> None:
+            self.calls[request.url.path] += 1
+            if request.headers.get("authorization") != f"Bearer {KEY}":
+                raise HTTPException(401, "Unauthorized")
+
+        app = FastAPI(dependencies=[Depends(counted)])
 
         @app.exception_handler(RequestValidationError)
         def invalid(_: Request, error: RequestValidationError) -> Response:
             return refusal(400, "BadRequestError", str(error.errors()))
-
-        @app.middleware("http")
-        async def counted(request: Request, answer: Any) -> Any:
-            self.calls[request.url.path] += 1
-            if request.headers.get("authorization") != f"Bearer {KEY}":
-                return JSONResponse({"error": "Unauthorized"}, 401)
-            return await answer(request)
 
         @app.get("/v1/models")
         def models() -> Any:
@@ -163,18 +162,18 @@ class VLLM:
 
         return app
 
-    def events(self, body: Completion) -> Iterator[str]:
+    async def events(self, body: Completion) -> AsyncIterator[str]:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            for choice in self.tokens(body):
+            async for choice in self.tokens(body):
                 chunk = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body.model}
                 yield f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self.at_once -= 1
 
-    def tokens(self, body: Completion) -> Iterator[dict[str, Any]]:
+    async def tokens(self, body: Completion) -> AsyncIterator[dict[str, Any]]:
         """Generate; without a cache, so that nothing is shared with the code that is tested."""
         network, ids, new = self.adapters[body.model], list(body.prompt), list[int]()
         draw = torch.Generator()
@@ -183,7 +182,7 @@ class VLLM:
         ends, text = {*body.stop_token_ids, self.tokenizer.eos_token_id}, ""
         reason = None
         while reason is None:
-            time.sleep(self.pause)
+            await asyncio.sleep(self.pause)
             with torch.no_grad():
                 logits = network(torch.tensor([ids])).logits[0, -1].float()
             token = int(logits.argmax())

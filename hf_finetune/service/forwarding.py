@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -168,14 +168,20 @@ class _Forwarding:
         if isinstance(encoded, Failed):
             return encoded
         wishes = models.wishes(opened.predictor, question)
-        self._say(number, Began(sum(map(len, encoded))))
+        begun: list[Event] = [Began(sum(map(len, encoded)))]
+
+        def say(event: Event) -> None:
+            while begun:  # not before the other server answers: what begins is a stream, and no error any more
+                self._say(number, begun.pop())
+            self._say(number, event)
+
         try:
             async with asyncio.TaskGroup() as group:
                 for place, prompt in enumerate(encoded):
                     for choice, wish in enumerate(wishes):
                         answer = Answer(wish, min(wish.max_tokens, room - len(prompt)))
                         index = place * question.choices + choice
-                        group.create_task(self._generate(number, opened, prompt, answer, index=index))
+                        group.create_task(self._generate(say, opened, prompt, answer, index=index))
         except ExceptionGroup as found:
             raise found.exceptions[0] from None
         return Done()
@@ -214,7 +220,9 @@ class _Forwarding:
         known = [self._bases[name] for name in opened.base & (self._bases or {}).keys()] if self._bases else []
         return min([opened.limit, *(length for length in known if length is not None)])
 
-    async def _generate(self, number: int, opened: _Opened, prompt: list[int], answer: Answer, *, index: int) -> None:
+    async def _generate(
+        self, say: Callable[[Event], None], opened: _Opened, prompt: list[int], answer: Answer, *, index: int
+    ) -> None:
         """Let the server continue one prompt, and say what it writes."""
         body = {"model": vllm.name_of(opened.run), "prompt": prompt, **_settings(answer, opened.ends)}
         for attempt in (1, 2):
@@ -222,7 +230,7 @@ class _Forwarding:
                 async with aclosing(self._server.complete(body)) as choices:
                     async for choice in choices:
                         for event in _events(choice, answer, opened, index):
-                            self._say(number, event)
+                            say(event)
                         if answer.reason is not None:
                             break
                 break
@@ -234,7 +242,7 @@ class _Forwarding:
                     raise vllm.Away("it was restarted with another base") from None
         if answer.reason is None:
             raise vllm.Away("an answer has no end")
-        self._say(number, Ended(index, answer.reason, len(answer.tokens)))
+        say(Ended(index, answer.reason, len(answer.tokens)))
 
 
 def _settings(answer: Answer, ends: Ends) -> dict[str, Any]:
