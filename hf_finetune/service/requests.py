@@ -138,8 +138,8 @@ def refused(blocks: Sequence[type[BaseModel]], tree: Mapping[str, Any], before: 
 
 
 def may_set(dotted: str) -> bool:
-    """Tell whether a caller may set a key of a recipe, e.g. `training.epochs`."""
-    tree: Any = None
+    """Tell whether a caller may set a key of a recipe, e.g. `training.epochs`, or some key of a block."""
+    tree: Any = {}
     for part in reversed(dotted.split(".")):
         tree = {part: tree}
     return not list(refused([Recipe], tree))
