@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,10 +63,22 @@ class Service:
         """End the server as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(30)
+        # Workers outlive it; those of a test that failed would train beside the tests that follow.
+        for folder in (self.root / "runs").iterdir():
+            kill(folder / "worker.lock")
 
     def until(self, job: str, *states: str, seconds: float = 240) -> Any:
         """Follow a job until it has one of the states."""
         return wait(lambda: (found := self.client.fine_tuning.jobs.retrieve(job)).status in states and found, seconds)
+
+
+def kill(lock: Path) -> None:
+    """Kill a worker with all that it has started, if it lives."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError), lock.open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.killpg(int(stream.read()), signal.SIGKILL)
 
 
 def wait(reached: Callable[[], Any], seconds: float = 240) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import threading
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import WORDS
 from faults.lab import rows
-from test_service import Service, wait
+from test_service import Service, kill, wait
 
 from hf_finetune import train
 
@@ -90,32 +88,27 @@ def test_exit_codes_decide_what_comes_next(queue: Queue, sentences: str) -> None
         "invalid_training_file": queue.create(bad),
         "invalid_model": queue.create(good, adapter={"kind": "lora", "target_modules": ["nothing"]}),
     }
-    lost, short = queue.create(good, **training(30)), queue.create(good, **training(30, micro_batch=4))
+    lost = queue.create(good, **training(30))
     for code, job in final.items():
         failed = queue.until(job, "failed", "succeeded")
         assert failed.error, code
         assert failed.error.code == code, failed.error
         assert queue.job(job)["attempts"] == 0
-    # A worker that is killed, by the kernel for all that is known, goes on; one without memory with smaller batches.
+    # A worker that is killed, by the kernel for all that is known, goes on. Codes without a cause at hand (6, 7, 10)
+    # are in tests/test_service_supervisor.py.
     wait(lambda: queue.steps(lost) > 2)
     os.kill(queue.pid(lost), signal.SIGKILL)
-    wait(lambda: queue.steps(short) > 2)
-    pid = queue.pid(short)
-    has = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (has, has))
-    for job in (lost, short):
-        assert queue.until(job, "succeeded", "failed").status == "succeeded", queue.said(job)
+    assert queue.until(lost, "succeeded", "failed").status == "succeeded", queue.said(lost)
     assert queue.job(lost)["attempts"] == 1
     assert any("try 1 of 3" in said for said in queue.said(lost))
-    assert queue.job(short)["overrides"] == ["training.micro_batch=2"], queue.said(short)
 
 
 def test_a_job_of_higher_priority_takes_the_place_of_a_lower_one(queue: Queue, sentences: str) -> None:
     file = queue.upload(sentences)
-    steps = {name: queue.create(file, low, **training(3000)) for name, low in (("low", -2), ("lower", -5))}
+    steps = {name: queue.create(file, low, **training(1500)) for name, low in (("low", -2), ("lower", -5))}
     wait(lambda: all(queue.steps(job) > 2 for job in steps.values()))
     urgent = queue.create(file, 7, **training(4))
-    assert queue.until(urgent, "succeeded", "failed").status == "succeeded"
+    assert queue.until(urgent, "succeeded", "failed", seconds=600).status == "succeeded"
     lower, low = queue.job(steps["lower"]), queue.job(steps["low"])
     assert (lower["state"], low["state"]) != ("succeeded", "succeeded"), "too fast to be preempted"
     assert "The job is stopped with a checkpoint, for one of higher priority" in queue.said(steps["lower"])
@@ -125,9 +118,9 @@ def test_a_job_of_higher_priority_takes_the_place_of_a_lower_one(queue: Queue, s
     queue.client.fine_tuning.jobs.pause(early)
     assert queue.until(early, "paused", "succeeded").status == "paused"
     queue.client.fine_tuning.jobs.resume(early)
-    same = queue.create(file, **training(3000))
+    same = queue.create(file, **training(1500))
     for job in (*steps.values(), early, same):
-        assert queue.until(job, "succeeded", "failed").status == "succeeded", queue.said(job)
+        assert queue.until(job, "succeeded", "failed", seconds=600).status == "succeeded", queue.said(job)
         assert queue.job(job)["attempts"] == 0
     assert queue.adapter(steps["lower"]) == queue.adapter(same), "it went on bit for bit"
 
@@ -200,15 +193,6 @@ def keyed(queue: Queue, file: str, number: int) -> str:
         model="tiny", training_file=file, seed=3, metadata=key, extra_body=more
     ).id
     return job
-
-
-def kill(lock: Path) -> None:
-    """Kill a worker with all that it has started, if it lives."""
-    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError), lock.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.killpg(int(stream.read()), signal.SIGKILL)
 
 
 def everything(queue: Queue) -> dict[str, Any]:
