@@ -459,10 +459,11 @@ def test_each_plain_line_is_what_the_user_says_to_a_model_of_chats(llama: PreTra
 
 def test_a_plain_line_is_words_to_a_tagger() -> None:
     from hf_finetune.inference.predict import Labels
+    from hf_finetune.tasks.base import State
     from hf_finetune.tasks.token_classification import TokenClassification
 
     served: Any = None
     task = TokenClassification(kind="token_classification", words="tokens", tags="tags")
-    run: Any = SimpleNamespace(recipe=SimpleNamespace(task=task))
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(task=task), targets=State(names=("O", "B-person")))
     row = Row(1, {inference_rows.LINE: "Ada met  Bo ."})
     assert Labels(run, served).columns([row], lines=True) == {"tokens": [["Ada", "met", "Bo", "."]]}

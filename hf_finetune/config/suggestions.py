@@ -11,10 +11,10 @@ MOST_ENTRIES = 10_000
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Find the most similar word, whatever its case; else the only one that has it as a part."""
+    """Find the most similar word, whatever its case; else, unless it must be much alike, the only one that has it."""
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=cutoff)
-    within = [name for name in lowered if len(word) > 2 and word.lower() in name]
+    within = [name for name in lowered if cutoff < 0.8 and len(word) > 2 and word.lower() in name]
     found = near or (within if len(within) == 1 else [])
     return lowered[found[0]] if found else None
 
