@@ -98,6 +98,12 @@ _frozen = [0]
 
 
 @pytest.fixture(autouse=True)
+def _as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves lines whole, wherever the tests are started from: a terminal or a runner may export its width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _quick_runs() -> Iterator[None]:
     """Spares each run in this process what a test does not look at.
 

@@ -39,6 +39,7 @@ def test_a_program_below_the_working_directory_is_named_from_there(monkeypatch: 
     monkeypatch.setattr(invocation, "_words", words)
     program = [str(Path.cwd() / ".venv/bin/python"), "-m", "hf_finetune"]
     monkeypatch.setattr(sys, "orig_argv", [*program, *words])
+    monkeypatch.setenv("PATH", "")
     assert invocation.resume_command() == ".venv/bin/python -m hf_finetune train r.yaml"
 
 
