@@ -128,7 +128,7 @@ def test_runs_of_several_tasks_are_ranked_by_task(
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 60
     first, second = shown.split("causal_lm\n")
-    assert first.startswith("text_classification\n")
+    assert first.startswith("text_classification, single_label\n")
     assert "accuracy" not in second
     assert "2 runs, 2 finished, greatest validation_accuracy" in " ".join(first.split())
     assert command(str(tmp_path), "--format", "csv") == 0

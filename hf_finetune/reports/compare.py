@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from hf_finetune.config import yamlfile
 from hf_finetune.config.section import discover, key_of
@@ -58,12 +59,8 @@ class Run:
     samples_per_second: float | None = None
     headline: tuple[str, ...] = ("loss",)
     """Metrics that its task prints, without the split."""
-
-    @property
-    def task(self) -> str:
-        """Name its task, and the problem where there are several; empty where the run is broken."""
-        named = (self.recipe.get(key) for key in ("task.kind", "task.problem"))
-        return ", ".join(str(name) for name in named if name is not None)
+    task: str = ""
+    """The title of its task: runs with the same one can be compared. Empty where the run is broken."""
 
     @property
     def is_done(self) -> bool:
@@ -257,7 +254,8 @@ def _read(path: str) -> Run:
     lines = journal.read(folder.metrics)
     evaluated, metrics = _last_metrics(lines)
     block = tree.get("task")
-    known = discover("hf_finetune.tasks", Task).get(str(block.get("kind") if isinstance(block, dict) else None))
+    found = discover("hf_finetune.tasks", Task).get(str(block.get("kind") if isinstance(block, dict) else None))
+    known = found if found is not None and issubclass(found, Task) else None
     # The last is the summary's, of the whole run; of a run that did not get there, that of its newest log.
     speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
     return Run(
@@ -271,8 +269,17 @@ def _read(path: str) -> Run:
         seconds=next((line.get("seconds") for line in reversed(lines) if line.get("phase") == "summary"), None),
         samples_per_second=speeds[-1] if speeds else None,
         # An unknown task has the loss alone.
-        headline=known.headline if known is not None and issubclass(known, Task) else ("loss",),
+        headline=("loss",) if known is None else known.headline,
+        task=_title(known, block),
     )
+
+
+def _title(known: type[Task] | None, block: Any) -> str:
+    kind = str(block.get("kind", "")) if isinstance(block, dict) else ""
+    try:
+        return kind if known is None else known.model_validate(block).title
+    except ValidationError:  # of another version
+        return kind
 
 
 def _last_metrics(lines: Sequence[Entry]) -> tuple[int | None, dict[str, float]]:
