@@ -228,6 +228,7 @@ def main(logdir: str, place: str) -> None:
 
     threading.Thread(target=ends, daemon=True).start()
     board = program.TensorBoard(default.get_plugins(), server_class=Server)
+    board._register_info = lambda server: None  # it notes a port, and the socket has none
     options = [
         "--path_prefix",
         PREFIX,
