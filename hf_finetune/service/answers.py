@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
-from hf_finetune.service import engine, forms, vllm, worker
+from hf_finetune.service import engine, forms, views, vllm, worker
 from hf_finetune.service.calls import Called, Caller, Refusal
 from hf_finetune.service.questions import Declined, Event, Failed, Heard, Question
 
@@ -124,8 +124,9 @@ async def _stream(writer: forms.Writer, events: AsyncIterator[Event], first: Eve
         async for event in events:
             heard.hear(event)
             if isinstance(event, Failed):
-                error = {"message": event.message, "type": "server_error", "param": event.param, "code": event.code}
-                yield f"data: {json.dumps({'error': error})}\n\n"
+                # Of the server, whatever its status: the request was fit, for the stream had begun.
+                error = views.error(500, event.message, param=event.param, code=event.code)
+                yield f"data: {json.dumps(error)}\n\n"
                 return
             if (chunk := writer.chunk(event)) is not None:
                 yield f"data: {json.dumps(chunk)}\n\n"

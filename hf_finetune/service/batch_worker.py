@@ -21,15 +21,15 @@ from hf_finetune.errors import DataError, Problem
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.files import write_atomically
-from hf_finetune.service import forms
+from hf_finetune.service import forms, views, worker
 from hf_finetune.service.questions import Event, Heard, Question
-from hf_finetune.service.store import Store, new_id, now
+from hf_finetune.service.store import Store, new_id
 
 if TYPE_CHECKING:
     from hf_finetune.service.models import Models
 
 KIND = "batch"
-INPUT, RESULTS, CHECKED = "data/input.jsonl", "results.jsonl", "checked.json"
+INPUT, RESULTS = "data/input.jsonl", "results.jsonl"
 REQUESTS: Mapping[str, type[forms.AnyRequest]] = {
     "/v1/chat/completions": forms.ChatRequest,
     "/v1/completions": forms.CompletionRequest,
@@ -57,7 +57,7 @@ def work(job: Mapping[str, Any]) -> None:
         return
     total = _check(job)
     checked = {"chosen": {}, "numbers": {"requests": total}}
-    write_atomically(Path(CHECKED), json.dumps(checked), durable=True)
+    write_atomically(Path(worker.CHECKED), json.dumps(checked), durable=True)
     run = job["run"]
     recipe, loaded = opening.read(run), Models()
     with sinks.opened(RESULTS, {"batch": job["id"]}, restart=False, resumable=True) as output:
@@ -164,7 +164,7 @@ def _answered(
 
 
 def _error(message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+    return views.error(400, message, param=param, code=code)
 
 
 def collect(store: Store, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -179,10 +179,6 @@ def collect(store: Store, job: Mapping[str, Any], folder: Path) -> dict[str, Any
         made = f"file-{job['id'].removeprefix('batch_')}{kind[0]}"
         if lines:
             content = "".join(lines).encode()
-            place = store.folder_of_file(made)
-            place.mkdir(exist_ok=True)
-            (place / "data").write_bytes(content)
-            document = {"id": made, "filename": f"batch_{kind}.jsonl", "bytes": len(content), "created_at": now()}
-            store.add_file(job["project"], {**document, "purpose": "batch_output"})
+            store.add_made_file(job["project"], made, f"batch_{kind}.jsonl", "batch_output", content)
         fields[f"{kind}_file_id"] = made if lines else None
     return fields

@@ -143,10 +143,7 @@ def _errors(job: dict[str, Any], folder: Path | None) -> dict[str, Any] | None:
     """List what is wrong with the file."""
     if job["state"] != "failed" or folder is None:
         return None
-    try:
-        problems = json.loads((folder / worker.EXIT).read_bytes())["problems"]
-    except (OSError, ValueError, KeyError):
-        problems = []
+    problems = worker.problems_of(folder)
     data = [{"code": "invalid_request", "message": p["message"], "line": p["line"], "param": None} for p in problems]
     error = job["error"] or {}
     whole = {"code": error.get("code"), "message": error.get("message"), "line": None, "param": None}

@@ -169,9 +169,7 @@ def _answer(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers)
+    return JSONResponse(views.error(status, message, param=param, code=code), status, headers)
 
 
 def _refused(request: Request, error: Exception) -> JSONResponse:

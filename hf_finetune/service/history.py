@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from math import isfinite
 from pathlib import Path
@@ -170,12 +170,23 @@ def epochs(folder: Path) -> float:
     return float(next(entries(folder), {}).get("epoch", 0.0))
 
 
-def finish(document: Mapping[str, Any], folder: Path) -> int | None:
-    """Estimate when a running job ends, by the time of its last steps; pauses do not count."""
+def steps(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of training of a run, newest first."""
+    return (line for line in entries(folder) if line["phase"] == "train")
+
+
+def progress(document: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Tell the step that a job has reached, of how many, and the Unix time at which it may end; None before."""
     total = document["numbers"].get("total_steps")
-    if document["state"] != "running" or not total:
+    lines = list(islice(steps(folder), RECENT)) if total else []
+    if not lines:
         return None
-    lines = list(islice((line for line in entries(folder) if line["phase"] == "train"), RECENT))
+    finish = _finish(lines, total) if document["state"] == "running" else None
+    return {"step": lines[0]["step"], "total_steps": total, "estimated_finish": finish}
+
+
+def _finish(lines: Sequence[Mapping[str, Any]], total: int) -> int | None:
+    """Estimate when a run ends, by the time of its last steps; pauses do not count."""
     paces = [
         (later["time"] - line["time"]) / (later["step"] - line["step"])
         for later, line in pairwise(lines)

@@ -76,7 +76,9 @@ class Models:
                 opening.look(run)
                 opened = open_run(run)
                 used: list[Any] = []
-                made = predict.make(opened, None, self._base(opened, used) if _shares(opened.recipe) else None)
+                made = predict.make(
+                    opened, None, self._base(opened, used) if opened.recipe.adapter.freezes_base else None
+                )
                 found = _Loaded(made, used[0] if used else None)
         self._loaded[run] = found  # what was asked last stands last
         while self.bytes > self.most and len(self._loaded) > 1:
@@ -118,11 +120,6 @@ class Models:
             return copy.deepcopy(known, shared)
 
         return base
-
-
-def _shares(recipe: Recipe) -> bool:
-    """Tell that a run leaves the weights of its base as they are."""
-    return recipe.adapter.freezes_base
 
 
 def answer(models: Models, questions: Sequence[Question], say: Say, is_wanted: Callable[[int], bool]) -> None:

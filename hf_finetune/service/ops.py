@@ -20,7 +20,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from hf_finetune.service import progress
+from hf_finetune.service import history
 from hf_finetune.service.store import Store, new_id
 from hf_finetune.service.tables import JOBS
 
@@ -114,7 +114,7 @@ class Queue(Collector):
         yield GaugeMetricFamily("hf_finetune_slots", "Places where a job trains: GPUs, or slots of the CPU.", places)
         busy = len({job["slot"] for job in store.active() if job["handle"] is not None and job["slot"] is not None})
         yield GaugeMetricFamily("hf_finetune_slots_busy", "Places in use.", busy)
-        lines = [progress.ends(store.folder_of_job(name))[1] for name in names]
+        lines = [next(history.steps(store.folder_of_job(name)), None) for name in names]
         speed = sum(line.get("tokens_per_second", 0.0) for line in lines if line)
         yield GaugeMetricFamily("hf_finetune_tokens_per_second", "Tokens a second of all jobs that run.", speed)
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.service import answers, api, batches, ops
+from hf_finetune.service import answers, api, batches, ops, views
 from hf_finetune.service.executors.base import Executor
 from hf_finetune.service.executors.local import Local
 from hf_finetune.service.settings import Settings
@@ -91,13 +91,11 @@ def make(store: Store, supervisor: Supervisor, *, behind_proxy: bool = False, se
 
 def _database_away(request: Request, error: Exception) -> JSONResponse:
     """Let the client try again: the database is started anew, or locked for long."""
-    said = {"message": "the database can't be reached now", "type": "server_error", "param": None, "code": None}
-    return JSONResponse({"error": said}, 503)
+    return JSONResponse(views.error(503, "the database can't be reached now"), 503)
 
 
 def _no_text(request: Request, error: Exception) -> JSONResponse:
-    said = {"message": "a value is no text that the database takes, e.g. with a NUL", "param": None, "code": None}
-    return JSONResponse({"error": {**said, "type": "invalid_request_error"}}, 400)
+    return JSONResponse(views.error(400, "a value is no text that the database takes, e.g. with a NUL"), 400)
 
 
 def executor(store: Store, settings: Settings) -> Executor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sql
 
-from hf_finetune.service.store import Store, locked, now
+from hf_finetune.service.store import Store, digest, locked, now
 from hf_finetune.service.tables import KEYS
 
 if TYPE_CHECKING:
@@ -42,17 +42,17 @@ class Sessions:
         """Begin a session by an API key; returns the cookie, or None for a key that is unknown or revoked."""
         made = secrets.token_urlsafe(32)
         with self.engine.begin() as connection:
-            valid = (KEYS.c.digest == _digest(token)) & KEYS.c.revoked_at.is_(None)
+            valid = (KEYS.c.digest == digest(token)) & KEYS.c.revoked_at.is_(None)
             key = connection.execute(sql.select(KEYS.c.id).where(valid)).scalar()
             if key is None:
                 return None
             connection.execute(SESSIONS.delete().where(SESSIONS.c.expires_at <= now()))
-            connection.execute(SESSIONS.insert().values(digest=_digest(made), key=key, expires_at=now() + LASTS))
+            connection.execute(SESSIONS.insert().values(digest=digest(made), key=key, expires_at=now() + LASTS))
         return made
 
     def project_of(self, cookie: str) -> str | None:
         """Tell the project of a session; None once it is over, or its key is revoked."""
-        valid = (SESSIONS.c.digest == _digest(cookie)) & (SESSIONS.c.expires_at > now()) & KEYS.c.revoked_at.is_(None)
+        valid = (SESSIONS.c.digest == digest(cookie)) & (SESSIONS.c.expires_at > now()) & KEYS.c.revoked_at.is_(None)
         with self.engine.connect() as connection:
             return connection.execute(
                 sql.select(KEYS.c.project).select_from(SESSIONS.join(KEYS, KEYS.c.id == SESSIONS.c.key)).where(valid)
@@ -61,7 +61,7 @@ class Sessions:
     def close(self, cookie: str) -> None:
         """End a session."""
         with self.engine.begin() as connection:
-            connection.execute(SESSIONS.delete().where(SESSIONS.c.digest == _digest(cookie)))
+            connection.execute(SESSIONS.delete().where(SESSIONS.c.digest == digest(cookie)))
 
 
 def csrf_of(cookie: str) -> str:
@@ -78,7 +78,3 @@ def is_own(request: Request) -> bool:
 def set_cookie(response: Response, cookie: str, *, secure: bool) -> None:
     """Hand a session to a browser, which shows it to no script and to no other site."""
     response.set_cookie(COOKIE, cookie, max_age=LASTS, httponly=True, samesite="strict", secure=secure, path="/")
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()

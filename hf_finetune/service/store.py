@@ -139,7 +139,7 @@ class Store:
     def create_key(self, project: str, name: str) -> str:
         """Make an API key of a project; it is returned once, and only its hash is kept."""
         token = f"hf-{secrets.token_urlsafe(32)}"
-        made = {"id": new_id("key_"), "project": project, "digest": _digest(token), "name": name, "created_at": now()}
+        made = {"id": new_id("key_"), "project": project, "digest": digest(token), "name": name, "created_at": now()}
         with self.engine.begin() as connection:
             connection.execute(KEYS.insert().values(made))
         return token
@@ -161,7 +161,7 @@ class Store:
 
         Keys are random and long, so a plain hash keeps them; the lookup compares hashes, whose time tells nothing.
         """
-        valid = (KEYS.c.digest == _digest(token)) & KEYS.c.revoked_at.is_(None)
+        valid = (KEYS.c.digest == digest(token)) & KEYS.c.revoked_at.is_(None)
         with self.engine.connect() as connection:
             return connection.execute(sql.select(KEYS.c.project).where(valid)).scalar()
 
@@ -196,12 +196,17 @@ class Store:
             discard(folder)
             raise
 
+    def add_made_file(self, project: str, file: str, filename: str, purpose: str, content: bytes) -> None:
+        """Keep a file that a job has made; the same id once more is the same file."""
+        place = self.folder_of_file(file)
+        place.mkdir(exist_ok=True)
+        (place / "data").write_bytes(content)
+        document = {"id": file, "filename": filename, "bytes": len(content), "created_at": now(), "purpose": purpose}
+        self.add_file(project, document)
+
     def file(self, project: str, file: str) -> dict[str, Any] | None:
         """Look up an upload of a project; one that has expired is gone."""
-        fits = (FILES.c.id == file) & (FILES.c.project == project) & _not_expired()
-        with self.engine.connect() as connection:
-            found = connection.execute(sql.select(FILES.c.document).where(fits)).scalar()
-        return None if found is None else json.loads(found)
+        return self.document(FILES, (FILES.c.id == file) & (FILES.c.project == project) & _not_expired())
 
     def files(self, project: str, purpose: str | None, page: Page) -> tuple[list[dict[str, Any]], bool]:
         """List uploads; returns a page, and whether there are more."""
@@ -257,10 +262,7 @@ class Store:
 
     def upload(self, project: str, upload: str) -> dict[str, Any] | None:
         """Look up an upload of a project."""
-        fits = (UPLOADS.c.id == upload) & (UPLOADS.c.project == project)
-        with self.engine.connect() as connection:
-            found = connection.execute(sql.select(UPLOADS.c.document).where(fits)).scalar()
-        return None if found is None else json.loads(found)
+        return self.document(UPLOADS, (UPLOADS.c.id == upload) & (UPLOADS.c.project == project))
 
     def settle_upload(
         self,
@@ -372,16 +374,11 @@ class Store:
         fits = JOBS.c.id == job
         if project is not None:
             fits &= JOBS.c.project == project
-        with self.engine.connect() as connection:
-            found = connection.execute(sql.select(JOBS.c.document).where(fits)).scalar()
-        return None if found is None else json.loads(found)
+        return self.document(JOBS, fits)
 
     def job_of_model(self, project: str, model: str) -> dict[str, Any] | None:
         """Look up the job that made a model."""
-        fits = (JOBS.c.project == project) & (JOBS.c.model == model)
-        with self.engine.connect() as connection:
-            found = connection.execute(sql.select(JOBS.c.document).where(fits)).scalar()
-        return None if found is None else json.loads(found)
+        return self.document(JOBS, (JOBS.c.project == project) & (JOBS.c.model == model))
 
     def models(self, project: str) -> list[dict[str, Any]]:
         """List the jobs that have made a model."""
@@ -445,6 +442,12 @@ class Store:
             write_job(self.folder_of_job(job), document)
             connection.execute(JOBS.update().where(JOBS.c.id == job).values(_job_row(document)))
         return document
+
+    def document(self, table: sql.Table, fits: Any) -> dict[str, Any] | None:
+        """Look up the document of the one row that fits."""
+        with self.engine.connect() as connection:
+            found = connection.execute(sql.select(table.c.document).where(fits)).scalar()
+        return None if found is None else json.loads(found)
 
     # ---- base models ----
 
@@ -539,7 +542,8 @@ def _metadata_rows(job: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"job": job["id"], "name": name, "value": value} for name, value in (job.get("metadata") or {}).items()]
 
 
-def _digest(token: str) -> str:
+def digest(token: str) -> str:
+    """Hash a secret that is random and long, for keeping it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 

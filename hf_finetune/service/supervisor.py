@@ -300,11 +300,7 @@ class Supervisor:
         # Its id follows from the job's: should the service be killed before the job is told, there is one still.
         made = f"file-{job['id'].removeprefix('ftjob-')}"
         content = history.results(folder).encode()
-        place = self.store.folder_of_file(made)
-        place.mkdir(exist_ok=True)
-        (place / "data").write_bytes(content)
-        document = {"id": made, "filename": "step_metrics.csv", "bytes": len(content), "created_at": now()}
-        self.store.add_file(job["project"], {**document, "purpose": views.RESULTS})
+        self.store.add_made_file(job["project"], made, "step_metrics.csv", views.RESULTS, content)
         return [made]
 
     def _settle(self, job: dict[str, Any], **fields: Any) -> None:
@@ -329,9 +325,9 @@ def note(folder: Path, message: str, level: str = "info") -> None:
 
     Events are written before the job changes: should the service be killed in between, it does the same once more.
     """
-    file = folder / "events.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if not lines or json.loads(lines[-1])["message"] != message:
+    file = folder / history.EVENTS
+    last = next(history.backwards(file), None)
+    if last is None or json.loads(last[1])["message"] != message:
         with file.open("a", encoding="utf-8") as stream:
             line = {"created_at": now(), "time": time.time(), "level": level, "message": message}
             stream.write(json.dumps(line) + "\n")
@@ -357,10 +353,7 @@ def _error(folder: Path, job: dict[str, Any], code: int) -> dict[str, Any]:
     """Write the error of a job that failed: all its problems, and the field that the first one is about."""
     kinds = {2: "invalid_recipe", 3: "invalid_training_file", 4: "invalid_model", 5: "storage_error"}
     kinds |= {6: "diverged", 7: "out_of_memory", 9: "invalid_checkpoint", 10: "worker_lost", KILLED: "worker_lost"}
-    try:
-        problems = json.loads((folder / worker.EXIT).read_bytes())["problems"]
-    except (OSError, ValueError, KeyError):
-        problems = []
+    problems = worker.problems_of(folder)
     if not problems:
         return {
             "code": kinds.get(code, "internal_error"),

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_finetune.service import progress
+from hf_finetune.service import history
 
 RESULTS = "fine-tune-results"
 """Purpose of files that jobs make."""
+
+
+def error(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Make the body of an answer with an error; its type says whose fault a status is."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def file(document: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +46,7 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         "seed",
     )
     begun = folder is not None and document["state"] in ("queued", "running", "paused")
-    reached = progress.progress(document, folder) if folder is not None and begun else None
+    reached = history.progress(document, folder) if folder is not None and begun else None
     tokens = document["numbers"].get("splits", {}).get("train", {}).get("all_tokens", 0)
     trained = tokens * document.get("epochs", chosen.get("epochs", 0))
     return {

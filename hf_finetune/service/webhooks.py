@@ -171,12 +171,10 @@ def _page(caller: Caller, page: Page) -> tuple[list[dict[str, Any]], bool]:
 
 def _endpoint(caller: Caller, endpoint: str) -> dict[str, Any]:
     fits = (ENDPOINTS.c.id == endpoint) & (ENDPOINTS.c.project == caller.project)
-    with caller.store.engine.connect() as connection:
-        found = connection.execute(ENDPOINTS.select().where(fits)).mappings().first()
+    found = caller.store.document(ENDPOINTS, fits)
     if found is None:
         raise Refusal(404, f"there is no webhook endpoint {endpoint!r}", code="not_found")
-    document: dict[str, Any] = json.loads(found["document"])
-    return document
+    return found
 
 
 @contextmanager

@@ -186,6 +186,15 @@ def _proposed(train: str, model: str) -> dict[str, Any]:
     return recipe
 
 
+def problems_of(folder: Path) -> list[dict[str, Any]]:
+    """Read the problems that a worker ended with; none where it left none."""
+    try:
+        found: list[dict[str, Any]] = json.loads((folder / EXIT).read_bytes())["problems"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return found
+
+
 def suffix_of(filename: str) -> str:
     """Give the ending of an upload's name that says how it is read; OpenAI's own uploads are JSON lines.
 

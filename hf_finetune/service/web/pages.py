@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from hf_finetune.errors import FinetuneError
 from hf_finetune.inference import opening
 from hf_finetune.run import journal
-from hf_finetune.service import progress, worker
+from hf_finetune.service import history, worker
 from hf_finetune.service.calls import Called, Caller
 from hf_finetune.service.requests import may_set
 from hf_finetune.service.sessions import COOKIE, Sessions, csrf_of, is_own, set_cookie
@@ -239,15 +239,22 @@ def data_report(request: Request, job: str) -> Response:
 def metrics(caller: Called, job: str, points: Annotated[int, Query(ge=2, le=10_000)] = POINTS) -> dict[str, Any]:
     """Give the curves of a job, chart by chart: of each series, at most so many pairs of step and value."""
     caller.job(job)
-    lines = journal.read(caller.store.folder_of_job(job) / worker.RUN / "metrics.jsonl")
+    lines = journal.read(caller.store.folder_of_job(job) / history.METRICS)
     series: dict[str, list[dict[str, Any]]] = {}
     for phase, split in (("train", "training"), ("eval", "validation")):
-        kept = progress.thinned([line for line in lines if line["phase"] == phase], points)
+        kept = _thinned([line for line in lines if line["phase"] == phase], points)
         for name, chart in CHARTS.items():
             found = [[line["step"], line[name]] for line in kept if isinstance(line.get(name), int | float)]
             if found and all(isfinite(value) for _, value in found):
                 series.setdefault(chart, []).append({"name": name, "split": split, "points": found})
     return {"charts": [{"title": title, "series": found} for title, found in series.items()]}
+
+
+def _thinned(lines: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Keep at most so many lines, evenly, the first and the last among them."""
+    if len(lines) <= most:
+        return list(lines)
+    return [lines[round(index * (len(lines) - 1) / (most - 1))] for index in range(most)]
 
 
 @routes.get("/v1/fine_tuning/recipe_schema")
