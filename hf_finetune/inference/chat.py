@@ -97,7 +97,7 @@ class LanguageModel(Model):
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         task: Any = run.recipe.task
         self.task, self.system, self.turns = task, task.system, list[dict[str, Any]]()
-        self.remembers = run.tokenizer.chat_template is not None and task.text is None
+        self.remembers = run.tokenizer.chat_template is not None and not task.is_plain
         config = served.network.config.get_text_config()
         # Tokens of prompt and answer together; models without positions of their own may name no limit.
         self.limit: int = getattr(config, "max_position_embeddings", None) or 2**31

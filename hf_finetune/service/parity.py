@@ -157,7 +157,7 @@ def _asked(
     task: Any = predictor.run.recipe.task
     settings = {"temperature": 0, "max_tokens": most}
     try:
-        if predictor.run.tokenizer.chat_template is not None and task.text is None:
+        if predictor.run.tokenizer.chat_template is not None and not task.is_plain:
             chat = task.reader.open_chat(row)
             tools = {"tools": chat.tools} if chat.tools else {}
             body = {"messages": chat.messages, **tools, **settings}

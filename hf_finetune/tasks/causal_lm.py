@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.config.blocks import changed
-from hf_finetune.config.section import ASK, SEEN, TEXT, Key
-from hf_finetune.errors import DataError, ModelError, Problem
+from hf_finetune.config.section import ASK, TEXT, Key
+from hf_finetune.errors import DataError
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _losses, _messages, _proposals, _texts, _tokens
+from hf_finetune.tasks import _losses, _messages, _proposals, _tokens
 from hf_finetune.tasks._chat import Renderer
+from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder, Text
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
@@ -31,8 +30,6 @@ from hf_finetune.tasks.base import (
     Prompts,
     Rows,
     State,
-    Task,
-    literal,
 )
 
 if TYPE_CHECKING:
@@ -42,28 +39,17 @@ if TYPE_CHECKING:
 
     from hf_finetune.tasks._sums import Sums
 
-Text = Annotated[str, Field(min_length=1, max_length=100_000)]
-# Tokens of a plain text that a sample continues.
-CONTINUED = 32
 # Predictions: sums over the counted tokens of a row.
 SUMS = ("nats", "tokens", "right")
 # Names that columns mostly have, the likeliest first.
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
-PROMPTS = ("prompt", "question", "instruction", "input", "query", "source", "problem")
 ANSWERS = ("completion", "answer", "response", "output", "target", "reply", "summary", "solution")
-# A small model for `init`.
-SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "0.5B parameters, with a chat template")
 
 
-class CausalLM(Task):
+class CausalLM(Decoder):
     """Next-token prediction. Give `messages`, or `prompt` and `completion`, or `text`."""
 
-    auto_model: ClassVar[str] = "AutoModelForCausalLM"
-    peft_task: ClassVar[str | None] = "CAUSAL_LM"
-    pipeline: ClassVar[str] = "text-generation"
     packable: ClassVar[bool] = True
-    predicts_next_token: ClassVar[bool] = True
-    generates: ClassVar[bool] = True
     headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
 
     messages: Annotated[Text | None, TEXT, Key(replaces=("text", "prompt", "completion", "system"))] = None
@@ -77,8 +63,6 @@ class CausalLM(Task):
     completion: Annotated[Text | None, TEXT, Key(replaces=("text", "messages", "tools"))] = None
     """Column or template of what is to be written after the prompt. Without a chat template it follows the prompt as
     it is: let it start with the white space that separates them, not the prompt end with it."""
-    system: Annotated[Text | None, TEXT] = None
-    """System turn put before `prompt`; needs a chat template."""
     text: Annotated[Text | None, TEXT, Key(replaces=("messages", "tools", "prompt", "completion", "system"))] = None
     """Column of plain text; every token is trained, and EOS is appended."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -87,28 +71,14 @@ class CausalLM(Task):
     that render an answer differently once more turns follow (Qwen3, gpt-oss), begin the reasoning when they ask
     (DeepSeek-R1: without reasoning in the data an empty one is trained) or end no turn (GLM-4: EOS does); `all` trains
     every token. Plain text always is trained in full."""
-    escape_special_tokens: bool = False
-    """Read special tokens in the text of the data, such as `<|im_end|>`, as the characters that they are written with,
-    in training and in predict, evaluate and chat; by default they are what they are, and are counted by
-    `data.checks.special_tokens`."""
-    date: Annotated[Text | None, TEXT] = None
-    """Day, as YYYY-MM-DD, that a chat template prints which asks for today's date (Llama-3.2, gpt-oss). Null is the day
-    on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the probability that the training loss spreads over the whole vocabulary."""
-    sample_prompts: Annotated[
-        Annotated[int, Field(ge=0, le=1000)] | list[Text], TEXT, Key(resume="free", card=False, study=False)
-    ] = 3
-    """What the model answers at each evaluation for people to read: fixed texts, or so many of the first validation
-    prompts (of plain text: the first tokens)."""
     generate_rows: Annotated[Annotated[int, Field(ge=0, le=1_000_000)], ASK] = 0
     """Answers to so many held-out prompts are generated and compared: metrics `exact_match`, `ended` (share that stop
     by themselves, with the token that ends a turn) and `generated_tokens`."""
     answer_pattern: Annotated[Text | None, TEXT, ASK] = None
     """Regular expression that finds the answer in generated and reference text: its last match, group 1 where there is
     one. Null compares the whole texts without surrounding white space."""
-    max_new_tokens: Annotated[Annotated[int, Field(ge=1, le=1_048_576)], SEEN] = 256
-    """Most tokens of a generated answer."""
 
     @classmethod
     def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
@@ -131,17 +101,6 @@ class CausalLM(Task):
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         return pattern
-
-    @field_validator("date")
-    @classmethod
-    def _is_day(cls, day: str | None) -> str | None:
-        if day is not None and re.fullmatch(r"\d{4}-\d\d-\d\d", day) is None:
-            raise ValueError(f"{day!r} is no date; write it as YYYY-MM-DD")
-        try:
-            date.fromisoformat(day or "2000-01-01")
-        except ValueError as error:
-            raise ValueError(f"{day!r} is no date: {error}") from None
-        return day
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -179,21 +138,15 @@ class CausalLM(Task):
         always = ("loss", "perplexity", "token_accuracy")
         return (*always, "exact_match") if self.generate_rows else always
 
-    def on(self, day: str, processor: Any) -> Self:
-        """The task with the date that its chat template prints, where it prints one and the recipe names none."""
-        prints = processor is None or (self.text is None and _texts.reads_clock(processor))
-        return self.model_copy(update={"date": day}) if prints and self.date is None else self
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether rows are plain text."""
+        return self.text is not None
 
     @property
-    def day(self) -> str | None:
-        """The date that its chat template prints."""
-        return self.date
-
-    def remedy(self, check: str) -> str | None:
-        """Special tokens can be read as text."""
-        if check != "special_tokens":
-            return ""
-        return None if self.escape_special_tokens else "set task.escape_special_tokens: true to read them as text"
+    def templated_key(self) -> str | None:
+        """Chats need a chat template, and so does a system turn."""
+        return super().templated_key if self.messages is None else "task.messages"
 
     @property
     def answer_rule(self) -> str | None:
@@ -211,32 +164,9 @@ class CausalLM(Task):
         answered = {name: Column("text", is_target=True) for name in examples.columns(self.completion or "")}
         return dict.fromkeys(asked, Column("text")) | {n: c for n, c in answered.items() if n not in asked}
 
-    def check_config(self, name: str, config: Any) -> None:
-        """Refuse what is no decoder; transformers would also load BERT as one, which sees the next token.
-
-        Raises:
-            ModelError: It is an encoder, or an encoder with a decoder.
-        """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-        # GPT-NeoX says that it is no decoder, too, but it is no masked language model either.
-        is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        encoder = getattr(config, "is_decoder", None) is False and is_masked
-        if encoder or getattr(config, "is_encoder_decoder", False):
-            reason = f"{name} ({config.model_type}) is not a decoder; {self.kind} needs one, e.g. a Llama"
-            raise ModelError(Problem(reason, key="model.name"))
-
     def blank(self, rows: Rows) -> list[bool]:
         """Tell which rows have a blank text, prompt or completion, or a chat in which nothing is said."""
         return examples.blank(rows, self.reader)
-
-    def endings(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return EOS, and the token that ends a turn."""
-        found = {tokenizer.eos_token_id}
-        if self._is_chat(tokenizer):
-            with suppress(ModelError):  # a template that ends no turn, which is what this looks for
-                found.add(tokenizer.convert_tokens_to_ids(self.renderer(tokenizer).end_of_turn))
-        return frozenset(found - {None})
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
         """Tokenise rows; what is over `limit` tokens is cut off at the right.
@@ -262,10 +192,6 @@ class CausalLM(Task):
                 }
             )
         return found
-
-    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-        """Renders chats as this task trains them."""
-        return Renderer(tokenizer, self.date, self.escape_special_tokens)
 
     def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
         """Name the turn that the template drops a part of."""
@@ -321,10 +247,6 @@ class CausalLM(Task):
         """Return nats, tokens and right tokens of each row."""
         return Plot(None, _stacked(predictions))
 
-    def vocabulary(self, processor: Any) -> int:
-        """Return the size of the tokenizer's vocabulary."""
-        return len(processor)
-
     def telling(self, batch: Batch) -> Batch:
         """Return the batch with every token as a label, and the last ones as padding if any may be."""
         mask = batch.get("attention_mask")
@@ -343,76 +265,9 @@ class CausalLM(Task):
             return {self.messages: turns} | ({} if self.tools is None else {self.tools: None})
         return {name: words if column.is_target or self.text else "the" for name, column in self.columns().items()}
 
-    def usage(self, state: State, processor: Any) -> str:
-        """Ask for an answer, or for the rest of a text."""
-        given = 'tokenizer("Text to go on with", return_tensors="pt")'
-        if processor.chat_template and self.text is None:
-            turns = [{"role": "system", "content": self.system}] if self.system else []
-            asked = literal([*turns, {"role": "user", "content": "Your question"}])
-            options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
-            given = f"tokenizer.apply_chat_template({asked}, {options})"
-        answer = f"answer = model.generate(**asked, max_new_tokens={self.max_new_tokens})"
-        return f"asked = {given}\n{answer}\nprint(tokenizer.decode(answer[0, asked['input_ids'].shape[1]:]))\n"
-
     def check_packing(self, model: torch.nn.Module) -> None:
         """Make sure that the model keeps packed documents apart; see `tasks._tokens.check_packing`."""
         _tokens.check_packing(model)
-
-    def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
-        """Return fixed prompts, or those of the first validation rows; none without validation rows."""
-        if rows is None or not self.sample_prompts:
-            return None
-        references: list[str] = []
-        if isinstance(self.sample_prompts, int):
-            first = rows[: self.sample_prompts]
-            ids = self.prompts(first, processor, self.sample_prompts)
-            if self.text is None:
-                with suppress(DataError):  # a chat may end in a call of a tool, which is no text to show
-                    references = self.references(first, self.sample_prompts)
-        elif self._is_chat(processor):
-            renderer = self.renderer(processor)
-            texts = [renderer.text(self.reader.asked(prompt), ask=True) for prompt in self.sample_prompts]
-            ids = _tokens.prompt_ids(processor, texts, plain=False)
-        else:
-            ids = _tokens.prompt_ids(processor, self._guarded(self.sample_prompts, processor), plain=True)
-        return Prompts(ids, self.max_new_tokens, references=references)
-
-    def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, n: int) -> list[list[int]]:
-        """Return token ids of the first `n` rows up to where the model is to answer: of a chat its last assistant turn.
-
-        Raises:
-            DataError: A row can't be rendered; the message names its number within the batch.
-        """
-        if self._is_chat(tokenizer):
-            renderer, reader = self.renderer(tokenizer), self.reader
-            texts = examples.each(rows, lambda row: reader.question(row, renderer), n)
-            return _tokens.prompt_ids(tokenizer, texts, plain=False)
-        pairs = examples.each(rows, self.reader.pair, n)
-        texts = self._guarded([prompt or text for prompt, text in pairs], tokenizer)
-        ids = _tokens.prompt_ids(tokenizer, texts, plain=True)
-        return ids if self.text is None else [row[:CONTINUED] for row in ids]
-
-    def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return token ids of rows up to where the model is to answer, whether they hold an answer or not.
-
-        Raises:
-            RowsError: Rows can't be rendered; all of them, by their number within the batch.
-        """
-        reader = self.reader
-        if self._is_chat(tokenizer):
-            renderer = self.renderer(tokenizer)
-            texts = examples.each(rows, lambda row: renderer.text(reader.open_chat(row), ask=True))
-            return _tokens.prompt_ids(tokenizer, texts, plain=False)
-        texts = self._guarded(examples.each(rows, reader.open_text), tokenizer)
-        return _tokens.prompt_ids(tokenizer, texts, plain=True)
-
-    def references(self, rows: Rows, n: int) -> list[str]:
-        """Return the data's answers to the first `n` prompts.
-
-        Raises:
-            DataError: A chat has no assistant turn with text; the message names its number within the batch.
-        """
-        return examples.each(rows, self.reader.reference, n)
 
     @property
     def reader(self) -> examples.Reader:
@@ -436,21 +291,6 @@ class CausalLM(Task):
             self.max_new_tokens,
             lambda answers: generation.compare(answers, references, self.answer_pattern),
         )
-
-    def _guarded(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        renderer = self.renderer(tokenizer)
-        return [renderer.guarded(text) for text in texts]
-
-    def _is_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Tell whether rows go through the chat template."""
-        templated = tokenizer.chat_template is not None
-        if not templated and (self.messages is not None or self.system is not None):
-            key = "task.messages" if self.messages is not None else "task.system"
-            message = (
-                "the tokenizer has no chat template; name a chat model, or use prompt and completion, without system"
-            )
-            raise ModelError(Problem(message, key=key))
-        return templated and self.text is None
 
 
 def _stacked(predictions: Predictions) -> Any:
