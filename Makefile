@@ -35,7 +35,8 @@ ENV ?= .venv
 
 TORCH_FLAGS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Errors only. Modules are compiled when they are first imported: most never are, and compiling all takes as long as
-# unpacking them.
+# unpacking them. What is compiled must be kept then, or every process spends ten seconds on it, again and again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = -m pip install $(PIP_QUIET) --no-compile --disable-pip-version-check $(TORCH_FLAGS)
 RACE = HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.race $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(BENCH)
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)

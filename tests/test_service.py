@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WORDS
+from conftest import CORES, WORDS
 from faults.lab import rows
 
 from hf_finetune import predict
@@ -43,7 +44,9 @@ class Service:
     def start(self, *more: str) -> None:
         """Start it, and learn its address."""
         command = [sys.executable, "-m", "hf_finetune", "serve", "--root", str(self.root), "--port", "0", *more]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # Server and workers are a handful of processes: they get all cores, and not the one of this test.
+        everywhere = functools.partial(os.sched_setaffinity, 0, CORES)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=everywhere)
         assert self.process.stdout is not None
         said = ""
         while (found := re.search(r"http://127.0.0.1:\d+/v1", said)) is None:

@@ -183,31 +183,49 @@ def test_a_server_that_dies_between_any_two_writes_loses_and_doubles_nothing(
     assert moment > 20
 
 
-def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> None:
-    class Recorder(Local):
-        """Starts nothing: only the order is looked at."""
+class Recorder(Local):
+    """Starts nothing: only the order is looked at."""
 
-        def start(self, work: Work) -> str:
-            started.append((work.folder.name, work.only_check))
-            return "1"
+    def __init__(self) -> None:
+        self.started: list[tuple[str, bool]] = []
+        self.stopped: list[str] = []
 
-        def poll(self, folder: Path, handle: str) -> Any:
-            return "alive"
+    def start(self, work: Work) -> str:
+        self.started.append((work.folder.name, work.only_check))
+        return "1"
 
-    started: list[tuple[str, bool]] = []
-    store = Store(tmp_path)
-    head: dict[str, Any] = {
-        "project": "default",
-        "wanted": "run",
-        "handle": None,
-        "slot": None,
-        "attempts": 0,
-        "overrides": [],
-    }
-    for number, (need, priority) in enumerate([(40, 0), (40, 0), (40, 0), (5, -1)]):
+    def poll(self, folder: Path, handle: str) -> Any:
+        return "alive"
+
+    def stop(self, folder: Path, handle: str, *, at_once: bool = False) -> bool:
+        self.stopped.append(folder.name)
+        return True
+
+
+def waiting(store: Store, *needs: tuple[str, int, int], first: int = 0) -> None:
+    """Keep jobs that wait: state, bytes of memory, priority."""
+    head = {"project": "default", "wanted": "run", "handle": None, "slot": None, "attempts": 0, "overrides": []}
+    for number, (state, need, priority) in enumerate(needs, first):
         numbers = {"memory_bytes": need}
-        job = {**head, "id": f"ftjob-{number}", "state": "queued", "priority": priority, "numbers": numbers}
-        store.add_job(job)
-    supervisor = Supervisor(store, Recorder(), [Place({}, 100)], Settings(jobs_per_device=3, preempt=False))
+        store.add_job({**head, "id": f"ftjob-{number}", "state": state, "priority": priority, "numbers": numbers})
+
+
+def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> None:
+    store, recorder = Store(tmp_path), Recorder()
+    waiting(store, *[("queued", 40, 0)] * 3, ("queued", 5, -1))
+    Supervisor(store, recorder, [Place({}, 100)], Settings(jobs_per_device=3, preempt=False)).look()
+    assert recorder.started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"
+
+
+def test_none_is_stopped_for_a_job_that_may_be_refused(tmp_path: Path) -> None:
+    store, recorder = Store(tmp_path), Recorder()
+    waiting(store, ("queued", 1, 0))
+    supervisor = Supervisor(store, recorder, [Place({})])
     supervisor.look()
-    assert started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"
+    waiting(store, ("validating_files", 1, 5), first=1)
+    supervisor.look()
+    assert recorder.started[-1] == ("ftjob-1", True)
+    assert recorder.stopped == []
+    store.change("ftjob-1", ["validating_files"], state="queued", handle=None)
+    supervisor.look()
+    assert recorder.stopped == ["ftjob-0"]

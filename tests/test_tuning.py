@@ -96,6 +96,17 @@ def test_a_damaged_memo_is_measured_again(run: Runner, own_cache: Path) -> None:
     assert chosen(run("training.steps=2", restart=True)).made["attention"].why.startswith("measured, ")
 
 
+def test_runs_that_measure_together_believe_the_first(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    bench = bench_of(run, monkeypatch)
+    first, second = {"eager": 1.0, "sdpa": 2.0}, {"eager": 2.0, "sdpa": 1.0}
+    assert bench.keep("attention", first) == first
+    assert bench.keep("attention", second) == first == bench.recall("attention")
+    next(own_cache.glob("attention-*.json")).write_text("[1]")
+    assert bench.keep("attention", second) == second == bench.recall("attention")
+
+
 @pytest.mark.usefixtures("long")
 def test_what_a_recipe_names_is_not_measured(run: Runner, own_cache: Path) -> None:
     made = chosen(run("training.steps=2", "model.attention=eager")).made

@@ -7,6 +7,7 @@ everywhere.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -134,12 +135,21 @@ class Bench:
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
-    def keep(self, question: str, seconds: dict[str, float]) -> None:
-        """Keep them for the next run; where nothing can be written, that one measures again."""
+    def keep(self, question: str, seconds: dict[str, float]) -> dict[str, float]:
+        """Keep them for later runs; return those that count.
+
+        Of runs that measure at the same time, the first to end is believed by all: the same recipe must not give other
+        bits because two of its runs began together. Where nothing can be written, the next run measures again.
+        """
         file = self._memo(question)
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(seconds) + "\n")
+            with (file.parent / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if (known := self.recall(question)) is not None:
+                    return known
+                write_atomically(file, json.dumps(seconds) + "\n")
+        return seconds
 
     def _memo(self, question: str) -> Path:
         """Return a small file beside the cache of tokenised data."""
@@ -191,8 +201,7 @@ def _choose_attention(bench: Bench) -> Choice:
         return Choice(ruled, "by rule: the run is too short to measure")
     seconds, how = bench.recall("attention"), "measured earlier"
     if seconds is None:
-        seconds, how = _measure(bench, names), "measured"
-        bench.keep("attention", seconds)
+        seconds, how = bench.keep("attention", _measure(bench, names)), "measured"
     best = min(seconds, key=lambda name: seconds[name], default=ruled)
     ratios = [f"{name} takes {seconds[name] / seconds[best]:.2f} x the time" for name in seconds if name != best]
     return Choice(best, ", ".join([how, *ratios]))
@@ -250,8 +259,7 @@ def _choose_compilation(bench: Bench, paths: Paths) -> Choice:
         plain = min(bench.seconds(paths.loss_sum) for _ in range(ROUNDS))
         if plain * bench.micro_batches < WORTH_SECONDS:
             return Choice(value=False, why="by rule: the run is too short")
-        known, how = {"plain": plain} | _compile(bench, paths), "measured"
-        bench.keep("compile", known)
+        known, how = bench.keep("compile", {"plain": plain} | _compile(bench, paths)), "measured"
     cost = 0.0 if paths.is_compiled else known["cost"]
     saved = (known["plain"] - known["compiled"]) * bench.micro_batches - cost
     pays = saved > 0 and known["compiled"] < GAIN * known["plain"]

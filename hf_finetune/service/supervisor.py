@@ -163,10 +163,12 @@ class Supervisor:
                 taken[place].append(job)
                 continue
             is_full = True
-            if job["state"] == "validating_files" and not is_checking:
-                self._start(job, None)
-                is_checking = True
-            if coming:
+            if job["state"] == "validating_files":
+                # None is stopped for a job that may be refused; a place made free meanwhile would go to another one.
+                if not is_checking:
+                    self._start(job, None)
+                    is_checking = True
+            elif coming:
                 coming -= 1  # for this one, a place is being made free already
             elif self.settings.preempt:
                 self._preempt(job, taken)
