@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -50,7 +51,15 @@ async def classify_chats(caller: Called, request: Request, body: forms.ChatClass
 
 
 async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) -> Response:
-    run, recipe = await run_in_threadpool(_opened, caller, body.model)
+    job, run, recipe = await run_in_threadpool(_opened, caller, body.model)
+
+    def refuse(event: Event) -> None:
+        """Raise a failure as the answer that it is; OpenAI's client asks again where that may help."""
+        if isinstance(event, Failed):
+            again = {"retry-after": str(engine.AFTER), "x-should-retry": "true"} if event.status == 503 else None
+            said = views.unplaced(event.message, caller.store.root, [job])
+            raise Refusal(event.status, said, param=event.param, code=event.code, headers=again)
+
     try:
         question = body.question(str(run), recipe)
     except forms.Unfit as error:
@@ -59,7 +68,7 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
     if getattr(body, "stream", None):
         # What is wrong is an answer of its own, and no stream.
         first = await anext(events)
-        _refuse(first)
+        refuse(first)
         head = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         stream = _stream(forms.Writer(body), events, first)
         return StreamingResponse(stream, media_type="text/event-stream", headers=head)
@@ -67,7 +76,7 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
     if heard is None:
         return Response(status_code=499)  # nobody reads it
     if heard.failed is not None:
-        _refuse(heard.failed)
+        refuse(heard.failed)
     return JSONResponse(forms.answer(body, recipe, heard))
 
 
@@ -87,13 +96,6 @@ async def _events(request: Request, question: Question, recipe: Recipe) -> Async
         except engine.Full:
             yield Failed(503, f"{asked.most} requests wait already; ask again later", code="overloaded")
             return
-
-
-def _refuse(event: Event) -> None:
-    """Raise a failure as the answer that it is; OpenAI's client asks again where that may help."""
-    if isinstance(event, Failed):
-        again = {"retry-after": str(engine.AFTER), "x-should-retry": "true"} if event.status == 503 else None
-        raise Refusal(event.status, event.message, param=event.param, code=event.code, headers=again)
 
 
 async def _listened(request: Request, events: AsyncIterator[Event]) -> Heard | None:
@@ -135,13 +137,13 @@ async def _stream(writer: forms.Writer, events: AsyncIterator[Event], first: Eve
     yield "data: [DONE]\n\n"
 
 
-def _opened(caller: Caller, model: str) -> tuple[Path, Recipe]:
-    """Find the run of a model, and its recipe."""
+def _opened(caller: Caller, model: str) -> tuple[dict[str, Any], Path, Recipe]:
+    """Find the job of a model, its run, and its recipe."""
     job = caller.store.job_of_model(caller.project, model)
     if job is None:
         raise Refusal(404, f"there is no model {model!r} that was trained here", param="model", code="model_not_found")
     run = caller.store.folder_of_job(job["id"]) / worker.RUN
-    return run, recipe_of(str(run))
+    return job, run, recipe_of(str(run))
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections import Counter
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from hf_finetune.run.files import discard
 from hf_finetune.service import history, preview, uploads, views, vllm, webhooks, worker
 from hf_finetune.service.calls import Called, Caller, Refusal, guard
 from hf_finetune.service.engine import Engine
-from hf_finetune.service.requests import JobRequest
+from hf_finetune.service.requests import PAIRS, JobRequest
 from hf_finetune.service.sessions import Sessions
 from hf_finetune.service.store import FINAL, Page, Store, new_id, now
 from hf_finetune.service.supervisor import Supervisor, note
@@ -50,7 +51,7 @@ def make(store: Store, supervisor: Supervisor) -> FastAPI:
     if settings.engine_url is not None:
         app.state.forwarding = Engine(most=FORWARDED, url=settings.engine_url)
         app.state.closing.append(app.state.forwarding.close)
-    app.state.receiving = 0
+    app.state.receiving = Counter[str]()
     for routes in (uploads.routes, webhooks.routes, _routes):
         app.include_router(routes)
     guard(app)
@@ -143,7 +144,7 @@ def show_plan(caller: Called, body: JobRequest) -> dict[str, Any]:
             f"the data could not be looked at within {preview.LIMIT:g} seconds; create the job, which is checked too"
         )
         raise Refusal(400, message, param="training_file", code="preview_too_long") from None
-    return views.preview(document, found)
+    return views.preview(document, found, caller.store.root)
 
 
 @_routes.get("/v1/fine_tuning/jobs")
@@ -154,6 +155,8 @@ def list_jobs(
     asked = request.query_params
     pairs = ((re.fullmatch(r"metadata\[(.+)\]", name), value) for name, value in asked.items())
     metadata = {found[1]: value for found, value in pairs if found}
+    if len(metadata) > PAIRS:
+        raise Refusal(400, f"a job has at most {PAIRS} pairs of metadata; ask for fewer", param="metadata")
     # Literally `metadata=null`: the jobs without any.
     wanted = None if asked.get("metadata") == "null" else metadata
     found, more = caller.store.jobs(caller.project, wanted, Page(limit, after))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from hf_finetune.config.problems import shown
+from hf_finetune.data import readers
 from hf_finetune.errors import DataError, Problem
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
@@ -70,25 +72,21 @@ def work(job: Mapping[str, Any]) -> None:
         output.finish(sinks.Sink("jsonl", [], {}))
 
 
-def _lines() -> Iterator[dict[str, Any]]:
+def _lines() -> Iterator[Mapping[str, Any]]:
     """Read the requests."""
-    with Path(INPUT).open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                yield json.loads(line)
+    with readers.opened(INPUT, "jsonl") as (found, _):
+        yield from (row.cells for row in found)
 
 
 def _check(job: Mapping[str, Any]) -> int:
     """Count the requests, once each is one to the model of this batch."""
     problems, seen, total = list[Problem](), set[str](), 0
-    with Path(INPUT).open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
+    with readers.opened(INPUT, "jsonl") as (found, _):
+        for row in found:
             total += 1
-            fault = _fault(job, line, seen)
+            fault = row.fault or _fault(job, row.cells, seen)
             if fault and len(problems) < FAULTS:
-                problems.append(Problem(fault, file=INPUT, line=number))
+                problems.append(Problem(fault, file=INPUT, line=row.number))
     if not total:
         problems.append(Problem("holds no request", file=INPUT))
     if total > MOST:
@@ -98,31 +96,28 @@ def _check(job: Mapping[str, Any]) -> int:
     return total
 
 
-def _fault(job: Mapping[str, Any], line: bytes, seen: set[str]) -> str:
+def _fault(job: Mapping[str, Any], request: Mapping[str, Any], seen: set[str]) -> str:
     """Say what is wrong with a line; nothing if it is a request to this model, whatever comes of it."""
-    try:
-        request = json.loads(line)
-    except ValueError as error:
-        return f"is no JSON: {error}"
-    if not isinstance(request, dict) or not isinstance(request.get("body"), dict):
+    if not isinstance(request.get("body"), dict):
         return "is no {custom_id, method, url, body}"
     name = request.get("custom_id")
     if not isinstance(name, str) or not name:
         return "has no custom_id"
     if name in seen:
-        return f"has the custom_id {name!r} of an earlier line"
+        return f"has the custom_id {shown(name)} of an earlier line"
     seen.add(name)
     wanted = {"method": "POST", "url": job["endpoint"]}
     for field, value in wanted.items():
         if request.get(field) != value:
-            return f"{field} is {request.get(field)!r}, not {value!r}"
+            return f"{field} is {shown(request.get(field))}, not {value}"
     if request["body"].get("model") != job["model"]:
-        return f"asks {request['body'].get('model')!r}, and the first line {job['model']!r}; a batch asks one model"
+        asked = shown(request["body"].get("model"))
+        return f"asks {asked}, and the first line {job['model']}; a batch asks one model"
     return "asks for a stream, which a file can't hold" if request["body"].get("stream") else ""
 
 
 def _answered(
-    endpoint: str, lines: list[dict[str, Any]], run: str, recipe: Recipe, loaded: Models
+    endpoint: str, lines: list[Mapping[str, Any]], run: str, recipe: Recipe, loaded: Models
 ) -> list[dict[str, Any]]:
     """Answer a window of requests; each has an answer or an error."""
     from hf_finetune.service import models

@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict
 
 from hf_finetune.service import views, worker
 from hf_finetune.service.batch_worker import KIND, RESULTS
-from hf_finetune.service.calls import Called, Caller, Refusal
-from hf_finetune.service.requests import Metadata
+from hf_finetune.service.calls import LARGEST, Called, Caller, Refusal
+from hf_finetune.service.requests import Body, Metadata
 from hf_finetune.service.store import Page, new_id, now
 
 routes = APIRouter()
 STATES = {"succeeded": "completed", "running": "in_progress"}
 
 
-class BatchRequest(BaseModel):
+class BatchRequest(Body):
     """A new batch."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/classifications", "/v1/chat/classifications"]
@@ -97,10 +94,10 @@ def _batch(caller: Caller, batch: str) -> dict[str, Any]:
 def _model(file: Path) -> str | None:
     """Read which model the first request asks."""
     with file.open("rb") as stream:
-        line = next((line for line in stream if line.strip()), b"")
+        head = stream.read(LARGEST)  # no request is longer, and a line may be as long as the file
     try:
-        model = json.loads(line)["body"]["model"]
-    except (ValueError, KeyError, TypeError):
+        model = json.loads(head.lstrip().partition(b"\n")[0])["body"]["model"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return model if isinstance(model, str) else None
 
@@ -143,8 +140,15 @@ def _errors(job: dict[str, Any], folder: Path | None) -> dict[str, Any] | None:
     """List what is wrong with the file."""
     if job["state"] != "failed" or folder is None:
         return None
-    problems = worker.problems_of(folder)
-    data = [{"code": "invalid_request", "message": p["message"], "line": p["line"], "param": None} for p in problems]
+    data = [
+        {
+            "code": "invalid_request",
+            "message": views.unplaced(problem["message"], folder.parent.parent, [job]),
+            "line": problem["line"],
+            "param": None,
+        }
+        for problem in worker.problems_of(folder)
+    ]
     error = job["error"] or {}
     whole = {"code": error.get("code"), "message": error.get("message"), "line": None, "param": None}
     return {"object": "list", "data": data or [whole]}

@@ -9,12 +9,15 @@ import asyncio
 import errno
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from hf_finetune.errors import RecipeError
@@ -34,6 +37,10 @@ FILES = ((re.compile(r"/v1/files/?"), LARGEST_FILE), (re.compile(r"/v1/uploads/[
 """Paths that take a file, and its most bytes."""
 IDLE = 60.0
 """Seconds that a client may take to send the next piece of a request."""
+FAULTS, LEVELS = 50, 12
+"""Mistakes of a body that are named, and the levels of a field that name it."""
+SLOWEST = 4096
+"""Bytes a second that a request must bring, once it has lasted as long: else a few clients would take every place."""
 
 Message = MutableMapping[str, Any]
 
@@ -81,24 +88,39 @@ class Caller:
         return bases | {name: views.model(name, when, self.project) for name, when in made}
 
 
-def _caller(request: Request, authorization: Annotated[str, Header()] = "") -> Caller:
+def _project(request: Request) -> str | None:
+    """Tell whose a request is: by its key, or of the web page by its cookie."""
+    authorization, cookie = request.headers.get("authorization", ""), request.cookies.get(COOKIE)
+    if not authorization and cookie:
+        found: str | None = request.app.state.sessions.project_of(cookie)
+        return found
     scheme, _, token = authorization.partition(" ")
     store: Store = request.app.state.store
-    found = store.project_of(token.strip()) if scheme.lower() == "bearer" else None
-    if not authorization and (cookie := request.cookies.get(COOKIE)):  # the web page
-        found = request.app.state.sessions.project_of(cookie)
-        if found is not None and request.method not in ("GET", "HEAD") and not is_own(request):
-            raise Refusal(403, "the CSRF token is missing or wrong; reload the page", code="csrf")
+    return store.project_of(token.strip()) if scheme.lower() == "bearer" else None
+
+
+def _caller(request: Request) -> Caller:
+    found = _project(request)
     if found is None:
-        raise Refusal(401, "the API key is missing, unknown or revoked", code="invalid_api_key")
-    return Caller(store, found)
+        raise _unknown_key()
+    by_cookie = not request.headers.get("authorization")
+    if by_cookie and request.method not in ("GET", "HEAD") and not is_own(request):
+        raise Refusal(403, "the CSRF token is missing or wrong; reload the page", code="csrf")
+    return Caller(request.app.state.store, found)
+
+
+def _unknown_key() -> Refusal:
+    return Refusal(401, "the API key is missing, unknown or revoked", code="invalid_api_key")
 
 
 Called = Annotated[Caller, Depends(_caller)]
 
 
 class Guard:
-    """ASGI middleware: cuts off requests that are too large or too slow, whatever their headers say."""
+    """ASGI middleware: cuts off requests that are too large or too slow, whatever their headers say.
+
+    Of whom it does not know, it reads no more than a login has: FastAPI reads a body before it asks for the key.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
@@ -110,16 +132,17 @@ class Guard:
             return
         posts = scope["method"] == "POST"
         most = next((size + FORM for path, size in FILES if posts and path.fullmatch(scope["path"])), LARGEST)
-        read, whole = 0, False
+        read, whole, began = 0, False, time.monotonic()
 
         async def counted() -> Message:
             nonlocal read, whole
             if whole:
                 return await receive()
+            left = began + IDLE + read / SLOWEST - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), IDLE)
+                message = await asyncio.wait_for(receive(), max(0.0, min(IDLE, left)))
             except TimeoutError:
-                raise HTTPException(408, f"nothing came for {IDLE:g} seconds") from None
+                raise HTTPException(408, f"the rest did not come within {IDLE:g} seconds") from None
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False) and read <= most
             if read > most:
@@ -139,11 +162,21 @@ class Guard:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         is_long = b"transfer-encoding" in headers or not length.isdigit() or int(length) > FORM
-        if not length.isdigit() or int(length) > most:
+        refusal = None
+        if is_long and not await run_in_threadpool(_is_known, Request(scope)):
+            most = FORM
+            if scope["path"].startswith("/v1/"):
+                refusal = _refused(Request(scope), _unknown_key())
+        if refusal is None and (not length.isdigit() or int(length) > most):
             refusal = _answer(413, f"send at most {most:,} bytes", code="request_too_large")
-            await refusal(scope, counted, answered)
-        else:
-            await self.app(scope, counted, answered)
+        await (refusal or self.app)(scope, counted, answered)
+
+
+def _is_known(request: Request) -> bool:
+    try:
+        return _project(request) is not None
+    except OperationalError:
+        return True  # the database is away, which the route says in its own way
 
 
 def guard(app: FastAPI) -> None:
@@ -179,8 +212,9 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 
 def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    found = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
-    return _answer(400, "; ".join(f"{field}: {said}" for field, said in found), param=found[0][0] or None)
+    # A body that is wrong in thousands of places, or a thousand levels deep, is not told so at full length.
+    found = [(".".join(map(str, one["loc"][1:LEVELS])), one["msg"]) for one in error.errors()[:FAULTS]]
+    return _answer(400, "; ".join(": ".join(filter(None, one)) for one in found), param=found[0][0] or None)
 
 
 def _unknown(request: Request, error: Exception) -> JSONResponse:

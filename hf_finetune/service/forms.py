@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hf_finetune.recipe import Recipe
 from hf_finetune.service.questions import Ended, Event, Heard, Piece, Question
+from hf_finetune.service.requests import Body, Json
 from hf_finetune.service.store import new_id, now
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=256)]
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+Messages = Annotated[list[dict[str, Json]], Field(min_length=1)]
 
 
 class Unfit(Exception):  # noqa: N818 - it is an answer
@@ -28,16 +29,12 @@ class Unfit(Exception):  # noqa: N818 - it is an answer
         self.param = param
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Request(Body):
     model: str
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """Settings of a stream besides those of the answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -94,7 +91,7 @@ class ChatRequest(_Generation):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Json]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
@@ -155,7 +152,7 @@ class CompletionRequest(_Generation):
 class ClassificationRequest(_Request):
     """Texts, or rows with the columns of the training file."""
 
-    input: str | Annotated[list[str | dict[str, Any]], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[str | dict[str, Json]], Field(min_length=1, max_length=4096)]
 
     def question(self, run: str, recipe: Recipe) -> Question:
         """Make the question to a run.
@@ -166,10 +163,8 @@ class ClassificationRequest(_Request):
         return Question(run, _labelled(recipe, [self.input] if isinstance(self.input, str) else self.input))
 
 
-class Chats(BaseModel):
+class Chats(Body):
     """A chat to classify."""
-
-    model_config = ConfigDict(extra="forbid")
 
     messages: Messages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from math import isfinite
@@ -205,8 +206,8 @@ def checkpoints(document: dict[str, Any], folder: Path, after: str | None, limit
             steps[int(path.name.removeprefix("checkpoint-"))] = path
     listed = sorted(steps, reverse=True)
     if after is not None:
-        last = after.rpartition("_")[2]
-        listed = [step for step in listed if last.isdigit() and step < int(last)]
+        last = re.fullmatch(r"ftckpt_.*_([0-9]{1,18})", after)
+        listed = [step for step in listed if last is not None and step < int(last[1])]
     page = listed[:limit]
     measured: dict[int, dict[str, Any]] = {step: {"step": step} for step in page}
     for line in entries(folder):

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from hf_finetune.config import yamlfile
 from hf_finetune.config.section import Section
 from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.service.settings import reread
 
 FILE = "limits.yaml"
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(lambda value: ip_network(str(value)))]
@@ -59,13 +60,13 @@ class Limits(Section):
         return self.default if own is None else self.default.model_copy(update=own.model_dump(exclude_unset=True))
 
 
-def read(root: Path) -> Limits:
-    """Read the file of a root folder; without one, give the defaults.
+@reread
+def read(file: Path) -> Limits:
+    """Read the file; without one, give the defaults.
 
     Raises:
         RecipeError: It is wrong.
     """
-    file = root / FILE
     if not file.exists():
         return Limits()
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, JsonValue, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_finetune.config.problems import Option, keys, options
@@ -13,11 +15,22 @@ from hf_finetune.config.section import Key
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.recipe import Recipe
 
+Json = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(JsonValue))]
+"""Anything that JSON can say, but not nested without end."""
+
 
 class Body(BaseModel):
     """A body: what it does not name is refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_written(cls, given: Any) -> Any:
+        """Refuse halves of characters, which JSON can say and UTF-8 can't: in every name and text of the body."""
+        with suppress(TypeError, RecursionError):  # refused by its field
+            json.dumps(given, ensure_ascii=False).encode()
+        return given
 
 
 class Hyperparameters(Body):
@@ -39,8 +52,8 @@ class Method(Body):
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised = Supervised()
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
+    dpo: dict[str, Json] | None = None
+    reinforcement: dict[str, Json] | None = None
 
 
 class ClassifierTarget(Body):
@@ -61,8 +74,10 @@ class ClassifierTarget(Body):
         return found
 
 
+PAIRS = 16
+"""Of metadata, as at OpenAI."""
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=PAIRS)
 ]
 
 
@@ -77,8 +92,8 @@ class JobRequest(Body):
     suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_. -]+$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
-    integrations: list[dict[str, Any]] | None = None
-    recipe: dict[str, Any] | None = None
+    integrations: list[dict[str, Json]] | None = None
+    recipe: dict[str, Json] | None = None
     job_type: Literal["completion", "classifier"] | None = None
     classifier_targets: list[ClassifierTarget] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0

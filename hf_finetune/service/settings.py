@@ -1,16 +1,23 @@
-"""`ROOT/service.yaml`: where jobs run, how many side by side, what is tried again, and what answers."""
+"""`ROOT/service.yaml`: where jobs run, how many side by side, what is tried again, and what answers.
+
+And `ROOT/models.yaml`: the base models that jobs may name. An operator edits it, like `limits.yaml`, at any time.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ByteSize, Field
 
-from hf_finetune.config import reading
+from hf_finetune.config import reading, yamlfile
 from hf_finetune.config.section import Section
+from hf_finetune.errors import Problem, RecipeError
 
+Kept = TypeVar("Kept")
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 ENGINE = r"vllm=(https?://[^\s/]+(?:/\S*)?)"
@@ -66,6 +73,46 @@ class Settings(Section):
         """Address of the server that generates answers, where there is one."""
         found = re.fullmatch(ENGINE, self.engine)
         return None if found is None else found[1]
+
+
+def reread(read: Callable[[Path], Kept]) -> Callable[[Path], Kept]:
+    """Let a function read a file that an operator edits only once it has changed; nobody changes what it returns."""
+
+    @lru_cache(maxsize=8)
+    def kept(file: Path, *_: int) -> Kept:
+        return read(file)
+
+    def looked(file: Path) -> Kept:
+        try:
+            state = file.stat()
+        except FileNotFoundError:
+            return read(file)
+        return kept(file, state.st_mtime_ns, state.st_size, state.st_ino)
+
+    return looked
+
+
+@reread
+def models(file: Path) -> dict[str, dict[str, Any]]:
+    """Read base models: name -> `name` (Hub id or folder) and `recipe`, the defaults of its jobs.
+
+    Raises:
+        RecipeError: The file is wrong.
+    """
+    if not file.exists():
+        return {}
+    found = yamlfile.parse(file.read_text(encoding="utf-8"), str(file)).value
+    if not isinstance(found, dict):
+        raise RecipeError(Problem("must map names to models, e.g. `tiny: {name: models/tiny}`", file=str(file)))
+    made = {}
+    for name, value in found.items():
+        entry = {"name": value} if isinstance(value, str) else value
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
+            raise RecipeError(Problem("must have a name: a Hub id or a folder", key=str(name), file=str(file)))
+        if entry.keys() - {"name", "recipe"}:
+            raise RecipeError(Problem("takes name and recipe, nothing else", key=str(name), file=str(file)))
+        made[str(name)] = entry
+    return made
 
 
 def load(root: Path) -> Settings:

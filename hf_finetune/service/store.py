@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +28,9 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from hf_finetune.config import yamlfile
 from hf_finetune.errors import Problem, RecipeError
 from hf_finetune.run.files import discard, write_atomically
-from hf_finetune.service import limits, outbox
+from hf_finetune.service import limits, outbox, settings
 from hf_finetune.service.tables import ENDPOINTS, FILES, JOBS, KEYS, METADATA, SCHEMA, TABLES, UPLOADS, VERSION
 
 FINAL = ("succeeded", "failed", "cancelled")
@@ -110,7 +110,14 @@ class Store:
         """Index what lies in the folders; keys are not in them."""
 
         def documents(pattern: str) -> list[dict[str, Any]]:
-            return [json.loads(path.read_bytes()) for path in sorted(self.root.glob(pattern))]
+            found = []
+            for path in sorted(self.root.glob(pattern)):
+                try:
+                    found.append(json.loads(path.read_bytes()))
+                except ValueError:
+                    message = "is damaged; restore it from a backup, or move its folder out of the root folder"
+                    raise RecipeError(Problem(message, file=str(path))) from None
+            return found
 
         files, uploads = documents("files/*/file.json"), documents("uploads/*/upload.json")
         there = {file["id"] for file in files}
@@ -137,7 +144,14 @@ class Store:
     # ---- keys ----
 
     def create_key(self, project: str, name: str) -> str:
-        """Make an API key of a project; it is returned once, and only its hash is kept."""
+        """Make an API key of a project; it is returned once, and only its hash is kept.
+
+        Raises:
+            RecipeError: No project can be called so.
+        """
+        if re.fullmatch(r"[\w.-]{1,64}", project) is None:
+            message = "a project has up to 64 letters, digits and . _ - in its name, which is part of names of models"
+            raise RecipeError(Problem(f"{project!r}: {message}", key="--project"))
         token = f"hf-{secrets.token_urlsafe(32)}"
         made = {"id": new_id("key_"), "project": project, "digest": digest(token), "name": name, "created_at": now()}
         with self.engine.begin() as connection:
@@ -308,7 +322,7 @@ class Store:
         Raises:
             RecipeError: The file is wrong.
         """
-        return limits.read(self.root)
+        return limits.read(self.root / limits.FILE)
 
     def refuse_over(self, connection: sql.Connection, project: str, *what: str) -> None:
         """Refuse what a transaction has just added, where it is too much.
@@ -452,26 +466,8 @@ class Store:
     # ---- base models ----
 
     def base_models(self) -> dict[str, dict[str, Any]]:
-        """Read `models.yaml`: name -> `name` (Hub id or folder) and `recipe`, the defaults of its jobs.
-
-        Raises:
-            RecipeError: The file is wrong.
-        """
-        file = self.root / "models.yaml"
-        if not file.exists():
-            return {}
-        found = yamlfile.parse(file.read_text(encoding="utf-8"), str(file)).value
-        if not isinstance(found, dict):
-            raise RecipeError(Problem("must map names to models, e.g. `tiny: {name: models/tiny}`", file=str(file)))
-        models = {}
-        for name, value in found.items():
-            entry = {"name": value} if isinstance(value, str) else value
-            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-                raise RecipeError(Problem("must have a name: a Hub id or a folder", key=str(name), file=str(file)))
-            if entry.keys() - {"name", "recipe"}:
-                raise RecipeError(Problem("takes name and recipe, nothing else", key=str(name), file=str(file)))
-            models[str(name)] = entry
-        return models
+        """Read `models.yaml`; see `settings.models`."""
+        return settings.models(self.root / "models.yaml")
 
 
 class Page:

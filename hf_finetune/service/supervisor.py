@@ -13,7 +13,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,13 @@ class Supervisor:
         """Look at every job once: take in those that ended, hand on what is wanted, start what there is room for."""
         for job in self.store.active():
             if job["handle"] is not None:
-                try:
+                with _alone(job):
                     self._watch(job)
-                except OSError as error:  # a scheduler that refuses one job must not keep the others waiting
-                    _logger.warning("%s could not be looked after: %s", job["id"], error)
         jobs = self.store.active()
         for job in jobs:
             if job["handle"] is None and job["wanted"] != "run":
-                self._settle(job)
+                with _alone(job):
+                    self._settle(job)
         taken: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for job in jobs:
             if job["handle"] is not None and job["slot"] is not None:
@@ -159,15 +159,17 @@ class Supervisor:
         for job in waiting:
             place = None if is_full else self._room(job, taken)
             if place is not None:
-                self._start(job, place)
                 taken[place].append(job)
+                with _alone(job):
+                    self._start(job, place)
                 continue
             is_full = True
             if job["state"] == "validating_files":
                 # None is stopped for a job that may be refused; a place made free meanwhile would go to another one.
                 if not is_checking:
-                    self._start(job, None)
                     is_checking = True
+                    with _alone(job):
+                        self._start(job, None)
             elif coming:
                 coming -= 1  # for this one, a place is being made free already
             elif self.settings.preempt:
@@ -335,6 +337,15 @@ def note(folder: Path, message: str, level: str = "info") -> None:
             stream.write(json.dumps(line) + "\n")
 
 
+@contextmanager
+def _alone(job: dict[str, Any]) -> Iterator[None]:
+    """Let a job that a scheduler refuses, or whose files are damaged, keep no other waiting."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        _logger.warning("%s could not be looked after: %r", job["id"], error)
+
+
 def _checked(folder: Path) -> dict[str, Any]:
     """Give what the check has chosen for a job."""
     found = json.loads((folder / worker.CHECKED).read_bytes())
@@ -365,10 +376,10 @@ def _error(folder: Path, job: dict[str, Any], code: int) -> dict[str, Any]:
     lines = []
     for problem in problems:
         place = problem["file"] if problem["line"] is None else f"{problem['file']}:{problem['line']}"
-        # The operator's names of models are their own business.
-        message = problem["message"].replace(job["base"]["name"], job["model"])
-        lines.append(": ".join(part for part in (place, problem["key"], message) if part))
+        lines.append(": ".join(part for part in (place, problem["key"], problem["message"]) if part))
     fields = {f"{worker.DATA}/{split}": field for field, split in worker.SPLITS.items()}
     first = problems[0]
     param = next((field for file, field in fields.items() if first["file"].startswith(file)), first["key"] or None)
-    return {"code": kinds.get(code, "internal_error"), "message": "\n".join(lines), "param": param}
+    # The operator's names of models, and where they lie, are their own business.
+    message = views.unplaced("\n".join(lines), folder.parent.parent, [job])
+    return {"code": kinds.get(code, "internal_error"), "message": message, "param": param}

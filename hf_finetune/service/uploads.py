@@ -9,7 +9,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -30,6 +31,8 @@ from hf_finetune.service.store import Page, new_id, now
 routes = APIRouter()
 AT_ONCE = 16
 """Files that are received at the same time."""
+OF_PROJECT = 8
+"""Of these, those of one project: a slow one holds up nobody else's."""
 PARTS = 10_000
 """Most parts of an upload."""
 HOUR = 3600
@@ -146,15 +149,10 @@ def begin(caller: Called, body: UploadRequest) -> dict[str, Any]:
 @routes.post("/v1/uploads/{upload}/parts")
 async def add_part(caller: Called, upload: str, request: Request) -> dict[str, Any]:
     """Keep a part; parts may come at the same time, and in any order."""
-    found = _pending(caller, upload)
+    found = await run_in_threadpool(_pending, caller, upload)
     async with _received(request, caller, "data") as (_, part):
-        folder = caller.store.folder_of_upload(upload)
-        kept = [path.stat().st_size for path in folder.glob("part_*")]
-        # A part whose answer was lost is sent again.
-        if len(kept) >= PARTS or sum(kept) + (part.size or 0) > 2 * found["bytes"] + LARGEST_PART:
-            raise Refusal(400, f"the parts are more than the {found['bytes']:,} bytes of this upload", param="data")
         made = new_id("part_")
-        await run_in_threadpool(_write, part.file, folder / made)
+        await run_in_threadpool(_keep_part, caller, found, part, made)
     return {"id": made, "object": "upload.part", "created_at": now(), "upload_id": upload}
 
 
@@ -230,11 +228,12 @@ def _view(caller: Caller, upload: dict[str, Any]) -> dict[str, Any]:
 @asynccontextmanager
 async def _received(request: Request, caller: Caller, field: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
     """Receive a form with one file; the key has been looked at before, so nobody else makes the disk busy."""
-    state = request.app.state
-    if state.receiving >= AT_ONCE:
-        raise Refusal(429, f"{AT_ONCE} files are received already; try again in a moment", code="too_many_uploads")
+    receiving: Counter[str] = request.app.state.receiving
+    if receiving.total() >= AT_ONCE or receiving[caller.project] >= OF_PROJECT:
+        most = f"{AT_ONCE} files are received already, or {OF_PROJECT} of this project"
+        raise Refusal(429, f"{most}; try again in a moment", code="too_many_uploads")
     _refuse_full(caller, 2 * int(request.headers.get("content-length") or 0))
-    state.receiving += 1
+    receiving[caller.project] += 1
     try:
         async with request.form(max_files=1, max_fields=8, max_part_size=4096) as form:
             file = form.get(field)
@@ -242,7 +241,7 @@ async def _received(request: Request, caller: Caller, field: str) -> AsyncIterat
                 raise Refusal(400, f"the file is missing; send it as the field {field!r} of a form", param=field)
             yield form, file
     finally:
-        state.receiving -= 1
+        receiving[caller.project] -= 1
 
 
 def _refuse_full(caller: Caller, size: int) -> None:
@@ -258,6 +257,15 @@ def _document(file: str, filename: str, purpose: str, seconds: int | None) -> di
 def _shown(filename: str) -> str:
     """Take the last part of a name, which is only ever shown."""
     return _UNSEEN.sub("", re.split(r"[/\\]", filename)[-1])[-200:] or "file"
+
+
+def _keep_part(caller: Caller, upload: Mapping[str, Any], part: UploadFile, name: str) -> None:
+    folder, size = caller.store.folder_of_upload(upload["id"]), upload["bytes"]
+    kept = [path.stat().st_size for path in folder.glob("part_*")]
+    # A part whose answer was lost is sent again.
+    if len(kept) >= PARTS or sum(kept) + (part.size or 0) > 2 * size + LARGEST_PART:
+        raise Refusal(400, f"the parts are more than the {size:,} bytes of this upload", param="data")
+    _write(part.file, folder / name)
 
 
 def _keep(caller: Caller, source: BinaryIO, document: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,21 @@ def error(status: int, message: str, *, param: str | None = None, code: str | No
     """Make the body of an answer with an error; its type says whose fault a status is."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unplaced(text: str, root: Path, jobs: Iterable[Mapping[str, Any]]) -> str:
+    """Put the names that callers know in the place of paths of the host, which runs of these jobs and errors hold."""
+    names = {str(root / "runs"): "runs", str(root): ""}
+    # Caches and packages lie there; the root of the file system, which may be a home, is in every path.
+    names |= {path: "~" for path in (os.path.expanduser("~"), sys.prefix) if path != "/"}  # noqa: PTH111
+    for job in jobs:
+        base = job["base"]["name"]
+        names |= dict.fromkeys((base, os.path.abspath(base), os.path.realpath(base)), job["model"])  # noqa: PTH100
+    # Longer ones first: one may begin with another.
+    for path in sorted(filter(None, names), key=len, reverse=True):
+        for written in {path, escape(path)}:
+            text = text.replace(written, names[path])
+    return text
 
 
 def file(document: dict[str, Any]) -> dict[str, Any]:
@@ -72,23 +89,28 @@ def listed(data: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
     return {"object": "list", "data": list(data), "has_more": more}
 
 
-def preview(document: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def preview(document: dict[str, Any], found: dict[str, Any], root: Path) -> dict[str, Any]:
     """Make what is answered before there is a job."""
-    # The operator's names of models, and what the host has left, are their own business.
-    shown = json.loads(json.dumps(found).replace(json.dumps(document["base"]["name"])[1:-1], document["model"]))
-    numbers = {name: value for name, value in shown["numbers"].items() if "free" not in name}
-    train, epochs = numbers.get("splits", {}).get("train", {}), shown["chosen"].get("epochs")
+
+    def told(texts: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: unplaced(text, root, [document]) if isinstance(text, str) else text for name, text in texts.items()
+        }
+
+    # What the host has left is the operator's business.
+    numbers = {name: value for name, value in found["numbers"].items() if "free" not in name}
+    train, epochs = numbers.get("splits", {}).get("train", {}), found["chosen"].get("epochs")
     if epochs is None and numbers.get("epoch_steps"):
         epochs = numbers["total_steps"] / numbers["epoch_steps"]
     return {
         "object": "fine_tuning.preview",
         **{name: document[name] for name in ("model", "training_file", "validation_file")},
-        "valid": shown["code"] == 0,
-        "findings": shown["findings"],
-        "plan": {name: text for name, text in shown["plan"].items() if name not in ("machine", "disk")},
+        "valid": found["code"] == 0,
+        "findings": [told(finding) for finding in found["findings"]],
+        "plan": told({name: text for name, text in found["plan"].items() if name not in ("machine", "disk")}),
         "numbers": numbers,
         "total_steps": numbers.get("total_steps"),
         "trained_tokens": int(train["all_tokens"] * epochs) if train and epochs else None,
-        "hyperparameters": {**shown["chosen"], "epochs": epochs},
-        "rows": shown["rows"],
+        "hyperparameters": {**found["chosen"], "epochs": epochs},
+        "rows": found["rows"],
     }

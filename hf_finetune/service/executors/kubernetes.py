@@ -127,7 +127,8 @@ class Kubernetes(Executor):
         """Make the Job of one start."""
         job = copy.deepcopy(self._template)
         metadata = job.setdefault("metadata", {})
-        metadata["name"] = f"{work.folder.name}-{secrets.token_hex(3)}"
+        # The name of a batch has a character that a Job's must not have.
+        metadata["name"] = f"{work.folder.name.replace('_', '-')}-{secrets.token_hex(3)}"
         metadata.setdefault("labels", {})[JOB] = work.folder.name
         # The queue of the service decides what is tried again.
         job["spec"] |= {"backoffLimit": 0, "podReplacementPolicy": "Failed"}

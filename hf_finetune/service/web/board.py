@@ -20,20 +20,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
 
-from hf_finetune.service import worker
+from hf_finetune.service import views, worker
 from hf_finetune.service.store import Page, Store
-from hf_finetune.service.web.pages import project_of, unplaced
+from hf_finetune.service.web.pages import project_of
 
 PREFIX = "/tensorboard"
 IDLE = 900
 """Seconds without a request after which a process ends."""
 PATIENCE = 60
 """Seconds that TensorBoard may take to start, and to answer."""
+AT_ONCE = 8
+"""Requests that wait for TensorBoard at the same time: they must not take the threads of the API."""
 RUNS = 500
 """Newest runs of a project that are shown."""
 LARGEST = 8 << 20
@@ -98,7 +101,7 @@ class Board:
         # Answers about runs show recipes, and TensorBoard its own folder.
         if found.get("content-type", "").startswith("application/json"):
             text = content.decode().replace(str(self.logdir), "runs")
-            content = unplaced(text, self.store, self.jobs).encode()
+            content = views.unplaced(text, self.store.root, self.jobs).encode()
         return answer.status, found, content
 
     def wait(self) -> bool:
@@ -142,6 +145,7 @@ class Boards:
         self.store = store
         self._lock = threading.Lock()
         self._running: dict[str, Board] = {}
+        self.threads = CapacityLimiter(AT_ONCE)
 
     def of(self, project: str) -> Board | None:
         """Find or start that of a project; None where it does not start."""
@@ -182,7 +186,7 @@ async def board(request: Request, path: str) -> Response:
     if len(body) > LARGEST:
         raise HTTPException(413, "the request is too large")
     kept = {"content-type": request.headers.get("content-type", ""), "accept-encoding": "identity"}
-    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    target = request.scope["raw_path"].decode("ascii") + (f"?{request.url.query}" if request.url.query else "")
 
     def asked() -> tuple[int, dict[str, str], bytes]:
         found = request.app.state.boards.of(project)
@@ -194,7 +198,7 @@ async def board(request: Request, path: str) -> Response:
         return status, headers, content
 
     try:
-        status, headers, content = await run_in_threadpool(asked)
+        status, headers, content = await to_thread.run_sync(asked, limiter=request.app.state.boards.threads)
     except OSError as error:
         raise HTTPException(502, str(error)) from None
     answer = Response(content, status, {name: headers[name] for name in PASSED if name in headers})

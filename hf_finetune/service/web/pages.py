@@ -7,12 +7,13 @@ are served into a sandbox without scripts and without the session.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from html import escape
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -23,14 +24,14 @@ from fastapi import APIRouter, Form, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
+from hf_finetune.config import paths
 from hf_finetune.errors import FinetuneError
 from hf_finetune.inference import opening
 from hf_finetune.run import journal
-from hf_finetune.service import history, worker
+from hf_finetune.service import history, views, worker
 from hf_finetune.service.calls import Called, Caller
 from hf_finetune.service.requests import may_set
 from hf_finetune.service.sessions import COOKIE, Sessions, csrf_of, is_own, set_cookie
-from hf_finetune.service.store import Store
 from hf_finetune.tasks.base import METRICS
 
 POLICY = (
@@ -85,10 +86,12 @@ def project_of(request: Request) -> str | None:
     return None if cookie is None else sessions.project_of(cookie)
 
 
-def _framed(name: str, request: Request, **context: Any) -> Response:
+def _framed(name: str, request: Request, status: int = 200, **context: Any) -> Response:
     """Give a page to whoever is logged in, the login to others."""
     project = project_of(request)
-    return RedirectResponse("/login", 303) if project is None else _page(name, request, project=project, **context)
+    if project is None:
+        return RedirectResponse("/login", 303)
+    return _page(name, request, status, project=project, **context)
 
 
 # ---- login ----
@@ -149,10 +152,7 @@ def playground(request: Request) -> Response:
 @routes.get("/jobs/{job}")
 def one_job(request: Request, job: str) -> Response:
     """Show a job."""
-    project = project_of(request)
-    if project is not None and request.app.state.store.job(job, project) is None:
-        return _page("missing", request, 404, project=project)
-    return _framed("job", request, job=job)
+    return _framed("missing", request, 404) if _of(request, job) is None else _framed("job", request, job=job)
 
 
 @routes.get("/static/{name}")
@@ -172,21 +172,8 @@ def static(name: str) -> Response:
 # ---- reports ----
 
 
-def unplaced(text: str, store: Store, jobs: Iterable[Mapping[str, Any]]) -> str:
-    """Put the names that callers know in the place of paths of the host, which runs of these jobs hold."""
-    names = {str(store.root / "runs"): "runs", str(store.root): ""}
-    for job in jobs:
-        base = job["base"]["name"]
-        names |= {base: job["model"], str(Path(base).absolute()): job["model"]}
-    # Longer ones first: one may begin with another.
-    for path in sorted(names, key=len, reverse=True):
-        for written in {path, escape(path)}:
-            text = text.replace(written, names[path])
-    return text
-
-
 def _sandboxed(file: Path, request: Request, job: dict[str, Any]) -> Response:
-    text = unplaced(file.read_text(encoding="utf-8"), request.app.state.store, [job])
+    text = views.unplaced(file.read_text(encoding="utf-8"), request.app.state.store.root, [job])
     return HTMLResponse(text, headers={**_CLOSED, "content-security-policy": SANDBOX})
 
 
@@ -202,7 +189,7 @@ def report(request: Request, job: str) -> Response:
     found = _of(request, job)
     file = None if found is None else found[1] / worker.RUN / "report.html"
     if found is None or file is None or not file.is_file():
-        return _framed("missing", request)
+        return _framed("missing", request, 404)
     return _sandboxed(file, request, found[0])
 
 
@@ -211,25 +198,38 @@ def data_report(request: Request, job: str) -> Response:
     """Show the report about the data of a job; the first time it is made, which takes seconds."""
     found = _of(request, job)
     if found is None:
-        return _framed("missing", request)
-    folder = found[1]
+        return _framed("missing", request, 404)
+    job_document, folder = found
     if not (folder / DATA_REPORT).is_file() and (folder / worker.RECIPE).is_file():
-        with _making:  # one after the other: each is a process that loads torch
-            if not (folder / DATA_REPORT).is_file():
-                command = ["-m", "hf_finetune", "check", worker.RECIPE, "--report", DATA_REPORT, "--quiet"]
-                with (folder / worker.LOG).open("ab") as log:
-                    subprocess.run(  # noqa: S603 - no shell
-                        [sys.executable, *command],
-                        cwd=folder,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        timeout=SECONDS,
-                        check=False,  # a job with errors has a report, too
-                    )
+        # One after the other, as each is a process that loads torch; those who wait must not do so in threads.
+        if not _making.acquire(blocking=False):
+            said = "Another data report is being made. This page asks again in a few seconds."
+            return Response(said, 503, {"refresh": "5", "retry-after": "5", **_CLOSED}, "text/plain")
+        try:
+            _make_data_report(folder)
+        finally:
+            _making.release()
     if not (folder / DATA_REPORT).is_file():
-        return _framed("missing", request)
-    return _sandboxed(folder / DATA_REPORT, request, found[0])
+        return _framed("missing", request, 404)
+    return _sandboxed(folder / DATA_REPORT, request, job_document)
+
+
+def _make_data_report(folder: Path) -> None:
+    """Check the data of a job once more, this time with a report; a job with errors has one, too."""
+    command = ["-m", "hf_finetune", "check", worker.RECIPE, "--report", DATA_REPORT, "--quiet"]
+    # A caller's rows name no file of the host, here as in the worker.
+    environment = {**os.environ, paths.ROWS: str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / worker.LOG).open("ab") as log, suppress(subprocess.TimeoutExpired):
+        subprocess.run(  # noqa: S603 - no shell
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            timeout=SECONDS,
+            check=False,
+        )
 
 
 # ---- what only the page asks ----
