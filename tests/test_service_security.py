@@ -8,6 +8,7 @@ import re
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 httpx2 = pytest.importorskip("httpx2")
 
+from test_service import wait  # noqa: E402
 from test_service_api import Service  # noqa: E402
 
-from hf_finetune.config import paths  # noqa: E402
+from hf_finetune.config import paths, yamlfile  # noqa: E402
 from hf_finetune.config.problems import keys, options  # noqa: E402
 from hf_finetune.config.section import Section  # noqa: E402
-from hf_finetune.errors import DataError  # noqa: E402
+from hf_finetune.errors import DataError, RecipeError  # noqa: E402
 from hf_finetune.recipe import Recipe  # noqa: E402
+from hf_finetune.service import calls, uploads  # noqa: E402
 from hf_finetune.service.requests import may_set, refused  # noqa: E402
 from hf_finetune.service.sessions import CSRF, csrf_of  # noqa: E402
-from hf_finetune.service.store import new_id  # noqa: E402
+from hf_finetune.service.store import Store, new_id  # noqa: E402
 from hf_finetune.tasks import _image  # noqa: E402
 
 OPEN = {"/login", "/tensorboard", "/healthz", "/readyz", "/metrics", "/openapi.json", "/static/{name}"}
@@ -301,3 +304,90 @@ def test_endless_and_oversized_requests_are_cut_off(service: Service) -> None:
     assert (status, sent < most) == (401, True)
     # torch, which only this test's own process loads, keeps a folder where temporary files go.
     assert not [path for path in (service.root / "spool").iterdir() if not path.name.startswith("torch")]
+
+
+def test_of_strangers_no_long_body_is_read(service: Service) -> None:
+    most = 16 << 20
+    for path, status in (("/v1/fine_tuning/jobs", 401), ("/v1/chat/completions", 401), ("/login", 413)):
+        kind = b"content-type: application/x-www-form-urlencoded\r\n" if path == "/login" else b""
+        for head in (f"content-length: {most}\r\n".encode(), b"transfer-encoding: chunked\r\n"):
+            got, answer, sent = _raw(service, path, kind + head, _chunks(b"x" * (1 << 16), most), key="hf-wrong")
+            assert (got, sent < most) == (status, True), (path, head, answer)
+
+
+def test_a_body_that_drips_is_cut_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "IDLE", 1.0)
+
+    def drips() -> Iterator[bytes]:
+        for _ in range(100):
+            yield from _chunks(b"x", 1)
+            time.sleep(0.2)
+
+    began = time.monotonic()
+    head = b"content-type: multipart/form-data; boundary=b\r\ntransfer-encoding: chunked\r\n"
+    status, answer, _ = _raw(service, "/v1/files", head, drips())
+    assert (status, answer["error"]["type"]) == (408, "invalid_request_error")
+    assert time.monotonic() - began < 5, "though something came all the time"
+
+
+def test_slow_uploads_of_one_project_leave_room_for_others(service: Service) -> None:
+    head = b"content-type: multipart/form-data; boundary=b\r\ncontent-length: 1000\r\n\r\n"
+    key = service.store.create_key("slow", "test")
+    request = f"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n".encode() + head
+    held = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(uploads.OF_PROJECT)]
+    try:
+        for connection in held:
+            connection.sendall(request)
+        wait(lambda: service.app.state.receiving["slow"] == uploads.OF_PROJECT, 10)
+        with pytest.raises(openai.RateLimitError, match="of this project"):
+            service.client_of(key).files.create(file=("a.jsonl", b"{}"), purpose="fine-tune")
+        assert service.client.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune").id
+    finally:
+        for connection in held:
+            connection.close()
+    wait(lambda: service.app.state.receiving["slow"] == 0, 10)
+
+
+# ---- what an operator edits and restores ----
+
+
+def test_files_of_an_operator_are_read_again_once_they_change_and_a_mistake_tells_callers_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = service.root / "models.yaml", Counter[str]()
+    before, parse = file.read_text(), yamlfile.parse
+
+    def counted(text: str, name: str) -> Any:
+        read[Path(name).name] += 1
+        return parse(text, name)
+
+    monkeypatch.setattr(yamlfile, "parse", counted)
+    try:
+        for names in (["tiny", "../../etc/passwd"], ["a/b", "a b"]):
+            file.write_text(json.dumps(dict.fromkeys(names, str(service.root / "tiny"))))
+            for _ in range(3):
+                assert {model.id for model in service.client.models.list()} >= set(names)
+                assert service.client.models.retrieve(names[1]).owned_by == "operator"
+            assert read == {"models.yaml": 1}, "and not for each request"
+            read.clear()
+        file.write_text("tiny: {place: /secret}\n")
+        with pytest.raises(openai.InternalServerError) as caught:
+            service.client.models.list()
+        assert not {str(service.root), "/secret", "models.yaml"} & set(re.split(r"[ ':]", caught.value.response.text))
+    finally:
+        file.write_text(before)
+
+
+def test_a_damaged_backup_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "ftjob-1"
+    Store(tmp_path)
+    folder.mkdir()
+    (folder / "job.json").write_text('{"id": "ftjob-1", "pro')
+    with pytest.raises(RecipeError, match=r"runs/ftjob-1/job.json: is damaged; restore it"):
+        Store(tmp_path, anew=True)
+
+
+def test_names_of_projects_are_no_part_of_anything_else(service: Service) -> None:
+    for name in ("", "a:b", "a/b", "../x", "a\n", "x" * 65):
+        with pytest.raises(RecipeError, match="a project has"):
+            service.store.create_key(name, "test")

@@ -10,7 +10,7 @@ import errno
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -37,7 +37,7 @@ FILES = ((re.compile(r"/v1/files/?"), LARGEST_FILE), (re.compile(r"/v1/uploads/[
 """Paths that take a file, and its most bytes."""
 IDLE = 60.0
 """Seconds that a client may take to send the next piece of a request."""
-FAULTS, LEVELS = 50, 12
+FAULTS, LEVELS = 20, 12
 """Mistakes of a body that are named, and the levels of a field that name it."""
 SLOWEST = 4096
 """Bytes a second that a request must bring, once it has lasted as long: else a few clients would take every place."""
@@ -213,8 +213,13 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     # A body that is wrong in thousands of places, or a thousand levels deep, is not told so at full length.
-    found = [(".".join(map(str, one["loc"][1:LEVELS])), one["msg"]) for one in error.errors()[:FAULTS]]
+    found = [(_field(one["loc"][1:LEVELS]), one["msg"]) for one in error.errors()[:FAULTS]]
     return _answer(400, "; ".join(": ".join(filter(None, one)) for one in found), param=found[0][0] or None)
+
+
+def _field(place: Iterable[Any]) -> str:
+    # pydantic names the alternatives of a union among the fields, e.g. `literal['auto']`.
+    return ".".join(str(part) for part in place if not re.search(r"[\[(]|^constrained-", str(part)))
 
 
 def _unknown(request: Request, error: Exception) -> JSONResponse:
