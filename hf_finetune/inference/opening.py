@@ -158,12 +158,12 @@ def _moved(recipe: Recipe, folder: RunFolder, started_in: Path | None) -> Iterat
 
 
 def _base(name: str, folder: RunFolder, started_in: Path | None) -> str | None:
-    """The folder of a local base that is not where its name says: where the run was started, else where PEFT looks."""
+    """The place of a local base that is not where its name says: where the run was started, else where PEFT looks."""
     if name.startswith("package:") or not _is_relative(name):
         return None
-    if started_in is not None and (started_in / name).is_dir():
+    if started_in is not None and (started_in / name).exists():
         return str(started_in / name)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return None
     try:
         config = json.loads((folder.adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -16,11 +16,10 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from hf_finetune.adapters._targets import output_embedding
 from hf_finetune.adapters.base import Setting
-from hf_finetune.config.paths import resolve
 from hf_finetune.device import Machine
 from hf_finetune.errors import Findings, ModelError, Problem, RecipeError
 from hf_finetune.models import pretrained
-from hf_finetune.models.pretrained import commit, load_processor, read_config, reading, silence
+from hf_finetune.models.pretrained import commit, load_processor, place_of, read_config, reading, silence
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 
@@ -306,7 +305,7 @@ def build(recipe: Recipe, loaded: LoadedModel, setting: Setting) -> nn.Module:
     apply = recipe.adapter.outline if loaded.is_shell else recipe.adapter.apply
     adapted = apply(loaded.model, setting)
     for config in getattr(adapted, "peft_config", {}).values():
-        config.base_model_name_or_path = resolve(recipe.model.name)
+        config.base_model_name_or_path = place_of(recipe.model.name)
         config.revision = commit(recipe.model) or recipe.model.revision
     return adapted
 
@@ -394,7 +393,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
         )
     with reading(recipe.model), silence():
         model, info = auto.from_pretrained(
-            resolve(recipe.model.name),
+            place_of(recipe.model.name),
             config=config,
             revision=recipe.model.revision,
             dtype=dtype,

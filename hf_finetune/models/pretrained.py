@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_finetune.config import paths
 from hf_finetune.config.blocks import Model
-from hf_finetune.config.paths import KEY, resolve
+from hf_finetune.config.paths import GGUF, KEY, resolve
 from hf_finetune.data.sources import HTTP_ERROR
 from hf_finetune.errors import ModelError, Problem, RecipeError
+from hf_finetune.models import gguf
 from hf_finetune.tasks.base import Task
 
 # Tokens that models have for padding and nothing else; some do not declare theirs.
@@ -162,10 +163,21 @@ def _refused(raw: dict[str, Any]) -> Iterator[str]:
             yield from _refused(inner)
 
 
+def place_of(name: str) -> str:
+    """Return what `from_pretrained` reads for a model name of a recipe: a folder, that of a GGUF file too, or a Hub id.
+
+    Raises:
+        ModelError: There is no such model, or a GGUF file can't be unpacked.
+    """
+    place = resolve(name)
+    return str(gguf.unpack(Path(place))) if place.endswith(GGUF) else place
+
+
 def _place(model: Model) -> str:
-    place = resolve(model.name)
+    with reading(model), silence():
+        place = place_of(model.name)
     if model.revision is not None and Path(place).is_absolute():
-        reason = f"belongs to a Hub id, and {model.name} is a folder; remove it"
+        reason = f"belongs to a Hub id, and {model.name} is on this machine; remove it"
         raise RecipeError(Problem(reason, key="model.revision"))
     return place
 
@@ -176,7 +188,7 @@ def check(model: Model) -> None:
     Raises:
         ModelError: There are none, only pickled ones, or files are missing or truncated.
     """
-    place = resolve(model.name)
+    place = _place(model)
     folder = Path(place) if Path(place).is_absolute() else None
     if folder is None:
         with reading(model):
@@ -204,7 +216,7 @@ def check(model: Model) -> None:
 
 def identity(model: Model, commit: str | None) -> str:
     """Tell one set of weights from another: by the commit on the Hub, else by size and both ends of each local file."""
-    folder = Path(resolve(model.name))
+    folder = Path(place_of(model.name))
     if not folder.is_absolute():
         return f"{model.name} {commit or model.revision}"
     digest = hashlib.sha256()

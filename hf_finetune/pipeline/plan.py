@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune import device
+from hf_finetune.config.paths import GGUF
 from hf_finetune.data.batches import lengths_of, rows_of
 from hf_finetune.data.job import Job
 from hf_finetune.data.stream import Look
@@ -60,7 +61,7 @@ def plan(
         message = f"the run needs about {size(disk)}, {output} has {size(disk_free)} left; "
         findings.add(StorageError(Problem(f"{message}free space or name another folder", key="output")))
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
-    model = outcome.model_line(recipe, estimate.parameters).removeprefix("model ") + _commit(recipe)
+    model = outcome.model_line(recipe, estimate.parameters).removeprefix("model ") + _origin(recipe)
     lines = {"task": recipe.task.kind, "model": model}
     for line in outcome.data_lines(recipe, prepared):
         name, _, text = line.partition(": ")
@@ -123,8 +124,10 @@ def _evaluated(job: Job) -> tuple[int, int]:
     return min(rows_of(longest, *job.eval_batch(all_logits=all_logits)), most), longest
 
 
-def _commit(recipe: Recipe) -> str:
-    """Say which commit of the Hub the model is, and how to keep it."""
+def _origin(recipe: Recipe) -> str:
+    """Say which commit of the Hub the model is, and how to keep it; or where the weights of a GGUF file are."""
+    if recipe.model.name.endswith(GGUF):
+        return f", unpacked to fp32 in {pretrained.place_of(recipe.model.name)}"
     commit = pretrained.commit(recipe.model)
     if commit is None:
         return ""

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from hf_finetune import __version__, log
 from hf_finetune.config import credentials, yamlfile
-from hf_finetune.config.paths import PACKAGE, is_local, resolve
+from hf_finetune.config.paths import GGUF, PACKAGE, is_local, resolve
 from hf_finetune.config.section import key_of
 from hf_finetune.data.sources import HTTP_ERROR
 from hf_finetune.log.text import bullets, fenced, harmless, markdown
@@ -66,7 +66,8 @@ def base(recipe: Recipe) -> str:
         return f"[{known}](https://huggingface.co/{known}){at}"
     if recipe.model.name.startswith(PACKAGE):
         package, _, path = recipe.model.name.removeprefix(PACKAGE).partition("/")
-        return f"the folder {code(path)} of the Python package {code(package)}, which is not on the Hub"
+        kind = "file" if path.endswith(GGUF) else "folder"
+        return f"the {kind} {code(path)} of the Python package {code(package)}, which is not on the Hub"
     return "a model in a local folder, which is not on the Hub; to load this adapter you need the same one"
 
 

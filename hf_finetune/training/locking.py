@@ -51,7 +51,7 @@ def of_model(recipe: Recipe, commit: str | None = None) -> Input:
     """
     place = Path(resolve(recipe.model.name))
     if place.is_absolute():
-        return Input(files=_of_folder(place, recipe))
+        return Input(files=_of_place(place, recipe))
     asked = recipe.model.revision
     return Input(source=recipe.model.name, asked=asked, commit=commit or _pinned(asked))
 
@@ -63,7 +63,7 @@ def of_adapter(recipe: Recipe) -> Input | None:
         RecipeError: It is not there.
     """
     place = getattr(recipe.adapter, "continue_from", None)
-    return None if place is None else Input(files=_of_folder(Path(peft.find(place, "adapter.from")), recipe))
+    return None if place is None else Input(files=_of_place(Path(peft.find(place, "adapter.from")), recipe))
 
 
 def of_data(recipe: Recipe, *, asks: bool = False) -> dict[str, Input]:
@@ -90,8 +90,9 @@ def _pinned(revision: str | None) -> str | None:
     return revision if revision is not None and is_commit(revision) else None
 
 
-def _of_folder(folder: Path, recipe: Recipe) -> list[File]:
-    read = (file for file in folder.iterdir() if file.suffix in SUFFIXES or file.name in NAMES)
+def _of_place(place: Path, recipe: Recipe) -> list[File]:
+    inside = place.iterdir() if place.is_dir() else ()  # else it is a GGUF file
+    read = [file for file in inside if file.suffix in SUFFIXES or file.name in NAMES] or [place]
     files = sorted(str(file) for file in read if file.is_file())
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
         found = threads.map(partial(run_files.sha256, root=cache_folder(recipe.data.cache)), files)
