@@ -157,6 +157,9 @@ class Cluster:
             return 200, self.jobs[name]
 
     def _create(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{,61}[a-z0-9])?", body["metadata"]["name"]):
+            self.refused.append(body["metadata"]["name"])
+            return 422, {"message": f"metadata.name: {body['metadata']['name']} is no name"}
         try:
             kubernetes_validate.validate(body, "1.34", strict=True)
         except kubernetes_validate.ValidationError as error:

@@ -47,6 +47,8 @@ def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.
         assert queued.stop(folder, handle)
         assert handle not in cluster.jobs
         until(lambda: queued.poll(folder, handle) == 137, folder)
+        batch = job(tmp_path / "runs" / "batch_hit", tiny_bert)
+        assert executor.stop(batch, executor.start(Work(batch))), "a batch has an id that no Job may be named by"
         assert cluster.refused == []
     finally:
         cluster.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import socket
 import statistics
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 openai = pytest.importorskip("openai")
@@ -21,6 +23,7 @@ httpx2 = pytest.importorskip("httpx2")
 
 from test_service import wait  # noqa: E402
 from test_service_api import Service  # noqa: E402
+from test_service_web import Logged, sentences  # noqa: E402
 
 from hf_finetune.config import paths, yamlfile  # noqa: E402
 from hf_finetune.config.problems import keys, options  # noqa: E402
@@ -391,3 +394,70 @@ def test_names_of_projects_are_no_part_of_anything_else(service: Service) -> Non
     for name in ("", "a:b", "a/b", "../x", "a\n", "x" * 65):
         with pytest.raises(RecipeError, match="a project has"):
             service.store.create_key(name, "test")
+
+
+# ---- a server with its workers ----
+
+
+@pytest.mark.slow
+def test_secrets_and_paths_of_the_host_are_in_no_file_log_or_answer(
+    tmp_path: Path, tiny_bert: str, tiny_vit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = {"HF_TOKEN": "hf_" + "Tk9" * 12, "VLLM_API_KEY": "vk-" + "Zq7" * 12, "WANDB_API_KEY": "ab12" * 10}
+    for name, value in hidden.items():
+        monkeypatch.setenv(name, value)
+    server = Logged(tmp_path / "root", tiny_bert, tiny_vit)
+    try:
+        client = server.client
+        form = httpx2.Client(base_url=server.address).post("/login", data={"key": server.key})
+        cookie = form.headers["set-cookie"].partition(";")[0]
+        endpoint = client.webhooks.create(event_types=["batch.failed"], name="a", url="https://93.184.215.14/")
+        secrets = {*hidden.values(), server.key, cookie.partition("=")[2], endpoint.signing_secret}
+        train = client.files.create(file=("train.csv", sentences().encode()), purpose="fine-tune").id
+        recipe = {"training": {"steps": 3, "batch_size": 4}, "tracking": {"images": False}}
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=train, extra_body={"recipe": recipe}).id
+        # A file of the host, which rows of a caller name.
+        PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / "host.png")
+        images = [f"{tmp_path}/host.png,{'ab'[n % 2]}" for n in range(24)]
+        rows = client.files.create(
+            file=("images.csv", "\n".join(["image,label", *images]).encode()), purpose="fine-tune"
+        )
+        thief = client.fine_tuning.jobs.create(model="llama", training_file=rows.id).id
+        assert server.until(job, "succeeded", "failed").status == "succeeded"
+        failed = server.until(thief, "succeeded", "failed")
+        assert failed.error.code == "invalid_training_file"
+        assert "outside of the data" in failed.error.message
+        page = httpx2.Client(base_url=server.address, headers={"cookie": cookie}, timeout=120)
+        answers = {}
+        for path in (
+            *(
+                "/",
+                "/new",
+                "/playground",
+                "/metrics",
+                "/openapi.json",
+                "/v1/models",
+                "/v1/files",
+                "/v1/webhook_endpoints",
+            ),
+            *("/v1/fine_tuning/jobs", "/v1/fine_tuning/recipe_schema", "/v1/fine_tuning/answering_models"),
+            *(f"/jobs/{one}{end}" for one in (job, thief) for end in ("", "/report", "/data")),
+            *(f"/v1/fine_tuning/jobs/{job}{end}" for end in ("", "/events?limit=100", "/checkpoints", "/metrics")),
+            f"/v1/files/{client.fine_tuning.jobs.retrieve(job).result_files[0]}/content",
+        ):
+            answers[path] = page.get(path).text
+        preview = {"model": "tiny", "training_file": train, "recipe": {"training": {"batch_size": 0}}}
+        answers["preview"] = str(client.post("/fine_tuning/preview", body=preview, cast_to=object))
+        assert page.get(f"/jobs/{job}/data").status_code == 200
+        assert page.get(f"/jobs/{thief}/data").status_code == 404, "the check with a report reads no more than the job"
+        places = {str(server.root), tiny_bert, tiny_vit, str(Path.home()), os.environ["HF_FINETUNE_CACHE"]}
+        for path, text in answers.items():
+            told = {one for one in secrets | places if one in text.replace(str(tmp_path / "host.png"), "")}
+            assert told == set(), path
+        files = [file for file in server.root.rglob("*") if file.is_file() and file.name != "webhooks.key"]
+        for file in [*files, server.log]:
+            content = file.read_bytes()
+            assert {one for one in secrets if one.encode() in content} == set(), file
+        assert len(files) > 20
+    finally:
+        server.close()

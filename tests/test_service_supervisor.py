@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_lost_jobs_back_off(tmp_path: Path) -> None:
     for _ in range(20):
         queue.look()
     assert (store.folder_of_job(job) / "starts").read_text() == "run\n", "it waits"
+
+
+def test_a_job_whose_files_are_damaged_keeps_no_other_waiting(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    damaged, lost, sound = (queued(store, number, [0], priority=-number) for number in range(3))
+    (store.folder_of_job(damaged) / "checked.json").write_text('{"chosen": ')
+    (store.folder_of_job(damaged) / "events.jsonl").write_text("\0\0\0\n\0\n")
+    shutil.rmtree(store.folder_of_job(lost))  # an older backup of the folders
+    queue = Supervisor(store, Scripts(), [Place({})] * 3, Settings(retry_seconds=0.01))
+    end = time.monotonic() + 30
+    while (store.job(sound) or {})["state"] != "succeeded":
+        queue.look()
+        assert time.monotonic() < end, store.active()
+        time.sleep(0.01)
 
 
 class Died(BaseException):

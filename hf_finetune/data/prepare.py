@@ -18,7 +18,7 @@ import tokenizers
 import transformers
 
 import hf_finetune
-from hf_finetune.config.paths import cache_folder
+from hf_finetune.config.paths import ROWS, cache_folder, outside
 from hf_finetune.data import cache, checks, splits
 from hf_finetune.data import sources as data_sources
 from hf_finetune.data.cache import Content
@@ -266,7 +266,9 @@ def _referenced(task: Task, origins: Origins) -> list[str]:
             for row in origin.stream(Wanted(columns, columns, files=columns)):
                 for cell in (row[column] for column in columns):
                     path = cell.get("path") if isinstance(cell, dict) else cell
-                    if isinstance(path, str) and (place := on_disk(path)) not in seen and place.is_file():
+                    if not isinstance(path, str) or outside(path, ROWS) is not None:
+                        continue
+                    if (place := on_disk(path)) not in seen and place.is_file():
                         seen.add(place)
                         state = place.stat()
                         digest.update(f"{place} {state.st_size} {state.st_mtime_ns}\n".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,11 @@ class _Server:
 
         self.options = options
         headers = {"authorization": f"Bearer {options.key}"} if options.key else {}
-        self._client = httpx2.Client(base_url=options.url.rstrip("/") + "/", headers=headers, timeout=options.timeout)
+        try:
+            url = httpx2.URL(options.url.rstrip("/") + "/")
+        except httpx2.InvalidURL as error:
+            raise RecipeError(Problem(f"{options.url!r} is no address: {error}", key="--url")) from None
+        self._client = httpx2.Client(base_url=url, headers=headers, timeout=options.timeout)
         self.told_logprobs: bool | None = None
 
     def ask(self, path: str, **body: Any) -> dict[str, Any]:
@@ -147,7 +152,9 @@ def _texts(
     for row, one in zip(rows.values(), made, strict=True):
         theirs, tokens = _asked(predictor, row, server, most)
         server.told_logprobs = tokens is not None
-        yield Difference(one.text, theirs, _apart(one, theirs, tokens, tokenizer))
+        with _readable(server):
+            apart = _apart(one, theirs, tokens, tokenizer)
+        yield Difference(one.text, theirs, apart)
 
 
 def _asked(
@@ -156,7 +163,7 @@ def _asked(
     """Ask a server for the answer to a row; returns its text, and its tokens with log-probabilities where told."""
     task: Any = predictor.run.recipe.task
     settings = {"temperature": 0, "max_tokens": most}
-    try:
+    with _readable(server):
         if predictor.run.tokenizer.chat_template is not None and not task.is_plain:
             chat = task.reader.open_chat(row)
             tools = {"tools": chat.tools} if chat.tools else {}
@@ -169,7 +176,18 @@ def _asked(
         told = choice.get("logprobs")
         pairs = zip(told["tokens"], told["token_logprobs"], strict=True) if told else None
         return choice["text"], None if pairs is None else [{"token": t, "logprob": p} for t, p in pairs]
-    except (KeyError, IndexError, TypeError) as error:
+
+
+@contextmanager
+def _readable(server: _Server) -> Iterator[None]:
+    """Blame a server for an answer that has another form than the body expects.
+
+    Raises:
+        ModelError: It has.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         message = f"answers in another form than OpenAI's: {error!r}"
         raise ModelError(Problem(message, file=server.options.url)) from None
 
@@ -209,15 +227,17 @@ def _labels(
     if len(results) != len(outputs):
         raise ModelError(Problem(f"answers {len(results):,} of {len(outputs):,} rows", file=server.options.url))
     for mine, other in zip(outputs, results, strict=True):
-        told = (value["scores"] for value in other.values() if isinstance(value, dict) and "scores" in value)
-        scores: dict[str, Any] = next(told, {})
-        own = {name.removeprefix("probability."): p for name, p in mine.items() if name.startswith("probability.")}
-        if own and own.keys() == scores.keys():
-            apart = max(abs(p - float(scores[name])) for name, p in own.items())
-            yield Difference(max(own, key=own.__getitem__), max(scores, key=scores.__getitem__), apart)
-        else:
-            equal = _near(mine, other, server.options.tolerance)
-            yield Difference(str(mine), str(other), 0.0 if equal else math.inf)
+        with _readable(server):
+            told = (value["scores"] for value in other.values() if isinstance(value, dict) and "scores" in value)
+            scores: dict[str, Any] = next(told, {})
+            own = {name.removeprefix("probability."): p for name, p in mine.items() if name.startswith("probability.")}
+            if own and own.keys() == scores.keys():
+                apart = max(abs(p - float(scores[name])) for name, p in own.items())
+                found = Difference(max(own, key=own.__getitem__), max(scores, key=scores.__getitem__), apart)
+            else:
+                equal = _near(mine, other, server.options.tolerance)
+                found = Difference(str(mine), str(other), 0.0 if equal else math.inf)
+        yield found
 
 
 def _near(one: Any, two: Any, tolerance: float) -> bool:
