@@ -308,7 +308,7 @@ def usual_rate(seen: Seen, adapter: str, task: str) -> tuple[float, str]:
     """Choose the learning rate by the kinds of adapter and task, and say why."""
     if not seen.has_linear and not ADAPTERS[adapter].freezes_base:
         return CONVOLUTIONS, "a convolutional model, trained whole"
-    rates, is_new_head = ADAPTERS[adapter].default_rates, not TASKS[task].predicts_next_token
+    rates, is_new_head = ADAPTERS[adapter].default_rates, not (TASKS[task].predicts_next_token or TASKS[task].generates)
     if seen.hidden_size is not None and seen.hidden_size < SMALL:
         return rates[2], f"{adapter}, small model: hidden size {seen.hidden_size}"
     return rates[is_new_head], f"{adapter}, {task}"

@@ -181,6 +181,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a T5 encoder-decoder of two layers each with random weights, and its tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny_t5")
+    tokenizer = _tokenizer(["<pad>", "<unk>", "</s>"], "$A </s>")
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
 def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-untyped-def]  # noqa: ANN202
     """A word-level tokenizer; `special` starts with the pad and unknown tokens."""
     import transformers
@@ -188,11 +204,16 @@ def _tokenizer(special: list[str], template: str | None):  # type: ignore[no-unt
 
     make: Any = transformers.PreTrainedTokenizerFast
     vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(WORDS)])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1]))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
     )
     core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    if "</s>" in special:
+        core.post_processor = processors.TemplateProcessing(
+            single=template, pair="$A $B:1 </s>:1", special_tokens=[("</s>", 2)]
+        )
+        return make(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
     if template is not None:
         core.post_processor = processors.TemplateProcessing(
             single=template, pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -223,7 +244,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def model_of(tiny_bert: str, tiny_llama: str, tiny_vit: str) -> Callable[[Task], str]:
+def model_of(tiny_bert: str, tiny_llama: str, tiny_t5: str, tiny_vit: str) -> Callable[[Task], str]:
     """The folder of a tiny model that can do a task."""
 
     def find(task: Task) -> str:
@@ -231,7 +252,7 @@ def model_of(tiny_bert: str, tiny_llama: str, tiny_vit: str) -> Callable[[Task],
 
         from hf_finetune.errors import ModelError
 
-        for folder in (tiny_bert, tiny_llama, tiny_vit):
+        for folder in (tiny_bert, tiny_llama, tiny_t5, tiny_vit):
             config = transformers.AutoConfig.from_pretrained(folder)
             if type(config) not in getattr(transformers, task.auto_model)._model_mapping:
                 continue

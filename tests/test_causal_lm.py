@@ -195,4 +195,4 @@ def test_answers_are_compared_by_the_pattern(tokenizer: Any) -> None:
     questions = task.questions(Dataset.from_dict(ROWS), tokenizer)
     assert questions is not None
     answer = Generation("one and three .", 5, ended=True)
-    assert questions.score([answer]) == {"exact_match": [1.0], "ended": [1.0], "generated_tokens": [5.0]}
+    assert questions.score([answer])[0].whole() == {"exact_match": 1.0, "ended": 1.0, "generated_tokens": 5.0}

@@ -15,7 +15,7 @@ from forked import Server
 
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.inference import chat
-from hf_finetune.inference.chat import Classifier, LanguageModel
+from hf_finetune.inference.chat import LanguageModel, Lines
 from hf_finetune.inference.load import Finished, open_run
 from hf_finetune.inference.predict import Labels
 from hf_finetune.tasks._generation import generate
@@ -89,7 +89,7 @@ def test_a_pipe_gets_labels_and_nothing_else_also_for_lines_that_would_be_comman
     assert (done.returncode, len(lines), done.stderr) == (0, 5, "")
     run = open_run(str(classifier))
     labels = Labels(run, run.serve(run.model()))
-    assert lines[0] == "".join(Classifier(labels).answer("the film is good ."))
+    assert lines[0] == "".join(Lines(labels).answer("the film is good ."))
     assert lines[0].startswith(("positive  (positive 0.", "negative  (negative 0."))
 
 

@@ -18,6 +18,7 @@ from hf_finetune.inference import document as inference_document
 from hf_finetune.inference import evaluate as inference_evaluate
 from hf_finetune.inference.evaluate import Scored, compare, mcnemar
 from hf_finetune.reports import intervals
+from hf_finetune.tasks._sums import of_means
 from hf_finetune.tasks.base import State
 from hf_finetune.tasks.causal_lm import CausalLM
 from hf_finetune.tasks.text_classification import TextClassification
@@ -173,13 +174,13 @@ def test_only_answers_to_the_same_rows_are_compared() -> None:
     ]:
 
         def scored(count: int, pattern: str) -> Any:
-            answers = {"exact_match": np.ones(count)} if count else {}
+            answers = [of_means({"exact_match": np.ones(count)})] if count else []
             task: Any = SimpleNamespace(answer_rule=pattern)
             return Scored(task, State(), {}, np.arange(5), np.arange(count), answers)
 
         *both, told = inference_evaluate._same_answers(scored(5, "x"), scored(rows, pattern), "other")
         assert [len(one.answered) for one in both] == [kept, kept]
-        assert [list(one.answers) for one in both] == [["exact_match"] if kept else []] * 2
+        assert [list(one.of_answers()) for one in both] == [["exact_match"] if kept else []] * 2
         assert [says in note for note in told] == [True] if says else told == []
 
 

@@ -55,6 +55,12 @@ class Checks(Section):
     """Rows that are not cut, but train no end-of-turn or EOS token: the model would not stop (causal_lm)."""
     split_token: Level = "warn"  # noqa: S105 (no password)
     """Rows whose prompt has other tokens alone, as at inference, than before its answer (causal_lm)."""
+    copied_source: Level = "warn"
+    """Rows whose target is the source itself (seq2seq)."""
+    odd_length: Level = "warn"
+    """Rows whose target is much longer or shorter, beside its source, than those of other rows (seq2seq)."""
+    wrong_language: Level = "warn"
+    """Rows whose target is in the language of the source, or in another writing than the other targets (seq2seq)."""
     dropped_reasoning: Level = "warn"
     """Chats with reasoning that the chat template drops (causal_lm)."""
     dropped_keys: Level = "warn"

@@ -53,6 +53,17 @@ SENTENCES: Mapping[str, Sentence] = {
         "was not trained on",
         "move white space from the end of the prompt to the begin of the answer; in a chat, begin the answer without",
     ),
+    "copied_source": Sentence(
+        "{have} a target that is the source itself", "remove them, if the model is not to learn to copy"
+    ),
+    "odd_length": Sentence(
+        "{have} a target that is much longer or shorter, beside its source, than those of other rows",
+        "look at them: they may be cut off, or belong to another source",
+    ),
+    "wrong_language": Sentence(
+        "{have} a target in the language of the source, or in another writing than the other targets",
+        "translate or remove them",
+    ),
     "dropped_reasoning": Sentence(
         "{have} reasoning that the chat template drops",
         "name a model whose template writes it; where it is dropped of earlier turns alone, end the row with that "

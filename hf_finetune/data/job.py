@@ -155,8 +155,8 @@ class Job:
             grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
             batches = data_batches.GlobalBatches(grouped, division, seed)
         questions = {
-            "validation": recipe.task.questions(prepared.raw_validation, tokenizer),
-            "test": recipe.task.questions(prepared.raw_test, tokenizer),
+            split: recipe.task.questions(rows_of_split, tokenizer, recipe.data.max_length)
+            for split, rows_of_split in (("validation", prepared.raw_validation), ("test", prepared.raw_test))
         }
         if machine.is_sharded and any(questions.values()):
             message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"

@@ -21,7 +21,7 @@ from hf_finetune.data.readers import Row
 from hf_finetune.device import is_out_of_memory
 from hf_finetune.errors import DataError, OutOfMemoryError, RecipeError
 from hf_finetune.inference.load import Finished, Serving, open_run
-from hf_finetune.inference.predict import Labels
+from hf_finetune.inference.predict import Predictor, make
 from hf_finetune.inference.rows import LINE
 from hf_finetune.log.lines import Message
 from hf_finetune.tasks import _examples as examples
@@ -57,18 +57,18 @@ class Model(ABC):
         raise DataError("this model takes no system turn")
 
 
-class Classifier(Model):
-    """A model whose answer is a label, labels, tags or a number."""
+class Lines(Model):
+    """A model that answers each line by itself: with a label, labels, tags or a number, or with another text."""
 
-    def __init__(self, labels: Labels) -> None:
-        if len(labels.needed) != 1:
-            names = " and ".join(labels.needed)
+    def __init__(self, predictor: Predictor) -> None:
+        if len(predictor.needed) != 1:
+            names = " and ".join(predictor.needed)
             raise RecipeError(f"this run reads {names} together; use `hf-finetune predict` with csv or jsonl")
-        self.labels = labels
+        self.predictor = predictor
 
     def answer(self, text: str) -> Iterator[str]:
         """Yield the answer, with its score or the probabilities of the likeliest labels."""
-        predicted = self.labels.predict([Row(1, {LINE: text})], lines=True)
+        predicted = self.predictor.predict([Row(1, {LINE: text})], lines=True)
         outputs = predicted.outputs[0]
         if outputs is None:
             raise DataError(predicted.faults[0])
@@ -81,7 +81,7 @@ class Classifier(Model):
         each = each or {name: p for name, p in outputs.items() if isinstance(p, float)}
         ranked = sorted(each.items(), key=lambda pair: -pair[1])[:SHOWN]
         shown = ", ".join(found) or "(none)" if isinstance(found, list) else found
-        yield f"{shown}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})"
+        yield shown + (f"  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})" if ranked else "")
 
 
 class LanguageModel(Model):
@@ -219,7 +219,7 @@ def run(
     opened = open_run(place, overrides)
     task: Any = opened.recipe.task
     model: Model
-    if task.generates:
+    if task.predicts_next_token:
         served = opened.serve(opened.model())
         model = LanguageModel(opened, served, max_new_tokens or task.max_new_tokens, temperature or 0.0)
         if system is not None:
@@ -229,9 +229,11 @@ def run(
                 raise RecipeError(f"--system: {error}") from None
     else:
         given = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--system": system}
+        if task.generates:
+            del given["--max-new-tokens"]
         if wrong := [name for name, value in given.items() if value is not None]:
             raise RecipeError(f"{wrong[0]} is for language models; leave it out")
-        model = Classifier(Labels(opened, opened.serve(opened.model())))
+        model = Lines(make(opened, max_new_tokens))
     is_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         recipe = opened.recipe

@@ -90,6 +90,7 @@ def _tables(document: Mapping[str, Any], headline: Sequence[str], *, everything:
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
     notes = [document["intervals"]] if document["intervals"] else []
+    notes += [f"{name}: {text}" for name, text in document.get("signatures", {}).items() if name in document["metrics"]]
     if over := macro_over({name: metric["value"] for name, metric in document["metrics"].items()}):
         notes.append(over)
     for column, left in document["slices_not_shown"].items():

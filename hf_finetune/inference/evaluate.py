@@ -25,7 +25,7 @@ from hf_finetune.log import phase, text
 from hf_finetune.log.lines import jsonable
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
-from hf_finetune.tasks._sums import Sums, of_means
+from hf_finetune.tasks._sums import Sums
 from hf_finetune.tasks.base import METRICS, Predictions, State, Task
 
 # `--against` calls the model by this name before it was trained.
@@ -96,6 +96,7 @@ def evaluate(
                 "settings": {"device": machine.device, "precision": machine.precision, "attention": machine.attention}
                 | {"overrides": list(overrides)},
                 "intervals": whole.method,
+                "signatures": dict(recipe.task.signatures()),
                 "metrics": _bounded(scored.metrics(), whole.bounds),
                 "slices": slices,
                 "slices_not_shown": left_out,
@@ -237,7 +238,7 @@ class Scored:
     numbers: Array  # (N,) number of each raw row, from 0
     answered: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """(M,) numbers of the raw rows whose answers were generated."""
-    answers: Mapping[str, Array] = field(default_factory=dict)  # values (M,) by metric
+    answers: Sequence[Sums] = ()  # of (M,) rows
 
     def only(self, numbers: Array) -> Scored:
         """Keep the part that is about some raw rows."""
@@ -248,7 +249,7 @@ class Scored:
     def answering(self, numbers: Array) -> Scored:
         """Keep all rows, with the generated answers to some of them."""
         kept = np.isin(self.answered, numbers)
-        answers = {name: values[kept] for name, values in self.answers.items()} if kept.any() else {}
+        answers = [sums.only(kept) for sums in self.answers] if kept.any() else []
         return replace(self, answered=self.answered[kept], answers=answers)
 
     def metrics(self) -> dict[str, float]:
@@ -256,13 +257,16 @@ class Scored:
         found = self.task.metrics(self.predictions, self.targets)
         if not np.isfinite(found.get("loss", 0.0)):
             raise DivergedError(f"the loss on these rows is {found['loss']}; the model gives no finite numbers")
-        return found | {name: float(values.mean()) for name, values in self.answers.items()}
+        return found | self.of_answers()
+
+    def of_answers(self) -> dict[str, float]:
+        """Compute the metrics of generated answers."""
+        return {name: value for sums in self.answers for name, value in sums.whole().items()}
 
     def sums(self) -> list[Sums]:
         """Return sums over rows from which metrics follow, where they do."""
         of_rows = self.task.sums(self.predictions, self.targets)
-        found = [] if of_rows is None else [of_rows]
-        return [*found, of_means(self.answers)] if self.answers else found
+        return [*([] if of_rows is None else [of_rows]), *self.answers]
 
     def intervals(self) -> Intervals:
         """Estimate 95 % bootstrap intervals of those metrics."""
@@ -270,8 +274,9 @@ class Scored:
 
     def right(self) -> tuple[str, Array, Array] | None:
         """A metric that counts right rows, the numbers of the rows, and which are right; None where none does."""
-        if self.answers:
-            return "exact_match", self.answered, self.answers["exact_match"] > 0
+        for sums in self.answers:
+            if "exact_match" in (each := sums.each()):
+                return "exact_match", self.answered, each["exact_match"] > 0
         judged = self.task.judge(self.predictions, self.targets)
         if judged is None or not judged.metric:
             return None
@@ -289,11 +294,12 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
         with phase("evaluating", len(encoded), "rows") as shown:
             predictions = run.predictions(encoded, served.predict, shown, all_logits=all_logits)
         scored = replace(scored, predictions=predictions)
-        questions = task.questions(one.split.raw(), run.tokenizer)
+        questions = task.questions(one.split.raw(), run.tokenizer, run.recipe.data.max_length)
         if questions is None:
             return scored
         with served.running():
-            options = {"max_new_tokens": questions.max_new_tokens, "batch_size": BATCH}
+            options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "batch_size": BATCH}
+            options["settings"] = task.decoding(run.tokenizer)
             answers = generate(served.network, run.tokenizer, questions.prompts, **options)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -303,8 +309,7 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
         rows = rows_of(longest, *most)
         message = f"out of memory with {rows} rows of {longest} tokens; give training.eval_batch={max(1, rows // 2)}"
         raise OutOfMemoryError(message) from error
-    values = {name: np.array(found) for name, found in questions.score(answers).items()}
-    return replace(scored, answered=np.arange(len(answers)), answers=values)
+    return replace(scored, answered=np.arange(len(answers)), answers=questions.score(answers))
 
 
 # Two models on the same rows: differences with paired intervals, and McNemar's test of which is right more often.
@@ -336,7 +341,7 @@ def compare(this: Scored, other: Scored, name: str) -> dict[str, Any]:
     tokens = [scored.predictions.get("tokens") for scored in (this, other)]
     if all(count is not None for count in tokens) and not np.array_equal(*tokens):  # type: ignore[arg-type]
         notes.append("loss, perplexity and token_accuracy are not compared: the tokenizers cut texts into other tokens")
-        ours = {metric: value for metric, value in ours.items() if metric in this.answers}
+        ours = this.of_answers()
     differences = {metric: ours[metric] - others[metric] for metric in ours if metric in others}
     # Both are in the order of the split; masked rows may have been left out of one.
     pairs = zip(this.sums(), other.sums(), strict=True)

@@ -173,12 +173,13 @@ class Answers(Predictor):
     """Answers that are generated token by token."""
 
     window = GENERATED
-    cut_means = "whose prompt leaves the model no room for an answer"
+    cut_means = "cut to data.max_length, or leave the model no room for an answer"
 
     def __init__(self, run: Finished, served: Serving, max_new_tokens: int | None) -> None:
         super().__init__(run, served)
         task: Any = self.task
         self.max_new_tokens: int = max_new_tokens or task.max_new_tokens
+        self._cut = 0  # prompts that were encoded last
 
     @property
     def together(self) -> int:
@@ -193,15 +194,19 @@ class Answers(Predictor):
 
     def encode(self, columns: dict[str, list[Any]]) -> list[Any]:
         """Return prompts as token ids."""
-        return self.task.ask(columns, self.run.tokenizer)
+        whole, limit = self.task.ask(columns, self.run.tokenizer), self.run.recipe.data.max_length
+        asked = self.task.ask(columns, self.run.tokenizer, limit) if any(len(ids) > limit for ids in whole) else whole
+        self._cut = sum(len(ids) < len(uncut) for ids, uncut in zip(asked, whole, strict=True))
+        return asked
 
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
         """Generate."""
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": self.together}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.together}
+        options["settings"] = self.task.decoding(self.run.tokenizer)
         with self.served.running():
             found = generate(self.served.network, self.run.tokenizer, encoded, **options)
         outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]
-        return outputs, sum(answer.tokens == 0 for answer in found)
+        return outputs, self._cut + sum(answer.tokens == 0 for answer in found)
 
 
 def make(run: Finished, max_new_tokens: int | None, base: Base | None = None, *, top: int | None = None) -> Predictor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,10 @@ def save(
         recipe.adapter.save(adapted, str(staging), state)
         processor.save_pretrained(staging)
         peft.write_labels(staging, recipe.task.model_options(targets))
+        if fields := recipe.task.generation_config(processor):
+            settings = copy.deepcopy(base_model(adapted).generation_config)
+            settings.update(**fields)
+            settings.save_pretrained(staging)
         text = card.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / card.FILE).write_text(text, encoding="utf-8")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +127,7 @@ def write(network: PreTrainedModel, run: Finished, dtype: Precision, shard_size:
             raise ModelError(f"{name} holds numbers that {dtype} can't; give --dtype bf16 or fp32")
     network.config.dtype = DTYPES[dtype]
     if run.recipe.task.generates:
-        _settle_generation(network, run.tokenizer)
+        _settle_generation(network, run.tokenizer, run.recipe.task.generation_config(run.tokenizer))
     if getattr(network.config, "use_cache", None) is False:
         network.config.use_cache = True  # it was off for training
     with writing(folder), silence():
@@ -141,9 +141,10 @@ def add_tokenizer(run: Finished, folder: Path) -> None:
     peft.write_labels(folder, run.recipe.task.model_options(run.targets))
 
 
-def _settle_generation(network: Any, tokenizer: Any) -> None:
-    """Let the model stop where training taught it to stop, whatever program generates."""
+def _settle_generation(network: Any, tokenizer: Any, fields: Mapping[str, Any]) -> None:
+    """Let the model stop where training taught it to stop, whatever program generates; `fields` are the task's."""
     config = network.generation_config
+    config.update(**fields)
     ends = generation.end_tokens(network, tokenizer)
     if ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]

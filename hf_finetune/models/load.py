@@ -137,14 +137,17 @@ def check_attention(recipe: Recipe, config: PreTrainedConfig) -> None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse quantisation and the 8-bit optimiser without bitsandbytes, with a RecipeError."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return
+    """Refuse a task, quantisation and the 8-bit optimiser without what they need, with a RecipeError."""
+    problems = [
+        Problem(f"{recipe.task.kind} needs {module}; pip install 'hf-finetune[{extra}]'", key="task.kind")
+        for module, extra in recipe.task.needs.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     how = "needs bitsandbytes; pip install 'hf-finetune[quantization]', or"
-    problems = []
-    if recipe.training.optimizer == "adamw_8bit":
+    if recipe.training.optimizer == "adamw_8bit" and not has_bitsandbytes:
         problems.append(Problem(f"adamw_8bit {how} write adamw", key="training.optimizer"))
-    if recipe.model.quantization is not None:
+    if recipe.model.quantization is not None and not has_bitsandbytes:
         problems.append(Problem(f"{recipe.model.quantization} {how} remove it", key="model.quantization"))
     if problems:
         raise RecipeError(problems)

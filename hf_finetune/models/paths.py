@@ -181,7 +181,8 @@ class Paths:
         inputs = self.task.inputs(batch)
         logits = self._logits(lambda: model(**self.seen(inputs)).logits).float()
         mask = inputs.get("attention_mask")
-        logits = logits if mask is None or logits.dim() < 3 else logits[mask.bool()]
+        # An encoder's mask is not that of the decoder's tokens.
+        logits = logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits
         if not self.task.predicts_next_token:
             return [logits]
         return [logits, self.loss_sum(model, batch).float().reshape(1)]

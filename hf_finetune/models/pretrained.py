@@ -73,8 +73,10 @@ def commit(model: Model) -> str | None:
     return found[1] if found else None
 
 
-def load_tokenizer(model: Model, options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, with a pad token.
+def load_tokenizer(
+    model: Model, options: Mapping[str, Any] | None = None, *, slow: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, with a pad token; one without tokenizer.json only where `slow` ones will do.
 
     A tokenizer without one gets a token that the vocabulary holds for padding (`PAD_TOKENS`), else its EOS token;
     padding is masked everywhere, so that this changes nothing that is learned.
@@ -88,7 +90,7 @@ def load_tokenizer(model: Model, options: Mapping[str, Any] | None = None) -> Pr
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=model.revision, trust_remote_code=False, **(options or {})
         )
-    if not tokenizer.is_fast:
+    if not (tokenizer.is_fast or slow):
         raise ModelError(Problem(f"{model.name}: has no fast tokenizer (tokenizer.json); add one to it", key=KEY))
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
@@ -106,12 +108,16 @@ def load_processor(model: Model, task: Task) -> Any:
         ModelError: The model has none that fits.
         RecipeError: See `read_config`.
     """
+    processor: Any
     if task.auto_processor == "AutoTokenizer":
-        return load_tokenizer(model, task.processor_options)
-    with reading(model), silence():
-        return getattr(transformers, task.auto_processor).from_pretrained(
-            _place(model), revision=model.revision, trust_remote_code=False, **task.processor_options
-        )
+        processor = load_tokenizer(model, task.processor_options, slow=task.takes_slow_tokenizers)
+    else:
+        with reading(model), silence():
+            processor = getattr(transformers, task.auto_processor).from_pretrained(
+                _place(model), revision=model.revision, trust_remote_code=False, **task.processor_options
+            )
+    task.settle(processor, lambda: read_config(model))
+    return processor
 
 
 @contextmanager

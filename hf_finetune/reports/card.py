@@ -177,6 +177,8 @@ def _eval_result(recipe: Recipe, result: Result, name: str) -> EvalResult:
     if name in intervals.bounds:
         arguments |= {"confidence_level": CONFIDENCE, "confidence_interval": list(intervals.bounds[name])}
         arguments["confidence_method"] = intervals.method
+    if name in result.signatures:
+        arguments["signature"] = result.signatures[name]
     return EvalResult(
         task_type=recipe.task.pipeline,
         dataset_type=str(data.source) if on_hub else "local",

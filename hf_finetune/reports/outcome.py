@@ -142,6 +142,7 @@ class Outcome:
             "rows": data_lines(self.recipe, self.prepared, every_label=True),
             "findings": [[name, str(levels[name]), counts[name]] for name in struck],
             "warnings": [str(problem) for problem in self.warnings],
+            "signatures": dict(self.recipe.task.signatures()),
         }
 
 

@@ -231,6 +231,8 @@ class Result:
     scores: Mapping[str, float]
     intervals: Intervals
     """Of those scores that have one."""
+    signatures: Mapping[str, str] = field(default_factory=dict)
+    """Library, version and settings of those scores that have them."""
 
     @property
     def classes(self) -> list[str]:
@@ -274,7 +276,16 @@ def of(run: RunData) -> dict[str, Any]:
 
 def results(run: RunData) -> list[Result]:
     """Collect the final metrics of every split."""
-    return [Result(split, scores, run.intervals.get(split, Intervals())) for split, scores in run.scores.items()]
+    signatures = run.facts.get("signatures", {})
+    return [
+        Result(
+            split,
+            scores,
+            run.intervals.get(split, Intervals()),
+            {name: text for name, text in signatures.items() if name in scores},
+        )
+        for split, scores in run.scores.items()
+    ]
 
 
 def rows_of(run: RunData, kind: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
@@ -413,6 +424,7 @@ def tables_of(result: Result, most_classes: int | None = None) -> list[str]:
             *values, support = (result.scores.get(f"{column}.{name}") for column in PER_CLASS)
             rows.append([name, *map(number, values), f"{support:,.0f}"])
         blocks.append(markdown([f"{result.split}, by class", *PER_CLASS], rows))
+    blocks += [bullets(f"{name}: {text}" for name, text in result.signatures.items())] if result.signatures else []
     return [*blocks, *([f"Intervals: {method}."] if method else [])]
 
 

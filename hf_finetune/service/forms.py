@@ -185,8 +185,9 @@ AnyRequest = ChatRequest | CompletionRequest | ClassificationRequest | ChatClass
 
 def _column(recipe: Recipe, what: str) -> tuple[str, str]:
     """Find the only column that a language model reads, and its kind."""
-    if not recipe.task.generates:
-        raise Unfit("this model is a classifier; ask /v1/classifications", "model")
+    if not recipe.task.predicts_next_token:
+        where = "hf-finetune predict" if recipe.task.generates else "/v1/classifications"
+        raise Unfit(f"this model does {recipe.task.kind}; ask {where}", "model")
     asked = recipe.task.asked_columns()
     if len(asked) != 1:
         raise Unfit(f"this model reads {', '.join(asked)}, which no {what} holds; ask /v1/batches or predict", "model")
@@ -196,7 +197,8 @@ def _column(recipe: Recipe, what: str) -> tuple[str, str]:
 def _labelled(recipe: Recipe, given: Sequence[str | dict[str, Any]]) -> list[dict[str, Any]]:
     """Make rows for a classifier."""
     if recipe.task.generates:
-        raise Unfit("this model generates text; ask /v1/chat/completions", "model")
+        where = "/v1/chat/completions" if recipe.task.predicts_next_token else "hf-finetune predict"
+        raise Unfit(f"this model generates text; ask {where}", "model")
     asked = recipe.task.asked_columns()
     if len(asked) != 1 and any(isinstance(row, str) for row in given):
         raise Unfit(f"this model reads {', '.join(asked)}: give rows with these columns", "input")

@@ -38,7 +38,7 @@ def takes(recipe: Recipe) -> bool:
     """Tell that vLLM can have the model of a run, if it has the base: plain LoRA on weights as they were published."""
     adapter = recipe.adapter
     plain = isinstance(adapter, Lora) and not (adapter.dora or adapter.modules_to_save or adapter.trainable_tokens)
-    return plain and recipe.task.generates and recipe.model.quantization is None
+    return plain and recipe.task.predicts_next_token and recipe.model.quantization is None
 
 
 def name_of(run: Path) -> str:

@@ -129,7 +129,7 @@ class Decoder(Task):
         """Return the size of the tokenizer's vocabulary."""
         return len(processor)
 
-    def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
+    def samples(self, rows: Dataset | None, processor: Any, limit: int | None = None) -> Prompts | None:
         """Return fixed prompts, or those of the first validation rows; none without validation rows."""
         if rows is None or not self.sample_prompts:
             return None
@@ -163,8 +163,8 @@ class Decoder(Task):
         ids = _tokens.prompt_ids(tokenizer, texts, plain=True)
         return [row[:CONTINUED] for row in ids] if self.is_plain else ids
 
-    def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return token ids of rows up to where the model is to answer, whether they hold an answer or not.
+    def ask(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[list[int]]:
+        """Return token ids of rows up to where the model is to answer, whether they hold an answer or not; never cut.
 
         Raises:
             RowsError: Rows can't be rendered; all of them, by their number within the batch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +23,9 @@ _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: F
 
 # Prompts that are answered together on one device.
 BATCH = 16
+# Fields of the generation config of an encoder-decoder that say which tokens an answer may be made of: they hold
+# whatever else is asked for. Marian's decoder begins with its pad token, and must not write it.
+KEPT = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,20 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt with the likeliest tokens.
+    """Continue each prompt, or answer it where the model has an encoder for it, with the likeliest tokens.
 
     Where the model has no position left for `max_new_tokens`, it writes what fits: a prompt that leaves no room gets
     an empty text that has not ended. Sampling settings that the model ships with are not used.
 
     Args:
-        model: A causal LM, or a PEFT model around one; not wrapped for distribution.
+        model: A causal LM or an encoder-decoder, or a PEFT model around one; not wrapped for distribution.
         tokenizer: Its tokenizer.
         prompts: Token ids, one list a prompt, none empty.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts that are continued together.
+        settings: See `Task.decoding`.
 
     Returns:
         One `Generation` a prompt, in the order of `prompts`.
@@ -80,7 +85,7 @@ def generate(
     ends = Ends.of(model, tokenizer)
     answers = [Generation("", 0, ended=False)] * len(prompts)
     shown = phase("generating answers", len(prompts), "prompts")
-    with greedy(model, tokenizer), shown as progress:
+    with greedy(model, tokenizer, settings), shown as progress:
         for indices, room in batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
             progress.done += len(indices)
@@ -90,14 +95,20 @@ def generate(
 
 
 def answer_together(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Generation]:
     """`generate` with the prompts shared out among all ranks; every rank must call it and gets all answers."""
     state = PartialState()
     # Every n-th: rows of a file often come sorted, and the ranks should end together.
     numbers = range(state.process_index, len(prompts), state.num_processes)
     mine = [prompts[number] for number in numbers]
-    answers = generate(model, tokenizer, mine, max_new_tokens=max_new_tokens, batch_size=BATCH)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": BATCH, "settings": settings}
+    answers = generate(model, tokenizer, mine, **options)
     gathered = gather_object(list(zip(numbers, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
@@ -134,16 +145,18 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 @contextmanager
-def greedy(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Inside, the model generates the likeliest tokens, in evaluation mode; everything is put back afterwards.
 
-    Sampling settings that the model ships with are not used.
+    Sampling settings that the model ships with are not used; `settings` as for `Task.decoding`.
     """
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
-    )
+    fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        fields |= {name: getattr(model.generation_config, name, None) for name in KEPT}
+    fields |= {"eos_token_id": ends or None, "pad_token_id": pad, **(settings or {})}
+    config = GenerationConfig(**fields)  # type: ignore[no-untyped-call]
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -171,6 +184,12 @@ def positions(model: Any) -> int:
 def batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
     """Yield the indices of prompts of like length, and the tokens that they may add; prompts short of room go alone."""
     limit = positions(model)
+    if model.config.is_encoder_decoder:
+        # The decoder has positions of its own, of which its start token takes one.
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size], min(max_new_tokens, limit - 1)
+        return
     # A batch is as wide as its longest prompt: rows of like length pad least.
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     roomy = [index for index in order if lengths[index] + max_new_tokens <= limit]
@@ -186,7 +205,8 @@ def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
     inputs = padded(model, batch)
     halt = StoppingCriteriaList([_Halt()])
     output: torch.Tensor = model.generate(**inputs, max_new_tokens=room, stopping_criteria=halt)
-    new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new: list[list[int]] = output[:, before:].tolist()
     return new
 
 
@@ -194,10 +214,15 @@ def padded(model: Any, batch: list[list[int]]) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask`, (B, longest prompt), on the device of the model."""
     width = max(map(len, batch))
     pad = model.generation_config.pad_token_id
-    # On the left, as answers go on at the right.
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-    return {"input_ids": ids, "attention_mask": mask}
+    # On the left, as answers go on at the right; an encoder reads its rows as in training.
+    left = not model.config.is_encoder_decoder
+
+    def filled(rows: list[list[int]], fill: int) -> torch.Tensor:
+        fills = [[fill] * (width - len(row)) for row in rows]
+        pairs = zip(fills, rows, strict=True) if left else zip(rows, fills, strict=True)
+        return torch.tensor([[*one, *two] for one, two in pairs], device=model.device)
+
+    return {"input_ids": filled(batch, pad), "attention_mask": filled([[1] * len(prompt) for prompt in batch], 0)}
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, new: list[int], ends: Ends) -> Generation:

@@ -227,6 +227,24 @@ def every_token(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, 
     return losses, entropies
 
 
+def at_labels(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (N, V) and labels (N,) of the counted positions of a model whose logits lie where its labels do.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), `IGNORE` where nothing counts.
+    """
+    mask = labels != IGNORE
+    return logits[mask], labels[mask]
+
+
+def behind(labels: torch.Tensor) -> torch.Tensor:
+    """Return such labels (B, T) as those of next tokens, (B, T + 1), of which `counted` finds the same."""
+    from torch.nn.functional import pad
+
+    return pad(labels, (1, 0), value=IGNORE)
+
+
 def _kept(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits (N, V) and labels (N,) of the counted positions."""
     mask = counted(labels)

@@ -33,6 +33,14 @@ class Sums:
         # A loss that is NaN is that of a model that diverged; any other metric is undefined then, and left out.
         return {name: float(of[0]) for name, of in found.items() if name == "loss" or not np.isnan(of[0])}
 
+    def each(self) -> dict[str, Array]:
+        """Return the metrics of each row by itself, (N,)."""
+        return self.metrics(self.of_rows)
+
+    def only(self, kept: Array) -> Sums:
+        """Return the sums of the rows of a mask (N,)."""
+        return Sums(self.of_rows[:, kept], self.metrics)
+
 
 def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]:
     """Return probabilities (N, C) of (N, C) logits, and what follows from them.
@@ -49,7 +57,7 @@ def decide(problem: str, logits: Array, threshold: float) -> tuple[Array, Array]
     return probabilities, probabilities >= threshold
 
 
-def of_means(columns: Mapping[str, Array]) -> Sums:
+def of_means(columns: Mapping[str, Sequence[float] | Array]) -> Sums:
     """Return the sums of which the metrics are plain means over rows.
 
     Args:

@@ -49,7 +49,14 @@ BOOKKEEPING = ("size", "whole", "weight", "remarks")
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
-REMARKS = {"dropped_reasoning": 1 << 8, "dropped_keys": 1 << 9, "split_token": 1 << 10}
+REMARKS = {
+    "dropped_reasoning": 1 << 8,
+    "dropped_keys": 1 << 9,
+    "split_token": 1 << 10,
+    "copied_source": 1 << 11,
+    "odd_length": 1 << 12,
+    "wrong_language": 1 << 13,
+}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
 
 
@@ -176,8 +183,8 @@ class Prompts:
     prompts: list[list[int]]
     """Token ids, one list a prompt."""
     max_new_tokens: int
-    score: Callable[[list[Any]], dict[str, list[float]]] = lambda answers: {}
-    """Values of which metrics are the means, one a `Generation`, in the order of `prompts`."""
+    score: Callable[[list[Any]], list[Sums]] = lambda answers: []
+    """Sums over the answers, from which metrics follow; of a list of `Generation`, in the order of `prompts`."""
     references: Sequence[str] = ()
     """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
 
@@ -191,7 +198,7 @@ class Metric(NamedTuple):
 
     greater: bool | None = None
     """Whether greater is better; None where neither is, as far as this program knows."""
-    chart: Literal["loss", "scores", "errors"] | None = None
+    chart: Literal["loss", "scores", "texts", "errors"] | None = None
     """The learning curves that it is drawn among."""
     is_share: bool = False
     """A share of rows, or a mean over rows of shares: each row is one trial at most."""
@@ -224,6 +231,15 @@ METRICS: Mapping[str, Metric] = {
     "token_accuracy": Metric(greater=True, chart="scores", is_share=True),
     "exact_match": Metric(greater=True, chart="scores", is_share=True),
     "ended": Metric(is_share=True),
+    "bleu": Metric(greater=True, chart="texts"),
+    "chrf": Metric(greater=True, chart="texts"),
+    "ter": Metric(greater=False),
+    "rouge1": Metric(greater=True),
+    "rouge2": Metric(greater=True),
+    "rougeL": Metric(greater=True, chart="texts"),
+    "copied_source": Metric(greater=False, is_share=True),
+    "wrong_language": Metric(greater=False, is_share=True),
+    "length_ratio": Metric(is_wide=True),
 }
 """In the order in which they are drawn; of any other metric nothing is known."""
 
@@ -257,6 +273,10 @@ class Task(Plugin):
     may then compute it from the hidden states, and leave the padding mask out."""
     generates: ClassVar[bool] = False
     """Answers are generated token by token: see `ask`."""
+    needs: ClassVar[Mapping[str, str]] = {}
+    """Modules that it imports besides those of every installation, each with the extra of this project that has it."""
+    takes_slow_tokenizers: ClassVar[bool] = False
+    """A tokenizer without tokenizer.json will do, as Marian's are."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that may select the best model; `METRICS` has them all."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
@@ -322,6 +342,17 @@ class Task(Plugin):
             processor: The model's; None where it is known to depend on the day, as of a run that kept one.
         """
         return self
+
+    def settle(self, processor: Any, config: Callable[[], Any]) -> None:
+        """Fit what prepares rows to the recipe and to the model, once it is loaded: languages, and the like.
+
+        Args:
+            processor: The model's, which this changes.
+            config: Reads the model's config.
+
+        Raises:
+            ModelError: They do not fit.
+        """
 
     @property
     def day(self) -> str | None:
@@ -490,24 +521,44 @@ class Task(Plugin):
         """
         raise AssertionError(f"{self.kind} generates its answers")
 
-    def ask(self, rows: Rows, processor: Any) -> list[list[int]]:
+    def ask(self, rows: Rows, processor: Any, limit: int | None = None) -> list[list[int]]:
         """Return token ids of rows up to where the model is to answer; of tasks that generate.
+
+        Args:
+            rows: Raw ones; targets may be missing.
+            processor: The model's.
+            limit: Tokens of an input that is cut off where training cut it off, too; None cuts nothing.
 
         Raises:
             RowsError: Rows can't be used; all of them, by their number within the batch.
         """
         raise AssertionError(f"{self.kind} generates nothing")
 
+    def decoding(self, processor: Any) -> Mapping[str, Any]:
+        """Return fields of transformers' `GenerationConfig` by which answers are found, where not the likeliest tokens.
+
+        They draw nothing: evaluation and `predict` give the same answers each time.
+        """
+        return {}
+
+    def generation_config(self, processor: Any) -> Mapping[str, Any]:
+        """Return fields of the `GenerationConfig` that is saved with the model, for whatever program generates."""
+        return self.decoding(processor)
+
+    def signatures(self) -> Mapping[str, str]:
+        """Return what makes the numbers of some metrics comparable: the library, its version and its settings."""
+        return {}
+
     @property
     def answer_rule(self) -> str | None:
         """The rule by which answers are compared with the data: those of two models only under the same one."""
         return None
 
-    def questions(self, rows: Dataset | None, processor: Any) -> Prompts | None:
-        """Return prompts whose answers are compared at each evaluation of a split, from its raw rows."""
+    def questions(self, rows: Dataset | None, processor: Any, limit: int | None = None) -> Prompts | None:
+        """Return prompts whose answers are compared at each evaluation of a split, from its raw rows; see `ask`."""
         return None
 
-    def samples(self, rows: Dataset | None, processor: Any) -> Prompts | None:
+    def samples(self, rows: Dataset | None, processor: Any, limit: int | None = None) -> Prompts | None:
         """Return prompts that are answered at each evaluation for people to read, from the raw validation rows."""
         return None
 

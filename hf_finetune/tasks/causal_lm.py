@@ -18,6 +18,7 @@ from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder, Text
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._proposals import Cells, Proposal
+from hf_finetune.tasks._token_scores import TokenScores
 from hf_finetune.tasks.base import (
     IGNORE,
     REMARKS,
@@ -25,8 +26,6 @@ from hf_finetune.tasks.base import (
     Column,
     Features,
     Loss,
-    Plot,
-    Predictions,
     Prompts,
     Rows,
     State,
@@ -37,20 +36,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from hf_finetune.tasks._sums import Sums
-
-# Predictions: sums over the counted tokens of a row.
-SUMS = ("nats", "tokens", "right")
 # Names that columns mostly have, the likeliest first.
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
 ANSWERS = ("completion", "answer", "response", "output", "target", "reply", "summary", "solution")
 
 
-class CausalLM(Decoder):
+class CausalLM(TokenScores, Decoder):
     """Next-token prediction. Give `messages`, or `prompt` and `completion`, or `text`."""
 
     packable: ClassVar[bool] = True
-    headline: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "exact_match", "ended")
+    headline: ClassVar[tuple[str, ...]] = (*TokenScores.headline, "exact_match", "ended")
 
     messages: Annotated[Text | None, TEXT, Key(replaces=("text", "prompt", "completion", "system"))] = None
     """Column of chats: lists of `{role, content}` turns, or the same as JSON text; assistant turns may have
@@ -135,7 +130,7 @@ class CausalLM(Decoder):
     @property
     def best_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """`exact_match` can select the best model only where answers are generated."""
-        always = ("loss", "perplexity", "token_accuracy")
+        always = TokenScores.headline
         return (*always, "exact_match") if self.generate_rows else always
 
     @property
@@ -228,24 +223,8 @@ class CausalLM(Decoder):
 
         Adds nats and counted tokens at each position to the total `positions` (2, T).
         """
-        found = _losses.each_next_token(model, self.inputs(batch), batch["labels"])
-        if totals is not None:
-            _losses.add_positions(totals, found, batch["labels"])
-        return dict(zip(("nats", "tokens", "right"), _losses.row_sums(found, batch["labels"]).unbind(1), strict=True))
-
-    def metrics(self, predictions: Predictions, state: State) -> dict[str, float]:
-        """`loss` (nats a token), `perplexity` and `token_accuracy` over all tokens; none where no token counts."""
-        return self.sums(predictions, state).whole() if predictions["tokens"].any() else {}
-
-    def sums(self, predictions: Predictions, state: State) -> Sums:
-        """Return the sums of nats, tokens and right tokens."""
-        from hf_finetune.tasks import _sums
-
-        return _sums.of_tokens(*_stacked(predictions).T)
-
-    def plots(self, predictions: Predictions, state: State) -> Plot:
-        """Return nats, tokens and right tokens of each row."""
-        return Plot(None, _stacked(predictions))
+        labels = batch["labels"]
+        return self.scored(_losses.each_next_token(model, self.inputs(batch), labels), labels, totals)
 
     def telling(self, batch: Batch) -> Batch:
         """Return the batch with every token as a label, and the last ones as padding if any may be."""
@@ -276,9 +255,12 @@ class CausalLM(Decoder):
             self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text
         )
 
-    def questions(self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
+    def questions(
+        self, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> Prompts | None:
         """Return the prompts of the first `generate_rows` rows, answers to which are generated and compared."""
         from hf_finetune.tasks import _generation as generation
+        from hf_finetune.tasks import _sums
 
         if rows is None or not self.generate_rows:
             return None
@@ -289,15 +271,8 @@ class CausalLM(Decoder):
         return Prompts(
             self.prompts(first, tokenizer, self.generate_rows),
             self.max_new_tokens,
-            lambda answers: generation.compare(answers, references, self.answer_pattern),
+            lambda answers: [_sums.of_means(generation.compare(answers, references, self.answer_pattern))],
         )
-
-
-def _stacked(predictions: Predictions) -> Any:
-    """(N, 3) float32."""
-    import numpy as np
-
-    return np.stack([predictions[name] for name in SUMS], axis=1).astype(np.float32)
 
 
 # What `init` recognises.

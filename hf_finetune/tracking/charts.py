@@ -43,11 +43,18 @@ Array = np.ndarray[Any, Any]
 Lines = Sequence[Mapping[str, Any]]
 
 SECTIONS = ("curves", "predictions", "tokens", "layers", "speed")
+# Charts of metrics, and their titles.
+CHARTS = {
+    "loss": "Loss",
+    "scores": "Scores on validation",
+    "texts": "Generated texts on validation, of 100",
+    "errors": "Errors on validation",
+}
 # Name, section, title, and quantities that share a scale and so a chart.
 QUANTITIES = (
     *(
         (chart, "curves", title, tuple(name for name, metric in METRICS.items() if metric.chart == chart))
-        for chart, title in (("loss", "Loss"), ("scores", "Scores on validation"), ("errors", "Errors on validation"))
+        for chart, title in CHARTS.items()
     ),
     ("learning_rate", "curves", "Learning rate", ("learning_rate",)),
     ("grad_norm", "curves", "Gradient norm", ("grad_norm", "grad_norm_clipped")),
@@ -97,7 +104,7 @@ def run_charts(lines: Lines, splits: Mapping[str, Sequence[Record]], weights: Ma
         had = [quantity for quantity in quantities if any(quantity in line for line in lines)]
         if had:
             about = f"Line chart over the steps: {', '.join(had)}"
-            on_card = name in ("loss", "scores", "errors")
+            on_card = name in CHARTS
             found.append(Chart(name, title, about, partial(curves, lines, had), section, on_card))
     if any("seconds_data" in line for line in lines):
         about = "Area chart: seconds of a step, split into data, forward, backward and optimizer"

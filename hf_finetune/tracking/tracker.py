@@ -60,7 +60,7 @@ class Tracker(TrainerCallback):
         stopping = self.recipe.training.early_stopping
         if stopping is not None:
             found.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
-        prompts = self.recipe.task.samples(prepared.raw_validation, tokenizer)
+        prompts = self.recipe.task.samples(prepared.raw_validation, tokenizer, self.recipe.data.max_length)
         if prompts is not None:
             # Generating takes a forward pass a token, each of which would gather all weights.
             if not self.machine.is_sharded:
@@ -192,8 +192,10 @@ class Samples(TrainerCallback):
             return
         self._step = state.global_step
         model, machine, prompts = kwargs["model"], self.tracker.machine, self.prompts.prompts
+        settings = self.tracker.recipe.task.decoding(self.tokenizer)
+        options: dict[str, Any] = {"max_new_tokens": self.prompts.max_new_tokens, "settings": settings}
         with machine.autocast(model.device.type):
-            answers = answer_together(model, self.tokenizer, prompts, max_new_tokens=self.prompts.max_new_tokens)
+            answers = answer_together(model, self.tokenizer, prompts, **options)
         if machine.is_main:
             shown = [{"reference": text} for text in self.prompts.references] or [{}] * len(prompts)
             found = [

@@ -273,11 +273,12 @@ class FinetuneTrainer(ResumableTrainer):
         if (questions := self.job.questions.get(self._split)) is not None:
             tokenizer, most = self.job.tokenizer, questions.max_new_tokens
             # A rank may stop in the middle of an answer, but all must get to where they agree on it.
+            options: dict[str, Any] = {"max_new_tokens": most, "settings": self.job.task.decoding(tokenizer)}
             with self.accelerator.autocast(), until(self.is_asked_to_stop):
-                answers = answer_together(self.bare_model, tokenizer, questions.prompts, max_new_tokens=most)
+                answers = answer_together(self.bare_model, tokenizer, questions.prompts, **options)
             self.stop_evaluation_if_asked()
-            scores = questions.score(answers)
-            metrics |= {name: sum(values) / len(values) for name, values in scores.items() if values}
+            for sums in questions.score(answers):
+                metrics |= sums.whole()
         return metrics
 
 

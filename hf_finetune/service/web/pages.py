@@ -307,6 +307,8 @@ def _model(caller: Caller, job: dict[str, Any]) -> dict[str, Any] | None:
     except FinetuneError:  # its folder was damaged: nobody can ask it
         return None
     task = recipe.task
+    if task.generates and not task.predicts_next_token:  # it has no endpoint
+        return None
     asked = task.asked_columns()
     is_chat = task.generates and len(asked) == 1 and task.columns()[asked[0]].kind == "chat"
     endpoint = "chat" if task.generates else "classifications"
