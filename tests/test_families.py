@@ -47,18 +47,34 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED,
     "smollm3": GROUPED,
 }
+PAIR = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": None,
+}  # fmt: skip
+RELATIVE = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "bart": PAIR,
+    "m2m_100": PAIR,
+    "marian": PAIR,
+    "mbart": PAIR,
+    "mt5": RELATIVE,
+    "pegasus": PAIR,
+    "t5": RELATIVE,
+}
 VISION: dict[str, dict[str, Any]] = {
     "deit": {**SMALL, "image_size": 32, "patch_size": 8},
     "dinov2": {**SMALL, "image_size": 32, "patch_size": 8},
     "vit": {**SMALL, "image_size": 32, "patch_size": 8},
 }
 KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
-FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "images": VISION}
+FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "sequences": SEQUENCES, "images": VISION}
 
 
 TASKS: dict[str, dict[str, Any]] = {
     "encoders": {"kind": "text_classification", "text": "text", "label": "label"},
     "decoders": {"kind": "causal_lm", "text": "text", "sample_prompts": 0},
+    "sequences": {"kind": "seq2seq", "source": "text", "target": "label", "generate_rows": 2, "max_new_tokens": 4},
     "images": {"kind": "image_classification", "image": "image", "label": "label"},
 }
 
@@ -68,7 +84,7 @@ def test_a_family_is_trained_and_used(
     kind: str, family: str, tmp_path: Path, model_of: Callable[[Task], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoProcessor
 
     monkeypatch.chdir(tmp_path)
     processors: Any = AutoProcessor
@@ -78,7 +94,7 @@ def test_a_family_is_trained_and_used(
     for row in rows:
         Image.new("RGB", (32, 32), "white" if row["label"] == "good" else "black").save(row["image"])
     sizes = FAMILIES[kind][family] | ({} if kind == "images" else {"vocab_size": len(processor)})
-    auto: Any = AutoModelForCausalLM if kind == "decoders" else AutoModel
+    auto: Any = {"decoders": AutoModelForCausalLM, "sequences": AutoModelForSeq2SeqLM}.get(kind, AutoModel)
     auto.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained("base")
     processor.save_pretrained("base")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,7 +110,7 @@ def test_a_family_is_trained_and_used(
             "output": "run",
         }
     )
-    assert run.predict([rows[0]], max_new_tokens=4 if kind == "decoders" else None)
+    assert run.predict([rows[0]], max_new_tokens=4 if kind in ("decoders", "sequences") else None)
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 
