@@ -19,8 +19,9 @@ from hf_finetune.errors import ModelError
 from hf_finetune.models.pretrained import load_processor
 from hf_finetune.pipeline.init import columns_of, recognise
 from hf_finetune.tasks import _parallel, _text_metrics
+from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks._generation import generate
-from hf_finetune.tasks.base import METRICS, State
+from hf_finetune.tasks.base import State
 from hf_finetune.tasks.seq2seq import Seq2Seq
 
 SIZES: dict[str, Any] = {

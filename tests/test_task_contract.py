@@ -24,7 +24,8 @@ from hf_finetune.config.section import discover
 from hf_finetune.errors import Stopped
 from hf_finetune.pipeline.init import init
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks.base import METRICS, State, Task
+from hf_finetune.tasks._catalogue import METRICS
+from hf_finetune.tasks.base import State, Task
 
 KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
 BLOCKS: dict[str, dict[str, Any]] = {"causal_lm": {"prompt": "prompt", "completion": "completion"}}

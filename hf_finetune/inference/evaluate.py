@@ -25,8 +25,9 @@ from hf_finetune.log import phase, text
 from hf_finetune.log.lines import jsonable
 from hf_finetune.reports import intervals as reports_intervals
 from hf_finetune.reports.intervals import Intervals
+from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks._sums import Sums
-from hf_finetune.tasks.base import METRICS, Predictions, State, Task
+from hf_finetune.tasks.base import Predictions, State, Task
 
 # `--against` calls the model by this name before it was trained.
 BASE = "base"

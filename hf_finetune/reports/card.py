@@ -37,7 +37,8 @@ from hf_finetune.reports.run import MISHAPS, Result, RunData, tables_of
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock
 from hf_finetune.run.files import write_atomically
-from hf_finetune.tasks.base import METRICS, Metric, State, literal
+from hf_finetune.tasks._catalogue import METRICS, Metric
+from hf_finetune.tasks.base import State, literal
 
 # Names that a card may use: ids of the Hub as they are, and nothing of the machine that trained.
 

@@ -30,7 +30,8 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run import journal, status
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.journal import Entry
-from hf_finetune.tasks.base import METRICS, Metric, Task
+from hf_finetune.tasks._catalogue import METRICS, Metric
+from hf_finetune.tasks.base import Task
 
 # Runs put side by side: recipe as resolved, state and last metrics of each run folder.
 

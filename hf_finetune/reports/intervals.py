@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks._sums import Sums
-from hf_finetune.tasks.base import METRICS, State, Task
+from hf_finetune.tasks.base import State, Task
 from hf_finetune.tracking import predictions
 from hf_finetune.tracking.records import Record
 

@@ -12,7 +12,7 @@ from hf_finetune.log.text import number
 from hf_finetune.reports.intervals import CONFIDENCE
 from hf_finetune.reports.outcome import macro_over
 from hf_finetune.reports.run import RunData, results
-from hf_finetune.tasks.base import METRICS, Metric
+from hf_finetune.tasks._catalogue import METRICS, Metric
 from hf_finetune.tracking import predictions
 
 # Share of the least loss on validation by which the last one is above it, where more epochs did harm; and share of the

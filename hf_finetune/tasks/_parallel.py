@@ -31,7 +31,7 @@ SHARE = 0.95
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usual of the pairs of a data set."""
+    """The usual lengths and languages of the pairs of a data set."""
 
     ratio: float = 0.0
     """Median of the logarithm of target length / source length."""

@@ -49,14 +49,8 @@ BOOKKEEPING = ("size", "whole", "weight", "remarks")
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
-REMARKS = {
-    "dropped_reasoning": 1 << 8,
-    "dropped_keys": 1 << 9,
-    "split_token": 1 << 10,
-    "copied_source": 1 << 11,
-    "odd_length": 1 << 12,
-    "wrong_language": 1 << 13,
-}
+_REMARKED = ("dropped_reasoning", "dropped_keys", "split_token", "copied_source", "odd_length", "wrong_language")
+REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
 
 
@@ -193,57 +187,6 @@ OutputKind = Literal["text", "texts", "number", "numbers", "truth"]
 """Kind of a column that `predict` writes: text, a list of texts, a number, a list of numbers, true or false."""
 
 
-class Metric(NamedTuple):
-    """A metric, of whichever task has it."""
-
-    greater: bool | None = None
-    """Whether greater is better; None where neither is, as far as this program knows."""
-    chart: Literal["loss", "scores", "texts", "errors"] | None = None
-    """The learning curves that it is drawn among."""
-    is_share: bool = False
-    """A share of rows, or a mean over rows of shares: each row is one trial at most."""
-    is_wide: bool = False
-    """`evaluate`, which has room, shows it beside the headline."""
-    hub: tuple[str, Mapping[str, str]] | None = None
-    """The Hub's name, where it has another, and what it is computed with."""
-
-
-METRICS: Mapping[str, Metric] = {
-    "loss": Metric(greater=False, chart="loss"),
-    "accuracy": Metric(greater=True, chart="scores", is_share=True),
-    "f1_macro": Metric(greater=True, chart="scores", hub=("f1", {"average": "macro"})),
-    "f1_micro": Metric(greater=True, hub=("f1", {"average": "micro"})),
-    "f1_weighted": Metric(greater=True, hub=("f1", {"average": "weighted"})),
-    "roc_auc": Metric(greater=True, is_wide=True),
-    "pr_auc": Metric(greater=True),
-    "matthews": Metric(greater=True, chart="scores", hub=("matthews_correlation", {})),
-    "hamming_loss": Metric(greater=False, is_share=True),
-    "precision": Metric(greater=True),
-    "recall": Metric(greater=True),
-    "f1": Metric(greater=True, chart="scores"),
-    "mse": Metric(greater=False, chart="errors"),
-    "rmse": Metric(greater=False),
-    "mae": Metric(greater=False, chart="errors"),
-    "pearson": Metric(greater=True, hub=("pearsonr", {})),
-    "spearman": Metric(greater=True, hub=("spearmanr", {})),
-    "r2": Metric(greater=True, is_wide=True, hub=("r_squared", {})),
-    "perplexity": Metric(greater=False),
-    "token_accuracy": Metric(greater=True, chart="scores", is_share=True),
-    "exact_match": Metric(greater=True, chart="scores", is_share=True),
-    "ended": Metric(is_share=True),
-    "bleu": Metric(greater=True, chart="texts"),
-    "chrf": Metric(greater=True, chart="texts"),
-    "ter": Metric(greater=False),
-    "rouge1": Metric(greater=True),
-    "rouge2": Metric(greater=True),
-    "rougeL": Metric(greater=True, chart="texts"),
-    "copied_source": Metric(greater=False, is_share=True),
-    "wrong_language": Metric(greater=False, is_share=True),
-    "length_ratio": Metric(is_wide=True),
-}
-"""In the order in which they are drawn; of any other metric nothing is known."""
-
-
 class Task(Plugin):
     """The contract. Methods that raise nothing here have a default that fits most tasks."""
 
@@ -278,7 +221,7 @@ class Task(Plugin):
     takes_slow_tokenizers: ClassVar[bool] = False
     """A tokenizer without tokenizer.json will do, as Marian's are."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics that may select the best model; `METRICS` has them all."""
+    """Metrics that may select the best model; `_catalogue.METRICS` has them all."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are printed, in this order, where they exist."""
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -344,11 +287,7 @@ class Task(Plugin):
         return self
 
     def settle(self, processor: Any, config: Callable[[], Any]) -> None:
-        """Fit what prepares rows to the recipe and to the model, once it is loaded: languages, and the like.
-
-        Args:
-            processor: The model's, which this changes.
-            config: Reads the model's config.
+        """Fit what prepares rows to the recipe and to the model, whose config is read where it is needed: languages.
 
         Raises:
             ModelError: They do not fit.
@@ -524,10 +463,7 @@ class Task(Plugin):
     def ask(self, rows: Rows, processor: Any, limit: int | None = None) -> list[list[int]]:
         """Return token ids of rows up to where the model is to answer; of tasks that generate.
 
-        Args:
-            rows: Raw ones; targets may be missing.
-            processor: The model's.
-            limit: Tokens of an input that is cut off where training cut it off, too; None cuts nothing.
+        What training cut to `limit` is cut here, too; None cuts nothing.
 
         Raises:
             RowsError: Rows can't be used; all of them, by their number within the batch.

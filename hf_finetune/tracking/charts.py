@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_finetune.log.text import harmless
-from hf_finetune.tasks.base import METRICS
+from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tracking import predictions
 from hf_finetune.tracking.figures import (
     DASHES,

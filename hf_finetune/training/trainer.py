@@ -26,8 +26,8 @@ from hf_finetune.errors import DivergedError, Problem
 from hf_finetune.models.paths import Paths
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.journal import of_phase
+from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks._generation import answer_together, until
-from hf_finetune.tasks.base import METRICS
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Throughput
 from hf_finetune.training.callbacks import Guard

@@ -32,7 +32,7 @@ from hf_finetune.service import history, views, worker
 from hf_finetune.service.calls import Called, Caller
 from hf_finetune.service.requests import may_set
 from hf_finetune.service.sessions import COOKIE, Sessions, csrf_of, is_own, set_cookie
-from hf_finetune.tasks.base import METRICS
+from hf_finetune.tasks._catalogue import METRICS
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
