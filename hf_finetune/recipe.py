@@ -266,6 +266,8 @@ class Seen(NamedTuple):
     """Most tokens that the model takes."""
     has_linear: bool = True
     """It has linear layers besides its heads."""
+    architecture: str | None = None
+    """Class of the model, as its config names it."""
 
     @property
     def counted(self) -> str:
@@ -308,7 +310,7 @@ def usual_rate(seen: Seen, adapter: str, task: str) -> tuple[float, str]:
     """Choose the learning rate by the kinds of adapter and task, and say why."""
     if not seen.has_linear and not ADAPTERS[adapter].freezes_base:
         return CONVOLUTIONS, "a convolutional model, trained whole"
-    rates, is_new_head = ADAPTERS[adapter].default_rates, not (TASKS[task].predicts_next_token or TASKS[task].generates)
+    rates, is_new_head = ADAPTERS[adapter].default_rates, not TASKS[task].made_for
     if seen.hidden_size is not None and seen.hidden_size < SMALL:
         return rates[2], f"{adapter}, small model: hidden size {seen.hidden_size}"
     return rates[is_new_head], f"{adapter}, {task}"

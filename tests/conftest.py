@@ -153,6 +153,21 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_masked(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> str:
+    """Folder of the same encoder with a head that tells masked tokens."""
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny_masked")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.mask_token = "[MASK]"
+    tokenizer.save_pretrained(folder)
+    set_seed(0)
+    auto: Any = AutoModelForMaskedLM
+    auto.from_config(AutoConfig.from_pretrained(tiny_bert)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a Llama-shaped causal LM of two layers with random weights, a ChatML template and no BOS."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -244,7 +259,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def model_of(tiny_bert: str, tiny_llama: str, tiny_t5: str, tiny_vit: str) -> Callable[[Task], str]:
+def model_of(tiny_bert: str, tiny_masked: str, tiny_llama: str, tiny_t5: str, tiny_vit: str) -> Callable[[Task], str]:
     """The folder of a tiny model that can do a task."""
 
     def find(task: Task) -> str:
@@ -252,8 +267,10 @@ def model_of(tiny_bert: str, tiny_llama: str, tiny_t5: str, tiny_vit: str) -> Ca
 
         from hf_finetune.errors import ModelError
 
-        for folder in (tiny_bert, tiny_llama, tiny_t5, tiny_vit):
+        for folder in (tiny_bert, tiny_masked, tiny_llama, tiny_t5, tiny_vit):
             config = transformers.AutoConfig.from_pretrained(folder)
+            if task.made_for and not config.architectures[0].endswith(task.made_for):
+                continue
             if type(config) not in getattr(transformers, task.auto_model)._model_mapping:
                 continue
             try:

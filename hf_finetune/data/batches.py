@@ -79,9 +79,10 @@ class Division:
 class Rows(Dataset[Any]):
     """Features rows by index; `~index` is the same row with its labels masked."""
 
-    def __init__(self, encoded: Any, task: Task) -> None:
+    def __init__(self, encoded: Any, task: Task, passes: GlobalBatches | None = None) -> None:
         self.encoded = encoded
         self.task = task
+        self.passes = passes if task.draws else None  # tells the pass that is on, of training rows
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -93,6 +94,8 @@ class Rows(Dataset[Any]):
         # The loader calls it with a whole batch: one read of the Arrow file instead of one a row.
         columns = self.encoded[[index if index >= 0 else ~index for index in indices]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if self.passes is not None:
+            rows = [self.task.drawn(row, self.passes.seed, self.passes.epoch) for row in rows]
         return [row if index >= 0 else self.task.masked(row) for index, row in zip(indices, rows, strict=True)]
 
 
@@ -260,6 +263,8 @@ def train_loader(
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             options |= {"num_workers": rows.workers, "worker_init_fn": _end_with_parent}
         return _Loader(rows, batch_size=None, **options)
+    if isinstance(rows, Rows):
+        rows = Rows(rows.encoded, rows.task, batches)
     return _Loader(rows, batch_sampler=batches, **options)
 
 

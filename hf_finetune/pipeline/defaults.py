@@ -42,7 +42,9 @@ def of_model(name: str) -> Seen:
     if not isinstance(config, dict):
         return Seen()
     size, most = config.get("hidden_size"), config.get("max_position_embeddings")
+    named = config.get("architectures")
     return Seen(
+        architecture=str(named[0]) if isinstance(named, list) and named else None,
         hidden_size=size if isinstance(size, int) else None,
         positions=most if isinstance(most, int) else None,
         has_linear=has_linear(folder),

@@ -43,18 +43,25 @@ Rows = Callable[[], Iterable[Mapping[str, Any]]]
 """Gives the rows of a split, from the first one each time."""
 
 
-def recognise(columns: Mapping[str, Cells], kind: str | None) -> tuple[str, Proposal]:
+def recognise(columns: Mapping[str, Cells], kind: str | None, architecture: str | None = None) -> tuple[str, Proposal]:
     """Ask every task for a proposal, and take the one with the greatest confidence; of equals the first by name.
 
     Args:
         columns: By name, in the order of the data.
         kind: The task that is asked for; None asks all.
+        architecture: Of the model that is given, as its config names it: tasks that it was not pretrained for give way.
 
     Raises:
         DataError: None fits; the message says what the columns hold, and what is read.
     """
     asked = [kind] if kind is not None else list(TASKS)
     made = [(name, proposal) for name in asked if (proposal := TASKS[name].propose(columns)) is not None]
+    unlike = [
+        (name, proposal)
+        for name, proposal in made
+        if architecture is not None and TASKS[name].made_for and not architecture.endswith(TASKS[name].made_for)
+    ]
+    made = [pair for pair in made if pair not in unlike] or made
     best = max(made, key=lambda pair: pair[1].confidence, default=None)
     sounds = [name for name, column in columns.items() if column.are_files(AUDIO)]
     if sounds and (best is None or not set(sounds) & set(best[1].used)):
@@ -300,7 +307,7 @@ def propose(place: str, *, kind: str | None, model: str | None, tables: Tables) 
     if not count:
         raise DataError(Problem("has 0 rows", file=place))
     try:
-        kind, proposal = recognise(columns, kind)
+        kind, proposal = recognise(columns, kind, defaults.of_model(model or "").architecture)
     except DataError as error:
         raise DataError(Problem(p.message, file=p.file or place) for p in error.problems) from None
     says = [f"{kind}: {proposal.says}"]

@@ -36,6 +36,7 @@ class Decoder(Task):
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     peft_task: ClassVar[str | None] = "CAUSAL_LM"
     pipeline: ClassVar[str] = "text-generation"
+    made_for: ClassVar[tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
     predicts_next_token: ClassVar[bool] = True
     generates: ClassVar[bool] = True
 

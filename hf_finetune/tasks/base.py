@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from hf_finetune.config.section import Plugin
 from hf_finetune.tasks._proposals import Cells, Proposal
+from hf_finetune.tasks._shown import Judged as Judged
+from hf_finetune.tasks._shown import Plot as Plot
+from hf_finetune.tasks._shown import Prompts as Prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,48 +144,6 @@ class Loss(NamedTuple):
     """Further sums over the same items: their means are logged with the loss."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Predictions beside the truth, for people; rows without a truth are left out."""
-
-    places: Array
-    """(M,) indices into the predictions."""
-    truth: list[str]
-    predicted: list[str]
-    confidence: Array
-    """(M,) how sure the model was of what it predicted, or how far off; the most confident mistakes are shown."""
-    wrong: Array
-    """(M,) bool."""
-    metric: str = ""
-    """Metric that is the share of rows that are not wrong; empty where no metric is."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Numbers that the charts of a split are drawn from, in TensorBoard, report and card alike."""
-
-    kind: str | None
-    """Layout of the rows, which decides what is drawn: `single_label`, `multi_label`, `regression`, None for tokens."""
-    rows: Array
-    """Float32: (N, C + 1) logits and label id, (N, 2C) logits and cells, (N, 2) prediction and label, or (N, 3) nats,
-    tokens and right tokens."""
-    threshold: float | None = None
-    """Least probability at which a cell counts as predicted."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts whose answers are generated, for people to read or to be compared with the data."""
-
-    prompts: list[list[int]]
-    """Token ids, one list a prompt."""
-    max_new_tokens: int
-    score: Callable[[list[Any]], list[Sums]] = lambda answers: []
-    """Sums over the answers, from which metrics follow; of a list of `Generation`, in the order of `prompts`."""
-    references: Sequence[str] = ()
-    """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
-
-
 OutputKind = Literal["text", "texts", "number", "numbers", "truth"]
 """Kind of a column that `predict` writes: text, a list of texts, a number, a list of numbers, true or false."""
 
@@ -218,6 +179,10 @@ class Task(Plugin):
     """Answers are generated token by token: see `ask`."""
     needs: ClassVar[Mapping[str, str]] = {}
     """Modules that it imports besides those of every installation, each with the extra of this project that has it."""
+    draws: ClassVar[bool] = False
+    """Each pass over the training rows sees them in another way: see `drawn`."""
+    made_for: ClassVar[tuple[str, ...]] = ()
+    """Ends of the architectures that were pretrained for it, e.g. `ForMaskedLM`; empty where any body will do."""
     takes_slow_tokenizers: ClassVar[bool] = False
     """A tokenizer without tokenizer.json will do, as Marian's are."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -373,6 +338,10 @@ class Task(Plugin):
         else:
             ignored = math.nan if isinstance(label, float) else IGNORE
         return {**row, "labels": ignored}
+
+    def drawn(self, row: Features, seed: int, epoch: int) -> Features:
+        """Return an encoded row as one pass sees it: drawn by these numbers and by its content, whatever the batch."""
+        return row
 
     @abstractmethod
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:

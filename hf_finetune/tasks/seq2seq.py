@@ -47,6 +47,7 @@ class Seq2Seq(TokenScores):
     auto_model: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft_task: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     pipeline: ClassVar[str] = "text2text-generation"
+    made_for: ClassVar[tuple[str, ...]] = ("ForConditionalGeneration", "MTModel")
     generates: ClassVar[bool] = True
     needs: ClassVar[Mapping[str, str]] = {"sacrebleu": "seq2seq", "rouge_score": "seq2seq", "py3langid": "seq2seq"}
     takes_slow_tokenizers: ClassVar[bool] = True

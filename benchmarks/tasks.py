@@ -1,0 +1,207 @@
+"""Tasks beside a script that one writes by hand with the library that people use for them: quality, and seconds.
+
+    python -m benchmarks.tasks seq2seq --shared ../shared [--seeds 1 2 3] [--into docs/tasks.md]
+
+Both have the same model, rows, global batch, learning rate, schedule and number of epochs. Each run is a process of its
+own with caches of its own, timed as a whole and, by what it reports, in training; ours before the peers' in odd rounds,
+behind them in even ones. What each saved is loaded by plain transformers and scored by one evaluator, here. The least
+and the greatest of the seeds stand in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import marked
+
+OURS = "hf_finetune"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One task on one data set."""
+
+    says: str
+    """The data and the model, for people."""
+    prepare: Callable[[Path, Path], None]
+    """Makes model and rows in a folder, from the shared data."""
+    recipe: Callable[[Path], dict[str, Any]]
+    """Ours, for that folder."""
+    peers: Mapping[str, Callable[[Path, Path, int], list[str]]]
+    """Name -> command line of a run: the folder, where it saves, its seed."""
+    score: Callable[[Path, Path], dict[str, float]]
+    """Scores what a run saved: the folder, what is saved."""
+
+
+# ---- seq2seq: short translations, by a small T5 from scratch ----
+
+T5 = {"d_model": 192, "d_kv": 48, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4}
+PIECES, EPOCHS, ROWS, RATE, LENGTH, NEW = 4_000, 5, 64, 2e-3, 32, 32
+
+
+def make_t5(folder: Path, shared: Path) -> None:
+    """Learn pieces of the training rows, and draw a T5 for them; 500 of the training rows are held out."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    data = shared / "data" / "tatoeba-en-fr"
+    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, some in {"train": rows[:-500], "validation": rows[-500:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
+    (folder / "test.jsonl").write_text((data / "test.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer: Any = trainers.UnigramTrainer
+    special = ["<pad>", "</s>", "<unk>"]
+    made = trainer(vocab_size=PIECES, special_tokens=special, unk_token="<unk>", show_progress=False)
+    core.train_from_iterator((text for row in rows[:-500] for text in json.loads(row).values()), made)
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "model")
+    transformers.set_seed(0)
+    config = transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **T5)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "model")
+
+
+def t5_recipe(folder: Path) -> dict[str, Any]:
+    """Our recipe."""
+    return {
+        "task": {"kind": "seq2seq", "source": "en", "target": "fr", "max_new_tokens": NEW, "sample_prompts": 0},
+        "model": {"name": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")}
+        | {"max_length": LENGTH, "checks": {"leakage": "off", "duplicates": "off"}},
+        "adapter": {"kind": "full"},
+        "training": {"epochs": EPOCHS, "batch_size": ROWS, "learning_rate": RATE, "warmup_ratio": 0.05},
+    }
+
+
+def by_hand(precision: str, *more: str) -> Callable[[Path, Path, int], list[str]]:
+    """Return the command line of `benchmarks/seq2seq_trainer.py` with the same settings."""
+
+    def command(folder: Path, output: Path, seed: int) -> list[str]:
+        script = str(Path(__file__).with_name("seq2seq_trainer.py"))
+        words = {"--folder": folder, "--output": output, "--seed": seed, "--epochs": EPOCHS, "--batch-size": ROWS}
+        words |= {"--learning-rate": RATE, "--max-length": LENGTH, "--max-new-tokens": NEW, "--precision": precision}
+        return [sys.executable, script, *(str(word) for pair in words.items() for word in pair), *more]
+
+    return command
+
+
+def translated(folder: Path, saved: Path) -> dict[str, float]:
+    """Score greedy translations of the test rows."""
+    import sacrebleu
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    auto: Any = AutoModelForSeq2SeqLM
+    model, tokenizer = auto.from_pretrained(saved, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(saved)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    given: list[str] = []
+    for start in range(0, len(rows), 32):
+        asked = tokenizer([row["en"] for row in rows[start : start + 32]], return_tensors="pt", padding=True)
+        written = model.generate(**asked, max_new_tokens=NEW, num_beams=1, do_sample=False)
+        given += tokenizer.batch_decode(written, skip_special_tokens=True)
+    references = [[row["fr"] for row in rows]]
+    return {
+        "BLEU": sacrebleu.corpus_bleu(given, references).score,
+        "chrF": sacrebleu.corpus_chrf(given, references).score,
+    }
+
+
+WORKLOADS = {
+    "seq2seq": Workload(
+        "16,566 sentence pairs of Tatoeba, English to French; a T5 of 3.4 M parameters from scratch, 5 epochs",
+        make_t5,
+        t5_recipe,
+        {
+            "Seq2SeqTrainer, its defaults": by_hand("fp32"),
+            "Seq2SeqTrainer, tuned by hand": by_hand("bf16", "--group-by-length"),
+        },
+        translated,
+    ),
+}
+
+
+# ---- runs ----
+
+
+def run(workload: Workload, system: str, folder: Path, seed: int) -> dict[str, float]:
+    """Train in a process of its own, and score what it saved."""
+    output = folder / f"{system}-{seed}"
+    environment = os.environ | {"HF_FINETUNE_CACHE": str(folder / "cache" / f"{system}-{seed}"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(folder / "cache" / f"{system}-{seed}")}
+    if system == OURS:
+        recipe = workload.recipe(folder)
+        recipe = {**recipe, "output": str(output), "training": {**recipe["training"], "seed": seed}}
+        (folder / f"{seed}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        command, saved = (
+            [sys.executable, "-m", "hf_finetune", "train", str(folder / f"{seed}.yaml")],
+            output / "adapter",
+        )
+    else:
+        command, saved = workload.peers[system](folder, output, seed), output
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    whole = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{system}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    training = json.loads(lines[-1])["seconds"]
+    return {**workload.score(folder, saved), "training, s": training, "whole command, s": whole}
+
+
+def table(found: Mapping[str, list[dict[str, float]]]) -> str:
+    """Write medians, with the least and the greatest."""
+    names = list(next(iter(found.values()))[0])
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for system, runs in found.items():
+        cells = [_spread(one[name] for one in runs) for name in names]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Iterable[float]) -> str:
+    some = sorted(values)
+    return f"{statistics.median(some):.1f} ({some[0]:.1f}..{some[-1]:.1f})"
+
+
+def main() -> None:
+    """Run every system with every seed, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
+    parser.add_argument("task", choices=WORKLOADS)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--into", type=Path, help="document whose part `TASK` is replaced by the table")
+    options = parser.parse_args()
+    workload = WORKLOADS[options.task]
+    systems = [OURS, *workload.peers]
+    found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        workload.prepare(folder, options.shared)
+        for round_, seed in enumerate(options.seeds):
+            for system in systems[:: -1 if round_ % 2 else 1]:
+                found[system].append(run(workload, system, folder, seed))
+                print(json.dumps({"system": system, "seed": seed, **found[system][-1]}), flush=True)
+    seeds = f"{len(options.seeds)} seed{'s' if len(options.seeds) > 1 else ''}"
+    text = f"{workload.says}; {len(os.sched_getaffinity(0))} cores, {seeds}.\n\n{table(found)}"
+    print(text)
+    if options.into is not None:
+        marked.put(options.into, options.task, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Results of a task that are shown, drawn or answered, by whatever does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_finetune.tasks._sums import Sums
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Predictions beside the truth, for people; rows without a truth are left out."""
+
+    places: Array
+    """(M,) indices into the predictions."""
+    truth: list[str]
+    predicted: list[str]
+    confidence: Array
+    """(M,) how sure the model was of what it predicted, or how far off; the most confident mistakes are shown."""
+    wrong: Array
+    """(M,) bool."""
+    metric: str = ""
+    """Metric that is the share of rows that are not wrong; empty where no metric is."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Numbers that the charts of a split are drawn from, in TensorBoard, report and card alike."""
+
+    kind: str | None
+    """Layout of the rows, which decides what is drawn: `single_label`, `multi_label`, `regression`, None for tokens."""
+    rows: Array
+    """Float32: (N, C + 1) logits and label id, (N, 2C) logits and cells, (N, 2) prediction and label, or (N, 3) nats,
+    tokens and right tokens."""
+    threshold: float | None = None
+    """Least probability at which a cell counts as predicted."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts whose answers are generated, for people to read or to be compared with the data."""
+
+    prompts: list[list[int]]
+    """Token ids, one list a prompt."""
+    max_new_tokens: int
+    score: Callable[[list[Any]], list[Sums]] = lambda answers: []
+    """Sums over the answers, from which metrics follow; of a list of `Generation`, in the order of `prompts`."""
+    references: Sequence[str] = ()
+    """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
