@@ -167,6 +167,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _streamed_rows_are_whole(self) -> Self:
+        if self.data.streaming and self.task.one_row_by is not None:
+            what = f"rows with the same {self.task.one_row_by!r} make one row, which needs all of them"
+            raise ValueError(f"data.streaming: {what}; set it to false, or write them as one row")
+        return self
+
+    @model_validator(mode="after")
     def _selection_has_validation(self) -> Self:
         if self.training.best_metric and not self.data.has_validation:
             raise ValueError("training.best_metric: there is no validation split; set data.validation")

@@ -83,7 +83,7 @@ def test_a_room_imports_only_those_before_it() -> None:
 
 def test_the_spine_is_there_and_short() -> None:
     lines = {name: len(SOURCES[f"hf_finetune.{name}"].splitlines()) for name in SPINE}
-    assert sum(lines.values()) < 5_300, lines
+    assert sum(lines.values()) < 5_400, lines
 
 
 def test_only_tasks_know_which_task_they_are() -> None:

@@ -55,7 +55,7 @@ def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> d
             answer: dict[str, Any] = {"role": "assistant", "content": "good .", **(call if task.tools else {})}
             row[name] = [{"role": "user", "content": " ".join(words)}, answer]
         elif column.kind == "number":
-            row[name] = index / 4
+            row[name] = [float(place == 0) for place in range(len(words))] if is_tagged else index / 4
         elif is_tagged and column.kind == "label":
             row[name] = ["O", "B-x", *["O"] * (len(words) - 2)]
         elif column.kind == "label" and isinstance(task.label, list):
@@ -65,6 +65,8 @@ def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> d
             row[name] = [label] if task.problem == "multi_label" else label
         else:
             row[name] = words if column.kind == "words" else " ".join(words)
+        if name == task.one_row_by:  # two rows of each
+            row[name] = f"{WORDS[4 + split]} {WORDS[20 + index // 2]}"
     return row
 
 

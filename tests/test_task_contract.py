@@ -187,6 +187,7 @@ def test_masked_rows_and_the_cut_into_batches_change_nothing(kind: str, trained:
     import torch
 
     from hf_finetune.inference.load import open_run
+    from hf_finetune.training.pool import pooled
 
     run = open_run(str(trained(kind).folder), [])
     task, network = run.recipe.task, run.model()
@@ -197,6 +198,10 @@ def test_masked_rows_and_the_cut_into_batches_change_nothing(kind: str, trained:
 
     def total(*parts: list[Any]) -> tuple[float, float]:
         batches = [task.collate(part, run.tokenizer, run.targets) for part in parts]
+        if task.contrasts:
+            batches = [
+                batch | pool for batch, pool in zip(batches, pooled(task, network, batches, run.targets), strict=True)
+            ]
         with torch.no_grad():
             losses = [float(task.loss(network, batch, run.targets).sum) for batch in batches]
         return sum(losses), sum(float(task.count(batch, run.targets)) for batch in batches)

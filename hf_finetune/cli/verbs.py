@@ -157,8 +157,8 @@ def declare_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help="a split of the run's recipe")
     text = "metrics for each value of a column too; may be given several times"
     add("--by", metavar="COLUMN", action="append", default=[], help=text)
-    text = "compare on the same rows with another run, or with `base`; may be given several times"
-    add("--against", metavar="RUN|base", action="append", default=[], help=text)
+    text = "compare on the same rows with another run, `base`, or `bm25` (rankings); may be given several times"
+    add("--against", metavar="RUN|base|bm25", action="append", default=[], help=text)
     add("--format", choices=("text", "json", "markdown"), default="text", help="how to print it")
     add("--all", action="store_true", help="the metrics of each class too")
     text = "tasks of lm-eval, e.g. arc_easy,hellaswag (needs the extra `harness`)"
@@ -174,13 +174,12 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from hf_finetune.inference import opening
 
     overrides = tuple(arguments.overrides)
-    others = [run for run in arguments.against if run != "base"]
     # Given lm-eval alone, no rows of the run are read.
     is_read = not arguments.lm_eval or arguments.data or arguments.split is not None
     opening.look(
         arguments.run_folder,
         overrides,
-        others=others,
+        others=arguments.against,
         files=arguments.data,
         split=(arguments.split or opening.HELD_OUT) if is_read else None,
         columns=arguments.by,

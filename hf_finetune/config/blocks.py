@@ -65,6 +65,11 @@ class Checks(Section):
     """Chats with reasoning that the chat template drops (causal_lm)."""
     dropped_keys: Level = "warn"
     """Chats with text beside tool calls, or keys such as `name`, that the chat template drops (causal_lm)."""
+    no_positive: Level = "warn"
+    """Queries without a relevant document: they have no place in the metrics (ranking)."""
+    false_negatives: Level = "warn"
+    """Queries with a document as a negative that is a positive of the same query, or of one of nearly the same words
+    (ranking, embedding)."""
     special_tokens: Level = "warn"
     """Rows whose text contains special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"

@@ -73,6 +73,13 @@ SENTENCES: Mapping[str, Sentence] = {
         "{have} turns of which the chat template drops a part",
         "remove it, or write it into the content of a turn of its own",
     ),
+    "no_positive": Sentence(
+        "{have} no relevant document, and so no place in the metrics", "give one to each query, or remove these"
+    ),
+    "false_negatives": Sentence(
+        "{have} a negative that is a positive of the same query, or of one of nearly the same words",
+        "look at a few, and correct or remove them",
+    ),
     "special_tokens": Sentence(
         "{have} special tokens of the tokenizer in the text, which are read as such",
         "remove them if they are not meant",

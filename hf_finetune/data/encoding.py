@@ -176,7 +176,7 @@ def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[E
         encoded = encoded.select(np.flatnonzero(fit)).flatten_indices(cache_file_name=flat)
     columns = encoded.data
     whole, weight, size = (columns[name].to_numpy() for name in ("whole", "weight", "size"))
-    over = whole > encoder.max_length
+    over = whole > size
     if overlong == "error" and over.any():
         found = [split.where(int(index)) for index in columns[INDEX].to_numpy()[over][:SHOWN]]
         message = (

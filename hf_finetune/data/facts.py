@@ -144,7 +144,7 @@ class _Counting:
         empty[encoding.faulty] = False
         hashes, before = [], 0
         ids, content = None if self.tokenizer is None else encoder.task.token_ids, encoder.task.content
-        columns = {"whole", "weight", INDEX, MARKS, content, *([] if ids is None else [ids])}
+        columns = {"size", "whole", "weight", INDEX, MARKS, content, *([] if ids is None else [ids])}
         for start, rows in self._tables(sorted(columns | ({"labels"} if self.endings else set()))):
             stretch = _Stretch(start, rows, encoding.kept[start : start + len(rows)], ids, content)
             empty[stretch.column(INDEX)] = False
@@ -168,6 +168,9 @@ class _Counting:
             name: Tally(count, tuple(map(self._place, rows)), self._detail(name, rows[0]))
             for name, (count, rows) in self.struck.items()
         }
+        for name, numbers in self.encoder.task.findings(self.split.raw()).items():
+            if numbers:
+                tallies[name] = Tally(len(numbers), tuple(map(self.split.where, numbers[:SHOWN])))
         if len(self.empty):
             first = tuple(self.split.where(int(row)) for row in self.empty[:SHOWN])
             tallies["empty_text"] = Tally(len(self.empty), first)
@@ -221,7 +224,7 @@ class _Counting:
             found["missing_words"] = data_encoding.MISSING
         for check, bit in found.items():
             self._add(check, stretch.start + np.flatnonzero(marks & bit))
-        whole = stretch.column("whole") <= self.encoder.max_length
+        whole = stretch.column("whole") <= stretch.column("size")
         gone = ~stretch.kept & (stretch.column("weight") == 0)
         if self.encoding.report.dropped:  # then over-long rows are dropped for that
             gone &= whole

@@ -49,12 +49,15 @@ class Wanted:
     declared: bool = True  # the recipe lists the labels, so that training rows need not show them
     held_out: bool = True  # for rows that are not trained on: an optional column may be missing from all of them
     files: tuple[str, ...] = ()  # those that hold files, by their path or as bytes
+    one_row_by: str | None = None  # see `Task.one_row_by`
 
     @classmethod
     def by(cls, task: Task) -> Wanted:
         """Return the columns of a task."""
         texts, optional, files = map(tuple, (task.text_columns(), task.optional_columns(), task.file_columns()))
-        return cls(tuple(task.columns()), texts, optional, task.declares_labels(), files=files)
+        return cls(
+            tuple(task.columns()), texts, optional, task.declares_labels(), files=files, one_row_by=task.one_row_by
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -168,7 +168,22 @@ def _load(origin: Origin, name: str, wanted: Wanted, folder: Path) -> Split:
         raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
     check_columns(rows.column_names, wanted.columns, origin)
     rows = rows.select_columns(list(wanted.columns)).add_column(ROW, np.arange(1, len(rows) + 1))
+    if wanted.one_row_by is not None:
+        rows = _one_row_by(rows, wanted.one_row_by)
     return Split(name, rows.add_column(PART, np.zeros(len(rows), dtype=np.int64)), (origin.place,))
+
+
+def _one_row_by(rows: datasets.Dataset, key: str) -> datasets.Dataset:
+    """Make one row of all with the same cell in a column, with the number of the first, and lists in other columns."""
+    others = [column for column in rows.column_names if column not in (key, ROW)]
+    # One thread: only then are groups in the order of their first rows.
+    table = rows.with_format("arrow")[:].group_by(key, use_threads=False)
+    grouped = table.aggregate([*((column, "list") for column in others), (ROW, "min")])
+    names = {f"{column}_list": column for column in others} | {f"{ROW}_min": ROW}
+    kinds = {column: datasets.List(rows.features[column]) for column in others}
+    features = datasets.Features(kinds | {name: rows.features[name] for name in (key, ROW)})
+    named = grouped.rename_columns([names.get(name, name) for name in grouped.column_names])
+    return datasets.Dataset(named.select(list(features)).cast(features.arrow_schema), fingerprint=rows._fingerprint)
 
 
 def _cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -304,7 +304,7 @@ class Stream:
         most, overlong = self.encoder.max_length, self.reading.data.overlong
         for place, index in enumerate(encoded[INDEX]):
             size, whole, weight = (encoded[name][place] for name in COUNTS)
-            over = whole > most
+            over = whole > size
             if over and overlong == "error":
                 remedy = "raise data.max_length, or set data.overlong to truncate or drop"
                 refuse(index, "overlong", f"a row has {whole} tokens, more than {most}; {remedy}")

@@ -56,7 +56,7 @@ def evaluate(
         files: Labelled rows in place of a split.
         split: Of the recipe; by default the test split, else the validation split.
         by: Columns by whose values the rows are sliced.
-        against: Run folders, or `base`.
+        against: Run folders, `base`, or yardsticks of the task, e.g. `bm25`.
         form: `text`, `json` or `markdown` prints the document; None does not.
         everything: Print the metrics of each class too.
 
@@ -68,7 +68,8 @@ def evaluate(
     opened = open_run(place, overrides)
     # Another run gets the overrides, too, but for those about this one's base model.
     shared = [word for word in overrides if not word.startswith("model.")]
-    others = [(name, opened if name == BASE else open_run(name, shared)) for name in against]
+    own = (BASE, *opened.recipe.task.yardsticks)
+    others = [(name, opened if name in own else open_run(name, shared)) for name in against]
     recipe = opened.recipe
     if files and split is not None:
         raise RecipeError("--data and --split exclude each other; give one")
@@ -139,6 +140,10 @@ def _against(
 ) -> dict[str, Any]:
     """Score the other model on the same rows, and compare."""
     scored, one = mine
+    if name in run.recipe.task.yardsticks:
+        whole = run.recipe.task.yardstick(name, one.split.raw())
+        predictions = {kind: values[scored.numbers] for kind, values in whole.items()}
+        return compare(scored, replace(scored, predictions=predictions), name)
     if name == BASE:
         found = compare(scored, score(run, run.serve(run.base()), one), "the base model")
         if "id2label" in run.recipe.task.model_options(run.targets):

@@ -60,7 +60,7 @@ def quantise(source: Path, run: Finished, bits: str, folder: Path) -> None:
         raise ModelError(f"--quantize {bits}: torchao found no linear layer in this model to quantise")
     with writing(folder), silence():
         network.save_pretrained(folder)
-        weights.add_tokenizer(run, folder)
+        weights.add_tokenizer(run, network.config, folder)
 
 
 def _config(outline: Any, bits: str) -> Any:
@@ -82,8 +82,8 @@ def write_onnx(source: Path, run: Finished, probes: Sequence[Batch], file: Path)
     """
     # Eager attention is made of operations that every version of ONNX has.
     network = weights.load(source, run, dtype=torch.float32, attn_implementation="eager").to("cpu")
-    expected = weights.logits(weights.logits_of(network), probes)
-    _export(network, probes[0], file)
+    expected = weights.logits(weights.logits_of(network, run.recipe.task.output), probes)
+    _export(network, run.recipe.task.output, probes[0], file)
     del network
     return weights.difference(expected, weights.logits(session(file), probes))
 
@@ -108,20 +108,22 @@ def session(file: Path) -> Logits:
 
 
 class _Positional(nn.Module):
-    """The model with its inputs by position, as torch.onnx wants them, and logits alone."""
+    """The model with its inputs by position, as torch.onnx wants them, and one output alone."""
 
-    def __init__(self, network: Any, names: list[str]) -> None:
+    def __init__(self, network: Any, output: str, names: list[str]) -> None:
         super().__init__()
-        self.network, self.names = network, names
+        self.network, self.output, self.names = network, output, names
         self.options = {"use_cache": False} if network.can_generate() else {}
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        """Logits."""
-        logits: torch.Tensor = self.network(**dict(zip(self.names, values, strict=True)), **self.options).logits
-        return logits
+        """Logits, or another output."""
+        found: torch.Tensor = getattr(
+            self.network(**dict(zip(self.names, values, strict=True)), **self.options), self.output
+        )
+        return found
 
 
-def _export(network: Any, probe: Batch, file: Path) -> None:
+def _export(network: Any, output: str, probe: Batch, file: Path) -> None:
     names, example, free = list(probe), dict[str, torch.Tensor](), list[dict[int, Any]]()
     for name, value in probe.items():
         # Two rows, and several tokens: torch.export takes an axis of size 1 for a constant.
@@ -138,12 +140,12 @@ def _export(network: Any, probe: Batch, file: Path) -> None:
         warnings.simplefilter("ignore")
         try:
             program: Any = torch.onnx.export(
-                _Positional(network, names),
+                _Positional(network, output, names),
                 tuple(example[name] for name in names),
                 dynamo=True,
                 dynamic_shapes={"values": tuple(free)},
                 input_names=names,
-                output_names=["logits"],
+                output_names=[output],
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:

@@ -230,11 +230,11 @@ def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
     run, recipe, probes = report.run, report.run.recipe, weights.probes(report.run, rows)
 
     def apart(network: Any) -> float:
-        return weights.difference(expected, weights.logits(weights.logits_of(network), probes))
+        return weights.difference(expected, weights.logits(weights.logits_of(network, recipe.task.output), probes))
 
     network, report.into = weights.adapted(run)
     # The adapter in fp32, before merging: everything is compared with these logits.
-    expected = weights.logits(weights.logits_of(network), probes)
+    expected = weights.logits(weights.logits_of(network, recipe.task.output), probes)
     in_fp32 = weights.metrics("the adapter in fp32", run, rows, weights.plain(network, run))
     network = weights.merged(network)
     wrong = "the merged weights are not the adapter's model"

@@ -42,7 +42,7 @@ def look(
     Args:
         place: See `read`.
         overrides: See `read`.
-        others: Run folders that it is compared with.
+        others: What it is compared with: run folders, `base`, or yardsticks of the task.
         files: Labelled rows, given with `--data`.
         split: Split of the recipe to look at where no files are given, perhaps `HELD_OUT`; None looks at none.
         columns: Columns that the rows need besides those of the task.
@@ -57,9 +57,11 @@ def look(
     with findings.collect():
         recipe = read(place, overrides)
         paths.refuse_uncached(paths.resolve(recipe.model.name), recipe.model.revision)
+    inherent = {"base", *(() if recipe is None else recipe.task.yardsticks)}
     for other in others:
         with findings.collect():
-            read(other)
+            if other not in inherent:
+                read(other)
     # A path that is refused is not looked at; without a recipe the columns of files are not known.
     if (files or (split and recipe)) and findings.exit_code != RecipeError.exit_code:
         task = None

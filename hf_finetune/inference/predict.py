@@ -157,7 +157,7 @@ class Labels(Predictor):
         """Encode rows as in training."""
         data = self.run.recipe.data
         encoded = self.task.features(columns, self.run.tokenizer, self.run.targets, data.max_length)
-        over = [number for number, row in enumerate(encoded) if row["whole"] > data.max_length]
+        over = [number for number, row in enumerate(encoded) if row["whole"] > row["size"]]
         if over and data.overlong == "error":
             raise RowsError({f"has more than {data.max_length} tokens; give data.overlong=truncate": over})
         return encoded

@@ -57,6 +57,7 @@ def save(
             settings = copy.deepcopy(base_model(adapted).generation_config)
             settings.update(**fields)
             settings.save_pretrained(staging)
+        recipe.task.write_beside(staging, base_model(adapted).config, recipe.data.max_length)
         text = card.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / card.FILE).write_text(text, encoding="utf-8")
 
@@ -76,7 +77,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     inputs = recipe.task.inputs(batch)
     # Loading draws numbers for weights that it then replaces.
     with torch.random.fork_rng():
-        expected = _logits(adapted, inputs, machine).cpu()
+        expected = _logits(adapted, recipe.task.output, inputs, machine).cpu()
         device = next(iter(inputs.values())).device
         if device.type != "cpu":
             # The fresh base would not fit next to a model that fills half of the device.
@@ -86,7 +87,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
         restored = recipe.adapter.load(base, str(folder)).to(device)
         # The head of a decoder that classifies finds the last token by it.
         base.config.pad_token_id = getattr(base_model(adapted).config, "pad_token_id", None)
-        actual = _logits(restored, inputs, machine).cpu()
+        actual = _logits(restored, recipe.task.output, inputs, machine).cpu()
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - actual).abs().max()) / scale
     tolerance = (CHANGED_BASE if changed_base(adapted) else TOLERANCES)[machine.precision]
@@ -129,14 +130,14 @@ def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
     return torch.equal(one, two)
 
 
-def _logits(network: nn.Module, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
-    """Return logits in float32, in eval mode and the run's precision; modes are put back."""
+def _logits(network: nn.Module, output: str, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
+    """Return logits, or another output, in float32, in eval mode and the run's precision; modes are put back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     device = next(iter(inputs.values())).device.type
     try:
         with torch.no_grad(), machine.autocast(device):
-            logits: torch.Tensor = network(**inputs).logits
+            logits: torch.Tensor = getattr(network(**inputs), output)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -132,13 +132,14 @@ def write(network: PreTrainedModel, run: Finished, dtype: Precision, shard_size:
         network.config.use_cache = True  # it was off for training
     with writing(folder), silence():
         network.save_pretrained(folder, max_shard_size=shard_size)
-        add_tokenizer(run, folder)
+        add_tokenizer(run, network.config, folder)
 
 
-def add_tokenizer(run: Finished, folder: Path) -> None:
-    """Write everything but weights: tokenizer, chat template, and the names of labels for programs."""
+def add_tokenizer(run: Finished, config: Any, folder: Path) -> None:
+    """Write everything but weights and their config: tokenizer, chat template, and what programs look for beside."""
     run.tokenizer.save_pretrained(folder)
     peft.write_labels(folder, run.recipe.task.model_options(run.targets))
+    run.recipe.task.write_beside(folder, config, run.recipe.data.max_length)
 
 
 def _settle_generation(network: Any, tokenizer: Any, fields: Mapping[str, Any]) -> None:
@@ -246,15 +247,15 @@ def probes(run: Finished, rows: Any) -> list[Batch]:
     return [task.inputs(run.collate([read[index] for index in group])) for group in groups]
 
 
-def logits_of(network: Any) -> Logits:
-    """Make logits with a network: without gradients, in its own dtype, no cache kept."""
+def logits_of(network: Any, output: str) -> Logits:
+    """Make logits, or another output, with a network: without gradients, in its own dtype, no cache kept."""
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     options = {"use_cache": False} if hasattr(network.config, "use_cache") and inner.can_generate() else {}
 
     def run(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
             inputs = {name: value.to(network.device) for name, value in batch.items()}
-            logits: torch.Tensor = network(**inputs, **options).logits
+            logits: torch.Tensor = getattr(network(**inputs, **options), output)
             return logits
 
     return run
@@ -284,14 +285,15 @@ def predictor(model: Logits, run: Finished, device: Any = "cpu") -> Predict:
 
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
         moved = {name: value.to(device) for name, value in batch.items()}
-        return run.recipe.task.predict(lambda **inputs: SimpleNamespace(logits=model(inputs)), moved, run.targets)
+        task = run.recipe.task
+        return task.predict(lambda **inputs: SimpleNamespace(**{task.output: model(inputs)}), moved, run.targets)
 
     return predict
 
 
 def plain(network: Any, run: Finished) -> Predict:
     """Predict with a network as transformers runs it."""
-    return predictor(logits_of(network), run, network.device)
+    return predictor(logits_of(network, run.recipe.task.output), run, network.device)
 
 
 def metrics(name: str, run: Finished, rows: Any, predict: Predict) -> dict[str, float]:

@@ -163,7 +163,9 @@ class Paths:
         rows = self.task.telling({name: value[:ROWS, :TOKENS] for name, value in batch.items()})
 
         def plain(**inputs: Tensor) -> Any:
-            return SimpleNamespace(logits=self._logits(lambda: model(**inputs).logits))
+            return SimpleNamespace(
+                **{self.task.output: self._logits(lambda: getattr(model(**inputs), self.task.output))}
+            )
 
         expected = self.task.loss(plain, rows, self.targets).sum
         found = self.loss_sum(model, rows)
@@ -179,7 +181,7 @@ class Paths:
     def outputs(self, model: Any, batch: Batch) -> list[Tensor]:
         """Logits of the positions that are no padding, and the summed loss where it does not follow from them."""
         inputs = self.task.inputs(batch)
-        logits = self._logits(lambda: model(**self.seen(inputs)).logits).float()
+        logits = self._logits(lambda: getattr(model(**self.seen(inputs)), self.task.output)).float()
         mask = inputs.get("attention_mask")
         # An encoder's mask is not that of the decoder's tokens.
         logits = logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits

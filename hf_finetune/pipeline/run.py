@@ -97,7 +97,7 @@ class Run:
             data: Files, or a glob; None takes a split of the recipe.
             split: Of the recipe; None takes the test split, else the validation split.
             by: Columns; metrics are given for each value, too.
-            against: Run folders, or `base`, to compare with on the same rows.
+            against: Run folders, `base`, or `bm25` where documents are ranked, to compare with on the same rows.
 
         Returns:
             The document that `hf-finetune evaluate --format json` prints.
@@ -109,12 +109,11 @@ class Run:
 
         # Everything that can be wrong is said before torch loads.
         files = _words(data)
-        others = [os.fspath(other) for other in against if other != "base"]
+        names = [os.fspath(other) for other in against]
         look_at = split or opening.HELD_OUT
-        opening.look(str(self.folder), self.overrides, others=others, files=files, split=look_at, columns=by)
+        opening.look(str(self.folder), self.overrides, others=names, files=files, split=look_at, columns=by)
         from hf_finetune.inference.evaluate import evaluate
 
-        names = [os.fspath(other) for other in against]
         with log.quietly():
             return evaluate(str(self.folder), self.overrides, files=files, split=split, by=by, against=names)
 

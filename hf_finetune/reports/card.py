@@ -272,7 +272,7 @@ def _load(recipe: Recipe, targets: State, config: PreTrainedConfig) -> str:
     if not recipe.adapter.freezes_base:
         head = [f"from transformers import {auto}, {prepares}"]
     elif hub_base(recipe) is not None and recipe.task.peft_task is not None:
-        auto = auto.replace("AutoModel", "AutoPeftModel")
+        auto = auto.replace("AutoModel", "AutoPeftModel") + ("" if "For" in auto else "ForFeatureExtraction")
         head = [f"from peft import {auto}", f"from transformers import {prepares}"]
     else:
         head = [IMPORT, f"from transformers import {auto}, {prepares}"]

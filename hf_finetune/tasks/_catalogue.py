@@ -53,5 +53,9 @@ METRICS: Mapping[str, Metric] = {
     "copied_source": Metric(greater=False, is_share=True),
     "wrong_language": Metric(greater=False, is_share=True),
     "length_ratio": Metric(is_wide=True),
+    "ndcg_10": Metric(greater=True, chart="scores", is_share=True, hub=("ndcg", {"k": "10"})),
+    "mrr_10": Metric(greater=True, chart="scores", is_share=True, hub=("mrr", {"k": "10"})),
+    "map": Metric(greater=True, is_share=True),
+    **{f"recall_{k}": Metric(greater=True, is_share=True, hub=("recall", {"k": str(k)})) for k in (1, 5, 10, 100)},
 }
 """In the order in which they are drawn; of any other metric nothing is known."""

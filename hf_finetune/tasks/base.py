@@ -20,6 +20,8 @@ from hf_finetune.tasks._shown import Plot as Plot
 from hf_finetune.tasks._shown import Prompts as Prompts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from datasets import Dataset, IterableDataset
@@ -162,6 +164,8 @@ class Task(Plugin):
     """PEFT's name of the task, e.g. `SEQ_CLS`; None where PEFT has none: the head is then trained by its name."""
     pipeline: ClassVar[str]
     """The Hub's pipeline tag, e.g. `text-classification`."""
+    output: ClassVar[str] = "logits"
+    """Field of the model's output that the task reads: two models are the same where it is."""
     token_ids: ClassVar[str | None] = "input_ids"  # noqa: S105 - no password
     """Feature that holds token ids; None where rows are not made of tokens."""
     rows_are: ClassVar[str] = "rows"
@@ -185,6 +189,10 @@ class Task(Plugin):
     """Ends of the architectures that were pretrained for it, e.g. `ForMaskedLM`; empty where any body will do."""
     takes_slow_tokenizers: ClassVar[bool] = False
     """A tokenizer without tokenizer.json will do, as Marian's are."""
+    contrasts: ClassVar[bool] = False
+    """The loss of a row depends on the other rows of its global batch: see `embed`."""
+    yardsticks: ClassVar[tuple[str, ...]] = ()
+    """Methods without training that the model can be compared with: see `yardstick`."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that may select the best model; `_catalogue.METRICS` has them all."""
     headline: ClassVar[tuple[str, ...]] = ("loss",)
@@ -276,6 +284,15 @@ class Task(Plugin):
         # A missing target is no blank row, but an error of its own.
         columns = [rows[name] for name in self.asked_columns()]
         return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
+
+    @property
+    def one_row_by(self) -> str | None:
+        """Column whose equal cells, one after the other or not, make one row: the cells of all others become lists."""
+        return None
+
+    def findings(self, rows: Dataset) -> dict[str, list[int]]:
+        """Return what can't be seen in one row alone: a check of `data.checks` -> numbers of the raw rows, from 0."""
+        return {}
 
     def fit(self, rows: Dataset | IterableDataset) -> State:
         """Read labels and the like off the raw training rows; streamed rows are not read, only their features.
@@ -373,9 +390,19 @@ class Task(Plugin):
 
         Args:
             model: The adapted model, perhaps wrapped for distribution; call it with keyword arguments.
-            batch: As collated, on the device.
+            batch: As collated, on the device. Where the task `contrasts`, with `pool.NAME` of the global batch for each
+                name that `embed` returns, and the places of these rows in it, `own` (B,); without, it is all there is.
             state: What `fit` returned.
         """
+
+    def embed(self, model: Callable[..., Any], batch: Batch, state: State) -> dict[str, torch.Tensor]:
+        """Return what the losses of other rows depend on, (B, ...) each; of a task that `contrasts`.
+
+        The trainer calls it for all micro-batches of a step, without gradients and with the random numbers that `loss`
+        will draw again, and gathers the rows of all ranks. `loss` puts its own rows, which have gradients, in their
+        places, and so has the gradient of the whole loss (Gao et al. 2021, https://arxiv.org/abs/2101.06983).
+        """
+        raise AssertionError(f"{self.kind} needs no other rows")
 
     @abstractmethod
     def predict(
@@ -414,6 +441,14 @@ class Task(Plugin):
     def plots(self, predictions: Predictions, state: State) -> Plot | None:
         """Return numbers that charts of the split are drawn from; None where there are none."""
         return None
+
+    def yardstick(self, name: str, rows: Dataset) -> Predictions:
+        """Predict all raw rows of a split, in order, by one of `yardsticks`.
+
+        Raises:
+            RecipeError: A package is not installed.
+        """
+        raise AssertionError(f"{self.kind} has no {name}")
 
     # ---- answers ----
 
@@ -502,6 +537,9 @@ class Task(Plugin):
         """Return the inputs of a raw row as text: both texts of a pair, the path of an image."""
         cells = (row[name] for name in self.asked_columns())
         return "\n".join(str(cell) for cell in cells if not isinstance(cell, bytes))
+
+    def write_beside(self, folder: Path, config: Any, limit: int) -> None:
+        """Write what other libraries look for beside a model with such a config, which reads at most `limit` tokens."""
 
     @abstractmethod
     def usage(self, state: State, processor: Any) -> str:

@@ -24,6 +24,8 @@ from hf_finetune.config.blocks import is_due
 from hf_finetune.data.batches import lengths_of
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine
+from hf_finetune.errors import RecipeError
+from hf_finetune.log import warn
 from hf_finetune.log.text import shortened
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import Batch, Judged, Predictions, tokenizer_of
@@ -62,6 +64,19 @@ class Observing:
     ) -> None:
         self.recipe, self.prepared, self.machine = recipe, prepared, machine
         self.folder, self.record = folder, record
+        self._yardsticks: dict[str, dict[str, Predictions]] = {}
+
+    def yardstick(self, split: str) -> dict[str, Predictions]:
+        """Return what the task's first yardstick predicts for all raw rows, by its name; none where it has none."""
+        if split not in self._yardsticks:
+            raw = self.prepared.raw_test if split == "test" else self.prepared.raw_validation
+            self._yardsticks[split] = {}
+            for name in self.recipe.task.yardsticks[:1] if raw is not None else ():
+                try:
+                    self._yardsticks[split][name] = self.recipe.task.yardstick(name, raw)
+                except RecipeError as error:
+                    warn(f"no yardstick: {error}")
+        return self._yardsticks[split]
 
     def watch(self, trainer: Any, say: Callable[[str], None]) -> None:
         """Watch a trainer from now on.
@@ -198,7 +213,12 @@ class Look:
         phase, step, names = self.occasion.phase, self.occasion.step, list(self.job.targets.names)
         if (plot := task.plots(self._predictions, targets)) is not None:
             facts = {"task": task.kind, "problem": plot.kind, "threshold": plot.threshold, "split": self.split}
-            self._keep("predictions", {"rows": plot.rows}, {**facts, "names": names})
+            arrays = {"rows": plot.rows}
+            for name, bar in self.observing.yardstick(self.split).items():
+                numbers = self._numbers(self._ids.tolist())
+                if (beside := task.plots({key: rows[numbers] for key, rows in bar.items()}, targets)) is not None:
+                    arrays["yardstick"], facts["yardstick"] = beside.rows, name
+            self._keep("predictions", arrays, {**facts, "names": names})
         else:
             # Nothing is drawn of these, but the report's intervals are made of them.
             self._keep("outputs", self._predictions, {"names": names})

@@ -5,14 +5,14 @@ A task says by `Plot.kind` which layout its rows have; nothing here asks which t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hf_finetune.tasks import _sums
+from hf_finetune.tasks import _retrieval, _sums
 from hf_finetune.tasks._sums import Sums
 from hf_finetune.tracking.figures import (
     DASHES,
@@ -220,8 +220,46 @@ class Labels(Classes):
         return [matrix, calibration, *super().charts()]
 
 
+class Ranking(Rows):
+    """(N, `_retrieval.COLUMNS`): the measures of a query's ranking, NaN where they are undefined."""
+
+    loss_and_weight = (0, -1)
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record)
+        self.bar: Array | None = record.arrays.get("yardstick")
+        """The same of a method that is not trained, which `bar_name` names."""
+        self.bar_name = str(record.facts.get("yardstick", ""))
+
+    def sums(self) -> Sums:
+        """Sums of measures."""
+        columns = dict(zip(_retrieval.COLUMNS, self.rows.T, strict=True))
+        return _sums.of_means({k: v for k, v in columns.items() if k != "first" and not np.isnan(v).any()})
+
+    def blind(self, counts: Sequence[int], rows: int) -> tuple[str, Rows] | None:
+        """Rank by a method that is not trained."""
+        if self.bar is None:
+            return None
+        made = copy(self)
+        made.rows = self.bar
+        return self.bar_name, made
+
+    def histograms(self) -> Iterator[tuple[str, Array]]:
+        """Yield the loss of each row."""
+        yield "rows/loss", self.losses()[0]
+
+    def charts(self) -> list[Chart]:
+        """List the chart of ranks."""
+        lines = {"this model": self.rows} | ({} if self.bar is None else {self.bar_name: self.bar})
+        about = "Line chart: share of queries with a relevant document among the first ones"
+        draw = partial(found_by, {name: rows[:, 0] for name, rows in lines.items()})
+        return [Chart("ranks", "First relevant document", about, draw, on_card=True)]
+
+
 # By `Plot.kind`; records call it `problem`.
-KINDS = {"single_label": Labels, "multi_label": Cells, "regression": Numbers, None: Tokens}
+KINDS = {
+    "single_label": Labels, "multi_label": Cells, "regression": Numbers, "ranking": Ranking, None: Tokens,
+}  # fmt: skip
 
 
 def of(record: Record) -> Rows:
@@ -341,6 +379,29 @@ def precision_recall(rows: Array, names: Sequence[str]) -> Figure:
     axes.set_title(f"{more}AP: average precision")
     if shown:
         figure.legend(loc="outside lower center", labelcolor=TEXT, ncols=2)
+    return figure
+
+
+@drawn
+def found_by(lines: Mapping[str, Array]) -> Figure:
+    """Draw the share of queries whose first relevant document is among the first 1, 2, 3, ...
+
+    Args:
+        lines: By name, the rank of each query's first relevant document, (N,).
+    """
+    figure, axes = blank(3.4)
+    most = max([2.0, *(float(ranks.max(initial=0)) for ranks in lines.values())])
+    for place, (name, ranks) in enumerate(lines.items()):
+        shares = np.arange(1, len(ranks) + 1) / max(1, len(ranks))
+        look: dict[str, Any] = {"color": SERIES[place], "linestyle": DASHES[place], "drawstyle": "steps-post"}
+        axes.plot(np.append(np.sort(ranks), most), np.append(shares, 1.0), label=name, **look)
+    axes.set_xscale("log")
+    axes.set_xlim(1, most)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("documents that are looked at")
+    axes.set_ylabel("queries with a relevant one")
+    axes.set_title(f"{max(map(len, lines.values())):,} queries")
+    legend(axes, loc="lower right")
     return figure
 
 

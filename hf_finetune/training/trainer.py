@@ -30,6 +30,7 @@ from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks._generation import answer_together, until
 from hf_finetune.tracking.observing import Look, Observing
 from hf_finetune.tracking.throughput import DATA, FORWARD, StepTimes, Throughput
+from hf_finetune.training import pool
 from hf_finetune.training.callbacks import Guard
 from hf_finetune.training.loop import AfterStep, ResumableTrainer
 from hf_finetune.training.resume import Checkpointing, Progress
@@ -72,6 +73,7 @@ class FinetuneTrainer(ResumableTrainer):
             compute_metrics=self._metrics,
             callbacks=[AfterStep(self), self.throughput, *callbacks],
         )
+        pool.keep_constants(model)
         # Read instead of `loss_is_scaled_for_ga` by transformers < 5.20, with the same effect.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -116,6 +118,8 @@ class FinetuneTrainer(ResumableTrainer):
             if batches.FAILED in batch:
                 raise batch[batches.FAILED]
         task, targets = self.job.task, self.job.targets
+        if task.contrasts and (self.args.world_size > 1 or len(batch_samples) > 1):
+            pool.fill(self, batch_samples)
         items = sum(task.count(batch, targets).to(torch.float64) for batch in batch_samples)
         counts = torch.stack([torch.as_tensor(items), *(self.throughput.sizes(batch_samples))])
         streamed = [batch.pop(batches.STREAMED) for batch in batch_samples if batches.STREAMED in batch]
