@@ -35,7 +35,7 @@ def encoded(task: Embedding, rows: list[dict[str, Any]], tokenizer: Any) -> list
 @pytest.fixture(scope="module")
 def peer(tiny_bert: str) -> Any:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     body = Transformer(tiny_bert)
     made = SentenceTransformer(modules=[body, Pooling(32), Normalize()], device="cpu")
@@ -44,7 +44,7 @@ def peer(tiny_bert: str) -> Any:
 
 @pytest.mark.parametrize("dimensions", [[], [8, 16]])
 def test_the_loss_is_that_of_sentence_transformers(dimensions: list[int], peer: Any) -> None:
-    from sentence_transformers import losses
+    from sentence_transformers.sentence_transformer import losses
 
     task = task_of(negatives="negatives", dimensions=dimensions)
     network, tokenizer, rows = peer[0].auto_model, peer.tokenizer, ROWS[:: len(WORDS) // 2]
@@ -109,8 +109,8 @@ def test_a_text_that_is_right_for_another_row_is_no_negative(peer: Any) -> None:
     losses = task._contrast(vectors, ids)
     alone = task._contrast(vectors[:1], ids[:1])
     # The first row has two equal positives, and one more of its own anchor: nothing is left to be away from.
-    assert float(losses[0]) == pytest.approx(float(alone[0]), abs=1e-6) == pytest.approx(0.0, abs=1e-6)
-    assert float(losses[1]) > 0.01
+    assert losses[0].item() == pytest.approx(alone[0].item(), abs=1e-6) == pytest.approx(0.0, abs=1e-6)
+    assert losses[1].item() > 0.01
 
 
 def test_metrics_are_those_of_sentence_transformers(peer: Any) -> None:
