@@ -188,6 +188,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _split_fits_task(self) -> Self:
+        if self.data.overlong == "split" and not self.task.is_running_text:
+            raise ValueError(f"data.overlong: {self.task.kind} rows can't be split; write truncate, drop or error")
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits_attention(self) -> Self:
         attention = self.model.attention
         if self.data.packing and attention not in ("auto", *PACKED_ATTENTION):

@@ -169,8 +169,9 @@ class Data(Section):
     """Share of the training rows that is cut off for validation, by `training.seed`, where there is no `validation`."""
     max_length: Annotated[Annotated[int, Field(ge=2, le=1_048_576)], STUDY] = 512
     """Most tokens of a row."""
-    overlong: Annotated[Literal["truncate", "drop", "error"], STUDY] = "truncate"
-    """Treatment of rows with more than `max_length` tokens; counted and reported in every case."""
+    overlong: Annotated[Literal["truncate", "split", "drop", "error"], STUDY] = "truncate"
+    """Treatment of rows with more than `max_length` tokens; counted and reported in every case. `split` makes several
+    rows of one, so that nothing of it is lost (plain text of causal_lm and masked_lm)."""
     packing: Annotated[bool, STUDY] = False
     """Put several rows into one sequence of `max_length` tokens, with no attention across rows (causal_lm)."""
     streaming: bool = False
@@ -205,6 +206,8 @@ class Data(Section):
     def _splits(self) -> Self:
         if self.validation is not None and self.validation_share is not None:
             raise ValueError("validation and validation_share exclude each other; remove one")
+        if self.streaming and self.overlong == "split":
+            raise ValueError("overlong: a stream counts rows as they are written; write truncate, drop or error")
         if self.streaming and self.packing:
             raise ValueError("packing needs the lengths of all rows, streaming reads them one by one; turn one off")
         if self.streaming and self.validation_share is not None:

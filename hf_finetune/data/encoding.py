@@ -77,6 +77,7 @@ FEW_ROWS = 5_000  # up to this many rows, starting processes costs more than it 
 INDEX = "row"  # Column: number of the raw row in the split, from 0
 MARKS = "marks"  # Column: bits of what the raw text of a row holds, and of `REMARKS` for what encoding noticed
 FAULT = "fault"  # Column: the reasons why a row can't be encoded, one a line; null where it can
+UNCUT = 1 << 30  # more tokens than any row has
 COUNTS = ("size", "whole", "weight")  # columns of numbers that every task gives
 
 
@@ -89,6 +90,7 @@ class Encoder:
     targets: State
     max_length: int
     columns: tuple[str, ...] | None = None  # the task's features; None takes those of the first row that can be encoded
+    splits: bool = False  # makes several rows of an over-long one
     tally: Path | None = None  # file that learns of each finished batch, whatever process encodes it
 
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int] | None = None) -> dict[str, list[Any]]:
@@ -104,28 +106,33 @@ class Encoder:
         raw = {column: values for column, values in rows.items() if column not in BOOKKEEPING}
         spoken = [index for index, blank in enumerate(self.task.blank(raw)) if not blank]
         faults: dict[int, list[str]] = {}
-        encoded: dict[int, Any] = {}
+        encoded: dict[int, list[Any]] = {}
         # One bad row hides no other: the rest is encoded again, which may show faults that were looked for later.
         while fit := [index for index in spoken if index not in faults]:
             chosen = {column: [values[index] for index in fit] for column, values in raw.items()}
             try:
-                found = self.task.features(chosen, self.processor, self.targets, self.max_length)
-                encoded = dict(zip(fit, found, strict=True))
+                limit = UNCUT if self.splits else self.max_length
+                found = self.task.features(chosen, self.processor, self.targets, limit)
+                encoded = dict(zip(fit, map(self._parts, found), strict=True))
                 break
             except RowsError as error:
                 for what, struck in error.found.items():
                     for place in struck:
                         faults.setdefault(fit[place], []).append(what)
-        nothing = dict.fromkeys(COUNTS, 0)
-        made = [encoded.get(index, nothing) for index in spoken]
+        nothing = [dict.fromkeys(COUNTS, 0)]
+        made = [row for index in spoken for row in encoded.get(index, nothing)]
         names = self.columns
         if names is None:
-            names = tuple(name for name in next(iter(encoded.values()), {}) if name not in {"remarks", *COUNTS})
+            first: dict[str, Any] = next(iter(encoded.values()), [{}])[0]
+            names = tuple(name for name in first if name not in {"remarks", *COUNTS})
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in made] for name in names}
         columns |= {name: [row[name] for row in made] for name in COUNTS}
         tokenizer = tokenizer_of(self.processor)
         texts = {column: [values[index] for index in spoken] for column, values in raw.items()}
         marks = marks_of(texts, None if tokenizer is None else tasks_texts.pattern(tokenizer))
+        # One entry a part from here on.
+        marks = [mark for index, mark in zip(spoken, marks, strict=True) for _ in encoded.get(index, nothing)]
+        spoken = [index for index in spoken for _ in encoded.get(index, nothing)]
         columns[MARKS] = [mark | row.get("remarks", 0) for mark, row in zip(marks, made, strict=True)]
         columns[FAULT] = ["\n".join(faults[index]) if index in faults else None for index in spoken]
         columns[INDEX] = [indices[index] for index in spoken]
@@ -134,6 +141,9 @@ class Encoder:
             with self.tally.open("ab") as stream:
                 stream.write(len(rows[ROW]).to_bytes(4))
         return columns | {column: [rows[column][index] for index in spoken] for column in BOOKKEEPING}
+
+    def _parts(self, row: Any) -> list[Any]:
+        return self.task.split(row, self.processor, self.max_length) if self.splits else [row]
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,8 @@ def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[E
         over-long and must not be, or none is left.
     """
     overlong, encoded = data.overlong, _mapped(split, encoder, data.workers, scratch)
-    empty = len(split.rows) - len(encoded)
+    parts = np.unique(encoded.data[INDEX].to_numpy(), return_counts=True)[1]
+    empty = len(split.rows) - len(parts)
     fault = encoded.data[FAULT]
     faulty, problems = np.empty(0, dtype=np.int64), list[Problem]()
     if fault.null_count < len(fault):
@@ -186,7 +197,7 @@ def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[E
         )
         problems.append(Problem(message, file=found[0][0]))
     # With `error` they count as dropped, so that the checks can judge the others all the same.
-    dropped = over if overlong != "truncate" else np.zeros_like(over)
+    dropped = over if overlong not in ("truncate", "split") else np.zeros_like(over)
     untrained = ~dropped & (weight == 0)
     kept = ~dropped & ~untrained
     report = SplitReport(
@@ -200,6 +211,7 @@ def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[E
         longest=int(whole.max(initial=0)),
         unused=split.unused,
         empty=empty,
+        split=int((parts > 1).sum()),
     )
     if report.kept:
         return Encoding(encoded, kept, report, faulty), problems

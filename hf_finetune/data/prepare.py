@@ -75,7 +75,7 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Co
     else:
         targets, wrong = _fit_stream(recipe, origins)
     note(wrong, "train")
-    encoder = Encoder(task, processor, targets or State(), data.max_length)
+    encoder = Encoder(task, processor, targets or State(), data.max_length, splits=data.overlong == "split")
     kept: dict[str, Split] = {}
     encodings: dict[str, Encoding] = {}
     for name, split in loaded.items():
@@ -232,7 +232,7 @@ def prepare(recipe: Recipe, tokenizer: Any, machine: Machine) -> Prepared:
     entry = cache.Entry(cache_folder(data.cache), _sha256([fingerprint, versions, *_referenced(task, origins)]))
     content = entry.get(build_unchanged, builds=machine.is_node_main)
     if data.streaming:
-        encoder = Encoder(task, tokenizer, content.targets, data.max_length)
+        encoder = Encoder(task, tokenizer, content.targets, data.max_length, splits=data.overlong == "split")
         train: Any = Stream(Reading(data, origins, Wanted.by(task), seed), encoder)
     else:
         train = content.encoded["train"]
@@ -374,7 +374,9 @@ def opened(
     with cache.scratch(cache_folder(recipe.data.cache), ".one-") as folder:
         with phase("reading data"):
             origins, rows = _selected(recipe, split, files, columns, Path(folder, "raw"))
-        encoder = Encoder(recipe.task, processor, targets, recipe.data.max_length)
+        encoder = Encoder(
+            recipe.task, processor, targets, recipe.data.max_length, splits=recipe.data.overlong == "split"
+        )
         encoding, problems = encode(rows, encoder, recipe.data, Path(folder))
         if encoding is None or problems:
             raise DataError(problems)

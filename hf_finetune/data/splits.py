@@ -28,7 +28,7 @@ WIDEST = {"int": "int64", "uint": "int64", "float": "float64", "string": "string
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of a split; rows = kept + dropped + untrained + empty."""
+    """Counts of a split; rows = kept + dropped + untrained + empty, where no row is split into several."""
 
     rows: int = 0  # raw rows
     kept: int = 0  # rows that are trained on or evaluated
@@ -40,6 +40,7 @@ class SplitReport:
     longest: int = 0  # tokens of the longest row, before cutting
     unused: int = 0  # rows of mixed sources that are never drawn, not among `rows`; unknown for a stream, and then 0
     empty: int = 0  # rows that were dropped because they hold no text
+    split: int = 0  # rows that were over-long, of which each part is a row
 
     @classmethod
     def total(cls, reports: Iterable[SplitReport]) -> SplitReport:

@@ -70,7 +70,7 @@ def plan(
             text = f"{rows} rows of a stream looked at: {text}"
         lines[name] = text
     lines |= {
-        "steps": outcome.plan_line(division, length),
+        "steps": outcome.plan_line(job),
         "padding": "unknown for a stream" if padding is None else f"{padding:.1%}",
         "machine": machine.describe(),
         "chosen": Choices(machine.device, chosen).describe(),

@@ -387,7 +387,7 @@ def load_model(run: Training) -> None:
     if machine.activation_checkpointing:
         load.enable_activation_checkpointing(loaded.model)
     run.say(reports_outcome.model_line(recipe, load.parameter_counts(run.adapted)))
-    run.say(reports_outcome.plan_line(job.division, job.length))
+    run.say(reports_outcome.plan_line(job))
     if run.before is not None and "attention" in run.before.made and recipe.model.attention == "auto":
         attention = run.before.made["attention"]  # the model was loaded with it already
     else:

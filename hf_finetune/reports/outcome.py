@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune import log
-from hf_finetune.data.batches import Division
 from hf_finetune.errors import Problem
 from hf_finetune.log.lines import clock
 from hf_finetune.log.text import number
@@ -18,7 +17,7 @@ from hf_finetune.run.journal import Entry
 from hf_finetune.tasks import _likeness as likeness
 
 if TYPE_CHECKING:
-    from hf_finetune.data.job import Length
+    from hf_finetune.data.job import Job
     from hf_finetune.data.prepare import Prepared
     from hf_finetune.device import Machine
 
@@ -43,6 +42,7 @@ def data_lines(recipe: Recipe, prepared: Prepared, *, every_label: bool | None =
         parts += [f"longest {counts.longest:,}"] if recipe.task.token_ids else []
         losses = (
             (counts.cut, "cut to max_length"),
+            (counts.split, "over-long and split"),
             (counts.dropped, "dropped as over-long"),
             (counts.empty, "dropped without text"),
             (counts.untrained, "dropped without a trained token"),
@@ -80,16 +80,22 @@ def model_line(recipe: Recipe, parameters: tuple[int, int]) -> str:
     return f"model {recipe.model.name}: {total:,} parameters, {share}"
 
 
-def plan_line(division: Division, length: Length) -> str:
-    """Say how the global batch is divided, and how many steps there are."""
+def plan_line(job: Job) -> str:
+    """Say how the global batch is divided, and how many steps there are; of running text, also passes and tokens."""
+    division, length = job.division, job.length
 
     def counted(number: int, thing: str) -> str:
         plural = "" if number == 1 else "es" if thing.endswith("h") else "s"
         return f"{number:,} {thing}{plural}"
 
+    seen = ""
+    if job.task.is_running_text and length.steps_per_epoch:
+        passes = length.total_steps / length.steps_per_epoch
+        seen = f" ({passes:.3g} passes, about {job.prepared.reports['train'].tokens * passes:,.0f} tokens)"
     return (
-        f"{counted(length.total_steps, 'step')} of {division.batch_size} rows: {counted(division.world_size, 'rank')}"
-        f" x {counted(division.accumulation, 'micro-batch')} of up to {division.micro_batch}"
+        f"{counted(length.total_steps, 'step')} of {division.batch_size} rows{seen}: "
+        f"{counted(division.world_size, 'rank')} x {counted(division.accumulation, 'micro-batch')} "
+        f"of up to {division.micro_batch}"
     )
 
 

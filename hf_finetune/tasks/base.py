@@ -344,6 +344,15 @@ class Task(Plugin):
             RowsError: Rows can't be used; all of them, by their number within the batch.
         """
 
+    @property
+    def is_running_text(self) -> bool:
+        """Rows may be cut anywhere: see `split`."""
+        return False
+
+    def split(self, row: Features, processor: Any, limit: int) -> list[Features]:
+        """Return a row that was not cut as rows of at most `limit` each."""
+        raise AssertionError(f"{self.kind} splits no rows")
+
     def masked(self, row: Any) -> Any:
         """Return a copy of a row that counts as nothing: it fills a rank that ran out of rows."""
         if isinstance(row, list):  # documents that share a sequence

@@ -188,6 +188,22 @@ class CausalLM(TokenScores, Decoder):
             )
         return found
 
+    @property
+    def is_running_text(self) -> bool:
+        """With `text`."""
+        return self.is_plain
+
+    def split(self, row: Features, processor: Any, limit: int) -> list[Features]:
+        """Cut a text into parts; nothing predicts the first token of each."""
+        found: list[Features] = []
+        for start in range(0, len(row["labels"]), limit):
+            ids, labels = (row[name][start : start + limit] for name in ("input_ids", "labels"))
+            weight = len(labels[1:]) - labels[1:].count(IGNORE)
+            parts = {"input_ids": ids, "labels": labels, "size": len(ids), "whole": len(ids), "weight": weight}
+            found.append({**row, **parts})
+        # A token alone teaches nothing.
+        return [part for part in found if part["weight"]] or found[:1]
+
     def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
         """Name the turn that the template drops a part of."""
         (lost,) = self._marked(row, self.renderer(tokenizer))[1]

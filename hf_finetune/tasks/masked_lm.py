@@ -100,6 +100,34 @@ class MaskedLM(TokenScores):
             row["weight"] = sum(label != IGNORE for label in row["labels"])
         return found
 
+    @property
+    def is_running_text(self) -> bool:
+        """Always."""
+        return True
+
+    def split(self, row: Features, processor: Any, limit: int) -> list[Features]:
+        """Cut a text into parts between words, each with the special tokens of a text, and mask each."""
+        if row["size"] <= limit:
+            return [row]
+        special: list[int] = processor("")["input_ids"]
+        head = next((at for at, token in enumerate(special) if row["input_ids"][at] != token), len(special))
+        tail = len(special) - head
+        names = [name for name in ("input_ids", "words", "token_type_ids") if name in row]
+        whole = {name: row[name][head : len(row[name]) - tail] for name in names}
+        found, start, end = list[Features](), 0, 0
+        while start < len(whole["words"]):
+            end = min(start + limit - len(special), len(whole["words"]))
+            # Back to where the word begins that goes on behind, if the part does not begin with it.
+            words = whole["words"]
+            while start < end < len(words) and words[end] == words[end - 1] >= 0 and words[start] != words[end]:
+                end -= 1
+            part: Features = {name: [*row[name][:head], *whole[name][start:end], *row[name][-tail:]] for name in names}
+            size = len(part["words"])
+            made = self.drawn({**row, **part, "size": size, "whole": size}, *HELD_OUT)
+            found.append({**made, "weight": sum(label != IGNORE for label in made["labels"])})
+            start = end
+        return found
+
     def drawn(self, row: Features, seed: int, epoch: int) -> Features:
         """Return a row with the tokens to be told as `labels`, and a number in [0, 1) for each token, `fates`."""
         import numpy as np
