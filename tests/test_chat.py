@@ -177,13 +177,12 @@ def test_what_is_no_chat_is_refused() -> None:
     for messages, complaint in [
         ("{", "no JSON"),
         (None, "NoneType, not a list"),
-        ([{"from": "human", "value": "x"}], "turn 1 is no {role, content}"),
+        ([{"from": "hmuan", "value": "x"}], "turn 1 is no {role, content}"),
         ([CHAT[0], {"role": "user", "content": None}], r"turn 2 \(user\) has no content"),
         (
             [CHAT[1], {"role": "asistant", "content": "x"}],
-            "turn 2 has the role 'asistant'; write 'assistant' or 'user'",
+            "turn 2 has the role 'asistant'; write 'assistant'",
         ),
-        ([CHAT[1], {"role": "gpt", "content": "x"}], "turn 2 has the role 'gpt'"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "no JSON"),
     ]:
         with pytest.raises(DataError, match=complaint):

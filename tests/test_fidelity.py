@@ -81,14 +81,11 @@ def test_parts_of_text_are_joined() -> None:
 def test_what_would_be_lost_is_refused_by_turn_and_role() -> None:
     for chat, complaint in [
         ([turn("user", ["see", {"type": "image_url"}]), ANSWERED], r"turn 1 \(user\).*image_url"),
-        ([turn("developer", "Be brief."), ASKED, ANSWERED], r"turn 1 has the role 'developer'.*write 'system'"),
-        ([turn("System", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'System'; write 'system'"),
         ([turn("sytem", "Be brief."), ASKED, ANSWERED], "turn 1 has the role 'sytem'; write 'system'"),
         ([ASKED, turn("observation", "it rains a lot"), ANSWERED], r"turn 2 \(observation\): .* drops its content; "),
         ([ASKED, turn("observation", "3"), ANSWERED], r"turn 2 \(observation\): .* drops its content; name"),
         ([ASKED, turn("critic", "It is three."), ANSWERED], r"turn [23] .*drops its content; name"),
         ([ASKED, turn("tool", {"sky": "grey"}), ANSWERED], r"turn 2 \(tool\): .* which is no text \(dict\); name"),
-        ([ASKED, turn("assistant", None, function_call={"name": "f"})], r"\(assistant\).*write it as tool_calls"),
         ([ASKED, turn("assistant", "", reasoning_content="I count.")], r"turn 2 .*reasoning.*says nothing else"),
         ([ASKED, turn("assistant", "x", weight=0.5)], r"turn 2 \(assistant\) has the weight 0.5; write 0"),
     ]:

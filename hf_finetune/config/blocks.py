@@ -70,6 +70,9 @@ class Checks(Section):
     false_negatives: Level = "warn"
     """Queries with a document as a negative that is a positive of the same query, or of one of nearly the same words
     (ranking, embedding)."""
+    converted_chats: Level = "off"
+    """Chats that come in another format than turns of `{role, content}`, and are read all the same; the plan counts
+    them (causal_lm)."""
     special_tokens: Level = "warn"
     """Rows whose text contains special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"

@@ -80,6 +80,9 @@ SENTENCES: Mapping[str, Sentence] = {
         "{have} a negative that is a positive of the same query, or of one of nearly the same words",
         "look at a few, and correct or remove them",
     ),
+    "converted_chats": Sentence(
+        "{have} chats in another format than turns with role and content", "write them so if that is not meant"
+    ),
     "special_tokens": Sentence(
         "{have} special tokens of the tokenizer in the text, which are read as such",
         "remove them if they are not meant",

@@ -300,7 +300,12 @@ def _fingerprint(recipe: Recipe, tokenizer: Any, origins: Origins) -> str:
     )
 
 
-YOUNGER: Mapping[str, Any] = {"escape_special_tokens": False, "date": None}
+YOUNGER: Mapping[str, Any] = {
+    "escape_special_tokens": False,
+    "date": None,
+    "chat_template": None,
+    "template_options": {},
+}
 """Keys of tasks that version 0.1.0 did not have, with what it did: a run that it began can go on."""
 
 

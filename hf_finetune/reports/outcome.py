@@ -49,6 +49,10 @@ def data_lines(recipe: Recipe, prepared: Prepared, *, every_label: bool | None =
             (counts.unused, "never drawn from the mix"),
         )
         parts += [f"{count:,} {loss}" for count, loss in losses if count]
+        if (facts := prepared.facts.get(split)) is not None and (
+            tally := facts.tallies.get("converted_chats")
+        ) is not None:
+            parts.append(f"{tally.count:,} {tally.detail}")
         lines.append(f"{split}: {', '.join(parts)}")
     # Not `targets.counts`, which has the rows that are dropped too.
     labels = prepared.facts["train"].labels if "train" in prepared.facts else {}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,21 @@ class Renderer:
         tokenizer: A fast one.
         date: The day that a template prints which asks for today's date, as YYYY-MM-DD; None is today.
         escapes: Special tokens in the text of the chat are text.
+        options: Variables of the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None, escapes: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        date: str | None = None,
+        escapes: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             reason = "its tokenizer gives no character offsets, which finding the trained tokens needs"
             raise ModelError(Problem(f"{reason}; name another model", key="model.name"))
         self.tokenizer, self.date, self.escapes = tokenizer, date, escapes
+        self.variables = {**tokenizer.special_tokens_map, **(options or {})}
         # Not all that a template writes as special is among the named ones (EOS, BOS, ...) of the tokenizer.
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = frozenset(added | set(tokenizer.all_special_ids))
@@ -240,12 +249,10 @@ class Renderer:
         Raises:
             DataError: The template refuses every form.
         """
-        for index, turn in enumerate(chat.messages):
-            # A template that does not know the role would drop the turn, or make up another one.
-            if turn["role"] == "developer" and "developer" not in self._template(chat):
-                raise DataError(
-                    f"turn {index + 1} has the role 'developer', which the chat template does not know; write 'system'"
-                )
+        if any(turn["role"] == "developer" for turn in chat.messages) and "developer" not in self._template(chat):
+            # OpenAI's newer name. A template that does not know the role would drop the turn, or make up another one.
+            renamed = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in chat.messages]
+            chat = replace(chat, messages=renamed)
         refusal, first = None, None
         for form in self._forms(chat):
             try:
@@ -279,7 +286,7 @@ class Renderer:
                         _formed(turn, turn["content"] if keeps and "content" in turn else content, decoded, parts)
                         for turn in chat.messages
                     ]
-                    yield Chat(turns, chat.tools, chat.muted)
+                    yield replace(chat, messages=turns)
 
     def _lost(self, chat: Chat, text: str) -> tuple[Lost, ...]:
         return fidelity.lost(
@@ -378,7 +385,7 @@ class Renderer:
                 chat_template=template,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=ask,
-                **self.tokenizer.special_tokens_map,
+                **self.variables,
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             remedy = "change the roles, their order or what the turns hold, or name a model whose template takes them"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator
 
+from hf_finetune.config import paths
 from hf_finetune.config.section import SEEN, TEXT, Key
 from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
@@ -28,6 +31,25 @@ CONTINUED = 32
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "source", "problem")
 # A small model for `init`.
 SMALL = ("Qwen/Qwen2.5-0.5B-Instruct", "0.5B parameters, with a chat template")
+
+
+# Names of `chat_template`.
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for m in messages %}{{ m['role'] | capitalize }}:"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ ' ' + m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+}
+# Variables that `template_options` must leave alone.
+OWN = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
 
 
 class Decoder(Task):
@@ -49,6 +71,11 @@ class Decoder(Task):
     date: Annotated[Text | None, TEXT] = None
     """Day, as YYYY-MM-DD, that a chat template prints which asks for today's date (Llama-3.2, gpt-oss). Null is the day
     on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
+    chat_template: Annotated[Text | None, Key(card=False)] = None
+    """Chat template of a tokenizer that has none, or in place of its own: `chatml`, `plain` (`User:`, `Assistant:`,
+    EOS), a Jinja file, or the template itself. A file is read once: the recipe that the run keeps has its text."""
+    template_options: Annotated[dict[str, bool | int | float | str | list[str]], TEXT] = Field({})
+    """Variables of the chat template, in training and in all that is done with the run: `{enable_thinking: false}`."""
     sample_prompts: Annotated[
         Annotated[int, Field(ge=0, le=1000)] | list[Text], TEXT, Key(resume="free", card=False, study=False)
     ] = 3
@@ -56,6 +83,26 @@ class Decoder(Task):
     prompts (of plain text: the first tokens)."""
     max_new_tokens: Annotated[Annotated[int, Field(ge=1, le=1_048_576)], SEEN] = 256
     """Most tokens of a generated answer."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _reads(cls, template: str | None) -> str | None:
+        if template is None or template in TEMPLATES or "{" in template:
+            return template
+        if (why := paths.outside(template)) is not None:
+            raise ValueError(f"{template!r} {why}")
+        try:
+            return Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            known = " or ".join(TEMPLATES)
+            raise ValueError(f"{template!r} can't be read ({error}); give {known}, a file, or a template") from None
+
+    @field_validator("template_options")
+    @classmethod
+    def _are_variables(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(OWN & options.keys()):
+            raise ValueError(f"{', '.join(own)} can't be set: the row or the tokenizer says it; remove it")
+        return options
 
     @field_validator("date")
     @classmethod
@@ -124,7 +171,13 @@ class Decoder(Task):
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Renders chats as this task trains them."""
-        return Renderer(tokenizer, self.date, self.escape_special_tokens)
+        return Renderer(tokenizer, self.date, self.escape_special_tokens, self.template_options)
+
+    @property
+    def processor_options(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """Set the chat template that the recipe gives."""
+        given = self.chat_template
+        return {} if given is None else {"chat_template": TEMPLATES.get(given, given)}
 
     def vocabulary(self, processor: Any) -> int:
         """Return the size of the tokenizer's vocabulary."""
@@ -192,7 +245,8 @@ class Decoder(Task):
         if processor.chat_template and not self.is_plain:
             turns = [{"role": "system", "content": self.system}] if self.system else []
             asked = literal([*turns, {"role": "user", "content": "Your question"}])
-            options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+            more = "".join(f", {name}={literal(value)}" for name, value in self.template_options.items())
+            options = f'add_generation_prompt=True, return_dict=True, return_tensors="pt"{more}'
             given = f"tokenizer.apply_chat_template({asked}, {options})"
         answer = f"answer = model.generate(**asked, max_new_tokens={self.max_new_tokens})"
         return f"asked = {given}\n{answer}\nprint(tokenizer.decode(answer[0, asked['input_ids'].shape[1]:]))\n"

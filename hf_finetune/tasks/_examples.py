@@ -11,8 +11,11 @@ from string import Formatter
 from typing import Any, TypeVar
 
 from hf_finetune.errors import BadRows, DataError
+from hf_finetune.tasks import _formats
 from hf_finetune.tasks._chat import Rendered, Renderer
-from hf_finetune.tasks._messages import REASONING, SPEAKERS, Chat, is_text
+from hf_finetune.tasks._fidelity import Lost
+from hf_finetune.tasks._formats import SPEAKERS
+from hf_finetune.tasks._messages import REASONING, Chat, is_text
 from hf_finetune.tasks.base import Rows, is_blank
 
 # Literal text, and the column whose value follows it (None at the end).
@@ -98,6 +101,12 @@ class Reader:
         prompt, completion = self.pair(row)
         return Chat([*self.asked(prompt).messages, {"role": "assistant", "content": completion}])
 
+    def spoken(self, row: Row, renderer: Renderer, train_on: str) -> tuple[Rendered, tuple[Lost, ...]]:
+        """Render the row; see `Renderer.spoken`. That a chat came in another format is remarked, too."""
+        chat = self.chat(row)
+        rendered, lost = renderer.spoken(chat, train_on=train_on)
+        return rendered, (*lost, Lost("converted", chat.converted, "converted_chats")) if chat.converted else lost
+
     def pair(self, row: Row) -> tuple[str, str]:
         """Return the prompt and completion of a row, neither blank; plain text has an empty prompt."""
         if self.text is not None:
@@ -181,6 +190,7 @@ def _is_blank(row: Row, reader: Reader) -> bool:
             except ValueError:
                 return False
         if isinstance(turns, list) and turns:
+            turns, _ = _formats.standard(turns)
             said = [turn for turn in turns if isinstance(turn, Mapping)]
             # One empty turn is enough where it is a question, or an answer that would train the model to say nothing.
             muted = [turn.get("role") == "assistant" and turn.get("weight") == 0 for turn in said]

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_finetune.config.suggestions import nearest
 from hf_finetune.errors import DataError
+from hf_finetune.tasks import _formats
+from hf_finetune.tasks._formats import ROLES, SPEAKERS
 from hf_finetune.tasks.base import is_blank
 
-# The roles that are told apart here.
-SPEAKERS = ("assistant", "user")
-# The roles that every format has.
-ROLES = (*SPEAKERS, "system", "tool")
-# What other formats call `SPEAKERS`.
-OTHER_NAMES = {"ai", "bot", "chatbot", "chatgpt", "gpt", "human", "model", "prompter"}
-USERS = {"human", "prompter"}  # those among them that ask
 # Keys that hold what the assistant thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Types of a part of `content` that holds text.
@@ -32,10 +27,12 @@ class Chat:
     tools: list[dict[str, Any]] | None = None
     muted: frozenset[int] = frozenset()
     """Indices of assistant turns that have `weight: 0`: they are not trained."""
+    converted: str = ""
+    """The formats that its turns were in, where they were not `{role, content}`."""
 
     @classmethod
     def parse(cls, messages: Any, tools: Any = None) -> Chat:
-        """Read the cells of a row: lists, or JSON text.
+        """Read the cells of a row: lists, or JSON text, in any of the formats that `_formats` knows.
 
         Nulls inside turns and tools are removed, for Arrow fills the keys that only other rows have with null; so are
         nulls that a tool call passes on purpose, unless its `arguments` are JSON text. Parts of text are joined, and
@@ -44,15 +41,18 @@ class Chat:
         Raises:
             DataError: This is no list of `{role, content, ...}` turns, or no list of tools.
         """
-        turns = [_turn(number, turn) for number, turn in enumerate(_listed(messages, "the messages"), start=1)]
+        said = _formats.dialogue(messages) if isinstance(messages, str) else None
+        listed, formats = _formats.standard(_without_nulls(said or _listed(messages, "the messages")))
+        converted = ", ".join((_formats.DIALOGUE,) if said else formats)
+        turns = [_turn(number, turn) for number, turn in enumerate(listed, start=1)]
         # `_weight` takes the key out of the turn, as templates would render it or refuse it.
         muted = [index for index, turn in enumerate(turns) if not _weight(index + 1, turn)]
         listed = [] if tools is None or is_blank(tools) else _listed(tools, "the tools")
-        return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted))
+        return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted), converted)
 
     def upto(self, turns: int) -> Chat:
         """Return the first so many turns."""
-        return Chat(self.messages[:turns], self.tools, self.muted)
+        return replace(self, messages=self.messages[:turns])
 
     @property
     def trained(self) -> list[int]:
@@ -68,25 +68,6 @@ class Chat:
 def said(turn: Any) -> str:
     """Return the text of a turn, in whatever format."""
     return str(turn.get("content") or turn.get("value") or "") if isinstance(turn, Mapping) else ""
-
-
-def from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
-    """Write the turns of ShareGPT, `{from, value}` with speakers such as human and gpt, as `{role, content}`.
-
-    Raises:
-        DataError: A turn is something else, or its speaker is not known.
-    """
-    found = []
-    for number, turn in enumerate(turns, start=1):
-        speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, Mapping) else None
-        content = (turn.get("value") or turn.get("content")) if isinstance(turn, Mapping) else None
-        plain = str(speaker).strip().lower()
-        role = "user" if plain in USERS else "assistant" if plain in OTHER_NAMES else plain
-        if role not in ROLES or not isinstance(content, str):
-            raise DataError(f"turn {number} of {speaker!r} can't be written as {{role, content}}; remove the row")
-        weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
-        found.append({"role": role, "content": content, **weight})
-    return found
 
 
 def _listed(value: Any, what: str) -> list[Any]:
@@ -111,8 +92,7 @@ def _turn(number: int, turn: Any) -> dict[str, Any]:
         # Many templates render it all the same, others drop it; and nothing of it would be trained.
         raise DataError(f"turn {number} has the role {role!r}; write {right}")
     if "function_call" in clean:
-        how = "write it as tool_calls, and its result as a turn of the role 'tool'"
-        raise DataError(f"{at} has a function_call, which chat templates drop; {how}")
+        raise DataError(f"{at} has a function_call, which chat templates drop; write it as tool_calls, or remove it")
     calls = [_call(call, at) for call in _listed(clean.get("tool_calls", []), f"the tool calls of turn {number}")]
     if calls:
         clean["tool_calls"] = calls
@@ -126,15 +106,12 @@ def _turn(number: int, turn: Any) -> dict[str, Any]:
 
 
 def _right_name(role: str) -> str | None:
-    """Spell a role that is one of `ROLES` misspelt, or another word for it; others the template may take."""
+    """Spell a role that is one of `ROLES` misspelt; others the template may take."""
     if role in ROLES:
         return None
-    plain = role.strip().lower()
-    if plain in ROLES:
-        return repr(plain)
-    if plain in OTHER_NAMES or nearest(plain, SPEAKERS, cutoff=0.8) is not None:
-        return "'assistant' or 'user'"
-    return "'system'" if nearest(plain, ["system"], cutoff=0.8) is not None else None
+    return next(
+        (repr(right) for right in (*SPEAKERS, "system") if nearest(role.strip().lower(), [right], cutoff=0.8)), None
+    )
 
 
 def _weight(number: int, turn: dict[str, Any]) -> bool:

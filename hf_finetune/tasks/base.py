@@ -54,7 +54,15 @@ BOOKKEEPING = ("size", "whole", "weight", "remarks")
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
-_REMARKED = ("dropped_reasoning", "dropped_keys", "split_token", "copied_source", "odd_length", "wrong_language")
+_REMARKED = (
+    "dropped_reasoning",
+    "dropped_keys",
+    "split_token",
+    "copied_source",
+    "odd_length",
+    "wrong_language",
+    "converted_chats",
+)
 REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
 

@@ -213,7 +213,7 @@ class CausalLM(TokenScores, Decoder):
         """Return rows as tokens, and what the template dropped of each."""
         reader, train_on = self.reader, self.train_on
         if self._is_chat(renderer.tokenizer):
-            spoken = examples.each(rows, lambda row: renderer.spoken(reader.chat(row), train_on=train_on))
+            spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on))
             return _tokens.mark(renderer, [text for text, _ in spoken]), [lost for _, lost in spoken]
         texts = examples.each(rows, lambda row: reader.completed(row, renderer, whole=train_on == "all"))
         return _tokens.mark_plain(renderer, texts), [()] * len(texts)
@@ -305,23 +305,14 @@ def _chat(columns: Mapping[str, Cells]) -> Proposal | None:
         confidence=0.9,
         used=[column.name, *tools],
         model=SMALL,
-        texts=[" ".join(map(_messages.said, chat)) for chat in column.lists],
     )
     try:
-        _messages.Chat.parse(column.lists[0])
+        chats = [_messages.Chat.parse(chat) for chat in column.lists]
     except DataError as error:
-        try:
-            _messages.Chat.parse(_messages.from_sharegpt(column.lists[0]))
-        except DataError:
-            return replace(found, refusal=str(error))
-    else:
-        return found
-
-    def rewrite(row: Mapping[str, Any]) -> dict[str, Any]:
-        chat = _messages.from_sharegpt(_proposals.as_list(row[column.name]) or [])
-        return {column.name: chat, **{name: row[name] for name in tools}}
-
-    return replace(found, says=f"{column.name} holds chats as ShareGPT writes them", rewrite=rewrite)
+        return replace(found, refusal=str(error))
+    says = f"{column.name} holds chats: {chats[0].converted}" if chats[0].converted else found.says
+    texts = [" ".join(str(turn.get("content", "")) for turn in chat.messages) for chat in chats]
+    return replace(found, says=says, texts=texts)
 
 
 def _chosen(columns: Mapping[str, Cells]) -> Proposal | None:

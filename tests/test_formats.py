@@ -1,0 +1,244 @@
+"""Chats as they are found: each format is recognised, named in the plan, and trained where the assistant speaks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_chat import TOOLS, byte_tokenizer
+
+from hf_finetune import check, predict, train
+from hf_finetune.errors import RowsError
+from hf_finetune.inference.load import open_run
+from hf_finetune.recipe import TASKS
+from hf_finetune.tasks._chat import Renderer
+from hf_finetune.tasks._formats import CALLS, DIALOGUE, NAMES, PAIRS, REFUSAL, SHAREGPT, STRINGS
+from hf_finetune.tasks._messages import Chat
+from hf_finetune.tasks.base import IGNORE, State
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ASKED, ANSWERED = "<|user|>How much?</s><|assistant|>", "[Two.</s>]"
+CALLED = '<|user|>How much?</s><|assistant|>[add{"a": 1}</s>]<|tool|>2</s><|assistant|>[Two.</s>]'
+
+FORMATS: dict[str, tuple[Any, str, str]] = {
+    "openai": (
+        [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "Two."}],
+        "",
+        ASKED + ANSWERED,
+    ),
+    "parts": (
+        [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "input_text", "text": "much?"}]},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "Two."}]},
+        ],
+        "",
+        "<|system|>Be brief.</s>" + ASKED + ANSWERED,
+    ),
+    "weights": (
+        [
+            {"role": "user", "content": "How much?"},
+            {"role": "assistant", "content": "Three.", "weight": 0},
+            {"role": "user", "content": "No."},
+            {"role": "assistant", "content": "Two.", "weight": 1},
+        ],
+        "",
+        ASKED + "Three.</s><|user|>No.</s><|assistant|>" + ANSWERED,
+    ),
+    "tool calls, arguments as text": (
+        [
+            {"role": "user", "content": "How much?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+            {"role": "assistant", "content": "Two."},
+        ],
+        "",
+        CALLED,
+    ),
+    "function_call": (
+        [
+            {"role": "user", "content": "How much?"},
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": {"a": 1}}},
+            {"role": "function", "name": "add", "content": "2"},
+            {"role": "assistant", "content": "Two."},
+        ],
+        f"{CALLS}, {NAMES}",
+        CALLED,
+    ),
+    "refusal": (
+        [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": None, "refusal": "Two."}],
+        REFUSAL,
+        ASKED + ANSWERED,
+    ),
+    "sharegpt": (
+        [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "How much?"},
+            {"from": "gpt", "value": "Two."},
+        ],
+        SHAREGPT,
+        "<|system|>Be brief.</s>" + ASKED + ANSWERED,
+    ),
+    "sharegpt with tools": (
+        [
+            {"from": "human", "value": "How much?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "Two."},
+        ],
+        f"{SHAREGPT}, {CALLS}",
+        CALLED,
+    ),
+    "other names": (
+        [{"role": "User", "content": "How much?"}, {"role": "model", "content": "Two."}],
+        NAMES,
+        ASKED + ANSWERED,
+    ),
+    "ultrachat": (
+        ["How much?", "Three.", "No.", "Two."],
+        STRINGS,
+        ASKED + "[Three.</s>]<|user|>No.</s><|assistant|>" + ANSWERED,
+    ),
+    "pairs": (
+        [{"human": "How much?", "assistant": "Three."}, {"human": "No.", "assistant": "Two."}],
+        PAIRS,
+        ASKED + "[Three.</s>]<|user|>No.</s><|assistant|>" + ANSWERED,
+    ),
+    "dialogue": (
+        "\n\nHuman: How much?\n\nAssistant: Three.\n\nHuman: No.\n\nAssistant: Two.",
+        DIALOGUE,
+        ASKED + "[Three.</s>]<|user|>No.</s><|assistant|>" + ANSWERED,
+    ),
+    "json text": (
+        json.dumps([{"from": "human", "value": "How much?"}, {"from": "gpt", "value": "Two."}]),
+        SHAREGPT,
+        ASKED + ANSWERED,
+    ),
+}
+
+
+def bracketed(cell: Any, tokenizer: Any = None, **task: Any) -> str:
+    """Encode a row; returns its text with what is trained in brackets."""
+    tokenizer = tokenizer or byte_tokenizer(TEMPLATE)
+    made = TASKS["causal_lm"](messages="messages", **task)
+    (found,) = made.features({"messages": [cell]}, tokenizer, State(), 1000)
+    text, before = "", False
+    for token, label in zip(found["input_ids"], found["labels"], strict=True):
+        trained = label != IGNORE
+        text += ("[" if trained and not before else "]" if before and not trained else "") + tokenizer.decode([token])
+        before = trained
+    return text + ("]" if before else "")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_read_and_what_the_assistant_says_is_trained(name: str) -> None:
+    cell, _, expected = FORMATS[name]
+    assert bracketed(cell) == expected
+
+
+@pytest.mark.parametrize("name", ["openai", "sharegpt", "ultrachat", "dialogue"])
+def test_the_plan_names_and_counts_the_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell, format_, _ = FORMATS[name]
+    Path("train.jsonl").write_text((json.dumps({"chat": cell}) + "\n") * 8)
+    found = check(
+        {
+            "task": {"kind": "causal_lm", "messages": "chat"},
+            "model": {"name": tiny_llama},
+            "data": {
+                "train": "train.jsonl",
+                "max_length": 64,
+                "checks": {"duplicates": "off", "unknown_tokens": "off"},
+            },
+            "training": {"steps": 2, "batch_size": 4},
+            "output": "run",
+        }
+    )
+    assert found.ok, str(found)
+    assert found.plan["train"].partition("8 converted: ")[2] == format_
+
+
+def test_what_is_in_no_format_is_told_with_its_row() -> None:
+    rows = {
+        "messages": [
+            FORMATS["sharegpt"][0],
+            [{"from": "human", "text": "How much?"}],
+            [{"speaker": 1, "utterance": "How much?"}],
+            "How much?",
+            [{"from": "gtp", "value": "Two."}],
+        ]
+    }
+    with pytest.raises(RowsError) as refused:
+        TASKS["causal_lm"](messages="messages").features(rows, byte_tokenizer(TEMPLATE), State(), 1000)
+    assert sorted(number for rows in refused.value.found.values() for number in rows) == [1, 2, 3, 4]
+
+
+def test_a_developer_keeps_its_role_where_the_template_knows_it() -> None:
+    tokenizer = byte_tokenizer(TOOLS + "{# developer #}")
+    rendered = Renderer(tokenizer)
+    chat = Chat.parse([{"role": "developer", "content": "Be brief."}, *FORMATS["openai"][0]])
+    assert rendered.text(chat).startswith("<|developer|>Be brief.")
+
+
+def test_a_template_of_the_recipe_is_used_kept_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"chat": FORMATS["openai"][0]})
+    Path("train.jsonl").write_text((row + "\n") * 8)
+    Path("mine.jinja").write_text(
+        "{% for m in messages %}{{ mark }}{{ m.content }}{{ eos_token if m.role == 'assistant' else '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ mark }}{% endif %}"
+    )
+    recipe: dict[str, Any] = {
+        "task": {
+            "kind": "causal_lm",
+            "messages": "chat",
+            "chat_template": "mine.jinja",
+            "template_options": {"mark": "<|im_start|>"},
+            "sample_prompts": 0,
+        },
+        "model": {"name": tiny_llama},
+        "data": {"train": "train.jsonl", "max_length": 64, "checks": {"max_duplicates": 1.0, "unknown_tokens": "off"}},
+        "training": {"steps": 1, "batch_size": 4},
+        "tracking": {"images": False, "tensorboard": False},
+        "output": "run",
+    }
+    run = train(recipe)
+    Path("mine.jinja").unlink()
+    opened = open_run("run")
+    assert opened.tokenizer.chat_template.startswith("{% for m in messages %}{{ mark }}")
+    rendered = opened.recipe.task.renderer(opened.tokenizer).text(Chat.parse(FORMATS["openai"][0]))
+    assert rendered == "<|im_start|>How much?<|im_end|><|im_start|>Two.<|endoftext|>"
+    assert list(predict("run", rows=[{"chat": FORMATS["openai"][0][:1]}]))
+    card = (run.folder / "adapter/README.md").read_text()
+    assert "mark='<|im_start|>'" in card
+    recipe["task"] |= {"chat_template": "gone.jinja", "template_options": {"messages": "no"}}
+    assert {problem.key for problem in check(recipe).problems} == {"task.chat_template", "task.template_options"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", "<|im_start|>user\nHow much?<|im_end|>\n<|im_start|>assistant\n[Two.<|im_end|>]\n"),
+        ("plain", "User: How much?\nAssistant:[ Two.</s>]\n"),
+    ],
+)
+def test_templates_by_name_train_the_answer_and_its_end(name: str, expected: str) -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    task = TASKS["causal_lm"](messages="messages", chat_template=name)
+    tokenizer.chat_template = task.processor_options["chat_template"]
+    assert bracketed(FORMATS["openai"][0], tokenizer) == expected
