@@ -116,7 +116,8 @@ def _inside_package(name: str) -> Path:
         how = f"did you mean {near!r}? Else {how}" if near else how
         raise ModelError(Problem(f"the package {package!r} is not installed; {how}", key=KEY))
     for location in spec.submodule_search_locations:
-        if (place := Path(location) / path).is_file() if path.endswith(GGUF) else place.is_dir():
+        place = Path(location) / path
+        if place.is_file() if path.endswith(GGUF) else place.is_dir():
             return place
     hint = next((hint for place in spec.submodule_search_locations if (hint := _meant_inside(Path(place), path))), "")
     kind = "file" if path.endswith(GGUF) else "folder"
