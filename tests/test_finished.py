@@ -13,6 +13,7 @@ import torch
 from conftest import RECIPE, finished
 
 from hf_finetune.errors import CheckpointError, RecipeError
+from hf_finetune.inference import merge
 from hf_finetune.inference.load import Finished, open_run
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock
@@ -61,6 +62,34 @@ def test_also_in_half_precision_and_with_other_adapters(changes: list[str], run:
     record = last_predictions(made.folder)
     found = evaluated(opened, opened.model())[record.arrays["ids"]]
     np.testing.assert_allclose(found, record.arrays["rows"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "{kind: lora, r: 4, dora: true}",
+        pytest.param("{kind: lora, r: 4, init: pissa}", marks=pytest.mark.slow),
+        "{kind: adalora, init_r: 6, target_r: 3, interval: 1}",
+        pytest.param("{kind: full}", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_says_what_the_run_said_at_its_step(adapter: str, run: Callable[..., Any]) -> None:
+    made = run(f"adapter={adapter}", "checkpoints={every: 5, keep: 9}", "training.eval_every=5")
+    told = {record.step: record for record in stored(made.folder / "observations", "predictions")}
+    for step in (5, 10):
+        opened = open_run(f"{made.folder}/checkpoints/checkpoint-{step}")
+        record = told[step]  # of the last step, after the run has ended what it saves
+        found = evaluated(opened, opened.model())[record.arrays["ids"]]
+        np.testing.assert_allclose(found, record.arrays["rows"], atol=1e-5)
+    assert np.abs(told[5].arrays["rows"] - told[10].arrays["rows"]).max() > 1e-3
+    with pytest.raises(CheckpointError, match=r"not kept this checkpoint.*it has checkpoint-10, checkpoint-5"):
+        open_run(f"{made.folder}/checkpoints/checkpoint-7")
+    weights = made.folder / "checkpoints/checkpoint-5/trained.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"trained\.safetensors: is damaged"):
+        open_run(str(weights.parent)).model()
+    with pytest.raises(RecipeError, match="a checkpoint can't be merged"):
+        merge.Options(to=str(made.folder / "merged")).check(str(weights.parent))
 
 
 def test_the_base_of_a_classifier_has_the_trained_head_and_nothing_else(classifier: Path) -> None:

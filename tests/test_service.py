@@ -148,11 +148,25 @@ def test_a_job_from_upload_to_model_by_openais_client(service: Service, sentence
     scores = [one["label"]["scores"] for one in client.post("/classifications", body=asked, cast_to=object)["results"]]
     predicted = predict(service.root / "runs" / job.id / "run", asked["input"])
     assert scores == [{name: row[f"probability.{name}"] for name in ("negative", "positive")} for row in predicted]
+    earlier = checkpoints[1]
+    assert earlier.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-25"
+    assert client.models.retrieve(earlier.fine_tuned_model_checkpoint).owned_by == "default"
+    asked["model"] = earlier.fine_tuned_model_checkpoint
+    found = [one["label"]["scores"] for one in client.post("/classifications", body=asked, cast_to=object)["results"]]
+    predicted = predict(service.root / "runs" / job.id / "run/checkpoints/checkpoint-25", asked["input"])
+    assert found == [{name: row[f"probability.{name}"] for name in ("negative", "positive")} for row in predicted]
+    assert found != scores
+    asked["model"] = f"{done.fine_tuned_model}:ckpt-step-7"
+    with pytest.raises(openai.NotFoundError, match="has not kept the checkpoint of step 7"):
+        client.post("/classifications", body=asked, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="classifier"):
         client.chat.completions.create(model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
     assert client.models.delete(done.fine_tuned_model).deleted
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve(done.fine_tuned_model)
+    for name in (done.fine_tuned_model, earlier.fine_tuned_model_checkpoint):
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+    with pytest.raises(openai.NotFoundError, match="trained here"):
+        client.post("/classifications", body={**asked, "model": earlier.fine_tuned_model_checkpoint}, cast_to=object)
     assert client.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(file.id)
@@ -172,6 +186,9 @@ def test_a_chat_model_is_trained_and_talked_to(service: Service, tmp_path: Path)
     answer = service.client.chat.completions.create(model=done.fine_tuned_model, messages=talk[:1], max_tokens=4)
     predicted = predict(service.root / "runs" / job.id / "run", [{"messages": talk[:1]}], max_new_tokens=4)
     assert answer.choices[0].message.content == predicted[0]["generated"]
+    last = next(iter(service.client.fine_tuning.jobs.checkpoints.list(job.id))).fine_tuned_model_checkpoint
+    again = service.client.chat.completions.create(model=last, messages=talk[:1], max_tokens=4)
+    assert again.choices[0].message.content == answer.choices[0].message.content, "the same weights"
 
 
 def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) -> None:

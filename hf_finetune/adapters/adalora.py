@@ -65,6 +65,11 @@ class AdaLora(Adapter):
             raise ValueError("warmup_share and final_share leave no steps to prune in; their sum must be below 1")
         return self
 
+    @property
+    def is_saved_as_trained(self) -> bool:
+        """Pruned ranks are left out of what is saved."""
+        return False
+
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name must match, and `init_r` must fit the matrices."""
         skip = targets.in_full(model, head_modules, self.modules_to_save)

@@ -58,6 +58,11 @@ class Adapter(Plugin):
         """Data decide the shapes of what is trained, so that `outline` can't tell them."""
         return False
 
+    @property
+    def is_saved_as_trained(self) -> bool:
+        """Tell that `load` makes the very weights that were trained, so that those of a checkpoint fit into it."""
+        return True
+
     @abstractmethod
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Check every target name and pattern against the model's modules; weights may be on the meta device.

@@ -93,6 +93,11 @@ class Lora(Adapter):
         """EVA moves ranks between layers."""
         return self.init == "eva"
 
+    @property
+    def is_saved_as_trained(self) -> bool:
+        """PiSSA and OLoRA train on a base of which a part was taken out."""
+        return self.init not in MUTATING
+
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:

@@ -89,7 +89,7 @@ def evaluate(
         document: dict[str, Any] = jsonable(
             {
                 "version": inference_document.VERSION,
-                "run": str(opened.folder.path),
+                "run": str(opened.place),
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "task": recipe.task.kind,
                 "data": {"name": title, "split": split, "sources": one.sources}
@@ -109,9 +109,14 @@ def evaluate(
         if form is not None:
             headline = [*recipe.task.headline, *(name for name, metric in METRICS.items() if metric.is_wide)]
             log.show(inference_document.render(document, form, headline, everything=everything))
-        key = [*one.key, *overrides, *slices, *(versus["name"] for versus in compared)]
+        key = [*one.key, *overrides, *slices, *(versus["name"] for versus in compared), *_checkpoint(opened)]
         log.say(f"kept in {inference_document.write(opened.folder.path, title, document, key)}")
         return document
+
+
+def _checkpoint(opened: Finished) -> list[str]:
+    """Name the checkpoint, whose evaluations lie beside those of the run."""
+    return [] if opened.checkpoint is None else [opened.checkpoint.name]
 
 
 def _slices(
@@ -208,7 +213,7 @@ def run_lm_eval(
         )
     kept: dict[str, Any] = {
         "version": inference_document.VERSION,
-        "run": str(opened.folder.path),
+        "run": str(opened.place),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "lm_eval": {"version": lm_eval.__version__, "tasks": list(tasks), "limit": limit},
         "results": json.loads(json.dumps(found["results"], default=str)),
@@ -225,7 +230,7 @@ def run_lm_eval(
                     shown = text.number(off) if isinstance(off, float) else "-"
                     rows.append([task, name, text.number(value), shown])
         log.show(text.markdown(heads, rows) if form == "markdown" else "\n".join(text.text(heads, [rows])))
-    key = [*tasks, str(limit), *overrides]
+    key = [*tasks, str(limit), *overrides, *_checkpoint(opened)]
     file = inference_document.write(opened.folder.path, f"lm-eval-{'-'.join(tasks)}", kept, key)
     log.say(f"kept in {file}")
 

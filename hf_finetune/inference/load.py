@@ -6,6 +6,7 @@ served = run.serve(run.model())
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_finetune import device
 from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters.base import Setting
 from hf_finetune.data import batches, sources
 from hf_finetune.data.job import eval_batch
 from hf_finetune.device import Machine
@@ -31,10 +34,11 @@ from hf_finetune.models.paths import Paths
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run import lock as run_lock
+from hf_finetune.run import store
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.lock import Input
 from hf_finetune.tasks.base import Batch, Predictions, State, pad_token_of
-from hf_finetune.training import locking
+from hf_finetune.training import locking, resume
 
 Predict = Callable[[Batch], dict[str, torch.Tensor]]  # predictions of a batch; see `Task.predict`
 Base = Callable[[Recipe, dict[str, Any], Machine], Any]  # makes a fresh base model; see `models.load.fresh_base`
@@ -76,17 +80,34 @@ class Finished:
     machine: Machine  # this one, with the precision and the attention that the run was made with, where it has them
     targets: State
     tokenizer: Any  # prepares rows: a tokenizer, an image processor or the like
+    checkpoint: Path | None = None  # answers in place of what the run saved
+
+    @property
+    def place(self) -> Path:
+        """The run folder, or the checkpoint in it."""
+        return self.checkpoint or self.folder.path
+
+    @property
+    def shares_base(self) -> bool:
+        """Tell that the model leaves the weights of its base alone, which others may then use, too."""
+        adapter = self.recipe.adapter
+        return adapter.freezes_base and (self.checkpoint is None or adapter.is_saved_as_trained)
 
     def model(self, base: Base | None = None) -> nn.Module:
         """Load the base with the adapter, or the full model, in eval mode, on the device.
 
         Args:
             base: Makes the fresh base; None loads it.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged.
         """
         from peft.utils import ModulesToSaveWrapper
 
         with phase("loading the model"):
             fresh = (base or load.fresh_base)(self.recipe, self._options(), self.machine)
+            if self.checkpoint is not None:
+                return self._settled(self._of_checkpoint(fresh, self.checkpoint))
             network = self.recipe.adapter.load(fresh, str(self.folder.adapter))
             named = network.named_modules()
             heads = {path: module for path, module in named if isinstance(module, ModulesToSaveWrapper)}
@@ -100,6 +121,25 @@ class Finished:
                     own = {name: stored[whole] for name, whole in names.items() if whole in stored}
                     copy.load_state_dict(own, strict=False)
             return self._settled(network)
+
+    def _of_checkpoint(self, fresh: Any, checkpoint: Path) -> nn.Module:
+        """Put the trained weights of a checkpoint onto a fresh base: what the run would have saved at that step."""
+        store.verify(checkpoint)
+        adapter, saved = self.recipe.adapter, str(self.folder.adapter)
+        if adapter.is_saved_as_trained:
+            network = adapter.load(fresh, saved)
+            with safe_open(checkpoint / store.TRAINED, "pt") as opened:
+                trained = set(opened.keys())
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name in trained)
+            peft.heads_in_fp32(network)
+        else:
+            steps = json.loads((checkpoint / "trainer_state.json").read_bytes())["max_steps"]
+            heads = tuple(peft.stored_config(saved).modules_to_save or ())
+            network = adapter.apply(fresh, Setting(self.recipe.task.peft_task, self.tokenizer, steps, heads))
+        resume.load_trained(network, adapter, checkpoint)
+        adapter.finish(network)
+        return network
 
     def base(self) -> nn.Module:
         """Load the same without what was trained; weights that the base's checkpoint lacks are the trained ones."""
@@ -190,7 +230,7 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     # Each rank would answer all rows, and write the same file.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise RecipeError("a finished run is used by one process; start it without `accelerate launch`")
-    recipe, folder = opening.read(place, overrides), RunFolder(place)
+    recipe, (folder, checkpoint) = opening.read(place, overrides), opening.split(place)
     kept = run_folder.read_targets(folder.targets)  # None in runs of a version that wrote none
     recipe = run_lock.as_trained(recipe, folder.run_lock)
     sources.settle(recipe)
@@ -213,13 +253,11 @@ def open_run(place: str, overrides: Sequence[str] = ()) -> Finished:
     if task is not recipe.task:
         reason = "the chat template prints the date, and the run kept none"
         warn(f"{reason}: it prints {today}; give task.date=YYYY-MM-DD for another")
-    return Finished(folder, recipe.model_copy(update={"task": task}), machine, targets, tokenizer)
+    return Finished(folder, recipe.model_copy(update={"task": task}), machine, targets, tokenizer, checkpoint)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Read everything in the folder's weight files."""
-    from safetensors import SafetensorError, safe_open
-
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(str(file), "pt") as opened:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_finetune import __version__
 from hf_finetune.config.paths import outside, resolve
 from hf_finetune.errors import Findings, ModelError, RecipeError
+from hf_finetune.inference import opening
 from hf_finetune.log import phase, tell
 from hf_finetune.log.lines import Message
 from hf_finetune.log.text import number
@@ -82,6 +83,8 @@ class Options:
         refusals = [] if why is None else [f"--to {self.to}: {why}"]
         if not SIZE.fullmatch(self.shard_size):
             refusals.append(f"--shard-size {self.shard_size}: write a number and KB, MB, GB or TB, e.g. 5GB")
+        if opening.split(run)[1] is not None:
+            refusals.append(f"{run}: a checkpoint can't be merged; give the run folder")
         for option, is_asked in (("--quantize", self.quantize is not None), ("--onnx", self.onnx)):
             packages, extra = NEEDS[option]
             missing = [name for name in packages if importlib.util.find_spec(name) is None] if is_asked else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_finetune.errors import CheckpointError, DataError, Findings, Problem, Re
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.folder import RunFolder
+from hf_finetune.run.store import MANIFEST, TRAINED
 
 # Stands for the split that `evaluate` takes by itself.
 HELD_OUT = "held-out"
@@ -79,6 +81,15 @@ def look(
     findings.raise_errors()
 
 
+def split(place: str) -> tuple[RunFolder, Path | None]:
+    """Tell the run folder, and the checkpoint in it if one is named."""
+    path = Path(place)
+    folder = RunFolder(str(path.parent.parent))
+    if path.parent == folder.checkpoints and re.fullmatch(r"checkpoint-\d+", path.name):
+        return folder, path
+    return RunFolder(place), None
+
+
 def refuse_output(name: str, *, restart: bool) -> None:
     """Refuse an output of `predict` that exists, or whose folder does not."""
     if Path(name).exists() and not restart:
@@ -91,16 +102,16 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe of a finished run, as resolved, with overrides.
 
     Args:
-        place: The run folder.
+        place: The run folder, or a checkpoint in it: `RUN/checkpoints/checkpoint-20`.
         overrides: Each `key.path=value`; keys that the trained model depends on are refused.
 
     Raises:
         RecipeError: There is no run, it lies outside `HF_FINETUNE_ROOT`, or an override is wrong.
-        CheckpointError: The run is not finished, or its adapter is missing.
+        CheckpointError: The run is not finished, its adapter is missing, or it has not kept this checkpoint.
     """
     if (why := outside(place)) is not None:
         raise RecipeError(Problem(why, file=place))
-    folder = RunFolder(place)
+    folder, checkpoint = split(place)
     if not folder.path.is_dir() or not folder.recipe.is_file():
         is_there, hint = folder.path.is_dir(), "; give the run folder, `output` of the recipe"
         what = "holds no run: there is no recipe.yaml in it" if is_there else "does not exist"
@@ -115,6 +126,10 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
     if not any((folder.adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
         message = "the adapter is missing, though the run is finished; restore it, or train anew with --restart"
         raise CheckpointError(Problem(message, file=str(folder.adapter)))
+    if checkpoint is not None and not all((checkpoint / name).is_file() for name in (MANIFEST, TRAINED)):
+        kept = sorted(path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{TRAINED}"))
+        message = f"the run has not kept this checkpoint in one piece; it has {', '.join(kept) or 'none'}"
+        raise CheckpointError(Problem(message, file=str(checkpoint)))
     # A whole block has keys that the model depends on; a list of label columns in place of one is another problem.
     for word in overrides:
         key, is_override, value = word.partition("=")
@@ -125,9 +140,9 @@ def read(place: str, overrides: Sequence[str] = ()) -> Recipe:
         if may == "never" or key in Recipe.model_fields or (may == "name" and value.startswith("[")):
             reason = "can't change once a model is trained; leave it out, or train anew" if key else "is no override"
             raise RecipeError(Problem(reason, file="command line", key=key))
-    kept = run_folder.read_targets(folder.targets)
+    targets = run_folder.read_targets(folder.targets)
     # Relative paths of the stored recipe belong to the working directory of the run, those of overrides to this one.
-    moved = _moved(Recipe.load(str(folder.recipe)), folder, None if kept is None else kept[1])
+    moved = _moved(Recipe.load(str(folder.recipe)), folder, None if targets is None else targets[1])
     words = [f"{key}={json.dumps(value)}" for key, value in moved]
     return Recipe.load(str(folder.recipe), [*words, *overrides])
 

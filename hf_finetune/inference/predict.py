@@ -289,7 +289,7 @@ def _key(options: Options, opened: Finished, source: Input, form: str) -> dict[s
     """Return everything that must be the same for a killed call to be continued."""
     # A file of which one half is another model's would look whole.
     digest = hashlib.sha256(opened.recipe.dump().encode())
-    for file in sorted(opened.folder.adapter.glob("*.safetensors")):
+    for file in sorted((opened.checkpoint or opened.folder.adapter).glob("*.safetensors")):
         digest.update(files.sha256(file, cache_folder(opened.recipe.data.cache)))
     if (base := load.locked(opened.folder)) is not None:
         digest.update(base.model_dump_json().encode())

@@ -36,6 +36,8 @@ from hf_finetune.run.ranks import MARK, Ranks, together, writers
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+TRAINED = "trained.safetensors"
+"""The trained weights, where they are in one piece; sharded training writes others."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -17,7 +15,7 @@ from starlette.responses import Response
 
 from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
-from hf_finetune.service import engine, forms, views, vllm, worker
+from hf_finetune.service import engine, forms, views, vllm
 from hf_finetune.service.calls import Called, Caller, Refusal
 from hf_finetune.service.questions import Declined, Event, Failed, Heard, Question
 
@@ -51,7 +49,9 @@ async def classify_chats(caller: Called, request: Request, body: forms.ChatClass
 
 
 async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) -> Response:
-    job, run, recipe = await run_in_threadpool(_opened, caller, body.model)
+    job, place = await run_in_threadpool(caller.answering, body.model)
+    run = str(place)
+    recipe = await run_in_threadpool(recipe_of, run)
 
     def refuse(event: Event) -> None:
         """Raise a failure as the answer that it is; OpenAI's client asks again where that may help."""
@@ -61,7 +61,7 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
             raise Refusal(event.status, said, param=event.param, code=event.code, headers=again)
 
     try:
-        question = body.question(str(run), recipe)
+        question = body.question(run, recipe)
     except forms.Unfit as error:
         raise Refusal(400, str(error), param=error.param) from None
     events = _events(request, question, recipe)
@@ -83,7 +83,7 @@ async def _answered(caller: Caller, request: Request, body: forms.AnyRequest) ->
 async def _events(request: Request, question: Question, recipe: Recipe) -> AsyncIterator[Event]:
     """Ask the engine that takes the question."""
     state = request.app.state
-    engines = [state.forwarding] if state.forwarding is not None and vllm.takes(recipe) else []
+    engines = [state.forwarding] if state.forwarding is not None and vllm.takes(question.run, recipe) else []
     for asked in (*engines, state.engine):
         try:
             async with aclosing(asked.ask(question)) as events:
@@ -135,15 +135,6 @@ async def _stream(writer: forms.Writer, events: AsyncIterator[Event], first: Eve
     if (chunk := writer.end(heard)) is not None:
         yield f"data: {json.dumps(chunk)}\n\n"
     yield "data: [DONE]\n\n"
-
-
-def _opened(caller: Caller, model: str) -> tuple[dict[str, Any], Path, Recipe]:
-    """Find the job of a model, its run, and its recipe."""
-    job = caller.store.job_of_model(caller.project, model)
-    if job is None:
-        raise Refusal(404, f"there is no model {model!r} that was trained here", param="model", code="model_not_found")
-    run = caller.store.folder_of_job(job["id"]) / worker.RUN
-    return job, run, recipe_of(str(run))
 
 
 @lru_cache(maxsize=256)

@@ -33,10 +33,9 @@ def create(caller: Called, body: BatchRequest) -> dict[str, Any]:
     file = caller.file(body.input_file_id, "input_file_id")
     source = caller.store.folder_of_file(file["id"]) / "data"
     model = _model(source)
-    asked = None if model is None else caller.store.job_of_model(caller.project, model)
-    if asked is None:
-        message = f"the first line asks the model {model!r}, which was not trained here"
-        raise Refusal(400, message, param="input_file_id", code="model_not_found")
+    if model is None:
+        raise Refusal(400, "the first line asks no model", param="input_file_id", code="model_not_found")
+    place = caller.answering(model, "input_file_id")[1].relative_to(caller.store.root / "runs")
     made = new_id("batch_")
     document = {
         **{
@@ -48,7 +47,7 @@ def create(caller: Called, body: BatchRequest) -> dict[str, Any]:
             "model": model,
         },
         **{"input_file_id": file["id"], "endpoint": body.endpoint, "metadata": body.metadata, "error": None},
-        **{"run": f"../{asked['id']}/{worker.RUN}", "state": "queued", "wanted": "run", "handle": None, "slot": None},
+        **{"run": f"../{place}", "state": "queued", "wanted": "run", "handle": None, "slot": None},
         **{"attempts": 0, "overrides": [], "priority": 0, "base": {"name": model}, "chosen": {}, "numbers": {}},
         **{"fine_tuned_model": None, "digest": "", "hyperparameters": {}, "suffix": None, "told": False},
     }

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -21,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from hf_finetune.errors import RecipeError
-from hf_finetune.service import views
+from hf_finetune.service import history, views, worker
 from hf_finetune.service.sessions import COOKIE, is_own
 from hf_finetune.service.store import OverQuota, Store
 
@@ -84,8 +85,23 @@ class Caller:
     def models(self) -> dict[str, dict[str, Any]]:
         """List the models that may be used, by name."""
         bases = {name: views.model(name, 0, "operator") for name in self.store.base_models()}
-        made = [(job["fine_tuned_model"], job["finished_at"]) for job in self.store.models(self.project)]
-        return bases | {name: views.model(name, when, self.project) for name, when in made}
+        for job in self.store.models(self.project):
+            names = [job["fine_tuned_model"], *history.kept(job, self.store.folder_of_job(job["id"]))]
+            bases |= {name: views.model(name, job["finished_at"], self.project) for name in names}
+        return bases
+
+    def answering(self, model: str, param: str = "model") -> tuple[dict[str, Any], Path]:
+        """Find the job and what answers for a model that the field `param` names: the run of a job, or a checkpoint of it."""
+        name, mark, step = model.partition(history.CHECKPOINT)
+        job = self.store.job_of_model(self.project, name)
+        if job is not None:
+            folder = self.store.folder_of_job(job["id"])
+            place = history.kept(job, folder).get(model) if mark else folder / worker.RUN
+            if place is not None:
+                return job, place
+        trained = f"there is no model {model!r} that was trained here"
+        message = trained if job is None else f"the model {name!r} has not kept the checkpoint of step {step}"
+        raise Refusal(404 if param == "model" else 400, message, param=param, code="model_not_found")
 
 
 def _project(request: Request) -> str | None:

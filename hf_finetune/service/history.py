@@ -24,6 +24,8 @@ RECENT = 50
 PHASES = ("train", "eval")
 METRICS = Path(worker.RUN, "metrics.jsonl")
 EVENTS = "events.jsonl"
+CHECKPOINT = ":ckpt-step-"
+"""Between the name of a model and the step of a checkpoint, as at OpenAI."""
 
 
 def backwards(file: Path, end: int | None = None) -> Iterator[tuple[int, bytes]]:
@@ -196,14 +198,23 @@ def _finish(lines: Sequence[Mapping[str, Any]], total: int) -> int | None:
     return int(lines[0]["time"] + median(paces) * (total - lines[0]["step"])) if paces else None
 
 
+def model_of(document: Mapping[str, Any]) -> str:
+    """Name the model of a job as OpenAI does: `ft:BASE:ORG:SUFFIX:ID`."""
+    identity = document["id"].removeprefix("ftjob-")
+    return f"ft:{document['model']}:{document['project']}:{document['suffix'] or ''}:{identity}"
+
+
+def kept(document: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """Find the committed checkpoints of a job by the names that they have as models, the oldest first."""
+    found = (folder / worker.RUN / "checkpoints").glob(f"checkpoint-*/{MANIFEST}")
+    steps = {int(file.parent.name.removeprefix("checkpoint-")): file.parent for file in found}
+    return {f"{model_of(document)}{CHECKPOINT}{step}": steps[step] for step in sorted(steps)}
+
+
 def checkpoints(document: dict[str, Any], folder: Path, after: str | None, limit: int) -> tuple[list[Any], bool]:
     """List the committed checkpoints of a job, newest first; returns a page, and whether there are more."""
     identity = document["id"].removeprefix("ftjob-")
-    name = document["fine_tuned_model"] or f"ft:{document['model']}:{document['project']}::{identity}"
-    steps = {}
-    for path in (folder / worker.RUN / "checkpoints").glob("checkpoint-*"):
-        if (path / MANIFEST).exists():
-            steps[int(path.name.removeprefix("checkpoint-"))] = path
+    steps = {int(name.rpartition("-")[2]): (name, place) for name, place in kept(document, folder).items()}
     listed = sorted(steps, reverse=True)
     if after is not None:
         last = re.fullmatch(r"ftckpt_.*_([0-9]{1,18})", after)
@@ -219,8 +230,8 @@ def checkpoints(document: dict[str, Any], folder: Path, after: str | None, limit
         {
             "id": f"ftckpt_{identity}_{step}",
             "object": "fine_tuning.job.checkpoint",
-            "created_at": int((steps[step] / MANIFEST).stat().st_mtime),
-            "fine_tuned_model_checkpoint": f"{name}:ckpt-step-{step}",
+            "created_at": int((steps[step][1] / MANIFEST).stat().st_mtime),
+            "fine_tuned_model_checkpoint": steps[step][0],
             "fine_tuning_job_id": document["id"],
             "step_number": step,
             "metrics": measured[step],

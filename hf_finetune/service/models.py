@@ -76,9 +76,7 @@ class Models:
                 opening.look(run)
                 opened = open_run(run)
                 used: list[Any] = []
-                made = predict.make(
-                    opened, None, self._base(opened, used) if opened.recipe.adapter.freezes_base else None
-                )
+                made = predict.make(opened, None, self._base(opened, used) if opened.shares_base else None)
                 found = _Loaded(made, used[0] if used else None)
         self._loaded[run] = found  # what was asked last stands last
         while self.bytes > self.most and len(self._loaded) > 1:

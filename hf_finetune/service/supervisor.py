@@ -261,7 +261,7 @@ class Supervisor:
             if job.get("kind") == batch_worker.KIND:
                 made = batch_worker.collect(self.store, job, folder)
             else:
-                made = {"fine_tuned_model": _name(job), "result_files": self._results(job, folder)}
+                made = {"fine_tuned_model": history.model_of(job), "result_files": self._results(job, folder)}
                 made["epochs"] = history.epochs(folder)
             self._finish(job, folder, "succeeded", **made, **free)
         elif code == 0:
@@ -355,11 +355,6 @@ def _checked(folder: Path) -> dict[str, Any]:
 def _is_halved(job: dict[str, Any]) -> bool:
     """Tell whether a job goes on with smaller micro-batches already."""
     return any(given.startswith("training.micro_batch=") for given in job["overrides"])
-
-
-def _name(job: dict[str, Any]) -> str:
-    """Name the model of a job as OpenAI does: `ft:BASE:ORG:SUFFIX:ID`."""
-    return f"ft:{job['model']}:{job['project']}:{job['suffix'] or ''}:{job['id'].removeprefix('ftjob-')}"
 
 
 def _error(folder: Path, job: dict[str, Any], code: int) -> dict[str, Any]:

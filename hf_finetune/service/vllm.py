@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 
 from hf_finetune.adapters.lora import Lora
+from hf_finetune.inference import opening
 from hf_finetune.recipe import Recipe
 
 KEY = "VLLM_API_KEY"
@@ -34,11 +35,12 @@ class Rejected(Exception):  # noqa: N818 - it is an answer
     """The server takes no such request; the text says why, for the operator."""
 
 
-def takes(recipe: Recipe) -> bool:
-    """Tell that vLLM can have the model of a run, if it has the base: plain LoRA on weights as they were published."""
+def takes(place: str, recipe: Recipe) -> bool:
+    """Tell that vLLM can have a model, if it has the base: plain LoRA of a run, on weights as they were published."""
     adapter = recipe.adapter
     plain = isinstance(adapter, Lora) and not (adapter.dora or adapter.modules_to_save or adapter.trainable_tokens)
-    return plain and recipe.task.predicts_next_token and recipe.model.quantization is None
+    is_saved = opening.split(place)[1] is None  # and no checkpoint, which has no files of an adapter
+    return is_saved and plain and recipe.task.predicts_next_token and recipe.model.quantization is None
 
 
 def name_of(run: Path) -> str:

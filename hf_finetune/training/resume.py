@@ -32,7 +32,7 @@ from hf_finetune.run.folder import RANKS, RunFolder
 from hf_finetune.run.journal import keep_lines
 from hf_finetune.run.ranks import Ranks
 from hf_finetune.run.status import Status
-from hf_finetune.run.store import Facts, Manifest, Store, verify
+from hf_finetune.run.store import TRAINED, Facts, Manifest, Store, verify
 from hf_finetune.tracking import records
 from hf_finetune.tracking.tracker import Tracker
 from hf_finetune.training.callbacks import Pace, StopRequest
@@ -51,7 +51,6 @@ INSTEAD = "give --restart to train anew (this run is moved aside), or name anoth
 #
 # Not PEFT's format: that would convert some initialisations, and round. torch files are read with `weights_only` alone.
 
-TRAINED = "trained.safetensors"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 PROGRESS = "progress.json"
 _EXTRA = "adapter state: "

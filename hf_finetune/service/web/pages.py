@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -297,20 +298,22 @@ def _pruned(tree: Any, key: str, blocks: dict[str, Any]) -> Any:
 @routes.get("/v1/fine_tuning/answering_models")
 def answering_models(caller: Called) -> dict[str, Any]:
     """List the models that the playground can ask: their task, and the columns that a row has."""
-    found = [_model(caller, job) for job in caller.store.models(caller.project)]
-    return {"object": "list", "data": [one for one in found if one is not None]}
+    found = (_models(caller, job) for job in caller.store.models(caller.project))
+    return {"object": "list", "data": [*chain.from_iterable(found)]}
 
 
-def _model(caller: Caller, job: dict[str, Any]) -> dict[str, Any] | None:
+def _models(caller: Caller, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Describe the model of a job and its checkpoints, the model last."""
+    folder = caller.store.folder_of_job(job["id"])
     try:
-        recipe = opening.read(str(caller.store.folder_of_job(job["id"]) / worker.RUN))
+        recipe = opening.read(str(folder / worker.RUN))
     except FinetuneError:  # its folder was damaged: nobody can ask it
-        return None
+        return []
     task = recipe.task
     if task.generates and not task.predicts_next_token:  # it has no endpoint
         return None
     asked = task.asked_columns()
     is_chat = task.generates and len(asked) == 1 and task.columns()[asked[0]].kind == "chat"
     endpoint = "chat" if task.generates else "classifications"
-    head = {"id": job["fine_tuned_model"], "job": job["id"], "task": task.kind, "title": task.title}
-    return {**head, "endpoint": endpoint, "is_chat": is_chat, "columns": asked}
+    about = {"job": job["id"], "task": task.kind, "title": task.title, "endpoint": endpoint, "is_chat": is_chat}
+    return [{"id": name, **about, "columns": asked} for name in (*history.kept(job, folder), job["fine_tuned_model"])]

@@ -75,7 +75,7 @@ const look = follow(async () => {
   listed(happened);
   $("no-checkpoints").hidden = written.data.length > 0;
   $("checkpoints").replaceChildren(...written.data.map((one) => h("tr", {},
-    h("th", { scope: "row" }, one.step_number.toLocaleString()), h("td", { class: "roomy" }, time(one.created_at)),
+    h("th", { scope: "row" }, job.fine_tuned_model ? h("a", { href: `/playground?model=${encodeURIComponent(one.fine_tuned_model_checkpoint)}` }, one.step_number.toLocaleString()) : one.step_number.toLocaleString()), h("td", { class: "roomy" }, time(one.created_at)),
     h("td", { class: "n" }, number(one.metrics.train_loss)), h("td", { class: "n" }, number(one.metrics.full_valid_loss)))));
   $("no-curves").hidden = curves.charts.length > 0;
   const now = JSON.stringify(curves);

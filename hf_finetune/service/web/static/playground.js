@@ -6,8 +6,8 @@ let running = null;
 
 const chosen = () => [$("first").value, $("second").value].map((name) => models.find((one) => one.id === name)).filter(Boolean);
 function short(model) {
-  const [, base, , suffix, id] = model.id.split(":");
-  return `${suffix || base} · ${base} · ${id.slice(-6)}`;
+  const [, base, , suffix, id, step] = model.id.split(":");
+  return `${suffix || base} · ${base} · ${id.slice(-6)}${step ? ` · step ${step.replace("ckpt-step-", "")}` : ""}`;
 }
 
 function inputs() {
