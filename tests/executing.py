@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import reduce
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -19,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import kubernetes_validate
 from conftest import WORDS
 from faults.lab import rows
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from hf_finetune.service import worker
 from hf_finetune.service.executors.base import ALIVE, Executor, Work
@@ -101,11 +104,13 @@ def until(reached: Callable[[], bool], folder: Path, seconds: float = 240) -> No
 
 
 class Cluster:
-    """An API server that knows Jobs, checks each by Kubernetes' own schema, and runs their pods as processes."""
+    """An API server that knows Jobs and TrainJobs, checks each by its schema, and runs their pods as processes."""
 
     def __init__(self, folder: Path) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, subprocess.Popen[bytes]] = {}
+        self.made: list[str] = []
+        """All that ever were."""
         self.refused: list[str] = []
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"cluster": self})
@@ -130,12 +135,13 @@ class Cluster:
             self._look()
             selector = query.get("labelSelector", [""])[0]
             if path == "/api/v1/namespaces/ml/pods":
-                name = selector.removeprefix("job-name=")
+                name = selector.partition("=")[2]
                 phase = {None: "Running", 0: "Succeeded"}
                 found = [self.pods[name].poll()] if name in self.pods else []
                 items = [{"status": {"phase": phase.get(code, "Failed")}} for code in found]
                 return 200, {"kind": "PodList", "apiVersion": "v1", "items": items}
-            place = re.fullmatch(r"/apis/batch/v1/namespaces/ml/jobs(?:/([a-z0-9-]{1,63}))?", path)
+            places = "batch/v1/namespaces/ml/jobs|trainer.kubeflow.org/v1alpha1/namespaces/ml/trainjobs"
+            place = re.fullmatch(rf"/apis/(?:{places})(?:/([a-z0-9-]{{1,63}}))?", path)
             if place is None:
                 return 404, {"message": f"{verb} {path}"}
             name = place[1]
@@ -143,15 +149,16 @@ class Cluster:
                 key, _, value = selector.partition("=")
                 labels = [(one["metadata"]["labels"].get(key), one) for one in self.jobs.values()]
                 items = [one for label, one in labels if label is not None and value in ("", label)]
-                return 200, {"kind": "JobList", "apiVersion": "batch/v1", "items": items}
+                return 200, {"items": items}
             if name is None:
-                return self._create(body)
+                fits = path.endswith(f"/{body['kind'].lower()}s")
+                return self._create(body) if fits else (400, {"message": f"a {body['kind']} at {path}"})
             if name not in self.jobs:
                 return 404, {"message": f"no Job {name}"}
             if verb == "PATCH":
                 return 200, self._patch(name, body)
             if verb == "DELETE":
-                at_once = (body or {}).get("gracePeriodSeconds") == 0
+                at_once = query.get("gracePeriodSeconds") == ["0"]
                 self._end(name, signal.SIGKILL if at_once else signal.SIGTERM)
                 return 200, self.jobs.pop(name)
             return 200, self.jobs[name]
@@ -161,26 +168,28 @@ class Cluster:
             self.refused.append(body["metadata"]["name"])
             return 422, {"message": f"metadata.name: {body['metadata']['name']} is no name"}
         try:
-            kubernetes_validate.validate(body, "1.34", strict=True)
-        except kubernetes_validate.ValidationError as error:
+            if body["kind"] == "TrainJob":
+                assert TrainerV1alpha1TrainJob.from_dict(body).to_dict() == body, "it has keys that are none"
+            else:
+                kubernetes_validate.validate(body, "1.34", strict=True)
+        except (kubernetes_validate.ValidationError, ValueError, AssertionError) as error:
             self.refused.append(str(error))
             return 422, {"message": str(error)}
         name = body["metadata"]["name"]
-        for container in body["spec"]["template"]["spec"]["containers"]:
-            for quantities in container.get("resources", {}).values():
-                quantities |= {key: str(value) for key, value in quantities.items()}
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.made.append(name)
         self.jobs[name] = {**body, "status": {}}
         self.jobs[name]["metadata"] |= {"creationTimestamp": made, "uid": name}
         if not body["spec"].get("suspend"):
             self._run(name)
         return 201, self.jobs[name]
 
-    def _patch(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        job = self.jobs[name]
-        kept = {**job["metadata"].get("annotations", {}), **body["metadata"]["annotations"]}
-        job["metadata"]["annotations"] = {key: value for key, value in kept.items() if value is not None}
-        before, job["spec"]["suspend"] = job["spec"].get("suspend", False), body["spec"]["suspend"]
+    def _patch(self, name: str, body: list[dict[str, Any]]) -> dict[str, Any]:
+        job, before = self.jobs[name], self.jobs[name]["spec"].get("suspend", False)
+        for change in body:
+            *parents, key = (part.replace("~1", "/") for part in change["path"].split("/")[1:])
+            assert change["op"] == "add", change
+            reduce(getitem, parents, job)[key] = change["value"]  # as JSON Patch, it makes no parents
         if job["spec"]["suspend"] and not before:
             self._end(name, signal.SIGTERM)
         elif before and not job["spec"]["suspend"]:
@@ -188,7 +197,8 @@ class Cluster:
         return job
 
     def _run(self, name: str) -> None:
-        container = self.jobs[name]["spec"]["template"]["spec"]["containers"][0]
+        spec = self.jobs[name]["spec"]
+        container = spec["trainer"] if "trainer" in spec else spec["template"]["spec"]["containers"][0]
         command = [sys.executable if word == "python" else word for word in container["command"]]
         self.pods[name] = subprocess.Popen(command, start_new_session=True)
 

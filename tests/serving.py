@@ -36,7 +36,7 @@ class Served:
         """Let a run be that of a job which has ended."""
         job, name = f"ftjob-{suffix}", f"ft:tiny:default:{suffix}:{suffix}"
         shutil.copytree(run, self.root / "runs" / job / "run")
-        fields = ("validation_file", "error", "metadata", "recipe", "job_type", "handle", "slot")
+        fields = ("validation_file", "error", "metadata", "recipe", "job_type", "handle")
         document: dict[str, Any] = {
             **dict.fromkeys(fields),
             **{"id": job, "project": DEFAULT_PROJECT, "model": "tiny", "training_file": "file-0", "suffix": suffix},

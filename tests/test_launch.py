@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from hf_finetune import launch
-from hf_finetune.cli.arguments import Node
 from hf_finetune.errors import RecipeError
+from hf_finetune.run import processes
+from hf_finetune.run.processes import Node
 
 
 def test_a_node_is_alone_where_nothing_is_said() -> None:
@@ -58,11 +58,11 @@ def test_a_place_that_can_not_be_is_refused() -> None:
 
 def test_the_code_is_what_the_status_says_of_this_run() -> None:
     before = {"state": "preempted", "exit_code": 143}
-    assert launch.reported(before, {"state": "failed", "exit_code": 7}) == 7
-    assert launch.reported(before, before) == 0, "an earlier run's"
-    assert launch.reported(before, {"state": "running", "exit_code": None}) == 0
-    assert launch.reported({}, {"state": "done", "exit_code": 8}) == 8
-    assert launch.exit_code(-signal.SIGTERM) == 143
+    assert processes.reported(before, {"state": "failed", "exit_code": 7}) == 7
+    assert processes.reported(before, before) == 0, "an earlier run's"
+    assert processes.reported(before, {"state": "running", "exit_code": None}) == 0
+    assert processes.reported({}, {"state": "done", "exit_code": 8}) == 8
+    assert processes.exit_code(-signal.SIGTERM) == 143
 
 
 @pytest.fixture

@@ -148,28 +148,43 @@ def test_a_job_from_upload_to_model_by_openais_client(service: Service, sentence
     scores = [one["label"]["scores"] for one in client.post("/classifications", body=asked, cast_to=object)["results"]]
     predicted = predict(service.root / "runs" / job.id / "run", asked["input"])
     assert scores == [{name: row[f"probability.{name}"] for name in ("negative", "positive")} for row in predicted]
-    earlier = checkpoints[1]
-    assert earlier.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-25"
-    assert client.models.retrieve(earlier.fine_tuned_model_checkpoint).owned_by == "default"
-    asked["model"] = earlier.fine_tuned_model_checkpoint
-    found = [one["label"]["scores"] for one in client.post("/classifications", body=asked, cast_to=object)["results"]]
-    predicted = predict(service.root / "runs" / job.id / "run/checkpoints/checkpoint-25", asked["input"])
-    assert found == [{name: row[f"probability.{name}"] for name in ("negative", "positive")} for row in predicted]
-    assert found != scores
-    asked["model"] = f"{done.fine_tuned_model}:ckpt-step-7"
-    with pytest.raises(openai.NotFoundError, match="has not kept the checkpoint of step 7"):
-        client.post("/classifications", body=asked, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="classifier"):
         client.chat.completions.create(model=done.fine_tuned_model, messages=[{"role": "user", "content": "hi"}])
     assert client.models.delete(done.fine_tuned_model).deleted
-    for name in (done.fine_tuned_model, earlier.fine_tuned_model_checkpoint):
-        with pytest.raises(openai.NotFoundError):
-            client.models.retrieve(name)
-    with pytest.raises(openai.NotFoundError, match="trained here"):
-        client.post("/classifications", body={**asked, "model": earlier.fine_tuned_model_checkpoint}, cast_to=object)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(done.fine_tuned_model)
     assert client.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(file.id)
+
+
+def test_checkpoints_are_models(service: Service, sentences: Path) -> None:
+    client = service.client
+    file = client.files.create(file=sentences.open("rb"), purpose="fine-tune")
+    more = {"recipe": {"training": {"steps": 12, "batch_size": 8}}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body=more)
+    model = service.until(job.id, "succeeded", "failed").fine_tuned_model
+    listed = client.fine_tuning.jobs.checkpoints.list(job.id)
+    names = {one.step_number: one.fine_tuned_model_checkpoint for one in listed}
+    assert names == {step: f"{model}:ckpt-step-{step}" for step in (12, 10)}
+    assert {model, *names.values()} <= {one.id for one in client.models.list()}
+    assert client.models.retrieve(names[10]).owned_by == "default"
+
+    def scores(name: str) -> list[dict[str, float]]:
+        body = {"model": name, "input": ["a good film", "a bad film"]}
+        return [one["label"]["scores"] for one in client.post("/classifications", body=body, cast_to=object)["results"]]
+
+    predicted = predict(service.root / "runs" / job.id / "run/checkpoints/checkpoint-10", ["a good film", "a bad film"])
+    labels = ("negative", "positive")
+    assert scores(names[10]) == [{name: row[f"probability.{name}"] for name in labels} for row in predicted]
+    assert scores(names[12]) == scores(model) != scores(names[10])
+    with pytest.raises(openai.NotFoundError, match="has not kept the checkpoint of step 7"):
+        scores(f"{model}:ckpt-step-7")
+    assert client.models.delete(model).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(names[10])
+    with pytest.raises(openai.NotFoundError, match="trained here"):
+        scores(names[10])
 
 
 def test_a_chat_model_is_trained_and_talked_to(service: Service, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Service:
             **{"id": made, "project": "default", "created_at": 1, "finished_at": 2, "digest": "", "model": "tiny"},
             **{"training_file": "file-1", "validation_file": None, "suffix": None, "metadata": None, "recipe": {}},
             **{"job_type": None, "priority": 0, "state": state, "wanted": "run", "told": False, "handle": None},
-            **{"slot": None, "attempts": 0, "overrides": [], "hyperparameters": {"n_epochs": "auto"}, "error": None},
+            **{"places": [], "attempts": 0, "overrides": [], "hyperparameters": {"n_epochs": "auto"}, "error": None},
             **{"fine_tuned_model": None, "seed": 1, "base": {"name": "x"}, "chosen": {}, "numbers": {}},
         }
         return self.store.add_job(document | fields)

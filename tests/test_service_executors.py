@@ -23,20 +23,22 @@ def test_local_processes(tmp_path: Path, tiny_bert: str) -> None:
     keeps_the_contract(Local(), Local, tmp_path, tiny_bert)
 
 
-def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["job", "trainjob"])
+def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     cluster = Cluster(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(cluster.config))  # which the client reads as it is loaded
     kubernetes = pytest.importorskip("hf_finetune.service.executors.kubernetes")
     validate = pytest.importorskip("kubernetes_validate").validate
     validate(yaml.safe_load((FOLDER / "role.yaml").read_text()), "1.34", strict=True)
-    (tmp_path / "job.yaml").write_text((FOLDER / "job.yaml").read_text())
+    (tmp_path / "job.yaml").write_text((FOLDER / f"{kind}.yaml").read_text())
     monkeypatch.setattr(kubernetes, "EVERY_S", 0.2)
     given = settings.Kubernetes(namespace="ml")
     try:
         executor = kubernetes.Kubernetes(given, tmp_path)
         keeps_the_contract(executor, lambda: kubernetes.Kubernetes(given, tmp_path), tmp_path, tiny_bert)
-        hit = [name for name in cluster.jobs if name.startswith("ftjob-hit-")]
+        hit = [name for name in cluster.made if name.startswith("ftjob-hit-")]
         assert len(hit) == 1, "a pause suspends the Job, and resume goes on with the same"
+        assert (hit[0] in cluster.jobs) == (kind == "job"), "nothing but the service removes TrainJobs that have ended"
         # Kueue starts Jobs, and a pause takes them back.
         queued = kubernetes.Kubernetes(given.model_copy(update={"queue": "team"}), tmp_path)
         folder = job(tmp_path / "runs" / "ftjob-queued", tiny_bert)
@@ -55,5 +57,19 @@ def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.
     time.sleep(0.3)
     assert executor.poll(folder, handle) == ALIVE, "a cluster that can't be reached ends no job"
     (tmp_path / "job.yaml").write_text(json.dumps({"kind": "Pod"}))
-    with pytest.raises(RecipeError, match="manifest of a Job"):
+    with pytest.raises(RecipeError, match="manifest of a Job of batch/v1 or a TrainJob of trainer"):
         kubernetes.Kubernetes(given, tmp_path)
+
+
+def test_the_runtime_of_trainjobs_fits_its_schema() -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    runtime = yaml.safe_load((FOLDER / "runtime.yaml").read_text())
+    assert models.TrainerV1alpha1TrainingRuntime.from_dict(runtime).to_dict() == runtime
+    spec = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": spec}
+    validate(job, "1.34", strict=True)
+    alone = yaml.safe_load((FOLDER / "job.yaml").read_text())["spec"]["template"]["spec"]
+    assert spec["template"]["spec"].keys() == alone.keys()
+    reference = yaml.safe_load((FOLDER / "trainjob.yaml").read_text())["spec"]["runtimeRef"]
+    assert reference["name"] == runtime["metadata"]["name"]

@@ -130,6 +130,35 @@ def test_a_job_of_higher_priority_takes_the_place_of_a_lower_one(queue: Queue, s
     assert queue.adapter(lower) == queue.adapter(same), "it went on bit for bit"
 
 
+def test_a_job_on_two_devices_is_paused_and_lost_and_goes_on(queue: Queue, sentences: str) -> None:
+    file = queue.upload(sentences)
+    create = queue.client.fine_tuning.jobs.create
+    with pytest.raises(openai.BadRequestError, match="3 devices: a job gets 2 here at most"):
+        create(model="tiny", training_file=file, extra_body={"devices": 3})
+    more = {"recipe": training(300, batch_size=8), "devices": 2}
+    job = create(model="tiny", training_file=file, seed=3, extra_body=more).id
+    wait(lambda: queue.steps(job) > 2)
+    assert queue.job(job)["places"] == [0, 1]
+    behind = queue.create(file, **training(4))
+    queue.client.fine_tuning.jobs.pause(job)
+    assert queue.until(job, "paused", "succeeded", "failed").status == "paused"
+    assert queue.until(behind, "succeeded", "failed").status == "succeeded"
+    queue.client.fine_tuning.jobs.resume(job)
+    reached = queue.steps(job)
+    wait(lambda: queue.steps(job) > reached)
+    os.kill(queue.pid(job), signal.SIGKILL)  # its two processes end by themselves, and hold the job until then
+    assert queue.until(job, "succeeded", "failed").status == "succeeded", queue.said(job)
+    assert queue.job(job)["attempts"] == 1
+    run = queue.root / "runs" / job / "run"
+    last = run / "checkpoints" / "checkpoint-300"
+    assert json.loads((last / "MANIFEST.json").read_text())["world_size"] == 2
+    # What goes wrong in one of them is told as in a single one.
+    few = create(model="tiny", training_file=file, extra_body={"recipe": training(4, batch_size=1), "devices": 2}).id
+    failed = queue.until(few, "succeeded", "failed")
+    assert (failed.error.code, failed.error.param) == ("invalid_recipe", "training.batch_size")
+    assert "1 rows are fewer than the 2 ranks" in failed.error.message
+
+
 @pytest.mark.parametrize("victims", ["server", "server and workers"])
 def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
     tmp_path: Path, tiny_bert: str, tiny_llama: str, *, sentences: str, victims: str, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,7 @@ def queued(store: Store, number: int, codes: list[int], **more: Any) -> str:
         "state": "queued",
         "wanted": "run",
         "handle": None,
-        "slot": None,
+        "places": [],
         "priority": 0,
         "attempts": 0,
         "numbers": {},
@@ -202,24 +202,28 @@ class Recorder(Local):
     """Starts nothing: only the order is looked at."""
 
     def __init__(self) -> None:
-        self.started: list[tuple[str, bool]] = []
+        self.started: list[tuple[str, bool, str | None]] = []
+        """Job, whether it is only checked, and its devices."""
         self.stopped: list[str] = []
 
     def start(self, work: Work) -> str:
-        self.started.append((work.folder.name, work.only_check))
+        """Note it."""
+        self.started.append((work.folder.name, work.only_check, work.environment.get("CUDA_VISIBLE_DEVICES")))
         return "1"
 
     def poll(self, folder: Path, handle: str) -> Any:
-        return "alive"
+        """Say that it works, or was stopped."""
+        return 143 if folder.name in self.stopped else "alive"
 
     def stop(self, folder: Path, handle: str, *, at_once: bool = False) -> bool:
+        """Note it."""
         self.stopped.append(folder.name)
         return True
 
 
 def waiting(store: Store, *needs: tuple[str, int, int], first: int = 0) -> None:
     """Keep jobs that wait: state, bytes of memory, priority."""
-    head = {"project": "default", "wanted": "run", "handle": None, "slot": None, "attempts": 0, "overrides": []}
+    head = {"project": "default", "wanted": "run", "handle": None, "places": [], "attempts": 0, "overrides": []}
     for number, (state, need, priority) in enumerate(needs, first):
         numbers = {"memory_bytes": need}
         store.add_job({**head, "id": f"ftjob-{number}", "state": state, "priority": priority, "numbers": numbers})
@@ -229,7 +233,8 @@ def test_small_jobs_share_a_device_where_the_estimates_fit(tmp_path: Path) -> No
     store, recorder = Store(tmp_path), Recorder()
     waiting(store, *[("queued", 40, 0)] * 3, ("queued", 5, -1))
     Supervisor(store, recorder, [Place({}, 100)], Settings(jobs_per_device=3, preempt=False)).look()
-    assert recorder.started == [("ftjob-0", False), ("ftjob-1", False)], "a third does not fit, and none overtakes it"
+    started = [job for job, *_ in recorder.started]
+    assert started == ["ftjob-0", "ftjob-1"], "a third does not fit, and none overtakes it"
 
 
 def test_none_is_stopped_for_a_job_that_may_be_refused(tmp_path: Path) -> None:
@@ -239,8 +244,39 @@ def test_none_is_stopped_for_a_job_that_may_be_refused(tmp_path: Path) -> None:
     supervisor.look()
     waiting(store, ("validating_files", 1, 5), first=1)
     supervisor.look()
-    assert recorder.started[-1] == ("ftjob-1", True)
+    assert recorder.started[-1] == ("ftjob-1", True, None)
     assert recorder.stopped == []
     store.change("ftjob-1", ["validating_files"], state="queued", handle=None)
     supervisor.look()
     assert recorder.stopped == ["ftjob-0"]
+
+
+def test_a_job_on_several_devices_gets_them_at_once_and_is_not_overtaken(tmp_path: Path) -> None:
+    store, recorder = Store(tmp_path), Recorder()
+    places = [Place({"CUDA_VISIBLE_DEVICES": str(index)}) for index in range(4)]
+    supervisor = Supervisor(store, recorder, places, Settings(retry_seconds=0))
+    queued(store, 0, [])
+    queued(store, 1, [], devices=2)
+    large, small = queued(store, 2, [], devices=2), queued(store, 3, [])
+    supervisor.look()
+    assert recorder.started == [("ftjob-0000", False, "0"), ("ftjob-0001", False, "1,2")], "one place is not two"
+    recorder.stopped.append("ftjob-0000")  # by somebody else; it is queued again, as the oldest
+    store.change("ftjob-0000", ["queued", "running"], wanted="cancel")
+    supervisor.look()
+    supervisor.look()
+    assert [job for job, *_ in recorder.started[2:]] == [large]
+    assert (store.job(large) or {})["places"] == [0, 3]
+    # One of higher priority takes as many places as it lacks: those of the lowest, and of these of the youngest.
+    urgent = queued(store, 4, [], devices=2, priority=5)
+    supervisor.look()
+    assert recorder.stopped[1:] == [large]
+    queued(store, 5, [], devices=4, priority=1)
+    for _ in range(3):
+        supervisor.look()
+    assert recorder.started[3:4] == [(urgent, False, "0,3")]
+    assert recorder.stopped[1:] == [large], "to stop one more would not suffice"
+    assert (store.job(small) or {})["handle"] is None
+    beyond = queued(store, 6, [], devices=9, priority=9)
+    supervisor.look()
+    events = (store.folder_of_job(beyond) / "events.jsonl").read_text()
+    assert "The job waits for 9 devices, and there are 4" in events

@@ -1,16 +1,15 @@
-"""Arguments that several verbs or the launcher share: a recipe, a run, numbers, and the processes of a job."""
+"""Arguments that several verbs or the launcher share: a recipe, a run, numbers."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_finetune import log
-from hf_finetune.errors import Problem, RecipeError
+from hf_finetune.errors import RecipeError
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -105,72 +104,3 @@ def processes(word: str) -> str:
 def is_worker() -> bool:
     """Tell that torchrun or accelerate started this process, which is given the whole command line too."""
     return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
-
-
-PORT = 29_500  # torchrun's own default
-
-
-@dataclass(frozen=True)
-class Node:
-    """This node and its place among the others."""
-
-    processes: int
-    """Of this node; each has as many."""
-    nodes: int = 1
-    rank: int = 0
-    """Of this node, from 0."""
-    address: str = ""
-    """Of the first node; empty where there is no other."""
-    port: int = PORT
-
-    @property
-    def all_processes(self) -> int:
-        """Of all nodes."""
-        return self.processes * self.nodes
-
-    @property
-    def needs_launcher(self) -> bool:
-        """Tell that there are several processes, or a launcher configuration, which may ask for more than these."""
-        return self.all_processes > 1 or bool(os.environ.get("HF_FINETUNE_LAUNCHER_CONFIG"))
-
-    @classmethod
-    def of(cls, variables: Mapping[str, str], processes: str | None = None) -> Node:
-        """Read the variables that `hf_finetune.launch` names.
-
-        Args:
-            variables: Of the environment.
-            processes: Given with `--processes`, which counts more than `PET_NPROC_PER_NODE`.
-
-        Raises:
-            RecipeError: One is no number, or does not fit the others; exit code 2.
-        """
-
-        def whole(name: str, default: int) -> int:
-            text = variables.get(name, "").strip() or str(default)
-            if not text.isdecimal():
-                raise RecipeError(Problem(f"{text!r} is no whole number", key=name))
-            return int(text)
-
-        if processes is not None:
-            variables = {**variables, "PET_NPROC_PER_NODE": processes}
-        # torchrun knows these words too, and Kubeflow's Trainer sets them.
-        is_auto = variables.get("PET_NPROC_PER_NODE", "") in ("", "auto", "gpu", "cpu")
-        own = visible_devices() if is_auto else whole("PET_NPROC_PER_NODE", 0)
-        nodes, rank = whole("PET_NNODES", 1), whole("PET_NODE_RANK", 0)
-        address, port = variables.get("PET_MASTER_ADDR", ""), whole("PET_MASTER_PORT", PORT)
-        if own < 1 or nodes < 1:
-            raise RecipeError("PET_NPROC_PER_NODE and PET_NNODES are 1 at least; `auto` counts the visible GPUs")
-        if rank >= nodes:
-            raise RecipeError(f"PET_NODE_RANK is {rank}, but of {nodes} nodes; it counts from 0")
-        if nodes > 1 and not address:
-            raise RecipeError("PET_MASTER_ADDR is not set; it names the first node, as every other one reaches it")
-        return cls(own, nodes, rank, address if nodes > 1 else "", port)
-
-
-def visible_devices() -> int:
-    """Count the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` or the container shows them; 1 on a CPU."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
-        return 1
-    import torch  # takes seconds, and most jobs name the number
-
-    return max(1, torch.cuda.device_count())

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from hf_finetune import log
 from hf_finetune.cli import checking, serve_check, serving
-from hf_finetune.cli.arguments import Node, add_recipe, add_run, count, given, is_worker, number, processes, top
+from hf_finetune.cli.arguments import add_recipe, add_run, count, given, is_worker, number, processes, top
 from hf_finetune.errors import RecipeError
 from hf_finetune.log import say, show
+from hf_finetune.run.processes import Node
 
 # hf-finetune init
 

@@ -66,13 +66,14 @@ _routes = APIRouter()
 @_routes.post("/v1/fine_tuning/jobs")
 def create(
     caller: Called,
+    request: Request,
     body: JobRequest,
     idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     x_stainless_retry_count: Annotated[int, Header()] = 0,
 ) -> dict[str, Any]:
     """Make a job; it is checked first, and trained where there is room."""
     store = caller.store
-    document, files = admit(caller, body)
+    document, files = admit(caller, body, request.app.state.supervisor)
     key = idempotency_key or (body.metadata or {}).get("idempotency_key")
     if key is None and x_stainless_retry_count:
         # The client did not hear the answer; the job of its first try is the latest one with an equal body.
@@ -93,7 +94,7 @@ def create(
     return views.job(caller.job(store.add_job({**document, "request_key": request_key})))
 
 
-def admit(caller: Caller, body: JobRequest) -> tuple[dict[str, Any], list[tuple[str, Path, str]]]:
+def admit(caller: Caller, body: JobRequest, queue: Supervisor) -> tuple[dict[str, Any], list[tuple[str, Path, str]]]:
     """Make the document of a job, of which nothing is kept yet, and list its files: split, file, ending of the name.
 
     Raises:
@@ -106,6 +107,11 @@ def admit(caller: Caller, body: JobRequest) -> tuple[dict[str, Any], list[tuple[
     if refusals := list(body.refusals()):
         said = "; ".join(f"{key} {why}" for key, why in refusals)
         raise Refusal(400, said, param=refusals[0][0], code="unsupported_value")
+    devices = body.devices or models[body.model].get("devices", 1)
+    if devices > queue.devices:
+        most = f"a job gets {queue.devices} here at most"
+        said = most if queue.settings.executor == "local" else "the operator's template decides"
+        raise Refusal(400, f"{devices} devices: {said}", param="devices", code="unsupported_value")
     said_all = body.model_dump(mode="json")
     files = []
     for field, split in worker.SPLITS.items():
@@ -122,18 +128,18 @@ def admit(caller: Caller, body: JobRequest) -> tuple[dict[str, Any], list[tuple[
         **{name: said_all[name] for name in ("job_type", "classifier_targets", "priority")},
         **{"id": new_id("ftjob-"), "project": caller.project, "created_at": now(), "finished_at": None},
         **{"digest": hashlib.sha256(json.dumps(said_all, sort_keys=True).encode()).hexdigest(), "recipe": recipe},
-        **{"state": "validating_files", "wanted": "run", "told": False, "handle": None, "slot": None},
+        **{"state": "validating_files", "wanted": "run", "told": False, "handle": None, "places": []},
         **{"attempts": 0, "overrides": [], "hyperparameters": body.asked.model_dump(), "error": None},
         **{"seed": 42 if body.seed is None else body.seed, "base": models[body.model], "chosen": {}, "numbers": {}},
-        "fine_tuned_model": None,
+        **{"fine_tuned_model": None, "devices": devices},
     }
     return document, files
 
 
 @_routes.post("/v1/fine_tuning/preview")
-def show_plan(caller: Called, body: JobRequest) -> dict[str, Any]:
+def show_plan(caller: Called, request: Request, body: JobRequest) -> dict[str, Any]:
     """Tell what a job would be: its plan, what is wrong with it, and its first rows as the model sees them."""
-    document, files = admit(caller, body)
+    document, files = admit(caller, body, request.app.state.supervisor)
     try:
         found = preview.make(caller.store, document, files)
     except preview.Busy:

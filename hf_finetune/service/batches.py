@@ -47,7 +47,7 @@ def create(caller: Called, body: BatchRequest) -> dict[str, Any]:
             "model": model,
         },
         **{"input_file_id": file["id"], "endpoint": body.endpoint, "metadata": body.metadata, "error": None},
-        **{"run": f"../{place}", "state": "queued", "wanted": "run", "handle": None, "slot": None},
+        **{"run": f"../{place}", "state": "queued", "wanted": "run", "handle": None, "places": []},
         **{"attempts": 0, "overrides": [], "priority": 0, "base": {"name": model}, "chosen": {}, "numbers": {}},
         **{"fine_tuned_model": None, "digest": "", "hyperparameters": {}, "suffix": None, "told": False},
     }

@@ -91,7 +91,7 @@ class Caller:
         return bases
 
     def answering(self, model: str, param: str = "model") -> tuple[dict[str, Any], Path]:
-        """Find the job and what answers for a model that the field `param` names: the run of a job, or a checkpoint of it."""
+        """Find the job that made a model, which the field `param` names, and what answers: its run, or a checkpoint."""
         name, mark, step = model.partition(history.CHECKPOINT)
         job = self.store.job_of_model(self.project, name)
         if job is not None:

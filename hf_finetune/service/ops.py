@@ -112,7 +112,7 @@ class Queue(Collector):
         yield jobs
         places = len(self.app.state.supervisor.places)
         yield GaugeMetricFamily("hf_finetune_slots", "Places where a job trains: GPUs, or slots of the CPU.", places)
-        busy = len({job["slot"] for job in store.active() if job["handle"] is not None and job["slot"] is not None})
+        busy = len({place for job in store.active() if job["handle"] is not None for place in job["places"]})
         yield GaugeMetricFamily("hf_finetune_slots_busy", "Places in use.", busy)
         lines = [next(history.steps(store.folder_of_job(name)), None) for name in names]
         speed = sum(line.get("tokens_per_second", 0.0) for line in lines if line)

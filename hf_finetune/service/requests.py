@@ -82,7 +82,7 @@ Metadata = Annotated[
 
 
 class JobRequest(Body):
-    """A new job; `recipe`, `job_type`, `classifier_targets` and `priority` are not OpenAI's (`extra_body` there)."""
+    """A new job; `recipe`, `job_type`, `classifier_targets`, `priority` and `devices` are not OpenAI's."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)]
     training_file: str
@@ -97,6 +97,7 @@ class JobRequest(Body):
     job_type: Literal["completion", "classifier"] | None = None
     classifier_targets: list[ClassifierTarget] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    devices: Annotated[int, Field(ge=1, le=64)] | None = None
 
     @property
     def asked(self) -> Hyperparameters:

@@ -34,10 +34,11 @@ class Slurm(Section):
 
 
 class Kubernetes(Section):
-    """Jobs are Jobs of a cluster."""
+    """Jobs are Jobs of a cluster, or TrainJobs of Kubeflow's Trainer in it."""
 
     template: str = "job.yaml"
-    """Manifest of a Job, below ROOT or absolute, as in `deploy/kubernetes/queue`; its first container is the worker."""
+    """Manifest of a Job or a TrainJob, below ROOT or absolute, as in `deploy/kubernetes/queue`; a Job's first container
+    is the worker."""
     namespace: str = "default"
     queue: str | None = None
     """LocalQueue of Kueue, which then decides when a job starts."""
@@ -94,7 +95,7 @@ def reread(read: Callable[[Path], Kept]) -> Callable[[Path], Kept]:
 
 @reread
 def models(file: Path) -> dict[str, dict[str, Any]]:
-    """Read base models: name -> `name` (Hub id or folder) and `recipe`, the defaults of its jobs.
+    """Read base models: name -> `name` (Hub id or folder), and the defaults of its jobs, `recipe` and `devices`.
 
     Raises:
         RecipeError: The file is wrong.
@@ -109,8 +110,10 @@ def models(file: Path) -> dict[str, dict[str, Any]]:
         entry = {"name": value} if isinstance(value, str) else value
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"].strip():
             raise RecipeError(Problem("must have a name: a Hub id or a folder", key=str(name), file=str(file)))
-        if entry.keys() - {"name", "recipe"}:
-            raise RecipeError(Problem("takes name and recipe, nothing else", key=str(name), file=str(file)))
+        if entry.keys() - {"name", "recipe", "devices"}:
+            raise RecipeError(Problem("takes name, recipe and devices, nothing else", key=str(name), file=str(file)))
+        if not isinstance(entry.get("devices", 1), int) or entry.get("devices", 1) < 1:
+            raise RecipeError(Problem("must be a whole number, from 1", key=f"{name}.devices", file=str(file)))
         made[str(name)] = entry
     return made
 

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +138,8 @@ class Supervisor:
                     self._settle(job)
         taken: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for job in jobs:
-            if job["handle"] is not None and job["slot"] is not None:
-                taken[job["slot"]].append(job)
+            for place in job["places"] if job["handle"] is not None else ():
+                taken[place].append(job)
         self._fill(
             [
                 job
@@ -147,80 +147,112 @@ class Supervisor:
                 if job["handle"] is None and job["wanted"] == "run" and job.get("not_before", 0) <= time.time()
             ],
             taken,
-            is_checking=any(job["handle"] is not None and job["slot"] is None for job in jobs),
+            is_checking=any(job["handle"] is not None and not job["places"] for job in jobs),
         )
 
     def _fill(
         self, waiting: Sequence[dict[str, Any]], taken: dict[int, list[dict[str, Any]]], *, is_checking: bool
     ) -> None:
-        """Start jobs in their order. None overtakes: small jobs that share devices would keep a large one out."""
+        """Start jobs in their order. None overtakes: small ones would keep one out that needs several devices."""
         coming = sum(any(job.get("stopped_at") for job in jobs) for jobs in taken.values())
         is_full = False
         for job in waiting:
-            place = None if is_full else self._room(job, taken)
-            if place is not None:
-                taken[place].append(job)
+            wanted = job.get("devices", 1)
+            is_larger = wanted > self.devices  # than this server, though not than an earlier one
+            places = () if is_full or is_larger else self._room(job, taken)
+            if places:
+                for place in places:
+                    taken[place].append(job)
                 with _alone(job):
-                    self._start(job, place)
+                    self._start(job, places)
                 continue
-            is_full = True
+            if not is_full and not is_larger:  # what is free already is kept for the first one that waits
+                is_full, coming = True, coming + len(self._free(taken))
             if job["state"] == "validating_files":
                 # None is stopped for a job that may be refused; a place made free meanwhile would go to another one.
                 if not is_checking:
                     is_checking = True
                     with _alone(job):
-                        self._start(job, None)
-            elif coming:
-                coming -= 1  # for this one, a place is being made free already
-            elif self.settings.preempt:
-                self._preempt(job, taken)
+                        self._start(job, ())
+                continue
+            if is_larger:
+                said = f"The job waits for {wanted} devices, and there are {self.devices}"
+                note(self.store.folder_of_job(job["id"]), said, "warn")
+                continue
+            lacking = wanted - coming
+            coming = max(0, -lacking)
+            if lacking > 0 and self.settings.preempt:
+                self._preempt(job, lacking, taken)
 
-    def _room(self, job: dict[str, Any], taken: dict[int, list[dict[str, Any]]]) -> int | None:
-        """Find a place: a free one, else one that the job may share, as far as the estimates of `check` go."""
-        found = [index for index in range(len(self.places)) if not taken[index]]
+    @property
+    def devices(self) -> int:
+        """Most devices of one job; those of a scheduler's jobs are the scheduler's own business."""
+        return len(self.places) if self.settings.executor == "local" else 1
+
+    def _free(self, taken: Mapping[int, Sequence[Any]]) -> list[int]:
+        return [index for index in range(len(self.places)) if not taken.get(index)]
+
+    def _room(self, job: dict[str, Any], taken: dict[int, list[dict[str, Any]]]) -> Sequence[int]:
+        """Find places: free ones, else one that the job may share, as far as the estimates of `check` go."""
+        found, wanted = self._free(taken), job.get("devices", 1)
         need = job["numbers"].get("memory_bytes")
-        if found or need is None or self.settings.jobs_per_device == 1:
-            return found[0] if found else None
+        if len(found) >= wanted:
+            return found[:wanted]
+        if wanted > 1 or need is None or self.settings.jobs_per_device == 1:
+            return ()
         for index, place in sorted(enumerate(self.places), key=lambda entry: len(taken[entry[0]])):
             others = [other["numbers"].get("memory_bytes") for other in taken[index]]
             is_known = None not in others and len(others) < self.settings.jobs_per_device
-            if is_known and place.memory is not None and sum(others, need) <= SHARE * place.memory:
-                return index
-        return None
+            is_alone = any(len(other["places"]) > 1 for other in taken[index])
+            if is_known and not is_alone and place.memory is not None and sum(others, need) <= SHARE * place.memory:
+                return [index]
+        return ()
 
-    def _preempt(self, job: dict[str, Any], taken: dict[int, list[dict[str, Any]]]) -> None:
-        """Stop the jobs of one place, if all of them are of lower priority: the lowest, and of these the youngest."""
-        below = [
-            jobs
+    def _preempt(self, job: dict[str, Any], lacking: int, taken: Mapping[int, Sequence[dict[str, Any]]]) -> None:
+        """Stop the jobs of so many places, if all of them are of lower priority: the lowest, and of these the youngest.
+
+        Where that would not be enough, none is stopped for nothing.
+        """
+        below = {
+            tuple(other["id"] for other in jobs): jobs
             for jobs in taken.values()
             if jobs and all(other["priority"] < job["priority"] and not other.get("stopped_at") for other in jobs)
-        ]
-        if not below:
-            return
-        below.sort(key=lambda jobs: max(other["id"] for other in jobs), reverse=True)
-        for other in min(below, key=lambda jobs: max(one["priority"] for one in jobs)):
+        }
+        youngest = sorted(below.values(), key=lambda jobs: max(other["id"] for other in jobs), reverse=True)
+        chosen: list[dict[str, Any]] = []
+        for jobs in sorted(youngest, key=lambda jobs: max(one["priority"] for one in jobs)):
+            if lacking > 0:
+                chosen += jobs
+                lacking -= len(jobs[0]["places"])
+        for other in chosen if lacking <= 0 else ():
             folder = self.store.folder_of_job(other["id"])
             if other["handle"] != STARTING and self.executor.stop(folder, other["handle"]):
                 note(folder, "The job is stopped with a checkpoint, for one of higher priority")
                 other["stopped_at"] = now()
                 self.store.change(other["id"], [other["state"]], stopped_at=other["stopped_at"])
 
-    def _start(self, job: dict[str, Any], place: int | None) -> None:
-        """Start the worker of a job: to train in a place, or to check it while it waits for one."""
+    def _start(self, job: dict[str, Any], places: Sequence[int]) -> None:
+        """Start the worker of a job: to train in these places, or to check it while it waits for them."""
         folder = self.store.folder_of_job(job["id"])
         # The end of an earlier worker goes first, and that one is starting is kept before it lives: should the service
         # die in between, the executor finds out whether it does.
         discard(folder / worker.EXIT)
         seen = {"handle": None, "wanted": "run"}
-        if self.store.change(job["id"], [job["state"]], seen, handle=STARTING, slot=place) is None:
+        if self.store.change(job["id"], [job["state"]], seen, handle=STARTING, places=places) is None:
             return
+        job["places"] = places
         # A check sees a device, too: what fits depends on it.
-        work = Work(folder, place is None, self.places[place or 0].environment, job["priority"])
+        used = [self.places[place].environment for place in places or [0]]
+        environment = used[0]
+        if len(used) > 1:
+            visible = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in used)))
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": visible, "PET_NPROC_PER_NODE": str(len(used))}
+        work = Work(folder, not places, environment, job["priority"])
         try:
             handle = self.executor.start(work)
         except OSError as error:
             later = time.time() + self.settings.retry_seconds
-            self.store.change(job["id"], [job["state"]], handle=None, slot=None, not_before=later)
+            self.store.change(job["id"], [job["state"]], handle=None, places=[], not_before=later)
             raise OSError(f"{job['id']} could not be started: {error}") from error
         self.store.change(job["id"], [job["state"]], handle=handle)
 
@@ -229,7 +261,7 @@ class Supervisor:
         if handle == STARTING:
             handle = self.executor.adopt(folder)
             if handle is None and not (folder / worker.EXIT).exists():
-                self.store.change(job["id"], [job["state"]], handle=None, slot=None)
+                self.store.change(job["id"], [job["state"]], handle=None, places=[])
                 return
             if handle is not None:
                 self.store.change(job["id"], [job["state"]], handle=handle)
@@ -237,7 +269,7 @@ class Supervisor:
         if code != ALIVE:
             self._ended(job, folder, code)
             return
-        begins = job["state"] != "running" and job["slot"] is not None and (folder / worker.CHECKED).exists()
+        begins = job["state"] != "running" and job["places"] and (folder / worker.CHECKED).exists()
         if begins and handle is not None:
             note(folder, "Fine-tuning job started")
             job = self.store.change(job["id"], [job["state"]], state="running", **_checked(folder)) or job
@@ -249,13 +281,14 @@ class Supervisor:
 
     def _ended(self, job: dict[str, Any], folder: Path, code: int) -> None:
         """Decide what comes after the end of a worker."""
-        free: dict[str, Any] = {"handle": None, "slot": None, "stopped_at": None}
+        free: dict[str, Any] = {"handle": None, "places": [], "stopped_at": None}
         if (folder / worker.CHECKED).exists():
             free |= _checked(folder)
         is_asked = job.get("stopped_at") or job["wanted"] != "run"
         is_stopped = code in (PREEMPTED, INTERRUPTED) or (code == KILLED and is_asked)
-        micro = free.get("numbers", {}).get("micro_batch_rows", 1) // 2
-        if code in (0, PushError.exit_code) and job["slot"] is not None:
+        share = free.get("chosen", {}).get("batch_size", 0) // job.get("devices", 1)
+        micro = min(free.get("numbers", {}).get("micro_batch_rows", 1), share) // 2
+        if code in (0, PushError.exit_code) and job["places"]:
             if code:
                 note(folder, "The model was trained, but not uploaded", level="warn")
             if job.get("kind") == batch_worker.KIND:
@@ -310,7 +343,7 @@ class Supervisor:
     def _settle(self, job: dict[str, Any], **fields: Any) -> None:
         """Do what is wanted of a job that does not run."""
         folder = self.store.folder_of_job(job["id"])
-        free = {"handle": None, "slot": None, "stopped_at": None, **fields}
+        free = {"handle": None, "places": [], "stopped_at": None, **fields}
         if job["wanted"] == "cancel":
             self._finish(job, folder, "cancelled", **free)
             return

@@ -1,4 +1,4 @@
-"""The process of one job: `python -m hf_finetune.service.worker FOLDER [--lock FD] [--check] [--log]`.
+"""The process of one job: `python -m hf_finetune.service.worker FOLDER [--lock FD] [--check] [--log] [--rank]`.
 
 It makes the recipe, checks it, and trains it, in the folder of the job:
 
@@ -8,11 +8,13 @@ It makes the recipe, checks it, and trains it, in the folder of the job:
     checked.json   the plan, once nothing is wrong
     run/           the run folder
     exit.json      how the worker ended: `code`, and `problems` with message, key, file and line
+    rank.json      the problems that several processes ended with
     log.jsonl      what was printed
 
 The same worker started again goes on with the run. On the machine of the service, its starter holds a lock for it on
 `worker.lock`, FD: whoever can take that lock knows that the worker is gone, also after the service itself was killed.
-With `--log`, it writes `log.jsonl` itself.
+With `--log`, it writes `log.jsonl` itself. With several devices it starts a process for each, `--rank`, which hold the
+same lock.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,16 @@ from typing import Any
 from hf_finetune import log
 from hf_finetune.config import paths, yamlfile
 from hf_finetune.data.readers import SUFFIXES
-from hf_finetune.errors import DataError, FinetuneError, Problem, Stopped
+from hf_finetune.errors import INTERRUPTED, PREEMPTED, DataError, FinetuneError, Problem, RecipeError, Stopped
 from hf_finetune.inference import rows
+from hf_finetune.run import processes
 from hf_finetune.run.files import discard, write_atomically
 
-RECIPE, CHECKED, EXIT, RUN, LOG, DATA, LOCK = (
+RECIPE, CHECKED, EXIT, RANK, RUN, LOG, DATA, LOCK = (
     "recipe.yaml",
     "checked.json",
     "exit.json",
+    "rank.json",
     "run",
     "log.jsonl",
     "data",
@@ -78,10 +82,14 @@ def main(folder: str, *, only_check: bool) -> int:
         problems = [Problem(f"the trainer failed: {type(error).__name__}; its log has the rest")]
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is reached, and its code is the truth
-        ended = {"code": code, "problems": [asdict(problem) for problem in problems]}
-        write_atomically(Path(EXIT), json.dumps(ended, indent=1), durable=True)
+        _end(EXIT, code, problems)
         log.close()
     return code
+
+
+def _end(file: str, code: int, problems: Sequence[Problem]) -> None:
+    ended = {"code": code, "problems": [asdict(problem) for problem in problems]}
+    write_atomically(Path(file), json.dumps(ended, indent=1), durable=True)
 
 
 def _work(*, only_check: bool) -> None:
@@ -113,10 +121,45 @@ def _work(*, only_check: bool) -> None:
             "warnings": [str(problem) for problem in found.warnings],
         }
         write_atomically(Path(CHECKED), json.dumps(checked, indent=1), durable=True)
-    if not only_check:
+    if only_check:
+        return
+    node = processes.Node.of(os.environ)
+    if node.nodes > 1:
+        raise RecipeError("a job of the service trains on one node; give it one that has the devices")
+    if not node.needs_launcher:
         from hf_finetune.pipeline.train import train
 
         train(RECIPE, overrides)
+        return
+    discard(Path(RANK))
+    code = processes.several(node, [".", "--rank"], Path(RUN, "status.json"), "hf_finetune.service.worker")
+    if code in (PREEMPTED, INTERRUPTED):
+        raise SystemExit(code)
+    if code:
+        failed = FinetuneError([Problem(**problem) for problem in problems_of(Path(), RANK)])
+        failed.exit_code = code
+        raise failed
+
+
+def rank(folder: str) -> int:
+    """Be one of the processes that train a job; returns the exit code."""
+    from hf_finetune.pipeline.train import train
+
+    os.chdir(folder)
+    log.open_for("json")
+    # The worker may be killed: the job goes on in another one when its processes have ended, too.
+    with Path(LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            train(RECIPE, json.loads(Path("job.json").read_bytes())["overrides"])
+        except FinetuneError as error:
+            if os.environ["RANK"] == "0":
+                log.report(error.problems, error.exit_code)
+                _end(RANK, error.exit_code, error.problems)
+            return error.exit_code
+        finally:
+            log.close()
+    return 0
 
 
 def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,10 +229,10 @@ def _proposed(train: str, model: str) -> dict[str, Any]:
     return recipe
 
 
-def problems_of(folder: Path) -> list[dict[str, Any]]:
+def problems_of(folder: Path, file: str = EXIT) -> list[dict[str, Any]]:
     """Read the problems that a worker ended with; none where it left none."""
     try:
-        found: list[dict[str, Any]] = json.loads((folder / EXIT).read_bytes())["problems"]
+        found: list[dict[str, Any]] = json.loads((folder / file).read_bytes())["problems"]
     except (OSError, ValueError, KeyError):
         return []
     return found
@@ -222,11 +265,15 @@ if __name__ == "__main__":
     parser.add_argument("--lock", type=int)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--log", action="store_true")
+    parser.add_argument("--rank", action="store_true")
     given = parser.parse_args()
+    if given.rank:
+        sys.exit(rank(given.folder))
     if given.lock is None:
         # A scheduler started it, and may have started it twice: the second one waits, and finds the work done.
         given.lock = os.open(Path(given.folder, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(given.lock, fcntl.LOCK_EX)
+        fcntl.flock(given.lock, fcntl.LOCK_SH)  # with the processes that it starts
     # The lock that this process inherited; a program that it starts must not, for it may outlive it.
     os.set_inheritable(given.lock, False)
     if given.log:

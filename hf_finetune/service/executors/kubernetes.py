@@ -1,4 +1,4 @@
-"""Workers as Jobs of Kubernetes, made of a manifest that the operator writes.
+"""Workers as Jobs of Kubernetes, or TrainJobs of Kubeflow's Trainer, made of a manifest that the operator writes.
 
 A pause suspends the Job: its pod gets SIGTERM, writes a checkpoint, and goes; to resume is to end the suspension.
 With a queue of Kueue, which suspends and starts Jobs itself, a pause deletes the Job, and resume makes another.
@@ -32,17 +32,22 @@ JOB = "hf-finetune/job"
 PAUSED = "hf-finetune/paused"
 """Annotation of a Job that the service has suspended."""
 QUEUE = "kueue.x-k8s.io/queue-name"
+KINDS = {
+    "Job": (("batch", "v1"), "jobs", "job-name"),
+    "TrainJob": (("trainer.kubeflow.org", "v1alpha1"), "trainjobs", "jobset.sigs.k8s.io/jobset-name"),
+}
+"""Group and version, plural, and the label of the pods that has the name."""
 
 
 class Kubernetes(Executor):
-    """Creates, watches and suspends Jobs; a handle is a Job's name.
+    """Creates, watches and suspends Jobs or TrainJobs; a handle is the name of one.
 
     Args:
         given: Template, namespace and queue.
         root: ROOT, which pods see at the same path.
 
     Raises:
-        RecipeError: There is no cluster, or the template is no Job.
+        RecipeError: There is no cluster, or the template is neither.
     """
 
     def __init__(self, given: settings.Kubernetes, root: Path) -> None:
@@ -52,7 +57,11 @@ class Kubernetes(Executor):
             raise RecipeError(Problem(f"no cluster is configured: {error}", key="kubernetes")) from None
         self._namespace, self._queue = given.namespace, given.queue
         self._template = _template(root / given.template)
-        self._batch, self._core, self._custom = client.BatchV1Api(), client.CoreV1Api(), client.CustomObjectsApi()
+        self._kind = self._template["kind"]
+        api, plural, self._pods = KINDS[self._kind]
+        self._core, self._objects = client.CoreV1Api(), client.CustomObjectsApi()
+        # As the operator wrote them: the typed calls refuse quantities that are numbers, and know no TrainJob.
+        self._place = (*api, self._namespace, plural)
         self._seen: tuple[float, dict[str, Any]] | None = None
 
     def start(self, work: Work) -> str:
@@ -61,11 +70,10 @@ class Kubernetes(Executor):
             for job in self._jobs(work.folder.name):
                 if not _is_over(job):
                     if _is_paused(job):
-                        self._patch(job.metadata.name, paused=None, suspend=False)
-                    return str(job.metadata.name)
+                        self._pause(job["metadata"]["name"], paused=False)
+                    return str(job["metadata"]["name"])
             made = self._manifest(work)
-            # As the operator wrote it: the typed call refuses quantities that are numbers.
-            self._custom.create_namespaced_custom_object("batch", "v1", self._namespace, "jobs", made, **PATIENCE)
+            self._objects.create_namespaced_custom_object(*self._place, made, **PATIENCE)
             self._seen = None
         return str(made["metadata"]["name"])
 
@@ -73,22 +81,23 @@ class Kubernetes(Executor):
         """Find it by its label."""
         with _reached():
             found = [job for job in self._jobs(folder.name) if not _is_over(job) and not _is_paused(job)]
-        return str(found[0].metadata.name) if found else None
+        return str(found[0]["metadata"]["name"]) if found else None
 
     def poll(self, folder: Path, handle: str) -> int | Literal["alive"]:
         """Look whether its Job has ended, or is suspended and its pod has gone."""
         try:
             with _reached():
                 if self._seen is None or time.monotonic() - self._seen[0] > EVERY_S:
-                    self._seen = time.monotonic(), {job.metadata.name: job for job in self._jobs()}
+                    self._seen = time.monotonic(), {job["metadata"]["name"]: job for job in self._jobs()}
                 job = self._seen[1].get(handle)
                 if job is None or _is_paused(job):
-                    pods = self._core.list_namespaced_pod(
-                        self._namespace, label_selector=f"job-name={handle}", **PATIENCE
-                    ).items
+                    selector = f"{self._pods}={handle}"
+                    pods = self._core.list_namespaced_pod(self._namespace, label_selector=selector, **PATIENCE).items
                     is_alive = any(pod.status.phase in ("Pending", "Running") for pod in pods)
                 else:
                     is_alive = not _is_over(job)
+                    if not is_alive and self._kind == "TrainJob":  # which have no ttlSecondsAfterFinished
+                        self._delete(handle)
         except OSError:
             return ALIVE  # a cluster that can't be reached for a while ends no job
         return ALIVE if is_alive else exit_code(folder)
@@ -96,31 +105,44 @@ class Kubernetes(Executor):
     def stop(self, folder: Path, handle: str, *, at_once: bool = False) -> bool:
         """Suspend its Job; delete it where it only checks, where Kueue decides, and where it must end at once."""
         with _reached():
-            try:
-                job: Any = self._batch.read_namespaced_job(handle, self._namespace, **PATIENCE)
-                only_checks = "--check" in job.spec.template.spec.containers[0].command
-                if at_once or only_checks or self._queue is not None:
-                    body = client.V1DeleteOptions(
-                        propagation_policy="Background", grace_period_seconds=0 if at_once else None
-                    )
-                    self._batch.delete_namespaced_job(handle, self._namespace, body=body, **PATIENCE)
-                else:
-                    self._patch(handle, paused="true", suspend=True)
-            except ApiException as error:
-                if error.status != 404:
-                    raise
-            self._seen = None
+            job = next((job for job in self._jobs(folder.name) if job["metadata"]["name"] == handle), None)
+            if job is None:
+                return True
+            only_checks = "--check" in self._container(job)["command"]
+            if at_once or only_checks or self._queue is not None:
+                self._delete(handle, at_once=at_once)
+            else:
+                self._pause(handle, paused=True)
         return True
 
     def _jobs(self, name: str | None = None) -> list[Any]:
         """List the Jobs of the service, or of one of its jobs, newest first."""
         selector = JOB if name is None else f"{JOB}={name}"
-        found = self._batch.list_namespaced_job(self._namespace, label_selector=selector, **PATIENCE).items
-        return sorted(found, key=lambda job: job.metadata.creation_timestamp, reverse=True)
+        found: Any = self._objects.list_namespaced_custom_object(*self._place, label_selector=selector, **PATIENCE)
+        return sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True)
 
-    def _patch(self, name: str, *, paused: str | None, suspend: bool) -> None:
-        body = {"metadata": {"annotations": {PAUSED: paused}}, "spec": {"suspend": suspend}}
-        self._batch.patch_namespaced_job(name, self._namespace, body, **PATIENCE)
+    def _container(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Give the part that has the command of the worker."""
+        spec = job["spec"]
+        found: dict[str, Any]
+        found = spec["template"]["spec"]["containers"][0] if self._kind == "Job" else spec.setdefault("trainer", {})
+        return found
+
+    def _delete(self, name: str, *, at_once: bool = False) -> None:
+        grace = {"grace_period_seconds": 0} if at_once else {}
+        try:
+            self._objects.delete_namespaced_custom_object(
+                *self._place, name, propagation_policy="Background", **grace, **PATIENCE
+            )
+        except ApiException as error:
+            if error.status != 404:  # it is gone already
+                raise
+        self._seen = None
+
+    def _pause(self, name: str, *, paused: bool) -> None:
+        places = {f"/metadata/annotations/{PAUSED.replace('/', '~1')}": str(paused).lower(), "/spec/suspend": paused}
+        patch = [{"op": "add", "path": place, "value": value} for place, value in places.items()]
+        self._objects.patch_namespaced_custom_object(*self._place, name, patch, **PATIENCE)
         self._seen = None
 
     def _manifest(self, work: Work) -> dict[str, Any]:
@@ -130,13 +152,15 @@ class Kubernetes(Executor):
         # The name of a batch has a character that a Job's must not have.
         metadata["name"] = f"{work.folder.name.replace('_', '-')}-{secrets.token_hex(3)}"
         metadata.setdefault("labels", {})[JOB] = work.folder.name
-        # The queue of the service decides what is tried again.
-        job["spec"] |= {"backoffLimit": 0, "podReplacementPolicy": "Failed"}
-        job["spec"].setdefault("ttlSecondsAfterFinished", 3600)
+        metadata.setdefault("annotations", {})[PAUSED] = "false"
+        if self._kind == "Job":  # of a TrainJob, its runtime says this
+            # The queue of the service decides what is tried again.
+            job["spec"] |= {"backoffLimit": 0, "podReplacementPolicy": "Failed"}
+            job["spec"].setdefault("ttlSecondsAfterFinished", 3600)
         if self._queue is not None:
             metadata["labels"][QUEUE] = self._queue
             job["spec"]["suspend"] = True  # Kueue ends that
-        container = job["spec"]["template"]["spec"]["containers"][0]
+        container = self._container(job)
         command = ["python", "-m", "hf_finetune.service.worker", str(work.folder), "--log"]
         container["command"] = [*command, *(["--check"] * work.only_check)]
         container.pop("args", None)
@@ -149,17 +173,21 @@ def _template(file: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RecipeError(Problem(f"the manifest can't be read: {reason}", file=str(file))) from None
-    if not isinstance(found, Mapping) or found.get("kind") != "Job":
-        raise RecipeError(Problem("must be the manifest of a Job; see deploy/kubernetes/queue", file=str(file)))
+    kind = found.get("kind") if isinstance(found, Mapping) else None
+    if kind not in KINDS or found.get("apiVersion") != "/".join(KINDS[kind][0]):
+        kinds = " or ".join(f"a {kind} of {'/'.join(api)}" for kind, (api, *_) in KINDS.items())
+        message = f"must be the manifest of {kinds}; see deploy/kubernetes/queue"
+        raise RecipeError(Problem(message, file=str(file)))
     return dict(found)
 
 
-def _is_over(job: Any) -> bool:
-    return any(one.type in ("Complete", "Failed") and one.status == "True" for one in job.status.conditions or ())
+def _is_over(job: Mapping[str, Any]) -> bool:
+    found = job.get("status", {}).get("conditions", ())
+    return any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in found)
 
 
-def _is_paused(job: Any) -> bool:
-    return (job.metadata.annotations or {}).get(PAUSED) == "true"
+def _is_paused(job: Mapping[str, Any]) -> bool:
+    return bool(job["metadata"].get("annotations", {}).get(PAUSED) == "true")
 
 
 @contextmanager

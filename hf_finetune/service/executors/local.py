@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import psutil  # type: ignore[import-untyped]
+
 from hf_finetune.service import worker
 from hf_finetune.service.executors.base import ALIVE, Executor, Work, exit_code
 
@@ -22,9 +24,13 @@ class Local(Executor):
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, work: Work) -> str:
-        """Start a process that holds the lock from its first moment: there is no gap in which it could seem gone."""
+        """Start a process that holds the lock from its first moment: there is no gap in which it could seem gone.
+
+        The lock is shared, so that the processes of a job on several devices can hold it, too.
+        """
         with (work.folder / worker.LOCK).open("a") as lock, (work.folder / worker.LOG).open("ab") as log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH)
             lock.truncate(0)  # the number of an earlier worker
             started = subprocess.Popen(  # noqa: S603 - no shell
                 self.command(work, lock.fileno()),
@@ -61,9 +67,13 @@ class Local(Executor):
         """Send the signal, unless the worker has ended and another process may have its number."""
         pid = (folder / worker.LOCK).read_text()
         if self.poll(folder, handle) == ALIVE and pid:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if at_once:
+                    ranks = psutil.Process(int(pid)).children(recursive=True)  # in sessions of their own
                     os.killpg(int(pid), signal.SIGKILL)
+                    for process in ranks:
+                        with suppress(psutil.NoSuchProcess):
+                            process.kill()
                 else:
                     os.kill(int(pid), signal.SIGTERM)
         return bool(pid)
