@@ -159,6 +159,26 @@ def test_a_job_on_two_devices_is_paused_and_lost_and_goes_on(queue: Queue, sente
     assert "1 rows are fewer than the 2 ranks" in failed.error.message
 
 
+def test_a_preview_estimates_the_time_by_the_latest_job_alike(queue: Queue, sentences: str) -> None:
+    def preview(**fields: Any) -> Any:
+        body = {"model": "tiny", "training_file": file, **fields}
+        return queue.client.post("/fine_tuning/preview", body=body, cast_to=object)
+
+    file = queue.upload(sentences)
+    recipe = training(60, learning_rate=1e-3, precision="fp32", optimizer="sgd")
+    assert preview(recipe=recipe)["estimated_seconds"] is None, "no job trained like this"
+    job = queue.create(file, **recipe)
+    assert queue.until(job, "succeeded", "failed").status == "succeeded"
+    lines = [json.loads(line) for line in (queue.root / "runs" / job / "run/metrics.jsonl").read_text().splitlines()]
+    told = preview(recipe=training(120, learning_rate=1e-2, precision="fp32", optimizer="sgd"))
+    assert told["estimated_from"] == job
+    # Its steps, without evaluations and what comes before and after; another seed has other rows in its last epoch.
+    taken = sum(8 / line["samples_per_second"] for line in lines if line["phase"] == "train")
+    assert told["estimated_seconds"] == pytest.approx(2 * taken, rel=0.2)
+    assert preview(recipe=recipe, devices=2)["estimated_from"] is None
+    assert preview(recipe=training(60, optimizer="sgd", batch_size=4))["estimated_from"] is None
+
+
 @pytest.mark.parametrize("victims", ["server", "server and workers"])
 def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
     tmp_path: Path, tiny_bert: str, tiny_llama: str, *, sentences: str, victims: str, monkeypatch: pytest.MonkeyPatch

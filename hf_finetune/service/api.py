@@ -26,6 +26,8 @@ from hf_finetune.service.supervisor import Supervisor, note
 
 FORWARDED = 2048
 """Requests that may wait for another server, which answers many at the same time."""
+LATEST = 100
+"""Jobs among which a preview looks for one that trained at the same speed."""
 AGAIN = 60
 """Seconds in which an equal request that a client sends again makes no second job."""
 
@@ -150,7 +152,12 @@ def show_plan(caller: Called, request: Request, body: JobRequest) -> dict[str, A
             f"the data could not be looked at within {preview.LIMIT:g} seconds; create the job, which is checked too"
         )
         raise Refusal(400, message, param="training_file", code="preview_too_long") from None
-    return views.preview(document, found, caller.store.root)
+    store, alike = caller.store, ("model", "devices", "shape")
+    latest, _ = store.jobs(caller.project, {}, Page(LATEST))
+    wanted = {"state": "succeeded", **{name: {**document, **found}[name] for name in alike}}
+    jobs = (job for job in latest if all(job.get(name) == value for name, value in wanted.items()))
+    rate = history.rate((job, store.folder_of_job(job["id"])) for job in jobs)
+    return views.preview(document, found, store.root, rate)
 
 
 @_routes.get("/v1/fine_tuning/jobs")

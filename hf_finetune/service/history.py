@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from math import isfinite
 from pathlib import Path
@@ -176,6 +176,16 @@ def epochs(folder: Path) -> float:
 def steps(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of training of a run, newest first."""
     return (line for line in entries(folder) if line["phase"] == "train")
+
+
+def rate(jobs: Iterable[tuple[Mapping[str, Any], Path]]) -> tuple[float, str] | None:
+    """Tell the tokens a second of the first of these jobs that says so, steps of training alone, and its id."""
+    for document, folder in jobs:
+        _, text = next(backwards(folder / METRICS), (0, b""))
+        line = journal.parse(text)
+        if line is not None and line["phase"] == "summary" and line.get("tokens_per_second"):
+            return line["tokens_per_second"], document["id"]
+    return None
 
 
 def progress(document: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def make(store: Store, document: dict[str, Any], files: list[tuple[str, Path, st
         files: As `worker.link` takes them.
 
     Returns:
-        `code` (0 where it can run), `findings`, `plan`, `numbers`, `chosen` and `rows`.
+        `code` (0 where it can run), `findings`, `plan`, `numbers`, `chosen`, `shape` and `rows`.
 
     Raises:
         Busy: Try again in a moment.
@@ -93,7 +93,7 @@ def _run(folder: Path) -> None:
 
 def _failed(code: int, problems: list[Problem]) -> dict[str, Any]:
     findings = [{"level": "error", **asdict(problem)} for problem in problems]
-    return {"code": code, "findings": findings, "plan": {}, "numbers": {}, "chosen": {}, "rows": []}
+    return {"code": code, "findings": findings, "plan": {}, "numbers": {}, "chosen": {}, "shape": None, "rows": []}
 
 
 def _look() -> dict[str, Any]:
@@ -125,6 +125,7 @@ def _look() -> dict[str, Any]:
     training = None if found.recipe is None else found.recipe.training
     chosen = {} if training is None else {"batch_size": training.batch_size, "learning_rate": training.learning_rate}
     answer = {"code": found.exit_code, "findings": findings, "plan": found.plan, "numbers": found.numbers}
+    answer["shape"] = found.recipe and worker.shape_of(found.recipe)
     return {**answer, "chosen": {**chosen, "epochs": training and training.epochs}, "rows": rows}
 
 

@@ -187,7 +187,7 @@ class Supervisor:
     @property
     def devices(self) -> int:
         """Most devices of one job; those of a scheduler's jobs are the scheduler's own business."""
-        return len(self.places) if self.settings.executor == "local" else 1
+        return max(1, len(self.places)) if self.settings.executor == "local" else 1
 
     def _free(self, taken: Mapping[int, Sequence[Any]]) -> list[int]:
         return [index for index in range(len(self.places)) if not taken.get(index)]
@@ -382,7 +382,7 @@ def _alone(job: dict[str, Any]) -> Iterator[None]:
 def _checked(folder: Path) -> dict[str, Any]:
     """Give what the check has chosen for a job."""
     found = json.loads((folder / worker.CHECKED).read_bytes())
-    return {"chosen": found["chosen"], "numbers": found["numbers"]}
+    return {"chosen": found["chosen"], "numbers": found["numbers"], "shape": found.get("shape")}
 
 
 def _is_halved(job: dict[str, Any]) -> bool:

@@ -89,8 +89,10 @@ def listed(data: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
     return {"object": "list", "data": list(data), "has_more": more}
 
 
-def preview(document: dict[str, Any], found: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Make what is answered before there is a job."""
+def preview(
+    document: dict[str, Any], found: dict[str, Any], root: Path, rate: tuple[float, str] | None
+) -> dict[str, Any]:
+    """Make what is answered before there is a job; `rate` is as of `history.rate`."""
 
     def told(texts: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -102,6 +104,7 @@ def preview(document: dict[str, Any], found: dict[str, Any], root: Path) -> dict
     train, epochs = numbers.get("splits", {}).get("train", {}), found["chosen"].get("epochs")
     if epochs is None and numbers.get("epoch_steps"):
         epochs = numbers["total_steps"] / numbers["epoch_steps"]
+    tokens = int(train["all_tokens"] * epochs) if train and epochs else None
     return {
         "object": "fine_tuning.preview",
         **{name: document[name] for name in ("model", "training_file", "validation_file")},
@@ -110,7 +113,9 @@ def preview(document: dict[str, Any], found: dict[str, Any], root: Path) -> dict
         "plan": told({name: text for name, text in found["plan"].items() if name not in ("machine", "disk")}),
         "numbers": numbers,
         "total_steps": numbers.get("total_steps"),
-        "trained_tokens": int(train["all_tokens"] * epochs) if train and epochs else None,
+        "trained_tokens": tokens,
+        "estimated_seconds": round(tokens / rate[0], 1) if tokens and rate else None,
+        "estimated_from": rate[1] if tokens and rate else None,
         "hyperparameters": {**found["chosen"], "epochs": epochs},
         "rows": found["rows"],
     }

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from hf_finetune.config import paths, yamlfile
 from hf_finetune.data.readers import SUFFIXES
 from hf_finetune.errors import INTERRUPTED, PREEMPTED, DataError, FinetuneError, Problem, RecipeError, Stopped
 from hf_finetune.inference import rows
+from hf_finetune.recipe import Recipe
 from hf_finetune.run import processes
 from hf_finetune.run.files import discard, write_atomically
 
@@ -118,6 +120,7 @@ def _work(*, only_check: bool) -> None:
             "numbers": found.numbers,
             "chosen": chosen,
             "seed": training.seed,
+            "shape": shape_of(found.recipe),
             "warnings": [str(problem) for problem in found.warnings],
         }
         write_atomically(Path(CHECKED), json.dumps(checked, indent=1), durable=True)
@@ -160,6 +163,15 @@ def rank(folder: str) -> int:
         finally:
             log.close()
     return 0
+
+
+def shape_of(recipe: Recipe) -> str:
+    """Digest what a step of training costs, besides the lengths of rows: jobs with the same train as fast."""
+    sizes = {"batch_size", "micro_batch", "activation_checkpointing", "precision", "optimizer"}
+    text = [recipe.task.kind, recipe.model.model_dump_json(), recipe.adapter.model_dump_json()]
+    text += [recipe.speed.model_dump_json(), recipe.training.model_dump_json(include=sizes)]
+    text += [recipe.data.model_dump_json(include={"max_length", "packing"})]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
