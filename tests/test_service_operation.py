@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,16 @@ def test_a_server_that_is_told_to_stop_its_jobs_loses_no_step(service: Logged) -
     document = Store(service.root).job(job)
     assert document is not None
     assert document["attempts"] == 0, "nothing was lost, so no try is used up"
+
+
+def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
+    pytest.importorskip("check_jsonschema")
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    text = (DEPLOY / "compose" / "compose.yaml").read_text()
+    for name, content, code in (("ours", text, 0), ("wrong", text.replace("stop_grace_period", "stop_period"), 1)):
+        (tmp_path / f"{name}.yaml").write_text(content)
+        ended = subprocess.run([*check, str(tmp_path / f"{name}.yaml")], capture_output=True, text=True, check=False)
+        assert ended.returncode == code, ended.stdout
 
 
 def test_deployed_servers_print_no_key() -> None:
