@@ -248,6 +248,28 @@ def test_findings_of_the_check_stand_beside_their_fields(service: Logged, page: 
         page.until(lambda: "train.jsonl:13" in page.text("#reason"), "the reason", 120)
 
 
+def test_webhooks_are_made_and_deleted(service: Logged, page: Page) -> None:
+    page.open("/webhooks")
+    page.until(lambda: page.all("#types input") and page.text("#summary") == "No endpoint yet.")
+    page.find("#name").send_keys(HOSTILE)
+    page.find("#url").send_keys("http://127.0.0.1/hook")
+    page.find("#create").click()
+    page.until(lambda: page.text("#alert"), "a refusal: nobody allowed that network")
+    page.find("#url").clear()
+    page.find("#url").send_keys("https://93.184.215.14/hook")
+    page.find("#create").click()
+    page.until(lambda: page.text("#secret").startswith("whsec_"), "its secret")
+    (made,) = service.client.get("/webhook_endpoints", cast_to=object)["data"]
+    assert (made["name"], made["url"]) == (HOSTILE, "https://93.184.215.14/hook")
+    assert made["event_types"] == [f"fine_tuning.job.{state}" for state in ("succeeded", "failed", "cancelled")]
+    page.until(lambda: HOSTILE in page.text("#endpoints"))
+    page.look("webhooks")
+    page.find("#endpoints button").click()
+    page.browser.switch_to.alert.accept()
+    page.until(lambda: page.text("#summary") == "No endpoint yet.")
+    assert service.client.get("/webhook_endpoints", cast_to=object)["data"] == []
+
+
 def test_hostile_names_are_text(service: Logged, page: Page, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"messages": HOSTILE}) + "\n")

@@ -150,6 +150,12 @@ def playground(request: Request) -> Response:
     return _framed("playground", request)
 
 
+@routes.get("/webhooks")
+def webhooks(request: Request) -> Response:
+    """List, make and delete endpoints of webhooks."""
+    return _framed("webhooks", request)
+
+
 @routes.get("/jobs/{job}")
 def one_job(request: Request, job: str) -> Response:
     """Show a job."""
