@@ -317,7 +317,7 @@ def _models(caller: Caller, job: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     task = recipe.task
     if task.generates and not task.predicts_next_token:  # it has no endpoint
-        return None
+        return []
     asked = task.asked_columns()
     is_chat = task.generates and len(asked) == 1 and task.columns()[asked[0]].kind == "chat"
     endpoint = "chat" if task.generates else "classifications"
