@@ -11,9 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import reduce
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from operator import getitem
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -184,12 +182,11 @@ class Cluster:
             self._run(name)
         return 201, self.jobs[name]
 
-    def _patch(self, name: str, body: list[dict[str, Any]]) -> dict[str, Any]:
+    def _patch(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         job, before = self.jobs[name], self.jobs[name]["spec"].get("suspend", False)
-        for change in body:
-            *parents, key = (part.replace("~1", "/") for part in change["path"].split("/")[1:])
-            assert change["op"] == "add", change
-            reduce(getitem, parents, job)[key] = change["value"]  # as JSON Patch, it makes no parents
+        kept = {**job["metadata"].get("annotations", {}), **body["metadata"]["annotations"]}
+        job["metadata"]["annotations"] = {key: value for key, value in kept.items() if value is not None}
+        job["spec"]["suspend"] = body["spec"]["suspend"]
         if job["spec"]["suspend"] and not before:
             self._end(name, signal.SIGTERM)
         elif before and not job["spec"]["suspend"]:
@@ -228,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length)) if length else None
         asked = urlsplit(self.path)
         code, found = self.cluster.answer(self.command, asked.path, parse_qs(asked.query), body)
+        if self.command == "PATCH" and self.headers["content-type"] != "application/merge-patch+json":
+            code, found = 415, {"message": f"a patch of the type {self.headers['content-type']}"}
         text = json.dumps(found).encode()
         self.send_response(code)
         self.send_header("content-type", "application/json")

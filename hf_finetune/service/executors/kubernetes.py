@@ -140,9 +140,10 @@ class Kubernetes(Executor):
         self._seen = None
 
     def _pause(self, name: str, *, paused: bool) -> None:
-        places = {f"/metadata/annotations/{PAUSED.replace('/', '~1')}": str(paused).lower(), "/spec/suspend": paused}
-        patch = [{"op": "add", "path": place, "value": value} for place, value in places.items()]
-        self._objects.patch_namespaced_custom_object(*self._place, name, patch, **PATIENCE)
+        body = {"metadata": {"annotations": {PAUSED: "true" if paused else None}}, "spec": {"suspend": paused}}
+        # Which kind of patch a body is, versions of the client guess otherwise.
+        merging = client.ApiClient(header_name="Content-Type", header_value="application/merge-patch+json")
+        client.CustomObjectsApi(merging).patch_namespaced_custom_object(*self._place, name, body, **PATIENCE)
         self._seen = None
 
     def _manifest(self, work: Work) -> dict[str, Any]:
@@ -152,7 +153,6 @@ class Kubernetes(Executor):
         # The name of a batch has a character that a Job's must not have.
         metadata["name"] = f"{work.folder.name.replace('_', '-')}-{secrets.token_hex(3)}"
         metadata.setdefault("labels", {})[JOB] = work.folder.name
-        metadata.setdefault("annotations", {})[PAUSED] = "false"
         if self._kind == "Job":  # of a TrainJob, its runtime says this
             # The queue of the service decides what is tried again.
             job["spec"] |= {"backoffLimit": 0, "podReplacementPolicy": "Failed"}
