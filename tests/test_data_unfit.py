@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,26 @@ def test_unfit_rows_hide_nothing_of_the_others(bert: PreTrainedTokenizerBase) ->
     assert "1 of 7 train rows has no text, or a blank one (row 7)" in told
     assert "2 of 3 validation rows have the tokens of a training row" in told
     assert "a label that no training row has: ugly (2 unfit train rows not counted); add training rows" in told
+
+
+def test_rows_that_cannot_be_read_hide_nothing_of_the_others(bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in (*mixed(4), UNLABELLED, {"text": ["a", "film"], "label": "good"}, BLANK)]
+    lines = [*lines[:3], "{no json", *lines[3:], '{"text": "a film"}', json.dumps(MISSPELT)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    error, verdict = refused(bert, NAMED, train="train.jsonl")
+    told = [str(problem).partition(": data.train: ")[::2] for problem in error.problems]
+    assert "row 10: column 'label' holds 'godd'" in told.pop()[1]
+    assert told == [
+        ("train.jsonl:4", "is no valid JSON at column 2: Expecting property name enclosed in double quotes"),
+        ("train.jsonl:7", "'text' holds a list, but text in the first row; use one type"),
+        ("train.jsonl:9", "has no key 'label'; known: text"),
+        ("train.jsonl", "row 6: column 'label' is null: the row has no label; remove it or label it"),
+    ]
+    assert "1 of 10 train rows has no text, or a blank one (row 8)" in "\n".join(map(str, verdict.errors))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[3:4] * 3))
+    with pytest.raises(UnfitError) as raised:
+        prepare.prepare(recipe(NAMED, train="train.jsonl"), bert, MACHINE)
+    assert len(raised.value.problems) == 1, "of no row at all nothing else is told"
 
 
 def test_the_labels_are_read_off_the_other_rows(bert: PreTrainedTokenizerBase) -> None:

@@ -211,8 +211,9 @@ def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) 
     row: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     lines = [row] * 12
     lines[3] = {"messages": [{"role": "user", "content": 5}]}
+    lines[5] = {"messages": "hi"}
     lines[7] = {"messages": [{"role": "owl", "content": "hoo"}]}
-    bad.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bad.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{no json\n")
     file = service.client.files.create(file=bad.open("rb"), purpose="fine-tune")
     job = service.client.fine_tuning.jobs.create(model="llama", training_file=file.id)
     failed = service.until(job.id, "failed", "succeeded")
@@ -220,6 +221,8 @@ def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) 
     assert failed.error.param == "training_file"
     assert "row 4: the chat template refuses these messages" in failed.error.message
     assert "nothing that is trained (row 8)" in failed.error.message
+    assert "train.jsonl:6: data.train: 'messages' holds text, but a list in the first row" in failed.error.message
+    assert "train.jsonl:13: data.train: is no valid JSON" in failed.error.message, "and all of them at once"
     assert str(service.root) not in failed.model_dump_json()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets.features.features import register_feature
 
@@ -113,22 +114,48 @@ with warnings.catch_warnings():
     register_feature(Cell, "hf_finetune.Cell")
 
 
+class UnreadError(DataError):
+    """Some rows of files can't be read; the others are told of here, so that what is wrong with them is said, too."""
+
+    rows: datasets.Dataset
+    numbers: np.ndarray[Any, np.dtype[np.int64]]
+    """Of these rows among all, from 1."""
+    unread: int
+
+
 def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datasets.Dataset:
     """Return all rows of csv, tsv or JSON files; null where a file or row lacks an optional column.
 
     They are mapped from the Arrow file `target`, which is written.
 
     Raises:
-        DataError: Everything that is wrong with the files.
+        DataError: Everything that is wrong with the files; an `UnreadError` where it is with single rows alone.
     """
     columns = Columns(wanted, form)
     schema = pa.schema([(column, pa.string()) for column in wanted.columns])
+    problems, skipped, count, is_torn = list[Problem](), list[int](), 0, False
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        problems = [problem for file in files for problem in _write(columns, file, writer, schema)]
-    problems += columns.problems(files)
-    if problems:
-        raise DataError(problems)
-    features = datasets.Features({column: columns.feature(column) for column in wanted.columns})
+        for file in files:
+            reading = _File(columns, file)
+            found = _write(reading, writer, schema)
+            problems += reading.problems() + found
+            is_torn |= bool(found) or reading.is_torn
+            skipped += [count + place for place in reading.unread]
+            count += reading.count
+    common = columns.problems(files)
+    if not problems and not common:
+        return _typed(columns, schema, target)
+    if is_torn or common or len(skipped) == count:
+        raise DataError(problems + common)
+    error = UnreadError(problems)
+    error.rows, error.unread = _typed(columns, schema, target), len(skipped)
+    error.numbers = np.setdiff1d(np.arange(1, count + 1), skipped)
+    raise error
+
+
+def _typed(columns: Columns, schema: Any, target: Path) -> datasets.Dataset:
+    """Map the rows that were written as text, each column in its type."""
+    features = datasets.Features({column: columns.feature(column) for column in columns.wanted.columns})
     if features.arrow_schema.types == schema.types:
         return datasets.Dataset.from_file(str(target), info=datasets.DatasetInfo(features=features))
     # Batch by batch into another file, for the rows may not fit in memory.
@@ -138,9 +165,8 @@ def load(files: Sequence[str], form: str, wanted: Wanted, target: Path) -> datas
     return typed
 
 
-def _write(columns: Columns, file: str, writer: Any, schema: Any) -> list[Problem]:
-    """Write the rows of a file as text, and return everything that is wrong with it."""
-    reading = _File(columns, file)
+def _write(reading: _File, writer: Any, schema: Any) -> list[Problem]:
+    """Write the rows of a file that can be read as text, and return what is wrong with the file as a whole."""
     kept: list[str | None] = []  # row by row in one list: a list for each would keep the garbage collector busy
     width, characters = len(schema), 0
     problems: list[Problem] = []
@@ -152,9 +178,12 @@ def _write(columns: Columns, file: str, writer: Any, schema: Any) -> list[Proble
             kept.clear()
 
     try:
-        for _, texts in reading.rows():
-            if texts is None:
-                if reading.bad.full:
+        for row, texts in reading.rows():
+            if texts is None or reading.is_bad(row.number):
+                reading.unread.append(reading.count)
+                # A quotation mark that is not closed swallows the rows behind it.
+                reading.is_torn |= reading.columns.table and not row.cells
+                if texts is None and reading.bad.full:
                     break
                 continue
             kept += texts
@@ -166,9 +195,9 @@ def _write(columns: Columns, file: str, writer: Any, schema: Any) -> list[Proble
         problems = list(error.problems)
     flush()
     if not reading.count and not problems:
-        what = "has 0 rows below its header" if columns.table else "has 0 rows: the file is empty"
-        return [Problem(what, file=file)]
-    return reading.problems() + problems
+        what = "has 0 rows below its header" if reading.columns.table else "has 0 rows: the file is empty"
+        return [Problem(what, file=reading.file)]
+    return problems
 
 
 Kinds = dict[str, tuple[str, str]]  # column of JSON -> the kind of its first value, and the file that holds it
@@ -284,6 +313,14 @@ class _File:
         self.keys: dict[str, None] = {}  # the first of the keys of JSON
         self.lacking: dict[str, list[int]] = {}  # column -> rows without that key
         self.hints: dict[str, str] = {}
+        self.unread: list[int] = []  # places of the rows that can't be used, from 1
+        self.is_torn = False  # where rows begin and end is not known
+        self._seen = 0
+
+    def is_bad(self, number: int) -> bool:
+        """Tell whether anything is wrong with the row that was read last, by its number."""
+        seen, self._seen = self._seen, self.bad.count
+        return self.bad.count > seen or any(rows[-1] == number for rows in self.lacking.values())
 
     def rows(self) -> Iterator[tuple[readers.Row, list[str | None] | None]]:
         """Yield each row, and the text of its wanted cells; None where it has a fault, which is noted.

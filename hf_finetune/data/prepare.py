@@ -102,7 +102,7 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Co
         unfit = UnfitError(problems)
         unfit.facts, unfit.counted, unfit.places, unfit.left_out = facts, reports, origins.places, {}
         for name, report in reports.items():
-            rows = len(loaded[name].rows)
+            rows = len(loaded[name].rows) + loaded[name].unread
             too_long = report.dropped if data.overlong == "error" else 0
             unfit.left_out[name] = rows - report.rows + len(encodings[name].faulty) + too_long
             reports[name] = replace(report, rows=rows)

@@ -154,6 +154,8 @@ class LocalFiles:
         explained = _reading_error(error, self.suffix[1:], ", ".join(self.files[:3]))
         if not isinstance(explained, DataError):
             return explained
+        if isinstance(explained, loading.UnreadError):
+            return explained
         return DataError(problem if problem.key else replace(problem, key=self.key) for problem in explained.problems)
 
 

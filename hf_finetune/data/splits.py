@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from hf_finetune.config.blocks import Data
-from hf_finetune.data.loading import Cell, Wanted
+from hf_finetune.data.loading import Cell, UnreadError, Wanted
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.data.sources import Origin, Origins
 from hf_finetune.errors import DataError, Problem, numbers
@@ -79,6 +79,7 @@ class Split:
     rows: datasets.Dataset  # the task's columns, and those of `BOOKKEEPING`
     places: tuple[str, ...]  # names of its sources in messages
     unused: int = 0  # rows of mixed sources that are never drawn, because the first of them is used up
+    unread: int = 0  # rows that can't be read, which are among the problems
 
     def raw(self) -> datasets.Dataset:
         """Return the rows as they stand in the data."""
@@ -114,8 +115,8 @@ def load(
     The seed fixes what is cut off, mixed and drawn.
 
     Returns:
-        The splits, without those of which a source can't be read, lacks a column, has no row, or does not fit the
-        others of the mix; and these problems.
+        The splits, without rows that can't be read, and without those of which a source can't be read, lacks a column,
+        has no row, or does not fit the others of the mix; and these problems.
     """
     splits: dict[str, Split] = {}
     problems = dict.fromkeys(origins.problems)
@@ -126,7 +127,9 @@ def load(
     parts = []
     for origin in () if data.streaming else origins.train:
         with collect(problems):
-            parts.append(_load(origin, "train", replace(wanted, held_out=False), folder))
+            # What is drawn from a mix depends on each of its rows.
+            others = problems if data.mix is None else None
+            parts.append(_load(origin, "train", replace(wanted, held_out=False), folder, others))
     with collect(problems):
         if parts and len(parts) == len(data.mix or (0,)):
             splits["train"] = parts[0] if data.mix is None else _mix(parts, origins.weights, seed, folder)
@@ -134,7 +137,7 @@ def load(
                 splits["train"], splits["validation"] = _cut_off(splits["train"], data.validation_share, seed)
     for name, held in (("validation", origins.validation), ("test", origins.test)):
         with collect(problems):
-            splits |= {} if held is None else {name: _load(held, name, wanted, folder)}
+            splits |= {} if held is None else {name: _load(held, name, wanted, folder, problems)}
     for name, split in splits.items():
         if data.limit is not None and len(split.rows) > data.limit:
             # In the order of the data: neighbours in the file are read together.
@@ -163,15 +166,25 @@ def check_columns(have: Sequence[str], need: Sequence[str], origin: Origin) -> N
         raise DataError(replace(problem, key=origin.key) for problem in missing)
 
 
-def _load(origin: Origin, name: str, wanted: Wanted, folder: Path) -> Split:
-    rows = origin.load(folder, wanted)
+def _load(origin: Origin, name: str, wanted: Wanted, folder: Path, problems: dict[Problem, None] | None) -> Split:
+    numbered, unread = None, 0
+    try:
+        rows = origin.load(folder, wanted)
+    except UnreadError as error:
+        if problems is None:
+            raise
+        # The other rows may have faults as well, and all are to be known at once.
+        problems |= {replace(problem, key=problem.key or origin.key): None for problem in error.problems}
+        rows, numbered, unread = error.rows, error.numbers, error.unread
     if len(rows) == 0:
         raise DataError(Problem(f"{name} split has 0 rows", key=origin.key, file=origin.place))
     check_columns(rows.column_names, wanted.columns, origin)
-    rows = rows.select_columns(list(wanted.columns)).add_column(ROW, np.arange(1, len(rows) + 1))
+    every = np.arange(1, len(rows) + 1) if numbered is None else numbered
+    rows = rows.select_columns(list(wanted.columns)).add_column(ROW, every)
     if wanted.one_row_by is not None:
         rows = _one_row_by(rows, wanted.one_row_by)
-    return Split(name, rows.add_column(PART, np.zeros(len(rows), dtype=np.int64)), (origin.place,))
+    parts = np.zeros(len(rows), dtype=np.int64)
+    return Split(name, rows.add_column(PART, parts), (origin.place,), unread=unread)
 
 
 def _one_row_by(rows: datasets.Dataset, key: str) -> datasets.Dataset:
@@ -198,7 +211,7 @@ def _cut_off(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     rest, taken = np.sort(chosen[held_out:]), np.sort(chosen[:held_out])
     return (
         replace(split, rows=split.rows.select(rest)),
-        replace(split, name="validation", unused=0, rows=split.rows.select(taken)),
+        replace(split, name="validation", unused=0, unread=0, rows=split.rows.select(taken)),
     )
 
 

@@ -20,12 +20,14 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from hf_finetune.config.credentials import HIDDEN, redacted
 from hf_finetune.service import history
 from hf_finetune.service.store import Store, new_id
 from hf_finetune.service.tables import JOBS
 
 STATES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
-KEY = re.compile(r"hf-[\w-]{20,}")
+KEY = re.compile(r"hf-[\w-]{20,}|whsec_[\w=+/-]{20,}")
+"""Of the API, or of a webhook; `redacted` knows those of other services."""
 LOOPBACK = ("127.0.0.1", "::1")
 _logger = logging.getLogger("hf_finetune.requests")
 
@@ -89,7 +91,7 @@ class _Lines(logging.Formatter):
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = {"time": at.replace("+00:00", "Z"), "level": "info", "event": "request"}
         # A key does not belong in an address, but somebody will put it there.
-        return KEY.sub("<hidden>", json.dumps({**head, **getattr(record, "request", {})}))
+        return redacted(KEY.sub(HIDDEN, json.dumps({**head, **getattr(record, "request", {})})))
 
 
 class Queue(Collector):

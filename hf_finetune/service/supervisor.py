@@ -29,6 +29,8 @@ from hf_finetune.service.store import Store, now
 
 SECONDS = 0.25
 """Between two looks at the jobs."""
+PAUSE = 2.0
+"""After a look that failed: what is away must not fill the log."""
 RETRIES = 3
 """Times that a job is queued again after its worker was lost, or could not write."""
 STARTING = "starting"
@@ -124,6 +126,7 @@ class Supervisor:
                 # A full disk, or a database that is away for a while: the next look may find them well.
                 _logger.exception("the queue could not be looked after: %s", str(error).partition("\n")[0])
                 swept = swept or time.monotonic()
+                self._stop.wait(PAUSE)
 
     def look(self) -> None:
         """Look at every job once: take in those that ended, hand on what is wanted, start what there is room for."""

@@ -28,6 +28,7 @@ import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,18 @@ def _proposed(train: str, model: str) -> dict[str, Any]:
     try:
         text, _ = init.propose(train, kind=None, model=model, tables=init.Tables(Path(DATA, "table"), overwrite=True))
     except DataError:
-        # OpenAI's own form is known by a single row; the check names each row that is wrong.
-        first = next((row.cells for row in rows.find(train, None).rows(()) if not row.fault), {})
-        if "messages" not in first:
+        # The check names each row that is wrong; the others tell what the data are.
+        found = list(islice(rows.find(train, None).rows(()), init.SAMPLE))
+        sound = [row.cells for row in found if not row.fault]
+        if sound and len(sound) < len(found):
+            file = Path(DATA, "sound.jsonl")
+            file.write_text("".join(json.dumps(cells) + "\n" for cells in sound), encoding="utf-8")
+            try:
+                return _proposed(str(file), model)
+            finally:
+                file.unlink()
+        # OpenAI's own form is known by a single row.
+        if "messages" not in next(iter(sound), {}):
             raise
         return {"task": {"kind": "causal_lm", "messages": "messages"}, "model": {"name": model}, "training": {}}
     recipe: dict[str, Any] = yamlfile.parse(text, train).value
