@@ -47,7 +47,7 @@ class Workload:
 # ---- seq2seq: short translations, by a small T5 from scratch ----
 
 T5 = {"d_model": 192, "d_kv": 48, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4}
-PIECES, EPOCHS, ROWS, RATE, LENGTH, NEW = 4_000, 5, 64, 2e-3, 32, 32
+PIECES, EPOCHS, ROWS, RATE, LENGTH, NEW = 4_000, 3, 64, 2e-3, 32, 32
 
 
 def make_t5(folder: Path, shared: Path) -> None:
@@ -123,7 +123,7 @@ def translated(folder: Path, saved: Path) -> dict[str, float]:
 
 WORKLOADS = {
     "seq2seq": Workload(
-        "16,566 sentence pairs of Tatoeba, English to French; a T5 of 3.4 M parameters from scratch, 5 epochs",
+        "16,566 sentence pairs of Tatoeba, English to French; a T5 of 3.4 M parameters from scratch, 3 epochs",
         make_t5,
         t5_recipe,
         {
