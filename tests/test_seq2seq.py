@@ -246,6 +246,16 @@ def test_copies_in_the_data_are_counted(tmp_path: Path, tiny_t5: str) -> None:
     assert "3 of 40 train rows have a target that is the source itself (row 1, 2, 3)" in found[0]
 
 
+def test_rows_are_shown_as_source_and_target(tmp_path: Path, tiny_t5: str, server: Any) -> None:
+    write_rows(tmp_path)
+    rows = '{"source": "the film was very dull and cold .", "target": "bad ."}\n'
+    (tmp_path / "train.jsonl").write_text(rows + (tmp_path / "train.jsonl").read_text())
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_t5, folder=tmp_path, adapter="lora"))
+    shown = server.run("check", str(tmp_path / "recipe.yaml"), "--show", "1").stdout
+    assert "masked   the film was very dull and cold . ⟨</s>⟩" in shown
+    assert "trained  bad . ⟨</s>⟩" in shown
+
+
 def test_the_report_says_how_metrics_were_computed(translator: Path) -> None:
     last = [json.loads(line) for line in (translator / "metrics.jsonl").read_text().splitlines()][-1]
     named = {"bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "copied_source", "wrong_language", "length_ratio"}

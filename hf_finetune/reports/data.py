@@ -155,7 +155,8 @@ def first(recipe: Recipe, prepared: Prepared, processor: Any, count: int) -> lis
     # Of rows that are not made of tokens only the labels are shown.
     ids, names = recipe.task.token_ids or "", prepared.targets.names
     sequences = itertools.islice(_sequences(recipe, prepared), count)
-    return [_example(documents, tokenizer, ids, names, special) for documents in sequences]
+    lines = ([recipe.task.laid_out(row) for row in documents] for documents in sequences)
+    return [_example(documents, tokenizer, ids, names, special) for documents in lines]
 
 
 def _sequences(recipe: Recipe, prepared: Prepared) -> Iterator[list[dict[str, Any]]]:

@@ -558,6 +558,10 @@ class Task(Plugin):
     def write_beside(self, folder: Path, config: Any, limit: int) -> None:
         """Write what other libraries look for beside a model with such a config, which reads at most `limit` tokens."""
 
+    def laid_out(self, row: Features) -> Features:
+        """Return an encoded row with all its tokens in one line, each with its label, for people to look at."""
+        return row
+
     @abstractmethod
     def usage(self, state: State, processor: Any) -> str:
         """Return Python for the model card that asks `model` something, with `processor` loaded: plain transformers."""

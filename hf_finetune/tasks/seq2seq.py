@@ -380,6 +380,11 @@ class Seq2Seq(TokenScores):
         """Return the source."""
         return examples.fill(examples.parse(self.source), row)
 
+    def laid_out(self, row: Features) -> Features:
+        """Return the source, masked, and the target behind it."""
+        source, target = row["input_ids"], row["labels"]
+        return {**row, "input_ids": [*source, *target], "labels": [*[IGNORE] * len(source), *target]}
+
     def usage(self, state: State, processor: Any) -> str:
         """Write an answer as the generation config says."""
         languages = (
