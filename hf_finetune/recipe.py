@@ -194,6 +194,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _start_needs_rows(self) -> Self:
+        if self.data.streaming and self.task.needs_start:
+            reason = f"{self.task.title} looks at all rows before training begins"
+            raise ValueError(f"data.streaming: {reason}; set it to false")
+        return self
+
+    @model_validator(mode="after")
     def _packing_fits_attention(self) -> Self:
         attention = self.model.attention
         if self.data.packing and attention not in ("auto", *PACKED_ATTENTION):

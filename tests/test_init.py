@@ -117,7 +117,7 @@ CASES: list[tuple[Callable[[], str], dict[str, Any]]] = [
     (chats, {"kind": "causal_lm", "messages": "messages"}),
     (sharegpt, {"kind": "causal_lm", "messages": "conversations"}),
     (pairs, {"kind": "causal_lm", "prompt": "question", "completion": "answer"}),
-    (preferences, {"kind": "causal_lm", "prompt": "prompt", "completion": "chosen"}),
+    (preferences, {"kind": "preference", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}),
     (tagged, {"kind": "token_classification", "words": "words", "tags": "tags"}),
     (plain_text, {"kind": "causal_lm", "text": "text"}),
     (packed, {"kind": "text_classification", "text": "review", "label": "liked"}),
@@ -131,7 +131,7 @@ CASES: list[tuple[Callable[[], str], dict[str, Any]]] = [
 def test_a_recipe_for_any_kind_of_file_passes_check(
     make: Callable[[], str], task: dict[str, Any], tiny_bert: str, tiny_llama: str, tiny_vit: str
 ) -> None:
-    models = {"causal_lm": tiny_llama, "image_classification": tiny_vit}
+    models = {"causal_lm": tiny_llama, "preference": tiny_llama, "image_classification": tiny_vit}
     recipe, _ = init(make(), model=models.get(task["kind"], tiny_bert))
     assert len(Path(recipe).read_text().splitlines()) <= 25
     checked = check(recipe)
@@ -218,11 +218,9 @@ def test_a_recipe_gets_the_defaults_that_init_writes(tiny_bert: str) -> None:
 
 
 def test_what_has_no_task_is_refused_with_the_kinds_there_are() -> None:
-    dialogues = rows_of("d.jsonl", [{"chosen": "Human: a", "rejected": "Human: b"}] * 9)
     sounds = rows_of("s.jsonl", [{"audio": f"{n}.wav", "text": "a b"} for n in range(9)])
     numbers = rows_of("n.jsonl", [{"a": n, "b": n * 2} for n in range(9)])
     for file, says in [
-        (dialogues, "no column of prompts beside them"),
         (sounds, "sound files"),
         (numbers, "a (9 different values)"),
     ]:

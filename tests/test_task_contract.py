@@ -28,7 +28,11 @@ from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks.base import State, Task
 
 KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
-BLOCKS: dict[str, dict[str, Any]] = {"causal_lm": {"prompt": "prompt", "completion": "completion"}}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "causal_lm": {"prompt": "prompt", "completion": "completion"},
+    "reward": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "margin": "margin"},
+    "preference": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+}
 every_task = pytest.mark.parametrize("kind", KINDS)
 
 SNIPPETS = """

@@ -63,6 +63,16 @@ class Adapter(Plugin):
         """Tell that `load` makes the very weights that were trained, so that those of a checkpoint fit into it."""
         return True
 
+    @property
+    def starts_at_base(self) -> bool:
+        """A model whose adapter is taken out is the one that training began with."""
+        return self.freezes_base and getattr(self, "continue_from", None) is None
+
+    def start(self, model: PreTrainedModel) -> torch.nn.Module:
+        """Make a fresh base model the one that training began with."""
+        place = getattr(self, "continue_from", None)
+        return model if place is None else peft.read(model, peft.find(place, "adapter.from"))
+
     @abstractmethod
     def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
         """Check every target name and pattern against the model's modules; weights may be on the meta device.

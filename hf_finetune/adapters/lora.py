@@ -89,6 +89,11 @@ class Lora(Adapter):
         return f"adapter.init {self.init} changes the base weights, and what is saved would miss the rounding; use eva"
 
     @property
+    def starts_at_base(self) -> bool:
+        """PiSSA and OLoRA take a part of the base weights away."""
+        return super().starts_at_base and self.init not in MUTATING
+
+    @property
     def shapes_follow_data(self) -> bool:
         """EVA moves ranks between layers."""
         return self.init == "eva"

@@ -83,6 +83,7 @@ class Rows(Dataset[Any]):
         self.encoded = encoded
         self.task = task
         self.passes = passes if task.draws else None  # tells the pass that is on, of training rows
+        self.partner = task.partner(len(encoded))
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -92,11 +93,18 @@ class Rows(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         # The loader calls it with a whole batch: one read of the Arrow file instead of one a row.
-        columns = self.encoded[[index if index >= 0 else ~index for index in indices]]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        numbers = [index if index >= 0 else ~index for index in indices]
+        rows = self._read(numbers)
+        if self.partner:
+            others = self._read([(number + self.partner) % len(self) for number in numbers])
+            rows = [{**row, "partner": other} for row, other in zip(rows, others, strict=True)]
         if self.passes is not None:
             rows = [self.task.drawn(row, self.passes.seed, self.passes.epoch) for row in rows]
         return [row if index >= 0 else self.task.masked(row) for index, row in zip(indices, rows, strict=True)]
+
+    def _read(self, numbers: list[int]) -> list[dict[str, Any]]:
+        columns = self.encoded[numbers]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 class PackedRows(Dataset[Any]):

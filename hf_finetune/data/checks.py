@@ -83,6 +83,20 @@ SENTENCES: Mapping[str, Sentence] = {
     "converted_chats": Sentence(
         "{have} chats in another format than turns with role and content", "write them so if that is not meant"
     ),
+    "equal_answers": Sentence("{have} the same answer as chosen and rejected", "remove them"),
+    "cut_difference": Sentence(
+        "{have} answers that differ only in what is cut off", "raise data.max_length, or remove them"
+    ),
+    "longer_chosen": Sentence(
+        "{have} a chosen answer that is longer than the rejected one, so that a model may learn to write more",
+        "add pairs whose better answer is the shorter one, or raise data.checks.max_longer_chosen",
+        "max_longer_chosen",
+    ),
+    "shared_prompts": Sentence(
+        "{have} the prompt of a training row",
+        "put all rows of a prompt into one split, or raise data.checks.max_shared_prompts",
+        "max_shared_prompts",
+    ),
     "special_tokens": Sentence(
         "{have} special tokens of the tokenizer in the text, which are read as such",
         "remove them if they are not meant",

@@ -66,12 +66,13 @@ class Facts:
 def gather(splits: Mapping[str, Split], encodings: Mapping[str, Encoding], encoder: Encoder) -> dict[str, Facts]:
     """Return the facts of every split, from its raw rows, the encoded ones, and what encoded them."""
     found, trained = dict[str, Facts](), None
+    groups: Array = np.empty(0, dtype=np.int64)
     # The training rows first: the others are compared with them.
     for name in sorted(encodings, key=lambda name: name != "train"):
         counting = _Counting(splits[name], encodings[name], encoder)
-        found[name] = counting.facts(trained)
+        found[name] = counting.facts(trained, groups)
         if name == "train":
-            trained = counting.distinct
+            trained, groups = counting.distinct, np.unique(counting.groups)
     return {name: found[name] for name in encodings}
 
 
@@ -142,9 +143,11 @@ class _Counting:
         self.endings = list(encoder.task.endings(encoder.processor))
         empty = np.ones(len(split.rows), dtype=bool)
         empty[encoding.faulty] = False
-        hashes, before = [], 0
+        hashes, groups, before = list[Array](), list[Array](), 0
         ids, content = None if self.tokenizer is None else encoder.task.token_ids, encoder.task.content
-        columns = {"size", "whole", "weight", INDEX, MARKS, content, *([] if ids is None else [ids])}
+        group = encoder.task.group
+        columns = {"whole", "size", "weight", INDEX, MARKS, content}
+        columns |= {name for name in (ids, group) if name is not None}
         for start, rows in self._tables(sorted(columns | ({"labels"} if self.endings else set()))):
             stretch = _Stretch(start, rows, encoding.kept[start : start + len(rows)], ids, content)
             empty[stretch.column(INDEX)] = False
@@ -154,16 +157,23 @@ class _Counting:
                 self._count_tokens(stretch, None if self.labels is None else self.labels[before:end])
                 before = end
             hashes.append(stretch.hashes())
+            groups.append(np.empty(0, np.int64) if group is None else stretch.column(group)[stretch.used])
         self.hashes = np.concatenate(hashes)  # of the kept rows
+        self.groups = np.concatenate(groups)  # of the kept rows, if any
         self.empty = np.flatnonzero(empty)  # raw rows without text
         self.distinct = self._compare()  # hashes of the kept rows, each once, sorted
 
-    def facts(self, trained: Array | None) -> Facts:
-        """Return the facts; `trained` has the sorted hashes of the training rows, where they are another split."""
+    def facts(self, trained: Array | None, groups: Array) -> Facts:
+        """Return the facts; `trained` has the sorted hashes of the training rows, where they are another split.
+
+        So does `groups` of what rows of two splits should not have in common.
+        """
         if trained is not None:
             # What sorts behind the last hash is compared with the last.
             places = np.minimum(np.searchsorted(trained, self.hashes), len(trained) - 1)
-            self._add("leakage", np.flatnonzero(self.encoding.kept)[trained[places] == self.hashes])
+            kept = np.flatnonzero(self.encoding.kept)
+            self._add("leakage", kept[trained[places] == self.hashes])
+            self._add("shared_prompts", kept[np.isin(self.groups, groups)] if len(self.groups) else kept[:0])
         tallies = {
             name: Tally(count, tuple(map(self._place, rows)), self._detail(name, rows[0]))
             for name, (count, rows) in self.struck.items()

@@ -161,6 +161,9 @@ class Job:
         if machine.is_sharded and any(questions.values()):
             message = "answers can't be generated while the weights are sharded (FSDP, ZeRO-3); set it to 0"
             raise RecipeError(Problem(message, key="task.generate_rows"))
+        if machine.is_sharded and recipe.task.needs_start:
+            message = "compares the model with what it was, which is not kept while weights are sharded (FSDP, ZeRO-3)"
+            raise RecipeError(Problem(f"{message}; train on whole weights, or take another method", key="task.kind"))
         length = Length.of(recipe, None if lengths is None else len(lengths))
         return cls(recipe, machine, prepared, tokenizer, rows, lengths, batches, division, questions, length)
 
@@ -197,6 +200,10 @@ class Job:
         if isinstance(train, data_batches.StreamedBatches):
             train = replace(train, division=division)
         return replace(self, division=division, batches=batches, train=train)
+
+    def remembering(self, prepared: Prepared) -> Job:
+        """Take the same rows, with features that were added to them; `lengths` and order stay."""
+        return replace(self, prepared=prepared, train=data_batches.Rows(prepared.train, self.task))
 
     def load(self) -> tuple[float | None, tuple[int, int]]:
         """Look through the first epoch's micro-batches on every rank.

@@ -37,8 +37,9 @@ from hf_finetune.run import lock as run_lock
 from hf_finetune.run import store
 from hf_finetune.run.folder import RunFolder
 from hf_finetune.run.lock import Input
+from hf_finetune.run.ranks import Ranks
 from hf_finetune.tasks.base import Batch, Predictions, State, pad_token_of
-from hf_finetune.training import locking, resume
+from hf_finetune.training import locking, resume, start
 
 Predict = Callable[[Batch], dict[str, torch.Tensor]]  # predictions of a batch; see `Task.predict`
 Base = Callable[[Recipe, dict[str, Any], Machine], Any]  # makes a fresh base model; see `models.load.fresh_base`
@@ -190,10 +191,32 @@ class Finished:
             rows = [encoded[number] for number in numbers] if is_list else stored.__getitems__(numbers)
             yield {**self.collate(rows), "row_ids": torch.tensor(numbers)}
 
+    def remembering(self, encoded: Any) -> Any:
+        """Return a data set of rows that know what the model made of them as training began; see `training.start`."""
+        task = self.recipe.task
+
+        def compute(rows: Any) -> dict[str, Any]:
+            with phase("loading the model that training began with"):
+                began = self.recipe.adapter.start(load.fresh_base(self.recipe, self._options(), self.machine))
+            served = self.serve(self._settled(began))
+
+            def look(batch: Batch) -> Batch:
+                moved = {name: value.to(served.network.device) for name, value in batch.items()}
+                with served.running():
+                    return task.start(served.paths.forward(served.network), moved, self.targets)
+
+            made = batches.predicted(self.batches(rows, all_logits=True), look)
+            return {name: made[name].astype("float32") for name in made}
+
+        if not task.needs_start or isinstance(encoded, list):
+            return encoded
+        return start.with_start(encoded, self.recipe, self.machine, compute, Ranks())
+
     def predictions(
         self, encoded: Any, predict: Predict, shown: Any = None, *, all_logits: bool = False
     ) -> Predictions:
         """Run a model over encoded rows, which `shown` counts; predictions are in their order. See `batches`."""
+        encoded = self.remembering(encoded)
         return batches.predicted(self.batches(encoded, all_logits=all_logits), predict, shown)
 
     def _options(self) -> dict[str, Any]:

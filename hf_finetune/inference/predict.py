@@ -165,7 +165,7 @@ class Labels(Predictor):
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
         """Run the model, and let the task read its predictions."""
         found = self.run.predictions(encoded, self.served.predict)
-        cut = sum(row["whole"] > self.run.recipe.data.max_length for row in encoded)
+        cut = sum(row["whole"] > row["size"] for row in encoded)
         return [self._likeliest(row) for row in self.task.decode(found, self.run.targets)], cut
 
 

@@ -119,6 +119,15 @@ class FastHead:
         finally:
             self._mask = self._wanted = self._total = None
 
+    @contextmanager
+    def picking(self, labels: Tensor) -> Iterator[None]:
+        """Inside, the model's output are the logits of the positions that count alone, (1, N, V)."""
+        self._mask = counted(labels)
+        try:
+            yield
+        finally:
+            self._mask = None
+
     def loss_sum(self, logits: Tensor) -> Tensor:
         """Sum of the cross entropy over all counted labels, a float32 scalar, from the model's output in `asked`."""
         if self._wanted is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -58,6 +59,8 @@ class Paths:
         """The model gets no padding mask: see `speed.skip_padding_mask`."""
         self.is_unproven = False
         """The model was not compared with itself yet; see `prove`."""
+        self.starts_at_base = False
+        """Training began with the base as it is: see `Forward.without_adapter`."""
         self._tolerance = 0.0
         self._removals: list[Callable[[], None]] = []
         self._compiled: list[Any] = []
@@ -123,6 +126,7 @@ class Paths:
         In a model that FSDP will shard, only what is outside its layers; `prove` must compare it with itself later.
         """
         base, speed, on_cpu = base_model(adapted), recipe.speed, machine.device == "cpu"
+        self.starts_at_base = recipe.adapter.starts_at_base
         self._tolerance = TOLERANCE[machine.base_dtype(frozen=True)]
         if not machine.is_sharded:
             for name, replace_forward, unit in MODULES:
@@ -216,6 +220,43 @@ class Forward:
                 return head.loss_sum(self(**inputs).logits)
 
         return loss
+
+    @property
+    def kept_logits(self) -> Callable[..., Tensor] | None:
+        """Makes the logits (N, V) of the positions that count alone; None where the head is as it was."""
+        head = self.paths.head
+        if head is None or self.paths.is_unproven:
+            return None
+
+        def logits(inputs: Batch, labels: Tensor) -> Tensor:
+            with head.picking(labels):
+                found: Tensor = self(**inputs).logits[0]
+            return found
+
+        return logits
+
+    @property
+    def without_adapter(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """Takes the adapter out of the model for a while: then it is what its training began with.
+
+        None where it can't be taken out, or training did not begin with the base as it is.
+        """
+        model: Any = getattr(self.model, "module", self.model)
+        if not self.paths.starts_at_base or not hasattr(model, "disable_adapter"):
+            return None
+
+        @contextmanager
+        def without() -> Iterator[None]:
+            # PEFT has all weights of the adapter trained that it puts back, and none while it is out.
+            trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            try:
+                with model.disable_adapter():
+                    yield
+            finally:
+                for parameter, was in trained:
+                    parameter.requires_grad_(was)
+
+        return without
 
     @property
     def each_next_token(self) -> Callable[..., Tensor] | None:

@@ -61,7 +61,7 @@ from hf_finetune.run.status import State, Status
 from hf_finetune.tracking.observing import Observing
 from hf_finetune.tracking.throughput import Flops, matmul_peak
 from hf_finetune.tracking.tracker import Tracker
-from hf_finetune.training import locking
+from hf_finetune.training import locking, start
 from hf_finetune.training import resume as training_resume
 from hf_finetune.training import trainer as training_trainer
 from hf_finetune.training.callbacks import StopRequest
@@ -399,6 +399,7 @@ def load_model(run: Training) -> None:
         run.machine = replace(machine, attention=attention.value)
         run.job = replace(job, machine=run.machine)
     run.choices = run.choices.plus("attention", attention)
+    run.job = start.remember(run.job, run.adapted, run.ranks)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 import hf_finetune
-from hf_finetune.config.blocks import Checks
+from hf_finetune.config.checks import Checks
 from hf_finetune.data.batches import PackedRows, Rows, lengths_of, pack
 from hf_finetune.data.facts import Facts
 from hf_finetune.data.prepare import Prepared

@@ -11,7 +11,7 @@ class Metric(NamedTuple):
 
     greater: bool | None = None
     """Whether greater is better; None where neither is, as far as this program knows."""
-    chart: Literal["loss", "scores", "texts", "errors"] | None = None
+    chart: Literal["loss", "scores", "texts", "errors", "margins"] | None = None
     """The learning curves that it is drawn among."""
     is_share: bool = False
     """A share of rows, or a mean over rows of shares: each row is one trial at most."""
@@ -57,5 +57,10 @@ METRICS: Mapping[str, Metric] = {
     "mrr_10": Metric(greater=True, chart="scores", is_share=True, hub=("mrr", {"k": "10"})),
     "map": Metric(greater=True, is_share=True),
     **{f"recall_{k}": Metric(greater=True, is_share=True, hub=("recall", {"k": str(k)})) for k in (1, 5, 10, 100)},
+    "length_correlation": Metric(is_wide=True),
+    "margin": Metric(greater=True, chart="margins"),
+    "kl": Metric(is_wide=True),
+    "chosen_logp": Metric(is_wide=True),
+    "rejected_logp": Metric(is_wide=True),
 }
 """In the order in which they are drawn; of any other metric nothing is known."""

@@ -132,6 +132,29 @@ def each_next_token(model: Callable[..., Any], inputs: Batch, labels: torch.Tens
     return each(*_kept(model(**inputs).logits, labels)) if faster is None else faster(inputs, labels)
 
 
+def kept_logits(model: Callable[..., Any], inputs: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """Run a causal model, and return the logits (N, V) of the counted positions; see `next_token_loss`."""
+    faster = getattr(model, "kept_logits", None)
+    return _kept(model(**inputs).logits, labels)[0] if faster is None else faster(inputs, labels)
+
+
+def log_probabilities(kept: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of the counted labels of each row, summed; (B,) float32, with a gradient.
+
+    Args:
+        kept: (N, V), what `kept_logits` returned.
+        labels: (B, T).
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    wanted = labels[:, 1:][counted(labels)]
+    parts = zip(torch.split(kept, CHUNK), torch.split(wanted, CHUNK), strict=True)
+    nats = torch.cat([cross_entropy(part.float(), want, reduction="none") for part, want in parts])
+    rows, _ = counted(labels).nonzero(as_tuple=True)
+    return -nats.new_zeros(len(labels)).index_add(0, rows, nats)
+
+
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Sum of the cross entropy over all counted labels, a float32 scalar; 0 with a gradient of 0 where none counts.
 

@@ -35,11 +35,12 @@ class Plot:
     """Numbers that the charts of a split are drawn from, in TensorBoard, report and card alike."""
 
     kind: str | None
-    """Layout of the rows, which decides what is drawn: `single_label`, `multi_label`, `regression`, `ranking`, None for
-    tokens."""
+    """Layout of the rows, which decides what is drawn: `single_label`, `multi_label`, `regression`, `ranking`, `pairs`,
+    None for tokens."""
     rows: Array
     """Float32: (N, C + 1) logits and label id, (N, 2C) logits and cells, (N, 2) prediction and label, the measures of
-    `_retrieval.COLUMNS`, or (N, 3) nats, tokens and right tokens."""
+    `_retrieval.COLUMNS`, (N, 5) rewards of chosen and rejected, loss and both lengths, or (N, 3) nats, tokens and right
+    tokens."""
     threshold: float | None = None
     """Least probability at which a cell counts as predicted."""
 

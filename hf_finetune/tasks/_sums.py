@@ -175,3 +175,59 @@ def _of_tokens(added: Array) -> dict[str, Array]:
     nll, tokens, correct = added
     with np.errstate(over="ignore"):
         return {"loss": nll / tokens, "perplexity": np.exp(nll / tokens), "token_accuracy": correct / tokens}
+
+
+def of_pairs(
+    rewards: Array, losses: Array, lengths: Array, logps: Array | None = None, kl: Array | None = None
+) -> Sums:
+    """Return the sums of pairs of a better and a worse answer.
+
+    Args:
+        rewards: (N, 2).
+        losses: (N,).
+        lengths: (N, 2), tokens of the answers.
+        logps: (N, 2), their log-probabilities.
+        kl: (N, 2), divergences summed over these tokens.
+    """
+    rewards, lengths = rewards.astype(np.float64), lengths.astype(np.float64)
+    margins = rewards[:, 0] - rewards[:, 1]
+    # A model that has learned nothing can't tell the answers apart: half of such pairs are right.
+    means = {"loss": losses, "accuracy": (margins > 0) + 0.5 * (margins == 0), "margin": margins}
+    means |= dict(zip(("chosen_reward", "rejected_reward"), rewards.T, strict=True))
+    means |= {} if logps is None else dict(zip(("chosen_logp", "rejected_logp"), logps.T, strict=True))
+    means |= dict(zip(("chosen_tokens", "rejected_tokens"), lengths.T, strict=True))
+    return _with_kl(of_means(means), lengths, kl)
+
+
+def of_judged(rewards: Array, losses: Array, desired: Array, lengths: Array, kl: Array | None = None) -> Sums:
+    """Return the sums of answers that are judged one by one.
+
+    Args:
+        rewards: (N,).
+        losses: (N,).
+        desired: (N, 1) bool.
+        lengths: (N, 1), tokens of the answers.
+        kl: (N, 1), divergences summed over these tokens.
+    """
+    good = desired[:, 0].astype(np.float64)
+    rows = np.stack([losses, np.ones_like(good), good, rewards * good, rewards * (1 - good)]).astype(np.float64)
+
+    def metrics(added: Array) -> dict[str, Array]:
+        loss, count, good, gain, lost = added
+        with np.errstate(divide="ignore", invalid="ignore"):
+            chosen, rejected = gain / good, lost / (count - good)
+        return {"loss": loss / count, "margin": chosen - rejected, "chosen_reward": chosen, "rejected_reward": rejected}
+
+    return _with_kl(Sums(rows, metrics), lengths.astype(np.float64), kl)
+
+
+def _with_kl(sums: Sums, lengths: Array, kl: Array | None) -> Sums:
+    """Add the divergence of a mean token."""
+    if kl is None:
+        return sums
+    rows = np.concatenate([sums.of_rows, [kl.sum(axis=1, dtype=np.float64), lengths.sum(axis=1)]])
+
+    def metrics(added: Array) -> dict[str, Array]:
+        return {**sums.metrics(added[:-2]), "kl": added[-2] / added[-1]}
+
+    return Sums(rows, metrics)

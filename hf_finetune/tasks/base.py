@@ -62,6 +62,9 @@ _REMARKED = (
     "odd_length",
     "wrong_language",
     "converted_chats",
+    "equal_answers",
+    "cut_difference",
+    "longer_chosen",
 )
 REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
@@ -182,6 +185,8 @@ class Task(Plugin):
     """The word for what the metric `support.NAME` of a label counts."""
     content: ClassVar[str] = "input_ids"
     """Feature by which equal rows are found."""
+    group: ClassVar[str | None] = None
+    """Feature, a number, that rows of two splits have in common only by mistake, as that of a prompt."""
     packable: ClassVar[bool] = False
     """Several rows may share one sequence."""
     predicts_next_token: ClassVar[bool] = False
@@ -217,6 +222,11 @@ class Task(Plugin):
             columns: By name, in the order of the data.
         """
         return None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row holds, of which `token_ids` has the tokens, one after the other."""
+        return 1
 
     @property
     def title(self) -> str:
@@ -392,6 +402,29 @@ class Task(Plugin):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     # ---- training and evaluation ----
+
+    @property
+    def needs_start(self) -> bool:
+        """The loss compares the model with what it was when its training began, see `start`: all rows must be known."""
+        return False
+
+    def start(self, model: Callable[..., Any], batch: Batch, state: State) -> Batch:
+        """Return what the model that training begins with makes of each row: features (B, ...) of all later batches.
+
+        They are computed once, and kept by a hash of model and rows. A batch without them, as of examples, is one of a
+        model that has not begun to train.
+        """
+        raise AssertionError(f"{self.kind} does not need the start")
+
+    def partner(self, rows: int) -> int:
+        """Return how many rows behind a row of a split its partner stands; 0 where rows have none.
+
+        `collate` gets the features of that other row as `partner`, however the rows are divided into batches.
+
+        Args:
+            rows: Of the split.
+        """
+        return 0
 
     @abstractmethod
     def count(self, batch: Batch, state: State) -> torch.Tensor:

@@ -77,8 +77,8 @@ class CausalLM(TokenScores, Decoder):
 
     @classmethod
     def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
-        """Take chats, prompts and answers, or plain text; of preference pairs the chosen answers."""
-        finders = (_chat, _chosen, _prompts, _pair, _plain)
+        """Take chats, prompts and answers, or plain text."""
+        finders = (_chat, _prompts, _pair, _plain)
         return next((found for finder in finders if (found := finder(columns)) is not None), None)
 
     @field_validator("prompt", "completion")
@@ -313,25 +313,6 @@ def _chat(columns: Mapping[str, Cells]) -> Proposal | None:
     says = f"{column.name} holds chats: {chats[0].converted}" if chats[0].converted else found.says
     texts = [" ".join(str(turn.get("content", "")) for turn in chat.messages) for chat in chats]
     return replace(found, says=says, texts=texts)
-
-
-def _chosen(columns: Mapping[str, Cells]) -> Proposal | None:
-    chosen = _proposals.first(("chosen",), columns)
-    if chosen is None or "rejected" not in {name.lower() for name in columns}:
-        return None
-    what = "chosen and rejected are preference pairs, and there is no task for them yet"
-    says, prompt = f"{what}: this trains on the chosen answers alone", _proposals.first(PROMPTS, columns)
-    found = _chat({CHATS[0]: chosen}) if chosen.lists else None
-    if prompt is not None and prompt.texts and chosen.texts:
-        names = [prompt.name, chosen.name]
-        found = _of_texts(dict(zip(("prompt", "completion"), names, strict=True)), says, 0.6, columns, names)
-    if found is None or found.refusal:
-        why = "they are texts with no column of prompts beside them, so that questions and answers can't be told apart"
-        why = found.refusal if found is not None else why
-        how = "write them as messages, or as prompt and completion"
-        refusal = f"{what}; the chosen answers alone can't be taken, either: {why}; {how}"
-        return Proposal({}, what, confidence=0.6, used=[chosen.name], model=SMALL, refusal=refusal)
-    return replace(found, says=says, confidence=0.6)
 
 
 def _prompts(columns: Mapping[str, Cells]) -> Proposal | None:

@@ -49,7 +49,7 @@ class MaskedLM(TokenScores):
     text: Annotated[Name, TEXT]
     """Column of plain text."""
     mask_share: Annotated[Annotated[float, Field(gt=0.0, lt=1.0)], ASK] = 0.15
-    """Share of a row's tokens that are to be told, at least one word: 80 % of these are masked, a random token stands
+    """Share of a row's tokens that are to be found, at least one word: 80 % of these are masked, a random token stands
     for 10 %, and 10 % stay as they are. The evaluated rows are masked alike at every evaluation, in every run."""
     whole_words: Annotated[bool, ASK] = True
     """Mask all tokens of a word or none; the parts of a word tell too much of one another."""

@@ -49,6 +49,7 @@ CHARTS = {
     "scores": "Scores on validation",
     "texts": "Generated texts on validation, of 100",
     "errors": "Errors on validation",
+    "margins": "Margins of rewards",
 }
 # Name, section, title, and quantities that share a scale and so a chart.
 QUANTITIES = (

@@ -183,7 +183,8 @@ class Look:
             collate: Makes a batch of encoded rows.
         """
         self._ids, self._predictions = ids, found
-        wanted = self.job.task.predicts_next_token and self.occasion.is_due(self.tracking.examples)
+        one = self.job.task.sequences == 1
+        wanted = one and self.job.task.predicts_next_token and self.occasion.is_due(self.tracking.examples)
         if not wanted or self.is_sharded or not self.is_main:
             return {}
 

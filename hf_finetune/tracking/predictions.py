@@ -256,9 +256,35 @@ class Ranking(Rows):
         return [Chart("ranks", "First relevant document", about, draw, on_card=True)]
 
 
+class Pairs(Rows):
+    """(N, 5): rewards of the better and the worse answer of a pair, the loss, and the tokens of both answers."""
+
+    loss_and_weight = (0, -1)
+
+    def sums(self) -> Sums:
+        """Sums of pairs."""
+        return _sums.of_pairs(self.rows[:, :2], self.rows[:, 2], self.rows[:, 3:])
+
+    def histograms(self) -> Iterator[tuple[str, Array]]:
+        """Yield rewards and margins."""
+        chosen, rejected = self.rows[:, :2].astype(np.float64).T
+        yield "rewards/chosen", chosen
+        yield "rewards/rejected", rejected
+        yield "rewards/margin", chosen - rejected
+
+    def charts(self) -> list[Chart]:
+        """List rewards by length, and the calibration of margins: they are log-odds (Bradley and Terry 1952)."""
+        about = "Scatter plot: reward and length of the better and the worse answers"
+        by_length = Chart("rewards", "Rewards and lengths", about, partial(rewards, self.rows), on_card=True)
+        logits = np.column_stack([self.rows[:, :2], np.zeros(len(self.rows))])
+        about = "Bar chart: how often the answer with the greater reward is the better one, by the margin"
+        return [by_length, Chart("reliability", "Calibration of margins", about, partial(reliability, logits))]
+
+
 # By `Plot.kind`; records call it `problem`.
 KINDS = {
-    "single_label": Labels, "multi_label": Cells, "regression": Numbers, "ranking": Ranking, None: Tokens,
+    "single_label": Labels, "multi_label": Cells, "regression": Numbers, "ranking": Ranking, "pairs": Pairs,
+    None: Tokens,
 }  # fmt: skip
 
 
@@ -345,6 +371,24 @@ def reliability(rows: Array) -> Figure:
     lower.bar(found.edges[:-1], found.counts, widths * 0.94, align="edge", color=SERIES[0], alpha=0.55)
     lower.set_xlabel("confidence")
     lower.set_ylabel("rows")
+    return figure
+
+
+@drawn
+def rewards(rows: Array) -> Figure:
+    """Draw the reward of each answer by its length; of more than `DOTS` rows, every n-th.
+
+    Args:
+        rows: As of `Pairs`.
+    """
+    shown = rows[:: max(1, -(-len(rows) // DOTS))]
+    figure, axes = blank(3.0)
+    for index, name in enumerate(("chosen", "rejected")):
+        axes.plot(shown[:, 3 + index], shown[:, index], "o", color=SERIES[index], markersize=2.4, alpha=0.5, label=name)
+    axes.set_xlabel("tokens of the answer")
+    axes.set_ylabel("reward")
+    axes.grid(color=LINE, linewidth=0.6)
+    legend(axes)
     return figure
 
 
