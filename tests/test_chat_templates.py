@@ -97,6 +97,13 @@ def lines() -> list[str]:
 def test_what_is_trained_is_what_the_model_will_be_asked_for(family: str) -> None:
     kept = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line.startswith(f"{family} ")]
     assert [f"{family} {mode}: {rendered(family, mode)}" for mode in ("assistant", "last")] == kept
+    tokenizer = tokenizer_of(family)
+    task = TASKS["causal_lm"](messages="chat", split_turns=True, date="2026-11-30")
+    rows = task.features(task.expand({"chat": [CHAT]})[0], tokenizer, State(), 4000)
+    for row, answer in zip(rows, ("Three.", "Two."), strict=True):
+        text = shown(tokenizer, row)
+        assert answer in text.partition("⟦")[2].partition("⟧")[0]
+        assert text.count("⟦") == 1
     # At least the last answer is trained to its end, whatever the family.
     assert "⟦" in kept[1]
     assert "Two." in kept[1].rpartition("⟦")[2].partition("⟧")[0]

@@ -204,7 +204,7 @@ TWICE = [ASKED, ANSWERED, turn("user", "and twice?"), turn("assistant", "Then si
 
 
 def test_answers_that_are_rendered_differently_later_are_refused_with_a_way_to_train_them() -> None:
-    with pytest.raises(DataError, match=r"turn 2: .*set task.train_on: last"):
+    with pytest.raises(DataError, match=r"turn 2: .*set task.split_turns: true"):
         encoded(LAST_DIFFERS, TWICE)
     text, trained, _ = encoded(LAST_DIFFERS, [*TWICE, turn("user", "thanks")], train_on="last")
     assert trained == "<think>2 * 3</think>Then six.</s>"
@@ -218,7 +218,7 @@ def test_the_last_answer_stands_behind_what_asks_for_it() -> None:
         ({"content": "Three."}, "\n</think>\n\nThree.</s>"),
     ]:
         chat = [ASKED, {"role": "assistant", **answer}]
-        with pytest.raises(DataError, match=r"asks for an answer by .*set task.train_on: last"):
+        with pytest.raises(DataError, match=r"asks for an answer by .*set task.split_turns: true"):
             encoded(THINKS, chat)
         assert encoded(THINKS, chat, train_on="last") == (
             "<|user|>what is it?</s><|assistant|><think>\n" + trained,

@@ -242,3 +242,63 @@ def test_templates_by_name_train_the_answer_and_its_end(name: str, expected: str
     task = TASKS["causal_lm"](messages="messages", chat_template=name)
     tokenizer.chat_template = task.processor_options["chat_template"]
     assert bracketed(FORMATS["openai"][0], tokenizer) == expected
+
+
+def test_each_answer_of_a_chat_can_be_a_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str
+) -> None:
+    later = TEMPLATE.replace(
+        "{{ m.content or '' }}", "{{ m.content or '' }}{{ '.' if m.role == 'assistant' and not loop.last }}"
+    )
+    cell = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2."}] * 2
+    rows = {"messages": [cell, "no chat", FORMATS["weights"][0]], "n": [7, 8, 9]}
+    task = TASKS["causal_lm"](messages="messages", split_turns=True)
+    expanded, origins = task.expand(rows)
+    assert list(origins) == [0, 0, 1, 2]
+    assert expanded["n"] == [7, 7, 8, 9]
+    with pytest.raises(RowsError, match=r"renders this turn differently.*split_turns"):
+        TASKS["causal_lm"](messages="messages").features({"messages": [cell]}, byte_tokenizer(later), State(), 99)
+    made = task.features({"messages": expanded["messages"][:2]}, byte_tokenizer(later), State(), 99)
+    ends = [
+        byte_tokenizer(later).decode(
+            [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
+        )
+        for row in made
+    ]
+    assert ends == ["2.</s>", "2.</s>"]
+    # In a run they are rows, and messages name the row of the data that they come of.
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text(
+        (json.dumps({"messages": cell}) + "\n") * 4 + json.dumps({"messages": [{"x": "no"}]}) + "\n"
+    )
+    recipe: dict[str, Any] = {
+        "task": {"kind": "causal_lm", "messages": "messages", "split_turns": True},
+        "model": {"name": tiny_llama},
+        "data": {"train": "train.jsonl", "max_length": 64, "checks": {"max_duplicates": 1.0}},
+        "training": {"steps": 2, "batch_size": 4},
+        "output": "run",
+    }
+    (problem,) = check(recipe).problems
+    assert problem.message.startswith("row 5: turn 1 is no {role, content}")
+    Path("train.jsonl").write_text((json.dumps({"messages": cell}) + "\n") * 4)
+    found = check(recipe)
+    assert found.plan["train"].startswith("8 rows")
+    assert f"8 converted: {SHAREGPT}" in found.plan["train"]
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "expected"),
+    [
+        ("train", "<|user|>1?</s><|assistant|>[<think>I add.</think>\n\n2.</s>]"),
+        ("mask", "<|user|>1?</s><|assistant|><think>I add.</think>\n\n[2.</s>]"),
+        ("drop", "<|user|>1?</s><|assistant|>[2.</s>]"),
+    ],
+)
+def test_reasoning_is_trained_masked_or_dropped(reasoning: str, expected: str) -> None:
+    asked = {"role": "user", "content": "1?"}
+    inline = [asked, {"role": "assistant", "content": "<think>I add.</think>\n\n2."}]
+    assert bracketed(inline, reasoning=reasoning) == expected
+    apart = [asked, {"role": "assistant", "content": "2.", "reasoning_content": "I add."}]
+    template = TEMPLATE.replace("{{ m.content or '' }}", "{{ m.reasoning_content or '' }}{{ m.content or '' }}")
+    found = bracketed(apart, byte_tokenizer(template), reasoning=reasoning)
+    assert found == expected.replace("<think>", "").replace("</think>\n\n", "")

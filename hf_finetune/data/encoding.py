@@ -103,7 +103,7 @@ class Encoder:
             `BOOKKEEPING` columns.
         """
         indices = range(len(rows[ROW])) if indices is None else indices
-        raw = {column: values for column, values in rows.items() if column not in BOOKKEEPING}
+        raw, origins = self.task.expand({name: values for name, values in rows.items() if name not in BOOKKEEPING})
         spoken = [index for index, blank in enumerate(self.task.blank(raw)) if not blank]
         faults: dict[int, list[str]] = {}
         encoded: dict[int, list[Any]] = {}
@@ -135,6 +135,7 @@ class Encoder:
         spoken = [index for index in spoken for _ in encoded.get(index, nothing)]
         columns[MARKS] = [mark | row.get("remarks", 0) for mark, row in zip(marks, made, strict=True)]
         columns[FAULT] = ["\n".join(faults[index]) if index in faults else None for index in spoken]
+        spoken = [origins[index] for index in spoken]
         columns[INDEX] = [indices[index] for index in spoken]
         if self.tally is not None:
             # Four bytes at the end of a file that is opened for appending: processes do not mix theirs.

@@ -305,6 +305,8 @@ YOUNGER: Mapping[str, Any] = {
     "date": None,
     "chat_template": None,
     "template_options": {},
+    "reasoning": "train",
+    "split_turns": False,
 }
 """Keys of tasks that version 0.1.0 did not have, with what it did: a run that it began can go on."""
 

@@ -38,7 +38,9 @@ PARTS = re.compile(r"""['"]type['"]:\s*['"]text['"]""")
 # Characters that a header between special tokens has at most.
 HEADER = 200
 # What to do where a template does not render every answer as it is asked for.
-ANSWERS = "set task.train_on: last (the last answer of each chat; write one row for each answer to train all of them)"
+ANSWERS = (
+    "set task.split_turns: true (each answer becomes a row), or task.train_on: last (the last answer of each chat)"
+)
 
 
 class Renderer:
@@ -435,6 +437,17 @@ def _formed(turn: dict[str, Any], content: Any, decoded: bool, parts: bool) -> d
             # OpenAI's format wraps the function, others are the function.
             calls.append({**call, "function": function} if "function" in call else function)
     return formed
+
+
+def behind_thought(text: str, span: Span, turns: list[dict[str, Any]]) -> Span:
+    """Return the part of a span of an answer that stands behind its reasoning."""
+    start, end = span
+    said = text[start:end]
+    if "</think>" in said:
+        head = said.rpartition("</think>")
+        return end - len(head[2].lstrip()), end
+    thoughts = [thought for turn in turns if (thought := _thought(turn).strip()) and thought in said]
+    return (max(start + said.rfind(thought) + len(thought) for thought in thoughts), end) if thoughts else span
 
 
 def _thought(turn: dict[str, Any]) -> str:

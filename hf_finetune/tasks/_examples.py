@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from hf_finetune.errors import BadRows, DataError
 from hf_finetune.tasks import _formats
-from hf_finetune.tasks._chat import Rendered, Renderer
+from hf_finetune.tasks._chat import Rendered, Renderer, behind_thought
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._formats import SPEAKERS
 from hf_finetune.tasks._messages import REASONING, Chat, is_text
@@ -88,6 +88,7 @@ class Reader:
     completion: str
     system: str | None
     text: str | None
+    reasoning: str = "train"
 
     def asked(self, prompt: str) -> Chat:
         """Return a chat that waits for the answer to a prompt."""
@@ -97,7 +98,7 @@ class Reader:
     def chat(self, row: Row) -> Chat:
         """Return the row as a chat."""
         if self.messages is not None:
-            return Chat.parse(_value(row, self.messages), _value(row, self.tools) if self.tools else None)
+            return self._parsed(row, self.messages)
         prompt, completion = self.pair(row)
         return Chat([*self.asked(prompt).messages, {"role": "assistant", "content": completion}])
 
@@ -105,6 +106,9 @@ class Reader:
         """Render the row; see `Renderer.spoken`. That a chat came in another format is remarked, too."""
         chat = self.chat(row)
         rendered, lost = renderer.spoken(chat, train_on=train_on)
+        if self.reasoning == "mask":
+            text, spans = rendered
+            rendered = text, [behind_thought(text, span, chat.messages) for span in spans]
         return rendered, (*lost, Lost("converted", chat.converted, "converted_chats")) if chat.converted else lost
 
     def pair(self, row: Row) -> tuple[str, str]:
@@ -133,9 +137,13 @@ class Reader:
         """The chat that waits for an answer, of a row that needs none: up to its last assistant turn if it ends so."""
         if self.messages is None:
             return self.asked(self.open_text(row))
-        chat = Chat.parse(_value(row, self.messages), _value(row, self.tools) if self.tools else None)
+        chat = self._parsed(row, self.messages)
         ends = bool(chat.answers) and chat.answers[-1] == len(chat.messages) - 1
         return chat.upto(chat.answers[-1]) if ends else chat
+
+    def _parsed(self, row: Row, messages: str) -> Chat:
+        chat = Chat.parse(_value(row, messages), _value(row, self.tools) if self.tools else None)
+        return chat.without_reasoning() if self.reasoning == "drop" else chat
 
     def open_text(self, row: Row) -> str:
         """Return the prompt, or the plain text, that is to be continued; not blank."""

@@ -54,6 +54,14 @@ class Chat:
         """Return the first so many turns."""
         return replace(self, messages=self.messages[:turns])
 
+    def without_reasoning(self) -> Chat:
+        """Return the chat without what the assistant thinks before it answers."""
+        turns = [{key: value for key, value in turn.items() if key not in REASONING} for turn in self.messages]
+        for index in self.answers:
+            if isinstance(said := turns[index].get("content"), str) and "</think>" in said:
+                turns[index]["content"] = said.rpartition("</think>")[2].lstrip()
+        return replace(self, messages=turns)
+
     @property
     def trained(self) -> list[int]:
         """Indices of the assistant's turns that are trained."""
@@ -65,9 +73,16 @@ class Chat:
         return [index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
 
-def said(turn: Any) -> str:
-    """Return the text of a turn, in whatever format."""
-    return str(turn.get("content") or turn.get("value") or "") if isinstance(turn, Mapping) else ""
+def by_answer(cell: Any) -> list[Any]:
+    """Return the chat of a cell up to each answer that is trained; what is no chat, or has none, as it is."""
+    try:
+        chat = Chat.parse(cell)
+        listed = _listed(cell, "the messages")
+    except DataError:
+        return [cell]
+    # As they stand in the data where they are as many, so that it is still seen in which format they came.
+    turns = listed if len(listed) == len(chat.messages) else chat.messages
+    return [turns[: index + 1] for index in chat.trained] or [cell]
 
 
 def _listed(value: Any, what: str) -> list[Any]:

@@ -54,18 +54,7 @@ BOOKKEEPING = ("size", "whole", "weight", "remarks")
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
-_REMARKED = (
-    "dropped_reasoning",
-    "dropped_keys",
-    "split_token",
-    "copied_source",
-    "odd_length",
-    "wrong_language",
-    "converted_chats",
-    "equal_answers",
-    "cut_difference",
-    "longer_chosen",
-)
+_REMARKED = "dropped_reasoning dropped_keys split_token copied_source odd_length wrong_language converted_chats equal_answers cut_difference longer_chosen".split()
 REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
 
@@ -361,6 +350,13 @@ class Task(Plugin):
         Raises:
             RowsError: Rows can't be used; all of them, by their number within the batch.
         """
+
+    def expand(self, rows: Rows) -> tuple[Rows, Sequence[int]]:
+        """Return the raw rows that a batch of raw rows stands for, and which row each comes from, counted from 0.
+
+        Rows that can't be used stay as they are: `features` names them.
+        """
+        return rows, range(len(next(iter(rows.values()), ())))
 
     @property
     def is_running_text(self) -> bool:

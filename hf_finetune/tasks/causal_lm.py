@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -66,6 +66,12 @@ class CausalLM(TokenScores, Decoder):
     that render an answer differently once more turns follow (Qwen3, gpt-oss), begin the reasoning when they ask
     (DeepSeek-R1: without reasoning in the data an empty one is trained) or end no turn (GLM-4: EOS does); `all` trains
     every token. Plain text always is trained in full."""
+    split_turns: bool = False
+    """Make a row of each answer of a chat: the chat up to it, rendered as with `last`. So every answer is trained where
+    the template renders an answer differently once more turns follow."""
+    reasoning: Literal["train", "mask", "drop"] = "train"
+    """Reasoning of the assistant (`reasoning_content`, or between `<think>` and `</think>`): trained as the rest of an
+    answer, read but not trained, or removed."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the probability that the training loss spreads over the whole vocabulary."""
     generate_rows: Annotated[Annotated[int, Field(ge=0, le=1_000_000)], ASK] = 0
@@ -106,6 +112,12 @@ class CausalLM(TokenScores, Decoder):
             raise ValueError("prompt and completion belong together; give both")
         if self.tools is not None and self.messages is None:
             raise ValueError("tools belong to messages; remove it")
+        if self.reasoning != "train" and self.messages is None:
+            raise ValueError("reasoning belongs to messages; remove it")
+        if self.split_turns and self.messages is None:
+            raise ValueError("split_turns belongs to messages; remove it")
+        if self.split_turns and self.train_on != "assistant":
+            raise ValueError(f"split_turns trains every answer, and train_on is {self.train_on}; remove one of them")
         if self.system is not None and not pair:
             raise ValueError("system belongs to prompt; put a system turn into the messages instead, or remove it")
         if self.generate_rows and self.text is not None:
@@ -188,6 +200,19 @@ class CausalLM(TokenScores, Decoder):
             )
         return found
 
+    def expand(self, rows: Rows) -> tuple[Rows, Sequence[int]]:
+        """With `split_turns`, return each chat up to each of its answers."""
+        if not self.split_turns or self.messages is None:
+            return super().expand(rows)
+        made: dict[str, list[Any]] = {name: [] for name in rows}
+        origins: list[int] = []
+        for index, cell in enumerate(rows[self.messages]):
+            chats = _messages.by_answer(cell)
+            for name, values in rows.items():
+                made[name] += chats if name == self.messages else [values[index]] * len(chats)
+            origins += [index] * len(chats)
+        return made, origins
+
     @property
     def is_running_text(self) -> bool:
         """With `text`."""
@@ -206,12 +231,12 @@ class CausalLM(TokenScores, Decoder):
 
     def remark(self, row: Rows, tokenizer: PreTrainedTokenizerBase, check: str) -> str:
         """Name the turn that the template drops a part of."""
-        (lost,) = self._marked(row, self.renderer(tokenizer))[1]
-        return next((f"{one.at}: {one.what}" for one in lost if one.check == check), "")
+        lost = self._marked(self.expand(row)[0], self.renderer(tokenizer))[1]
+        return next((f"{one.at}: {one.what}" for part in lost for one in part if one.check == check), "")
 
     def _marked(self, rows: Rows, renderer: Renderer) -> tuple[list[_tokens.Marked], list[tuple[Lost, ...]]]:
         """Return rows as tokens, and what the template dropped of each."""
-        reader, train_on = self.reader, self.train_on
+        reader, train_on = self.reader, "last" if self.split_turns else self.train_on
         if self._is_chat(renderer.tokenizer):
             spoken = examples.each(rows, lambda row: reader.spoken(row, renderer, train_on))
             return _tokens.mark(renderer, [text for text, _ in spoken]), [lost for _, lost in spoken]
@@ -268,7 +293,7 @@ class CausalLM(TokenScores, Decoder):
     def reader(self) -> examples.Reader:
         """Read the rows as this recipe names their columns."""
         return examples.Reader(
-            self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text
+            self.messages, self.tools, self.prompt or "", self.completion or "", self.system, self.text, self.reasoning
         )
 
     def questions(
