@@ -20,8 +20,9 @@ from hf_finetune.pipeline import train as pipeline_train
 from hf_finetune.pipeline.train import train
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import lock as run_lock
+from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._messages import Chat
-from hf_finetune.tasks.base import IGNORE, REMARKS, State
+from hf_finetune.tasks.base import IGNORE, State
 from hf_finetune.tasks.causal_lm import CausalLM
 
 KNOWN = "{% if m.role in ['system', 'user', 'assistant', 'tool'] %}"

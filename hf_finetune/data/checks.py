@@ -12,8 +12,8 @@ from hf_finetune.data.splits import SplitReport
 from hf_finetune.errors import SHOWN, Problem, numbers
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks import _likeness as likeness
+from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._labels import listed
-from hf_finetune.tasks.base import REMARKS
 
 Found = tuple[str, Problem]  # name of a check, or its level, and what it found
 

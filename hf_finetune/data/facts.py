@@ -22,7 +22,8 @@ from hf_finetune.data.encoding import INDEX, MARKS, Encoder, Encoding
 from hf_finetune.data.splits import PART, ROW, Split
 from hf_finetune.tasks import _likeness as likeness
 from hf_finetune.tasks import _texts as texts
-from hf_finetune.tasks.base import IGNORE, REMARKS, tokenizer_of
+from hf_finetune.tasks._catalogue import REMARKS
+from hf_finetune.tasks.base import IGNORE, tokenizer_of
 
 Array = np.ndarray[Any, Any]
 

@@ -1,4 +1,4 @@
-"""Metrics by name, of whichever task has them."""
+"""Metrics by name, of whichever task has them; and what encoding a row may notice."""
 
 from __future__ import annotations
 
@@ -64,3 +64,18 @@ METRICS: Mapping[str, Metric] = {
     "rejected_logp": Metric(is_wide=True),
 }
 """In the order in which they are drawn; of any other metric nothing is known."""
+
+_REMARKED = (
+    "dropped_reasoning",
+    "dropped_keys",
+    "split_token",
+    "copied_source",
+    "odd_length",
+    "wrong_language",
+    "converted_chats",
+    "equal_answers",
+    "cut_difference",
+    "longer_chosen",
+)
+REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
+"""Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""

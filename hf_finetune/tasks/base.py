@@ -54,10 +54,6 @@ BOOKKEEPING = ("size", "whole", "weight", "remarks")
 IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
-_REMARKED = "dropped_reasoning dropped_keys split_token copied_source odd_length wrong_language converted_chats equal_answers cut_difference longer_chosen".split()
-REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
-"""Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""
-
 
 def is_blank(value: Any) -> bool:
     """Tell whether a cell is null, NaN, blank text or an empty list."""

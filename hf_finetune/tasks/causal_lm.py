@@ -14,6 +14,7 @@ from hf_finetune.config.section import ASK, TEXT, Key
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _messages, _proposals, _tokens
+from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder, Text
 from hf_finetune.tasks._fidelity import Lost
@@ -21,7 +22,6 @@ from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks._token_scores import TokenScores
 from hf_finetune.tasks.base import (
     IGNORE,
-    REMARKS,
     Batch,
     Column,
     Features,

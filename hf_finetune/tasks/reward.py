@@ -15,11 +15,11 @@ from hf_finetune.errors import DataError, DivergedError
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _labels, _losses, _proposals, _texts, _tokens
 from hf_finetune.tasks import _preferences as preferences
+from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._decoder import PROMPTS
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
-    REMARKS,
     Batch,
     Column,
     Features,
