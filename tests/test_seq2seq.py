@@ -41,10 +41,10 @@ LANGUAGES = {
 FAMILIES = ("t5", "bart", "marian", *LANGUAGES)
 RECIPE = """\
 task: {{kind: seq2seq, source: source, target: target, generate_rows: 7, max_new_tokens: 9, num_beams: 2}}
-model: {{name: {model}}}
+model: {{name: {model}, dropout: 0.0}}
 data: {{train: {folder}/train.jsonl, validation: {folder}/validation.jsonl, max_length: 24}}
 adapter: {adapter}
-training: {{steps: 12, batch_size: 8, learning_rate: 1e-2, precision: fp32, log_every: 4, eval_every: 6}}
+training: {{steps: 12, batch_size: 8, learning_rate: 2e-3, precision: fp32, log_every: 4, eval_every: 6}}
 tracking: {{images: false}}
 output: {folder}/run
 """
