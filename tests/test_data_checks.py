@@ -10,7 +10,7 @@ import pytest
 from test_data import CLASSES, MACHINE, PAIRS, TEXTS, Found, good, mixed, recipe, write, write_json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_finetune.config.blocks import Checks
+from hf_finetune.config.checks import Checks
 from hf_finetune.data import checks
 from hf_finetune.data import prepare as data_prepare
 from hf_finetune.data import stream as data_stream
