@@ -107,6 +107,35 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_preference_pairs_are_trained_by_dpo(service: Service) -> None:
+    pairs = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"how is the {word} ?"}]},
+            "preferred_output": [{"role": "assistant", "content": "good ."}],
+            "non_preferred_output": [{"role": "assistant", "content": "bad ."}],
+        }
+        for word in WORDS[8:32]
+    ]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    file = service.client.files.create(file=("pairs.jsonl", lines.encode()), purpose="fine-tune")
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2, "batch_size": 8, "beta": 0.25}}}
+    job = service.client.fine_tuning.jobs.create(model="llama", training_file=file.id, method=method)
+    done = service.until(job.id, "succeeded", "failed")
+    assert done.status == "succeeded", done.error
+    assert (done.method.type, done.method.dpo.hyperparameters.beta) == ("dpo", 0.25)
+    recipe = (service.root / "runs" / job.id / "run" / "recipe.yaml").read_text()
+    assert "kind: preference" in recipe
+    assert "beta: 0.25" in recipe
+    asked = [{"role": "user", "content": "how is the film ?"}]
+    answer = service.client.chat.completions.create(model=done.fine_tuned_model, messages=asked, max_tokens=4)
+    assert answer.choices[0].message.content is not None
+    other = service.client.files.create(
+        file=("rows.jsonl", b'{"text": "good", "label": "a"}\n' * 9), purpose="fine-tune"
+    )
+    job = service.client.fine_tuning.jobs.create(model="llama", training_file=other.id, method=method)
+    assert "preference" in str(service.until(job.id, "succeeded", "failed").error), "rows of another kind are refused"
+
+
 def test_a_job_from_upload_to_model_by_openais_client(service: Service, sentences: Path) -> None:
     client = service.client
     file = client.files.create(file=sentences.open("rb"), purpose="fine-tune")

@@ -233,7 +233,7 @@ def test_recipes_of_callers_name_no_path_account_code_or_machine(service: Servic
         with pytest.raises(openai.BadRequestError, match="recipe"):
             service.client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"recipe": recipe})
     for wrong, said in (
-        ({"method": {"type": "dpo"}}, "dpo is not offered"),
+        ({"method": {"type": "reinforcement"}}, "reinforcement is not offered"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         (
             {"extra_body": {"classifier_targets": [{"name": "a"}, {"name": "b"}], "job_type": "classifier"}},

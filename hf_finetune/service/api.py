@@ -132,6 +132,7 @@ def admit(caller: Caller, body: JobRequest, queue: Supervisor) -> tuple[dict[str
         **{"digest": hashlib.sha256(json.dumps(said_all, sort_keys=True).encode()).hexdigest(), "recipe": recipe},
         **{"state": "validating_files", "wanted": "run", "told": False, "handle": None, "places": []},
         **{"attempts": 0, "overrides": [], "hyperparameters": body.asked.model_dump(), "error": None},
+        **{"method": None if body.method is None else body.method.type},
         **{"seed": 42 if body.seed is None else body.seed, "base": models[body.model], "chosen": {}, "numbers": {}},
         **{"fine_tuned_model": None, "devices": devices},
     }

@@ -47,12 +47,24 @@ class Supervised(Body):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
+class PreferenceHyperparameters(Hyperparameters):
+    """Those of pairs of answers, too."""
+
+    beta: Literal["auto"] | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
+class Dpo(Body):
+    """Settings of the method."""
+
+    hyperparameters: PreferenceHyperparameters = PreferenceHyperparameters()
+
+
 class Method(Body):
     """OpenAI's `method`."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised = Supervised()
-    dpo: dict[str, Json] | None = None
+    dpo: Dpo = Dpo()
     reinforcement: dict[str, Json] | None = None
 
 
@@ -102,12 +114,14 @@ class JobRequest(Body):
     @property
     def asked(self) -> Hyperparameters:
         """The hyperparameters, wherever they stand."""
-        return self.hyperparameters or (self.method.supervised.hyperparameters if self.method else Hyperparameters())
+        if self.hyperparameters is not None or self.method is None:
+            return self.hyperparameters or Hyperparameters()
+        return (self.method.dpo if self.method.type == "dpo" else self.method.supervised).hyperparameters
 
     def refusals(self) -> Iterator[tuple[str, str]]:
         """Name the fields that ask for what there is not, each with the reason."""
-        if self.method is not None and self.method.type != "supervised":
-            yield "method", f"{self.method.type} is not offered here; train with supervised"
+        if self.method is not None and self.method.type == "reinforcement":
+            yield "method", "reinforcement is not offered here; train with supervised or dpo"
         if self.integrations:
             yield "integrations", "are set up by the operator of this service; leave them out"
         targets = self.classifier_targets

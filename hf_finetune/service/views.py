@@ -52,6 +52,7 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
     asked, chosen = document["hyperparameters"], document["chosen"]
     known = {"n_epochs": chosen and max(1, round(chosen["epochs"])), "batch_size": chosen.get("batch_size")}
     shown = {name: known.get(name) or asked[name] for name in asked}
+    method = document.get("method") or "supervised"
     fields = (
         "id",
         "created_at",
@@ -72,8 +73,8 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
         "organization_id": document["project"],
         "status": document["state"],
         "error": document["error"],
-        "hyperparameters": shown,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
+        "hyperparameters": {name: value for name, value in shown.items() if name != "beta"},
+        "method": {"type": method, method: {"hyperparameters": shown}},
         "result_files": document.get("result_files", []),
         "trained_tokens": int(trained) if document["state"] == "succeeded" else None,
         "estimated_finish": reached and reached["estimated_finish"],

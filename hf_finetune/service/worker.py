@@ -182,7 +182,8 @@ def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
         DataError: The task can't be told from the data, or is another than the job says.
     """
     data = {split: next(Path(DATA).glob(f"{split}.*")) for field, split in SPLITS.items() if job.get(field)}
-    recipe = _proposed(str(data["train"]), job["base"]["name"])
+    is_preference = job.get("method") == "dpo"
+    recipe = _proposed(str(data["train"]), job["base"]["name"], "preference" if is_preference else None)
     _put(recipe, {"data": {split: str(file) for split, file in data.items()}, "output": RUN})
     if "validation" not in data:  # every row of the training file is trained on, as at OpenAI
         recipe["data"].pop("validation_share", None)
@@ -208,6 +209,8 @@ def recipe_of(job: Mapping[str, Any]) -> dict[str, Any]:
     micro, batch = training.get("micro_batch"), training.get("batch_size")
     if isinstance(micro, int) and isinstance(batch, int) and "micro_batch" not in own.get("training", {}):
         training["micro_batch"] = min(micro, batch)  # the operator's bounds the memory, and not a caller's batch
+    if is_preference and asked.get("beta", "auto") != "auto":
+        recipe["task"]["beta"] = asked["beta"]
     if asked.get("learning_rate_multiplier", "auto") != "auto":
         from hf_finetune.recipe import read_dict
 
@@ -226,12 +229,12 @@ def _put(recipe: dict[str, Any], blocks: Mapping[str, Any]) -> None:
             recipe[name] = block
 
 
-def _proposed(train: str, model: str) -> dict[str, Any]:
-    """Make a recipe for data as `hf-finetune init` does, so that `auto` is what it would choose."""
+def _proposed(train: str, model: str, kind: str | None) -> dict[str, Any]:
+    """Make a recipe for data as `hf-finetune init` does, so that `auto` is what it would choose; `kind` of the task."""
     from hf_finetune.pipeline import init
 
     try:
-        text, _ = init.propose(train, kind=None, model=model, tables=init.Tables(Path(DATA, "table"), overwrite=True))
+        text, _ = init.propose(train, kind=kind, model=model, tables=init.Tables(Path(DATA, "table"), overwrite=True))
     except DataError:
         # The check names each row that is wrong; the others tell what the data are.
         found = list(islice(rows.find(train, None).rows(()), init.SAMPLE))
@@ -240,7 +243,7 @@ def _proposed(train: str, model: str) -> dict[str, Any]:
             file = Path(DATA, "sound.jsonl")
             file.write_text("".join(json.dumps(cells) + "\n" for cells in sound), encoding="utf-8")
             try:
-                return _proposed(str(file), model)
+                return _proposed(str(file), model, kind)
             finally:
                 file.unlink()
         # OpenAI's own form is known by a single row.

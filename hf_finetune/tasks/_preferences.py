@@ -111,9 +111,10 @@ class Reader:
         if self.prompt is not None:
             return self._turns(row, self.prompt) or self.asked(self._text(row, self.prompt))
         chat = self._turns(row, self.answers[0])
-        if chat is None or not chat.answers:
-            raise DataError(f"column {self.answers[0]!r} holds no dialogue with an answer; set task.prompt")
-        return chat.upto(chat.answers[-1])
+        if chat is None or not chat.messages:
+            raise DataError(f"column {self.answers[0]!r} holds no dialogue; set task.prompt")
+        ends = chat.answers[-1:] == [len(chat.messages) - 1]
+        return chat.upto(chat.answers[-1]) if ends else chat
 
     def open_text(self, row: Mapping[str, Any]) -> str:
         """Return the prompt that is to be continued; of rows without a column of prompts, the text to its answer."""
