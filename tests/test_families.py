@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 from documents import ROOT
+from safetensors import safe_open
 
-from hf_finetune import train
+from hf_finetune import check, train
 from hf_finetune.config.section import discover
 from hf_finetune.tasks.base import Task
 
 pytestmark = pytest.mark.slow
 
+WORDS = ("good", "bad", "dull", "warm", "fine", "cold", "weak", "poor")
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 64, "bos_token_id": None, "pad_token_id": 0,
@@ -37,14 +39,17 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma2": GROUPED,
     "gemma3_text": GROUPED,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": None, "eos_token_id": 2},
+    "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
     "gpt_neox": {**SMALL, "eos_token_id": 2},
     "granite": GROUPED,
     "llama": GROUPED,
     "mistral": GROUPED,
+    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": GROUPED,
     "phi3": GROUPED,
     "qwen2": GROUPED,
     "qwen3": GROUPED,
+    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "smollm3": GROUPED,
 }
 PAIR = {
@@ -112,6 +117,50 @@ def test_a_family_is_trained_and_used(
     )
     assert run.predict([rows[0]], max_new_tokens=4 if kind in ("decoders", "sequences") else None)
     assert (run.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_experts_that_no_adapter_reaches_are_told_and_can_be_named(
+    tmp_path: Path, model_of: Callable[[Task], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_of(KINDS["causal_lm"].model_validate(TASKS["decoders"])))
+    auto: Any = AutoModelForCausalLM
+    sizes = DECODERS["gpt_oss"] | {"vocab_size": len(tokenizer)}
+    auto.from_config(AutoConfig.for_model("gpt_oss", **sizes)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    rows = [
+        {"text": f"the film is {word} ."} for word in ("good", "bad", "dull", "warm", "fine", "cold", "weak", "poor")
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe: dict[str, Any] = {
+        "task": TASKS["decoders"],
+        "model": {"name": "base"},
+        "data": {"train": "rows.jsonl", "max_length": 48},
+        "adapter": {"kind": "lora"},
+        "training": {"steps": 2, "batch_size": 4, "precision": "fp32"},
+        "tracking": {"images": False, "report": False},
+        "output": "run",
+    }
+    (told,) = [str(problem) for problem in check(recipe).warnings if problem.key == "adapter.target_modules"]
+    assert "of the weights are fused experts that no adapter reaches" in told
+    named = re.findall(r"[\w.]+", told.rpartition("[")[2])
+    assert named == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    recipe["adapter"]["target_parameters"] = named
+    found = check(recipe)
+    assert found.ok, str(found)
+    assert not [problem for problem in found.warnings if problem.key == "adapter.target_modules"]
+    run = train(recipe)
+    stored = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert set(stored["target_parameters"]) == set(named)
+    with safe_open(run.adapter / "adapter_model.safetensors", "pt") as opened:
+        trained = [name for name in opened.keys() if "experts" in name and "lora_B" in name]  # noqa: SIM118
+        assert trained
+        assert all(opened.get_tensor(name).abs().sum() > 0 for name in trained)
+    for wrong in ({"target_parameters": ["experts.nothing"]}, {"target_parameters": named, "dropout": 0.1}):
+        (problem,) = check({**recipe, "adapter": {"kind": "lora", **wrong}, "output": "other"}).problems
+        assert problem.key == "adapter.target_parameters"
 
 
 def test_the_page_names_the_families_that_are_tried() -> None:

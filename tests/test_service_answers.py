@@ -171,7 +171,7 @@ def test_what_a_model_cannot_do_is_refused_by_name(served: Served) -> None:
         ("audio", "/chat/completions", {**ask, "audio": {}}),
         ("response_format", "/chat/completions", {**ask, "response_format": {"type": "json_object"}}),
         ("top_logprobs", "/chat/completions", {**ask, "top_logprobs": 2}),
-        ("messages", "/chat/completions", {**ask, "messages": [{"role": "human", "content": "hi"}]}),
+        ("messages", "/chat/completions", {**ask, "messages": [{"role": "usr", "content": "hi"}]}),
         ("messages", "/chat/completions", {**ask, "messages": [{"role": "user", "content": "no . " * 90}]}),
         ("messages", "/chat/completions", {"model": served.names["prompt"], "messages": user * 2}),
         ("tools", "/chat/completions", {"model": served.names["prompt"], "messages": user, "tools": [{"type": "f"}]}),

@@ -83,6 +83,54 @@ def matched(model: nn.Module, spec: str | list[str], skip: Iterable[str], key: s
     return found
 
 
+def check_parameters(model: nn.Module, names: Iterable[str], key: str) -> None:
+    """Refuse names that are the end of no parameter's path, or of one that an adapter of modules reaches.
+
+    Raises:
+        ModelError: That is so.
+    """
+    from torch import nn
+
+    fused = fused_parameters(model)
+    plain = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    problems = []
+    for name in names:
+        if any(_matches(path, name, is_pattern=False) for path in fused):
+            continue
+        listed = sorted({".".join(path.split(".")[-3:]) for path in fused})
+        there = f"there are {', '.join(listed)}" if listed else "the model has none: all are in layers"
+        is_layers = any(f"{path}.weight".endswith(f".{name}") for path in plain)
+        what = (
+            "is the weight of a layer; name that in adapter.target_modules" if is_layers else f"matches none; {there}"
+        )
+        problems.append(Problem(f"{name!r} {what}", key=key))
+    if problems:
+        raise ModelError(problems)
+
+
+def fused_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weights that hold a matrix for each expert, (experts, ...), by path."""
+    from torch import nn
+
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if not isinstance(module, layers)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
+def unreached(adapted: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the fused parameters that no adapter of PEFT stands around, by path."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers: list[Any] = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    reached = {id(wrapper.get_param()) for wrapper in wrappers}
+    return {path: found for path, found in fused_parameters(adapted).items() if id(found) not in reached}
+
+
 def base_model(adapted: Any) -> Any:
     """Return the transformers model below PEFT's wrapping, or the model itself."""
     return adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted

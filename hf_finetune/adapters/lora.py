@@ -55,6 +55,9 @@ class Lora(Adapter):
     target_modules: Annotated[targets.Spec | None, TEXT] = None
     """`all-linear` (every linear layer but the heads), names such as [q_proj, v_proj], or a pattern that whole module
     paths must match; null is `all-linear`, or what `from` has."""
+    target_parameters: Annotated[targets.Names | None, TEXT] = None
+    """Weights that belong to no linear layer, by the end of their paths: the fused experts of a mixture-of-experts
+    model, such as [mlp.experts.gate_up_proj, mlp.experts.down_proj]."""
     rslora: bool = False
     """Scale by alpha / sqrt(r), which suits large ranks (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
@@ -80,6 +83,12 @@ class Lora(Adapter):
     def _continuation(self) -> Self:
         if self.continue_from is not None and self.init != "default":
             raise ValueError(f"init {self.init!r} is for a new adapter; remove it or `from`")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_parameters(self) -> Self:
+        if self.target_parameters is not None and (self.dropout or self.dora):
+            raise ValueError("target_parameters take neither dropout nor dora; set dropout: 0.0 and dora: false")
         return self
 
     def why_not_quantized(self) -> str | None:
@@ -115,6 +124,7 @@ class Lora(Adapter):
         for path, module in found.items():
             key = "adapter.r" if ranks[path] == rank else "adapter.rank_pattern"
             targets.check_rank(path, module, int(ranks[path]), key)
+        targets.check_parameters(model, self.target_parameters or (), "adapter.target_parameters")
         if self.init in FACTORISING:
             check_layers(found, self.init)
 
@@ -174,6 +184,7 @@ class Lora(Adapter):
             lora_alpha=self.alpha or 2 * rank,
             lora_dropout=self.dropout,
             target_modules=self.target_modules or targets.ALL_LINEAR,
+            target_parameters=self.target_parameters,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init,
@@ -223,6 +234,7 @@ class Lora(Adapter):
             "dora": (self.dora or None, stored.use_dora),
             "rank_pattern": (self.rank_pattern or None, stored.rank_pattern),
             "alpha_pattern": (self.alpha_pattern or None, stored.alpha_pattern),
+            "target_parameters": (self.target_parameters, stored.target_parameters),
             "trainable_tokens": (self._tokens(model, setting), stored.trainable_token_indices),
         }
         problems = [

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.integrations.moe as experts
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from hf_finetune.adapters._targets import base_model, output_embedding
+from hf_finetune.adapters._targets import base_model, output_embedding, unreached
 from hf_finetune.adapters.base import Setting
 from hf_finetune.config import paths
 from hf_finetune.device import DTYPES, Machine
@@ -185,7 +186,7 @@ class Step:
             watched.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, GRADIENTS))
         self.adapted.train()
         made = self._example(shape[1])
-        with self._mode, ledger:
+        with self._mode, plain_experts(), ledger:
             if self.recipe.training.batch_size > shape[0] * self.machine.world_size:
                 ledger.account = GRADIENTS  # of earlier micro-batches
                 for parameter in trained:
@@ -206,7 +207,7 @@ class Step:
         ledger = self._ledger()
         self.adapted.eval()
         made = self._example(shape[1])
-        with self._mode, ledger, torch.no_grad():
+        with self._mode, plain_experts(), ledger, torch.no_grad():
             batch = self._batch(shape[0], made, ledger)
             with self.machine.autocast(self._device):
                 self.recipe.task.predict(self._paths.forward(self._forward()), batch, self.targets)
@@ -263,6 +264,8 @@ class Estimate:
     """Trained parameters, and all of them, the adapter's included."""
     training: int
     """Bytes at the peak of a training step, without what the process holds before."""
+    unreached: Mapping[str, int]
+    """Numbers of weights that no adapter reaches, by the path of the fused parameter."""
 
     @property
     def total(self) -> int:
@@ -324,6 +327,22 @@ def _absent_poolers(recipe: Recipe, base: PreTrainedModel) -> list[str]:
     ]
 
 
+@contextmanager
+def plain_experts() -> Iterator[None]:
+    """Let fused experts run by transformers' own products of groups while the body runs.
+
+    torch's function of the shapes of `_grouped_mm` refuses all but bf16, though its kernel for CPUs takes fp32 (2.13).
+    """
+    before = getattr(experts, "_can_use_grouped_mm", None)
+    if before is not None:
+        experts._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            experts._can_use_grouped_mm = before
+
+
 def estimate(
     recipe: Recipe,
     targets: State,
@@ -368,7 +387,11 @@ def estimate(
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = process(machine) | phases[phase]
     return Estimate(
-        {name: size for name, size in parts.items() if size}, phase, parameters, sum(phases["training"].values())
+        {name: size for name, size in parts.items() if size},
+        phase,
+        parameters,
+        sum(phases["training"].values()),
+        {path: weight.numel() for path, weight in unreached(adapted).items() if recipe.adapter.freezes_base},
     )
 
 

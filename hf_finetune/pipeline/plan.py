@@ -24,6 +24,8 @@ MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.5, "adafactor": 0.1, "sgd": 0.0}
 """Numbers of fp32 that each optimiser keeps of a trained weight, about."""
 LOGS = 20_000_000
 """Bytes set aside for metrics, event files, tokenizer and reports."""
+NOTABLE = 0.1
+"""Share of the weights that no adapter reaches from which on that is said."""
 SHARE_OF_MEMORY = 0.95
 """Of the free memory: an estimate above it is worth a warning."""
 
@@ -49,8 +51,8 @@ def plan(
         prepared = replace(prepared, counted={"train": looked.report, **prepared.counted})
     evaluated = _evaluated(job)
     estimate = memory.estimate(recipe, job.targets, job.tokenizer, machine=machine, train=largest, evaluated=evaluated)
-    trained, parameters = estimate.parameters
-    free = device.memory_available(machine)
+    (trained, parameters), free = estimate.parameters, device.memory_available(machine)
+    findings.warn(_unreached(recipe, estimate))
     # It is an estimate, so it stops nothing.
     if free is not None and estimate.more > free * SHARE_OF_MEMORY:
         findings.warn([too_little(job, estimate.more, free)])
@@ -122,6 +124,19 @@ def _evaluated(job: Job) -> tuple[int, int]:
     # Which fast paths will be taken is not known without weights: the fused loss is believed, unless it can't be.
     all_logits = job.machine.is_sharded or not job.recipe.speed.fused_loss
     return min(rows_of(longest, *job.eval_batch(all_logits=all_logits)), most), longest
+
+
+def _unreached(recipe: Recipe, estimate: memory.Estimate) -> list[Problem]:
+    """Say what share of the weights stands in fused experts without an adapter."""
+    share = sum(estimate.unreached.values()) / max(1, estimate.parameters[1])
+    if share < NOTABLE:
+        return []
+    names = sorted({".".join(path.split(".")[-3:]) for path in estimate.unreached})
+    how = f"name them in adapter.target_parameters: [{', '.join(names)}]"
+    if not hasattr(recipe.adapter, "target_parameters"):
+        how = f"adapter: lora can, by target_parameters: [{', '.join(names)}]"
+    message = f"{share:.0%} of the weights are fused experts that no adapter reaches; {how}"
+    return [Problem(message, key="adapter.target_modules")]
 
 
 def _origin(recipe: Recipe) -> str:
