@@ -166,10 +166,15 @@ def joined(columns: Mapping[str, Cells], names: Sequence[str]) -> list[str]:
     return [" ".join(map(str, values)) for values in zip(*(columns[name].values for name in names), strict=True)]
 
 
+def is_english(texts: Sequence[str]) -> bool:
+    """Tell that nearly all letters of the first texts are English ones."""
+    letters = "".join(filter(str.isalpha, "".join(texts[:500])))
+    return sum(map(str.isascii, letters)) >= 0.98 * len(letters)
+
+
 def encoder(texts: Sequence[str], *, cased: bool = False) -> tuple[str, str]:
     """Choose a small encoder for texts, and say why."""
-    letters = "".join(filter(str.isalpha, "".join(texts[:500])))
-    if sum(map(str.isascii, letters)) < 0.98 * len(letters):
+    if not is_english(texts):
         return "distilbert/distilbert-base-multilingual-cased", "the texts are not all English letters"
     if cased:
         return "distilbert/distilbert-base-cased", "66M parameters; names need capitals"

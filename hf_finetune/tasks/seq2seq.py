@@ -438,8 +438,6 @@ def _named(columns: Mapping[str, Cells]) -> Proposal | None:
 def _of(source: Cells, target: Cells, *, says: str, confidence: float) -> Proposal:
     # Each is cut by itself, so the longer one decides what a row may hold.
     texts = [max(pair, key=len) for pair in zip(source.texts, target.texts, strict=False)]
-    is_english = _proposals.encoder(texts)[0].endswith("uncased")
+    model = ENGLISH if _proposals.is_english(texts) else ANY
     task = {"source": source.name, "target": target.name}
-    return Proposal(
-        task, says, confidence=confidence, used=list(task.values()), model=ENGLISH if is_english else ANY, texts=texts
-    )
+    return Proposal(task, says, confidence=confidence, used=list(task.values()), model=model, texts=texts)
