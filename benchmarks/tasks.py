@@ -49,7 +49,15 @@ class Workload:
 
 # ---- seq2seq: short translations, by a small T5 from scratch ----
 
-T5 = {"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+T5: dict[str, Any] = {
+    "decoder_start_token_id": 0,
+    "d_model": 96,
+    "d_kv": 24,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+}
 PAIRS, PIECES, EPOCHS, ROWS, RATE, LENGTH, NEW = 8_000, 2_000, 4, 64, 2e-3, 32, 32
 
 
@@ -75,7 +83,7 @@ def make_t5(folder: Path, shared: Path) -> None:
     tokenizer = fast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(folder / "model")
     transformers.set_seed(0)
-    config = transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **T5)
+    config = transformers.T5Config(vocab_size=len(tokenizer), **T5)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "model")
 
 

@@ -207,7 +207,8 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.save_pretrained(folder)
     set_seed(0)
     sizes: dict[str, Any] = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+    sizes |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    config = T5Config(vocab_size=len(tokenizer), **sizes)
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)
 

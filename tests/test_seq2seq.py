@@ -55,7 +55,7 @@ def pieces(folder: Path) -> str:
     import sentencepiece
 
     texts = [" ".join(WORDS[at : at + 5]) for at in range(0, len(WORDS) - 5)] * 4
-    options = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 3}
+    options: dict[str, Any] = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 3}
     with (folder / "pieces.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **options)
     return str(folder / "pieces.model")
@@ -95,8 +95,8 @@ def family(name: str, folder: Path, tiny_t5: str) -> str:
         tokenizer = make.M2M100Tokenizer(vocabulary(folder, ["<s>", "<pad>", "</s>", "<unk>"]), spm)
     elif name == "nllb":
         letters = "▁abcdefghijklmnopqrstuvwxyz."
-        vocab = ["<s>", "<pad>", "</s>", "<unk>", *letters]
-        tokenizer = make.NllbTokenizer({piece: at for at, piece in enumerate(vocab)})
+        own = ["<s>", "<pad>", "</s>", "<unk>", *letters]
+        tokenizer = make.NllbTokenizer({piece: at for at, piece in enumerate(own)})
     else:
         kind = make.MBartTokenizer if name == "mbart" else make.MBart50Tokenizer
         tokenizer = kind([("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0), *words])
