@@ -17,13 +17,9 @@ from hf_finetune.data.batches import FAILED, Division, GlobalBatches, StreamedBa
 from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Lanes, Raw
 from hf_finetune.errors import DataError, Problem
+from hf_finetune.tasks.text_classification import TextClassification
 
-
-class Echo:
-    """A stand-in for the parts of a task that batching calls."""
-
-    def masked(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {"labels": -100}
+TASK = TextClassification(text="text", label="label")
 
 
 def stack(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -93,7 +89,7 @@ def test_a_rank_without_rows_gets_a_masked_one() -> None:
 def test_the_train_loader_counts_real_tokens() -> None:
     from hf_finetune.data.batches import Rows
 
-    rows = Rows(encoded([2, 3, 4]), Echo())  # type: ignore[arg-type]
+    rows = Rows(encoded([2, 3, 4]), TASK)
     loader = train_loader(rows, GlobalBatches([2, 3, 4], Division(3, 3), 0), stack, pin=False)
     assert [int(batch["tokens"]) for batch in loader] == [9]
 
@@ -103,7 +99,7 @@ def test_the_eval_loader_names_every_row_once_and_fills_with_masked_ones() -> No
         from hf_finetune.data.batches import Rows
 
         lengths = [3, 1, 4, 1, 5, 9, 2]
-        rows = Rows(encoded(lengths), Echo())  # type: ignore[arg-type]
+        rows = Rows(encoded(lengths), TASK)
         seen = []
         for rank in range(world_size):
             loader = eval_loader(rows, lengths, Division(2 * world_size, 2, rank, world_size), stack)
