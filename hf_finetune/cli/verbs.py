@@ -313,7 +313,8 @@ def run_chat(arguments: argparse.Namespace) -> None:
 
 HELP_MERGE = "write a run as a plain model folder; quantise it, or export it to ONNX"
 DESCRIPTION_MERGE = """\
-Merge the adapter of a finished run into full weights and write a plain Hugging Face model folder. It is loaded back by
+Merge the adapter of a finished run, or the LoRAs of several runs on one base, into full weights and write a plain
+Hugging Face model folder. It is loaded back by
 transformers, compared with the run on real rows, and refused (exit code 4) where it says something else; it appears
 whole or not at all. DIR/export.json has what was compared.
 """
@@ -321,8 +322,19 @@ whole or not at all. DIR/export.json has what was compared.
 
 def declare_merge(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_run(parser, "model.name=path/of/the/base")
+    add_run(parser, "model.name=path/of/the/base; without `=`, a further run whose adapter is joined with the first")
     add = parser.add_argument
+    text = "one for each run, e.g. 0.7 0.3 (equal ones that sum to 1)"
+    add("--weights", metavar="W", nargs="+", type=number("of at least 0"), default=[], help=text)
+    text = "how runs are joined: cat sums what they add to the weights, the others are PEFT's (cat)"
+    add("--combine", choices=("cat", "linear", "ties", "dare_linear", "dare_ties"), default="cat", help=text)
+    add(
+        "--density",
+        metavar="X",
+        type=number("from 0 to 1", 1.0),
+        default=0.5,
+        help="share that ties and dare_* keep of a matrix (0.5)",
+    )
     add("--to", metavar="DIR", required=True, help="the folder to make")
     text = "of the weights; as the base's checkpoint has them if not given"
     add("--dtype", choices=("fp32", "bf16", "fp16"), help=text)
@@ -341,7 +353,11 @@ def run_merge(arguments: argparse.Namespace) -> None:
     """Merge."""
     from hf_finetune.inference import opening
 
-    opening.look(arguments.run_folder, arguments.overrides, files=arguments.data)
+    others = tuple(word for word in arguments.overrides if "=" not in word)
+    overrides = [word for word in arguments.overrides if "=" in word]
+    opening.look(arguments.run_folder, overrides, files=arguments.data)
+    for run in others:
+        opening.look(run)
     with log.phase("loading libraries"):
         from hf_finetune.inference import merge
 
@@ -355,8 +371,12 @@ def run_merge(arguments: argparse.Namespace) -> None:
         rows=arguments.rows,
         quantize=arguments.quantize,
         onnx=arguments.onnx,
+        others=others,
+        weights=tuple(arguments.weights),
+        method=arguments.combine,
+        density=arguments.density,
     )
-    merge.merge(arguments.run_folder, options, arguments.overrides)
+    merge.merge(arguments.run_folder, options, overrides)
 
 
 # hf-finetune push

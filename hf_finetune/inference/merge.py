@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Bits = Literal["int8", "int4"]
+Method = Literal["cat", "linear", "ties", "dare_linear", "dare_ties"]
 
 # Marks a folder that `merge` wrote, and may replace.
 REPORT = "export.json"
@@ -64,6 +65,11 @@ class Options:
     rows: int = 1000  # rows of which metrics are computed, at most
     quantize: Bits | None = None
     onnx: bool = False
+    others: tuple[str, ...] = ()
+    """Further runs whose adapters are joined with it."""
+    weights: tuple[float, ...] = ()  # of all runs; empty for equal ones that sum to 1
+    method: Method = "cat"
+    density: float = 0.5  # share of the values of a matrix that stay, for `ties` and `dare_*`
 
     def check(self, run: str) -> None:
         """Refuse everything that can't work with this run folder, in one report."""
@@ -83,8 +89,12 @@ class Options:
         refusals = [] if why is None else [f"--to {self.to}: {why}"]
         if not SIZE.fullmatch(self.shard_size):
             refusals.append(f"--shard-size {self.shard_size}: write a number and KB, MB, GB or TB, e.g. 5GB")
-        if opening.split(run)[1] is not None:
-            refusals.append(f"{run}: a checkpoint can't be merged; give the run folder")
+        for place in (run, *self.others):
+            if opening.split(place)[1] is not None:
+                refusals.append(f"{place}: a checkpoint can't be merged; give the run folder")
+        if self.weights and len(self.weights) != len(self.others) + 1:
+            count = f"{len(self.weights)} numbers for {len(self.others) + 1} runs"
+            refusals.append(f"--weights: {count}; give one for each")
         for option, is_asked in (("--quantize", self.quantize is not None), ("--onnx", self.onnx)):
             packages, extra = NEEDS[option]
             missing = [name for name in packages if importlib.util.find_spec(name) is None] if is_asked else []
@@ -110,6 +120,8 @@ class Report:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of `run`, `adapter`, `merged`, and what else was made."""
     packages: list[str] = field(default_factory=list)  # further ones that were used
+    combined: dict[str, Any] = field(default_factory=dict)
+    """Of several runs: `method`, `weights`, and the metrics of each run and of the combination on that run's rows."""
 
     def add_check(self, what: str, difference: float, tolerance: float, *, wrong: str, hint: str) -> None:
         """Add the difference of two models' logits, as a share of the largest one.
@@ -139,6 +151,7 @@ class Report:
             "rows": self.rows,
             "metrics": self.metrics,
             "change": {name: self.change(name) for name in self.metrics if name not in (RUN, ADAPTER)},
+            **({"combined": self.combined} if self.combined else {}),
             "packages": {name: importlib.metadata.version(name) for name in [*PACKAGES, *self.packages]},
         }
 
@@ -170,6 +183,10 @@ class Report:
                 change = self.change(name)
                 line += f"   ({', '.join(f'{key} {change[key]:+.4f}' for key in headline if key in change)})"
             lines.append(line)
+        for other, scores in self.combined.get("runs", {}).items():
+            alone, both = scores["alone"], scores["merged"]
+            told = (f"{key} {number(both[key])} (alone {number(alone[key])})" for key in headline if key in alone)
+            lines.append(f"  {f'rows of {other}':<19} {'  '.join(told)}")
         lines.append(f"  on                  {self.rows['used']:,} {self.rows['split']} rows")
         lines.append(f"  folder              {place}")
         if texts.reads_clock(self.run.tokenizer):
@@ -193,16 +210,18 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
     options.check(place)
     # These load torch and transformers, which takes seconds.
     from hf_finetune import device
-    from hf_finetune.inference import export, weights
+    from hf_finetune.inference import combine, export, weights
     from hf_finetune.inference.load import open_run
 
     if options.quantize is not None:
         export.check_kernels(options.quantize, device.find_device())
     run = open_run(place, overrides)
+    others = [open_run(other) for other in options.others]
+    combine.refuse_strangers(run, others)
     read = weights.compared_rows(run, options.data, options.rows)
     with read as (rows, facts), files.staged(Path(options.to)) as staging:
         report = Report(run, facts, options.dtype or weights.stored_dtype(run))
-        _merge(report, rows, options, staging)
+        _merge(report, rows, options, staging, others)
         if (bits := options.quantize) is not None:
             with phase(f"quantising to {bits}"):
                 export.quantise(staging, run, bits, staging / bits)
@@ -225,9 +244,9 @@ def merge(place: str, options: Options, overrides: Sequence[str] = ()) -> Report
     return report
 
 
-def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
+def _merge(report: Report, rows: Any, options: Options, staging: Path, others: Sequence[Finished]) -> None:
     """Merge, write, load back, and compare with the run; one model is in memory at a time."""
-    from hf_finetune.inference import weights
+    from hf_finetune.inference import combine, weights
     from hf_finetune.inference.saving import TOLERANCES
 
     run, recipe, probes = report.run, report.run.recipe, weights.probes(report.run, rows)
@@ -236,6 +255,8 @@ def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
         return weights.difference(expected, weights.logits(weights.logits_of(network, recipe.task.output), probes))
 
     network, report.into = weights.adapted(run)
+    if others:
+        combine.add(network, others, options.weights, options.method, options.density)
     # The adapter in fp32, before merging: everything is compared with these logits.
     expected = weights.logits(weights.logits_of(network, recipe.task.output), probes)
     in_fp32 = weights.metrics("the adapter in fp32", run, rows, weights.plain(network, run))
@@ -254,7 +275,8 @@ def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
     tolerance = tolerance if options.tolerance is None else options.tolerance
     with served.running():
         wrong = "what was merged is not the model of the run"
-        report.add_check("run", apart(served.network), tolerance, wrong=wrong, hint=HINT)
+        if not others:  # a combination is the model of none of them
+            report.add_check("run", apart(served.network), tolerance, wrong=wrong, hint=HINT)
     report.metrics[RUN] = weights.metrics("the run's model", run, rows, served.predict)
     report.metrics[ADAPTER] = in_fp32
     del served
@@ -264,3 +286,24 @@ def _merge(report: Report, rows: Any, options: Options, staging: Path) -> None:
     wrong = "what was written is not the adapter's model"
     report.add_check("folder", apart(network), tolerance, wrong=wrong, hint=HINT)
     report.metrics["merged"] = weights.metrics("the merged model", run, rows, weights.plain(network, run))
+    del network
+    if others:
+        found = {run.folder.path.name: {"alone": report.metrics[RUN], "merged": report.metrics["merged"]}}
+        for place, other in enumerate(others, 2):  # run folders of one name may stand in different places
+            name = other.folder.path.name
+            found[f"{name} ({place})" if name in found else name] = _on_its_rows(other, staging, options.rows)
+        report.combined = {"method": options.method, "weights": combine.shares(options.weights, others), "runs": found}
+
+
+def _on_its_rows(run: Finished, folder: Path, most: int) -> dict[str, dict[str, float]]:
+    """Return the metrics of a run, and of the model in a folder, on the run's rows."""
+    from hf_finetune.inference import weights
+
+    with weights.compared_rows(run, (), most) as (rows, _):
+        served = run.serve(run.model())
+        with served.running():
+            alone = weights.metrics(f"the model of {run.folder.path.name}", run, rows, served.predict)
+        del served
+        network = weights.load(folder, run)
+        merged = weights.metrics("the merged model on its rows", run, rows, weights.plain(network, run))
+    return {"alone": alone, "merged": merged}
