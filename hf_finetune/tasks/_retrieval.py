@@ -6,7 +6,7 @@ Shapes: N queries, M documents, R relevant documents of a query at most.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ COLUMNS = ("first", "loss", "ndcg_10", "mrr_10", "map", "accuracy", *(f"recall_{
 """Of a plot's rows, NaN where something is undefined; `first` is the rank of the first relevant document."""
 # Share of common words from which on two queries count as nearly the same (Jaccard 1901).
 ALIKE = 0.7
+# Queries of one text up to which each pair is compared; of more, as a film that everybody likes has, only equal ones
+# are found.
+MOST_QUERIES = 100
 # Scores that BM25 may take to make: it scores every document for every query.
 MOST_SCORES = 500_000_000
 
@@ -117,16 +120,19 @@ def false_negatives(queries: Sequence[str], judged: Iterable[tuple[list[str], li
     """
     words = [frozenset(re.findall(r"\w+", query.casefold())) for query in queries]
     rows = list(judged)
-    positive_of: dict[str, set[int]] = {}
-    for number, (positives, _) in enumerate(rows):
+    # The words of the queries of which a text is a positive.
+    queries_of: dict[str, set[frozenset[str]]] = {}
+    for mine, (positives, _) in zip(words, rows, strict=True):
         for text in positives:
-            positive_of.setdefault(text, set()).add(number)
+            queries_of.setdefault(text, set()).add(mine)
 
-    def strike() -> Iterator[int]:
-        for number, (_, negatives) in enumerate(rows):
-            others = set[int]().union(*(positive_of.get(text, ()) for text in negatives))
-            mine = words[number]
-            if any(mine == words[o] or len(mine & words[o]) >= ALIKE * len(mine | words[o]) for o in others):
-                yield number
+    def is_alike(mine: frozenset[str], text: str) -> bool:
+        others = queries_of.get(text, set())
+        near = others if len(others) <= MOST_QUERIES else ()
+        return mine in others or any(len(mine & other) >= ALIKE * len(mine | other) for other in near)
 
-    return list(strike())
+    return [
+        number
+        for number, (mine, (_, negatives)) in enumerate(zip(words, rows, strict=True))
+        if any(is_alike(mine, text) for text in negatives)
+    ]
