@@ -24,6 +24,7 @@ from hf_finetune.config.section import discover
 from hf_finetune.errors import Stopped
 from hf_finetune.pipeline.init import init
 from hf_finetune.recipe import Recipe
+from hf_finetune.reports import data as reports_data
 from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks.base import State, Task
 
@@ -105,7 +106,10 @@ def trained(
 
 @every_task
 def test_a_recipe_can_be_checked_without_weights(kind: str, recipe: Callable[..., Any], tmp_path: Path) -> None:
-    assert check(recipe(kind, tmp_path / "run")).problems == []
+    checked = check(recipe(kind, tmp_path / "run"))
+    assert checked.problems == []
+    parts: Any = checked.parts
+    assert reports_data.first(parts.recipe, parts.prepared, parts.tokenizer, 1), "rows can be shown"
 
 
 @every_task

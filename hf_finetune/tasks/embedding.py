@@ -299,6 +299,10 @@ class Embedding(Task):
         row: dict[str, Any] = {self.anchor: f"a film {size % 97}", self.positive: " ".join(words)}
         return row if self.negatives is None else {**row, self.negatives: ["it is"]}
 
+    def laid_out(self, row: Features) -> Features:
+        """Return the texts one after the other."""
+        return {**row, "labels": [0] * len(row["input_ids"])}
+
     def usage(self, state: State, processor: Any) -> str:
         """Embed a query and two texts, and print their cosines."""
         pooled = {

@@ -345,6 +345,12 @@ class Ranking(Task):
             row |= {self.documents: texts[0], self.labels: 1.0}
         return row
 
+    def laid_out(self, row: Features) -> Features:
+        """Return the pairs one after the other; tokens of the relevant ones count."""
+        pairs = zip(row["lengths"], row["labels"], strict=True)
+        marks = [[0 if label > 0 else IGNORE] * length for length, label in pairs]
+        return {**row, "labels": list(itertools.chain.from_iterable(marks))}
+
     def describe(self, row: Mapping[str, Any]) -> str:
         """Return the query, and the documents with their numbers."""
         texts = _listed(row[self.documents])
