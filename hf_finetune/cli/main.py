@@ -7,7 +7,7 @@ hf-finetune check RECIPE [key.path=value ...] [--explain] [--show N] [--report F
 hf-finetune evaluate RUN [key.path=value ...] [--data FILE | --split NAME] [--by COLUMN] [--against RUN|base]
 hf-finetune predict RUN [key.path=value ...] [--input FILE|-] [--output FILE|-]
 hf-finetune chat RUN [key.path=value ...]
-hf-finetune merge RUN --to DIR [--dtype fp32|bf16|fp16] [--quantize int8|int4] [--onnx] [--data FILE] [--overwrite]
+hf-finetune merge RUN [RUN ...] --to DIR [--weights W ...] [--dtype fp32|bf16|fp16] [--quantize int8|int4] [--onnx]
 hf-finetune compare RUN|FOLDER ... [--sort METRIC] [--all] [--format text|csv|json|md]
 hf-finetune push RUN [--repo OWNER/NAME] [--private|--public] [--as-pr] [--tag TAG] [--timeout SECONDS]
 hf-finetune tensorboard RUN|FOLDER [--port N] [--host ADDRESS] [--rebuild]
