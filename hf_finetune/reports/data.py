@@ -244,6 +244,7 @@ FATES = (
     ("rows", "Rows", "read from the source"),
     ("kept", "Kept", "trained on or evaluated"),
     ("cut", "Cut", "kept, but truncated to max_length"),
+    ("split", "Split", "over-long: each part is kept as a row"),
     ("dropped", "Dropped", "left out as over-long"),
     ("empty", "Empty", "left out without text"),
     ("untrained", "Untrained", "left out: nothing in them counts in the loss"),
@@ -252,7 +253,7 @@ FATES = (
     ("trained", "Trained", "items that the loss counts: rows, or tokens"),
     ("longest", "Longest", "tokens of the longest row, before cutting"),
 )
-RARE = ("empty", "unused")  # fields that are shown only where they are not 0
+RARE = ("empty", "split", "unused")  # fields that are shown only where they are not 0
 
 
 def context(recipe: Recipe, prepared: Prepared, findings: Findings) -> dict[str, Any]:
