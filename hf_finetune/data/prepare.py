@@ -31,7 +31,7 @@ from hf_finetune.data.sources import LocalFiles, Origins
 from hf_finetune.data.splits import Split, SplitReport
 from hf_finetune.data.stream import Reading, Stream
 from hf_finetune.device import Machine
-from hf_finetune.errors import DataError, Problem, RecipeError, RowsError, StorageError
+from hf_finetune.errors import DataError, ModelError, Problem, RecipeError, RowsError, StorageError
 from hf_finetune.log import hush, phase
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks._image import on_disk
@@ -84,7 +84,12 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Co
             labelled, wrong = _without(split, unlabelled, replace(encoder, targets=State()))
             note(wrong, name)
         if len(labelled.rows):
-            encoding, wrong = encode(labelled, encoder, data, scratch)
+            try:
+                encoding, wrong = encode(labelled, encoder, data, scratch)
+            except ModelError as error:  # the model takes no row at all: what is wrong with the data is told beside it
+                if not problems:
+                    raise
+                raise DataError([*problems, *error.problems]) from error
             note(wrong, name)
             if encoding is not None:
                 kept[name], encodings[name] = labelled, encoding
