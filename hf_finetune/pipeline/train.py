@@ -399,7 +399,6 @@ def load_model(run: Training) -> None:
         run.machine = replace(machine, attention=attention.value)
         run.job = replace(job, machine=run.machine)
     run.choices = run.choices.plus("attention", attention)
-    run.job = start.remember(run.job, run.adapted, run.ranks)
 
 
 @contextmanager
@@ -482,6 +481,7 @@ def take_fast_paths(run: Training) -> None:
     run.choices = run.choices.plus("fast_paths", Choice(taken, "compared with the plain ones"))
     if run.repeat is not None:
         run.repeat.refuse_other(run.choices)
+    run.job = start.remember(trainer, run.ranks)
 
 
 def write_lock(run: Training) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +23,14 @@ import pyarrow.compute as pc
 import torch
 
 from hf_finetune.config.paths import cache_folder
-from hf_finetune.data import batches
 from hf_finetune.data.job import Job
 from hf_finetune.device import Machine
 from hf_finetune.log import phase
-from hf_finetune.models.paths import Paths
 from hf_finetune.models.pretrained import commit
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.files import write_atomically, writing
 from hf_finetune.run.ranks import Ranks
-from hf_finetune.tasks.base import BOOKKEEPING, Batch
+from hf_finetune.tasks.base import BOOKKEEPING
 from hf_finetune.training import locking
 
 Array = np.ndarray[Any, Any]
@@ -42,34 +40,26 @@ OTHERS = {*BOOKKEEPING, "row"}
 TOGETHER = 10_000
 
 
-def remember(job: Job, adapted: torch.nn.Module, ranks: Ranks) -> Job:
-    """Return the job with rows that know the start; every rank calls it before anything is trained or restored.
+def remember(trainer: Any, ranks: Ranks) -> Job:
+    """Have every row of a `FinetuneTrainer` know the start; every rank calls it before anything is trained or restored.
 
-    A task that needs none gets its job back.
-
-    Args:
-        job: Its rows are not streamed.
-        adapted: The model with its adapter, as training begins; on the device, not wrapped for distribution.
-        ranks: All of them share the rows.
+    All ranks share the rows; a task that needs no start keeps its job.
     """
+    job: Job = trainer.job
     prepared, machine, task = job.prepared, job.machine, job.task
     if not task.needs_start:
         return job
-    forward = Paths(task, job.targets).forward(adapted)
+    adapted, forward = trainer.bare_model, trainer.paths.forward(trainer.bare_model)
     was_training = adapted.training
 
-    def rows_of(encoded: Any) -> Iterator[tuple[list[int], Batch]]:
-        most, tokens = job.eval_batch(all_logits=True)
-        division = batches.Division(most * ranks.world_size, most, ranks.rank, ranks.world_size)
-        rows, lengths = batches.Rows(encoded, task), batches.lengths_of(encoded)
-        for batch in batches.eval_loader(rows, lengths, division, job.collate, tokens):
-            numbers: list[int] = batch.pop("row_ids").tolist()
-            moved = {name: value.to(next(adapted.parameters()).device) for name, value in batch.items()}
-            with torch.no_grad(), machine.autocast():
-                yield numbers, task.start(forward, moved, job.targets)
-
     def compute(encoded: Any) -> dict[str, Array]:
-        own = [(numbers, {n: v.float().cpu().numpy() for n, v in found.items()}) for numbers, found in rows_of(encoded)]
+        own = []
+        for batch in trainer.get_eval_dataloader(encoded):
+            numbers: list[int] = batch.pop("row_ids").tolist()
+            moved = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            with torch.no_grad(), machine.autocast():
+                found = task.start(forward, moved, job.targets)
+            own.append((numbers, {name: value.float().cpu().numpy() for name, value in found.items()}))
         return _ordered([part for rank in ranks.gather(own) for part in rank], len(encoded))
 
     adapted.eval()
@@ -82,7 +72,9 @@ def remember(job: Job, adapted: torch.nn.Module, ranks: Ranks) -> Job:
             }
     finally:
         adapted.train(was_training)
-    return job.remembering(replace(prepared, **splits))
+    trainer.job = job = job.remembering(replace(prepared, **splits))
+    trainer.train_dataset, trainer.eval_dataset = job.train, job.validation
+    return job
 
 
 def with_start(
