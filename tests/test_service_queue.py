@@ -210,12 +210,14 @@ def test_a_server_killed_at_any_moment_loses_and_doubles_nothing(
         made = keyed(queue, file, number)
         assert jobs.setdefault(number, made) == made, f"KILL_SEED={seed}"
     for number, job in jobs.items():
+        # Beside another job, and alone: each slot has its own core, so that the bits are the same.
         assert queue.until(job, "succeeded", "failed").status == "succeeded", (seed, queue.said(job))
         assert queue.adapter(job) == undisturbed(queue, jobs[number % 2], monkeypatch), f"KILL_SEED={seed}"
         assert queue.said(job).count("The job has successfully completed") == 1
         assert queue.job(job)["attempts"] == 0
     told = everything(queue)
-    assert [len(told[kind]) for kind in ("jobs", "files", "models")] == [6, 7, 8]
+    whole = [model for model in told["models"] if ":ckpt-step-" not in model["id"]]
+    assert [len(told["jobs"]), len(told["files"]), len(whole)] == [6, 7, 8]
     # The database is an index.
     queue.kill()
     for path in queue.root.glob("service.db*"):

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.service import answers, api, batches, ops, views
+from hf_finetune.service import answers, api, batches, ops, views, worker
 from hf_finetune.service.executors.base import Executor
 from hf_finetune.service.executors.local import Local
 from hf_finetune.service.settings import Settings
@@ -119,12 +119,18 @@ def places(settings: Settings) -> list[Place]:
     if settings.slots is None and (gpus := _gpus()):
         return gpus
     slots = settings.slots or 1
-    environment = {"CUDA_VISIBLE_DEVICES": ""}
-    if slots > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Threads of jobs that train side by side would fight for the same cores.
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [Place(environment, memory // slots)] * slots
+    return [Place({"CUDA_VISIBLE_DEVICES": "", **_cores(slot, slots)}, memory // slots) for slot in range(slots)]
+
+
+def _cores(slot: int, slots: int) -> dict[str, str]:
+    """Give a slot cores of its own: jobs that train side by side would fight for the same ones."""
+    if slots == 1 or not hasattr(os, "sched_getaffinity"):
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // slots
+    own = cores[slot * each : (slot + 1) * each] or [cores[slot % len(cores)]]
+    return {worker.CORES: ",".join(map(str, own))}
 
 
 def _gpus() -> list[Place]:

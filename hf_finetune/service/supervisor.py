@@ -246,10 +246,13 @@ class Supervisor:
         job["places"] = places
         # A check sees a device, too: what fits depends on it.
         used = [self.places[place].environment for place in places or [0]]
-        environment = used[0]
+        environment = {
+            name: ",".join(filter(None, (one[name] for one in used)))
+            for name in used[0]
+            if places or name != worker.CORES  # which are those of a job that trains
+        }
         if len(used) > 1:
-            visible = ",".join(filter(None, (one["CUDA_VISIBLE_DEVICES"] for one in used)))
-            environment = {**environment, "CUDA_VISIBLE_DEVICES": visible, "PET_NPROC_PER_NODE": str(len(used))}
+            environment["PET_NPROC_PER_NODE"] = str(len(used))
         work = Work(folder, not places, environment, job["priority"])
         try:
             handle = self.executor.start(work)

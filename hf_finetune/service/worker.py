@@ -51,12 +51,16 @@ RECIPE, CHECKED, EXIT, RANK, RUN, LOG, DATA, LOCK = (
     "data",
     "worker.lock",
 )
+CORES = "HF_FINETUNE_CORES"
+"""Variable: numbers of the cores that a job may use."""
 SPLITS = {"training_file": "train", "validation_file": "validation"}
 """Fields of a job -> splits of a recipe."""
 
 
 def main(folder: str, *, only_check: bool) -> int:
     """Work on a job to the end; write and return the exit code."""
+    if cores := os.environ.get(CORES):  # before torch counts them
+        os.sched_setaffinity(0, map(int, cores.split(",")))
     os.chdir(folder)
     os.environ[paths.ROWS] = str(Path.cwd())  # a caller's rows name no file of the host
     process = os.getpid()
