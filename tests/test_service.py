@@ -250,8 +250,12 @@ def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) 
     assert failed.error.param == "training_file"
     assert "row 4: the chat template refuses these messages" in failed.error.message
     assert "nothing that is trained (row 8)" in failed.error.message
-    assert "train.jsonl:6: data.train: 'messages' holds text, but a list in the first row" in failed.error.message
-    assert "train.jsonl:13: data.train: is no valid JSON" in failed.error.message, "and all of them at once"
+    assert "\nbad.jsonl:6: data.train: 'messages' holds text, but a list in the first row" in failed.error.message
+    assert "bad.jsonl:13: data.train: is no valid JSON" in failed.error.message, "and all of them at once"
+    last = next(iter(service.client.fine_tuning.jobs.list_events(job.id)))
+    assert (last.level, last.message) == ("error", f"The job failed: {failed.error.message}"), (
+        "who follows events reads why"
+    )
     assert str(service.root) not in failed.model_dump_json()
 
 
@@ -264,12 +268,21 @@ def test_requests_that_are_wrong_are_refused_in_openais_form(service: Service, s
         ({"training_file": "file-0"}, "there is no file"),
         ({"extra_body": {"recipe": {"output": "/etc"}}}, "set by this service"),
         ({"extra_body": {"recipe": {"data": {"train": "/etc/passwd"}}}}, "set by this service"),
-        ({"extra_body": {"colour": "red"}}, "colour"),
-        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
+        ({"extra_body": {"colour": "red"}}, "colour: is no field here; known: model"),
+        ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs: is no field here; did you mean 'n_epochs'"),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs: must be 'auto' or greater than or equal to 1, not 0$"),
     ):
         with pytest.raises(openai.BadRequestError, match=said) as caught:
             create(**{"model": "tiny", "training_file": file.id, **wrong})
         assert set(caught.value.response.json()["error"]) == {"message", "type", "param", "code"}
+    with pytest.raises(openai.BadRequestError, match=r"'none\.jsonl' is empty"):
+        client.files.create(file=("none.jsonl", b""), purpose="fine-tune")
+    with pytest.raises(
+        openai.BadRequestError, match=r"first line of 'train\.csv' .* is no request: give lines such as"
+    ):
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    with pytest.raises(openai.NotFoundError, match="'llama' is a base model"):
+        client.chat.completions.create(model="llama", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="hf-wrong").files.list()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import Server
 from test_service import wait
 from test_service_web import Logged, ask, sentences
 
@@ -82,3 +83,21 @@ def test_deployed_servers_print_no_key() -> None:
         assert parse(words).no_first_key
     assert parse(compose["command"]).stop_jobs, "a container takes its processes along"
     assert parse(compose["command"]).root in {volume.partition(":")[2] for volume in compose["volumes"]}
+
+
+def test_mistakes_of_operators_are_said_at_once(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / "root"
+    root = str(folder)
+    for verb in (("list",), ("revoke", "key_1")):
+        refused = server.run("keys", *verb, "--root", root)
+        assert (refused.returncode, refused.stderr.count("--root: there is no folder")) == (2, 1), refused.stderr
+    assert not folder.exists(), "a name that is misspelt makes no folder"
+    key = server.run("keys", "create", "--root", root)
+    assert key.returncode == 0, key.stderr
+    named = server.run("keys", "list", "--root", root).stdout.split()[0]
+    assert "name the key to revoke" in server.run("keys", "revoke", "--root", root).stderr
+    assert f"{named} is revoked" in server.run("keys", "revoke", named, "--root", root).stdout
+    (folder / "limits.yaml").write_text("default: {waiting_job: 5}\n")
+    refused = server.run("serve", "--root", root, "--port", "0")
+    assert refused.returncode == 2
+    assert "limits.yaml: default.waiting_job" in refused.stderr

@@ -81,11 +81,13 @@ def run_serve(arguments: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     refuse_open(arguments.host, has_tls=bool(arguments.tls), behind_proxy=arguments.behind_proxy)
     _needs_extra()
-    from hf_finetune.service import server, settings
+    from hf_finetune.service import limits, server, settings
     from hf_finetune.service.store import DEFAULT_PROJECT, Store, locked
 
     store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
-    store.base_models()  # a mistake in it is said now
+    limits.read(store.root / limits.FILE)  # a mistake in it is said now
+    if not store.base_models():
+        log.warn(f"no base model yet, so no job can be made: name them in {store.root / 'models.yaml'}")
     given = {
         name: getattr(arguments, name)
         for name in ("slots", "executor", "engine", "stop_jobs")
@@ -107,6 +109,10 @@ def run_keys(arguments: argparse.Namespace) -> None:
     _needs_extra()
     from hf_finetune.service.store import Store
 
+    if arguments.action == "revoke" and arguments.key is None:
+        raise RecipeError(Problem("name the key to revoke; `list` shows the ids", key="ID"))
+    if arguments.action != "create" and not Path(arguments.root).is_dir():
+        raise RecipeError(Problem(f"there is no folder {arguments.root!r}", key="--root"))
     store = Store(Path(arguments.root), arguments.database)
     if arguments.action == "create":
         log.show(store.create_key(arguments.project, arguments.name))
@@ -114,8 +120,10 @@ def run_keys(arguments: argparse.Namespace) -> None:
         for key in store.list_keys():
             state = "revoked" if key["revoked_at"] else "valid"
             log.show(f"{key['id']}  {state:7}  {key['project']}  {key['name']}".rstrip())
-    elif arguments.key is None or not store.revoke_key(arguments.key):
-        raise RecipeError(Problem(f"there is no valid key {arguments.key or ''!r}; `list` shows the ids", key="ID"))
+    elif store.revoke_key(arguments.key):
+        log.say(f"{arguments.key} is revoked; jobs that were made with it go on")
+    else:
+        raise RecipeError(Problem(f"there is no valid key {arguments.key!r}; `list` shows the ids", key="ID"))
 
 
 def refuse_open(host: str, *, has_tls: bool, behind_proxy: bool) -> None:

@@ -115,12 +115,13 @@ def admit(caller: Caller, body: JobRequest, queue: Supervisor) -> tuple[dict[str
         said = most if queue.settings.executor == "local" else "the operator's template decides"
         raise Refusal(400, f"{devices} devices: {said}", param="devices", code="unsupported_value")
     said_all = body.model_dump(mode="json")
-    files = []
+    files, names = [], {}
     for field, split in worker.SPLITS.items():
         if said_all[field] is not None:
             found = caller.file(said_all[field], field)
             suffix = worker.suffix_of(found["filename"]) or ".jsonl"
             files.append((split, caller.store.folder_of_file(found["id"]) / "data", suffix))
+            names[f"{worker.DATA}/{split}{suffix}"] = found["filename"]
     recipe = dict(body.recipe or {})
     for target in body.classifier_targets or ():
         task = recipe.get("task")
@@ -134,7 +135,7 @@ def admit(caller: Caller, body: JobRequest, queue: Supervisor) -> tuple[dict[str
         **{"attempts": 0, "overrides": [], "hyperparameters": body.asked.model_dump(), "error": None},
         **{"method": None if body.method is None else body.method.type},
         **{"seed": 42 if body.seed is None else body.seed, "base": models[body.model], "chosen": {}, "numbers": {}},
-        **{"fine_tuned_model": None, "devices": devices},
+        **{"fine_tuned_model": None, "devices": devices, "names": names},
     }
     return document, files
 

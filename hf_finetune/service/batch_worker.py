@@ -25,6 +25,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.run.files import write_atomically
 from hf_finetune.service import forms, views, worker
 from hf_finetune.service.questions import Event, Heard, Question
+from hf_finetune.service.requests import faults
 from hf_finetune.service.store import Store, new_id
 
 if TYPE_CHECKING:
@@ -129,9 +130,8 @@ def _answered(
             request = REQUESTS[endpoint].model_validate(line["body"])
             asked.append((place, request, request.question(run, recipe)))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            bodies[place] = 400, _error(f"{field}: {first['msg']}", field, None)
+            field, said = next(iter(faults((one["loc"], one) for one in error.errors()).items()))
+            bodies[place] = 400, _error(f"{field}: {said}", field, None)
         except forms.Unfit as error:
             bodies[place] = 400, _error(str(error), error.param, None)
     heard = [Heard() for _ in asked]

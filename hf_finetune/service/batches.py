@@ -34,7 +34,9 @@ def create(caller: Called, body: BatchRequest) -> dict[str, Any]:
     source = caller.store.folder_of_file(file["id"]) / "data"
     model = _model(source)
     if model is None:
-        raise Refusal(400, "the first line asks no model", param="input_file_id", code="model_not_found")
+        message = f"the first line of {file['filename']!r} ({file['purpose']}) is no request: give lines such as "
+        example = f'{{"custom_id": "1", "method": "POST", "url": "{body.endpoint}", "body": {{"model": ...}}}}'
+        raise Refusal(400, message + example, param="input_file_id", code="invalid_request")
     place = caller.answering(model, "input_file_id")[1].relative_to(caller.store.root / "runs")
     made = new_id("batch_")
     document = {

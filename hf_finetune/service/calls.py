@@ -10,7 +10,7 @@ import errno
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.service import history, views, worker
+from hf_finetune.service.requests import faults
 from hf_finetune.service.sessions import COOKIE, is_own
 from hf_finetune.service.store import OverQuota, Store
 
@@ -100,6 +101,8 @@ class Caller:
             if place is not None:
                 return job, place
         trained = f"there is no model {model!r} that was trained here"
+        if model in self.store.base_models():
+            trained = f"{model!r} is a base model, which jobs train; ask the fine_tuned_model of a job"
         message = trained if job is None else f"the model {name!r} has not kept the checkpoint of step {step}"
         raise Refusal(404 if param == "model" else 400, message, param=param, code="model_not_found")
 
@@ -229,13 +232,9 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     # A body that is wrong in thousands of places, or a thousand levels deep, is not told so at full length.
-    found = [(_field(one["loc"][1:LEVELS]), one["msg"]) for one in error.errors()[:FAULTS]]
-    return _answer(400, "; ".join(": ".join(filter(None, one)) for one in found), param=found[0][0] or None)
-
-
-def _field(place: Iterable[Any]) -> str:
-    # pydantic names the alternatives of a union among the fields, e.g. `literal['auto']`.
-    return ".".join(str(part) for part in place if not re.search(r"[\[(]|^constrained-", str(part)))
+    found = faults((one["loc"][1:LEVELS], one) for one in error.errors()[:FAULTS])
+    message = "; ".join(": ".join(filter(None, one)) for one in found.items())
+    return _answer(400, message, param=next(iter(found)) or None)
 
 
 def _unknown(request: Request, error: Exception) -> JSONResponse:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from hf_finetune.config.problems import Option, keys, options
+from hf_finetune.config.problems import Option, keys, options, shown
 from hf_finetune.config.section import Key
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.recipe import Recipe
 
 Json = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(JsonValue))]
 """Anything that JSON can say, but not nested without end."""
+UNKNOWN = "unknown_field"
+"""Type of the error of a field that there is not."""
 
 
 class Body(BaseModel):
@@ -31,6 +44,52 @@ class Body(BaseModel):
         with suppress(TypeError, RecursionError):  # refused by its field
             json.dumps(given, ensure_ascii=False).encode()
         return given
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _knows(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Say which field was probably meant by one that there is not."""
+        try:
+            return handler(given)
+        except ValidationError as error:
+            found: list[InitErrorDetails] = []
+            for one in error.errors():
+                detail = InitErrorDetails(type=one["type"], loc=one["loc"], input=one["input"], ctx=one.get("ctx", {}))
+                if one["type"] == "extra_forbidden" and len(one["loc"]) == 1:
+                    said = f"is no field here{suggestion(str(one['loc'][0])[:100], list(keys(cls)))}"
+                    detail["type"] = PydanticCustomError(UNKNOWN, "{said}", {"said": said})
+                elif one["type"] == UNKNOWN:  # of a body within this one
+                    detail["type"] = PydanticCustomError(UNKNOWN, "{said}", one["ctx"])
+                found.append(detail)
+            raise ValidationError.from_exception_data(cls.__name__, found) from None
+
+
+def faults(errors: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> dict[str, str]:
+    """Put pydantic's errors into words, one sentence a field: each alternative of a union has an error of its own."""
+    said: dict[str, dict[str, Any]] = {}
+    for place, error in errors:
+        # pydantic names the alternatives among the fields, e.g. `literal['auto']`.
+        parts = [str(part) for part in place if not re.search(r"[\[(]|^constrained-|^(str|Chats)$", str(part))]
+        message = (
+            "is missing"
+            if error["type"] == "missing"
+            else error["msg"].partition(", unable to")[0].replace(" after validation", "")
+        )
+        given = error["input"]
+        if error["type"] not in ("missing", UNKNOWN) and isinstance(given, str | int | float | None):
+            message = f"{message}, not {shown(given)}"
+        said.setdefault(".".join(parts), {})[message] = None
+    return {field: _joined(list(messages)) for field, messages in said.items()}
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """Make one sentence of what pydantic says of one value: `must be 'auto' or a valid integer, not 'three'`."""
+    begin = "Input should be "
+    wanted = [message.removeprefix(begin) for message in messages if message.startswith(begin)]
+    others = [message[0].lower() + message[1:] for message in messages if not message.startswith(begin)]
+    *first, last = wanted or [""]
+    whole = " or ".join([*(one.rpartition(", not ")[0] or one for one in first), last])
+    return "; ".join(filter(None, [f"must be {whole}" if whole else "", *others]))
 
 
 class Hyperparameters(Body):

@@ -359,7 +359,9 @@ class Supervisor:
 
     def _finish(self, job: dict[str, Any], folder: Path, state: str, **fields: Any) -> None:
         said = {"succeeded": "The job has successfully completed", "failed": "The job failed"}
-        note(folder, said.get(state, f"The job was {state}"), level="error" if state == "failed" else "info")
+        why = (fields.get("error") or {}).get("message")
+        message = said.get(state, f"The job was {state}") + (f": {why}" if why else "")
+        note(folder, message, level="error" if state == "failed" else "info")
         self.store.change(job["id"], [job["state"]], state=state, wanted="run", finished_at=now(), **fields)
 
 
@@ -409,7 +411,10 @@ def _error(folder: Path, job: dict[str, Any], code: int) -> dict[str, Any]:
         }
     lines = []
     for problem in problems:
-        place = problem["file"] if problem["line"] is None else f"{problem['file']}:{problem['line']}"
+        file = job.get("names", {}).get(problem["file"], problem["file"])
+        place = file if problem["line"] is None else f"{file}:{problem['line']}"
+        if file == worker.RECIPE:  # made by the service, and the key says more than its line
+            place = ""
         lines.append(": ".join(part for part in (place, problem["key"], problem["message"]) if part))
     fields = {f"{worker.DATA}/{split}": field for field, split in worker.SPLITS.items()}
     first = problems[0]

@@ -276,6 +276,9 @@ def _keep(caller: Caller, source: BinaryIO, document: dict[str, Any]) -> dict[st
     except OSError:
         discard(folder)
         raise
+    if not document["bytes"]:
+        discard(folder)
+        raise Refusal(400, f"the file {document['filename']!r} is empty", param="file", code="empty_file")
     caller.store.add_file(caller.project, document, is_limited=True)
     sync_folder(folder.parent)
     return document
