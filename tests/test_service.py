@@ -250,7 +250,7 @@ def test_a_bad_file_fails_with_every_bad_line(service: Service, tmp_path: Path) 
     assert failed.error.param == "training_file"
     assert "row 4: the chat template refuses these messages" in failed.error.message
     assert "nothing that is trained (row 8)" in failed.error.message
-    assert "\nbad.jsonl:6: data.train: 'messages' holds text, but a list in the first row" in failed.error.message
+    assert "bad.jsonl:6: data.train: 'messages' holds text, but a list in the first row" in failed.error.message
     assert "bad.jsonl:13: data.train: is no valid JSON" in failed.error.message, "and all of them at once"
     last = next(iter(service.client.fine_tuning.jobs.list_events(job.id)))
     assert (last.level, last.message) == ("error", f"The job failed: {failed.error.message}"), (
