@@ -121,7 +121,7 @@ def run_keys(arguments: argparse.Namespace) -> None:
             state = "revoked" if key["revoked_at"] else "valid"
             log.show(f"{key['id']}  {state:7}  {key['project']}  {key['name']}".rstrip())
     elif store.revoke_key(arguments.key):
-        log.say(f"{arguments.key} is revoked; jobs that were made with it go on")
+        log.say(f"{arguments.key} is revoked; its jobs continue")
     else:
         raise RecipeError(Problem(f"there is no valid key {arguments.key!r}; `list` shows the ids", key="ID"))
 
