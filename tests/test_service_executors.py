@@ -26,7 +26,8 @@ def test_local_processes(tmp_path: Path, tiny_bert: str) -> None:
 @pytest.mark.parametrize("kind", ["job", "trainjob"])
 def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     cluster = Cluster(tmp_path)
-    monkeypatch.setenv("KUBECONFIG", str(cluster.config))  # which the client reads as it is loaded
+    for module in ("kubernetes.config", "kubernetes.config.kube_config"):  # which read KUBECONFIG as they are loaded
+        monkeypatch.setattr(f"{module}.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.config))
     kubernetes = pytest.importorskip("hf_finetune.service.executors.kubernetes")
     validate = pytest.importorskip("kubernetes_validate").validate
     validate(yaml.safe_load((FOLDER / "role.yaml").read_text()), "1.34", strict=True)
