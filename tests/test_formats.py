@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from test_chat import TOOLS, byte_tokenizer
+from test_chat_templates import shown
 
 from hf_finetune import check, predict, train
 from hf_finetune.errors import RowsError
@@ -16,7 +17,7 @@ from hf_finetune.recipe import TASKS
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._formats import CALLS, DIALOGUE, NAMES, PAIRS, REFUSAL, SHAREGPT, STRINGS
 from hf_finetune.tasks._messages import Chat
-from hf_finetune.tasks.base import IGNORE, State
+from hf_finetune.tasks.base import State
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
@@ -132,12 +133,7 @@ def bracketed(cell: Any, tokenizer: Any = None, **task: Any) -> str:
     tokenizer = tokenizer or byte_tokenizer(TEMPLATE)
     made = TASKS["causal_lm"](messages="messages", **task)
     (found,) = made.features({"messages": [cell]}, tokenizer, State(), 1000)
-    text, before = "", False
-    for token, label in zip(found["input_ids"], found["labels"], strict=True):
-        trained = label != IGNORE
-        text += ("[" if trained and not before else "]" if before and not trained else "") + tokenizer.decode([token])
-        before = trained
-    return text + ("]" if before else "")
+    return shown(tokenizer, found).replace("⟦", "[").replace("⟧", "]")
 
 
 @pytest.mark.parametrize("name", FORMATS)

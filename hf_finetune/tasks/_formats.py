@@ -95,7 +95,7 @@ def _standard(turn: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
         made |= {"role": "assistant", "function_call": made.pop("content", None)}
     if made.get("role") == "assistant" and "function_call" in made and "tool_calls" not in made:
         call = made.pop("function_call")
-        made["tool_calls"] = [{"type": "function", "function": _decoded(call)}]
+        made["tool_calls"] = [{"type": "function", "function": decoded(call)}]
         formats.append(CALLS)
     if made.get("role") == "assistant" and isinstance(made.get("refusal"), str) and not made.get("content"):
         made["content"] = made.pop("refusal")
@@ -103,10 +103,11 @@ def _standard(turn: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
     return [made], formats
 
 
-def _decoded(call: Any) -> Any:
-    if not isinstance(call, str):
-        return call
+def decoded(entry: Any) -> Any:
+    """Return a tool or a call of one, which may be JSON text; what is no JSON is refused later."""
+    if not isinstance(entry, str):
+        return entry
     try:
-        return json.loads(call)
+        return json.loads(entry)
     except json.JSONDecodeError:
-        return call  # which is refused as a tool call
+        return entry

@@ -10,7 +10,7 @@ from typing import Any
 from hf_finetune.config.suggestions import nearest
 from hf_finetune.errors import DataError
 from hf_finetune.tasks import _formats
-from hf_finetune.tasks._formats import ROLES, SPEAKERS
+from hf_finetune.tasks._formats import ROLES, SPEAKERS, decoded
 from hf_finetune.tasks.base import is_blank
 
 # Keys that hold what the assistant thinks before it answers.
@@ -48,7 +48,7 @@ class Chat:
         # `_weight` takes the key out of the turn, as templates would render it or refuse it.
         muted = [index for index, turn in enumerate(turns) if not _weight(index + 1, turn)]
         listed = [] if tools is None or is_blank(tools) else _listed(tools, "the tools")
-        return cls(turns, [_decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted), converted)
+        return cls(turns, [decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted), converted)
 
     def upto(self, turns: int) -> Chat:
         """Return the first so many turns."""
@@ -160,7 +160,7 @@ def is_text(part: Any) -> bool:
 
 def _call(call: Any, at: str) -> Any:
     """Return a tool call as it stands, once its arguments are known to be JSON where they are text."""
-    call = _decoded(call)
+    call = decoded(call)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise DataError(f"{at} has a tool call that is no {{name, arguments}}: {str(call)[:60]}; write it so")
@@ -182,16 +182,6 @@ def arguments(function: Mapping[str, Any]) -> Any:
         return json.loads(given) if given.strip() else {}
     except json.JSONDecodeError as error:
         raise DataError(f"the arguments of tool call {function.get('name')!r} are no JSON: {error}") from None
-
-
-def _decoded(entry: Any) -> Any:
-    """Return a tool or tool call, which may be JSON text inside a list; what is no JSON is refused later."""
-    if not isinstance(entry, str):
-        return entry
-    try:
-        return json.loads(entry)
-    except json.JSONDecodeError:
-        return entry
 
 
 def _without_nulls(value: Any) -> Any:
