@@ -17,6 +17,8 @@ from reported import CHAT, CLASSES, EVIL
 from scipy import stats
 
 from hf_finetune.config.blocks import Tracking
+from hf_finetune.data.facts import Facts
+from hf_finetune.data.splits import SplitReport
 from hf_finetune.log import text as log_text
 from hf_finetune.recipe import Recipe
 from hf_finetune.reports import intervals, verdict
@@ -172,10 +174,8 @@ def test_the_share_of_the_peak_is_one_number(tmp_path: Path) -> None:
 
 
 def test_of_many_labels_a_line_has_the_commonest_and_the_rarest(tmp_path: Path) -> None:
-    report = SimpleNamespace(
-        **dict.fromkeys(("cut", "dropped", "empty", "untrained", "unused"), 0), kept=9, trained=9, tokens=70, longest=8
-    )
-    facts = {"train": SimpleNamespace(labels={f"label{number}": number for number in range(1, 60)})}
+    report = SplitReport(rows=9, kept=9, trained=9, tokens=70, longest=8)
+    facts = {"train": Facts(labels={f"label{number}": number for number in range(1, 60)})}
     prepared: Any = SimpleNamespace(reports={"train": report}, facts=facts)
     made = reported.recipe(tmp_path, CLASSES)
     rows, labels = reports_outcome.data_lines(made, prepared)

@@ -32,7 +32,7 @@ def refuse_strangers(first: Finished, others: Sequence[Finished]) -> None:
         ModelError: One is no LoRA, or trains more than LoRA's matrices.
     """
     findings = Findings()
-    for run in (first, *others):
+    for run in (first, *others) if others else ():
         for why in _unfit(run):
             findings.add(ModelError(f"{run.folder.path}: {why}; it can't be combined"))
     for run in others:
