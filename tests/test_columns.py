@@ -328,7 +328,8 @@ FAULTS: dict[str, tuple[Files, list[str]]] = {
     ),
     "numbers in a list beside text in another": (
         {"a.jsonl": labelled(["pos"], []), "b.jsonl": labelled(["neg"], [1])},
-        ["b.jsonl:2: data.train: 'label[]' holds a number, but text in a.jsonl; use one type"],
+        ["b.jsonl:2: data.train: 'label[]' holds a number, but text in a.jsonl; use one type",
+         "a.jsonl (and 1 more, rows counted through): data.train: row 1, 2, 3: column 'label' holds a list"],
     ),
     "a header in the middle": (
         {"a.csv": table("pos", "neg") + table("pos")},

@@ -136,7 +136,9 @@ def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], 
             # What names a key of the recipe is about the recipe, not about a row.
             found = (p if p.file or p.key else replace(p, file=where) for p in error.problems)
             others = [without_unfit(problem, lost) for problem in found]
-    return state, unlabelled, train.problems(unlabelled) + others
+    # What the rest of the rows lacks may stand in those that can't be read, and that is told.
+    told = [problem for problem in others if problem.key or not train.unread]
+    return state, unlabelled, train.problems(unlabelled) + told
 
 
 def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Problem]]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+Name = Literal["bleu", "chrf", "ter", "rouge"]
+"""A metric of generated texts."""
+Tokens = Literal["13a", "intl", "zh", "char", "none"]
+"""sacrebleu's tokeniser for BLEU."""
+
 
 class Metric(NamedTuple):
     """A metric, of whichever task has it."""

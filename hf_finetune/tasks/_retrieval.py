@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import RecipeError
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
 
 # Places up to which documents count: of all measures but recall, and of recall.
 CUTOFF, RECALLS = 10, (1, 5, 10, 100)
@@ -38,6 +39,8 @@ def ranks(scores: Array, gains: Array) -> Array:
         scores: (N, M); a place without a document is -inf.
         gains: (N, M); 0 where a document is not relevant.
     """
+    import numpy as np
+
     order = np.lexsort((gains, -scores), axis=1)
     places = np.empty(scores.shape)
     np.put_along_axis(places, order, np.broadcast_to(np.arange(1.0, scores.shape[1] + 1), scores.shape), axis=1)
@@ -56,6 +59,8 @@ def measures(found: Array, gains: Array, most: int) -> dict[str, Array]:
         gains: (N, R), 0 there.
         most: Documents of the longest ranking: a recall that takes all of them says nothing, and is left out.
     """
+    import numpy as np
+
     order = np.argsort(found, axis=1, kind="stable")
     found, gains = np.take_along_axis(found, order, 1), np.take_along_axis(gains.astype(np.float64), order, 1)
     counted, ideal = np.isfinite(found), -np.sort(-gains, axis=1)
@@ -75,6 +80,8 @@ def measures(found: Array, gains: Array, most: int) -> dict[str, Array]:
 
 def rows_of_plot(made: Mapping[str, Array]) -> Array:
     """Return the rows of a `Plot` of kind `ranking`: (N, `COLUMNS`), float32."""
+    import numpy as np
+
     empty = np.full(len(made["first"]), np.nan)
     return np.stack([made.get(name, empty) for name in COLUMNS], axis=1).astype(np.float32)
 
@@ -104,6 +111,7 @@ class BM25:
     def scores(self, query: str) -> Array:
         """Return the score of each document, (M,)."""
         import bm25s
+        import numpy as np
 
         (words,) = bm25s.tokenize([query], return_ids=False, show_progress=False)
         known = [] if self._is_mute else [word for word in words if word in self._model.vocab_dict]

@@ -8,15 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from hf_finetune.tasks._catalogue import Name, Tokens
 from hf_finetune.tasks._sums import Sums, of_means
 
 Array = np.ndarray[Any, Any]
-Name = Literal["bleu", "chrf", "ter", "rouge"]
-Tokens = Literal["13a", "intl", "zh", "char", "none"]
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 # Share of the letters that are ASCII, from which on texts are taken for English.

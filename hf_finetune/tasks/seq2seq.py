@@ -13,9 +13,8 @@ from hf_finetune.config.section import ASK, SEEN, TEXT, Key
 from hf_finetune.errors import BadRows, DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _proposals, _texts
-from hf_finetune.tasks._catalogue import REMARKS
+from hf_finetune.tasks._catalogue import REMARKS, Name, Tokens
 from hf_finetune.tasks._proposals import Cells, Proposal
-from hf_finetune.tasks._text_metrics import Name, Tokens
 from hf_finetune.tasks._token_scores import TokenScores
 from hf_finetune.tasks.base import IGNORE, Batch, Column, Features, Loss, Prompts, Rows, State, literal
 
