@@ -84,9 +84,10 @@ def look(
 def split(place: str) -> tuple[RunFolder, Path | None]:
     """Tell the run folder, and the checkpoint in it if one is named."""
     path = Path(place)
-    folder = RunFolder(str(path.parent.parent))
-    if path.parent == folder.checkpoints and re.fullmatch(r"checkpoint-\d+", path.name):
-        return folder, path
+    if re.fullmatch(r"checkpoint-\d+", path.name):
+        folder = RunFolder(str(path.parent.parent))
+        if path.parent == folder.checkpoints:
+            return folder, path
     return RunFolder(place), None
 
 
