@@ -25,7 +25,8 @@ def prepare(folder: Path, shared: Path) -> None:
         for line in (shared / "data" / "hh-rlhf" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
             prompt, chats = reader.chats(json.loads(line))
             answers = [chat.messages[len(prompt.messages) :] for chat in chats]
-            sizes = [len(tokenizer.apply_chat_template(chat.messages, return_dict=True)["input_ids"]) for chat in chats]
+            render: Any = tokenizer.apply_chat_template
+            sizes = [len(render(chat.messages, return_dict=True)["input_ids"]) for chat in chats]
             is_said = all(turn["content"].strip() for chat in chats for turn in chat.messages)
             if is_said and max(sizes) <= TURNS and answers[0] != answers[1] and len(found) < most:
                 row = {"prompt": prompt.messages, "chosen": answers[0], "rejected": answers[1]}

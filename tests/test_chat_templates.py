@@ -19,6 +19,7 @@ from hf_finetune.errors import DataError, ModelError
 from hf_finetune.recipe import TASKS
 from hf_finetune.tasks.base import IGNORE, State
 
+CAUSAL_LM: Any = TASKS["causal_lm"]
 FILE = Path(__file__).with_name("chat_templates.txt")
 BAR = "\uff5c"  # the bar of DeepSeek
 # Families -> BOS and EOS of their tokenizers.
@@ -77,7 +78,7 @@ def shown(tokenizer: Any, row: dict[str, Any]) -> str:
 def rendered(family: str, train_on: str) -> str:
     """A line of the file; that the prompt of the last answer is what was trained before it is looked at, too."""
     tokenizer, rows = tokenizer_of(family), {"chat": [CHAT]}
-    task = TASKS["causal_lm"](messages="chat", train_on=train_on, date="2026-11-30")
+    task = CAUSAL_LM(messages="chat", train_on=train_on, date="2026-11-30")
     try:
         (row,) = task.features(rows, tokenizer, State(), 4000)
     except (DataError, ModelError) as error:
@@ -98,7 +99,7 @@ def test_what_is_trained_is_what_the_model_will_be_asked_for(family: str) -> Non
     kept = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line.startswith(f"{family} ")]
     assert [f"{family} {mode}: {rendered(family, mode)}" for mode in ("assistant", "last")] == kept
     tokenizer = tokenizer_of(family)
-    task = TASKS["causal_lm"](messages="chat", split_turns=True, date="2026-11-30")
+    task = CAUSAL_LM(messages="chat", split_turns=True, date="2026-11-30")
     rows = task.features(task.expand({"chat": [CHAT]})[0], tokenizer, State(), 4000)
     for row, answer in zip(rows, ("Three.", "Two."), strict=True):
         text = shown(tokenizer, row)

@@ -16,7 +16,7 @@ from hf_finetune.tasks.embedding import Embedding
 from hf_finetune.training.pool import pooled
 
 WORDS = ("film", "movie", "story", "plot", "acting", "cast", "scene", "music", "good", "great", "fine", "lovely")
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"anchor": f"what {word} is {other} ?", "positive": f"the {word} is very {other} .", "negatives": [f"a {word} ."]}
     for word in WORDS[:8]
     for other in WORDS[8:]
@@ -80,7 +80,7 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch_dropout_included(tin
         total = 0.0
         for batch, pool in zip(batches, pools, strict=True):
             loss = task.loss(network, batch | pool, State()).sum
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total, torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 

@@ -19,6 +19,7 @@ from hf_finetune.tasks._formats import CALLS, DIALOGUE, NAMES, PAIRS, REFUSAL, S
 from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks.base import State
 
+CAUSAL_LM: Any = TASKS["causal_lm"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
     "{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}</s>"
@@ -131,7 +132,7 @@ FORMATS: dict[str, tuple[Any, str, str]] = {
 def bracketed(cell: Any, tokenizer: Any = None, **task: Any) -> str:
     """Encode a row; returns its text with what is trained in brackets."""
     tokenizer = tokenizer or byte_tokenizer(TEMPLATE)
-    made = TASKS["causal_lm"](messages="messages", **task)
+    made = CAUSAL_LM(messages="messages", **task)
     (found,) = made.features({"messages": [cell]}, tokenizer, State(), 1000)
     return shown(tokenizer, found).replace("⟦", "[").replace("⟧", "]")
 
@@ -177,7 +178,7 @@ def test_what_is_in_no_format_is_told_with_its_row() -> None:
         ]
     }
     with pytest.raises(RowsError) as refused:
-        TASKS["causal_lm"](messages="messages").features(rows, byte_tokenizer(TEMPLATE), State(), 1000)
+        CAUSAL_LM(messages="messages").features(rows, byte_tokenizer(TEMPLATE), State(), 1000)
     assert sorted(number for rows in refused.value.found.values() for number in rows) == [1, 2, 3, 4]
 
 
@@ -216,7 +217,8 @@ def test_a_template_of_the_recipe_is_used_kept_and_saved(
     Path("mine.jinja").unlink()
     opened = open_run("run")
     assert opened.tokenizer.chat_template.startswith("{% for m in messages %}{{ mark }}")
-    rendered = opened.recipe.task.renderer(opened.tokenizer).text(Chat.parse(FORMATS["openai"][0]))
+    task: Any = opened.recipe.task
+    rendered = task.renderer(opened.tokenizer).text(Chat.parse(FORMATS["openai"][0]))
     assert rendered == "<|im_start|>How much?<|im_end|><|im_start|>Two.<|endoftext|>"
     assert list(predict("run", rows=[{"chat": FORMATS["openai"][0][:1]}]))
     card = (run.folder / "adapter/README.md").read_text()
@@ -235,7 +237,7 @@ def test_a_template_of_the_recipe_is_used_kept_and_saved(
 def test_templates_by_name_train_the_answer_and_its_end(name: str, expected: str) -> None:
     tokenizer = byte_tokenizer(None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    task = TASKS["causal_lm"](messages="messages", chat_template=name)
+    task = CAUSAL_LM(messages="messages", chat_template=name)
     tokenizer.chat_template = task.processor_options["chat_template"]
     assert bracketed(FORMATS["openai"][0], tokenizer) == expected
 
@@ -248,12 +250,12 @@ def test_each_answer_of_a_chat_can_be_a_row_of_its_own(
     )
     cell = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2."}] * 2
     rows = {"messages": [cell, "no chat", FORMATS["weights"][0]], "n": [7, 8, 9]}
-    task = TASKS["causal_lm"](messages="messages", split_turns=True)
+    task = CAUSAL_LM(messages="messages", split_turns=True)
     expanded, origins = task.expand(rows)
     assert list(origins) == [0, 0, 1, 2]
     assert expanded["n"] == [7, 7, 8, 9]
     with pytest.raises(RowsError, match=r"renders this turn differently.*split_turns"):
-        TASKS["causal_lm"](messages="messages").features({"messages": [cell]}, byte_tokenizer(later), State(), 99)
+        CAUSAL_LM(messages="messages").features({"messages": [cell]}, byte_tokenizer(later), State(), 99)
     made = task.features({"messages": expanded["messages"][:2]}, byte_tokenizer(later), State(), 99)
     ends = [
         byte_tokenizer(later).decode(

@@ -38,7 +38,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *letters, "on", "re"])}
     tokenizer = Tokenizer(BPE(vocabulary, [("o", "n"), ("r", "e")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    fast: Any = PreTrainedTokenizerFast
+    made = fast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     made.chat_template = CHATML
     made.save_pretrained(folder)
     set_seed(0)

@@ -164,7 +164,7 @@ def test_bad_rows_are_told_and_findings_counted(tmp_path: Path, tiny_bert: str) 
     task = task_of()
     from transformers import AutoTokenizer
 
-    rows = {
+    rows: dict[str, Any] = {
         "query": ["what", "what", "what"],
         "documents": [["a", "b"], ["a"], "the film"],
         "labels": [[1, 0], [1, 0], [1]],

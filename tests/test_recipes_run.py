@@ -97,7 +97,8 @@ def test_a_shipped_recipe_runs(
     task: Any = recipe.task
     monkeypatch.chdir(tmp_path)
     # The schemas of tools take room.
-    name, length = (tool_llama, 128) if getattr(task, "tools", None) else (model_of(task), 64)
+    is_chat = task.kind == "reward" and any(column.kind == "chat" for column in task.columns().values())
+    name, length = (tool_llama, 128) if is_chat or getattr(task, "tools", None) else (model_of(task), 64)
     overrides = [f"model.name={name}", "data.source=null", f"data.max_length={length}", "data.limit=16", "output=run"]
     for number, split in enumerate(splits(recipe)):
         rows = [stand_in(recipe, number, index) for index in range(24)]

@@ -222,7 +222,14 @@ class Recorder(Local):
 
 def waiting(store: Store, *needs: tuple[str, int, int], first: int = 0) -> None:
     """Keep jobs that wait: state, bytes of memory, priority."""
-    head = {"project": "default", "wanted": "run", "handle": None, "places": [], "attempts": 0, "overrides": []}
+    head: dict[str, Any] = {
+        "project": "default",
+        "wanted": "run",
+        "handle": None,
+        "places": [],
+        "attempts": 0,
+        "overrides": [],
+    }
     for number, (state, need, priority) in enumerate(needs, first):
         numbers = {"memory_bytes": need}
         store.add_job({**head, "id": f"ftjob-{number}", "state": state, "priority": priority, "numbers": numbers})

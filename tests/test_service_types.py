@@ -196,7 +196,7 @@ def test_what_is_wrong_is_an_error_of_openais_form_and_never_a_failure_of_the_se
     asked.append(("POST", "/chat/completions", {"content": json.dumps(chat)}))
     asked.append(("POST", "/classifications", {"content": json.dumps({"model": "x", "input": [5] * 4000})}))
     for first in ('"x"', '{"body": [1]}', "[" * 100_000, f'{{"body": {{"model": {"9" * 5000}}}}}', "\n" * 5000):
-        given = {"files": {"file": ("a", first.encode())}, "data": {"purpose": "batch"}}
+        given: dict[str, Any] = {"files": {"file": ("a", first.encode())}, "data": {"purpose": "batch"}}
         batch = {"input_file_id": asker.ask("POST", "/files", **given)["id"], "endpoint": "/v1/completions"}
         asked.append(("POST", "/batches", {"json": batch}))
     asked += [("POST", "/files", {"files": {"file": ("a", b"")}, "data": data}) for data in ({}, {"purpose": "x"})]

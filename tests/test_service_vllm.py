@@ -225,4 +225,4 @@ def test_settings_and_recipes_that_fit() -> None:
         ({"kind": "full"}, {}, False),
     ):
         recipe = Recipe.from_dict({**given, "adapter": adapter, "model": {"name": "a/b", **model}})
-        assert vllm.takes(recipe) is fits, (adapter, model)
+        assert vllm.takes("run", recipe) is fits, (adapter, model)

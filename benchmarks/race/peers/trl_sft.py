@@ -19,7 +19,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]  # lives in an environment of its own
+from trl import SFTConfig, SFTTrainer  # lives in an environment of its own
 
 Job = dict[str, Any]
 TUNED: Job = {"gradient_checkpointing": False, "bf16": True}

@@ -14,7 +14,7 @@ from typing import Any
 from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip  # patches what is imported later
 from datasets import load_dataset
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+from trl import SFTConfig, SFTTrainer
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
