@@ -35,17 +35,18 @@ DIALOGUE = "one text with Human: and Assistant:"
 NAMES = "other names of the roles"
 CALLS = "function_call, now tool_calls"
 REFUSAL = "a refusal, now the content"
-_SAID = re.compile(r"(?:\A|\n\n)(Human|Assistant|System): ?")
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+"""Where a turn begins in dialogues that are written as one text, as in Anthropic's hh-rlhf."""
 
 
 def dialogue(text: str) -> list[dict[str, Any]] | None:
     """Return the turns of a text with `Human:` and `Assistant:` at the begin of paragraphs; None for any other text."""
-    parts = _SAID.split(text)
-    if len(parts) < 3 or parts[0].strip():
+    before, *parts = SPEAKER.split(text)
+    if before or not parts:
         return None
     return [
-        {"role": ALIASES[speaker.lower()], "content": said.strip()}
-        for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
+        {"role": ALIASES[speaker.lower()], "content": said}
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 

@@ -6,7 +6,6 @@ that it does not matter which rows share a micro-batch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from hf_finetune.errors import DataError
 from hf_finetune.tasks import _tokens
 from hf_finetune.tasks._chat import Rendered, Renderer
 from hf_finetune.tasks._fidelity import Lost
+from hf_finetune.tasks._formats import SPEAKER
 from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks._proposals import as_list
 from hf_finetune.tasks.base import Judged, is_blank
@@ -22,9 +22,6 @@ from hf_finetune.tasks.base import Judged, is_blank
 if TYPE_CHECKING:
     import torch
 
-# Where a turn begins in dialogues that are written as one text, as in Anthropic's hh-rlhf.
-SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
-Turns = list[dict[str, Any]]
 # An answer as text, with the characters that are trained, and what the chat template dropped.
 Answer = tuple[Rendered, tuple[Lost, ...]]
 
@@ -158,7 +155,7 @@ class Reader:
                 raise DataError(f"column {name!r} holds a chat without turns; remove the row")
             return chat
         if isinstance(value, str) and SPEAKER.match(value):
-            return Chat.parse(dialogue(value))
+            return Chat.parse(value)
         return None
 
     def _shared(self, row: Mapping[str, Any], given: list[Chat | None]) -> Chat:
@@ -179,14 +176,6 @@ class Reader:
         if not starts or not starts[-1]:
             raise DataError(f"{' and '.join(self.answers)} begin with no common prompt; set task.prompt to its column")
         return chats[0].upto(starts[-1])
-
-
-def dialogue(text: str) -> Turns:
-    """Return the turns of a dialogue that is written as one text, `Human: ...` and `Assistant: ...` by paragraphs."""
-    found = list(SPEAKER.finditer(text))
-    ends = [*(one.start() for one in found[1:]), len(text)]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[one[1]], "content": text[one.end() : end]} for one, end in zip(found, ends, strict=True)]
 
 
 def shared(one: str, two: str) -> int:
