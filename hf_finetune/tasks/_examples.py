@@ -92,8 +92,7 @@ class Reader:
 
     def asked(self, prompt: str) -> Chat:
         """Return a chat that waits for the answer to a prompt."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return Chat([*system, {"role": "user", "content": prompt}])
+        return Chat.asking(prompt, self.system)
 
     def chat(self, row: Row) -> Chat:
         """Return the row as a chat."""

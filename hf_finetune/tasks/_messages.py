@@ -50,6 +50,12 @@ class Chat:
         listed = [] if tools is None or is_blank(tools) else _listed(tools, "the tools")
         return cls(turns, [decoded(tool) for tool in _without_nulls(listed)] or None, frozenset(muted), converted)
 
+    @classmethod
+    def asking(cls, prompt: str, system: str | None) -> Chat:
+        """Make a chat that waits for the answer to a prompt."""
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        return cls([*turns, {"role": "user", "content": prompt}])
+
     def upto(self, turns: int) -> Chat:
         """Return the first so many turns."""
         return replace(self, messages=self.messages[:turns])

@@ -6,8 +6,10 @@ that it does not matter which rows share a micro-batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError
@@ -17,13 +19,64 @@ from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._formats import SPEAKER
 from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks._proposals import as_list
-from hf_finetune.tasks.base import Judged, is_blank
+from hf_finetune.tasks.base import Judged, Rows, is_blank
 
 if TYPE_CHECKING:
     import torch
 
 # An answer as text, with the characters that are trained, and what the chat template dropped.
 Answer = tuple[Rendered, tuple[Lost, ...]]
+
+
+class Answered:
+    """What tasks share whose rows hold a better and a worse answer to a prompt, or single answers."""
+
+    if TYPE_CHECKING:  # fields of the tasks, which document them
+        prompt: str | None
+        chosen: str | None
+        rejected: str | None
+        completion: str | None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Columns of answers: of the better and the worse, or of single ones."""
+        return (str(self.completion),) if self.completion is not None else (str(self.chosen), str(self.rejected))
+
+    @property
+    def sequences(self) -> int:
+        """One for each answer."""
+        return len(self.answers)
+
+    def blank(self, rows: Rows) -> list[bool]:
+        """Tell which rows have a blank prompt or answer."""
+        names = tuple(name for name in (self.prompt, *self.answers) if name is not None and name in rows)
+        cells = zip(*(rows[name] for name in names), strict=True)
+        return [is_empty(dict(zip(names, row, strict=True)), names) for row in cells]
+
+    def describe(self, row: Mapping[str, Any]) -> str:
+        """Return the chosen answer behind its prompt, then the rejected one."""
+        return "\n---\n".join(
+            str(row[name]) for name in (self.prompt, *self.answers) if name is not None and name in row
+        )
+
+    def _spoken(self, size: int) -> dict[str, Any]:
+        """Return answers of words, as many together as tokens are wanted."""
+        # Not the same word in both: equal answers teach nothing.
+        return {
+            name: " ".join([word] * max(1, (size + place) // self.sequences))
+            for place, (name, word) in enumerate(zip(self.answers, ("the", "a"), strict=False))
+        }
+
+
+def parts(row: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
+    """Return the answers of an encoded row, which stand one after the other; of the features that it has."""
+    bounds = [0, *row["ends"], len(row["input_ids"])]
+    return [{name: row[name][start:end] for name in names if name in row} for start, end in pairwise(bounds)]
+
+
+def digest(prompt: str) -> int:
+    """Return 56 bits of a hash of a prompt, by which rows about one prompt are found."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest())
 
 
 @dataclass(frozen=True)
@@ -39,8 +92,7 @@ class Reader:
 
     def asked(self, prompt: str) -> Chat:
         """Return a chat that waits for the answer to a prompt."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return Chat([*system, {"role": "user", "content": prompt}])
+        return Chat.asking(prompt, self.system)
 
     def chats(self, row: Mapping[str, Any]) -> tuple[Chat, list[Chat]]:
         """Return the prompt as a chat, and one for each answer that begins with it."""
@@ -202,11 +254,6 @@ def marked(renderer: Renderer, answers: list[Answer], *, is_chat: bool) -> list[
     """Return answers as tokens."""
     texts = [rendered for rendered, _ in answers]
     return _tokens.mark(renderer, texts) if is_chat else _tokens.mark_plain(renderer, texts)
-
-
-def described(row: Mapping[str, Any], names: tuple[str | None, ...]) -> str:
-    """Return prompt and answers of a row as text, for people."""
-    return "\n---\n".join(str(row[name]) for name in names if name is not None and name in row)
 
 
 def right(margin: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -50,11 +49,13 @@ OWN = {
     "undesirable_weight": "kto",
 }
 TRUTHS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # 1 is True in Python
+PARTS = ("input_ids", "labels")
+"""Features of single answers."""
 # Tokens of the rows of one pass that makes all logits of an evaluation twice.
 TOGETHER = 2_048
 
 
-class Preference(Decoder):
+class Preference(preferences.Answered, Decoder):
     """Preferred answers. Give `chosen` and `rejected`, or of `method: kto` also `completion` and `label`."""
 
     group: ClassVar[str | None] = "asked"
@@ -132,16 +133,6 @@ class Preference(Decoder):
         return f"preferences by {self.method}"
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        """Columns of answers: of the better and the worse, or of single ones."""
-        return (str(self.completion),) if self.completion is not None else (str(self.chosen), str(self.rejected))
-
-    @property
-    def sequences(self) -> int:
-        """One for each answer."""
-        return len(self.answers)
-
-    @property
     def strength(self) -> float:
         """`beta`, or what the method has where there is none."""
         return BETAS[self.method] if self.beta is None else self.beta
@@ -161,12 +152,6 @@ class Preference(Decoder):
         names = [*self.answers, *([] if self.label is None else [self.label])]
         asked = names[:1] if self.prompt is None else [self.prompt]
         return {name: Column("chat", is_target=name not in asked) for name in dict.fromkeys([*asked, *names])}
-
-    def blank(self, rows: Rows) -> list[bool]:
-        """Tell which rows have a blank prompt or answer."""
-        names = [name for name in (self.prompt, *self.answers) if name is not None and name in rows]
-        cells = zip(*(rows[name] for name in names), strict=True)
-        return [preferences.is_empty(dict(zip(names, row, strict=True)), tuple(names)) for row in cells]
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
         """Tokenise each answer behind its prompt, and cut it to `limit` tokens at the right.
@@ -191,14 +176,13 @@ class Preference(Decoder):
                 struck |= _struck(texts, ids)
             trained = [sum(label != IGNORE for label in row[1:]) for row in labels]
             start = next((at for at, label in enumerate(texts[0].labels) if label != IGNORE), len(texts[0].ids))
-            digest = hashlib.blake2b(repr(texts[0].ids[:start]).encode(), digest_size=7).digest()
             found.append(
                 {
                     "input_ids": list(chain.from_iterable(ids)),
                     "labels": list(chain.from_iterable(labels)),
                     "ends": [len(row) for row in ids[:-1]],
                     "desired": desired[number],
-                    "asked": int.from_bytes(digest),
+                    "asked": preferences.digest(repr(texts[0].ids[:start])),
                     "size": sum(map(len, ids)),
                     "whole": sum(len(text.ids) for text in texts),
                     # A pair of which one answer is gone teaches nothing.
@@ -219,13 +203,13 @@ class Preference(Decoder):
         """Pad to `input_ids`, `attention_mask` and `labels`, (B, S, T), and what belongs to each answer, (B, S)."""
         import torch
 
-        batch = _stacked([_answers(row) for row in features], processor)
+        batch = _stacked([preferences.parts(row, *PARTS) for row in features], processor)
         batch["desired"] = torch.tensor([row["desired"] for row in features])
         for name in ("start", "partner_start"):
             if name in features[0]:
                 batch[name] = torch.tensor([row[name] for row in features], dtype=torch.float32)
         if "partner" in features[0]:
-            pairs = [(_answers(row), _answers(row["partner"])) for row in features]
+            pairs = [(preferences.parts(row, *PARTS), preferences.parts(row["partner"], *PARTS)) for row in features]
             others = _stacked([[_exchanged(*both) for both in zip(*pair, strict=True)] for pair in pairs], processor)
             batch |= {f"partner_{name}": value for name, value in others.items()}
         return batch
@@ -413,15 +397,8 @@ class Preference(Decoder):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return words, as many in both answers together as tokens are wanted."""
-        row = dict.fromkeys(self.columns(), "the")
-        # Not the same word in both: equal answers teach nothing.
-        for place, (name, word) in enumerate(zip(self.answers, ("the", "a"), strict=False)):
-            row[name] = " ".join([word] * max(1, (size + place) // self.sequences))
+        row = dict.fromkeys(self.columns(), "the") | self._spoken(size)
         return row if self.label is None else row | {self.label: True}
-
-    def describe(self, row: Mapping[str, Any]) -> str:
-        """Return the chosen answer behind its prompt, then the rejected one."""
-        return preferences.described(row, (self.prompt, *self.answers))
 
 
 # Names of the columns of worse answers, the likeliest first.
@@ -437,13 +414,6 @@ def _struck(texts: list[_tokens.Marked], ids: list[list[int]]) -> set[str]:
     elif ids[0] == ids[1]:
         found |= {"cut_difference"}
     return found
-
-
-def _answers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the answers of a row, which stand one after the other."""
-    bounds = [0, *row["ends"], len(row["input_ids"])]
-    names = ("input_ids", "labels")
-    return [{name: row[name][start:end] for name in names} for start, end in pairwise(bounds)]
 
 
 def _exchanged(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

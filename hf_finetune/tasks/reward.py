@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 REWARD = "reward"
 
 
-class Reward(Task):
+class Reward(preferences.Answered, Task):
     """Scores of texts. Give `chosen` and `rejected`, or `completion` and `score`."""
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -107,16 +106,6 @@ class Reward(Task):
         return "rewards of pairs" if self.sequences == 2 else "rewards by numbers"
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        """Columns of answers."""
-        return (str(self.completion),) if self.completion is not None else (str(self.chosen), str(self.rejected))
-
-    @property
-    def sequences(self) -> int:
-        """One for each answer."""
-        return len(self.answers)
-
-    @property
     def best_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         """Only pairs have an answer to be right about."""
         return ("loss", "accuracy", "margin") if self.sequences == 2 else ("loss", "mse", "pearson", "spearman")
@@ -128,12 +117,6 @@ class Reward(Task):
         targets = {name: Column("chat", is_target=True) for name in self.answers[1:]}
         found = {name: Column("chat") for name in asked} | targets
         return found | {name: Column("number", is_target=True) for name in numbers}
-
-    def blank(self, rows: Rows) -> list[bool]:
-        """Tell which rows have a blank prompt or answer."""
-        names = tuple(name for name in (self.prompt, *self.answers) if name is not None and name in rows)
-        cells = zip(*(rows[name] for name in names), strict=True)
-        return [preferences.is_empty(dict(zip(names, row, strict=True)), names) for row in cells]
 
     def model_options(self, state: State) -> dict[str, Any]:
         """Return one output, a number."""
@@ -191,13 +174,13 @@ class Reward(Task):
             if self.prompt is not None or not all(isinstance(text, str) and text.strip() for text in whole):
                 raise
             texts, prompt = list(whole), whole[0]  # texts without a prompt
-        return texts, int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=7).digest())
+        return texts, preferences.digest(prompt)
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Pad to `input_ids` and the like, (B, S, T), and `labels` (B, 1) where the rows have them."""
         import torch
 
-        rows = [part for row in features for part in _parts(row)]
+        rows = [part for row in features for part in preferences.parts(row, "input_ids", "token_type_ids")]
         batch = {
             name: value.view(len(features), -1, value.shape[-1])
             for name, value in _texts.padded(rows, processor).items()
@@ -306,14 +289,7 @@ class Reward(Task):
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return words, as many in both answers together as tokens are wanted."""
         row: dict[str, Any] = {} if self.prompt is None else {self.prompt: "the"}
-        # Not the same word in both: equal answers teach nothing.
-        for place, (name, word) in enumerate(zip(self.answers, ("the", "a"), strict=False)):
-            row[name] = " ".join([word] * max(1, (size + place) // self.sequences))
-        return row | {name: 0.5 for name in (self.margin, self.score) if name is not None}
-
-    def describe(self, row: Mapping[str, Any]) -> str:
-        """Return the chosen answer behind its prompt, then the rejected one."""
-        return preferences.described(row, (self.prompt, *self.answers))
+        return row | self._spoken(size) | {name: 0.5 for name in (self.margin, self.score) if name is not None}
 
     def usage(self, state: State, processor: Any) -> str:
         """Score an answer."""
@@ -344,10 +320,3 @@ def _struck(parts: list[Features]) -> set[str]:
         return is_longer
     is_cut = any(part["whole"] > part["size"] for part in parts)
     return is_longer | ({"cut_difference"} if is_cut else {"equal_answers"})
-
-
-def _parts(row: Mapping[str, Any]) -> list[Features]:
-    """Return the answers of a row, which stand one after the other."""
-    names = [name for name in ("input_ids", "token_type_ids") if name in row]
-    bounds = pairwise([0, *row["ends"], len(row["input_ids"])])
-    return [{name: row[name][start:end] for name in names} for start, end in bounds]
