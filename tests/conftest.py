@@ -170,16 +170,22 @@ def tiny_masked(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> str
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a Llama-shaped causal LM of two layers with random weights, a ChatML template and no BOS."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = _tokenizer(["<|pad|>", "[UNK]", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], None)
     tokenizer.chat_template = CHATML
     tokenizer.model_max_length = 128
     tokenizer.save_pretrained(folder)
+    save_llama(folder, len(tokenizer))
+    return str(folder)
+
+
+def save_llama(folder: Path, vocabulary: int) -> None:
+    """Write a Llama-shaped causal LM of two layers, with random weights; pads are token 0, ends are token 2."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -193,7 +199,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

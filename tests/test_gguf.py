@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML
+from conftest import CHATML, save_llama
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
 from hf_finetune import check, predict, train
@@ -42,22 +39,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = fast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     made.chat_template = CHATML
     made.save_pretrained(folder)
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, len(vocabulary))
     return folder
 
 

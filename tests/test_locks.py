@@ -96,11 +96,8 @@ def test_what_is_imported_is_installed_without_extras() -> None:
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"hf_finetune"}:
                 if not {normal(name) for name in brought.get(top, [])} & locked.keys():
                     missing[top] = file.name
-    # Each is looked for, and its absence said, before weights are loaded; Kubernetes by the service, when it starts;
-    # bm25s where rankings are compared with it.
-    assert missing.keys() <= {"bm25s", "deepspeed", "kubernetes", "lm_eval", "onnxruntime", "torchao", "urllib3"}, (
-        missing
-    )
+    # Each is looked for, and its absence said, before weights are loaded; Kubernetes by the service, when it starts.
+    assert missing.keys() <= {"deepspeed", "kubernetes", "lm_eval", "onnxruntime", "torchao"}, missing
 
 
 @pytest.mark.parametrize("pins", [CPU, CUDA], ids=["cpu", "cuda"])

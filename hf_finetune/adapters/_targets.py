@@ -97,8 +97,7 @@ def check_parameters(model: nn.Module, names: Iterable[str], key: str) -> None:
     for name in names:
         if any(_matches(path, name, is_pattern=False) for path in fused):
             continue
-        listed = sorted({".".join(path.split(".")[-3:]) for path in fused})
-        there = f"there are {', '.join(listed)}" if listed else "the model has none: all are in layers"
+        there = f"there are {', '.join(ends(fused))}" if fused else "the model has none: all are in layers"
         is_layers = any(f"{path}.weight".endswith(f".{name}") for path in plain)
         what = (
             "is the weight of a layer; name that in adapter.target_modules" if is_layers else f"matches none; {there}"
@@ -120,6 +119,11 @@ def fused_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
     }
+
+
+def ends(paths: Iterable[str]) -> list[str]:
+    """Return the ends of paths of parameters, as `target_parameters` names them, each once."""
+    return sorted({".".join(path.split(".")[-3:]) for path in paths})
 
 
 def unreached(adapted: nn.Module) -> dict[str, nn.Parameter]:

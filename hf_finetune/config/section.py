@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -55,6 +55,19 @@ SEEN = Key(resume="ask", study=False)  # changes what is seen of a run, not what
 CONTENT = Key(lock="content")  # says where something lies, which may lie elsewhere if it is the same
 # Changes nothing of what is learned: where things are written, how often, by how many processes.
 OUTSIDE = Key(resume="free", lock="ignored", card=False)
+
+
+def refuse_repeated(**columns: str | Iterable[str] | None) -> None:
+    """Refuse keys of a block of which two name one column; for the rules between fields.
+
+    Raises:
+        ValueError: Two do.
+    """
+    named = [column for value in columns.values() for column in ([value] if isinstance(value, str) else value or ())]
+    if (repeated := next((column for column in named if named.count(column) > 1), None)) is not None:
+        *first, last = columns
+        keys = f"{', '.join(first)} and {last}"
+        raise ValueError(f"{keys} name column {repeated!r} twice; name each column once")
 
 
 class Section(BaseModel):

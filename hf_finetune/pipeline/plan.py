@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune import device
+from hf_finetune.adapters._targets import ends
 from hf_finetune.config.paths import GGUF
 from hf_finetune.data.batches import lengths_of, rows_of
 from hf_finetune.data.job import Job
@@ -131,10 +132,10 @@ def _unreached(recipe: Recipe, estimate: memory.Estimate) -> list[Problem]:
     share = sum(estimate.unreached.values()) / max(1, estimate.parameters[1])
     if share < NOTABLE:
         return []
-    names = sorted({".".join(path.split(".")[-3:]) for path in estimate.unreached})
-    how = f"name them in adapter.target_parameters: [{', '.join(names)}]"
+    names = f"[{', '.join(ends(estimate.unreached))}]"
+    how = f"name them in adapter.target_parameters: {names}"
     if not hasattr(recipe.adapter, "target_parameters"):
-        how = f"adapter: lora can, by target_parameters: [{', '.join(names)}]"
+        how = f"adapter: lora can, by target_parameters: {names}"
     message = f"{share:.0%} of the weights are fused experts that no adapter reaches; {how}"
     return [Problem(message, key="adapter.target_modules")]
 

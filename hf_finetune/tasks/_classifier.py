@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import TEXT, Key
-from hf_finetune.tasks import _labels, _losses
+from hf_finetune.tasks import _labels, _losses, _shown
 from hf_finetune.tasks.base import IGNORE, Batch, Column, Judged, Loss, OutputKind, Plot, Predictions, Rows, State, Task
 
 if TYPE_CHECKING:
@@ -266,20 +266,18 @@ class Classifier(Task):
         """Return labels with their probabilities, or numbers."""
         import numpy as np
 
-        from hf_finetune.errors import DivergedError
         from hf_finetune.tasks import _metrics, _sums
 
         logits = predictions["logits"].astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
+        _shown.check_finite(logits)
         if self.problem == "regression":
-            return [{"value": _short(value)} for value in logits[:, 0].tolist()]
+            return [{"value": _shown.short(value)} for value in logits[:, 0].tolist()]
         outputs, names = [], state.names
         for row, shares, decision in zip(logits, *_sums.decide(self.problem, logits, self.threshold), strict=True):
             best = int(row.argmax())
             label: Any = names[decision] if self.problem == "single_label" else _metrics.named(decision, names)
-            each = {f"probability.{name}": _short(p) for name, p in zip(names, shares.tolist(), strict=True)}
-            outputs.append({"label": label, "score": _short(float(shares[best])), **each})
+            each = {f"probability.{name}": _shown.short(p) for name, p in zip(names, shares.tolist(), strict=True)}
+            outputs.append({"label": label, "score": _shown.short(float(shares[best])), **each})
         return outputs
 
     def answer_code(self) -> str:
@@ -296,7 +294,3 @@ class Classifier(Task):
 
 def _numbers(values: Any) -> list[str]:
     return [f"{value:.6g}" for value in values.tolist()]
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.8g}")  # float32 has no more

@@ -29,7 +29,7 @@ Answer = tuple[Rendered, tuple[Lost, ...]]
 
 
 class Answered:
-    """What tasks share whose rows hold a better and a worse answer to a prompt, or single answers."""
+    """Tasks whose rows hold a better and a worse answer to a prompt, or single answers."""
 
     if TYPE_CHECKING:  # fields of the tasks, which document them
         prompt: str | None

@@ -6,12 +6,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_finetune.errors import DivergedError
+
 if TYPE_CHECKING:
     import numpy as np
 
     from hf_finetune.tasks._sums import Sums
 
     Array = np.ndarray[Any, Any]
+
+
+def check_finite(values: Array) -> None:
+    """Refuse numbers of a model that can't be answered.
+
+    Raises:
+        DivergedError: One is not finite.
+    """
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
+
+
+def short(value: float) -> float:
+    """Round to the digits of float32, so that nobody reads more into a number."""
+    return float(f"{value:.8g}")
 
 
 @dataclass(frozen=True)

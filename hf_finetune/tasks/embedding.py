@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import TEXT
-from hf_finetune.errors import BadRows, DivergedError, ModelError, Problem
-from hf_finetune.tasks import _proposals, _retrieval, _texts
+from hf_finetune.config.section import TEXT, refuse_repeated
+from hf_finetune.errors import BadRows, ModelError, Problem
+from hf_finetune.tasks import _proposals, _retrieval, _shown, _texts
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
     IGNORE,
@@ -103,9 +103,7 @@ class Embedding(Task):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        columns = list(filter(None, [self.anchor, self.positive, self.negatives]))
-        if (repeated := next((name for name in columns if columns.count(name) > 1), None)) is not None:
-            raise ValueError(f"anchor, positive and negatives name column {repeated!r} twice; name each column once")
+        refuse_repeated(anchor=self.anchor, positive=self.positive, negatives=self.negatives)
         return self
 
     @model_validator(mode="after")
@@ -289,9 +287,8 @@ class Embedding(Task):
         import numpy as np
 
         vectors = predictions["vectors"][:, 0].astype(np.float64)
-        if not np.isfinite(vectors).all():
-            raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
-        return [{"embedding": [float(f"{value:.8g}") for value in vector]} for vector in vectors.tolist()]
+        _shown.check_finite(vectors)
+        return [{"embedding": [_shown.short(value) for value in vector]} for vector in vectors.tolist()]
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return two texts, of as many tokens as are wanted together, and negatives where the recipe has some."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import TEXT
+from hf_finetune.config.section import TEXT, refuse_repeated
 from hf_finetune.errors import BadRows, DataError
 from hf_finetune.tasks import _image, _proposals
 from hf_finetune.tasks._classifier import Classifier
@@ -62,8 +62,7 @@ class ImageClassification(Classifier):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        if self.image in self.label_columns():
-            raise ValueError(f"image and label name column {self.image!r} twice; name each column once")
+        refuse_repeated(image=self.image, label=dict.fromkeys(self.label_columns()))
         return self
 
     def columns(self) -> dict[str, Column]:

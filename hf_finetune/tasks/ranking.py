@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import TEXT, Key
-from hf_finetune.errors import BadRows, DivergedError
-from hf_finetune.tasks import _labels, _proposals, _retrieval, _texts
+from hf_finetune.config.section import TEXT, Key, refuse_repeated
+from hf_finetune.errors import BadRows
+from hf_finetune.tasks import _labels, _proposals, _retrieval, _shown, _texts
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
     IGNORE,
@@ -100,9 +100,7 @@ class Ranking(Task):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        columns = [self.query, self.documents, self.labels]
-        if (repeated := next((name for name in columns if columns.count(name) > 1), None)) is not None:
-            raise ValueError(f"query, documents and labels name column {repeated!r} twice; name each column once")
+        refuse_repeated(query=self.query, documents=self.documents, labels=self.labels)
         return self
 
     def columns(self) -> dict[str, Column]:
@@ -327,9 +325,8 @@ class Ranking(Task):
         found = []
         for scores, count in zip(predictions["scores"], predictions["documents"].tolist(), strict=True):
             own = scores[:count].astype(np.float64)
-            if not np.isfinite(own).all():
-                raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
-            short = [float(f"{score:.8g}") for score in own.tolist()]
+            _shown.check_finite(own)
+            short = [_shown.short(score) for score in own.tolist()]
             order = [int(place) + 1 for place in np.argsort(-own, kind="stable")]
             found.append({"score": short[0]} if self.rows == "document" else {"scores": short, "order": order})
         return found

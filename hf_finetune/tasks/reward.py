@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.config.section import TEXT, Key
-from hf_finetune.errors import DataError, DivergedError
+from hf_finetune.errors import DataError
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _labels, _losses, _proposals, _texts, _tokens
+from hf_finetune.tasks import _labels, _losses, _proposals, _shown, _texts, _tokens
 from hf_finetune.tasks import _preferences as preferences
 from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._chat import Renderer
@@ -282,9 +282,8 @@ class Reward(preferences.Answered, Task):
         import numpy as np
 
         rewards = predictions["reward"].astype(np.float64)[:, 0]
-        if not np.isfinite(rewards).all():
-            raise DivergedError("the model gives numbers that are not finite; look at how its training ended")
-        return [{REWARD: float(f"{reward:.8g}")} for reward in rewards.tolist()]
+        _shown.check_finite(rewards)
+        return [{REWARD: _shown.short(reward)} for reward in rewards.tolist()]
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return words, as many in both answers together as tokens are wanted."""

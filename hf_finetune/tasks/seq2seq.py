@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.config.blocks import Share, changed
-from hf_finetune.config.section import ASK, SEEN, TEXT, Key
+from hf_finetune.config.section import ASK, SEEN, TEXT, Key, refuse_repeated
 from hf_finetune.errors import BadRows, DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _proposals, _texts
@@ -105,8 +105,7 @@ class Seq2Seq(TokenScores):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        if self.source == self.target:
-            raise ValueError(f"source and target name column {self.source!r} twice; name each column once")
+        refuse_repeated(source=self.source, target=self.target)
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import TEXT
+from hf_finetune.config.section import TEXT, refuse_repeated
 from hf_finetune.errors import BadRows
 from hf_finetune.tasks import _proposals, _texts
 from hf_finetune.tasks._classifier import Classifier
@@ -55,10 +55,7 @@ class TextClassification(Classifier):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        columns = [*self._texts(), *self.label_columns()]
-        repeated = next((column for column in columns if columns.count(column) > 1), None)
-        if repeated is not None:
-            raise ValueError(f"text and label name column {repeated!r} twice; name each column once")
+        refuse_repeated(text=self._texts(), label=self.label_columns())
         return self
 
     def columns(self) -> dict[str, Column]:

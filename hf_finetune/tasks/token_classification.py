@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
-from hf_finetune.config.section import TEXT, Key
+from hf_finetune.config.section import TEXT, Key, refuse_repeated
 from hf_finetune.errors import BadRows
-from hf_finetune.tasks import _labels, _losses, _proposals, _texts
+from hf_finetune.tasks import _labels, _losses, _proposals, _shown, _texts
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import (
     IGNORE,
@@ -84,8 +84,7 @@ class TokenClassification(Task):
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
-        if self.words == self.tags:
-            raise ValueError(f"words and tags name column {self.words!r} twice; name each column once")
+        refuse_repeated(words=self.words, tags=self.tags)
         return self
 
     @model_validator(mode="after")
@@ -289,7 +288,7 @@ class TokenClassification(Task):
             for word, tag in zip(words[read].tolist(), tags[read].tolist(), strict=True):
                 row[word] = state.names[tag]
             # A row that is cut down to nothing is surely outside.
-            found.append({"tags": row, "score": float(f"{confidence[read].min(initial=1.0):.8g}")})
+            found.append({"tags": row, "score": _shown.short(confidence[read].min(initial=1.0))})
         return found
 
     def example(self, state: State, size: int) -> dict[str, Any]:
