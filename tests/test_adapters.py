@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.adapters.adalora import AdaLora
+from hf_finetune.adapters.base import Setting
 from hf_finetune.adapters.ia3 import IA3
 from hf_finetune.adapters.lora import Lora
 from hf_finetune.errors import ModelError, RecipeError
@@ -152,7 +152,7 @@ def test_ia3_asks_for_targets_where_peft_has_none(tiny_bert: str) -> None:
     base: Any = loaded(recipe(tiny_bert, {"kind": "ia3"})).model
     base.config.model_type = "novel"
     with pytest.raises(RecipeError, match="'novel'; give these and feedforward_modules"):
-        IA3().check_targets(base, ("classifier",))
+        IA3().check_targets(base, Setting("SEQ_CLS", None, head_modules=("classifier",)))
 
 
 def test_values_that_make_no_sense_are_refused() -> None:
@@ -250,18 +250,6 @@ def test_damaged_labels_are_named(tiny_bert: str, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text('{"id2label": {"1": "a"}}')
     with pytest.raises(ModelError, match=r"labels\.json: can't be read"):
         build(recipe(tiny_bert, {"kind": "lora", "from": str(tmp_path)}))
-
-
-def test_only_the_first_rank_warns_of_another_base(
-    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = recipe(tiny_bert, LORA)
-    made.adapter.save(build(made), str(tmp_path / "adapter"))
-    moved = recipe(str(shutil.copytree(tiny_bert, tmp_path / "moved")), {"kind": "lora", "from": str(tmp_path)})
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        build(moved)
-    assert caplog.text.count("was trained on") == 1
 
 
 def test_continuing_with_other_labels_or_another_method_is_refused(tiny_bert: str, tmp_path: Path) -> None:

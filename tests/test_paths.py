@@ -122,7 +122,7 @@ def test_nothing_outside_the_root_is_named_also_through_symlinks(find: Find, mon
         "data.cache=/elsewhere",
         "data.source=.",
         "model.name=./model",
-        "adapter.from=runs/old",
+        "adapter.from=./runs/old",
     ]:
         (line,) = find(*inside, override)
         assert f"{override.partition('=')[0]}: " in line
@@ -143,6 +143,8 @@ def test_what_must_be_pinned_is_named(find: Find) -> None:
         ([], ["model.revision"]),
         ([f"model.revision={COMMIT}"], []),
         (["model.name=./local"], []),
+        (["model.name=./local", "adapter.from=owner/name"], ["adapter.revision"]),
+        (["model.name=./local", "adapter.from=./runs/old"], []),
         (["model.name=package:a/b"], []),
         ([f"model.revision={COMMIT}", "data.source=a/b"], ["data.revision"]),
         ([f"model.revision={COMMIT}", "data.source=a/b", f"data.revision={COMMIT}"], []),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +26,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Names of the outputs of a trained classifier, for programs.
 LABELS = "labels.json"
-_log = logging.getLogger(__name__)
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -110,19 +107,6 @@ def adapter_config(adapted: Any) -> Any:
     return adapted.peft_config[ADAPTER]
 
 
-def find(place: str, key: str) -> str:
-    """Return the folder of the adapter in a run folder, or the folder itself.
-
-    Raises:
-        RecipeError: There is no adapter.
-    """
-    for folder in (Path(place), Path(place) / "adapter"):
-        if (folder / CONFIG).is_file():
-            return str(folder)
-    what = "has no adapter" if Path(place).is_dir() else "does not exist"
-    raise RecipeError(Problem(f"{place!r} {what}; give a run folder, or a folder with {CONFIG}", key=key))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence PEFT's advice about things that are checked here or meant."""
@@ -181,53 +165,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def one_line(error: BaseException) -> str:
     """Return a library's message as part of one line."""
     return " ".join(str(error).split())[:500]
-
-
-def resume(model: PreTrainedModel, folder: str, peft_type: str, *, reads: bool, **changes: Any) -> PeftModel:
-    """`model` with the adapter in `folder`, ready to go on training.
-
-    Args:
-        model: A fresh base model.
-        folder: An adapter folder.
-        peft_type: The method it must be of, as PEFT names it.
-        reads: With its weights; else only the shapes, for a model on the meta device.
-        changes: Fields of its configuration that this run sets anew.
-
-    Raises:
-        RecipeError: The adapter is of another method.
-        ModelError: The adapter does not fit the model.
-    """
-    config = stored_config(folder)
-    if config.peft_type.value != peft_type:
-        reason = f"{folder} holds a {config.peft_type.value.lower()} adapter; set adapter.kind to that"
-        raise RecipeError(Problem(reason, key="adapter.from"))
-    for name, value in changes.items():
-        setattr(config, name, value)
-    if not reads:
-        config.inference_mode = False
-        return wrap(model, config)
-    trained_on = config.base_model_name_or_path
-    if trained_on != model.name_or_path and os.environ.get("RANK", "0") == "0":
-        _log.warning("the adapter in %s was trained on %s, not on %s", folder, trained_on, model.name_or_path)
-    config.base_model_name_or_path = model.name_or_path
-    return read(model, folder, config=config, train=True)
-
-
-def adapted_modules(folder: str) -> set[str]:
-    """Paths of the modules that have LoRA matrices in the folder's weights, whatever its configuration says of them.
-
-    Raises:
-        ModelError: The weights can't be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(f"{folder}/{WEIGHTS}", "pt") as opened:
-            names = list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: {WEIGHTS} can't be read: {one_line(error)}") from error
-    matrices = [name.partition(".lora_") for name in names]
-    return {path.removeprefix("base_model.model.") for path, found, _ in matrices if found}
 
 
 def stored_config(folder: str) -> Any:

@@ -70,9 +70,9 @@ class AdaLora(Adapter):
         """Pruned ranks are left out of what is saved."""
         return False
 
-    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: PreTrainedModel, setting: Setting) -> None:
         """Every name must match, and `init_r` must fit the matrices."""
-        skip = targets.in_full(model, head_modules, self.modules_to_save)
+        skip = targets.in_full(model, setting.head_modules, self.modules_to_save)
         found = targets.matched(model, self.target_modules, skip, "adapter.target_modules")
         for path, module in found.items():
             targets.check_rank(path, module, self.init_r, "adapter.init_r")
@@ -85,7 +85,7 @@ class AdaLora(Adapter):
         """
         from peft import AdaLoraConfig
 
-        self.check_targets(model, setting.head_modules)
+        self.check_targets(model, setting)
         first = int(setting.total_steps * self.warmup_share)
         last = int(setting.total_steps * self.final_share)
         if first >= setting.total_steps - last:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
 from hf_finetune.config.section import Plugin
+from hf_finetune.errors import Problem
 from hf_finetune.tasks.base import Batch
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ class Setting:
 
     peft_type: str | None
     """PEFT's name of the task, e.g. `SEQ_CLS`."""
-    tokenizer: PreTrainedTokenizerBase
-    total_steps: int
-    """Optimiser steps of the whole run."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where it could not be read, which is an error of its own."""
+    total_steps: int = 0
+    """Optimiser steps of the whole run; 0 where they are not known yet."""
     head_modules: tuple[str, ...] = ()
     """Modules that the checkpoint did not hold (a fresh classification head): trained in full and saved."""
     labels: tuple[str, ...] = ()
     """Label names in the order of their ids; empty for a task without, and where nobody asks."""
+    base_commit: str | None = None
+    """Of a base on the Hub."""
     batches: Callable[[], Iterable[Batch]] = field(default=lambda: ())
     """A few training batches on the model's device, for data-driven initialisation."""
 
@@ -66,20 +70,24 @@ class Adapter(Plugin):
     @property
     def starts_at_base(self) -> bool:
         """A model whose adapter is taken out is the one that training began with."""
-        return self.freezes_base and getattr(self, "continue_from", None) is None
+        return self.freezes_base
 
     def start(self, model: PreTrainedModel) -> torch.nn.Module:
         """Make a fresh base model the one that training began with."""
-        place = getattr(self, "continue_from", None)
-        return model if place is None else peft.read(model, peft.find(place, "adapter.from"))
+        return model
 
     @abstractmethod
-    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: PreTrainedModel, setting: Setting) -> None:
         """Check every target name and pattern against the model's modules; weights may be on the meta device.
 
         Raises:
             ModelError: A target matches no module; the message lists the candidates.
+            RecipeError: The adapter that goes on training is another one than the recipe says.
         """
+
+    def remarks(self, model: PreTrainedModel, setting: Setting) -> list[Problem]:
+        """Return what stops nothing, and is worth knowing before training; after `check_targets`."""
+        return []
 
     @abstractmethod
     def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
@@ -95,19 +103,15 @@ class Adapter(Plugin):
 
     def tied_targets(self, model: torch.nn.Module) -> list[str]:
         """Return targets that are one weight with the other embedding, so that `merge` can't write full weights."""
-        config = self._continued() or self
+        return self._tied(model, self)
+
+    def _tied(self, model: torch.nn.Module, config: Any) -> list[str]:
         spec, full = getattr(config, "target_modules", None), getattr(config, "modules_to_save", None)
         return targets.tied(model, spec or targets.ALL_LINEAR, full or ())
 
     def token_keys(self) -> list[str]:
         """Return the keys of the recipe by which single tokens are trained."""
-        keys = ["adapter.trainable_tokens"] if getattr(self, "trainable_tokens", None) else []
-        return keys + (["adapter.from"] if getattr(self._continued(), "trainable_token_indices", None) else [])
-
-    def _continued(self) -> Any:
-        """Return PEFT's configuration of the adapter that goes on training; None for a new one."""
-        place = getattr(self, "continue_from", None)
-        return None if place is None else peft.stored_config(peft.find(place, "adapter.from"))
+        return ["adapter.trainable_tokens"] if getattr(self, "trainable_tokens", None) else []
 
     def save(self, adapted: torch.nn.Module, folder: str, state: State | None = None) -> None:
         """Write what was trained into `folder` as safetensors; it loads on the *unmodified* base.

@@ -28,7 +28,7 @@ class Full(Adapter):
         """Quantised weights take no gradient."""
         return "adapter.kind full trains the base weights, which quantised ones do not allow; use lora"
 
-    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: PreTrainedModel, setting: Setting) -> None:
         """Nothing to check: there are no targets."""
 
     def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:

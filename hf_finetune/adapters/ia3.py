@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
-from hf_finetune.adapters.base import Adapter, Rates, Setting
-from hf_finetune.config.blocks import Name
-from hf_finetune.config.section import CONTENT, TEXT
+from hf_finetune.adapters._continued import Continued
+from hf_finetune.adapters.base import Rates, Setting
+from hf_finetune.config.section import TEXT
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class IA3(Adapter):
+class IA3(Continued):
     """Scale activations by learned vectors; very few trained weights."""
 
+    peft_type: ClassVar[str] = "IA3"
+    trained: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"}
+    )
     usual_rates: ClassVar[Rates | None] = (3e-3, 3e-3, "Liu et al. 2022, arXiv 2205.05638")
     default_rates: ClassVar[tuple[float, float, float]] = (3e-3, 3e-3, 3e-3)
 
@@ -30,8 +34,6 @@ class IA3(Adapter):
     """Those of `target_modules` whose *input* is scaled instead of the output; null takes PEFT's choice."""
     modules_to_save: Annotated[targets.Names | None, TEXT] = None
     """More modules that are trained in full and saved; a new classification head is always among them."""
-    continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
-    """Run or adapter folder whose (IA)3 adapter is trained further; its targets are kept."""
 
     @model_validator(mode="after")
     def _subset(self) -> Self:
@@ -44,13 +46,13 @@ class IA3(Adapter):
             raise ValueError("from: the adapter brings its modules; remove target_modules and modules_to_save")
         return self
 
-    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: PreTrainedModel, setting: Setting) -> None:
         """Every name must match, and the model type must be known where there are no names."""
         if self.continue_from is not None:
-            peft.find(self.continue_from, "adapter.from")
+            self.check_continued(model, setting)
             return
         chosen, feedforward = self._choice(model)
-        skip = targets.in_full(model, head_modules, self.modules_to_save)
+        skip = targets.in_full(model, setting.head_modules, self.modules_to_save)
         targets.matched(model, chosen, skip, "adapter.target_modules")
         targets.matched(model, feedforward, skip, "adapter.feedforward_modules")
 
@@ -65,11 +67,9 @@ class IA3(Adapter):
     def _wrap(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> torch.nn.Module:
         from peft import IA3Config
 
-        self.check_targets(model, setting.head_modules)
+        self.check_targets(model, setting)
         if self.continue_from is not None:
-            folder = peft.find(self.continue_from, "adapter.from")
-            peft.check_labels(folder, setting.labels)
-            return peft.resume(model, folder, "IA3", reads=reads)
+            return self._resume(model, setting, reads=reads)
         chosen, feedforward = self._choice(model)
         config = IA3Config(
             task_type=setting.peft_type,

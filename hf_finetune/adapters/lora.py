@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 
 from hf_finetune.adapters import _peft as peft
 from hf_finetune.adapters import _targets as targets
-from hf_finetune.adapters.base import Adapter, Rates, Setting, State
-from hf_finetune.config.blocks import Name, Share
-from hf_finetune.config.section import CONTENT, TEXT
+from hf_finetune.adapters._continued import Continued, adapted_modules, is_covered
+from hf_finetune.adapters.base import Rates, Setting, State
+from hf_finetune.config.blocks import Share
+from hf_finetune.config.section import TEXT
 from hf_finetune.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -35,9 +36,15 @@ EVA_PASSES = 400
 EVA_ROWS = 4_096
 
 
-class Lora(Adapter):
+class Lora(Continued):
     """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
 
+    peft_type: ClassVar[str] = "LORA"
+    trained: ClassVar[frozenset[str]] = frozenset({
+        "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save",
+        "rank_pattern", "alpha_pattern", "trainable_token_indices",
+    })  # fmt: skip
     usual_rates: ClassVar[Rates | None] = (
         6e-5,
         5e-4,
@@ -76,8 +83,6 @@ class Lora(Adapter):
     trainable_tokens: Annotated[targets.Names | None, TEXT] = None
     """Tokens whose embeddings are trained, as the tokenizer writes them, e.g. `<|im_end|>`; with an output layer of its
     own weights, its rows for them too."""
-    continue_from: Annotated[Name | None, CONTENT] = Field(default=None, alias="from")
-    """Run or adapter folder whose LoRA is trained further; settings that contradict it are errors."""
 
     @model_validator(mode="after")
     def _continuation(self) -> Self:
@@ -112,12 +117,12 @@ class Lora(Adapter):
         """PiSSA and OLoRA train on a base of which a part was taken out."""
         return self.init not in MUTATING
 
-    def check_targets(self, model: torch.nn.Module, head_modules: tuple[str, ...]) -> None:
+    def check_targets(self, model: PreTrainedModel, setting: Setting) -> None:
         """Every name and pattern must match, and every rank must fit its matrix."""
         if self.continue_from is not None:
-            peft.find(self.continue_from, "adapter.from")
+            self.check_continued(model, setting)
             return
-        skip, rank = targets.in_full(model, head_modules, self.modules_to_save), self.r or DEFAULT_RANK
+        skip, rank = targets.in_full(model, setting.head_modules, self.modules_to_save), self.r or DEFAULT_RANK
         found = targets.matched(model, self.target_modules or targets.ALL_LINEAR, skip, "adapter.target_modules")
         ranks = targets.by_pattern(found, self.rank_pattern, rank, "adapter.rank_pattern")
         targets.by_pattern(found, self.alpha_pattern, 0.0, "adapter.alpha_pattern")
@@ -130,7 +135,7 @@ class Lora(Adapter):
 
     def apply(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """Add the matrices, initialise them, and freeze the base."""
-        self.check_targets(model, setting.head_modules)
+        self.check_targets(model, setting)
         if self.dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
             # PEFT's `dequantize_module_weight` loses the scales of 8-bit weights on a CPU.
             raise RecipeError(
@@ -150,7 +155,7 @@ class Lora(Adapter):
     def outline(self, model: PreTrainedModel, setting: Setting) -> torch.nn.Module:
         """The matrices without their first values, which weights or data decide; a stored adapter by its config."""
         if self.continue_from is not None:
-            self.check_targets(model, setting.head_modules)
+            self.check_targets(model, setting)
             return self._resume(model, setting, reads=False)
         return self.model_copy(update={"init": "default"}).apply(model, setting)
 
@@ -197,7 +202,7 @@ class Lora(Adapter):
 
     def _tokens(self, model: PreTrainedModel, setting: Setting) -> dict[str, list[int]] | None:
         """Return module path -> token ids, for the input embedding and an output layer with weights of its own."""
-        if self.trainable_tokens is None:
+        if self.trainable_tokens is None or setting.tokenizer is None:
             return None
         key, known = "adapter.trainable_tokens", setting.tokenizer.get_vocab()
         if unknown := [repr(token) for token in self.trainable_tokens if token not in known]:
@@ -215,18 +220,16 @@ class Lora(Adapter):
             layers.append(output)
         return {path: list(ids) for layer in layers for path, module in model.named_modules() if module is layer}
 
-    def _resume(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> PeftModel:
-        """Go on with the stored adapter.
+    @property
+    def anew(self) -> dict[str, Any]:
+        """The dropout; and first values are those of the file."""
+        return {"lora_dropout": self.dropout, "init_lora_weights": True}
 
-        Raises:
-            RecipeError: It contradicts settings of the recipe.
-        """
-        folder = peft.find(str(self.continue_from), "adapter.from")
-        peft.check_labels(folder, setting.labels)
-        stored = peft.stored_config(folder)
-        if stored.peft_type.value != "LORA":
-            return peft.resume(model, folder, "LORA", reads=reads)  # which refuses it
-        # A default contradicts nothing.
+    def contradictions(self, model: PreTrainedModel, setting: Setting, stored: Any) -> Iterator[Problem]:
+        """Find settings that are given and that the stored adapter has otherwise; a default contradicts nothing."""
+        tokens, wanted_tokens = stored.trainable_token_indices, self._tokens(model, setting)
+        if isinstance(tokens, list) and wanted_tokens:  # PEFT's short form: of the input embedding
+            tokens = {next(iter(wanted_tokens)): sorted(tokens)}
         asked = {
             "r": (self.r, stored.r),
             "alpha": (self.alpha, stored.lora_alpha),
@@ -235,30 +238,27 @@ class Lora(Adapter):
             "rank_pattern": (self.rank_pattern or None, stored.rank_pattern),
             "alpha_pattern": (self.alpha_pattern or None, stored.alpha_pattern),
             "target_parameters": (self.target_parameters, stored.target_parameters),
-            "trainable_tokens": (self._tokens(model, setting), stored.trainable_token_indices),
+            "trainable_tokens": (wanted_tokens, tokens),
         }
-        problems = [
-            Problem(f"{wanted} contradicts the adapter in `from`, which has {has}; remove it", key=f"adapter.{name}")
-            for name, (wanted, has) in asked.items()
-            if wanted is not None and wanted != has
-        ]
-        full = targets.in_full(model, (), self.modules_to_save)
-        for path in sorted(set(full) - set(stored.modules_to_save or ())):
-            reason = f"{path} is not trained in full by the adapter in `from`; remove it"
-            problems.append(Problem(reason, key="adapter.modules_to_save"))
+        for name, (wanted, has) in asked.items():
+            if wanted is not None and wanted != has:
+                reason = f"{wanted} contradicts the adapter in `from`, which has {has}; remove it"
+                yield Problem(reason, key=f"adapter.{name}")
+        full = list(stored.modules_to_save or ())
+        for path in sorted(targets.in_full(model, (), self.modules_to_save)):
+            if not is_covered(path, full):
+                reason = f"{path} is not trained in full by the adapter in `from`; remove it"
+                yield Problem(reason, key="adapter.modules_to_save")
         if self.target_modules is not None:
             # Modules, not spellings: `all-linear`, a pattern and a list of names may mean the same.
-            skip = [*setting.head_modules, *(stored.modules_to_save or ())]
+            skip = [*setting.head_modules, *full]
             wants = set(targets.matched(model, self.target_modules, skip, "adapter.target_modules"))
-            has = peft.adapted_modules(folder)
+            has = adapted_modules(self.folder())
             sides = [("only the recipe", wants - has), ("only the adapter", has - wants)]
             if more := [f"{which} has {len(paths)}, e.g. {min(paths)}" for which, paths in sides if paths]:
                 names = ", ".join(sorted({path.rpartition(".")[2] for path in has}))
                 reason = f"differs from the adapter in `from`, which has {len(has)} modules ({names})"
-                problems.append(Problem(f"{reason}: {'; '.join(more)}; remove it", key="adapter.target_modules"))
-        if problems:
-            raise RecipeError(problems)
-        return peft.resume(model, folder, "LORA", reads=reads, lora_dropout=self.dropout)
+                yield Problem(f"{reason}: {'; '.join(more)}; remove it", key="adapter.target_modules")
 
 
 def check_layers(modules: dict[str, torch.nn.Module], init: str) -> None:

@@ -85,21 +85,44 @@ def resolve(name: str) -> str:
     return str(folder)
 
 
-def refuse_uncached(name: str, revision: str | None) -> None:
+def cached(name: str, revision: str | None, file: str = "config.json") -> Path | None:
+    """Return a file of a repository where the Hub's cache has it at this revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit(name: str, revision: str | None, file: str = "config.json") -> str | None:
+    """Return the commit of the Hub that a file was read at, as the cache knows it."""
+    found = cached(name, revision, file)
+    snapshot = None if found is None else re.search(r"/snapshots/([0-9a-f]{40})/", found.as_posix())
+    return snapshot[1] if snapshot else None
+
+
+def http_error() -> type[Exception]:
+    """Return the HTTP client's own error: huggingface_hub 1 is built on httpx, 2 on httpx2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    own: type[Exception] = HfHubHTTPError.__bases__[0]
+    return own
+
+
+def refuse_uncached(name: str, revision: str | None, file: str = "config.json", key: str = KEY) -> None:
     """Refuse a Hub id, as `resolve` gives it, that is not in the Hub's cache while the Hub must not be asked.
 
     Raises:
         ModelError: It can't be loaded.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     # Where the Hub may be asked, it is, and its answer says more.
     if Path(name).is_absolute() or not constants.HF_HUB_OFFLINE:
         return
-    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if cached(name, revision, file) is None:
         at = f" at {revision}" if revision else ""
         how = "correct the name, or fill the cache without HF_HUB_OFFLINE"
-        raise ModelError(Problem(f"{name}{at} can't be loaded: {NEITHER}; {how}", key=KEY))
+        raise ModelError(Problem(f"{name}{at} can't be loaded: {NEITHER}; {how}", key=key))
 
 
 def _inside_package(name: str) -> Path:
@@ -162,7 +185,7 @@ def problems(recipe: Any) -> list[Problem]:
         recipe: A `Recipe`, or as much as could be read of one (`Reading.partial`): absent fields are passed over.
     """
     found: list[Problem] = []
-    for check in (_model, _folders, _data, _output):
+    for check in (_model, _adapter, _cache, _data, _output):
         try:
             found += check(recipe)
         except AttributeError:
@@ -211,12 +234,27 @@ def _address(name: str) -> str | None:
     return None
 
 
-def _folders(recipe: Any) -> Iterator[Problem]:
-    for block, field, key in (("adapter", "continue_from", "adapter.from"), ("data", "cache", "data.cache")):
-        # Not every adapter can be continued, and of a recipe with mistakes a block may be missing.
-        folder = getattr(getattr(recipe, block, None), field, None)
-        if folder is not None:
-            yield from _inside(folder, key)
+def _adapter(recipe: Any) -> Iterator[Problem]:
+    # Not every adapter can go on training.
+    name, key = getattr(recipe.adapter, "continue_from", None), "adapter.from"
+    if name is None:
+        return
+    if (refusal := _unwritable(name) or _address(name)) is not None:
+        yield Problem(refusal, key=key)
+    elif not is_adapter_id(name):
+        yield from _inside(name, key)
+    elif recipe.require_pinned and recipe.adapter.revision is None:
+        yield Problem(UNPINNED, key="adapter.revision")
+
+
+def is_adapter_id(name: str) -> bool:
+    """Tell the name of an adapter on the Hub, which has an owner, from a run or folder, which need not be there."""
+    return "/" in name and is_hub_id(name) and not is_local(name)
+
+
+def _cache(recipe: Any) -> Iterator[Problem]:
+    if recipe.data.cache is not None:
+        yield from _inside(recipe.data.cache, "data.cache")
 
 
 def _inside(path: str, key: str) -> Iterator[Problem]:

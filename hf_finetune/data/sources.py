@@ -10,16 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import huggingface_hub
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants, get_session
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_finetune.config.blocks import Data, Source
-from hf_finetune.config.paths import PACKAGE, cache_folder, is_commit
+from hf_finetune.config.paths import PACKAGE, cache_folder, http_error, is_commit
 from hf_finetune.config.suggestions import suggestion
 from hf_finetune.data import loading, parquet
 from hf_finetune.data.loading import Wanted
@@ -29,8 +28,7 @@ from hf_finetune.log import warn
 from hf_finetune.recipe import Recipe
 from hf_finetune.run import files as run_files
 
-HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2."""
+HTTP_ERROR = http_error()
 SECONDS = 10.0  # time that the Hub may take to answer
 
 
@@ -44,7 +42,8 @@ def settle(named: Recipe | Sequence[str]) -> None:
     """
     if isinstance(named, Recipe):
         parts = (named.data, *(named.data.mix or ()))
-        named = [named.model.name, *(part.source for part in parts if part.source is not None)]
+        sources = [part.source for part in parts]
+        named = [name for name in (named.model.name, getattr(named.adapter, "continue_from", None), *sources) if name]
     local = (Path(os.path.expanduser(name)) for name in named if not name.startswith(PACKAGE))  # noqa: PTH111 (any user)
     if constants.HF_HUB_OFFLINE or all(place.exists() for place in local):
         return

@@ -31,9 +31,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
 
 from hf_finetune.config.credentials import hide
+from hf_finetune.config.paths import http_error
 
-# The HTTP client's own: huggingface_hub 1 is built on httpx, 2 on httpx2.
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+HTTP_ERROR = http_error()
 NO_CONNECTION: type[Exception] = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0]).ConnectError
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 TRANSIENT = {408, 409, 412, 425, 429}  # and everything from 500 on

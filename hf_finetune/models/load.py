@@ -25,6 +25,8 @@ from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 
 # Parts of the names of dropout probabilities, wherever an architecture keeps them.
 DROPOUTS = ("dropout", "pdrop", "drop_rate", "drop_path")
+# Labels of a model whose data could not be read: its body can be looked at all the same.
+UNKNOWN = State(names=("first", "second"))
 
 
 def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
@@ -153,17 +155,17 @@ def check_packages(recipe: Recipe) -> None:
         raise RecipeError(problems)
 
 
-def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
+def check_targets(recipe: Recipe, model: PreTrainedModel, setting: Setting) -> None:
     """Refuse targets that do not exist, and an adapter that can't train the base.
 
     Raises:
-        ModelError: A target matches no module.
-        RecipeError: The method can't work on quantised weights.
+        ModelError: A target matches no module, or the adapter that goes on is one of another model.
+        RecipeError: The method can't work on quantised weights, or the adapter that goes on is another one.
     """
     refusal = recipe.adapter.why_not_quantized()
     if recipe.model.quantization is not None and refusal is not None:
         raise RecipeError(Problem(refusal, key="model.quantization"))
-    recipe.adapter.check_targets(model, find_heads(model))
+    recipe.adapter.check_targets(model, setting)
 
 
 def unmergeable(recipe: Recipe, model: PreTrainedModel) -> list[Problem]:
@@ -237,12 +239,16 @@ def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) 
         model = _outline(recipe, config)
     if model is None:
         return None
-    for fits in (check_length, check_targets):
-        with findings.collect():
-            fits(recipe, model)
+    words = tokenizer_of(tokenizer)
+    labels = () if targets is UNKNOWN else targets.names
+    setting = Setting(recipe.task.peft_task, words, 0, find_heads(model), labels, commit(recipe.model))
+    with findings.collect():
+        check_length(recipe, model)
+    with findings.collect():
+        check_targets(recipe, model, setting)
     if not findings.blame("adapter"):
-        findings.warn(unmergeable(recipe, model))
-    if (words := tokenizer_of(tokenizer)) is not None:
+        findings.warn([*unmergeable(recipe, model), *recipe.adapter.remarks(model, setting)])
+    if words is not None:
         with findings.collect():
             check_vocabulary(recipe, model, words)
     return model

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_finetune.config import paths
@@ -66,11 +65,7 @@ def commit(model: Model) -> str | None:
     Configs of transformers 5 no longer say it.
     """
     place = resolve(model.name)
-    if Path(place).is_absolute():
-        return None
-    config = try_to_load_from_cache(place, "config.json", revision=model.revision)
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(config).as_posix()) if isinstance(config, str) else None
-    return found[1] if found else None
+    return None if Path(place).is_absolute() else paths.commit(place, model.revision)
 
 
 def load_tokenizer(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_finetune import log
 from hf_finetune import recipe as recipe_module
-from hf_finetune.adapters import _peft as peft
+from hf_finetune.adapters._continued import refuse_absent
 from hf_finetune.config import paths
 from hf_finetune.config.reading import Reading
 from hf_finetune.config.yamlfile import Origin
@@ -287,7 +287,7 @@ def look(
             findings.warn([Problem(f"the run can't be uploaded when it has ended: {refusal}", key="hub.repo")])
     if (start := _given(recipe, "adapter", "continue_from")) is not None and not named.blame("adapter"):
         with findings.collect():
-            peft.find(start, "adapter.from")
+            refuse_absent(start, _given(recipe, "adapter", "revision"))
     if (name := _given(recipe, "model", "name")) is not None and not named.blame(paths.KEY):
         with findings.collect():
             found_at = paths.resolve(name)

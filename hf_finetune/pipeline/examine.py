@@ -28,10 +28,6 @@ from hf_finetune.models import load, memory, pretrained, sharded
 from hf_finetune.models.memory import bound
 from hf_finetune.recipe import Recipe
 from hf_finetune.run.lock import Choice, Choices
-from hf_finetune.tasks.base import State
-
-UNKNOWN = State(names=("first", "second"))
-"""Labels of a model whose data could not be read: its body can be looked at all the same."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def examine(recipe: Recipe, machine: Machine, findings: Findings, day: str | Non
                 found = checks.findings(recipe, error.facts, error.counted, error.places, error.left_out)
                 _judge(found, findings)
                 raise
-    outline = load.examine(recipe, UNKNOWN if prepared is None else prepared.targets, tokenizer, findings)
+    outline = load.examine(recipe, load.UNKNOWN if prepared is None else prepared.targets, tokenizer, findings)
     if outline is not None:
         with findings.collect():
             sharded.check(recipe, machine, outline)

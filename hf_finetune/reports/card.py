@@ -72,6 +72,16 @@ def base(recipe: Recipe) -> str:
     return "a model in a local folder, which is not on the Hub; to load this adapter you need the same one"
 
 
+def gone_on(recipe: Recipe) -> str:
+    """Say which adapter was trained further; only one on the Hub has a revision, which the lock adds."""
+    start, revision = (getattr(recipe.adapter, name, None) for name in ("continue_from", "revision"))
+    if start is None:
+        return ""
+    if revision is None:
+        return ", which went on from an adapter in a local folder"
+    return f", which went on from [{start}](https://huggingface.co/{start}) at revision {code(revision)}"
+
+
 def is_on_hub(source: str | None) -> bool:
     """Tell a data set of the Hub from other sources of data."""
     return source is not None and not is_local(source) and "://" not in source and source.count("/") <= 1
@@ -113,7 +123,7 @@ def public_recipe(recipe: Recipe) -> str:
     for part in (tree["data"], *tree["data"].get("mix", ())):
         if not is_on_hub(part.get("source")):  # splits of a data set on the Hub stay
             part |= {name: LOCAL for name in ("train", "validation", "test", "source") if name in part}
-    if "from" in tree["adapter"]:
+    if "from" in tree["adapter"] and not tree["adapter"].get("revision"):  # with one, it is on the Hub
         tree["adapter"]["from"] = LOCAL
     return yamlfile.document(_clean(tree))
 
@@ -362,7 +372,7 @@ def card(
     parts = [
         f"---\n{header(recipe, run).to_yaml().strip()}\n---",
         f"# {title(recipe)}",
-        f"{kind} {base(recipe)}. Trained by hf_finetune {__version__}.",
+        f"{kind} {base(recipe)}. Trained by hf_finetune {__version__}{gone_on(recipe)}.",
     ]
     if targets.names:
         counts = targets.counts or ("",) * len(targets.names)

@@ -286,6 +286,10 @@ def pinned(recipe: Recipe, lock: Lock) -> Recipe:
     model = recipe.model
     if lock.model.commit and (model.name, model.revision) == (lock.model.source, lock.model.asked):
         model = model.model_copy(update={"revision": lock.model.commit})
+    adapter, locked = recipe.adapter, lock.adapter
+    named = (getattr(adapter, "continue_from", None), getattr(adapter, "revision", None))
+    if locked is not None and locked.commit and named == (locked.source, locked.asked):
+        adapter = adapter.model_copy(update={"revision": locked.commit})
     data: dict[str, Any] = {}
     commits = {(one.source, one.asked): one.commit for one in lock.data.values() if one.commit}
     data["revision"] = commits.get((recipe.data.source, recipe.data.revision), recipe.data.revision)
@@ -297,7 +301,8 @@ def pinned(recipe: Recipe, lock: Lock) -> Recipe:
     task, day = recipe.task, _date(lock)
     if day is not None:
         task = task.on(day, None)
-    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data), "task": task})
+    found = {"model": model, "adapter": adapter, "data": recipe.data.model_copy(update=data), "task": task}
+    return recipe.model_copy(update=found)
 
 
 def day(file: Path) -> str | None:

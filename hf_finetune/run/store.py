@@ -53,7 +53,7 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of packages, by name."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else; written by earlier versions, and part of the checksum."""
+    """Anything else: `adapter`, the commit or files of the one that goes on training; earlier versions wrote others."""
 
 
 @dataclass(frozen=True)

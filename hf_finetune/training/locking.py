@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from hf_finetune import __version__, device
-from hf_finetune.adapters import _peft as peft
-from hf_finetune.config.paths import cache_folder, is_commit, resolve
+from hf_finetune.adapters._continued import Continued
+from hf_finetune.config.paths import cache_folder, is_adapter_id, is_commit, resolve
 from hf_finetune.data import sources
 from hf_finetune.data.sources import HubSplit
 from hf_finetune.device import Machine
@@ -62,8 +62,13 @@ def of_adapter(recipe: Recipe) -> Input | None:
     Raises:
         RecipeError: It is not there.
     """
-    place = getattr(recipe.adapter, "continue_from", None)
-    return None if place is None else Input(files=_of_place(Path(peft.find(place, "adapter.from")), recipe))
+    adapter = recipe.adapter
+    if not isinstance(adapter, Continued) or adapter.continue_from is None:
+        return None
+    if not is_adapter_id(adapter.continue_from):
+        return Input(files=_of_place(Path(adapter.folder()), recipe))
+    asked = adapter.revision
+    return Input(source=adapter.continue_from, asked=asked, commit=adapter.commit or _pinned(asked))
 
 
 def of_data(recipe: Recipe, *, asks: bool = False) -> dict[str, Input]:

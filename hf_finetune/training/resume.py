@@ -35,6 +35,7 @@ from hf_finetune.run.status import Status
 from hf_finetune.run.store import TRAINED, Facts, Manifest, Store, verify
 from hf_finetune.tracking import records
 from hf_finetune.tracking.tracker import Tracker
+from hf_finetune.training import locking
 from hf_finetune.training.callbacks import Pace, StopRequest
 
 # Another version of these may change the bits of the next step.
@@ -262,13 +263,19 @@ class Checkpointing:
         self.status.reached(step, f"{self.store.folder.name}/{self.store.path(step).name}")
 
 
+IDENTITY = {"source", "commit", "files"}
+"""Of an adapter in the lock: what tells it from another one."""
+
+
 def facts(job: Job) -> Facts:
     """Describe the sources of this run's checkpoints."""
+    adapter = locking.of_adapter(job.recipe)
     return Facts(
         recipe=hashlib.sha256(job.recipe.dump().encode()).hexdigest(),
         data=job.prepared.fingerprint,
         model=pretrained.identity(job.recipe.model, pretrained.commit(job.recipe.model)),
         versions={name: version(name) for name in PACKAGES},
+        more={} if adapter is None else {"adapter": adapter.model_dump(mode="json", include=IDENTITY)},
     )
 
 
@@ -285,6 +292,8 @@ def check(path: Path, manifest: Manifest, wanted: Facts, machine: Machine, tell:
         problems.append(Problem(f"the data {how}", key="data.train"))
     if wanted.model != manifest.facts.model:
         problems.append(Problem(f"the weights of the model {how}", key="model.name"))
+    if "adapter" in manifest.facts.more and wanted.more.get("adapter") != manifest.facts.more["adapter"]:
+        problems.append(Problem(f"the adapter that goes on training {how}", key="adapter.from"))
     if problems:
         raise CheckpointError(problems)
     if manifest.world_size != machine.world_size:
