@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, set_seed
 
 from hf_finetune.tasks._generation import Generation, end_tokens, generate
+from hf_finetune.tasks.causal_lm import CausalLM
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, 16, 17, 18]]
 
@@ -91,6 +92,21 @@ def test_end_tokens_are_eos_end_of_turn_and_the_models_own(model: Any, tokenizer
     assert end_tokens(model, tokenizer) == sorted([tokenizer.eos_token_id, turn, 9])
     tokenizer.chat_template = None
     assert turn not in end_tokens(model, tokenizer)
+
+
+def test_variables_of_the_template_decide_which_token_ends_a_turn(model: Any, tokenizer: Any) -> None:
+    own = "{% for m in messages %}{{ m['content'] }}{{ '<|im_end|>' if short else '<|im_start|>' }}{% endfor %}"
+    tokenizer.chat_template = own
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, logits: logits.index_fill_(2, torch.tensor(end), 99.0)
+        )
+    for short in (True, False):
+        task = CausalLM.model_validate({"messages": "chat", "template_options": {"short": short}})
+        assert (end in end_tokens(model, tokenizer, task)) == short
+        answer = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=3, batch_size=1, task=task)[0]
+        assert (answer.tokens, answer.ended) == ((1, True) if short else (3, False))
 
 
 def test_a_prompt_without_room_gets_what_fits(model: Any, tokenizer: Any) -> None:

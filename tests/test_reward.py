@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from hf_finetune import check, load_run, train
+from hf_finetune.tasks._chat import Renderer
+from hf_finetune.tasks._messages import Chat
 from hf_finetune.tasks.base import State
 from hf_finetune.tasks.reward import Reward
 
@@ -62,6 +64,27 @@ def test_the_loss_of_pairs_is_that_of_trl(more: dict[str, Any], tiny_llama: str,
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+
+
+DATED = "{% for m in messages %}{{ strftime_now('%d %b %Y') ~ tone ~ ': ' ~ m['content'] ~ '<|im_end|>' }}{% endfor %}"
+
+
+def test_the_day_and_variables_of_the_template_are_those_of_the_run(tiny_llama: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    plain = Reward.model_validate(PAIR)
+    assert plain.on("2026-11-30", tokenizer).day is None, "its template prints no date"
+    tokenizer.chat_template = DATED
+    rows = {name: [ROWS[0][name]] for name in PAIR}
+    dated = Reward.model_validate({**PAIR, "template_options": {"tone": "dull"}}).on("2026-11-30", tokenizer)
+    ids = dated.features(rows, tokenizer, State(), 64)[0]["input_ids"]
+    expected = Renderer(tokenizer, "2026-11-30", options={"tone": "dull"}).text(
+        Chat([{"role": "user", "content": ROWS[0]["prompt"]}, {"role": "assistant", "content": ROWS[0]["chosen"]}])
+    )
+    found = tokenizer.encode(expected, add_special_tokens=False)
+    assert ids[: len(found)] == found
+    assert dated.on("2027-01-01", tokenizer).day == "2026-11-30", "a run keeps its day"
 
 
 def recipe(folder: Path, model: str, rows: list[dict[str, Any]], task: dict[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_answers_are_those_of_the_model_one_by_one(made: tuple[str, Seq2Seq, Any
     name, task, tokenizer, model = made
     task = task.model_copy(update={"num_beams": 2})
     asked = task.ask(TEXTS, tokenizer, 24)
-    found = generate(model, tokenizer, asked, max_new_tokens=6, batch_size=2, settings=task.decoding(tokenizer))
+    found = generate(model, tokenizer, asked, max_new_tokens=6, batch_size=2, task=task)
     settings = dict(task.decoding(tokenizer))
     language = tokenizer.convert_tokens_to_ids(LANGUAGES[name][1]) if name in LANGUAGES else None
     if name == "m2m_100":

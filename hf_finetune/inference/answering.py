@@ -23,6 +23,7 @@ from transformers import (
 from hf_finetune.inference.load import Serving
 from hf_finetune.tasks import _generation as generation
 from hf_finetune.tasks._generation import Ends
+from hf_finetune.tasks.base import Task
 
 Reason = Literal["stop", "length", "unwanted"]
 REPLACEMENT = "\ufffd"
@@ -118,8 +119,9 @@ def answer(
     served: Serving,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    wishes: Sequence[Wish],
     *,
+    wishes: Sequence[Wish],
+    task: Task,
     together: int,
     tell: Tell = lambda number, piece, scored: None,
     is_wanted: Callable[[int], bool] = lambda number: True,
@@ -131,6 +133,7 @@ def answer(
         tokenizer: Its tokenizer.
         prompts: Token ids; one that leaves no room for an answer gets an empty one, as in `predict`.
         wishes: Settings of each.
+        task: Of the model.
         together: Prompts of a batch.
         tell: Is called with each piece as it comes, in this thread.
         is_wanted: Is asked after each token; an answer that nobody wants ends there.
@@ -138,12 +141,12 @@ def answer(
     Returns:
         One answer a prompt, in their order.
     """
-    network, ends = served.network, Ends.of(served.network, tokenizer)
+    network, ends = served.network, Ends.of(served.network, tokenizer, task)
     limit = generation.positions(network)
     answers = [
         Answer(wish, min(wish.max_tokens, limit - len(prompt))) for prompt, wish in zip(prompts, wishes, strict=True)
     ]
-    with generation.greedy(network, tokenizer), served.running():
+    with generation.greedy(network, tokenizer, task), served.running():
         most = max((wish.max_tokens for wish in wishes), default=0)
         for numbers, _ in generation.batches([len(prompt) for prompt in prompts], together, most, network):
             numbers = [number for number in numbers if is_wanted(number)]

@@ -176,7 +176,7 @@ class LanguageModel(Model):
 
     def _generate(self, prompt: list[int], streamer: Any, stopped: threading.Event) -> None:
         network = self.served.network
-        ends, pad = end_tokens(network, self.tokenizer), self.tokenizer.pad_token_id
+        ends, pad = end_tokens(network, self.tokenizer, self.task), self.tokenizer.pad_token_id
         draws = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             **draws,

@@ -310,7 +310,7 @@ def score(run: Finished, served: Serving, one: OneSplit) -> Scored:
             return scored
         with served.running():
             options: dict[str, Any] = {"max_new_tokens": questions.max_new_tokens, "batch_size": BATCH}
-            options["settings"] = task.decoding(run.tokenizer)
+            options["task"] = task
             answers = generate(served.network, run.tokenizer, questions.prompts, **options)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -202,7 +202,7 @@ class Answers(Predictor):
     def answer(self, encoded: list[Any]) -> tuple[list[Outputs], int]:
         """Generate."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.together}
-        options["settings"] = self.task.decoding(self.run.tokenizer)
+        options["task"] = self.task
         with self.served.running():
             found = generate(self.served.network, self.run.tokenizer, encoded, **options)
         outputs: list[Outputs] = [{"generated": answer.text, "ended": answer.ended} for answer in found]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from hf_finetune.models import load as models_load
 from hf_finetune.models.pretrained import read_config, silence
 from hf_finetune.run.files import free_bytes, writing
 from hf_finetune.tasks import _generation as generation
-from hf_finetune.tasks.base import Batch, pad_token_of
+from hf_finetune.tasks.base import Batch, Task, pad_token_of
 
 # A GPU must have this multiple of the weights free: activations need memory, too.
 ROOM = 1.5
@@ -127,7 +127,7 @@ def write(network: PreTrainedModel, run: Finished, dtype: Precision, shard_size:
             raise ModelError(f"{name} holds numbers that {dtype} can't; give --dtype bf16 or fp32")
     network.config.dtype = DTYPES[dtype]
     if run.recipe.task.generates:
-        _settle_generation(network, run.tokenizer, run.recipe.task.generation_config(run.tokenizer))
+        _settle_generation(network, run.tokenizer, run.recipe.task)
     if getattr(network.config, "use_cache", None) is False:
         network.config.use_cache = True  # it was off for training
     with writing(folder), silence():
@@ -142,11 +142,11 @@ def add_tokenizer(run: Finished, config: Any, folder: Path) -> None:
     run.recipe.task.write_beside(folder, config, run.recipe.data.max_length)
 
 
-def _settle_generation(network: Any, tokenizer: Any, fields: Mapping[str, Any]) -> None:
-    """Let the model stop where training taught it to stop, whatever program generates; `fields` are the task's."""
+def _settle_generation(network: Any, tokenizer: Any, task: Task) -> None:
+    """Let the model stop where training taught it to stop, whatever program generates."""
     config = network.generation_config
-    config.update(**fields)
-    ends = generation.end_tokens(network, tokenizer)
+    config.update(**task.generation_config(tokenizer))
+    ends = generation.end_tokens(network, tokenizer, task)
     if ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if config.pad_token_id is None or config.pad_token_id < 0:

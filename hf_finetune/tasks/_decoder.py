@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -16,15 +14,15 @@ from hf_finetune.config import paths
 from hf_finetune.config.section import SEEN, TEXT, Key
 from hf_finetune.errors import DataError, ModelError, Problem
 from hf_finetune.tasks import _examples as examples
-from hf_finetune.tasks import _texts, _tokens
+from hf_finetune.tasks import _tokens
 from hf_finetune.tasks._chat import Renderer
-from hf_finetune.tasks.base import Prompts, Rows, State, Task, literal
+from hf_finetune.tasks._templated import Templated, Text
+from hf_finetune.tasks.base import Prompts, Rows, State, literal
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 # Tokens of a plain text that a sample continues.
 CONTINUED = 32
 # Names that columns of prompts mostly have, the likeliest first.
@@ -48,11 +46,9 @@ TEMPLATES = {
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
 }
-# Variables that `template_options` must leave alone.
-OWN = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
 
 
-class Decoder(Task):
+class Decoder(Templated):
     """A decoder is trained with its chat template where it has one, else on texts as they stand."""
 
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
@@ -68,14 +64,9 @@ class Decoder(Task):
     """Read special tokens in the text of the data, such as `<|im_end|>`, as the characters that they are written with,
     in training and in predict, evaluate and chat; by default they are what they are, and are counted by
     `data.checks.special_tokens`."""
-    date: Annotated[Text | None, TEXT] = None
-    """Day, as YYYY-MM-DD, that a chat template prints which asks for today's date (Llama-3.2, gpt-oss). Null is the day
-    on which the run begins; it is kept in run.lock.json, and used by all that is done with the run."""
     chat_template: Annotated[Text | None, Key(card=False)] = None
     """Chat template of a tokenizer that has none, or in place of its own: `chatml`, `plain` (`User:`, `Assistant:`,
     EOS), a Jinja file, or the template itself. A file is read once: the recipe that the run keeps has its text."""
-    template_options: Annotated[dict[str, bool | int | float | str | list[str]], TEXT] = Field({})
-    """Variables of the chat template, in training and in all that is done with the run: `{enable_thinking: false}`."""
     sample_prompts: Annotated[
         Annotated[int, Field(ge=0, le=1000)] | list[Text], TEXT, Key(resume="free", card=False, study=False)
     ] = 3
@@ -97,48 +88,15 @@ class Decoder(Task):
             known = " or ".join(TEMPLATES)
             raise ValueError(f"{template!r} can't be read ({error}); give {known}, a file, or a template") from None
 
-    @field_validator("template_options")
-    @classmethod
-    def _are_variables(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if own := sorted(OWN & options.keys()):
-            raise ValueError(f"{', '.join(own)} can't be set: the row or the tokenizer says it; remove it")
-        return options
-
-    @field_validator("date")
-    @classmethod
-    def _is_day(cls, day: str | None) -> str | None:
-        if day is not None and re.fullmatch(r"\d{4}-\d\d-\d\d", day) is None:
-            raise ValueError(f"{day!r} is no date; write it as YYYY-MM-DD")
-        try:
-            date.fromisoformat(day or "2000-01-01")
-        except ValueError as error:
-            raise ValueError(f"{day!r} is no date: {error}") from None
-        return day
-
     @property
     @abstractmethod
     def reader(self) -> Any:
         """Reads rows; has the methods `asked`, `question`, `pair`, `open_chat`, `open_text` and `reference`."""
 
     @property
-    def is_plain(self) -> bool:
-        """Tell whether rows are plain text, which no chat template renders."""
-        return False
-
-    @property
     def templated_key(self) -> str | None:
         """Return a key of the recipe that needs a chat template; None where there is no such."""
         return None if self.system is None else "task.system"
-
-    def on(self, day: str, processor: Any) -> Self:
-        """The task with the date that its chat template prints, where it prints one and the recipe names none."""
-        prints = processor is None or (not self.is_plain and _texts.reads_clock(processor))
-        return self.model_copy(update={"date": day}) if prints and self.date is None else self
-
-    @property
-    def day(self) -> str | None:
-        """The date that its chat template prints."""
-        return self.date
 
     def remedy(self, check: str) -> str | None:
         """Special tokens can be read as text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from hf_finetune.errors import DataError
 from hf_finetune.log import phase
 from hf_finetune.tasks._chat import Renderer
+from hf_finetune.tasks._templated import Templated
+from hf_finetune.tasks.base import Task
 
 _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: False)
 
@@ -64,7 +66,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    settings: Mapping[str, Any] | None = None,
+    task: Task | None = None,
 ) -> list[Generation]:
     """Continue each prompt, or answer it where the model has an encoder for it, with the likeliest tokens.
 
@@ -77,15 +79,15 @@ def generate(
         prompts: Token ids, one list a prompt, none empty.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts that are continued together.
-        settings: See `Task.decoding`.
+        task: Says how answers are found and where they end; None takes the likeliest tokens, and the template as it is.
 
     Returns:
         One `Generation` a prompt, in the order of `prompts`.
     """
-    ends = Ends.of(model, tokenizer)
+    ends = Ends.of(model, tokenizer, task)
     answers = [Generation("", 0, ended=False)] * len(prompts)
     shown = phase("generating answers", len(prompts), "prompts")
-    with greedy(model, tokenizer, settings), shown as progress:
+    with greedy(model, tokenizer, task), shown as progress:
         for indices, room in batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
             new = _continue(model, [prompts[index] for index in indices], room)
             progress.done += len(indices)
@@ -100,14 +102,14 @@ def answer_together(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    settings: Mapping[str, Any] | None = None,
+    task: Task | None = None,
 ) -> list[Generation]:
     """`generate` with the prompts shared out among all ranks; every rank must call it and gets all answers."""
     state = PartialState()
     # Every n-th: rows of a file often come sorted, and the ranks should end together.
     numbers = range(state.process_index, len(prompts), state.num_processes)
     mine = [prompts[number] for number in numbers]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": BATCH, "settings": settings}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": BATCH, "task": task}
     answers = generate(model, tokenizer, mine, **options)
     gathered = gather_object(list(zip(numbers, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
@@ -123,39 +125,41 @@ class Ends:
     """The one with which training teaches the model to end an answer."""
 
     @classmethod
-    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
+    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> Ends:
         """Find those of a model."""
-        return cls(frozenset(end_tokens(model, tokenizer)), _turn_end(tokenizer))
+        return cls(frozenset(end_tokens(model, tokenizer, task)), _turn_end(tokenizer, task))
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> list[int]:
     """Return every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     # Chat models often name their end of turn in the generation config alone.
-    ends = {tokenizer.eos_token_id, _turn_end(tokenizer), *configured}
+    ends = {tokenizer.eos_token_id, _turn_end(tokenizer, task), *configured}
     return sorted(end for end in ends if end is not None)
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _turn_end(tokenizer: PreTrainedTokenizerBase, task: Task | None) -> int | None:
     """Return the token with which training teaches the model to end an answer."""
-    token: Any = tokenizer.eos_token if tokenizer.chat_template is None else Renderer(tokenizer).end_of_turn
+    # The variables of a template may decide how it ends a turn.
+    renderer = task.renderer(tokenizer) if isinstance(task, Templated) else Renderer(tokenizer)
+    token: Any = tokenizer.eos_token if tokenizer.chat_template is None else renderer.end_of_turn
     end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return int(end) if end is not None else None
 
 
 @contextmanager
-def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Iterator[None]:
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> Iterator[None]:
     """Inside, the model generates the likeliest tokens, in evaluation mode; everything is put back afterwards.
 
-    Sampling settings that the model ships with are not used; `settings` as for `Task.decoding`.
+    Sampling settings that the model ships with are not used, but those of `task.decoding`.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, task)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
     if model.config.is_encoder_decoder:
         fields |= {name: getattr(model.generation_config, name, None) for name in KEPT}
-    fields |= {"eos_token_id": ends or None, "pad_token_id": pad, **(settings or {})}
+    fields |= {"eos_token_id": ends or None, "pad_token_id": pad, **({} if task is None else task.decoding(tokenizer))}
     config = GenerationConfig(**fields)  # type: ignore[no-untyped-call]
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = [(module, module.training) for module in model.modules()]

@@ -154,6 +154,21 @@ def target(columns: Mapping[str, Cells], taken: Sequence[Cells]) -> tuple[dict[s
     return None
 
 
+def one_class(left: Mapping[str, Cells], used: Sequence[str]) -> Proposal | None:
+    """Refuse a label that is the same in all rows, where nothing else can be made of them.
+
+    Args:
+        left: Columns beside those that are read.
+        used: Names of these.
+    """
+    label = first(LABELS, left)
+    if label is None or len(label.counts) != 1:
+        return None
+    says = f"{label.name} has one class, {next(iter(label.counts))!r}, in all {len(label.texts):,} rows"
+    why = f"{says}, and a classifier needs two; add rows of another class"
+    return Proposal({}, says, confidence=0.1, used=[*used, label.name], model=("", ""), refusal=why)
+
+
 def main_text(columns: Mapping[str, Cells]) -> Cells | None:
     """Find the column to read: by its name, else the longest texts."""
     texts = {name: column for name, column in columns.items() if column.is_text}

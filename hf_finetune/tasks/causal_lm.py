@@ -16,9 +16,10 @@ from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _messages, _proposals, _tokens
 from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._chat import Renderer
-from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder, Text
+from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._proposals import Cells, Proposal
+from hf_finetune.tasks._templated import Text
 from hf_finetune.tasks._token_scores import TokenScores
 from hf_finetune.tasks.base import (
     IGNORE,

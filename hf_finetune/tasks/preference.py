@@ -15,8 +15,9 @@ from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _losses, _proposals, _tokens
 from hf_finetune.tasks import _preferences as preferences
 from hf_finetune.tasks._catalogue import REMARKS
-from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder, Text
+from hf_finetune.tasks._decoder import PROMPTS, SMALL, Decoder
 from hf_finetune.tasks._proposals import Cells, Proposal
+from hf_finetune.tasks._templated import Text
 from hf_finetune.tasks.base import (
     IGNORE,
     Batch,

@@ -18,6 +18,7 @@ from hf_finetune.tasks._catalogue import REMARKS
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._decoder import PROMPTS
 from hf_finetune.tasks._proposals import Cells, Proposal
+from hf_finetune.tasks._templated import Templated
 from hf_finetune.tasks.base import (
     Batch,
     Column,
@@ -29,7 +30,6 @@ from hf_finetune.tasks.base import (
     Predictions,
     Rows,
     State,
-    Task,
     literal,
 )
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 REWARD = "reward"
 
 
-class Reward(preferences.Answered, Task):
+class Reward(preferences.Answered, Templated):
     """Scores of texts. Give `chosen` and `rejected`, or `completion` and `score`."""
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -132,7 +132,7 @@ class Reward(preferences.Answered, Task):
             RecipeError: `limit` leaves no room for text.
         """
         names = tuple(name for name in self.answers if name in rows)
-        renderer = None if processor.chat_template is None else Renderer(processor)
+        renderer = None if processor.chat_template is None else self.renderer(processor)
         made = examples.each(rows, lambda row: self._sequences(row, names, renderer))
         flat = _tokenised([text for texts, _ in made for text in texts], processor, limit)
         number = self.margin if self.sequences == 2 else self.score

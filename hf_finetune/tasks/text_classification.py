@@ -38,10 +38,10 @@ class TextClassification(Classifier):
         if text is None:
             return None
         read = [named[name] for name in pair] if pair else [text]
-        if (found := _proposals.target(columns, read)) is None:
-            return None
-        block, says, best = found
         names = [column.name for column in read]
+        if (found := _proposals.target(columns, read)) is None:
+            return _proposals.one_class({name: cells for name, cells in columns.items() if cells not in read}, names)
+        block, says, best = found
         texts = _proposals.joined(columns, names)
         return Proposal(
             {"text": names[0] if len(names) == 1 else names, **block},

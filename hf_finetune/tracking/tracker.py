@@ -192,8 +192,8 @@ class Samples(TrainerCallback):
             return
         self._step = state.global_step
         model, machine, prompts = kwargs["model"], self.tracker.machine, self.prompts.prompts
-        settings = self.tracker.recipe.task.decoding(self.tokenizer)
-        options: dict[str, Any] = {"max_new_tokens": self.prompts.max_new_tokens, "settings": settings}
+        task = self.tracker.recipe.task
+        options: dict[str, Any] = {"max_new_tokens": self.prompts.max_new_tokens, "task": task}
         with machine.autocast(model.device.type):
             answers = answer_together(model, self.tokenizer, prompts, **options)
         if machine.is_main:

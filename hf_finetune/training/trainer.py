@@ -277,7 +277,7 @@ class FinetuneTrainer(ResumableTrainer):
         if (questions := self.job.questions.get(self._split)) is not None:
             tokenizer, most = self.job.tokenizer, questions.max_new_tokens
             # A rank may stop in the middle of an answer, but all must get to where they agree on it.
-            options: dict[str, Any] = {"max_new_tokens": most, "settings": self.job.task.decoding(tokenizer)}
+            options: dict[str, Any] = {"max_new_tokens": most, "task": self.job.task}
             with self.accelerator.autocast(), until(self.is_asked_to_stop):
                 answers = answer_together(self.bare_model, tokenizer, questions.prompts, **options)
             self.stop_evaluation_if_asked()
