@@ -217,7 +217,7 @@ def test_a_recipe_gets_the_defaults_that_init_writes(tiny_bert: str) -> None:
     assert (again.output, again.training.epochs, again.training.batch_size) == ("runs/recipe-1", 3, 16)
 
 
-def test_what_has_no_task_is_refused_with_the_kinds_there_are() -> None:
+def test_what_has_no_task_is_refused_with_the_kinds_there_are(tiny_bert: str) -> None:
     sounds = rows_of("s.jsonl", [{"audio": f"{n}.wav", "text": "a b"} for n in range(9)])
     numbers = rows_of("n.jsonl", [{"a": n, "b": n * 2} for n in range(9)])
     for file, says in [
@@ -227,6 +227,9 @@ def test_what_has_no_task_is_refused_with_the_kinds_there_are() -> None:
         with pytest.raises(DataError, match="Kinds: causal_lm, ") as caught:
             init(file)
         assert says in str(caught.value)
+    one = rows_of("one.jsonl", [{"text": f"the film is {n}", "label": "good"} for n in range(9)])
+    with pytest.raises(DataError, match="label has one class, 'good', in all 9 rows, and a classifier needs two; add"):
+        init(one, model=tiny_bert)
     with pytest.raises(DataError, match=r"no columns for token_classification"):
         init(reviews_csv(), kind="token_classification")
     with pytest.raises(RecipeError, match="unknown kind; did you mean 'text_classification'"):

@@ -158,6 +158,7 @@ def test_a_job_from_upload_to_model_by_openais_client(service: Service, sentence
     assert done.fine_tuned_model == f"ft:tiny:default:films:{job.id.removeprefix('ftjob-')}"
     assert done.seed == 7
     assert done.hyperparameters.n_epochs == 2
+    assert done.hyperparameters.learning_rate_multiplier == 1, "auto is told as a number once it is known"
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=7))
     metrics = [event for event in events if event.type == "metrics"]
     assert {event.data["step"] for event in metrics} == set(range(1, 27)), "every step, over several pages"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from executing import Cluster, job, keeps_the_contract, until
+from forked import Server
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.service import settings
@@ -60,6 +61,14 @@ def test_jobs_of_kubernetes(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.
     (tmp_path / "job.yaml").write_text(json.dumps({"kind": "Pod"}))
     with pytest.raises(RecipeError, match="manifest of a Job of batch/v1 or a TrainJob of trainer"):
         kubernetes.Kubernetes(given, tmp_path)
+
+
+def test_serve_without_a_manifest_says_so_before_anything_else(tmp_path: Path, server: Server) -> None:
+    pytest.importorskip("kubernetes")
+    done = server.run("serve", "--root", str(tmp_path), "--executor", "kubernetes")
+    assert done.returncode == 2
+    assert f"{tmp_path}/job.yaml: the manifest of jobs can't be read: No such file" in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing was made"
 
 
 def test_the_runtime_of_trainjobs_fits_its_schema() -> None:

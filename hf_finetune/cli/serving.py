@@ -81,19 +81,23 @@ def run_serve(arguments: argparse.Namespace) -> None:
     """Serve until a signal ends it."""
     refuse_open(arguments.host, has_tls=bool(arguments.tls), behind_proxy=arguments.behind_proxy)
     _needs_extra()
-    from hf_finetune.service import limits, server, settings
+    from hf_finetune.service import executors, settings
+
+    given = {
+        name: getattr(arguments, name)
+        for name in ("slots", "executor", "engine", "stop_jobs")
+        if getattr(arguments, name) is not None
+    }
+    queue = settings.load(Path(arguments.root)).model_copy(update=given)
+    if queue.executor == "kubernetes":
+        executors.make(queue, Path(arguments.root).absolute())  # before all else is loaded, which takes long
+    from hf_finetune.service import limits, server
     from hf_finetune.service.store import DEFAULT_PROJECT, Store, locked
 
     store = Store(Path(arguments.root), arguments.database, anew=arguments.rebuild)
     limits.read(store.root / limits.FILE)  # a mistake in it is said now
     if not store.base_models():
         log.warn(f"no base model yet, so no job can be made: name them in {store.root / 'models.yaml'}")
-    given = {
-        name: getattr(arguments, name)
-        for name in ("slots", "executor", "engine", "stop_jobs")
-        if getattr(arguments, name) is not None
-    }
-    queue = settings.load(store.root).model_copy(update=given)
     if arguments.rebuild:
         log.say(f"{store.found:,} jobs were found in {store.root / 'runs'}")
     with locked(store.root / "schema.lock"):  # of two servers that start together, one makes it

@@ -88,7 +88,7 @@ class _Opened:
                 made = GenerationConfig.from_model_config(config)
         outline = _Outline(config, made)
         predictor = Answers(opened, Serving(outline, opened.machine, cast("Any", None)), None)
-        ends = Ends.of(outline, opened.tokenizer)
+        ends = Ends.of(outline, opened.tokenizer, opened.recipe.task)
         return cls(Path(run).absolute(), {model.name, place}, predictor, ends, generation.positions(outline))
 
 

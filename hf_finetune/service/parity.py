@@ -148,7 +148,8 @@ def _texts(
     wish = Wish(most, logprobs=LIKELIEST)
     prompts = list(encoded.values())
     wishes = [wish] * len(prompts)
-    made = answering.answer(predictor.served, tokenizer, prompts, wishes, together=predictor.together)
+    task, together = predictor.run.recipe.task, predictor.together
+    made = answering.answer(predictor.served, tokenizer, prompts, wishes=wishes, task=task, together=together)
     for row, one in zip(rows.values(), made, strict=True):
         theirs, tokens = _asked(predictor, row, server, most)
         server.told_logprobs = tokens is not None

@@ -16,9 +16,7 @@ from sqlalchemy.exc import DataError, OperationalError
 
 from hf_finetune import log
 from hf_finetune.errors import Problem, RecipeError
-from hf_finetune.service import answers, api, batches, ops, views, worker
-from hf_finetune.service.executors.base import Executor
-from hf_finetune.service.executors.local import Local
+from hf_finetune.service import answers, api, batches, executors, ops, views, worker
 from hf_finetune.service.settings import Settings
 from hf_finetune.service.store import Store
 from hf_finetune.service.supervisor import Place, Supervisor
@@ -50,7 +48,7 @@ def run(
     Raises:
         RecipeError: The address is taken.
     """
-    queue = Supervisor(store, executor(store, settings), places(settings), settings)
+    queue = Supervisor(store, executors.make(settings, store.root), places(settings), settings)
     app = make(store, queue, behind_proxy=behind_proxy, secure=tls is not None)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named, asyncio sends answers at once: else those on a kept connection wait 40 ms for Nagle.
@@ -97,19 +95,6 @@ def _database_away(request: Request, error: Exception) -> JSONResponse:
 
 def _no_text(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(views.error(400, "a value is no text that the database takes, e.g. with a NUL"), 400)
-
-
-def executor(store: Store, settings: Settings) -> Executor:
-    """Make the executor that the settings name."""
-    if settings.executor == "slurm":
-        from hf_finetune.service.executors.slurm import Slurm
-
-        return Slurm(settings.slurm)
-    if settings.executor == "kubernetes":
-        from hf_finetune.service.executors.kubernetes import Kubernetes
-
-        return Kubernetes(settings.kubernetes, store.root)
-    return Local()
 
 
 def places(settings: Settings) -> list[Place]:

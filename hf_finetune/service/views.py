@@ -51,6 +51,9 @@ def job(document: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """Make a `fine_tuning.job`; with its folder, what is known of its progress, too."""
     asked, chosen = document["hyperparameters"], document["chosen"]
     known = {"n_epochs": chosen and max(1, round(chosen["epochs"])), "batch_size": chosen.get("batch_size")}
+    if chosen:  # it is a factor of the rate that would be chosen
+        known |= {name: 1.0 for name in ("learning_rate_multiplier",) if asked.get(name) == "auto"}
+        known |= {"beta": chosen.get("beta")}
     shown = {name: known.get(name) or asked[name] for name in asked}
     method = document.get("method") or "supervised"
     fields = (

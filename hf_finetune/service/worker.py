@@ -120,6 +120,7 @@ def _work(*, only_check: bool) -> None:
         steps = {name: found.numbers[f"{name}_steps"] for name in ("total", "epoch")}
         epochs = training.epochs or steps["total"] / (steps["epoch"] or steps["total"])
         chosen = {"epochs": epochs, "batch_size": training.batch_size, "learning_rate": training.learning_rate}
+        chosen |= {} if (beta := getattr(found.recipe.task, "strength", None)) is None else {"beta": beta}
         checked = {
             "plan": found.plan,
             "numbers": found.numbers,

@@ -51,12 +51,12 @@ class Kubernetes(Executor):
     """
 
     def __init__(self, given: settings.Kubernetes, root: Path) -> None:
+        self._template = _template(root / given.template)
         try:
             config.load_config()
         except config.ConfigException as error:
             raise RecipeError(Problem(f"no cluster is configured: {error}", key="kubernetes")) from None
         self._namespace, self._queue = given.namespace, given.queue
-        self._template = _template(root / given.template)
         self._kind = self._template["kind"]
         api, plural, self._pods = KINDS[self._kind]
         self._core, self._objects = client.CoreV1Api(), client.CustomObjectsApi()
@@ -172,7 +172,8 @@ def _template(file: Path) -> dict[str, Any]:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(Problem(f"the manifest can't be read: {reason}", file=str(file))) from None
+        how = "write it as in deploy/kubernetes/queue, or name it in kubernetes.template of service.yaml"
+        raise RecipeError(Problem(f"the manifest of jobs can't be read: {reason}; {how}", file=str(file))) from None
     kind = found.get("kind") if isinstance(found, Mapping) else None
     if kind not in KINDS or found.get("apiVersion") != "/".join(KINDS[kind][0]):
         kinds = " or ".join(f"a {kind} of {'/'.join(api)}" for kind, (api, *_) in KINDS.items())
