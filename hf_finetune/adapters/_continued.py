@@ -110,7 +110,7 @@ def _holds(place: str, revision: str | None, file: str) -> bool:
 
 
 class Continued(Adapter):
-    """What the methods share whose adapters can go on training."""
+    """The shared part of methods whose adapters can go on training."""
 
     peft_type: ClassVar[str]
     """PEFT's name of the method."""
@@ -193,8 +193,8 @@ class Continued(Adapter):
             how = f"set adapter.kind to {kinds[0]}" if kinds else f"that can't go on training here; {MERGE}"
             yield f"holds a {kind.lower()} adapter; {how}"
             return
-        if stored.task_type is not None and setting.peft_type is not None and stored.task_type != setting.peft_type:
-            made, wanted = getattr(stored.task_type, "value", stored.task_type), setting.peft_type
+        made, wanted = getattr(stored.task_type, "value", stored.task_type), setting.peft_type
+        if None not in (made, wanted) and made != wanted:
             yield f"was trained for {made}, and this task is {wanted}; take an adapter of that, or {MERGE}"
         start = getattr(stored, "init_lora_weights", True)
         if start not in STARTS and not str(start).startswith("gaussian"):
@@ -277,15 +277,17 @@ class Continued(Adapter):
             found.append(f"{place} does not say which labels its head has; they are taken as {order} (task.labels)")
         return [Problem(what, key=KEY) for what in found]
 
-    def describe(self) -> str:
+    def plan(self) -> dict[str, str]:
         """Say where the adapter comes from, and what it is."""
+        if self.continue_from is None:
+            return {}
         stored, kept = self._stored(), self.commit
         at = f", commit {kept}" if kept else ""
         if kept and kept != self.revision:
             at += f" (not pinned; adapter.revision: {kept} keeps it)"
         rank = f", r {stored.r}, alpha {stored.lora_alpha:g}" if hasattr(stored, "r") else ""
         base = stored.base_model_name_or_path or "a base without a name"
-        return f"goes on from {self.continue_from}{at}{rank}, trained on {base}"
+        return {"adapter": f"goes on from {self.continue_from}{at}{rank}, trained on {base}"}
 
     def _resume(self, model: PreTrainedModel, setting: Setting, *, reads: bool) -> PeftModel:
         """Return the model with the adapter, ready to go on training.

@@ -101,6 +101,10 @@ class Adapter(Plugin):
         """Like `apply`, on a model on the meta device: the same shapes and dtypes, no weights read."""
         return self.apply(model, setting)
 
+    def plan(self) -> dict[str, str]:
+        """Return sentences for the plan of a run, by name."""
+        return {}
+
     def tied_targets(self, model: torch.nn.Module) -> list[str]:
         """Return targets that are one weight with the other embedding, so that `merge` can't write full weights."""
         return self._tied(model, self)

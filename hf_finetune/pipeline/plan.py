@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune import device
-from hf_finetune.adapters._continued import Continued
 from hf_finetune.adapters._targets import ends
 from hf_finetune.config.paths import GGUF
 from hf_finetune.data.batches import lengths_of, rows_of
@@ -66,9 +65,7 @@ def plan(
         findings.add(StorageError(Problem(f"{message}free space or name another folder", key="output")))
     made_of = ", ".join(f"{name} {size(part)}" for name, part in estimate.parts.items())
     model = outcome.model_line(recipe, estimate.parameters).removeprefix("model ") + _origin(recipe)
-    lines = {"task": recipe.task.kind, "model": model}
-    if isinstance(recipe.adapter, Continued) and recipe.adapter.continue_from is not None:
-        lines["adapter"] = recipe.adapter.describe()
+    lines = {"task": recipe.task.kind, "model": model, **recipe.adapter.plan()}
     for line in outcome.data_lines(recipe, prepared):
         name, _, text = line.partition(": ")
         if looked is not None and name == "train":

@@ -1,4 +1,4 @@
-"""What the tasks share whose rows a chat template renders: its variables, and the day that it prints."""
+"""The shared part of tasks whose rows a chat template renders: its variables, and the day that it prints."""
 
 from __future__ import annotations
 
