@@ -112,7 +112,7 @@ def _holds(place: str, revision: str | None, file: str) -> bool:
 class Continued(Adapter):
     """The shared part of methods whose adapters can go on training."""
 
-    peft_type: ClassVar[str]
+    method: ClassVar[str]
     """PEFT's name of the method."""
     trained: ClassVar[frozenset[str]]
     """Fields of PEFT's configuration that this method trains and saves; another one must have its default."""
@@ -188,8 +188,8 @@ class Continued(Adapter):
 
     def _unfit(self, stored: Any, folder: str, setting: Setting) -> Iterator[str]:
         """Say what of the configuration this method, or this task, can't go on with."""
-        if (kind := stored.peft_type.value) != self.peft_type:
-            kinds = [cls.__module__.rpartition(".")[2] for cls in Continued.__subclasses__() if cls.peft_type == kind]
+        if (kind := stored.peft_type.value) != self.method:
+            kinds = [cls.__module__.rpartition(".")[2] for cls in Continued.__subclasses__() if cls.method == kind]
             how = f"set adapter.kind to {kinds[0]}" if kinds else f"that can't go on training here; {MERGE}"
             yield f"holds a {kind.lower()} adapter; {how}"
             return

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class IA3(Continued):
     """Scale activations by learned vectors; very few trained weights."""
 
-    peft_type: ClassVar[str] = "IA3"
+    method: ClassVar[str] = "IA3"
     trained: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out", "modules_to_save"}
     )

@@ -39,7 +39,7 @@ EVA_ROWS = 4_096
 class Lora(Continued):
     """Add a trained product of two thin matrices to frozen layers (https://arxiv.org/abs/2106.09685)."""
 
-    peft_type: ClassVar[str] = "LORA"
+    method: ClassVar[str] = "LORA"
     trained: ClassVar[frozenset[str]] = frozenset({
         "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
         "layers_to_transform", "layers_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save",
