@@ -101,6 +101,19 @@ def test_an_override_decides_too_and_it_is_told(read: Read) -> None:
         assert found.notes == [f"{gone} of the recipe is not used, because {key} was overridden" for gone in dropped]
 
 
+def test_files_take_the_place_of_a_source_of_the_hub_and_of_its_splits(read: Read) -> None:
+    hub = BASE.replace("train: ", "source: them/rows, revision: main, test: held_out, train: ", 1)
+    folder = BASE.replace("train: ", "source: ./rows, test: held_out, train: ", 1)
+    for text, override, dropped in [
+        (hub, "data.train=rows.jsonl", ["data.source", "data.revision", "data.validation", "data.test"]),
+        (hub, "data.train=[a.csv.gz, 'b/*.csv.gz']", ["data.source", "data.revision", "data.validation", "data.test"]),
+        (hub, "data.train='train[:10%]'", []),
+        (folder, "data.train=rows.jsonl", []),
+        (BASE, "data.train=rows.jsonl", []),
+    ]:
+        assert list(read(text, override).dropped) == dropped, override
+
+
 def test_two_that_exclude_each_other_in_one_place_are_a_mistake(read: Read) -> None:
     assert lines(read(BASE, "training.steps=9", "training.epochs=2")) == [
         "x.yaml:5: training: give either epochs or steps"

@@ -129,6 +129,52 @@ def test_a_shipped_recipe_runs(
     assert {path.name for path in (tmp_path / "run" / "adapter").iterdir()} >= {*weights, "README.md"}
 
 
+def pairs(index: int) -> dict[str, Any]:
+    """A row of HuggingFaceH4/ultrafeedback_binarized."""
+    prompt = f"how is the {WORDS[20 + index]} ?"
+    asked = {"role": "user", "content": prompt}
+    chosen, rejected = ([asked, {"role": "assistant", "content": text}] for text in ("good .", "the film is bad ."))
+    more = {"prompt_id": f"{index:064x}", "messages": chosen, "score_chosen": 8.5, "score_rejected": 4.0}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def names(index: int) -> dict[str, Any]:
+    """A row of tomaarsen/conll2003."""
+    tokens = f"the {WORDS[20 + index]} is the film .".split()
+    tags = {"pos_tags": [12] * len(tokens), "chunk_tags": [0] * len(tokens), "ner_tags": [0, 3, 4, 0, index % 3, 0]}
+    return {"id": str(index), "document_id": 1, "sentence_id": index, "tokens": tokens, **tags}
+
+
+PUBLIC: dict[str, tuple[Callable[[int], dict[str, Any]], int, str]] = {
+    "ultrafeedback_dpo": (pairs, 128, "margin"),
+    "conll2003_full": (names, 64, "f1"),
+}
+"""By recipe: its rows, most tokens of the tiny model, and a metric."""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_recipe_trains_offline_by_overrides_alone(
+    name: str, tmp_path: Path, model_of: Callable[[Task], str], server: Server
+) -> None:
+    """The rows have the columns and types of the public ones, and nothing of the recipe is edited."""
+    row, length, score = PUBLIC[name]
+    recipe = gallery.files()[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row(index)) + "\n" for index in range(24)))
+    overrides = [
+        f"model.name={model_of(Recipe.load(str(recipe)).task)}",
+        f"data.train={file}",
+        f"data.max_length={length}",
+    ]
+    asked = [str(recipe), *overrides, f"output={tmp_path / 'run'}", "data.checks.unknown_tokens=off", *QUICK]
+    assert "set data.validation" in server.run("train", *asked).stderr
+    done = server.run("train", *asked, "data.validation_share=0.25", "training.epochs=1", "training.batch_size=6")
+    assert done.returncode == 0, done.stderr
+    assert "note: data.source of the recipe is not used, because data.train was overridden" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert score in next(line for line in lines if line["phase"] == "eval")
+
+
 def test_the_gallery_fits_a_terminal_and_the_page_lists_it() -> None:
     assert len(RECIPES) >= 15
     assert max(map(len, gallery.shown().splitlines())) <= 80

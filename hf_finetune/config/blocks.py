@@ -76,11 +76,15 @@ class Source(Section):
         return self
 
 
+OF_SOURCE = ("source", "subset", "revision", "validation", "test")
+
+
 class Data(Section):
     """The rows, and how long they may be."""
 
-    train: Annotated[Files | None, Key(lock="content", replaces=("mix",))] = None
-    """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs."""
+    train: Annotated[Files | None, Key(lock="content", replaces=("mix",), file_replaces=OF_SOURCE)] = None
+    """A split of `source`, or csv, tsv, json, jsonl or parquet files: one, a list, or globs. Files that are given in
+    place of a split of the Hub take the place of that source, and of its other splits."""
     validation: Annotated[Files | None, Key(resume="ask", lock="content", replaces=("validation_share",))] = None
     """Like `train`; evaluated during training."""
     test: Annotated[Files | None, Key(resume="ask", lock="content")] = None

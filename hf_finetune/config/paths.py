@@ -161,6 +161,7 @@ UNPINNED = "is missing, and require_pinned asks for a commit; give its 40 digits
 LONGEST_PART = 255
 """Bytes of a file name on every common file system."""
 
+_DATA = re.compile(r"\.(csv|tsv|jsonl?|parquet)(\.\w+)?$", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _PACKAGE = re.compile(r"package:[A-Za-z_]\w*(?:/[^/\0]+)*/?", re.ASCII)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.ASCII | re.DOTALL)
@@ -176,6 +177,12 @@ def is_local(name: str) -> bool:
     """Tell the name of a folder or GGUF file, which need not be there, from a Hub id."""
     is_file = name.endswith(GGUF) and not name.startswith(PACKAGE)
     return name.startswith(("/", "./", "~")) or is_file or _is_folder(name)
+
+
+def are_files(names: Any) -> bool:
+    """Tell data files, by the ends of their names, from splits of a source."""
+    named = [names] if isinstance(names, str) else names
+    return isinstance(named, list) and bool(named) and all(_DATA.search(str(name)) for name in named)
 
 
 def problems(recipe: Any) -> list[Problem]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from hf_finetune.config import credentials, yamlfile
 from hf_finetune.config.credentials import redacted
-from hf_finetune.config.paths import outside
+from hf_finetune.config.paths import are_files, is_local, outside
 from hf_finetune.config.problems import Examination, keys, options
 from hf_finetune.config.section import key_of
 from hf_finetune.config.suggestions import meant
@@ -115,6 +115,8 @@ class Layer:
         changes = key not in block or block[key] != value
         about = key_of(self.root, dotted)
         names = [*(about.owns if changes else ()), *(about.replaces if value is not None else ())]
+        if about.file_replaces and changes and are_files(value) and (source := block.get("source")) is not None:
+            names += () if is_local(str(source)) else about.file_replaces
         if key == "kind" and self.is_variant(path[:-1]) and changes and isinstance(value, str):
             names += [name for name in block if name != "kind"]
         dropped = {}

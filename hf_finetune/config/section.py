@@ -42,6 +42,8 @@ class Key:
     """A command may override it for a finished run: never (default), by a name but no list, or freely."""
     replaces: tuple[str, ...] = ()
     """Keys beside it that go where this one is given anew and not null, because both would contradict each other."""
+    file_replaces: tuple[str, ...] = ()
+    """Keys beside it that go where this one names a data file anew, because they are about a source on the Hub."""
     owns: tuple[str, ...] = ()
     """Keys beside it that go where this one gets another value, because they mean nothing without the old one."""
 
@@ -189,9 +191,10 @@ def key_of(root: type[BaseModel], dotted: str) -> Key:
         elif not part.isdecimal():  # an index of a list stays in the block of its entries
             blocks = []
         # `replaces` and `owns` are about the very key, and other tasks may say more of a key of the same name.
-        found = replace(found, replaces=(), owns=())
+        found = replace(found, replaces=(), file_replaces=(), owns=())
         for said in (item for info in infos for item in info.metadata if isinstance(item, Key)):
             more: dict[str, Any] = {field.name: getattr(said, field.name) for field in fields(Key)}
-            more |= {"replaces": found.replaces + said.replaces, "owns": found.owns + said.owns}
+            for name in ("replaces", "file_replaces", "owns"):
+                more[name] = getattr(found, name) + getattr(said, name)
             found = replace(found, **{name: value for name, value in more.items() if value is not None})
     return found
