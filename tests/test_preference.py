@@ -295,6 +295,15 @@ def test_an_adapter_that_goes_on_is_its_own_reference(trained: Path, tmp_path: P
     assert found["margin"]["value"] == pytest.approx(last["margin"], rel=1e-3)
 
 
+def test_the_memory_of_pairs_without_a_column_of_prompts_is_estimated(tmp_path: Path, tiny_llama: str) -> None:
+    rows = [
+        {name: f"\n\nHuman: {p['prompt']}\n\nAssistant: {p[name]}" for name in ("chosen", "rejected")} for p in PAIRS
+    ]
+    found = check(recipe(tmp_path, tiny_llama, rows, task={"prompt": None}))
+    assert found.ok, found
+    assert found.numbers["memory_bytes"] > 0
+
+
 def singles() -> list[dict[str, Any]]:
     """The same pairs as answers that are judged one by one, those of a prompt beside each other."""
     return [

@@ -398,7 +398,10 @@ class Preference(preferences.Answered, Decoder):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return words, as many in both answers together as tokens are wanted."""
-        row = dict.fromkeys(self.columns(), "the") | self._spoken(size)
+        spoken = self._spoken(size)
+        if self.prompt is None:  # it is what both answers begin with
+            spoken = {name: f"\n\nHuman: the\n\nAssistant: {text}" for name, text in spoken.items()}
+        row = dict.fromkeys(self.columns(), "the") | spoken
         return row if self.label is None else row | {self.label: True}
 
 
