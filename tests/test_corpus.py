@@ -163,7 +163,7 @@ Place = Callable[[str], AbstractContextManager[dict[str, Any]]]
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, tiny_t5: str, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Lays a case out in an empty folder, goes there, and gives what is expected."""
 
     @contextmanager
@@ -173,6 +173,7 @@ def place(tmp_path: Path, tiny_bert: str, tiny_llama: str, monkeypatch: pytest.M
         shutil.copytree(CORPUS / "data", folder / "data", dirs_exist_ok=True)
         (folder / "bert").symlink_to(tiny_bert)
         (folder / "llama").symlink_to(tiny_llama)
+        (folder / "t5").symlink_to(tiny_t5)
         wanted = expected(case)
         if "HF_FINETUNE_ROOT" in wanted["env"]:
             _copied(folder / "bert")
@@ -233,7 +234,7 @@ def assert_untrained(folder: Path) -> None:
     """No step was taken and nothing saved."""
     metrics = [file.read_text() for file in folder.rglob("metrics.jsonl")]
     assert not any('"phase": "train"' in text for text in metrics)
-    weights = [file for file in folder.rglob("*.safetensors") if file.parent.name not in {"bert", "llama"}]
+    weights = [file for file in folder.rglob("*.safetensors") if file.parent.name not in {"bert", "llama", "t5"}]
     assert [*weights, *folder.rglob("checkpoints/*")] == []
 
 
