@@ -265,15 +265,46 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def model_of(tiny_bert: str, tiny_masked: str, tiny_llama: str, tiny_t5: str, tiny_vit: str) -> Callable[[Task], str]:
+def tiny_wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a wav2vec 2.0 of two layers with random weights, its feature extractor and a tokenizer of letters."""
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        Wav2Vec2Processor,
+        set_seed,
+    )
+
+    folder = tmp_path_factory.mktemp("tiny_wav2vec2")
+    letters = {letter: number for number, letter in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"])}
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), bos_token=None, eos_token=None, unk_token="<unk>")
+    extractor: Any = Wav2Vec2FeatureExtractor
+    Wav2Vec2Processor(extractor(return_attention_mask=True), tokenizer).save_pretrained(folder)
+    set_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "conv_dim": (16, 16), "conv_kernel": (20, 16), "conv_stride": (20, 16)}
+    sizes |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_conv_pos_embedding_groups": 2}
+    sizes |= {"num_conv_pos_embeddings": 4, "classifier_proj_size": 16, "apply_spec_augment": False, "layerdrop": 0.0}
+    config = Wav2Vec2Config(vocab_size=len(letters), pad_token_id=0, **sizes)
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_of(
+    tiny_bert: str, tiny_masked: str, tiny_llama: str, tiny_t5: str, tiny_vit: str, tiny_wav2vec2: str
+) -> Callable[[Task], str]:
     """The folder of a tiny model that can do a task."""
+    folders = (tiny_bert, tiny_masked, tiny_llama, tiny_t5, tiny_vit, tiny_wav2vec2)
 
     def find(task: Task) -> str:
         import transformers
 
         from hf_finetune.errors import ModelError
 
-        for folder in (tiny_bert, tiny_masked, tiny_llama, tiny_t5, tiny_vit):
+        for folder in folders:
             config = transformers.AutoConfig.from_pretrained(folder)
             if task.made_for and not config.architectures[0].endswith(task.made_for):
                 continue

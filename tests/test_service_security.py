@@ -35,7 +35,7 @@ from hf_finetune.service import calls, uploads  # noqa: E402
 from hf_finetune.service.requests import may_set, refused  # noqa: E402
 from hf_finetune.service.sessions import CSRF, csrf_of  # noqa: E402
 from hf_finetune.service.store import Store, new_id  # noqa: E402
-from hf_finetune.tasks import _image  # noqa: E402
+from hf_finetune.tasks import _media  # noqa: E402
 
 OPEN = {"/login", "/tensorboard", "/healthz", "/readyz", "/metrics", "/openapi.json", "/static/{name}"}
 """Routes that need no key; `/metrics` does where others reach the service."""
@@ -259,10 +259,10 @@ def test_rows_of_callers_name_no_file_of_the_host(tmp_path: Path, monkeypatch: p
     for file in (secret, own):
         file.write_bytes(b"x")
     monkeypatch.setenv(paths.ROWS, str(own.parent))
-    assert _image.content(str(own)) == b"x"
+    assert _media.content(str(own)) == b"x"
     for name in (str(secret), f"{own.parent}/../secret.png", str(tmp_path / "missing.png")):
         with pytest.raises(DataError, match="outside of the data"):
-            _image.content(name)
+            _media.content(name)
 
 
 # ---- what never ends ----

@@ -81,6 +81,15 @@ class Checks(Section):
     reward)."""
     max_shared_prompts: Limit = 0.01
     """Share of validation or test rows."""
+    silent: Level = "warn"
+    """Sounds in which nothing is louder than 60 dB below full scale (audio)."""
+    clipped: Level = "warn"
+    """Sounds of which more than one sample in a thousand stands at full scale: it was recorded too loud (audio)."""
+    cut_sound: Level = "warn"
+    """Sounds that are longer than `task.max_seconds`, and cut to it (audio)."""
+    converted_sound: Level = "off"
+    """Sounds of several channels, or of another rate than the model's, which are converted; the report counts them
+    (audio)."""
     special_tokens: Level = "warn"
     """Rows whose text contains special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"

@@ -97,6 +97,16 @@ SENTENCES: Mapping[str, Sentence] = {
         "put all rows of a prompt into one split, or raise data.checks.max_shared_prompts",
         "max_shared_prompts",
     ),
+    "silent": Sentence("{have} a sound in which nothing is heard", "listen to them, and remove them"),
+    "clipped": Sentence(
+        "{have} a sound that was recorded too loud, and is cut off at full scale", "record it anew, or remove it"
+    ),
+    "cut_sound": Sentence(
+        "{have} a sound that is longer than task.max_seconds, and cut to it", "raise it, or cut the sounds yourself"
+    ),
+    "converted_sound": Sentence(
+        "{have} a sound of several channels, or of another rate than the model's", "convert them if that takes long"
+    ),
     "special_tokens": Sentence(
         "{have} special tokens of the tokenizer in the text, which are read as such",
         "remove them if they are not meant",

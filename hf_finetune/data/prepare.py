@@ -34,7 +34,7 @@ from hf_finetune.device import Machine
 from hf_finetune.errors import DataError, ModelError, Problem, RecipeError, RowsError, StorageError
 from hf_finetune.log import hush, phase
 from hf_finetune.recipe import Recipe
-from hf_finetune.tasks._image import on_disk
+from hf_finetune.tasks._media import on_disk
 from hf_finetune.tasks.base import State, Task, tokenizer_of
 
 TOGETHER = 10_000  # raw rows that are looked at at a time

@@ -345,7 +345,7 @@ class _LoraLinear(torch.autograd.Function):
         out, seen, kept = project(rows, a, b, branch)
         ctx.save_for_backward(seen, *kept)
         ctx.scale, ctx.like, ctx.dtypes = branch.scale, (x.shape, x.dtype), (a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out  # (N, O): a view made in here may not be changed in place, and wav2vec 2.0 does
 
     @staticmethod
     @once_differentiable
@@ -425,7 +425,7 @@ def _lora_forward(layer: Linear, x: Tensor, *arguments: Any, **options: Any) -> 
         out: Tensor = type(layer).forward(layer, x, *arguments, **options)
         return out
     fused: Tensor = _LoraLinear.apply(x, *found)  # type: ignore[no-untyped-call]
-    return fused
+    return fused.view(*x.shape[:-1], -1)
 
 
 def is_plain_lora(layer: torch.nn.Module) -> bool:
@@ -492,7 +492,7 @@ class _GatedDown(torch.autograd.Function):
         out, _, kept = project(product.view(-1, product.shape[-1]), a, b, branch)
         ctx.save_for_backward(gate, up, *kept)
         ctx.scale, ctx.dtypes = branch.scale, (a.dtype, b.dtype)
-        return out.view(*gate.shape[:-1], -1)
+        return out  # (N, O), as for `_LoraLinear`
 
     @staticmethod
     @once_differentiable
@@ -531,7 +531,7 @@ def _mlp_with_lora_forward(module: Any, x: Tensor) -> Tensor:
     if found is None or gate.dtype != found[2].frozen.weight.dtype:
         out: Tensor = down(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
     else:
-        out = _GatedDown.apply(gate, up, *found)  # type: ignore[no-untyped-call]
+        out = _GatedDown.apply(gate, up, *found).view(*gate.shape[:-1], -1)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -27,6 +27,8 @@ from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 DROPOUTS = ("dropout", "pdrop", "drop_rate", "drop_path")
 # Labels of a model whose data could not be read: its body can be looked at all the same.
 UNKNOWN = State(names=("first", "second"))
+# Shares of a sound that are masked while a model is trained (SpecAugment).
+MASKS = ("mask_time_prob", "mask_feature_prob")
 
 
 def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
@@ -82,14 +84,15 @@ def draw_missing(model: PreTrainedModel, missing: set[str]) -> None:
 def set_in_config(config: PreTrainedConfig, p: float) -> None:
     """Set every dropout probability of a config and of the configs inside it, before the model is built.
 
-    A null one (BERT's `classifier_dropout`) is set too. LayerDrop, which skips whole layers, is only ever set to 0.
+    A null one (BERT's `classifier_dropout`) is set too. LayerDrop, which skips whole layers, and the masks of
+    sounds are only ever set to 0.
     """
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             set_in_config(value, p)
         elif _is_probability(name, value) or (value is None and "dropout" in name):
             setattr(config, name, p)
-        elif "layerdrop" in name and isinstance(value, float) and p == 0.0:
+        elif ("layerdrop" in name or name in MASKS) and isinstance(value, float) and p == 0.0:
             setattr(config, name, 0.0)
 
 

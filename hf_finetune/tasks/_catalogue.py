@@ -81,6 +81,10 @@ _REMARKED = (
     "equal_answers",
     "cut_difference",
     "longer_chosen",
+    "silent",
+    "clipped",
+    "cut_sound",
+    "converted_sound",
 )
 REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""

@@ -9,8 +9,22 @@ from pydantic import Field, model_validator
 
 from hf_finetune.config.blocks import Name, Share
 from hf_finetune.config.section import TEXT, Key
+from hf_finetune.errors import BadRows
 from hf_finetune.tasks import _labels, _losses, _shown
-from hf_finetune.tasks.base import IGNORE, Batch, Column, Judged, Loss, OutputKind, Plot, Predictions, Rows, State, Task
+from hf_finetune.tasks.base import (
+    IGNORE,
+    Batch,
+    Column,
+    Features,
+    Judged,
+    Loss,
+    OutputKind,
+    Plot,
+    Predictions,
+    Rows,
+    State,
+    Task,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +164,26 @@ class Classifier(Task):
         if self.problem == "multi_label":
             return _labels.multi_hot(rows[self.label], self.label, state)
         return _labels.ids(rows[self.label], self.label, state)
+
+    def labelled(
+        self, rows: Rows, state: State, limit: int, read: Callable[[BadRows], list[Features]]
+    ) -> list[Features]:
+        """Return what `read` makes of rows of files, which no `limit` cuts, with their labels where they have any.
+
+        Raises:
+            RowsError: A file or a label is missing or unfit; every row of which that is so.
+        """
+        bad, labels, is_labelled = BadRows(), list[Any](), any(column in rows for column in self.label_columns())
+        found = read(bad)
+        if is_labelled:
+            with bad.collect():
+                labels = list(self.labels_of(rows, state))
+        bad.raise_any()
+        for row in found:
+            row |= {"whole": min(row["size"], limit), "weight": int(is_labelled)}
+        for row, label in zip(found, labels, strict=False):
+            row["labels"] = label
+        return found
 
     def label_batch(self, features: list[Any]) -> Batch:
         """Return the `labels` of a batch, (B,) or (B, C), where its rows have them."""

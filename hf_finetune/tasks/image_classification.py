@@ -11,9 +11,9 @@ from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
 from hf_finetune.config.section import TEXT, refuse_repeated
-from hf_finetune.errors import BadRows, DataError
-from hf_finetune.tasks import _image, _proposals
+from hf_finetune.tasks import _image, _media, _proposals
 from hf_finetune.tasks._classifier import Classifier
+from hf_finetune.tasks._media import Media
 from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks.base import Batch, Column, Features, Rows, State
 
@@ -22,7 +22,7 @@ PATCH = 16
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-class ImageClassification(Classifier):
+class ImageClassification(Media, Classifier):
     """Assigns labels, or a number, to an image."""
 
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
@@ -31,11 +31,10 @@ class ImageClassification(Classifier):
     processor_options: ClassVar[Mapping[str, Any]] = {"backend": "pil"}
     peft_task: ClassVar[str | None] = None
     pipeline: ClassVar[str] = "image-classification"
-    token_ids: ClassVar[str | None] = None
+    medium: ClassVar[str] = "image"
     rows_are: ClassVar[str] = "images"
     support_is: ClassVar[str] = "images"
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": SUFFIXES}
-    content: ClassVar[str] = "digest"
 
     image: Annotated[Name, TEXT]
     """Column of the images: paths, relative to the working directory and perhaps into a zip file
@@ -44,9 +43,7 @@ class ImageClassification(Classifier):
     @classmethod
     def propose(cls, columns: Mapping[str, Cells]) -> Proposal | None:
         """Take names of image files, or images themselves, and classes, lists of labels, or decimals."""
-        image = next(
-            (cells for cells in columns.values() if cells.are_files(SUFFIXES) or _image.are_images(cells.values)), None
-        )
+        image = _media.column(columns, "image", SUFFIXES, _image.opened)
         found = None if image is None else _proposals.target(columns, [image])
         if image is None or found is None:
             return None
@@ -75,38 +72,11 @@ class ImageClassification(Classifier):
         Raises:
             RowsError: An image or a label is missing or unfit; every row of the batch of which that is so.
         """
-        labels: Any = ()
-        labelled = any(column in rows for column in self.label_columns())
-        bad = BadRows()
-        files: list[bytes] = []
-        for index, cell in enumerate(rows[self.image]):
-            try:
-                files.append(_image.content(cell))
-                _image.opened(files[-1])
-            except DataError as error:
-                bad.add(index, f"column {self.image!r} {error}")
-        if labelled:
-            with bad.collect():
-                labels = self.labels_of(rows, state)
-        bad.raise_any()
+        found = self.labelled(rows, state, limit, lambda bad: self.opened_rows(rows[self.image], self._look, bad))
         # A processor makes all images one size: the first tells that of all.
-        pixels = self._pixels(files[:1], processor)["pixel_values"].shape[-2:]
+        pixels = self._pixels([found[0]["file"]], processor)["pixel_values"].shape[-2:]
         size = max(1, pixels[0] // PATCH * (pixels[1] // PATCH))
-        found: list[Features] = [
-            {
-                "file": file,
-                # Equal images are found by it, without holding their bytes.
-                "digest": hashlib.blake2b(file, digest_size=16).hexdigest(),
-                "size": size,
-                # An image is never cut: none is too long for `data.max_length`.
-                "whole": min(size, limit),
-                "weight": int(labelled),
-            }
-            for file in files
-        ]
-        for row, label in zip(found, labels, strict=False):
-            row["labels"] = label
-        return found
+        return [row | {"size": size, "whole": min(size, limit)} for row in found]
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Resize and normalise the images as the processor says."""
@@ -120,12 +90,6 @@ class ImageClassification(Classifier):
         Image.new("RGB", (16 + size % 64, 32), (size * 37 % 256, size % 256, 128)).save(stream, format="PNG")
         return {self.image: stream.getvalue()} | self.example_labels(state)
 
-    def describe(self, row: Mapping[str, Any]) -> str:
-        """Return the path, where there is one."""
-        cell = row[self.image]
-        path = cell.get("path") if isinstance(cell, Mapping) else cell
-        return path if isinstance(path, str) else "an image"
-
     def usage(self, state: State, processor: Any) -> str:
         """Look at an image, and print the label."""
         return (
@@ -134,6 +98,12 @@ class ImageClassification(Classifier):
             'logits = model(**processor(images=image, return_tensors="pt")).logits\n'
             f"{self.answer_code()}\n"
         )
+
+    @staticmethod
+    def _look(file: bytes) -> Features:
+        _image.opened(file)
+        # Equal images are found by it, without holding their bytes.
+        return {"digest": hashlib.blake2b(file, digest_size=16).hexdigest(), "size": 1}
 
     @staticmethod
     def _pixels(files: list[bytes], processor: Any) -> Batch:
