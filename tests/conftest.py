@@ -279,9 +279,11 @@ def tiny_wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny_wav2vec2")
     letters = {letter: number for number, letter in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"])}
     (folder / "vocab.json").write_text(json.dumps(letters))
-    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), bos_token=None, eos_token=None, unk_token="<unk>")
+    letterer: Any = Wav2Vec2CTCTokenizer
+    tokenizer = letterer(str(folder / "vocab.json"), bos_token=None, eos_token=None, unk_token="<unk>")
     extractor: Any = Wav2Vec2FeatureExtractor
-    Wav2Vec2Processor(extractor(return_attention_mask=True), tokenizer).save_pretrained(folder)
+    processor: Any = Wav2Vec2Processor
+    processor(extractor(return_attention_mask=True), tokenizer).save_pretrained(folder)
     set_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "conv_dim": (16, 16), "conv_kernel": (20, 16), "conv_stride": (20, 16)}
@@ -293,11 +295,52 @@ def tiny_wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def model_of(
-    tiny_bert: str, tiny_masked: str, tiny_llama: str, tiny_t5: str, tiny_vit: str, tiny_wav2vec2: str
-) -> Callable[[Task], str]:
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Whisper for English with random weights that hears one second, its tokenizer of single bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+        set_seed,
+    )
+
+    folder = tmp_path_factory.mktemp("tiny_whisper")
+    words = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    vocabulary = {word: index for index, word in enumerate([*sorted(ByteLevel.alphabet()), *words])}
+    end, start, _ = (vocabulary[word] for word in words)
+    make: Any = WhisperTokenizer
+    tokenizer = make(vocab=vocabulary, merges=[], pad_token=words[0], additional_special_tokens=words[1:])
+    extractor: Any = WhisperFeatureExtractor
+    processor: Any = WhisperProcessor
+    processor(extractor(chunk_length=1, feature_size=16), tokenizer).save_pretrained(folder)
+    set_seed(0)
+    sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 16}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 50}
+    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_target_positions": 448, "init_std": 0.2}
+    ends: dict[str, Any] = {
+        "pad_token_id": end,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "decoder_start_token_id": start,
+    }
+    model = WhisperForConditionalGeneration(WhisperConfig(vocab_size=len(vocabulary), **sizes, **ends))
+    settings: Any = GenerationConfig
+    model.generation_config = settings(**ends, is_multilingual=False, no_timestamps_token_id=end + 2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+TINY = ("tiny_bert", "tiny_masked", "tiny_llama", "tiny_t5", "tiny_vit", "tiny_wav2vec2", "tiny_whisper")
+
+
+@pytest.fixture(scope="session")
+def model_of(request: pytest.FixtureRequest) -> Callable[[Task], str]:
     """The folder of a tiny model that can do a task."""
-    folders = (tiny_bert, tiny_masked, tiny_llama, tiny_t5, tiny_vit, tiny_wav2vec2)
+    folders: list[str] = [request.getfixturevalue(name) for name in TINY]
 
     def find(task: Task) -> str:
         import transformers

@@ -259,10 +259,10 @@ def test_rows_of_callers_name_no_file_of_the_host(tmp_path: Path, monkeypatch: p
     for file in (secret, own):
         file.write_bytes(b"x")
     monkeypatch.setenv(paths.ROWS, str(own.parent))
-    assert _media.content(str(own)) == b"x"
+    assert _media.content(str(own), "image") == b"x"
     for name in (str(secret), f"{own.parent}/../secret.png", str(tmp_path / "missing.png")):
         with pytest.raises(DataError, match="outside of the data"):
-            _media.content(name)
+            _media.content(name, "image")
 
 
 # ---- what never ends ----

@@ -46,7 +46,7 @@ def predictions(task: TextClassification, logits: torch.Tensor, labels: torch.Te
 
 def encoded(task: TextClassification, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], State]:
     rows = {"text": TEXTS, **RAW[task.problem]}
-    targets = task.fit(Dataset.from_dict(rows))
+    targets = task.fit(Dataset.from_dict(rows), None)
     return [dict(row) for row in task.features(rows, tokenizer, targets, 64)], targets
 
 
@@ -113,18 +113,18 @@ def test_the_model_learns_the_names(tiny_bert: str, tokenizer: PreTrainedTokeniz
 
 def test_class_weights_reach_the_targets() -> None:
     train = Dataset.from_dict({"text": TEXTS, "label": ["a", "a", "a", "b"]})
-    assert make(class_weights="balanced").fit(train).weights == pytest.approx((4 / 6, 2.0))
-    assert make(class_weights={"b": 3.0, "a": 1}).fit(train).weights == (1.0, 3.0)
+    assert make(class_weights="balanced").fit(train, None).weights == pytest.approx((4 / 6, 2.0))
+    assert make(class_weights={"b": 3.0, "a": 1}).fit(train, None).weights == (1.0, 3.0)
     cells = Dataset.from_dict({"text": TEXTS, "x": [1, 0, 0, 0], "y": [1, 1, 0, 0]})
-    assert make("multi_label", label=["x", "y"], class_weights="balanced").fit(cells).weights == (3.0, 1.0)
+    assert make("multi_label", label=["x", "y"], class_weights="balanced").fit(cells, None).weights == (3.0, 1.0)
     with pytest.raises(DataError, match="streaming has none"):
-        make(class_weights="balanced", labels=["a", "b"]).fit(train.to_iterable_dataset())
+        make(class_weights="balanced", labels=["a", "b"]).fit(train.to_iterable_dataset(), None)
 
 
 def test_pairs_are_encoded_with_their_labels(tokenizer: PreTrainedTokenizerBase) -> None:
     rows: dict[str, list[Any]] = {"a": ["good", "bad"], "b": ["plot", "film"], "label": [0, 1]}
     task = make(text=["a", "b"])
-    targets = task.fit(Dataset.from_dict(rows))
+    targets = task.fit(Dataset.from_dict(rows), None)
     words = [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in task.features(rows, tokenizer, targets, 8)]
     assert words[0] == ["[CLS]", "good", "[SEP]", "plot", "[SEP]"]
     with pytest.raises(DataError, match=r"^row 1: column 'b' is empty"):
@@ -140,7 +140,7 @@ def test_rows_to_predict_need_no_label(tokenizer: PreTrainedTokenizerBase) -> No
 def test_secret_labels_of_a_test_split_say_what_to_remove(tokenizer: PreTrainedTokenizerBase) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     train = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 0, 1]}, features=features)
-    targets = make().fit(train)
+    targets = make().fit(train, None)
     with pytest.raises(DataError, match=r"^row 0, 1, 2, 3: column 'label' is -1: .*remove data\.test"):
         make().features({"text": TEXTS, "label": [-1] * 4}, tokenizer, targets, 8)
 
@@ -243,6 +243,6 @@ def test_sst2_reads_as_it_is(shared: Path, tokenizer: PreTrainedTokenizerBase) -
     texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
     rows = {"text": list(texts), "label": [int(label) for label in labels]}
     task = make(labels=["negative", "positive"])
-    targets = task.fit(Dataset.from_dict(rows))
+    targets = task.fit(Dataset.from_dict(rows), None)
     assert targets.counts == (428, 444)
     assert len(task.features(rows, tokenizer, targets, 128)) == 872

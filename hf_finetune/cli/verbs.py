@@ -19,11 +19,11 @@ from hf_finetune.run.processes import Node
 
 # hf-finetune init
 
-HELP_INIT = "write a first recipe for a file, a folder of images, or a data set of the Hub"
+HELP_INIT = "write a first recipe for a file, a folder of images or sounds, or a data set of the Hub"
 DESCRIPTION_INIT = """\
 Write a first recipe: the task is recognised by the columns and their values, and each choice comes with its reason.
 It reads csv, tsv, json, jsonl, parquet and txt files, also packed (gz, bz2, xz, zip), folders with a training file,
-folders or zip files with a folder of images for each label, and data sets of the Hub.
+folders or zip files with a folder of images or sounds for each label, and data sets of the Hub.
 """
 
 

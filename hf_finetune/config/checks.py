@@ -90,6 +90,8 @@ class Checks(Section):
     converted_sound: Level = "off"
     """Sounds of several channels, or of another rate than the model's, which are converted; the report counts them
     (audio)."""
+    unspellable: Level = "warn"
+    """Transcripts with letters that the tokenizer does not know: they are learned as unknown (speech_ctc)."""
     special_tokens: Level = "warn"
     """Rows whose text contains special tokens of the tokenizer, which are read as such."""
     unknown_tokens: Level = "warn"

@@ -107,6 +107,9 @@ SENTENCES: Mapping[str, Sentence] = {
     "converted_sound": Sentence(
         "{have} a sound of several channels, or of another rate than the model's", "convert them if that takes long"
     ),
+    "unspellable": Sentence(
+        "{have} a transcript with letters that the tokenizer does not know", "write the transcripts in its letters"
+    ),
     "special_tokens": Sentence(
         "{have} special tokens of the tokenizer in the text, which are read as such",
         "remove them if they are not meant",

@@ -71,9 +71,9 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Co
 
     unlabelled: dict[str, list[int]] = {}
     if "train" in loaded:
-        targets, unlabelled, wrong = _fit(task, loaded["train"])
+        targets, unlabelled, wrong = _fit(task, loaded["train"], processor)
     else:
-        targets, wrong = _fit_stream(recipe, origins)
+        targets, wrong = _fit_stream(recipe, origins, processor)
     note(wrong, "train")
     encoder = Encoder(task, processor, targets or State(), data.max_length, splits=data.overlong == "split")
     kept: dict[str, Split] = {}
@@ -117,7 +117,7 @@ def build(recipe: Recipe, processor: Any, origins: Origins, scratch: Path) -> Co
     return Content(encoded, raw, targets, reports, facts)
 
 
-def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], list[Problem]]:
+def _fit(task: Task, train: Split, processor: Any) -> tuple[State | None, dict[str, list[int]], list[Problem]]:
     """The labels of the training rows, as far as they can be read; the other rows by reason; and the problems."""
     # Rows whose labels can't be read are taken out, until the rest can be: a task may find several faults in turn.
     every = rows = np.arange(len(train.rows))
@@ -126,7 +126,7 @@ def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], 
     while len(rows) and state is None and not others:
         part = train if len(rows) == len(every) else replace(train, rows=train.rows.select(rows))
         try:
-            state = task.fit(part.raw())
+            state = task.fit(part.raw(), processor)
         except RowsError as error:
             for what, struck in error.found.items():
                 unlabelled.setdefault(what, []).extend(rows[struck].tolist())
@@ -141,7 +141,7 @@ def _fit(task: Task, train: Split) -> tuple[State | None, dict[str, list[int]], 
     return state, unlabelled, train.problems(unlabelled) + told
 
 
-def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Problem]]:
+def _fit_stream(recipe: Recipe, origins: Origins, processor: Any) -> tuple[State | None, list[Problem]]:
     """Return the labels of streamed training rows, or the problems with them."""
     data = recipe.data
     # Of a mix that lacks a source nothing can be said.
@@ -153,7 +153,7 @@ def _fit_stream(recipe: Recipe, origins: Origins) -> tuple[State | None, list[Pr
     except DataError as error:
         return None, list(error.problems)
     try:
-        return recipe.task.fit(opened), []
+        return recipe.task.fit(opened, processor), []
     except DataError as error:
         return None, [replace(problem, file=reading.places) for problem in error.problems]
 

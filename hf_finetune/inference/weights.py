@@ -150,7 +150,7 @@ def _settle_generation(network: Any, tokenizer: Any, task: Task) -> None:
     if ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if config.pad_token_id is None or config.pad_token_id < 0:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = pad_token_of(tokenizer)
     # Else transformers may make it anew from config.json, which knows one end only.
     config._from_model_config = False
     make: Any = GenerationConfig  # untyped in transformers

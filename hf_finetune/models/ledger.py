@@ -54,6 +54,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation and book what it made."""
         if func is torch.ops.aten.nonzero.default:
             made = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
+        elif func is torch.ops.aten._ctc_loss.Tensor:
+            # Of (T, B, V) log-probabilities and (B, L) targets; lengths, which only values tell, are at most T and L.
+            (steps, rows, _), longest = args[0].shape, args[1].shape[-1]
+            made = args[0].new_empty(rows), args[0].new_empty(rows, steps, 2 * longest + 1)
+        elif func is torch.ops.aten._ctc_loss_backward.Tensor:
+            made = torch.empty_like(args[1])
         else:
             if func in BY_MASK:
                 # How many elements a mask would pick is unknown; all of them is the most.

@@ -251,7 +251,8 @@ def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) 
         check_targets(recipe, model, setting)
     if not findings.blame("adapter"):
         findings.warn([*unmergeable(recipe, model), *recipe.adapter.remarks(model, setting)])
-    if words is not None:
+    # Where rows are not made of tokens, a tokenizer is for what the model writes.
+    if recipe.task.token_ids is not None and words is not None:
         with findings.collect():
             check_vocabulary(recipe, model, words)
     return model

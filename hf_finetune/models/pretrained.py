@@ -111,8 +111,7 @@ def load_processor(model: Model, task: Task) -> Any:
             processor = getattr(transformers, task.auto_processor).from_pretrained(
                 _place(model), revision=model.revision, trust_remote_code=False, **task.processor_options
             )
-    task.settle(processor, lambda: read_config(model))
-    return processor
+    return task.settle(processor, lambda: read_config(model))
 
 
 @contextmanager

@@ -31,8 +31,6 @@ from hf_finetune.tasks._proposals import Cells, Proposal
 
 SAMPLE = 100_000  # rows whose values are looked at; all are counted
 FILES = 100  # rows whose files are looked at, where the data hold them
-AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a")
-NO_AUDIO = f"sound files, and no task reads them yet. Kinds: {', '.join(TASKS)}"
 PACKED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 HELD_OUT = {"validation": ("validation", "valid", "dev", "val", "eval"), "test": ("test",)}
 """Names that splits mostly have, the likeliest first."""
@@ -63,14 +61,11 @@ def recognise(columns: Mapping[str, Cells], kind: str | None, architecture: str 
     ]
     made = [pair for pair in made if pair not in unlike] or made
     best = max(made, key=lambda pair: pair[1].confidence, default=None)
-    sounds = [name for name, column in columns.items() if column.are_files(AUDIO)]
-    if sounds and (best is None or not set(sounds) & set(best[1].used)):
-        raise DataError(f"{sounds[0]} names {NO_AUDIO}")
     if best is not None and not best[1].refusal:
         return best
     wanted = f"no columns for {kind}" if kind else "no task"
     why = f"{wanted} was recognised in its columns: {', '.join(map(str, columns.values()))}"
-    how = "text and label, prompt and completion, messages, words and tags, image and label"
+    how = "text and label, prompt and completion, messages, words and tags, image or audio and label"
     said = f"{why}. Kinds: {', '.join(TASKS)}; rename the columns ({how}), or write the recipe by hand"
     raise DataError(said if best is None else f"{best[1].refusal}. Kinds: {', '.join(TASKS)}")
 
@@ -171,7 +166,7 @@ def find(place: str, tables: Tables) -> Found:
         lines = reading.find(str(path), None).rows(())
         return tables.write_rows({"train": ({"text": row.cells["text"]} for row in lines if not row.fault)})
     if path.suffix.lower() not in SUFFIXES:
-        known = ", ".join((*SUFFIXES, ".txt", *PACKED, "folders and zip files of images"))
+        known = ", ".join((*SUFFIXES, ".txt", *PACKED, "folders and zip files of images or sounds"))
         raise DataError(Problem(f"can't be read; known: {known}", file=str(path)))
     files = {"train": str(path)}
     for split, names in HELD_OUT.items():
@@ -245,11 +240,8 @@ def in_folders(path: Path) -> dict[str, list[dict[str, str]]]:
             row = {column: str(file), "label": file.parent.name}
             splits.setdefault(split_of[top] if has_splits else "train", []).append(row)
         return splits
-    if any(file.suffix.lower() in AUDIO for file in files):
-        raise DataError(Problem(f"holds {NO_AUDIO}", file=str(path)))
-    raise DataError(
-        Problem("holds no table, and no folders of images; name the file of the training rows", file=str(path))
-    )
+    what = "holds no table, and no folders of images or sounds; name the file of the training rows"
+    raise DataError(Problem(what, file=str(path)))
 
 
 def _rows(file: str) -> Iterator[Mapping[str, Any]]:

@@ -110,8 +110,8 @@ class Heard(Media):
     """Longer sounds are cut to it, and counted; null cuts nothing: a sound that is longer than the model can hear at
     once is an error."""
 
-    def settle(self, processor: Any, config: Callable[[], Any]) -> None:
-        """Compare the longest sound with what the model hears at once.
+    def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
+        """Compare the longest sound with what the model hears at once, and return the processor.
 
         Raises:
             ModelError: It is longer, or the model would hear how long the other sounds of its batch are.
@@ -123,6 +123,7 @@ class Heard(Media):
         if self.max_seconds is None and window is None and not _takes_mask(processor):
             reason = "the model hears the silence that fills up a batch, so all sounds must be filled up to one length"
             raise ModelError(Problem(f"{reason}; give the seconds of the longest", key="task.max_seconds"))
+        return processor
 
     def heard_rows(self, cells: Sequence[Any], processor: Any, bad: BadRows) -> list[Features]:
         """Read the sound of each row, and tell how long it is; faults are added to `bad`."""
@@ -141,9 +142,9 @@ class Heard(Media):
                 samples, remarks = samples[: int(most * rate)], remarks | REMARKS["cut_sound"]
             # What is heard, whatever the file: wav and flac of one sound are equal.
             digest = hashlib.blake2b((samples * 32_767).astype("<i2").tobytes(), digest_size=16).hexdigest()
-            filled = most if window is not None or not _takes_mask(processor) else seconds
-            size = max(1, round(min(most, filled) / FRAME))
-            return {"digest": digest, "size": size, "remarks": remarks}
+            # A model with a window, or without a mask, hears silence up to the end of it.
+            filled = window or (min(seconds, most) if _takes_mask(processor) else most)
+            return {"digest": digest, "size": max(1, round(filled / FRAME)), "remarks": remarks}
 
         return self.opened_rows(cells, look, bad)
 

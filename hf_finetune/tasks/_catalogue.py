@@ -55,6 +55,8 @@ METRICS: Mapping[str, Metric] = {
     "rouge1": Metric(greater=True),
     "rouge2": Metric(greater=True),
     "rougeL": Metric(greater=True, chart="texts"),
+    "wer": Metric(greater=False, chart="errors"),
+    "cer": Metric(greater=False, chart="errors"),
     "copied_source": Metric(greater=False, is_share=True),
     "wrong_language": Metric(greater=False, is_share=True),
     "length_ratio": Metric(is_wide=True),
@@ -85,6 +87,7 @@ _REMARKED = (
     "clipped",
     "cut_sound",
     "converted_sound",
+    "unspellable",
 )
 REMARKS = {check: 1 << bit for bit, check in enumerate(_REMARKED, start=8)}
 """Check of `data.checks` that counts what was noticed while a row was encoded -> its bit."""

@@ -122,7 +122,7 @@ class Classifier(Task):
         """With `labels`, columns of 0 and 1, or numbers."""
         return self.labels is not None or isinstance(self.label, list) or self.problem == "regression"
 
-    def fit(self, rows: Dataset | IterableDataset) -> State:
+    def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Read the labels off the raw training rows; streamed rows are not read, only their features.
 
         Raises:
@@ -165,10 +165,8 @@ class Classifier(Task):
             return _labels.multi_hot(rows[self.label], self.label, state)
         return _labels.ids(rows[self.label], self.label, state)
 
-    def labelled(
-        self, rows: Rows, state: State, limit: int, read: Callable[[BadRows], list[Features]]
-    ) -> list[Features]:
-        """Return what `read` makes of rows of files, which no `limit` cuts, with their labels where they have any.
+    def labelled(self, rows: Rows, state: State, read: Callable[[BadRows], list[Features]]) -> list[Features]:
+        """Return what `read` makes of rows of files, which are never cut, with their labels where they have any.
 
         Raises:
             RowsError: A file or a label is missing or unfit; every row of which that is so.
@@ -180,7 +178,7 @@ class Classifier(Task):
                 labels = list(self.labels_of(rows, state))
         bad.raise_any()
         for row in found:
-            row |= {"whole": min(row["size"], limit), "weight": int(is_labelled)}
+            row |= {"whole": row["size"], "weight": int(is_labelled)}
         for row, label in zip(found, labels, strict=False):
             row["labels"] = label
         return found

@@ -13,13 +13,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from hf_finetune.errors import DataError
 from hf_finetune.log import phase
 from hf_finetune.tasks._chat import Renderer
 from hf_finetune.tasks._templated import Templated
-from hf_finetune.tasks.base import Task
+from hf_finetune.tasks.base import Batch, Task, pad_token_of, tokenizer_of
 
 _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: False)
 
@@ -27,7 +33,14 @@ _halted: ContextVar[Callable[[], bool]] = ContextVar("halted", default=lambda: F
 BATCH = 16
 # Fields of the generation config of an encoder-decoder that say which tokens an answer may be made of: they hold
 # whatever else is asked for. Marian's decoder begins with its pad token, and must not write it.
-KEPT = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens")
+KEPT = (
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,8 @@ class _Halt(StoppingCriteria):
 
 def generate(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    processor: Any,
+    prompts: list[Any],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -75,8 +88,8 @@ def generate(
 
     Args:
         model: A causal LM or an encoder-decoder, or a PEFT model around one; not wrapped for distribution.
-        tokenizer: Its tokenizer.
-        prompts: Token ids, one list a prompt, none empty.
+        processor: Its tokenizer, or the processor that has it.
+        prompts: Token ids, one list a prompt, none empty; or what `task.asked` makes batches of.
         max_new_tokens: Most tokens of an answer.
         batch_size: Prompts that are continued together.
         task: Says how answers are found and where they end; None takes the likeliest tokens, and the template as it is.
@@ -84,12 +97,14 @@ def generate(
     Returns:
         One `Generation` a prompt, in the order of `prompts`.
     """
-    ends = Ends.of(model, tokenizer, task)
+    tokenizer: Any = tokenizer_of(processor)
+    ends = Ends.of(model, processor, task)
     answers = [Generation("", 0, ended=False)] * len(prompts)
     shown = phase("generating answers", len(prompts), "prompts")
-    with greedy(model, tokenizer, task), shown as progress:
+    with greedy(model, processor, task), shown as progress:
         for indices, room in batches([len(prompt) for prompt in prompts], batch_size, max_new_tokens, model):
-            new = _continue(model, [prompts[index] for index in indices], room)
+            some = [prompts[index] for index in indices]
+            new = _continue(model, some, room, None if task is None else task.asked(some, processor))
             progress.done += len(indices)
             for index, tokens in zip(indices, new, strict=True):
                 answers[index] = _read(tokenizer, tokens, ends)
@@ -97,12 +112,7 @@ def generate(
 
 
 def answer_together(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    task: Task | None = None,
+    model: Any, processor: Any, prompts: list[Any], *, max_new_tokens: int, task: Task | None = None
 ) -> list[Generation]:
     """`generate` with the prompts shared out among all ranks; every rank must call it and gets all answers."""
     state = PartialState()
@@ -110,7 +120,7 @@ def answer_together(
     numbers = range(state.process_index, len(prompts), state.num_processes)
     mine = [prompts[number] for number in numbers]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": BATCH, "task": task}
-    answers = generate(model, tokenizer, mine, **options)
+    answers = generate(model, processor, mine, **options)
     gathered = gather_object(list(zip(numbers, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
@@ -125,13 +135,14 @@ class Ends:
     """The one with which training teaches the model to end an answer."""
 
     @classmethod
-    def of(cls, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> Ends:
+    def of(cls, model: Any, processor: Any, task: Task | None = None) -> Ends:
         """Find those of a model."""
-        return cls(frozenset(end_tokens(model, tokenizer, task)), _turn_end(tokenizer, task))
+        return cls(frozenset(end_tokens(model, processor, task)), _turn_end(tokenizer_of(processor), task))
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> list[int]:
+def end_tokens(model: Any, processor: Any, task: Task | None = None) -> list[int]:
     """Return every token that ends an answer: EOS, the end of turn of the chat template, and the model's own."""
+    tokenizer: Any = tokenizer_of(processor)
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     # Chat models often name their end of turn in the generation config alone.
@@ -139,7 +150,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None
     return sorted(end for end in ends if end is not None)
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase, task: Task | None) -> int | None:
+def _turn_end(tokenizer: Any, task: Task | None) -> int | None:
     """Return the token with which training teaches the model to end an answer."""
     # The variables of a template may decide how it ends a turn.
     renderer = task.renderer(tokenizer) if isinstance(task, Templated) else Renderer(tokenizer)
@@ -149,17 +160,17 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, task: Task | None) -> int | No
 
 
 @contextmanager
-def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> Iterator[None]:
+def greedy(model: Any, processor: Any, task: Task | None = None) -> Iterator[None]:
     """Inside, the model generates the likeliest tokens, in evaluation mode; everything is put back afterwards.
 
     Sampling settings that the model ships with are not used, but those of `task.decoding`.
     """
-    ends = end_tokens(model, tokenizer, task)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    ends, pad = end_tokens(model, processor, task), pad_token_of(processor)
+    pad = pad if pad is not None else (ends[0] if ends else 0)
     fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
     if model.config.is_encoder_decoder:
         fields |= {name: getattr(model.generation_config, name, None) for name in KEPT}
-    fields |= {"eos_token_id": ends or None, "pad_token_id": pad, **({} if task is None else task.decoding(tokenizer))}
+    fields |= {"eos_token_id": ends or None, "pad_token_id": pad, **({} if task is None else task.decoding(processor))}
     config = GenerationConfig(**fields)  # type: ignore[no-untyped-call]
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     modes = [(module, module.training) for module in model.modules()]
@@ -182,7 +193,9 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None = N
 
 def positions(model: Any) -> int:
     """Return the most tokens of prompt and answer together; models without positions of their own may name no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    config = model.config.get_text_config()
+    # Whisper's decoder has positions of its own.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None) or 2**31
 
 
 def batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any) -> Iterator[tuple[list[int], int]]:
@@ -204,12 +217,23 @@ def batches(lengths: list[int], batch_size: int, max_new_tokens: int, model: Any
             yield [index], limit - lengths[index]
 
 
-def _continue(model: Any, batch: list[list[int]], room: int) -> list[list[int]]:
-    """New tokens of each prompt, padded by whatever stands after the first end token."""
-    inputs = padded(model, batch)
-    halt = StoppingCriteriaList([_Halt()])
-    output: torch.Tensor = model.generate(**inputs, max_new_tokens=room, stopping_criteria=halt)
-    before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+def _continue(model: Any, batch: list[Any], room: int, asked: Batch | None) -> list[list[int]]:
+    """New tokens of each prompt, padded by whatever stands after the first end token; `asked` is that of `Task`."""
+    options: dict[str, Any] = {"max_new_tokens": room, "stopping_criteria": StoppingCriteriaList([_Halt()])}
+    output: torch.Tensor
+    if asked is None:
+        inputs = padded(model, batch)
+        before = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        output = model.generate(**inputs, **options)
+    else:
+        before = asked["decoder_input_ids"].shape[1]
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        dtype = next(bare.parameters()).dtype
+        for name, values in asked.items():
+            options[name] = values.to(model.device, dtype if values.is_floating_point() else None)
+        # Whisper's own `generate` takes its settings from a config with fields of its own.
+        plain: Any = GenerationMixin.generate
+        output = plain(bare, **options)
     new: list[list[int]] = output[:, before:].tolist()
     return new
 

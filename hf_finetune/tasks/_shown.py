@@ -68,10 +68,12 @@ class Plot:
 class Prompts:
     """Prompts whose answers are generated, for people to read or to be compared with the data."""
 
-    prompts: list[list[int]]
-    """Token ids, one list a prompt."""
+    prompts: list[Any]
+    """What `Task.ask` returned."""
     max_new_tokens: int
     score: Callable[[list[Any]], list[Sums]] = lambda answers: []
     """Sums over the answers, from which metrics follow; of a list of `Generation`, in the order of `prompts`."""
     references: Sequence[str] = ()
     """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
+    told: Sequence[str] = ()
+    """What people read of each prompt, where that is not the text of its tokens."""

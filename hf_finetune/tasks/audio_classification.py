@@ -56,7 +56,7 @@ class AudioClassification(Heard, Classifier):
         Raises:
             RowsError: A sound or a label is missing or unfit; every row of the batch of which that is so.
         """
-        return self.labelled(rows, state, limit, lambda bad: self.heard_rows(rows[self.audio], processor, bad))
+        return self.labelled(rows, state, lambda bad: self.heard_rows(rows[self.audio], processor, bad))
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Compute what the model hears of the sounds, as its feature extractor says."""

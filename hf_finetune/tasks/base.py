@@ -262,12 +262,16 @@ class Task(Plugin):
         """
         return self
 
-    def settle(self, processor: Any, config: Callable[[], Any]) -> None:
+    def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
         """Fit what prepares rows to the recipe and to the model, whose config is read where it is needed: languages.
+
+        Returns:
+            It, or what takes its place.
 
         Raises:
             ModelError: They do not fit.
         """
+        return processor
 
     @property
     def day(self) -> str | None:
@@ -297,8 +301,12 @@ class Task(Plugin):
         """Return what can't be seen in one row alone: a check of `data.checks` -> numbers of the raw rows, from 0."""
         return {}
 
-    def fit(self, rows: Dataset | IterableDataset) -> State:
+    def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Read labels and the like off the raw training rows; streamed rows are not read, only their features.
+
+        Args:
+            rows: Of all columns that are read.
+            processor: The model's, of which the state keeps what answers are read by.
 
         Raises:
             DataError: A column does not hold what the recipe says.
@@ -506,8 +514,8 @@ class Task(Plugin):
         """
         raise AssertionError(f"{self.kind} generates its answers")
 
-    def ask(self, rows: Rows, processor: Any, limit: int | None = None) -> list[list[int]]:
-        """Return token ids of rows up to where the model is to answer; of tasks that generate.
+    def ask(self, rows: Rows, processor: Any, limit: int | None = None) -> list[Any]:
+        """Return token ids of rows up to where the model is to answer, or what `asked` reads; of tasks that generate.
 
         What training cut to `limit` is cut here, too; None cuts nothing.
 
@@ -515,6 +523,13 @@ class Task(Plugin):
             RowsError: Rows can't be used; all of them, by their number within the batch.
         """
         raise AssertionError(f"{self.kind} generates nothing")
+
+    def asked(self, prompts: list[Any], processor: Any) -> Batch | None:
+        """Return what the model is given for a batch of prompts, with the `decoder_input_ids` that answers begin with.
+
+        None where prompts are token ids.
+        """
+        return None
 
     def decoding(self, processor: Any) -> Mapping[str, Any]:
         """Return fields of transformers' `GenerationConfig` by which answers are found, where not the likeliest tokens.

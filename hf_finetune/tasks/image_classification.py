@@ -72,11 +72,11 @@ class ImageClassification(Media, Classifier):
         Raises:
             RowsError: An image or a label is missing or unfit; every row of the batch of which that is so.
         """
-        found = self.labelled(rows, state, limit, lambda bad: self.opened_rows(rows[self.image], self._look, bad))
+        found = self.labelled(rows, state, lambda bad: self.opened_rows(rows[self.image], self._look, bad))
         # A processor makes all images one size: the first tells that of all.
         pixels = self._pixels([found[0]["file"]], processor)["pixel_values"].shape[-2:]
         size = max(1, pixels[0] // PATCH * (pixels[1] // PATCH))
-        return [row | {"size": size, "whole": min(size, limit)} for row in found]
+        return [row | {"size": size, "whole": size} for row in found]
 
     def collate(self, features: list[Any], processor: Any, state: State) -> Batch:
         """Resize and normalise the images as the processor says."""

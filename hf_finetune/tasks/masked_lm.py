@@ -70,8 +70,8 @@ class MaskedLM(TokenScores):
         """Return that of the text."""
         return {self.text: Column("text")}
 
-    def settle(self, processor: Any, config: Callable[[], Any]) -> None:
-        """Refuse a tokenizer that masks nothing.
+    def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
+        """Refuse a tokenizer that masks nothing, and return any other.
 
         Raises:
             ModelError: It has no mask token.
@@ -79,6 +79,7 @@ class MaskedLM(TokenScores):
         if processor.mask_token_id is None:
             reason = f"the tokenizer has no mask token; {self.kind} needs one, e.g. BERT's"
             raise ModelError(Problem(reason, key="model.name"))
+        return processor
 
     def features(self, rows: Rows, processor: Any, state: State, limit: int) -> list[Features]:
         """Tokenise texts, and mask them as rows that are evaluated; `words` tells the word of each token, from 0.

@@ -143,7 +143,7 @@ class Ranking(Task):
         pairs = zip(rows[self.query], rows[self.documents], strict=True)
         return [is_blank(query) or all(map(is_blank, _listed(texts))) for query, texts in pairs]
 
-    def fit(self, rows: Dataset | IterableDataset) -> State:
+    def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Find the largest label, of which the others are shares.
 
         Raises:

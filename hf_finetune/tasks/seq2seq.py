@@ -151,8 +151,8 @@ class Seq2Seq(TokenScores):
             reason = f"{name} ({config.model_type}) has no encoder and decoder; {self.kind} needs both, as T5 has"
             raise ModelError(Problem(reason, key="model.name"))
 
-    def settle(self, processor: Any, config: Callable[[], Any]) -> None:
-        """Set the languages of the tokenizer, and note the token that the decoder begins with.
+    def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
+        """Set the languages of the tokenizer, note the token that the decoder begins with, and return it.
 
         Raises:
             ModelError: It knows no languages, not these, or needs them.
@@ -178,8 +178,9 @@ class Seq2Seq(TokenScores):
             reason = f"the config of {read.model_type} names no decoder_start_token_id; add it there"
             raise ModelError(Problem(reason, key="model.name"))
         processor.decoder_start = start
+        return processor
 
-    def fit(self, rows: Dataset | IterableDataset) -> State:
+    def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Read off some training rows how long targets are beside their sources, and in which languages."""
         from datasets import Dataset
 

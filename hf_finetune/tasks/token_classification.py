@@ -105,7 +105,7 @@ class TokenClassification(Task):
         """Tell which rows have no word."""
         return [all(map(is_blank, value)) if isinstance(value, list) else is_blank(value) for value in rows[self.words]]
 
-    def fit(self, rows: Dataset | IterableDataset) -> State:
+    def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Read the tags off the training rows.
 
         Raises:

@@ -198,10 +198,10 @@ class Samples(TrainerCallback):
             answers = answer_together(model, self.tokenizer, prompts, **options)
         if machine.is_main:
             shown = [{"reference": text} for text in self.prompts.references] or [{}] * len(prompts)
+            told = self.prompts.told or [self.tokenizer.decode(prompt) for prompt in prompts]
             found = [
-                {"step": self._step, "prompt": self.tokenizer.decode(prompt), "answer": one.text, "ended": one.ended}
-                | more
-                for prompt, one, more in zip(prompts, answers, shown, strict=True)
+                {"step": self._step, "prompt": prompt, "answer": one.text, "ended": one.ended} | more
+                for prompt, one, more in zip(told, answers, shown, strict=True)
             ]
             self.tracker.add_samples(found, self._step)
 
