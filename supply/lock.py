@@ -21,7 +21,7 @@ from supply.pins import Pin, for_cpu, read
 
 ROOT = Path(__file__).parent.parent
 TORCH_CPU = Path(__file__).parent / "torch-cpu.sha256"
-EXTRAS = ("gguf", "postgresql", "quantization", "retrieval", "seq2seq", "service")
+EXTRAS = ("audio", "gguf", "postgresql", "quantization", "retrieval", "seq2seq", "service")
 """Extras of what ships, besides the dependencies themselves."""
 GROUPS = ("docs", "lock")
 """Groups of `pyproject.toml` that are locked into a file each."""

@@ -15,8 +15,9 @@ from conftest import QUICK
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.pipeline.check import check
 from hf_finetune.pipeline.init import init
-from hf_finetune.recipe import Recipe
+from hf_finetune.recipe import TASKS, Recipe
 from hf_finetune.run.folder import RunFolder
+from hf_finetune.tasks.base import Task
 
 ADJECTIVES = ["good", "great", "fine", "lovely", "warm", "funny", "bad", "poor", "dull", "weak", "cold", "boring"]
 NOUNS = ["film", "movie", "story", "plot", "acting", "cast", "scene", "music"]
@@ -111,6 +112,24 @@ def pictures_in_parquet() -> str:
     return "photos.parquet"
 
 
+def sounds() -> str:
+    import numpy as np
+    import soundfile
+
+    for label, pitch in [("low", 200), ("high", 900)]:
+        Path("sounds", label).mkdir(parents=True)
+        for number in range(20):
+            tone = 0.3 * np.sin(2 * np.pi * (pitch + 10 * number) * np.arange(8_000) / 16_000)
+            soundfile.write(f"sounds/{label}/{number}.wav", tone, 16_000)
+    return "sounds"
+
+
+def transcripts() -> str:
+    files = sorted(Path(sounds()).rglob("*.wav"))
+    rows = [{"file": str(file), "sentence": f"tone {index}"} for index, file in enumerate(files)]
+    return rows_of("transcripts.jsonl", rows)
+
+
 CASES: list[tuple[Callable[[], str], dict[str, Any]]] = [
     (reviews_csv, {"kind": "text_classification", "text": "review", "label": "liked"}),
     (scores_tsv, {"kind": "text_classification", "text": "sentence", "label": "score", "problem": "regression"}),
@@ -124,15 +143,16 @@ CASES: list[tuple[Callable[[], str], dict[str, Any]]] = [
     (pictures, {"kind": "image_classification", "image": "image", "label": "label"}),
     (splits_of_pictures, {"kind": "image_classification", "image": "image", "label": "label"}),
     (pictures_in_parquet, {"kind": "image_classification", "image": "img", "label": "label"}),
+    (sounds, {"kind": "audio_classification", "audio": "audio", "label": "label"}),
+    (transcripts, {"kind": "speech_recognition", "audio": "file", "text": "sentence"}),
 ]
 
 
 @pytest.mark.parametrize(("make", "task"), CASES, ids=[make.__name__ for make, _ in CASES])
 def test_a_recipe_for_any_kind_of_file_passes_check(
-    make: Callable[[], str], task: dict[str, Any], tiny_bert: str, tiny_llama: str, tiny_vit: str
+    make: Callable[[], str], task: dict[str, Any], model_of: Callable[[Task], str]
 ) -> None:
-    models = {"causal_lm": tiny_llama, "preference": tiny_llama, "image_classification": tiny_vit}
-    recipe, _ = init(make(), model=models.get(task["kind"], tiny_bert))
+    recipe, _ = init(make(), model=model_of(TASKS[task["kind"]].model_validate(task)))
     assert len(Path(recipe).read_text().splitlines()) <= 25
     checked = check(recipe)
     assert checked.ok, str(checked)
@@ -218,15 +238,9 @@ def test_a_recipe_gets_the_defaults_that_init_writes(tiny_bert: str) -> None:
 
 
 def test_what_has_no_task_is_refused_with_the_kinds_there_are(tiny_bert: str) -> None:
-    sounds = rows_of("s.jsonl", [{"audio": f"{n}.wav", "text": "a b"} for n in range(9)])
     numbers = rows_of("n.jsonl", [{"a": n, "b": n * 2} for n in range(9)])
-    for file, says in [
-        (sounds, "sound files"),
-        (numbers, "a (9 different values)"),
-    ]:
-        with pytest.raises(DataError, match="Kinds: causal_lm, ") as caught:
-            init(file)
-        assert says in str(caught.value)
+    with pytest.raises(DataError, match=r"a \(9 different values\).* Kinds: audio_classification, causal_lm, "):
+        init(numbers)
     one = rows_of("one.jsonl", [{"text": f"the film is {n}", "label": "good"} for n in range(9)])
     with pytest.raises(DataError, match="label has one class, 'good', in all 9 rows, and a classifier needs two; add"):
         init(one, model=tiny_bert)

@@ -182,16 +182,24 @@ def stored_config(folder: str) -> Any:
             raise ModelError(f"{folder}: {CONFIG} can't be read: {one_line(error)}") from error
 
 
+# Options that follow from the names of labels.
+_OF_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
 def write_labels(folder: str | Path, options: Mapping[str, Any]) -> None:
-    """Write `id2label` and `problem_type`, as a transformers config spells them; nothing for a model without labels.
+    """Write `id2label` and `problem_type`, as a transformers config spells them, and other `options` of the config.
+
+    Nothing is written for a model that is loaded as its config says.
 
     Args:
         folder: Of the adapter or the model.
         options: Keyword arguments that the task gives `from_pretrained`.
     """
-    if "id2label" in options:
-        names = {str(index): name for index, name in options["id2label"].items()}
+    others = {name: value for name, value in options.items() if name not in _OF_LABELS}
+    if options:
+        names = {str(index): name for index, name in options.get("id2label", {}).items()}
         stored = {"id2label": names, "problem_type": options.get("problem_type")}
+        stored |= {"options": others} if others else {}
         (Path(folder) / LABELS).write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -205,12 +213,14 @@ def label_options(folder: str | Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text("utf-8"))
         names = [str(stored["id2label"][str(index)]) for index in range(len(stored["id2label"]))]
-        kind = stored.get("problem_type")
+        kind, others = stored.get("problem_type"), dict(stored.get("options", {}))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(Problem(f"can't be read: {error!r}", file=str(file))) from error
-    return {**_labels.model_options(State(tuple(names))), "problem_type": None if kind is None else str(kind)}
+    if not names:
+        return others
+    return {**_labels.model_options(State(tuple(names))), **others, "problem_type": None if kind is None else str(kind)}
 
 
 def check_labels(folder: str | Path, names: Sequence[str]) -> None:

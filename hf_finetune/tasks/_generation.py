@@ -152,9 +152,10 @@ def end_tokens(model: Any, processor: Any, task: Task | None = None) -> list[int
 
 def _turn_end(tokenizer: Any, task: Task | None) -> int | None:
     """Return the token with which training teaches the model to end an answer."""
-    # The variables of a template may decide how it ends a turn.
-    renderer = task.renderer(tokenizer) if isinstance(task, Templated) else Renderer(tokenizer)
-    token: Any = tokenizer.eos_token if tokenizer.chat_template is None else renderer.end_of_turn
+    token: Any = tokenizer.eos_token
+    if tokenizer.chat_template is not None:
+        # The variables of a template may decide how it ends a turn.
+        token = (task.renderer(tokenizer) if isinstance(task, Templated) else Renderer(tokenizer)).end_of_turn
     end: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return int(end) if end is not None else None
 

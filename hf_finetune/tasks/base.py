@@ -263,10 +263,7 @@ class Task(Plugin):
         return self
 
     def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
-        """Fit what prepares rows to the recipe and to the model, whose config is read where it is needed: languages.
-
-        Returns:
-            It, or what takes its place.
+        """Fit what prepares rows to the recipe, and to the model, whose config is read where needed; return it.
 
         Raises:
             ModelError: They do not fit.
@@ -304,9 +301,7 @@ class Task(Plugin):
     def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
         """Read labels and the like off the raw training rows; streamed rows are not read, only their features.
 
-        Args:
-            rows: Of all columns that are read.
-            processor: The model's, of which the state keeps what answers are read by.
+        Of the model's processor, the state keeps what answers are read by.
 
         Raises:
             DataError: A column does not hold what the recipe says.
@@ -525,10 +520,7 @@ class Task(Plugin):
         raise AssertionError(f"{self.kind} generates nothing")
 
     def asked(self, prompts: list[Any], processor: Any) -> Batch | None:
-        """Return what the model is given for a batch of prompts, with the `decoder_input_ids` that answers begin with.
-
-        None where prompts are token ids.
-        """
+        """Return what a model is given for prompts, with `decoder_input_ids` to begin with; None for token ids."""
         return None
 
     def decoding(self, processor: Any) -> Mapping[str, Any]:
