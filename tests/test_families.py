@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from documents import ROOT
 from safetensors import safe_open
+from test_audio import tone, wav
 
 from hf_finetune import check, train
 from hf_finetune.config.section import discover
@@ -72,8 +73,15 @@ VISION: dict[str, dict[str, Any]] = {
     "dinov2": {**SMALL, "image_size": 32, "patch_size": 8},
     "vit": {**SMALL, "image_size": 32, "patch_size": 8},
 }
+HEARD = {
+    **SMALL, "conv_dim": (16, 16), "conv_kernel": (20, 16), "conv_stride": (20, 16), "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_codevectors_per_group": 8,
+}  # fmt: skip
+SOUNDS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("hubert", "unispeech", "wav2vec2", "wav2vec2-conformer", "wavlm"), HEARD
+)
 KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
-FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "sequences": SEQUENCES, "images": VISION}
+FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "sequences": SEQUENCES, "images": VISION, "sounds": SOUNDS}
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -81,6 +89,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "decoders": {"kind": "causal_lm", "text": "text", "sample_prompts": 0},
     "sequences": {"kind": "seq2seq", "source": "text", "target": "label", "generate_rows": 2, "max_new_tokens": 4},
     "images": {"kind": "image_classification", "image": "image", "label": "label"},
+    "sounds": {"kind": "audio_classification", "audio": "audio", "label": "label"},
 }
 
 
@@ -98,7 +107,9 @@ def test_a_family_is_trained_and_used(
     rows = [{"text": f"the film is {word} .", "label": word, "image": f"{word}.png"} for word in ("good", "dull")] * 6
     for row in rows:
         Image.new("RGB", (32, 32), "white" if row["label"] == "good" else "black").save(row["image"])
-    sizes = FAMILIES[kind][family] | ({} if kind == "images" else {"vocab_size": len(processor)})
+        row["audio"] = f"{row['label']}.wav"
+        Path(row["audio"]).write_bytes(wav(tone(0.4, pitch=300.0 if row["label"] == "good" else 900.0)))
+    sizes = FAMILIES[kind][family] | ({} if kind in ("images", "sounds") else {"vocab_size": len(processor)})
     auto: Any = {"decoders": AutoModelForCausalLM, "sequences": AutoModelForSeq2SeqLM}.get(kind, AutoModel)
     auto.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained("base")
     processor.save_pretrained("base")

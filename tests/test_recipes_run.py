@@ -48,6 +48,9 @@ def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> d
         if column.kind == "image":
             row[name] = f"{split}-{index}.png"
             Image.new("RGB", (30 + index, 20 + split), "grey").save(folder / row[name])
+        elif column.kind == "audio":
+            row[name] = f"{split}-{index}.wav"
+            Path(folder, row[name]).write_bytes(task.example_sound(index + 24 * split))
         elif column.kind == "chat" and name == getattr(task, "tools", None):
             row[name] = [TOOL]
         elif column.kind == "chat":
@@ -67,6 +70,8 @@ def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> d
         elif column.kind == "label":
             label = "ab"[index % 2]
             row[name] = [label] if task.problem == "multi_label" else label
+        elif task.pipeline == "automatic-speech-recognition":
+            row[name] = "a bee"
         else:
             row[name] = words if column.kind == "words" else " ".join(words)
         if name == task.one_row_by:  # two rows of each

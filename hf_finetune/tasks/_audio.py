@@ -107,8 +107,8 @@ class Heard(Media):
     """Column of the sounds: paths, relative to the working directory and perhaps into a zip file
     (`calls.zip/a/1.wav`), or the bytes of files."""
     max_seconds: Annotated[Annotated[float, Field(gt=0.0, le=LONGEST)] | None, Key(finished="free")] = None
-    """Longer sounds are cut to it, and counted; null cuts nothing: a sound that is longer than the model can hear at
-    once is an error."""
+    """Longer sounds are cut to it, and counted, but where a transcript says what is in them; null cuts nothing: a sound
+    that is longer than the model hears at once is an error."""
 
     def settle(self, processor: Any, config: Callable[[], Any]) -> Any:
         """Compare the longest sound with what the model hears at once, and return the processor.
@@ -125,8 +125,13 @@ class Heard(Media):
             raise ModelError(Problem(f"{reason}; give the seconds of the longest", key="task.max_seconds"))
         return processor
 
-    def heard_rows(self, cells: Sequence[Any], processor: Any, bad: BadRows) -> list[Features]:
-        """Read the sound of each row, and tell how long it is; faults are added to `bad`."""
+    def heard_rows(
+        self, cells: Sequence[Any], processor: Any, bad: BadRows, *, is_said: bool = False
+    ) -> list[Features]:
+        """Read the sound of each row, and tell how long it is; faults are added to `bad`.
+
+        Where `is_said`, transcripts say what is in the whole sound, so that none is cut.
+        """
         window, rate = window_of(processor), extractor(processor).sampling_rate
         most = self.max_seconds or window or math.inf
 
@@ -134,11 +139,11 @@ class Heard(Media):
             samples, remarks = opened(file, rate)
             seconds = len(samples) / rate
             if seconds > most:
+                how = f"lasts {seconds:.1f} s, and the model hears {most:g} at once"
+                if is_said:
+                    raise DataError(f"{how}; cut sound and transcript into shorter ones, or remove the row")
                 if self.max_seconds is None:
-                    raise DataError(
-                        f"lasts {seconds:.1f} s, and the model hears {most:g} at once; set task.max_seconds: {most:g} "
-                        "to cut it, or cut it into shorter ones"
-                    )
+                    raise DataError(f"{how}; set task.max_seconds: {most:g} to cut it, or cut it into shorter ones")
                 samples, remarks = samples[: int(most * rate)], remarks | REMARKS["cut_sound"]
             # What is heard, whatever the file: wav and flac of one sound are equal.
             digest = hashlib.blake2b((samples * 32_767).astype("<i2").tobytes(), digest_size=16).hexdigest()
@@ -150,6 +155,8 @@ class Heard(Media):
 
     def hear(self, features: Sequence[Features], processor: Any) -> Batch:
         """Return what the model's feature extractor makes of the sounds of a batch."""
+        import torch
+
         within, window = extractor(processor), window_of(processor)
         rate = within.sampling_rate
         most = self.max_seconds or window
@@ -159,7 +166,9 @@ class Heard(Media):
             options["padding"] = True
             if not _takes_mask(processor):
                 options |= {"padding": "max_length", "max_length": int((most or 0) * rate), "truncation": True}
-        return dict(within(samples, **options))
+        # Answers are asked for in the precision of the model, in which no sound is heard.
+        with torch.autocast("cpu", enabled=False):
+            return dict(within(samples, **options))
 
     def example_sound(self, size: int) -> bytes:
         """Return a wav file of a tone; `size` chooses its pitch and, within what all models hear, its length."""

@@ -111,8 +111,8 @@ class SpeechCtc(Speech):
             RowsError: A sound or a transcript is missing or unfit; every row of which that is so.
         """
         bad = BadRows()
-        found = self.heard_rows(rows[self.audio], processor, bad)
         is_labelled = self.text in rows
+        found = self.heard_rows(rows[self.audio], processor, bad, is_said=is_labelled)
         texts = self.transcripts(rows[self.text], bad) if is_labelled else []
         bad.raise_any()
         for row in found:

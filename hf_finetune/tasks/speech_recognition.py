@@ -127,7 +127,7 @@ class SpeechRecognition(Speech, TokenScores):
             RowsError: A sound or a transcript is missing or unfit; every row of which that is so.
         """
         bad = BadRows()
-        found = self.heard_rows(rows[self.audio], processor, bad)
+        found = self.heard_rows(rows[self.audio], processor, bad, is_said=self.text in rows)
         texts = self._written(rows, bad) if self.text in rows else []
         bad.raise_any()
         for row in found:
