@@ -164,6 +164,19 @@ def test_verify_fails_on_other_weights(tiny_bert: str, tmp_path: Path) -> None:
         saving.verify(adapted, made, machine(), inputs, tmp_path / "a")
 
 
+def test_verify_takes_equal_weights_for_equal_where_rounding_differs(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, adapted = saved(tiny_bert, tmp_path / "a")
+    inputs = batch(pretrained.load_tokenizer(made.model))
+    monkeypatch.setattr(saving, "TOLERANCES", {"fp32": -1.0})  # as if the fast paths of a deep model had rounded
+    assert saving.verify(adapted, made, machine(), inputs, tmp_path / "a") < 1e-5
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(1e-3)
+    with pytest.raises(ModelError, match="does not load back to the trained model"):
+        saving.verify(adapted, made, machine(), inputs, tmp_path / "a")
+
+
 def test_a_failed_save_leaves_the_earlier_folder(tiny_bert: str, tmp_path: Path, monkeypatch: Any) -> None:
     made, adapted = saved(tiny_bert, tmp_path / "a")
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()

@@ -72,7 +72,7 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
         The largest difference of two logits, as a share of the largest logit.
 
     Raises:
-        ModelError: The difference is over the tolerance: what is on disk is not what was trained.
+        ModelError: The difference is over the tolerance, and weights differ: what is on disk is not what was trained.
     """
     inputs = recipe.task.inputs(batch)
     # Loading draws numbers for weights that it then replaces.
@@ -91,10 +91,21 @@ def verify(adapted: nn.Module, recipe: Recipe, machine: Machine, batch: Batch, f
     scale = max(float(expected.abs().max()), 1e-6)
     difference = float((expected - actual).abs().max()) / scale
     tolerance = (CHANGED_BASE if changed_base(adapted) else TOLERANCES)[machine.precision]
-    if not difference <= tolerance:
+    # Fast paths round otherwise, and a deep model in half precision may add that up to more than the tolerance.
+    if not difference <= tolerance and not have_equal_weights(adapted, restored):
         reason = f"{folder} does not load back to the trained model: logits differ by {difference:.2g} of the largest"
         raise ModelError(f"{reason}, more than {tolerance:g}; keep the checkpoints and report this")
     return difference
+
+
+def have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Tell that two models have the same parameters, bit for bit."""
+    theirs = dict(other.named_parameters())
+    return all(
+        name in theirs and torch.equal(parameter.cpu(), theirs[name].to("cpu", parameter.dtype))
+        for name, parameter in one.named_parameters()
+        if ".original_module." not in name  # PEFT's copy of a head before it was trained, which computes nothing
+    )
 
 
 def compare(
