@@ -174,6 +174,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_have_others(self) -> Self:
+        if changed(self.training, "batch_size") and self.training.batch_size < self.task.least_batch:
+            reason = f"{self.task.kind} compares a row with others of its global batch; write {self.task.least_batch}"
+            raise ValueError(f"training.batch_size: {reason} or more")
+        return self
+
+    @model_validator(mode="after")
     def _selection_has_validation(self) -> Self:
         if self.training.best_metric and not self.data.has_validation:
             raise ValueError("training.best_metric: there is no validation split; set data.validation")

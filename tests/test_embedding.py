@@ -101,6 +101,28 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch_dropout_included(tin
     assert all(torch.equal(one, two) for one, two in zip(held, again, strict=True))
 
 
+@pytest.mark.parametrize("fields", [{}, {"negatives": "negatives"}])
+def test_the_texts_of_a_long_example_are_no_longer_than_a_model_reads(fields: dict[str, Any], peer: Any) -> None:
+    batch = task_of(**fields).probe([128], peer.tokenizer, State())  # two texts of the most that the model reads
+    lengths = [*batch["attention_mask"].sum(-1).flatten(), *batch["document_mask"].sum(-1).flatten()]
+    assert max(lengths) <= peer.tokenizer.model_max_length
+    assert 120 <= sum(lengths) <= 128
+
+
+def test_what_can_not_teach_an_embedding_is_refused(tmp_path: Path, tiny_bert: str, tiny_t5: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe: dict[str, Any] = {
+        "task": {"kind": "embedding", "anchor": "anchor", "positive": "positive"},
+        "model": {"name": tiny_t5},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64},
+        "training": {"batch_size": 2, "precision": "fp32"},
+    }
+    assert "is an encoder with a decoder" in str(check(recipe).problems[0])
+    alone = recipe | {"model": {"name": tiny_bert}, "training": {"batch_size": 1, "precision": "fp32"}}
+    assert "compares a row with others of its global batch; write 2 or more" in str(check(alone).problems[0])
+    assert check(alone | {"task": {**recipe["task"], "negatives": "negatives"}}).ok
+
+
 def test_a_text_that_is_right_for_another_row_is_no_negative(peer: Any) -> None:
     task, network = task_of(), peer[0].auto_model
     alike = [ROWS[0], {**ROWS[1], "positive": ROWS[0]["positive"]}, {**ROWS[2], "anchor": ROWS[0]["anchor"]}]

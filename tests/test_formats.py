@@ -182,6 +182,18 @@ def test_what_is_in_no_format_is_told_with_its_row() -> None:
     assert sorted(number for rows in refused.value.found.values() for number in rows) == [1, 2, 3, 4]
 
 
+def test_json_that_python_can_not_read_is_told_as_such() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}
+    messages = ["[" * 100_000, "[" + "9" * 5_000 + "]", [{"role": "user", "content": "go"}, call]]
+    with pytest.raises(RowsError) as refused:
+        CAUSAL_LM(messages="messages").features({"messages": messages}, byte_tokenizer(TEMPLATE), State(), 1000)
+    assert {what.partition(";")[0]: numbers for what, numbers in refused.value.found.items()} == {
+        "the messages are text, but nested too deeply": [0],
+        "the messages are text, but no JSON that can be read: a number has thousands of digits": [1],
+        "the arguments of tool call 'f' are nested too deeply": [2],
+    }
+
+
 def test_a_developer_keeps_its_role_where_the_template_knows_it() -> None:
     tokenizer = byte_tokenizer(TOOLS + "{# developer #}")
     rendered = Renderer(tokenizer)

@@ -210,6 +210,14 @@ def test_rows_are_read_as_people_write_them(form: str, models: tuple[Any, Any, A
     assert batch["input_ids"][0, 0, : len(asked)].tolist() == asked, "a model is asked as it was trained"
 
 
+def test_an_answer_that_is_json_or_a_number_is_text() -> None:
+    reader = preferences.Reader("prompt", ("chosen", "rejected"), None)
+    for chosen, rejected in (('["a", "b"]', "[]"), ('[{"name": "a"}]', "[1, 2]"), (4, 5.5)):
+        asked, chats = reader.chats({"prompt": "[2, 2] added?", "chosen": chosen, "rejected": rejected})
+        assert [turn["content"] for turn in asked.messages] == ["[2, 2] added?"]
+        assert [chat.messages[-1]["content"] for chat in chats] == [str(chosen), str(rejected)]
+
+
 def test_without_a_chat_template_the_prompt_is_the_begin_that_both_answers_share() -> None:
     reader = preferences.Reader(None, ("chosen", "rejected"), None)
     assert reader.texts({"chosen": "two plus two is four", "rejected": "two plus two is five"}) == (

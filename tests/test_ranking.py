@@ -186,6 +186,12 @@ def test_bad_rows_are_told_and_findings_counted(tmp_path: Path, tiny_bert: str) 
     assert "(row 4)" in found
 
 
+def test_queries_with_a_single_document_teach_no_order(tmp_path: Path, tiny_bert: str) -> None:
+    rows = [{"query": f"what is {word} ?", "documents": [f"the {word}"], "labels": [1]} for word in WORDS[:4]]
+    found = "\n".join(map(str, check(recipe_of(tmp_path, tiny_bert, rows)).problems))
+    assert "none of the 3 train rows can be used: 3 have no relevant document beside another" in found
+
+
 def test_a_run_is_compared_with_bm25_and_its_base_and_loads_in_sentence_transformers(
     tmp_path: Path, tiny_bert: str
 ) -> None:

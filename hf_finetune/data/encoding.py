@@ -216,7 +216,7 @@ def encode(split: Split, encoder: Encoder, data: Data, scratch: Path) -> tuple[E
     )
     if report.kept:
         return Encoding(encoded, kept, report, faulty), problems
-    return None, problems or [nothing_left(report, split.name, split.places[0])]
+    return None, problems or [nothing_left(report, split.name, split.places[0], encoder.task)]
 
 
 def _mapped(split: Split, encoder: Encoder, workers: int | None, scratch: Path) -> datasets.Dataset:

@@ -17,6 +17,7 @@ from hf_finetune.data.loading import Cell, UnreadError, Wanted
 from hf_finetune.data.readers import missing_columns
 from hf_finetune.data.sources import Origin, Origins
 from hf_finetune.errors import DataError, Problem, numbers
+from hf_finetune.tasks.base import Task
 
 ROW = "__row__"  # Column: number of the row in its source, from 1
 PART = "__part__"  # Column: number of the source among those that are mixed, from 0
@@ -57,11 +58,11 @@ NAMES = tuple(field.name for field in fields(SplitReport))
 counts_of = attrgetter(*NAMES)  # the counts of a report, in the order of `NAMES`
 
 
-def nothing_left(report: SplitReport, name: str, where: str) -> Problem:
+def nothing_left(report: SplitReport, name: str, where: str, task: Task) -> Problem:
     """Return the problem of a split of which no row can be used."""
     fates = {
         "are too long and dropped; raise data.max_length, or set data.overlong: truncate": report.dropped,
-        "have nothing that is trained; raise data.max_length if they are cut": report.untrained,
+        task.teaches_nothing: report.untrained,
         "have no text; fill it in": report.empty,
     }
     counted = ", ".join(f"{count:,} {fate.partition('; ')[0]}" for fate, count in fates.items() if count)

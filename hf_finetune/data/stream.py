@@ -273,7 +273,7 @@ class Stream:
         return Look(report, len(rows) <= most, tuple(marks))
 
     def _nothing_left(self, report: SplitReport) -> DataError:
-        return DataError(nothing_left(report, "train", self.reading.places))
+        return DataError(nothing_left(report, "train", self.reading.places, self.encoder.task))
 
     def _encoded(self, batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [row[name] for row in batch] for name in self.reading.wanted.columns}

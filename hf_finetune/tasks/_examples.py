@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +15,7 @@ from hf_finetune.tasks._chat import Rendered, Renderer, behind_thought
 from hf_finetune.tasks._fidelity import Lost
 from hf_finetune.tasks._formats import SPEAKERS
 from hf_finetune.tasks._messages import REASONING, Chat, is_text
+from hf_finetune.tasks._proposals import as_list
 from hf_finetune.tasks.base import Rows, is_blank
 
 # Literal text, and the column whose value follows it (None at the end).
@@ -192,9 +192,8 @@ def _is_blank(row: Row, reader: Reader) -> bool:
     if reader.messages is not None:
         turns = row[reader.messages]
         if isinstance(turns, str) and turns.strip():
-            try:
-                turns = json.loads(turns)
-            except ValueError:
+            turns = as_list(turns)
+            if turns is None:
                 return False
         if isinstance(turns, list) and turns:
             turns, _ = _formats.standard(turns)

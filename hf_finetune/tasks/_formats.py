@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hf_finetune.errors import DataError
+
 # The roles that are told apart here.
 SPEAKERS = ("assistant", "user")
 # The roles that every format has.
@@ -109,6 +111,28 @@ def decoded(entry: Any) -> Any:
     if not isinstance(entry, str):
         return entry
     try:
-        return json.loads(entry)
-    except json.JSONDecodeError:
+        return read(entry, "it is")
+    except DataError:
         return entry
+
+
+def read(text: str, what: str) -> Any:
+    """Return what JSON text holds.
+
+    Args:
+        text: Of the data.
+        what: Begin of the message where it is no JSON, with its verb.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} no JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{what} nested too deeply") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        raise DataError(
+            f"{what} no JSON that can be read: a number has thousands of digits; write it as text"
+        ) from None

@@ -7,18 +7,17 @@ rows of a batch are reported together.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from hf_finetune.errors import BadRows, DataError, Problem
 from hf_finetune.tasks import _likeness as likeness
+from hf_finetune.tasks._proposals import as_list
 from hf_finetune.tasks.base import State
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ _NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)
 SHOWN = 20
 # What GLUE and others write into the label column where labels are kept secret, and what torch's losses ignore.
 UNLABELLED = (-1, -100)
+# The largest number of fp32, in which losses are computed.
+LARGEST = 3.4e38
 
 
 def id_lists(values: Sequence[Any], column: str, state: State, *, repeated: bool = True) -> list[list[int]]:
@@ -108,8 +109,10 @@ def numbers(values: Sequence[Any], column: str, start: int = 0) -> list[float]:
             value = float(value)  # one word in a csv column makes text of all its numbers
         if isinstance(value, bool) or not isinstance(value, int | float):
             _refuse(f"holds {'text' if isinstance(value, str) else repr(value)}; regression needs a number")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             _refuse(f"holds {value}; regression needs finite numbers")
+        if abs(value) > LARGEST:
+            _refuse(f"holds {str(value)[:20]}, which 32 bits can't hold; divide the numbers")
         return float(value)
 
     return _each(values, column, start, read)
@@ -175,9 +178,8 @@ def _list_reader(values: Sequence[Any], *, repeated: bool = False) -> Callable[[
     def read(value: Any) -> list[str]:
         if is_missing(value):
             _refuse(f"is null; a row without labels holds an empty list{hint}")
-        if isinstance(value, str) and value.startswith("["):
-            with suppress(json.JSONDecodeError):  # a list in a csv file
-                value = json.loads(value)
+        if isinstance(value, str) and (found := as_list(value)) is not None:  # a list in a csv file
+            value = found
         if not isinstance(value, list):
             if repeated:
                 _refuse(f"holds {_kind(value)}, not a list of labels; write one label for each word")

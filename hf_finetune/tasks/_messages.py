@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,10 +92,7 @@ def by_answer(cell: Any) -> list[Any]:
 
 def _listed(value: Any, what: str) -> list[Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{what} are text, but no JSON: {error}") from None
+        value = _formats.read(value, f"{what} are text, but")
     if not isinstance(value, list):
         raise DataError(f"{what} are {type(value).__name__}, not a list")
     return value
@@ -184,10 +180,7 @@ def arguments(function: Mapping[str, Any]) -> Any:
     given = function.get("arguments")
     if not isinstance(given, str):
         return given
-    try:
-        return json.loads(given) if given.strip() else {}
-    except json.JSONDecodeError as error:
-        raise DataError(f"the arguments of tool call {function.get('name')!r} are no JSON: {error}") from None
+    return _formats.read(given, f"the arguments of tool call {function.get('name')!r} are") if given.strip() else {}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DataError
+from hf_finetune.tasks import _examples as examples
 from hf_finetune.tasks import _tokens
 from hf_finetune.tasks._chat import Rendered, Renderer
 from hf_finetune.tasks._fidelity import Lost
@@ -186,10 +187,9 @@ class Reader:
         return [prompt, *answers]
 
     def _text(self, row: Mapping[str, Any], name: str) -> str:
-        value = row.get(name)
-        if not isinstance(value, str):
-            kind = type(value).__name__
-            raise DataError(f"column {name!r} holds {kind}, not text; write text, or name a chat model")
+        if isinstance(row.get(name), list | Mapping):
+            raise DataError(f"column {name!r} holds a chat, not text; write text, or name a chat model")
+        value = examples.fill([("", name)], row)
         if not value.strip():
             raise DataError(f"column {name!r} is empty; remove the row or fill it in")
         return value
@@ -201,7 +201,12 @@ class Reader:
             if "messages" in value:  # OpenAI's `input`
                 return Chat.parse(value["messages"], value.get("tools"))
             return Chat.parse([value])
-        if (turns := as_list(value)) is not None:
+        turns = as_list(value)
+        if isinstance(value, str) and turns is not None:
+            # Text that is a list in JSON is a chat where each element says who speaks; else it is an answer of data.
+            says = [isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns]
+            turns = turns if says and all(says) else None
+        if turns is not None:
             chat = Chat.parse(turns)
             if not chat.messages:
                 raise DataError(f"column {name!r} holds a chat without turns; remove the row")

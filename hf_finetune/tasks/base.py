@@ -189,6 +189,8 @@ class Task(Plugin):
     """A tokenizer without tokenizer.json will do, as Marian's are."""
     contrasts: ClassVar[bool] = False
     """The loss of a row depends on the other rows of its global batch: see `embed`."""
+    teaches_nothing: ClassVar[str] = "have nothing that is trained; raise data.max_length if they are cut"
+    """What is told of rows of weight 0 where there are no others, and after the semicolon what to do."""
     yardsticks: ClassVar[tuple[str, ...]] = ()
     """Methods without training that the model can be compared with: see `yardstick`."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -288,6 +290,11 @@ class Task(Plugin):
         # A missing target is no blank row, but an error of its own.
         columns = [rows[name] for name in self.asked_columns()]
         return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
+
+    @property
+    def least_batch(self) -> int:
+        """Rows without which a global batch teaches nothing: two, where they are compared with each other alone."""
+        return 1
 
     @property
     def one_row_by(self) -> str | None:

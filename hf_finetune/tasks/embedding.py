@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -45,6 +46,9 @@ POSITIVES = ("positive", "positives", "positive_passage", "pos")
 NEGATIVES = ("negatives", "negative", "hard_negatives", "negative_passages", "neg")
 # Queries whose similarity to all documents is computed at a time.
 CHUNK = 1024
+# Tokens of a text of an example with negatives, and of any text at least.
+EXAMPLE_TOKENS = 64
+EXAMPLE_LEAST = 8
 # Names of poolings in the configuration of sentence-transformers.
 POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
@@ -126,8 +130,20 @@ class Embedding(Task):
         judged = [([str(one)], list(map(str, _listed(some)))) for one, some in zip(positives, negatives, strict=True)]
         return {"false_negatives": _retrieval.false_negatives(list(map(str, anchors)), judged)}
 
+    @property
+    def least_batch(self) -> int:
+        """Without negatives of its own a row needs those of another."""
+        return 2 if self.negatives is None else 1
+
     def check_config(self, name: str, config: Any) -> None:
-        """Refuse a model whose vectors are shorter than a length to which they may be cut, with a ModelError."""
+        """Refuse a model with a decoder behind its encoder, or with vectors too short to be cut as wanted.
+
+        Raises:
+            ModelError: It is such a model.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            reason = f"{name} ({config.model_type}) is an encoder with a decoder; {self.kind} needs one of both alone"
+            raise ModelError(Problem(f"{reason}, e.g. a BERT or a Llama", key="model.name"))
         size = getattr(config.get_text_config(), "hidden_size", None)
         if size is not None and self.dimensions and max(self.dimensions) >= size:
             reason = f"{max(self.dimensions)} is no shorter than the {size} numbers of a vector of {name}; remove it"
@@ -292,9 +308,29 @@ class Embedding(Task):
 
     def example(self, state: State, size: int) -> dict[str, Any]:
         """Return two texts, of as many tokens as are wanted together, and negatives where the recipe has some."""
-        words = ["the"] * max(1, size - 8)
-        row: dict[str, Any] = {self.anchor: f"a film {size % 97}", self.positive: " ".join(words)}
-        return row if self.negatives is None else {**row, self.negatives: ["it is"]}
+        count = self._texts_of(size)
+        share = size // count
+        asked = " ".join(["a film", str(size % 97), *["the"] * (share - 5)])
+        # What the others leave, so that no two sizes make the same row.
+        found = " ".join(["the"] * max(1, size - share * (count - 1) - 2))
+        row: dict[str, Any] = {self.anchor: asked, self.positive: found}
+        negative = " ".join(["it is", *["the"] * (share - 4)])
+        return row if self.negatives is None else {**row, self.negatives: [negative] * (count - 2)}
+
+    def probe(self, sizes: Sequence[int], processor: Any, state: State, *, packed: bool = False) -> Batch:
+        """Cut each text of an example to its share of the size: a model reads no row, but single texts."""
+        rows: list[Any] = []
+        for size in sizes:
+            columns = {name: [value] for name, value in self.example(state, size).items()}
+            rows += self.features(columns, processor, state, max(EXAMPLE_LEAST, math.ceil(size / self._texts_of(size))))
+        return self.collate(rows, processor, state)
+
+    def _texts_of(self, size: int) -> int:
+        """Return how many texts an example of so many tokens has; none may be longer than those of the data are cut to.
+
+        A row of two texts has none longer than half of twice the limit. How many negatives rows have is not known.
+        """
+        return 2 if self.negatives is None else max(3, math.ceil(size / EXAMPLE_TOKENS))
 
     def laid_out(self, row: Features) -> Features:
         """Return the texts one after the other."""

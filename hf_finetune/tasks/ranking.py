@@ -53,6 +53,9 @@ class Ranking(Task):
     rows_are: ClassVar[str] = "queries"
     headline: ClassVar[tuple[str, ...]] = _retrieval.HEADLINE
     best_metrics: ClassVar[tuple[str, ...]] = ("loss", "ndcg_10", "mrr_10", "map", "accuracy")
+    teaches_nothing: ClassVar[str] = (
+        "have no relevant document beside another; give each query one with a greater label than others"
+    )
     yardsticks: ClassVar[tuple[str, ...]] = ("bm25",)
 
     query: Annotated[Name, TEXT]
@@ -233,14 +236,14 @@ class Ranking(Task):
         }
 
     def count(self, batch: Batch, state: State) -> torch.Tensor:
-        """Return the number of documents, of pairs with unequal labels, or of queries with a relevant document."""
+        """Return the number of documents, of pairs with unequal labels, or queries with a relevant one of several."""
         labels = batch["labels"]
         known = labels != IGNORE
         if self.method == "pointwise":
             return known.sum()
         if self.method == "pairwise":
             return _better(labels).sum()
-        return (labels.clamp(min=0).sum(-1) > 0).sum()
+        return _taught(labels).sum()
 
     def loss(self, model: Callable[..., Any], batch: Batch, state: State) -> Loss:
         """Return the loss of the method, summed over its items; its pairs are those of Burges et al. 2005 (RankNet)."""
@@ -381,7 +384,7 @@ class Ranking(Task):
             return len(labels)
         if self.method == "pairwise":
             return sum(one > two for one in labels for two in labels)
-        return int(any(label > 0 for label in labels))
+        return int(len(labels) > 1 and any(label > 0 for label in labels))
 
     def _scores(self, model: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """Score all documents of a batch, (B, D) float32; what stands in empty places says nothing."""
@@ -419,6 +422,11 @@ def _better(labels: torch.Tensor) -> torch.Tensor:
     """Tell for each pair of documents (B, D, D) that the first has a greater label, and both have one."""
     known = labels != IGNORE
     return (labels[:, :, None] > labels[:, None, :]) & known[:, :, None] & known[:, None, :]
+
+
+def _taught(labels: torch.Tensor) -> torch.Tensor:
+    """Tell which queries have a relevant document and another, (B,): the softmax of a single score is 1, always."""
+    return (labels.clamp(min=0).sum(-1) > 0) & ((labels != IGNORE).sum(-1) > 1)
 
 
 def _listwise(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
