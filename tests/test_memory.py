@@ -83,6 +83,14 @@ def test_every_problem_of_a_classifier_can_be_estimated(kind: str, tiny_bert: st
     assert memory.estimate(made, State(names), tokenizer, machine=GPU, train=(4, 16)).parts["activations"]
 
 
+def test_a_head_that_looks_for_the_ends_of_texts_gets_a_bound(tiny_t5: str) -> None:
+    small, large = (
+        estimate(recipe(tiny_t5, ADAPTERS["full"]), rows, evaluated=(rows, 16)).parts["a step at most"]
+        for rows in (4, 64)
+    )
+    assert 0 < small < large
+
+
 def test_ranks_exchange_gradients_in_a_copy(tiny_bert: str) -> None:
     made = recipe(tiny_bert, {"kind": "full"})
     adapted = build(made)
