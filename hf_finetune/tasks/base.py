@@ -191,6 +191,10 @@ class Task(Plugin):
     """The loss of a row depends on the other rows of its global batch: see `embed`."""
     teaches_nothing: ClassVar[str] = "have nothing that is trained; raise data.max_length if they are cut"
     """What is told of rows of weight 0 where there are no others, and after the semicolon what to do."""
+    least_batch: ClassVar[int] = 1
+    """Rows without which a global batch teaches nothing: two, where they are compared with each other alone."""
+    one_row_by: ClassVar[str | None] = None
+    """Column whose equal cells, one after the other or not, make one row: the cells of all others become lists."""
     yardsticks: ClassVar[tuple[str, ...]] = ()
     """Methods without training that the model can be compared with: see `yardstick`."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -290,16 +294,6 @@ class Task(Plugin):
         # A missing target is no blank row, but an error of its own.
         columns = [rows[name] for name in self.asked_columns()]
         return [any(is_blank(value) for value in values) for values in zip(*columns, strict=True)]
-
-    @property
-    def least_batch(self) -> int:
-        """Rows without which a global batch teaches nothing: two, where they are compared with each other alone."""
-        return 1
-
-    @property
-    def one_row_by(self) -> str | None:
-        """Column whose equal cells, one after the other or not, make one row: the cells of all others become lists."""
-        return None
 
     def findings(self, rows: Dataset) -> dict[str, list[int]]:
         """Return what can't be seen in one row alone: a check of `data.checks` -> numbers of the raw rows, from 0."""

@@ -131,7 +131,7 @@ class Embedding(Task):
         return {"false_negatives": _retrieval.false_negatives(list(map(str, anchors)), judged)}
 
     @property
-    def least_batch(self) -> int:
+    def least_batch(self) -> int:  # type: ignore[override]
         """Without negatives of its own a row needs those of another."""
         return 2 if self.negatives is None else 1
 

@@ -116,7 +116,7 @@ class Ranking(Task):
         }
 
     @property
-    def one_row_by(self) -> str | None:
+    def one_row_by(self) -> str | None:  # type: ignore[override]
         """The query, where a row of the data holds one document."""
         return self.query if self.rows == "document" else None
 
