@@ -61,6 +61,9 @@ def stand_in(recipe: Recipe, split: int, index: int, folder: Path = Path()) -> d
                 **(call if getattr(task, "tools", None) else {}),
             }
             row[name] = [{"role": "user", "content": " ".join(words)}, answer]
+        elif task.kind == "decision" and column.is_target:
+            (names,) = (asked.names for asked in task.decisions.values() if asked.answer == name)
+            row[name] = names[index % len(names)]
         elif column.kind == "number":
             row[name] = [float(place == 0) for place in range(len(words))] if is_tagged else index / 4
         elif is_tagged and column.kind == "label":

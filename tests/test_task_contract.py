@@ -7,6 +7,7 @@ A new task is tested once its file exists. Its block is made of its required fie
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -28,10 +29,22 @@ from hf_finetune.reports import data as reports_data
 from hf_finetune.tasks._catalogue import METRICS
 from hf_finetune.tasks.base import State, Task
 
-KINDS: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
+FOUND: dict[str, Any] = dict(discover("hf_finetune.tasks", Task))
+KINDS = {name: kind for name, kind in FOUND.items() if all(map(importlib.util.find_spec, kind.needs))}
 BLOCKS: dict[str, dict[str, Any]] = {
     "causal_lm": {"prompt": "prompt", "completion": "completion"},
     "reward": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "margin": "margin"},
+    "decision": {
+        "text": "text",
+        "decisions": {
+            "label": {
+                "type": "choice",
+                "text": "What is the label?",
+                "options": ["first", "second"],
+                "answer": "label",
+            }
+        },
+    },
     "preference": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
 }
 every_task = pytest.mark.parametrize("kind", KINDS)

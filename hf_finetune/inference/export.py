@@ -24,6 +24,7 @@ from hf_finetune.inference.weights import Logits
 from hf_finetune.models import load
 from hf_finetune.models.pretrained import silence
 from hf_finetune.run.files import writing
+from hf_finetune.tasks._shown import read_output
 from hf_finetune.tasks.base import Batch
 
 # The place in a model folder where programs look for it.
@@ -110,20 +111,18 @@ def session(file: Path) -> Logits:
 class _Positional(nn.Module):
     """The model with its inputs by position, as torch.onnx wants them, and one output alone."""
 
-    def __init__(self, network: Any, output: str, names: list[str]) -> None:
+    def __init__(self, network: Any, output: str | None, names: list[str]) -> None:
         super().__init__()
         self.network, self.output, self.names = network, output, names
         self.options = {"use_cache": False} if network.can_generate() else {}
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
         """Logits, or another output."""
-        found: torch.Tensor = getattr(
-            self.network(**dict(zip(self.names, values, strict=True)), **self.options), self.output
-        )
-        return found
+        inputs = dict(zip(self.names, values, strict=True))
+        return read_output(self.network(**inputs, **self.options), self.output)
 
 
-def _export(network: Any, output: str, probe: Batch, file: Path) -> None:
+def _export(network: Any, output: str | None, probe: Batch, file: Path) -> None:
     names, example, free = list(probe), dict[str, torch.Tensor](), list[dict[int, Any]]()
     for name, value in probe.items():
         # Two rows, and several tokens: torch.export takes an axis of size 1 for a constant.
@@ -145,7 +144,7 @@ def _export(network: Any, output: str, probe: Batch, file: Path) -> None:
                 dynamo=True,
                 dynamic_shapes={"values": tuple(free)},
                 input_names=names,
-                output_names=[output],
+                output_names=[output or "logits"],
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:

@@ -24,6 +24,7 @@ from hf_finetune.reports import card
 from hf_finetune.run import folder as run_folder
 from hf_finetune.run.files import staged, writing
 from hf_finetune.run.folder import RunFolder
+from hf_finetune.tasks._shown import read_output
 from hf_finetune.tasks.base import Batch, State
 from hf_finetune.training.trainer import FinetuneTrainer
 
@@ -57,7 +58,8 @@ def save(
             settings = copy.deepcopy(base_model(adapted).generation_config)
             settings.update(**fields)
             settings.save_pretrained(staging)
-        recipe.task.write_beside(staging, base_model(adapted).config, recipe.data.max_length)
+        config, limit = base_model(adapted).config, recipe.data.max_length
+        recipe.task.write_beside(staging, config, limit, targets, processor)
         text = card.plain(recipe, targets, base_model(adapted).config, processor)
         (staging / card.FILE).write_text(text, encoding="utf-8")
 
@@ -141,14 +143,14 @@ def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
     return torch.equal(one, two)
 
 
-def _logits(network: nn.Module, output: str, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
+def _logits(network: nn.Module, output: str | None, inputs: dict[str, torch.Tensor], machine: Machine) -> torch.Tensor:
     """Return logits, or another output, in float32, in eval mode and the run's precision; modes are put back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     device = next(iter(inputs.values())).device.type
     try:
         with torch.no_grad(), machine.autocast(device):
-            logits: torch.Tensor = getattr(network(**inputs), output)
+            logits = read_output(network(**inputs), output)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -31,6 +30,7 @@ from hf_finetune.models import load as models_load
 from hf_finetune.models.pretrained import read_config, silence
 from hf_finetune.run.files import free_bytes, writing
 from hf_finetune.tasks import _generation as generation
+from hf_finetune.tasks._shown import as_output, read_output
 from hf_finetune.tasks.base import Batch, Task, pad_token_of
 
 # A GPU must have this multiple of the weights free: activations need memory, too.
@@ -139,7 +139,7 @@ def add_tokenizer(run: Finished, config: Any, folder: Path) -> None:
     """Write everything but weights and their config: tokenizer, chat template, and what programs look for beside."""
     run.tokenizer.save_pretrained(folder)
     peft.write_labels(folder, run.recipe.task.model_options(run.targets))
-    run.recipe.task.write_beside(folder, config, run.recipe.data.max_length)
+    run.recipe.task.write_beside(folder, config, run.recipe.data.max_length, run.targets, run.tokenizer)
 
 
 def _settle_generation(network: Any, tokenizer: Any, task: Task) -> None:
@@ -181,12 +181,12 @@ def load(folder: Path, run: Finished, **options: Any) -> Any:
     auto = getattr(transformers, run.recipe.task.auto_model)
     with silence():
         try:
-            network, info = auto.from_pretrained(
+            network, info = models_load.from_pretrained(
+                auto,
                 str(folder),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                output_loading_info=True,
                 **options,
             )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -247,7 +247,7 @@ def probes(run: Finished, rows: Any) -> list[Batch]:
     return [task.inputs(run.collate([read[index] for index in group])) for group in groups]
 
 
-def logits_of(network: Any, output: str) -> Logits:
+def logits_of(network: Any, output: str | None) -> Logits:
     """Make logits, or another output, with a network: without gradients, in its own dtype, no cache kept."""
     inner = network.get_base_model() if hasattr(network, "get_base_model") else network
     options = {"use_cache": False} if hasattr(network.config, "use_cache") and inner.can_generate() else {}
@@ -255,8 +255,7 @@ def logits_of(network: Any, output: str) -> Logits:
     def run(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
             inputs = {name: value.to(network.device) for name, value in batch.items()}
-            logits: torch.Tensor = getattr(network(**inputs, **options), output)
-            return logits
+            return read_output(network(**inputs, **options), output)
 
     return run
 
@@ -286,7 +285,7 @@ def predictor(model: Logits, run: Finished, device: Any = "cpu") -> Predict:
     def predict(batch: Batch) -> dict[str, torch.Tensor]:
         moved = {name: value.to(device) for name, value in batch.items()}
         task = run.recipe.task
-        return task.predict(lambda **inputs: SimpleNamespace(**{task.output: model(inputs)}), moved, run.targets)
+        return task.predict(lambda **inputs: as_output(model(inputs), task.output), moved, run.targets)
 
     return predict
 

@@ -44,6 +44,15 @@ def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def named_heads(model: PreTrainedModel) -> tuple[str, ...]:
+    """Heads that can be trained in full by their names; any other is adapted like the layers of the body.
+
+    PEFT (0.21) compares names by `str.endswith`: `proj` of a decision model would also take each `q_proj`.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    return tuple(head for head in find_heads(model) if not any(path.endswith(head) and path != head for path in paths))
+
+
 def never_quantised(model: PreTrainedModel) -> list[str]:
     """Return the paths of heads and output embedding: they are few weights, and much of an answer hangs on them."""
     output = output_embedding(model)
@@ -53,7 +62,7 @@ def never_quantised(model: PreTrainedModel) -> list[str]:
 def fresh_heads(recipe: Recipe, model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     """Return the paths of the modules with missing weights: a head, or a pooler; a ModelError where more is missing."""
     paths = [path for path, _ in model.named_modules() if any(key.rpartition(".")[0] == path for key in missing)]
-    head_modules = find_heads(model)
+    head_modules = named_heads(model)
     for path in paths:
         if path.partition(".")[0] not in head_modules and "pooler" not in path:
             reason = f"{recipe.model.name} holds no fitting weights for {path} ({len(missing)} are missing)"
@@ -244,7 +253,7 @@ def examine(recipe: Recipe, targets: State, tokenizer: Any, findings: Findings) 
         return None
     words = tokenizer_of(tokenizer)
     labels = () if targets is UNKNOWN else targets.names
-    setting = Setting(recipe.task.peft_task, words, 0, find_heads(model), labels, commit(recipe.model))
+    setting = Setting(recipe.task.peft_task, words, 0, named_heads(model), labels, commit(recipe.model))
     with findings.collect():
         check_length(recipe, model)
     with findings.collect():
@@ -290,7 +299,7 @@ def load(
     # Loading draws numbers, and how many depends on dtype and quantisation.
     state = torch.random.get_rng_state()
     model, missing = _weights(recipe, _config(recipe, targets), machine)
-    head_modules = find_heads(outline)
+    head_modules = named_heads(outline)
     fresh = fresh_heads(recipe, model, missing)
     torch.random.set_rng_state(state)
     draw_missing(model, missing)
@@ -387,6 +396,24 @@ def _config(recipe: Recipe, targets: State) -> PreTrainedConfig:
     return config
 
 
+def from_pretrained(auto: Any, place: str, *, config: PreTrainedConfig | None = None, **options: Any) -> Any:
+    """Return a model and its loading info."""
+    known = auto._model_mapping
+    read: Any = transformers.AutoConfig
+    config = config or read.from_pretrained(place, trust_remote_code=False)
+    cls: Any = cast("Any", _get_model_class)(config, known) if type(config) in known else None
+    if not hasattr(cls, "checkpoint_config"):
+        return auto.from_pretrained(place, config=config, output_loading_info=True, **options)
+    # DecisionMixin of transformers 5.23 takes the pair of model and info for the model: its parent is asked instead.
+    from transformers.decision import DecisionConfig
+    from transformers.decision.modeling_utils import DecisionMixin
+
+    del options["trust_remote_code"]  # the auto class alone takes it
+    model, info = super(DecisionMixin, cls).from_pretrained(place, config=config, output_loading_info=True, **options)
+    model.decision_config = DecisionConfig.from_pretrained(place, revision=options.get("revision"))
+    return model, info
+
+
 def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tuple[PreTrainedModel, set[str]]:
     """Return the model, and the names of its parameters that the checkpoint does not hold or holds in another shape."""
     auto, dtype = getattr(transformers, recipe.task.auto_model), machine.base_dtype(frozen=recipe.adapter.freezes_base)
@@ -405,7 +432,8 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
             llm_int8_skip_modules=never_quantised(_outline(recipe, config)),
         )
     with reading(recipe.model), silence():
-        model, info = auto.from_pretrained(
+        model, info = from_pretrained(
+            auto,
             place_of(recipe.model.name),
             config=config,
             revision=recipe.model.revision,
@@ -414,7 +442,6 @@ def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tupl
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
             **options,
         )
     for module in model.modules():

@@ -308,7 +308,7 @@ def outline(recipe: Recipe, targets: State, tokenizer: Any, dtype: torch.dtype =
         peft_type=recipe.task.peft_task,
         tokenizer=tokenizer,
         total_steps=STEPS,
-        head_modules=(*load.find_heads(base), *_absent_poolers(recipe, base)),
+        head_modules=(*load.named_heads(base), *_absent_poolers(recipe, base)),
         labels=targets.names,
     )
     with torch.device("meta"):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from hf_finetune.device import Machine, uses_fsdp
 from hf_finetune.models import attention, kernels
 from hf_finetune.models.kernels import FastHead
 from hf_finetune.recipe import Recipe
+from hf_finetune.tasks._shown import as_output, read_output
 from hf_finetune.tasks.base import Batch, State, Task
 
 Tensor = torch.Tensor
@@ -167,9 +167,7 @@ class Paths:
         rows = self.task.telling({name: value[:ROWS, :TOKENS] for name, value in batch.items()})
 
         def plain(**inputs: Tensor) -> Any:
-            return SimpleNamespace(
-                **{self.task.output: self._logits(lambda: getattr(model(**inputs), self.task.output))}
-            )
+            return as_output(self._logits(lambda: read_output(model(**inputs), self.task.output)), self.task.output)
 
         expected = self.task.loss(plain, rows, self.targets).sum
         found = self.loss_sum(model, rows)
@@ -185,7 +183,7 @@ class Paths:
     def outputs(self, model: Any, batch: Batch) -> list[Tensor]:
         """Logits of the positions that are no padding, and the summed loss where it does not follow from them."""
         inputs = self.task.inputs(batch)
-        logits = self._logits(lambda: getattr(model(**self.seen(inputs)), self.task.output)).float()
+        logits = self._logits(lambda: read_output(model(**self.seen(inputs)), self.task.output)).float()
         mask = inputs.get("attention_mask")
         # An encoder's mask is not that of the decoder's tokens.
         logits = logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits

@@ -60,6 +60,9 @@ def recognise(columns: Mapping[str, Cells], kind: str | None, architecture: str 
         if architecture is not None and TASKS[name].made_for and not architecture.endswith(TASKS[name].made_for)
     ]
     made = [pair for pair in made if pair not in unlike] or made
+    if architecture is not None:
+        alone = [name for name in TASKS if TASKS[name].is_exclusive and architecture.endswith(TASKS[name].made_for)]
+        made = [pair for pair in made if pair[0] in alone] or made
     best = max(made, key=lambda pair: pair[1].confidence, default=None)
     if best is not None and not best[1].refusal:
         return best

@@ -520,6 +520,7 @@ def train_and_evaluate(run: Training) -> None:
             trainer.guard.conclude(trainer.state.global_step)
             run.recipe.adapter.finish(trainer.bare_model)
             run.scores = training_trainer.final(trainer, run.job.prepared)
+            run.job = trainer.job  # the task may have fitted something
     if trainer.stopped:
         raise Stopped.by(trainer.stopped)
     # Rank 0 saves, reads back, draws and reports, while the others wait.

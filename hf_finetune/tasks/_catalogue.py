@@ -64,6 +64,7 @@ METRICS: Mapping[str, Metric] = {
     "mrr_10": Metric(greater=True, chart="scores", is_share=True, hub=("mrr", {"k": "10"})),
     "map": Metric(greater=True, is_share=True),
     **{f"recall_{k}": Metric(greater=True, is_share=True, hub=("recall", {"k": str(k)})) for k in (1, 5, 10, 100)},
+    "brier": Metric(greater=False, chart="errors"),
     "length_correlation": Metric(is_wide=True),
     "margin": Metric(greater=True, chart="margins"),
     "kl": Metric(is_wide=True),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.errors import DivergedError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from hf_finetune.tasks._sums import Sums
 
@@ -77,3 +80,26 @@ class Prompts:
     """The data's answers, in the order of `prompts`, to be shown beside; empty where it has none."""
     told: Sequence[str] = ()
     """What people read of each prompt, where that is not the text of its tokens."""
+
+
+def is_blank(value: Any) -> bool:
+    """Tell whether a cell is null, NaN, blank text or an empty list."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def read_output(found: Any, name: str | None) -> torch.Tensor:
+    """Return what a task reads of what a model returned; see `Task.output`."""
+    read: torch.Tensor = found if name is None else getattr(found, name)
+    return read
+
+
+def as_output(values: torch.Tensor, name: str | None) -> Any:
+    """Return what a model would return that a task reads these values of."""
+    return values if name is None else SimpleNamespace(**{name: values})
+
+
+def literal(value: Any) -> str:
+    """Return a Python literal that ends no block of code in Markdown."""
+    return repr(value).replace("`", "\\x60")

@@ -18,6 +18,8 @@ from hf_finetune.tasks._proposals import Cells, Proposal
 from hf_finetune.tasks._shown import Judged as Judged
 from hf_finetune.tasks._shown import Plot as Plot
 from hf_finetune.tasks._shown import Prompts as Prompts
+from hf_finetune.tasks._shown import is_blank as is_blank
+from hf_finetune.tasks._shown import literal as literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,13 +57,6 @@ IGNORE = -100
 """Label of a position, or of a whole row, that is not trained on."""
 
 
-def is_blank(value: Any) -> bool:
-    """Tell whether a cell is null, NaN, blank text or an empty list."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
-
-
 def tokenizer_of(processor: Any) -> Any | None:
     """The tokenizer inside a processor, or the processor itself where it is one; None for images or audio alone."""
     inner = getattr(processor, "tokenizer", processor)
@@ -72,11 +67,6 @@ def pad_token_of(processor: Any) -> int | None:
     """Return the id of the pad token; None where nothing is tokenised."""
     token = getattr(tokenizer_of(processor), "pad_token_id", None)
     return None if token is None else int(token)
-
-
-def literal(value: Any) -> str:
-    """Return a Python literal that ends no block of code in Markdown."""
-    return repr(value).replace("`", "\\x60")
 
 
 @dataclass(frozen=True)
@@ -160,8 +150,9 @@ class Task(Plugin):
     """PEFT's name of the task, e.g. `SEQ_CLS`; None where PEFT has none: the head is then trained by its name."""
     pipeline: ClassVar[str]
     """The Hub's pipeline tag, e.g. `text-classification`."""
-    output: ClassVar[str] = "logits"
-    """Field of the model's output that the task reads: two models are the same where it is."""
+    output: ClassVar[str | None] = "logits"
+    """Field of the model's output that the task reads, None for a model that returns a bare tensor: two models are the
+    same where it is."""
     token_ids: ClassVar[str | None] = "input_ids"  # noqa: S105 - no password
     """Feature that holds token ids; None where rows are not made of tokens."""
     rows_are: ClassVar[str] = "rows"
@@ -185,6 +176,8 @@ class Task(Plugin):
     """Each pass over the training rows sees them in another way: see `drawn`."""
     made_for: ClassVar[tuple[str, ...]] = ()
     """Ends of the architectures that were pretrained for it, e.g. `ForMaskedLM`; empty where any body will do."""
+    is_exclusive: ClassVar[bool] = False
+    """Models that are `made_for` it can do nothing else."""
     takes_slow_tokenizers: ClassVar[bool] = False
     """A tokenizer without tokenizer.json will do, as Marian's are."""
     contrasts: ClassVar[bool] = False
@@ -195,6 +188,8 @@ class Task(Plugin):
     """Rows without which a global batch teaches nothing: two, where they are compared with each other alone."""
     one_row_by: ClassVar[str | None] = None
     """Column whose equal cells, one after the other or not, make one row: the cells of all others become lists."""
+    calibrates: ClassVar[bool] = False
+    """Something is fitted to the validation rows once the model is trained: see `calibrated`."""
     yardsticks: ClassVar[tuple[str, ...]] = ()
     """Methods without training that the model can be compared with: see `yardstick`."""
     best_metrics: ClassVar[tuple[str, ...]] = ("loss",)
@@ -476,6 +471,10 @@ class Task(Plugin):
             DivergedError: A prediction is not finite.
         """
 
+    def calibrated(self, predictions: Predictions, state: State) -> State:
+        """Return the state with what is fitted to validation predictions: metrics and answers change by it."""
+        raise AssertionError(f"{self.kind} fits nothing")
+
     def sums(self, predictions: Predictions, state: State) -> Sums | None:
         """Return sums over rows from which metrics follow, for bootstrap intervals; None where none do."""
         return None
@@ -588,7 +587,7 @@ class Task(Plugin):
         cells = (row[name] for name in self.asked_columns())
         return "\n".join(str(cell) for cell in cells if not isinstance(cell, bytes))
 
-    def write_beside(self, folder: Path, config: Any, limit: int) -> None:
+    def write_beside(self, folder: Path, config: Any, limit: int, state: State, processor: Any) -> None:
         """Write what other libraries look for beside a model with such a config, which reads at most `limit` tokens."""
 
     def laid_out(self, row: Features) -> Features:

@@ -356,7 +356,7 @@ class Embedding(Task):
             "# Or: from sentence_transformers import SentenceTransformer; SentenceTransformer(folder)\n"
         )
 
-    def write_beside(self, folder: Path, config: Any, limit: int) -> None:
+    def write_beside(self, folder: Path, config: Any, limit: int, state: State, processor: Any) -> None:
         """Write the modules of sentence-transformers, which loads the folder by them."""
         names = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
         modules = [

@@ -55,6 +55,8 @@ class FinetuneTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.job = job
+        self.is_calibrating = False
+        """The next evaluation is that of the validation split to which the task fits what it calibrates."""
         self.checkpointing = checkpointing
         self.guard = Guard(job.recipe.training)
         self.is_sharded = job.machine.is_sharded
@@ -268,6 +270,9 @@ class FinetuneTrainer(ResumableTrainer):
         found: Any = prediction.predictions
         order = ids.argsort()[np.count_nonzero(ids < 0) :]
         ids, predictions = ids[order], {name: np.asarray(values)[order] for name, values in found.items()}
+        if self.is_calibrating:
+            targets = self.job.task.calibrated(predictions, self.job.targets)
+            self.job = replace(self.job, prepared=replace(self.job.prepared, targets=targets))
         metrics = self.job.task.metrics(predictions, self.job.targets)
         if not np.isfinite(metrics.get("loss", 0.0)):
             message = f"the loss on the {self._split} split is {metrics['loss']} at step {self.state.global_step}"
@@ -380,11 +385,14 @@ def final(trainer: FinetuneTrainer, prepared: Prepared) -> dict[str, dict[str, f
     if prepared.validation is not None:
         # Not again where the last evaluation saw these very weights, unless the best checkpoint was loaded since.
         last = [logs for logs in trainer.state.log_history if "eval_loss" in logs][-1:]
-        if trainer.state.best_model_checkpoint is None and last and last[0]["step"] == trainer.state.global_step:
+        trainer.is_calibrating = trainer.job.task.calibrates
+        is_known = trainer.state.best_model_checkpoint is None and not trainer.is_calibrating
+        if is_known and last and last[0]["step"] == trainer.state.global_step:
             found["validation"] = scores(last[0], "eval")
         else:
             logs = trainer.evaluate_split("validation", prepared.validation, "final")
             found["validation"] = scores(logs, "final")
+        trainer.is_calibrating = False
     if prepared.test is not None:
         found["test"] = scores(trainer.evaluate_split("test", prepared.test, "test"), "test")
     return found
