@@ -27,7 +27,7 @@ from hf_finetune.errors import DataError, ModelError, Problem, StorageError
 from hf_finetune.inference.load import Finished, Predict
 from hf_finetune.log import phase, say, warn
 from hf_finetune.models import load as models_load
-from hf_finetune.models.pretrained import read_config, silence
+from hf_finetune.models.pretrained import from_pretrained, read_config, silence
 from hf_finetune.run.files import free_bytes, writing
 from hf_finetune.tasks import _generation as generation
 from hf_finetune.tasks._shown import as_output, read_output
@@ -181,7 +181,7 @@ def load(folder: Path, run: Finished, **options: Any) -> Any:
     auto = getattr(transformers, run.recipe.task.auto_model)
     with silence():
         try:
-            network, info = models_load.from_pretrained(
+            network, info = from_pretrained(
                 auto,
                 str(folder),
                 use_safetensors=True,

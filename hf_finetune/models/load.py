@@ -19,7 +19,15 @@ from hf_finetune.adapters.base import Setting
 from hf_finetune.device import Machine
 from hf_finetune.errors import Findings, ModelError, Problem, RecipeError
 from hf_finetune.models import pretrained
-from hf_finetune.models.pretrained import commit, load_processor, place_of, read_config, reading, silence
+from hf_finetune.models.pretrained import (
+    commit,
+    from_pretrained,
+    load_processor,
+    place_of,
+    read_config,
+    reading,
+    silence,
+)
 from hf_finetune.recipe import Recipe
 from hf_finetune.tasks.base import State, pad_token_of, tokenizer_of
 
@@ -394,24 +402,6 @@ def _config(recipe: Recipe, targets: State) -> PreTrainedConfig:
     if recipe.model.dropout is not None:
         set_in_config(config, recipe.model.dropout)
     return config
-
-
-def from_pretrained(auto: Any, place: str, *, config: PreTrainedConfig | None = None, **options: Any) -> Any:
-    """Return a model and its loading info."""
-    known = auto._model_mapping
-    read: Any = transformers.AutoConfig
-    config = config or read.from_pretrained(place, trust_remote_code=False)
-    cls: Any = cast("Any", _get_model_class)(config, known) if type(config) in known else None
-    if not hasattr(cls, "checkpoint_config"):
-        return auto.from_pretrained(place, config=config, output_loading_info=True, **options)
-    # DecisionMixin of transformers 5.23 takes the pair of model and info for the model: its parent is asked instead.
-    from transformers.decision import DecisionConfig
-    from transformers.decision.modeling_utils import DecisionMixin
-
-    del options["trust_remote_code"]  # the auto class alone takes it
-    model, info = super(DecisionMixin, cls).from_pretrained(place, config=config, output_loading_info=True, **options)
-    model.decision_config = DecisionConfig.from_pretrained(place, revision=options.get("revision"))
-    return model, info
 
 
 def _weights(recipe: Recipe, config: PreTrainedConfig, machine: Machine) -> tuple[PreTrainedModel, set[str]]:

@@ -1,4 +1,4 @@
-"""A pretrained model before its weights are read: its config, its tokenizer, and its files, present and whole."""
+"""A pretrained model: its config, its tokenizer and its files, present and whole before weights load; and these."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _get_model_class
 
 from hf_finetune.config import paths
 from hf_finetune.config.blocks import Model
@@ -256,3 +257,21 @@ def _damaged(folder: Path, files: list[str]) -> str | None:
         if size != HEADER + length + max(ends, default=0):
             return f"has a truncated or damaged {shard}; copy it again"
     return None
+
+
+def from_pretrained(auto: Any, place: str, *, config: PreTrainedConfig | None = None, **options: Any) -> Any:
+    """Return a model and its loading info."""
+    known = auto._model_mapping
+    read: Any = transformers.AutoConfig
+    config = config or read.from_pretrained(place, trust_remote_code=False)
+    cls: Any = cast("Any", _get_model_class)(config, known) if type(config) in known else None
+    if not hasattr(cls, "checkpoint_config"):
+        return auto.from_pretrained(place, config=config, output_loading_info=True, **options)
+    # DecisionMixin of transformers 5.23 takes the pair of model and info for the model: its parent is asked instead.
+    from transformers.decision import DecisionConfig
+    from transformers.decision.modeling_utils import DecisionMixin
+
+    del options["trust_remote_code"]  # the auto class alone takes it
+    model, info = super(DecisionMixin, cls).from_pretrained(place, config=config, output_loading_info=True, **options)
+    model.decision_config = DecisionConfig.from_pretrained(place, revision=options.get("revision"))
+    return model, info
