@@ -81,6 +81,21 @@ def test_rows_of_one_batch_have_similar_lengths() -> None:
     assert sum(spread) / len(spread) < 5
 
 
+def test_rows_with_one_number_are_kept_apart_and_all_come_once() -> None:
+    """A batch has no number twice but where the others are used up."""
+    apart = [row % 20 for row in range(400)] + [7] * 12
+    batches = GlobalBatches([1] * len(apart), Division(16, 16), seed=2, apart=apart)
+    found = list(batches.global_batches())
+    assert sorted(row for batch in found for row in batch) == list(range(len(apart)))
+    twice = [len(batch) - len({apart[row] for row in batch}) for batch in found]
+    assert sum(count > 0 for count in twice) <= 2
+    assert sum(twice) <= 12
+    batches.set_epoch(1)
+    assert list(batches.global_batches()) != found
+    by_rank = [list(GlobalBatches([1] * 412, Division(16, 4, rank, 2), 2, apart)) for rank in range(2)]
+    assert sorted(row for rank in by_rank for batch in rank for row in batch) == list(range(412))
+
+
 def test_a_rank_without_rows_gets_a_masked_one() -> None:
     assert Division(8, 4, rank=1, world_size=2).share([7]) == [[7]]
     assert Division(8, 4, rank=0, world_size=2).share([7]) == [[~7]]

@@ -224,7 +224,8 @@ class Training(Section):
     best_metric: Annotated[Name | None, ASK, TEXT] = None
     """Keep the checkpoint that is best by this validation metric, e.g. `accuracy` or `loss`; null keeps the last."""
     group_by_length: bool = True
-    """Rows of similar length share a global batch, which saves padding; the order stays random and seeded."""
+    """Rows of similar length share a global batch, which saves padding; the order stays random and seeded. Not used
+    where rows are each other's negatives (embedding): there, rows with the same positive are kept apart."""
     log_every: Annotated[Count, Key(resume="free", study=False)] = 10
     """Steps between two lines of training metrics."""
     eval_every: Annotated[Every | None, SEEN] = "epoch"

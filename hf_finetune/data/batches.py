@@ -128,10 +128,18 @@ class GlobalBatches(Sampler[list[int]]):
 
     Rows of similar length come together in one global batch; a constant length gives a plain shuffle. The seed and the
     number of the epoch fix the order.
+
+    Args:
+        lengths: Of the rows.
+        division: Of a global batch.
+        seed: Of the order.
+        apart: Of each row, a number: rows with the same one come into one global batch only where there are too few
+            others. Lengths then decide nothing.
     """
 
-    def __init__(self, lengths: Lengths, division: Division, seed: int) -> None:
+    def __init__(self, lengths: Lengths, division: Division, seed: int, apart: Lengths | None = None) -> None:
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        self.apart = None if apart is None else torch.as_tensor(apart, dtype=torch.int64)
         self.division = division
         self.seed = seed
         self.epoch = 0
@@ -157,7 +165,21 @@ class GlobalBatches(Sampler[list[int]]):
             full, rest = divmod(len(pool), size)
             # The short batch stays at the end of the epoch, where accumulation may be smaller.
             batches = [*torch.randperm(full, generator=generator).tolist(), *range(full, full + bool(rest))]
-            yield pool[self.lengths[pool].argsort(stable=True)], batches
+            yield pool[self._ordered(pool)], batches
+
+    def _ordered(self, pool: torch.Tensor) -> torch.Tensor:
+        """Places of a shuffled pool's rows: short ones first, or each number once, then each once more, and so on."""
+        if self.apart is None:
+            return self.lengths[pool].argsort(stable=True)
+        kinds = torch.from_numpy(np.unique(self.apart[pool].numpy(), return_inverse=True)[1])
+        by_kind = kinds.argsort(stable=True)
+        counts = kinds.bincount()
+        turn = torch.empty_like(kinds)
+        turn[by_kind] = torch.arange(len(kinds)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        # Numbers come in the order of their first rows, in every turn: so equal ones are as far apart as can be.
+        first = torch.empty_like(counts)
+        first[kinds[turn == 0]] = torch.arange(len(counts))
+        return (turn * len(counts) + first[kinds]).argsort(stable=True)
 
     def spread(self, count: int) -> list[list[int]]:
         """So many global batches of the epoch, from short rows to long ones, at equal distances."""

@@ -153,7 +153,9 @@ class Job:
                 message = f"the train split has {len(lengths)} rows, fewer than the {ranks} ranks; add rows"
                 raise DataError(Problem(message, key="data.train"))
             grouped = lengths if recipe.training.group_by_length else np.ones_like(lengths)
-            batches = data_batches.GlobalBatches(grouped, division, seed)
+            name = recipe.task.apart
+            apart = None if name is None else rows.encoded.select_columns(name)[name][:]
+            batches = data_batches.GlobalBatches(grouped, division, seed, apart)
         questions = {
             split: recipe.task.questions(rows_of_split, tokenizer, recipe.data.max_length)
             for split, rows_of_split in (("validation", prepared.raw_validation), ("test", prepared.raw_test))
@@ -196,7 +198,7 @@ class Job:
         division = replace(self.division, micro_batch=micro_batch)
         batches, train = self.batches, self.train
         if batches is not None:
-            batches = data_batches.GlobalBatches(batches.lengths, division, batches.seed)
+            batches = data_batches.GlobalBatches(batches.lengths, division, batches.seed, batches.apart)
         if isinstance(train, data_batches.StreamedBatches):
             train = replace(train, division=division)
         return replace(self, division=division, batches=batches, train=train)

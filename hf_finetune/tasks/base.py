@@ -162,7 +162,9 @@ class Task(Plugin):
     content: ClassVar[str] = "input_ids"
     """Feature by which equal rows are found."""
     group: ClassVar[str | None] = None
-    """Feature, a number, that rows of two splits have in common only by mistake, as that of a prompt."""
+    """Feature, a number, that rows of two splits have in common only by mistake: that of a prompt."""
+    apart: ClassVar[str | None] = None
+    """Feature, a number, that rows of a global batch should not have in common: they are each other's negatives."""
     packable: ClassVar[bool] = False
     """Several rows may share one sequence."""
     predicts_next_token: ClassVar[bool] = False
@@ -295,9 +297,9 @@ class Task(Plugin):
         return {}
 
     def fit(self, rows: Dataset | IterableDataset, processor: Any) -> State:
-        """Read labels and the like off the raw training rows; streamed rows are not read, only their features.
+        """Read labels and the like off the raw training rows, and off the model's processor what answers are read by.
 
-        Of the model's processor, the state keeps what answers are read by.
+        Of streamed rows, only the features are read.
 
         Raises:
             DataError: A column does not hold what the recipe says.
@@ -402,8 +404,7 @@ class Task(Plugin):
     def start(self, model: Callable[..., Any], batch: Batch, state: State) -> Batch:
         """Return what the model that training begins with makes of each row: features (B, ...) of all later batches.
 
-        They are computed once, and kept by a hash of model and rows. A batch without them, as of examples, is one of a
-        model that has not begun to train.
+        They are computed once, and kept by a hash of model and rows. A batch without them is one of a fresh model.
         """
         raise AssertionError(f"{self.kind} does not need the start")
 

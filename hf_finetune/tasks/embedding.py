@@ -61,6 +61,7 @@ class Embedding(Task):
     pipeline: ClassVar[str] = "sentence-similarity"
     output: ClassVar[str] = "last_hidden_state"
     contrasts: ClassVar[bool] = True
+    apart: ClassVar[str | None] = "target"
     headline: ClassVar[tuple[str, ...]] = _retrieval.HEADLINE
     best_metrics: ClassVar[tuple[str, ...]] = ("loss", "ndcg_10", "mrr_10", "map", "accuracy")
     yardsticks: ClassVar[tuple[str, ...]] = ("bm25",)
@@ -183,6 +184,7 @@ class Embedding(Task):
                 "lengths": [text["size"] for text in own],
             }
             row |= {name: sum(text[name] for text in own) for name in ("size", "whole")}
+            row["target"] = _digest(own[min(1, len(own) - 1)]["input_ids"])
             if len(columns) > 1:
                 row["labels"] = [0] * len(own)  # or `IGNORE`
             found.append({**row, "weight": int(len(columns) > 1)})
