@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_finetune.data.batches import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, pack, train_loader
+from hf_finetune.data.batches import FAILED, Division, GlobalBatches, StreamedBatches, eval_loader, train_loader
+from hf_finetune.data.packs import pack
 from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Lanes, Raw
 from hf_finetune.errors import DataError, Problem

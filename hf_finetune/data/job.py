@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_finetune.adapters.base import Adapter
 from hf_finetune.data import batches as data_batches
 from hf_finetune.data import stream as data_stream
+from hf_finetune.data.packs import pack
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.device import Machine, cores
 from hf_finetune.errors import DataError, Problem, RecipeError
@@ -133,7 +134,7 @@ class Job:
         if not isinstance(prepared.train, data_stream.Stream):
             rows, lengths = data_batches.Rows(prepared.train, recipe.task), data_batches.lengths_of(prepared.train)
             if recipe.data.packing:
-                packed = data_batches.pack(lengths, recipe.data.max_length)
+                packed = pack(lengths, recipe.data.max_length)
                 rows, lengths = data_batches.PackedRows(rows, packed), packed.sums(lengths)
         ranks, seed, batches = machine.world_size, recipe.training.seed, None
         longest = recipe.data.max_length if lengths is None else int(lengths.max(initial=1))

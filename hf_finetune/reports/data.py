@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 import hf_finetune
 from hf_finetune.config.checks import Checks
-from hf_finetune.data.batches import PackedRows, Rows, lengths_of, pack
+from hf_finetune.data.batches import PackedRows, Rows, lengths_of
 from hf_finetune.data.facts import Facts
+from hf_finetune.data.packs import pack
 from hf_finetune.data.prepare import Prepared
 from hf_finetune.data.splits import SplitReport
 from hf_finetune.data.stream import Stream
