@@ -112,9 +112,9 @@ def test_what_a_commit_leaves_behind_is_told(load: Load) -> None:
 def test_what_stands_below_a_wrong_kind_is_checked_too(load: Load) -> None:
     for kind, told in [
         ("kind: text_clasification", "unknown kind 'text_clasification'; did you mean 'text_classification'?"),
-        ("kind: classifier", "unknown kind 'classifier'; known: causal_lm, "),
+        ("kind: classifier", "unknown kind 'classifier'; known: audio_classification, "),
         ("knd: text_classification", "task.knd: unknown key; did you mean 'kind'?"),
-        ("problem: single_label", "task: needs a kind; known: causal_lm, "),
+        ("problem: single_label", "task: needs a kind; known: audio_classification, "),
     ]:
         text = VALID.replace("kind: text_classification, text:", f"{kind}, txt:").replace(
             "kind: lora", "kind: lorra, rr: 4"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import model_validator
 
 from hf_finetune.config.blocks import Name
@@ -14,8 +13,10 @@ from hf_finetune.errors import BadRows
 from hf_finetune.tasks import _audio, _media, _proposals, _texts
 from hf_finetune.tasks._audio import Heard
 from hf_finetune.tasks._proposals import Cells, Proposal
-from hf_finetune.tasks._sums import Sums
 from hf_finetune.tasks.base import Column, OutputKind, State
+
+if TYPE_CHECKING:
+    from hf_finetune.tasks._sums import Sums
 
 Normalization = Literal["none", "basic", "english"]
 TRANSCRIPTS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_text")
@@ -71,6 +72,10 @@ class Speech(Heard):
 
     def compared(self, given: Sequence[str], references: Sequence[str]) -> Sums:
         """Return the sums of which `wer`, `cer` and `exact_match` are made: edits over what the references hold."""
+        import numpy as np
+
+        from hf_finetune.tasks._sums import Sums
+
         normal = normalizer(self.normalization)
         pairs = [(normal(one), normal(two)) for one, two in zip(given, references, strict=True)]
         words = np.array([edits(one.split(), two.split()) for one, two in pairs], dtype=np.float64).reshape(-1, 2)
