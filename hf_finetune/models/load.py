@@ -57,8 +57,10 @@ def named_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
     PEFT (0.21) compares names by `str.endswith`: `proj` of a decision model would also take each `q_proj`.
     """
-    paths = [path for path, _ in model.named_modules()]
-    return tuple(head for head in find_heads(model) if not any(path.endswith(head) and path != head for path in paths))
+    heads = find_heads(model)
+    # One head may end as another does, as DistilBERT's `pre_classifier`: both are trained in full.
+    body = [path for path, _ in model.named_modules() if path.partition(".")[0] not in heads]
+    return tuple(head for head in heads if not any(path.endswith(head) for path in body))
 
 
 def never_quantised(model: PreTrainedModel) -> list[str]:
