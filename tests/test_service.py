@@ -303,7 +303,7 @@ def test_paused_resumed_cancelled_and_asked_twice(service: Service, sentences: P
     client = service.client
     file = client.files.create(file=sentences.open("rb"), purpose="fine-tune")
     ask = {"model": "tiny", "training_file": file.id, "metadata": {"idempotency_key": "one"}}
-    ask["extra_body"] = {"recipe": {"training": {"steps": 60, "batch_size": 8}}}
+    ask["extra_body"] = {"recipe": {"training": {"steps": 400, "batch_size": 8}}}
     first = client.fine_tuning.jobs.create(**ask)
     assert client.fine_tuning.jobs.create(**ask).id == first.id
     service.until(first.id, "running")
